@@ -1,0 +1,50 @@
+# `make help` lists the targets. Needs nothing but python3 (3.11 or newer), make and pip.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.installed ## pre-train a small ELECTRA on text found on this machine
+	$(BIN)/hf-pretrain rtd --config trainers/recipes/demo.yaml --output_dir demo-output --overwrite_output_dir true
+
+test: lint ## lint, then run the tests
+	$(BIN)/python -m pytest
+
+test-all: lint ## lint, then run every test, the slow ones and those for a GPU too
+	$(BIN)/python -m pytest -m ""
+
+lint: .venv/.installed ## style, types and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+format: .venv/.installed ## rewrite the code in the style that lint asks for
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed ## run the benchmarks, one after the other
+	@for program in benchmarks/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+
+clean: ## remove what runs and builds have left, but not the environment
+	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean ## remove the environment too
+	rm -rf .venv
+
+# Written last, so that an installation that was cut short is taken up again and a whole one is never repeated.
+.venv/.installed: pyproject.toml setup.py constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt torch==2.13.0 setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Debian ships a venv that cannot install pip: then the pip beside $(PYTHON) installs one into the environment.
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $@ install pip; }

@@ -1,0 +1,47 @@
+"""Pre-training objectives for transformers: every objective, any backbone, one Trainer.
+
+The names below are imported when they are first asked for, so that ``import hf_pretrain`` costs nothing. Every
+architecture so far has a stock class in transformers; the first that has none registers its Auto classes here.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_EXPORTS = {
+    "BlockDataset": "hf_pretrain.data.packing",
+    "DataCollatorForMaskedLM": "hf_pretrain.objectives.masking_collator",
+    "EncoderForPreTraining": "hf_pretrain.modeling.encoder",
+    "EpochDataset": "hf_pretrain.data.epochs",
+    "InputError": "hf_pretrain.errors",
+    "MaskedLMTrainer": "hf_pretrain.objectives.masked_lm",
+    "MaskedLMTrainingArguments": "hf_pretrain.objectives.masked_lm",
+    "MaskingArguments": "hf_pretrain.corruption.arguments",
+    "PretrainingArguments": "hf_pretrain.training.arguments",
+    "PretrainingTrainer": "hf_pretrain.training.trainer",
+    "ReplacedTokenDetectionForPreTraining": "hf_pretrain.objectives.replaced_token_detection",
+    "ReplacedTokenDetectionTrainer": "hf_pretrain.objectives.replaced_token_detection",
+    "ReplacedTokenDetectionTrainingArguments": "hf_pretrain.objectives.replaced_token_detection",
+    "StreamingBlocks": "hf_pretrain.data.streaming",
+    "tokenize_documents": "hf_pretrain.data.documents",
+    "train_tokenizer": "hf_pretrain.data.tokenizer_training",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hf-pretrain")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'hf_pretrain' has no attribute {name!r}")
+    value = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS, "__version__"])

@@ -1,0 +1,132 @@
+"""What is installed: the files of the wheel, where programs and templates are found, and how light the import is."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+import hf_pretrain
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("hf_pretrain", "trainers", "model_cards", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+# Packages under the names that the wheel gives them.
+PACKAGES = {
+    "hf_pretrain": ROOT / "hf_pretrain",
+    "hf_pretrain/trainers": ROOT / "trainers",
+    "hf_pretrain/model_cards": ROOT / "model_cards",
+}
+
+
+def kept(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the sources, without the network."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tree / name)
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def contents(wheel):
+    return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+
+
+def test_the_wheel_holds_every_file_of_the_library_the_programs_and_the_cards(contents):
+    expected = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for package, folder in PACKAGES.items()
+        for path in kept(folder)
+    }
+    assert {name for name in expected if name.endswith(".py")}
+    assert contents == expected
+
+
+def test_the_wheel_holds_what_its_users_look_for(contents):
+    named = {"py.typed", "cli.py", "trainers/rtd.py", "trainers/mlm.py", "trainers/recipes/demo.yaml"}
+    named |= {f"trainers/accelerate/{name}.yaml" for name in ("single", "ddp", "fsdp2")}
+    assert {f"hf_pretrain/{name}" for name in named} <= contents
+    assert any(name.startswith("hf_pretrain/model_cards/") and name.endswith(".jinja") for name in contents)
+
+
+def test_the_wheel_installs_one_top_level_name(wheel, contents):
+    assert {name.split("/")[0] for name in contents} == {"hf_pretrain"}
+    metadata = next(name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt"))
+    assert "hf-pretrain = hf_pretrain.cli:main" in zipfile.ZipFile(wheel).read(metadata).decode()
+
+
+def test_the_wheel_works_where_the_repository_is_not(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    program = (
+        "import hf_pretrain, importlib.resources as r, sys; assert hf_pretrain.__file__.startswith(sys.argv[1]); "
+        "from hf_pretrain.training.recipes import read_recipe; path, options = read_recipe('demo'); "
+        "assert str(path).startswith(sys.argv[1]) and options; "
+        "assert str(r.files('hf_pretrain.model_cards')).startswith(sys.argv[1])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(("package", "folder"), [("trainers", "recipes"), ("trainers", "accelerate")])
+def test_the_installed_package_finds_its_data(package, folder):
+    found = {entry.name for entry in (files(f"hf_pretrain.{package}") / folder).iterdir()}
+    assert found == {path.name for path in (ROOT / package / folder).iterdir()}
+
+
+def test_the_installed_package_finds_its_templates():
+    assert {entry.name for entry in files("hf_pretrain.model_cards").iterdir()} >= {"__init__.py"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainers" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "no"  # the program decides
+    assert config.distributed_type.value == {"single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP"}[path.stem]
+    if path.stem == "fsdp2":
+        assert config.fsdp_config["fsdp_version"] == 2
+
+
+def test_the_import_is_lazy():
+    program = (
+        "import sys, hf_pretrain; hf_pretrain.InputError; dir(hf_pretrain); "
+        "print([name for name in ('torch', 'transformers', 'datasets', 'numpy', 'yaml') if name in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr
+
+
+@pytest.mark.parametrize("name", hf_pretrain.__all__)
+def test_every_exported_name_imports(name):
+    value = getattr(hf_pretrain, name)
+    assert value.__name__ == name
+    assert name in dir(hf_pretrain)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+        _ = hf_pretrain.Nothing
+    with pytest.raises(ImportError):
+        from hf_pretrain import nothing  # noqa: F401
