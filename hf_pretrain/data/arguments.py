@@ -1,0 +1,91 @@
+"""Options of the data path."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from hf_pretrain.errors import InputError
+
+
+@dataclass
+class DataArguments:
+    """Which text is trained on and how it is cut; by default, the docstrings of the installed packages."""
+
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Text to train on: .txt, .jsonl or .parquet files (.gz, .xz and .bz2 too), folders or globs."
+        },
+    )
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Text to evaluate on; without it, documents are held out from training."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    text_column: str = field(default="text", metadata={"help": "Column or JSON field that holds the text."})
+    document_separator: Literal["blank_line", "line", "file"] = field(
+        default="blank_line", metadata={"help": "What ends a document of a text file."}
+    )
+    validation_fraction: float = field(
+        default=0.02,
+        metadata={"help": "Share of the documents held out if there is no validation_file; 0 holds none."},
+    )
+    split_seed: int = field(
+        default=0,
+        metadata={
+            "help": "Seed of the choice of documents to hold out and of max_corpus_bytes; apart from the seed of the run, "
+            "so that runs of several seeds see the same data."
+        },
+    )
+    max_corpus_bytes: int | None = field(
+        default=None, metadata={"help": "Use a random part of the documents, of about so many bytes."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer of the Hub or a folder; without it, one is trained on the text."}
+    )
+    tokenizer_type: Literal["wordpiece", "bpe", "unigram"] = field(
+        default="wordpiece", metadata={"help": "Kind of tokenizer to train: as BERT's, RoBERTa's or SentencePiece's."}
+    )
+    vocab_size: int = field(default=30522, metadata={"help": "Vocabulary of a tokenizer to train, in tokens."})
+    lowercase: bool = field(default=True, metadata={"help": "Lower the case, in a tokenizer to train."})
+    block_size: int = field(default=128, metadata={"help": "Most tokens in an example, special tokens included."})
+    block_mode: Literal["full_sentences", "doc_sentences", "tokens"] = field(
+        default="full_sentences",
+        metadata={"help": "Fill examples with whole sentences, also across documents or not, or cut anywhere."},
+    )
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize; by default one, which uses threads."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read, tokenize and pack while training instead of storing documents first."}
+    )
+    shuffle_buffer_size: int = field(
+        default=10_000, metadata={"help": "With streaming: examples that are shuffled together; 0 keeps the order."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            InputError: If two options exclude each other, or a number is out of range.
+        """
+        if self.train_file and self.dataset_name:
+            raise InputError(
+                f"train_file={self.train_file} and dataset_name={self.dataset_name!r}: give one of the two"
+            )
+        if self.dataset_config_name and not self.dataset_name:
+            raise InputError(f"dataset_config_name={self.dataset_config_name!r} needs a dataset_name")
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"validation_fraction={self.validation_fraction} must be in [0, 1); 0.02 is usual")
+        for name in ("max_corpus_bytes", "preprocessing_num_workers", "block_size", "vocab_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name}={value} must be positive")
+        if self.streaming and not (self.train_file or self.dataset_name):
+            raise InputError("streaming=True needs a train_file or a dataset_name: the docstring corpus is stored")
+        if self.streaming and self.max_corpus_bytes is not None:
+            raise InputError(
+                f"max_corpus_bytes={self.max_corpus_bytes} does not go with streaming: leave one of them out"
+            )

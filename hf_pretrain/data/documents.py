@@ -1,0 +1,277 @@
+"""From text to documents: one row a document, tokens with the words and sentences of the text marked on them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerBase
+
+from hf_pretrain.data.sentences import SentenceSplitter, sentence_starts
+from hf_pretrain.data.words import Segmenter, character_kinds, next_visible, word_starts
+from hf_pretrain.errors import InputError
+
+DOCUMENT_FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "word_starts": datasets.List(datasets.Value("bool")),
+        "sent_starts": datasets.List(datasets.Value("bool")),
+        "doc_id": datasets.Value("int64"),
+    }
+)
+# Longer documents go through the tokenizer in pieces, cut at white space, and pieces in groups of about this size: a
+# Python object a token is too much for a long book otherwise.
+_PIECE_CHARACTERS = 1 << 20
+_GROUP_CHARACTERS = 1 << 21
+# Part of every fingerprint: raise it when the documents of the same text change.
+_VERSION = 1
+
+
+class _Tokens(NamedTuple):
+    """Tokens of a text: ids ``int32 [n]``, and the offsets of their first and behind their last character, ``[n]``."""
+
+    ids: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+def tokenize_texts(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sentence_splitter: SentenceSplitter = sentence_starts,
+    word_segmenter: Segmenter | None = None,
+) -> dict[str, list[np.ndarray]]:
+    """Tokenize texts without special tokens and mark the tokens that begin a word or a sentence of the text.
+
+    A token belongs to the word (sentence) of its first visible character, or of the next one if it is all white
+    space. It begins the word if the token before belongs to another. The name of a special token in the text, such as
+    "[SEP]", is text like any other.
+
+    Args:
+        texts: The texts.
+        tokenizer: A fast tokenizer, because the words are found by character offsets.
+        sentence_splitter: Returns the offsets at which the sentences of a text start.
+        word_segmenter: Cuts runs of Chinese and Japanese characters into words, see `word_starts`.
+
+    Returns:
+        The columns ``input_ids`` (``int32 [n]`` a text), ``word_starts`` and ``sent_starts`` (``bool [n]``), with one
+        entry a text; one without tokens is empty.
+
+    Raises:
+        InputError: If the tokenizer has no offsets.
+    """
+    check_offsets(tokenizer)
+    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "word_starts": [], "sent_starts": []}
+    for text, tokens in zip(texts, _tokenize(texts, tokenizer), strict=True):
+        kinds = character_kinds(text)
+        places = next_visible(kinds, tokens.starts)
+        words = word_starts(text, segmenter=word_segmenter, kinds=kinds)
+        sentences = np.asarray(sentence_splitter(text), dtype=np.int64)
+        columns["input_ids"].append(tokens.ids)
+        columns["word_starts"].append(_begins_unit(words, places))
+        columns["sent_starts"].append(_begins_unit(sentences, places))
+    return columns
+
+
+def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise InputError if the tokenizer does not tell where in the text its tokens are."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"tokenizer={type(tokenizer).__name__} gives no character offsets, without which words are not known: "
+            "use a fast tokenizer, one with a tokenizer.json"
+        )
+
+
+def _begins_unit(unit_starts: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Return whether each place is the first of its unit among the places: ``bool [n]``, the first always."""
+    units = np.searchsorted(unit_starts, places, side="right")
+    begins = np.ones(len(places), dtype=np.bool_)
+    begins[1:] = units[1:] != units[:-1]
+    return begins
+
+
+def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[_Tokens]:
+    """Return the tokens of each text, none of them special but the unknown token."""
+    special = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
+    cuts = [_cuts(text) for text in texts]
+    tokens = _tokenize_pieces(texts, cuts, tokenizer)
+    unsettled = list(range(len(texts)))
+    # split_special_tokens keeps most names of special tokens apart; some models find them in their vocabulary all the
+    # same, unless the name is cut.
+    while unsettled := [i for i in unsettled if _cut_names(tokens[i], cuts[i], special)]:
+        again = _tokenize_pieces([texts[i] for i in unsettled], [cuts[i] for i in unsettled], tokenizer)
+        for i, fresh in zip(unsettled, again, strict=True):
+            tokens[i] = fresh
+    return tokens
+
+
+def _cuts(text: str) -> list[int]:
+    """Return where the pieces of a text start: after every so many characters, before white space."""
+    cuts = [0]
+    while len(text) - cuts[-1] > _PIECE_CHARACTERS:
+        low, high = cuts[-1] + 1, cuts[-1] + _PIECE_CHARACTERS
+        cut = max(text.rfind("\n", low, high), text.rfind(" ", low, high))
+        cuts.append(cut if cut > 0 else high)
+    return cuts
+
+
+def _cut_names(tokens: _Tokens, cuts: list[int], special: list[int]) -> bool:
+    """Add a cut behind the first character of each special token; return whether there were any."""
+    names = np.isin(tokens.ids, special) & (tokens.ends - tokens.starts > 1)
+    if names.any():
+        cuts[:] = sorted({*cuts, *(tokens.starts[names] + 1).tolist()})
+    return bool(names.any())
+
+
+def _tokenize_pieces(
+    texts: Sequence[str], cuts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> list[_Tokens]:
+    """Tokenize each text in the pieces that begin at its cuts."""
+    pieces = [
+        (text[low:high], low)
+        for text, starts in zip(texts, cuts, strict=True)
+        for low, high in itertools.pairwise([*starts, len(text)])
+    ]
+    encoded = (tokens for group in _groups(pieces) for tokens in _encode(group, tokenizer))
+    tokens = []
+    for starts in cuts:
+        parts = list(itertools.islice(encoded, len(starts)))
+        tokens.append(parts[0] if len(parts) == 1 else _Tokens(*map(np.concatenate, zip(*parts, strict=True))))
+    return tokens
+
+
+def _groups(pieces: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
+    """Yield neighbouring pieces together, up to the size of a group."""
+    group: list[tuple[str, int]] = []
+    size = 0
+    for piece in pieces:
+        if group and size + len(piece[0]) > _GROUP_CHARACTERS:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece[0])
+    if group:
+        yield group
+
+
+def _encode(pieces: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    """Yield the tokens of each piece, at the offsets of the whole text."""
+    encoding = tokenizer(
+        [piece for piece, _ in pieces],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    # The call leaves the backend in that state.
+    tokenizer.backend_tokenizer.encode_special_tokens = tokenizer.split_special_tokens
+    for ids, offsets, (_, shift) in zip(encoding["input_ids"], encoding["offset_mapping"], pieces, strict=True):
+        flat = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)) + shift
+        yield _Tokens(np.array(ids, dtype=np.int32), flat[::2], flat[1::2])
+
+
+def tokenize_documents(
+    texts: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    sentence_splitter: SentenceSplitter = sentence_starts,
+    word_segmenter: Segmenter | None = None,
+    num_proc: int | None = None,
+    batch_size: int = 256,
+) -> datasets.Dataset:
+    """Tokenize a dataset of texts into the document schema, once: the result is an Arrow file that is found again.
+
+    Args:
+        texts: Dataset with a column ``text``, and ``lang`` where languages are told apart.
+        tokenizer: A fast tokenizer.
+        sentence_splitter: Returns the offsets at which the sentences of a text start.
+        word_segmenter: Cuts runs of Chinese and Japanese characters into words, see `word_starts`.
+        num_proc: Processes to work in; the tokenizer uses threads anyway where there is one process.
+        batch_size: Texts in one call of the tokenizer.
+
+    Returns:
+        Dataset with ``input_ids``, ``word_starts``, ``sent_starts``, ``doc_id`` and, if given, ``lang``, in the order
+        of the texts. Texts without tokens are left out; ``doc_id`` counts the rest from 0.
+
+    Raises:
+        InputError: If the tokenizer has no offsets, there is no column ``text``, or no text has a token.
+    """
+    check_offsets(tokenizer)
+    if "text" not in texts.column_names:
+        raise InputError(f"texts has the columns {texts.column_names}, but none named 'text'; make it by text_dataset")
+    features = datasets.Features(DOCUMENT_FEATURES)
+    if "lang" in texts.column_names:
+        features["lang"] = datasets.Value("string")
+    worker = _Worker(tokenizer, sentence_splitter, word_segmenter)
+    fingerprint = Hasher.hash((_VERSION, texts._fingerprint, worker.key()))
+    documents = texts.with_format("arrow").map(
+        worker,
+        with_indices=True,
+        batched=True,
+        batch_size=batch_size,
+        num_proc=num_proc,
+        features=features,
+        remove_columns=texts.column_names,
+        new_fingerprint=fingerprint,
+        desc="Tokenizing",
+    )
+    documents = documents.with_format(None)
+    if not len(documents):
+        raise InputError(f"texts have no tokens in {len(texts)} rows; check the text and the tokenizer")
+    return documents if len(documents) == len(texts) else _renumbered(documents)
+
+
+def _renumbered(documents: datasets.Dataset) -> datasets.Dataset:
+    """Count the documents anew, after some texts were left out."""
+    features = documents.features.copy()
+    documents = documents.remove_columns("doc_id").add_column("doc_id", np.arange(len(documents)))
+    return documents.select_columns(list(features))
+
+
+@dataclass
+class _Worker:
+    """What `datasets.map` calls: a table of texts in, a table of documents out."""
+
+    tokenizer: PreTrainedTokenizerBase
+    sentence_splitter: SentenceSplitter
+    word_segmenter: Segmenter | None
+
+    def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
+        """Return the documents of the texts that have tokens; ``doc_id`` is the number of the text."""
+        columns = tokenize_texts(
+            [text or "" for text in table["text"].to_pylist()],
+            self.tokenizer,
+            sentence_splitter=self.sentence_splitter,
+            word_segmenter=self.word_segmenter,
+        )
+        kept = np.array([len(ids) > 0 for ids in columns["input_ids"]], dtype=np.bool_)
+        types = {"input_ids": pa.int32(), "word_starts": pa.bool_(), "sent_starts": pa.bool_()}
+        arrays: dict[str, Any] = {name: _list_array(columns[name], kept, kind) for name, kind in types.items()}
+        arrays["doc_id"] = pa.array(np.asarray(indices, dtype=np.int64)[kept])
+        if "lang" in table.column_names:
+            arrays["lang"] = table["lang"].cast(pa.string()).filter(pa.array(kept))
+        return pa.table(arrays)
+
+    def key(self) -> tuple[Any, ...]:
+        """Return what decides the documents of a text: not how the tokenizer was last called."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+        special = (sorted(self.tokenizer.all_special_ids), self.tokenizer.unk_token_id)
+        return json.dumps(backend, sort_keys=True), special, self.sentence_splitter, self.word_segmenter
+
+
+def _list_array(rows: list[np.ndarray], kept: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)[kept]
+    values = np.concatenate(rows) if rows else np.empty(0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=kind))

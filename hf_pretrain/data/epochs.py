@@ -1,0 +1,131 @@
+"""Examples that know their epoch: the epoch travels inside the index, so it reaches workers and survives resume."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from hf_pretrain.data import draws
+from hf_pretrain.errors import InputError
+
+EPOCH_STRIDE = 1 << 40
+"""Index = epoch * EPOCH_STRIDE + row: room for 2**40 rows and 2**23 epochs in a signed 64-bit integer."""
+
+_YIELD_CHUNK = 1 << 16
+
+
+class EpochDataset(Dataset[dict[str, Any]]):
+    """A map-style dataset whose examples carry ``example_id`` and ``epoch``, the keys of every random draw.
+
+    Index ``epoch * EPOCH_STRIDE + row`` is the example of that row in that epoch. A plain index below the length is
+    the row in epoch 0, so the dataset can also be used with any stock sampler.
+
+    Args:
+        base: A map-style dataset of dicts: a ``datasets.Dataset`` or a torch dataset with a length.
+
+    Raises:
+        InputError: If ``base`` has no length or is read by iteration only.
+    """
+
+    def __init__(self, base: Any) -> None:  # noqa: ANN401 (torch and datasets share no map-style base class)
+        if isinstance(base, IterableDataset) or not (hasattr(base, "__len__") and hasattr(base, "__getitem__")):
+            raise InputError(
+                f"dataset={type(base).__name__} is not map-style (it needs a length and rows by number); "
+                "pass a datasets.Dataset or a torch Dataset, or use StreamingBlocks, which adds the epoch itself"
+            )
+        assert len(base) <= EPOCH_STRIDE, "more rows than an index has room for"
+        self.base = base
+
+    @classmethod
+    def wrap(cls, dataset: Any) -> EpochDataset:  # noqa: ANN401
+        """Return ``dataset`` itself if it is an ``EpochDataset`` already, else wrap it."""
+        return dataset if isinstance(dataset, cls) else cls(dataset)
+
+    def __len__(self) -> int:
+        """Return the number of rows, that is the examples of one epoch."""
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return ``{**base[row], "example_id": row, "epoch": epoch}``.
+
+        Raises:
+            IndexError: If the index is negative or its row is not below the length.
+        """
+        epoch, row = self._locate(index)
+        return {**self.base[row], "example_id": row, "epoch": epoch}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the examples of a batch of indices, read in one call where the base dataset can."""
+        places = [self._locate(index) for index in indices]
+        rows = [row for _, row in places]
+        read_many = getattr(self.base, "__getitems__", None)
+        examples = read_many(rows) if read_many is not None else [self.base[row] for row in rows]
+        return [
+            {**example, "example_id": row, "epoch": epoch}
+            for example, (epoch, row) in zip(examples, places, strict=True)
+        ]
+
+    def __repr__(self) -> str:
+        """Show the wrapped dataset."""
+        return f"{type(self).__name__}({self.base!r})"
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        epoch, row = divmod(operator.index(index), EPOCH_STRIDE)
+        if epoch < 0 or row >= len(self.base):
+            raise IndexError(
+                f"index {index} (epoch {epoch}, row {row}) is out of range for a dataset of {len(self.base)} examples"
+            )
+        return epoch, row
+
+
+class EpochSampler(Sampler[int]):
+    """Yields each example of an epoch once, as indices of an :class:`EpochDataset`.
+
+    The order is ``draws.permutation(num_examples, seed=seed, epoch=epoch)``: the same on every rank and after any
+    resume. accelerate's loaders reach ``set_epoch`` by themselves; a bare ``DataLoader`` needs the call before each
+    epoch.
+
+    Args:
+        num_examples: Examples in the dataset.
+        seed: Seed of the run.
+        shuffle: Whether to permute; if not, rows come in order.
+
+    Raises:
+        InputError: If there are no examples.
+    """
+
+    def __init__(self, num_examples: int, *, seed: int, shuffle: bool = True) -> None:
+        if not 0 < num_examples <= EPOCH_STRIDE:
+            raise InputError(f"num_examples={num_examples} must be positive: the dataset holds no example to sample")
+        self.num_examples = num_examples
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        if epoch < 0:
+            raise ValueError(f"epoch={epoch} must not be negative")
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Return the number of indices that an epoch yields."""
+        return self.num_examples
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the indices of the current epoch."""
+        # The epoch is read here, not inside the loop: a loader may call set_epoch while an epoch is still being
+        # drained.
+        return self._indices(self.epoch)
+
+    def _indices(self, epoch: int) -> Iterator[int]:
+        if self.shuffle:
+            rows = draws.permutation(self.num_examples, seed=self.seed, epoch=epoch)
+        else:
+            rows = np.arange(self.num_examples)
+        for begin in range(0, self.num_examples, _YIELD_CHUNK):  # Python integers of one chunk at a time
+            yield from (rows[begin : begin + _YIELD_CHUNK] + epoch * EPOCH_STRIDE).tolist()

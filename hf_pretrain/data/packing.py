@@ -1,0 +1,304 @@
+"""Packing documents into blocks of whole sentences: only where to cut is computed, no token is copied.
+
+A block is a range of token positions; it is read from the Arrow buffers when it is asked for. With ``v`` the position
+of a sentence's first token plus the number of separators before it, and ``e`` the same for its end, the sentences
+``a..b`` fill ``e[b] - v[a]`` places of a block. ``e`` rises, so one ``searchsorted`` finds the longest block from
+every possible start, and following the chain from the first start gives the greedy packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import datasets
+import numpy as np
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from hf_pretrain.data.token_store import TokenStore
+from hf_pretrain.errors import InputError
+
+PackingMode = Literal["full_sentences", "doc_sentences", "tokens"]
+
+_WINDOW_TOKENS = 1 << 22
+_WINDOW_DOCUMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class BlockTemplate:
+    """What a tokenizer puts around a single sequence, and what separates two documents inside one."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    separator: int | None
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> BlockTemplate:
+        """Read the template off a tokenizer: by its own method where it has one, else by encoding a short text.
+
+        Args:
+            tokenizer: Any transformers tokenizer, Rust-backed or Python.
+
+        Returns:
+            The template; empty around the sequence for a tokenizer that adds nothing. The separator is ``sep_token``,
+            or ``eos_token`` where there is none.
+
+        Raises:
+            InputError: If the tokenizer adds special tokens, but around no text of its own vocabulary.
+        """
+        separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+        expected = tokenizer.num_special_tokens_to_add(pair=False)
+        if expected == 0:
+            return cls((), (), separator)
+        for ids, is_special in _probes(tokenizer):
+            if 0 in is_special:
+                first, last = is_special.index(0), len(is_special) - is_special[::-1].index(0)
+                if first + len(ids) - last == expected:
+                    return cls(tuple(ids[:first]), tuple(ids[last:]), separator)
+        raise InputError(
+            f"tokenizer={type(tokenizer).__name__} adds {expected} special tokens, but none around any token of its "
+            "vocabulary; give it a post-processor whose template holds the sequence"
+        )
+
+    @property
+    def num_special_tokens(self) -> int:
+        """Tokens around the sequence."""
+        return len(self.prefix) + len(self.suffix)
+
+    def budget(self, block_size: int) -> int:
+        """Return how many tokens of text and separators fit into a block.
+
+        Raises:
+            InputError: If nothing fits.
+        """
+        if block_size <= self.num_special_tokens:
+            raise InputError(
+                f"block_size={block_size} leaves no room for text: the tokenizer adds {self.num_special_tokens} "
+                f"special tokens; use at least {self.num_special_tokens + 1}, usually 128 or 512"
+            )
+        return block_size - self.num_special_tokens
+
+
+def check_mode(mode: str) -> None:
+    """Raise :class:`InputError` if there is no such packing mode."""
+    if mode not in get_args(PackingMode):
+        raise InputError(f"mode={mode!r} is unknown; choose one of {', '.join(get_args(PackingMode))}")
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield encodings of short texts as (ids, special-token mask), likely ones first."""
+    if hasattr(tokenizer, "build_inputs_with_special_tokens"):
+        ids = tokenizer.build_inputs_with_special_tokens([-1])
+        yield ids, [int(token != -1) for token in ids]
+    special = set(tokenizer.all_special_tokens)
+    for text in ["a", *(token for token in tokenizer.get_vocab() if token not in special)]:
+        encoding = tokenizer(text, return_special_tokens_mask=True)
+        yield encoding["input_ids"], encoding["special_tokens_mask"]
+
+
+def block_bounds(store: TokenStore, *, budget: int, mode: PackingMode = "full_sentences") -> np.ndarray:
+    """Cut the tokens of a store into blocks, greedily.
+
+    Args:
+        store: The documents' tokens.
+        budget: Places in a block for tokens and for separators between documents.
+        mode: ``"full_sentences"``: as many whole sentences as fit, across documents, with one place for a separator
+            at each border; ``"doc_sentences"``: the same, but a block ends with its document; ``"tokens"``: every
+            place is filled, sentences are cut anywhere. A sentence longer than the budget is cut into pieces of the
+            budget's length, the first of which begins a block and the last of which is packed like a sentence.
+
+    Returns:
+        ``int64 [num_blocks + 1]``: block ``i`` is the positions ``[bounds[i], bounds[i + 1])``. Separators are no
+        positions: one that would begin or end a block is left out. Memory beyond the result: the sentence starts of
+        about four million tokens at a time, or with ``"tokens"`` 8 bytes a document.
+
+    Source:
+        Liu et al., "RoBERTa" (2019), section 4.2, FULL-SENTENCES and DOC-SENTENCES.
+    """
+    if mode == "tokens":
+        cut = _cut_anywhere(store, budget)
+    else:
+        cut = _cut_at_sentences(store, budget, cross_documents=mode == "full_sentences")
+    return np.concatenate([np.zeros(1, np.int64), *cut, np.array([store.num_tokens], np.int64)])
+
+
+def _cut_at_sentences(store: TokenStore, budget: int, *, cross_documents: bool) -> Iterator[np.ndarray]:
+    """Yield the inner bounds window by window; sentences of an unfinished block are carried to the next window."""
+    carried = np.empty(0, np.int64)
+    for low in range(0, store.num_tokens, _WINDOW_TOKENS):
+        high = min(low + _WINDOW_TOKENS, store.num_tokens)
+        # The last sentence of a window ends where the next window says, so it is carried; the last window closes it.
+        closing = [store.num_tokens] if high == store.num_tokens else []
+        starts = np.concatenate([carried, _sentence_starts(store, low, high), np.array(closing, np.int64)])
+        starts = _split_long(starts, budget)
+        following = _longest_from_each(store, starts, budget, cross_documents)
+        chain, at, num_closed = [], 0, len(starts) - 1
+        while at < num_closed and (at := following.item(at)) < num_closed:
+            chain.append(at)
+        yield starts[chain]
+        carried = starts[chain[-1] if chain else 0 :]
+
+
+def _sentence_starts(store: TokenStore, low: int, high: int) -> np.ndarray:
+    """Return the positions in ``[low, high)`` that begin a sentence; the first token of a document always does."""
+    flags = store.sent_starts(low, high)
+    first, last = np.searchsorted(store.begins, [low, high])
+    flags[store.begins[first:last] - low] = True
+    return np.flatnonzero(flags) + low
+
+
+def _split_long(starts: np.ndarray, budget: int) -> np.ndarray:
+    """Add starts inside the sentences that are longer than the budget, so that none is."""
+    long = np.flatnonzero(np.diff(starts) > budget)
+    added = [np.arange(starts[k] + budget, starts[k + 1], budget) for k in long]
+    return np.sort(np.concatenate([starts, *added])) if added else starts
+
+
+def _longest_from_each(store: TokenStore, starts: np.ndarray, budget: int, cross_documents: bool) -> np.ndarray:
+    """Return for each closed sentence, if a block began with it, the number of the sentence that begins the next."""
+    document = store.document_of(starts[:-1])
+    separators = document if cross_documents else 0
+    following = np.searchsorted(starts[1:] + separators, starts[:-1] + separators + budget, side="right")
+    if not cross_documents:
+        following = np.minimum(following, np.searchsorted(document, document, side="right"))
+    return following
+
+
+def _cut_anywhere(store: TokenStore, budget: int) -> Iterator[np.ndarray]:
+    """Yield the inner bounds of blocks that fill every place, a window of documents at a time.
+
+    On the line of all tokens with one separator between documents, blocks are ``budget`` apart, except that a block
+    does not begin with a separator: then it begins one place later.
+    """
+    separators = store.begins[1:-1] + np.arange(store.num_documents - 1)
+    at = 0
+    for low in range(0, len(separators) + 1, _WINDOW_DOCUMENTS):
+        window = separators[low : low + _WINDOW_DOCUMENTS]
+        is_last = low + _WINDOW_DOCUMENTS > len(separators)
+        end = store.num_tokens + len(separators) if is_last else int(window[-1]) + 1
+        positions, known = [], set(window.tolist())
+        while at + budget < end:
+            at += budget
+            at += at in known
+            positions.append(at)
+        places = np.array(positions, dtype=np.int64)
+        yield places - np.searchsorted(separators, places)
+
+
+class BlockDataset(Dataset[dict[str, np.ndarray]]):
+    """Blocks of whole sentences as views of a dataset of documents: the input of masked-token objectives.
+
+    Args:
+        documents: Documents in the document schema (``input_ids``, ``word_starts``, ``sent_starts``).
+        tokenizer: Tokenizer that made them; gives the special tokens around a block and the separator between
+            documents.
+        block_size: Most tokens in a block, special tokens included.
+        mode: How to cut, see :func:`block_bounds`.
+
+    Raises:
+        InputError: If the documents are empty or not of the schema, ``block_size`` leaves no room for text, ``mode``
+        is
+            unknown, or documents are to share blocks and the tokenizer has no separator.
+    """
+
+    def __init__(
+        self,
+        documents: datasets.Dataset,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int = 128,
+        mode: PackingMode = "full_sentences",
+    ) -> None:
+        check_mode(mode)
+        self.template = BlockTemplate.of(tokenizer)
+        self.store = TokenStore(documents)
+        self.block_size = block_size
+        self.mode = mode
+        budget = self.template.budget(block_size)
+        if self.store.num_tokens == 0:
+            raise InputError(f"documents hold no token in {len(documents)} rows; check the text they were made from")
+        if mode != "doc_sentences" and self.store.num_documents > 1 and self.template.separator is None:
+            raise InputError(
+                f"mode={mode!r} puts several documents into a block, but the tokenizer has no sep_token and no "
+                "eos_token to put between them; add one or use mode='doc_sentences'"
+            )
+        self._bounds = block_bounds(self.store, budget=budget, mode=mode)
+
+    def __len__(self) -> int:
+        """Return the number of blocks."""
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Return one block.
+
+        Returns:
+            ``input_ids`` ``int32 [n]`` with special tokens and separators, a read-only view of the documents where
+            the block needs neither; ``word_starts`` ``bool [n]``, True at each of them.
+
+        Raises:
+            IndexError: If there is no such block.
+        """
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """Return several blocks."""
+        numbers = np.asarray(indices, dtype=np.int64)
+        if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
+            raise IndexError(f"block {numbers.min()} or {numbers.max()} is out of range for {len(self)} blocks")
+        starts, stops = self._bounds[numbers], self._bounds[numbers + 1]
+        firsts, lasts = self.store.document_of(starts), self.store.document_of(stops - 1)
+        return [
+            self._read(*place)
+            for place in zip(starts.tolist(), stops.tolist(), firsts.tolist(), lasts.tolist(), strict=True)
+        ]
+
+    def _read(self, start: int, stop: int, first_document: int, last_document: int) -> dict[str, np.ndarray]:
+        ids, words = self.store.read(start, stop)
+        prefix, suffix = self.template.prefix, self.template.suffix
+        num_separators = last_document - first_document
+        if not (prefix or suffix or num_separators):
+            return {"input_ids": ids, "word_starts": words}
+        end = len(prefix) + len(ids) + num_separators
+        input_ids = np.empty(end + len(suffix), dtype=np.int32)
+        word_starts = np.ones(len(input_ids), dtype=np.bool_)
+        input_ids[: len(prefix)] = prefix
+        input_ids[end:] = suffix
+        is_text: slice | np.ndarray = slice(len(prefix), end)
+        if num_separators:
+            assert self.template.separator is not None
+            borders = self.store.begins[first_document + 1 : last_document + 1] - start
+            at_border = len(prefix) + borders + np.arange(num_separators)
+            input_ids[at_border] = self.template.separator
+            is_text = np.zeros(len(input_ids), dtype=np.bool_)
+            is_text[len(prefix) : end] = True
+            is_text[at_border] = False
+        input_ids[is_text] = ids
+        word_starts[is_text] = words
+        return {"input_ids": input_ids, "word_starts": word_starts}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of text in all blocks, without special tokens and separators."""
+        return self.store.num_tokens
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each block, special tokens and separators included: ``int64 [num_blocks]``."""
+        starts, stops = self._bounds[:-1], self._bounds[1:]
+        separators = self.store.document_of(stops - 1) - self.store.document_of(starts)
+        return stops - starts + separators + self.template.num_special_tokens
+
+    @property
+    def fill(self) -> float:
+        """Mean length of a block as a share of ``block_size``."""
+        return float(self.lengths.mean()) / self.block_size
+
+    def __repr__(self) -> str:
+        """Show what was packed and how well it fills."""
+        return (
+            f"{type(self).__name__}({len(self)} blocks of at most {self.block_size} tokens, mode={self.mode!r}, "
+            f"{self.num_tokens} tokens of {self.store.num_documents} documents, fill={self.fill:.3f})"
+        )

@@ -1,0 +1,173 @@
+"""Text as a `datasets.Dataset` with the one column ``text``: from files, from the Hub or from a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from datasets.exceptions import DatasetGenerationError
+from datasets.fingerprint import Hasher
+from tqdm.auto import tqdm
+
+from hf_pretrain.data import draws
+from hf_pretrain.data.text_files import (
+    DocumentSeparator,
+    check_text_column,
+    missing_column,
+    read_documents,
+    resolve_paths,
+)
+from hf_pretrain.errors import InputError
+
+__all__ = [
+    "DocumentSeparator",
+    "file_stamps",
+    "generate_dataset",
+    "load_text_dataset",
+    "random_subset",
+    "read_documents",
+    "resolve_paths",
+    "text_dataset",
+    "text_sizes",
+]
+
+TEXT_FEATURES = datasets.Features({"text": datasets.Value("string")})
+# Part of every fingerprint: raise it when the documents of the same files change.
+_VERSION = 1
+_BATCH_ROWS = 1000
+
+
+def text_dataset(
+    source: datasets.Dataset | str | Path | Sequence[str | Path],
+    *,
+    text_column: str = "text",
+    document_separator: DocumentSeparator = "blank_line",
+    cache_dir: str | None = None,
+) -> datasets.Dataset:
+    """Return documents as a dataset with the one column ``text``, memory-mapped where they come from files.
+
+    Args:
+        source: Files, folders or globs as in `read_documents`, or a dataset with a column of text.
+        text_column: Name of the column that holds the text.
+        document_separator: What ends a document of a text file.
+        cache_dir: Folder of the Arrow files; the cache of 🤗 datasets by default. The same files, unchanged, and the
+            same options are read once.
+
+    Raises:
+        InputError: As `read_documents`; or if the dataset is empty or has no such column of text.
+    """
+    if isinstance(source, datasets.Dataset):
+        check_text_column(source.data.table.schema, text_column, "the dataset")
+        if not len(source):
+            raise InputError("the dataset has no rows; name another split")
+        return source.select_columns([text_column]).rename_column(text_column, "text").with_format(None)
+    if isinstance(source, datasets.DatasetDict | datasets.IterableDataset):
+        raise InputError(
+            f"source is a {type(source).__name__}, not a datasets.Dataset; pick a split that is not streamed"
+        )
+    paths = resolve_paths(source)
+    options = {"document_separator": document_separator, "text_column": text_column}
+    key = (file_stamps(paths), options)
+    return generate_dataset(_rows, {"paths": paths, **options}, key=key, cache_dir=cache_dir)
+
+
+def file_stamps(paths: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return place, time of the last change (ns) and size (bytes) of each file: what a cache is keyed by."""
+    status = [(str(Path(path).resolve()), Path(path).stat()) for path in paths]
+    return [(path, stat.st_mtime_ns, stat.st_size) for path, stat in status]
+
+
+def _rows(paths: list[str], document_separator: DocumentSeparator, text_column: str) -> Iterator[dict[str, str]]:
+    for text in read_documents(paths, document_separator=document_separator, text_column=text_column):
+        yield {"text": text}
+
+
+def generate_dataset(
+    generator: Callable[..., Iterator[dict[str, str]]],
+    options: Mapping[str, Any],
+    *,
+    key: Any,
+    cache_dir: str | None = None,
+) -> datasets.Dataset:
+    """Write the rows of a generator to an Arrow file, or open the one that was written before.
+
+    Args:
+        generator: Called with ``options``; yields rows with a ``text``.
+        options: Keyword arguments of the generator.
+        key: Whatever decides the rows; the same key gives the same file.
+        cache_dir: Folder of the Arrow files.
+
+    Raises:
+        InputError: If the generator raises one.
+    """
+    fingerprint = Hasher.hash((_VERSION, generator.__module__, generator.__qualname__, key))
+    try:
+        return datasets.Dataset.from_generator(
+            generator, TEXT_FEATURES, cache_dir=cache_dir, gen_kwargs=dict(options), fingerprint=fingerprint
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+
+
+def load_text_dataset(
+    name: str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+    cache_dir: str | None = None,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Load a dataset by its name on the Hub or its local folder, see `datasets.load_dataset`.
+
+    Returns:
+        A dataset with the one column ``text``; or, streamed, the dataset as it is.
+
+    Raises:
+        InputError: If there is no such dataset, configuration or split within reach, or no such column of text.
+    """
+    try:
+        loaded = datasets.load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"dataset_name={name!r} ({config_name=}, {split=}) can not be loaded: {reason}") from error
+    if streaming:
+        if loaded.column_names is not None and text_column not in loaded.column_names:
+            raise missing_column(text_column, f"dataset_name={name!r}", loaded.column_names)
+        return loaded
+    return text_dataset(loaded, text_column=text_column)
+
+
+def text_sizes(texts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Return the length of each text in bytes of UTF-8 and in characters: ``int64 [num_texts]`` both."""
+    num_bytes, num_characters = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    batches = texts.with_format("arrow").iter(batch_size=_BATCH_ROWS)
+    num_batches = -(-len(texts) // _BATCH_ROWS)
+    for batch in tqdm(batches, desc="Measuring text", total=num_batches, delay=2, disable=None):
+        column = batch["text"]
+        num_bytes.append(pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64))
+        num_characters.append(pc.fill_null(pc.utf8_length(column), 0).to_numpy().astype(np.int64))
+    return np.concatenate(num_bytes), np.concatenate(num_characters)
+
+
+def random_subset(texts: datasets.Dataset, *, max_bytes: int, seed: int) -> datasets.Dataset:
+    """Return a keyed random part of the texts that has at most so many bytes, in the order of the texts.
+
+    Raises:
+        InputError: If not even one text is left.
+    """
+    num_bytes, _ = text_sizes(texts)
+    if num_bytes.sum() <= max_bytes:
+        return texts
+    order = draws.permutation(len(texts), seed=seed, stream="corpus subset")
+    rows = np.sort(order[np.cumsum(num_bytes[order]) <= max_bytes])
+    if not len(rows):
+        first = num_bytes[order[0]]
+        raise InputError(f"max_corpus_bytes={max_bytes} is less than the {first} bytes of a document; use more")
+    return texts.select(rows)
