@@ -1,0 +1,141 @@
+"""The options of masking, as a dataclass to be mixed into training arguments."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from hf_pretrain.errors import InputError
+
+MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
+MaskingCount = Literal["exact", "bernoulli"]
+ReplacementUnit = Literal["token", "word", "unit"]
+SpanLengthMode = Literal["renormalise", "clip"]
+
+_CHOICES = {
+    "masking_unit": get_args(MaskingUnit),
+    "masking_count": get_args(MaskingCount),
+    "replacement_unit": get_args(ReplacementUnit),
+    "span_length_mode": get_args(SpanLengthMode),
+}
+
+
+@dataclass
+class MaskingArguments:
+    """Which tokens are hidden, and by what: the options shared by every objective that masks.
+
+    The defaults are BERT's 15 and 80/10/10 percent, drawn anew each epoch. See the `help` of each field.
+    A subclass with a `__post_init__` of its own calls `super().__post_init__()` or `validate_masking()`.
+
+    Raises:
+        InputError: If an option is out of range, or two options contradict each other.
+
+    Source:
+        BERT (Devlin et al. 2019, section 3.1; whole words: its repository), RoBERTa (Liu et al. 2019, section 4.1),
+        ALBERT (Lan et al. 2020, section 4.1, n-grams), SpanBERT (Joshi et al. 2020, section 3.1, spans).
+    """
+
+    mlm_probability: float = field(
+        default=0.15, metadata={"help": "Share of the tokens of each example that are selected as targets, 0 to 1."}
+    )
+    masking_unit: MaskingUnit = field(
+        default="token",
+        metadata={
+            "help": "What is selected as a whole: 'token' (BERT), 'word' (whole words), 'ngram' (runs of words, "
+            "ALBERT), 'span' (runs of words cut to the budget, SpanBERT) or 'given' (the ranges in the column spans)."
+        },
+    )
+    masking_count: MaskingCount = field(
+        default="exact",
+        metadata={
+            "help": "'exact': each example gets its budget of targets, at least one. 'bernoulli': each token, word or "
+            "given span is drawn by itself, so counts vary and may be zero."
+        },
+    )
+    mask_share: float = field(
+        default=0.8, metadata={"help": "Share of the selected tokens that the mask token replaces, 0 to 1."}
+    )
+    random_share: float = field(
+        default=0.1,
+        metadata={
+            "help": "Share of the selected tokens that a random token replaces, 0 to 1; the rest stay as they are."
+        },
+    )
+    replacement_unit: ReplacementUnit = field(
+        default="token",
+        metadata={
+            "help": "For what mask, random or keep is decided at once: each 'token' (BERT), each 'word' (RoBERTa) or "
+            "each selected 'unit' (SpanBERT, where touching spans are one)."
+        },
+    )
+    max_ngram: int = field(
+        default=3,
+        metadata={"help": "Most words of an n-gram; n words are drawn with probability proportional to 1/n."},
+    )
+    max_span_length: int = field(default=10, metadata={"help": "Most words of a span."})
+    span_geometric_p: float = field(
+        default=0.2, metadata={"help": "Parameter of the geometric distribution of span lengths, above 0, at most 1."}
+    )
+    span_length_mode: SpanLengthMode = field(
+        default="renormalise",
+        metadata={
+            "help": "Where the geometric distribution goes beyond max_span_length: 'renormalise' (mean 3.8 words by "
+            "default) or 'clip' to the longest (mean 4.5)."
+        },
+    )
+    static_masks: int = field(
+        default=0,
+        metadata={
+            "help": "0: fresh masks each epoch. k: k frozen maskings of each example, used in turn (epoch modulo k)."
+        },
+    )
+    mask_unknown: bool = field(
+        default=True,
+        metadata={"help": "Whether the unknown token may be selected (BERT, ELECTRA) or not (DeBERTa)."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the options, then let the next class of a mixture do its own."""
+        self.validate_masking()
+        post_init = getattr(super(), "__post_init__", None)
+        if post_init is not None:
+            post_init()
+
+    def validate_masking(self) -> None:
+        """Refuse options that are out of range or contradict each other.
+
+        Raises:
+            InputError: Naming the option, its value and what it takes.
+        """
+        for name, choices in _CHOICES.items():
+            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
+        for name in ("mlm_probability", "mask_share", "random_share"):
+            value = getattr(self, name)
+            _require(_is_number(value) and 0 <= value <= 1, name, value, "a number from 0 to 1")
+        geometric = self.span_geometric_p
+        _require(_is_number(geometric) and 0 < geometric <= 1, "span_geometric_p", geometric, "above 0 and at most 1")
+        for name, least in (("max_ngram", 1), ("max_span_length", 1), ("static_masks", 0)):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= least, name, value, f"a whole number, at least {least}")
+        if self.mask_share + self.random_share > 1 + 1e-9:
+            raise InputError(
+                f"mask_share={self.mask_share} and random_share={self.random_share} add up to more than 1: lower one"
+            )
+        if self.masking_count == "bernoulli" and self.masking_unit in ("ngram", "span"):
+            raise InputError(
+                f"masking_count='bernoulli' has no meaning for masking_unit={self.masking_unit!r}, whose units "
+                "overlap: use masking_count='exact'"
+            )
+
+    @property
+    def needs_word_starts(self) -> bool:
+        """Whether the examples must say where words start."""
+        return self.masking_unit in ("word", "ngram", "span") or self.replacement_unit == "word"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
+    if not holds:
+        raise InputError(f"{name}={value!r} must be {wanted}")

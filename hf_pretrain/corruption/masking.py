@@ -1,0 +1,132 @@
+"""From rows and options to masked rows: which tokens are hidden, and by what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hf_pretrain.corruption.arguments import MaskingArguments
+from hf_pretrain.corruption.replacement import replace_tokens
+from hf_pretrain.corruption.rows import ExampleRows
+from hf_pretrain.corruption.selection import (
+    Selection,
+    select_tokens,
+    select_tokens_independently,
+    select_words,
+    select_words_independently,
+    token_budgets,
+)
+from hf_pretrain.corruption.spans import (
+    geometric_lengths,
+    select_given,
+    select_given_independently,
+    select_ngrams,
+    select_spans,
+)
+from hf_pretrain.corruption.units import WordTable, partition_words
+from hf_pretrain.corruption.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """Rows with hidden tokens.
+
+    Attributes:
+        input_ids: `[B, L]` int64, corrupted.
+        selection: Which positions are targets, and the units they form.
+        positions: `[T]` int64, flat indices `row * L + column` of the targets, ascending.
+    """
+
+    input_ids: np.ndarray
+    selection: Selection
+    positions: np.ndarray
+
+
+def mask_rows(rows: ExampleRows, *, arguments: MaskingArguments, vocabulary: Vocabulary) -> MaskedRows:
+    """Hide tokens of a batch.
+
+    Args:
+        rows: The examples.
+        arguments: The options of masking.
+        vocabulary: What is special, and what replaces.
+
+    Returns:
+        The masked rows. They depend on each row alone: neither padding nor the other rows change them.
+    """
+    maskable = rows.valid & ~vocabulary.is_protected(rows.input_ids)
+    words = None
+    if arguments.needs_word_starts:
+        assert rows.word_starts is not None, "the rows were stacked without words"
+        words = partition_words(rows.word_starts, maskable=maskable)
+    selection = select_targets(rows, maskable=maskable, words=words, arguments=arguments)
+    positions = np.flatnonzero(selection.mask)
+    input_ids = replace_tokens(
+        rows.input_ids,
+        positions=positions,
+        deciders=_deciders(positions, selection=selection, words=words, unit=arguments.replacement_unit),
+        bits=rows.bits("replace"),
+        vocabulary=vocabulary,
+        mask_share=arguments.mask_share,
+        random_share=arguments.random_share,
+    )
+    return MaskedRows(input_ids=input_ids, selection=selection, positions=positions)
+
+
+def select_targets(
+    rows: ExampleRows, *, maskable: np.ndarray, words: WordTable | None, arguments: MaskingArguments
+) -> Selection:
+    """Choose the targets of a batch by the unit that the options name.
+
+    Args:
+        rows: The examples.
+        maskable: `[B, L]` bool, the candidates.
+        words: The words, for the units that are made of words.
+        arguments: The options of masking.
+
+    Returns:
+        The selection.
+    """
+    unit, probability = arguments.masking_unit, arguments.mlm_probability
+    if unit == "given":
+        return _select_given(rows, maskable=maskable, arguments=arguments)
+    bits = rows.bits("select")
+    if arguments.masking_count == "bernoulli":
+        if unit == "token":
+            return select_tokens_independently(bits, maskable=maskable, probability=probability)
+        assert words is not None, "this unit is made of words"
+        return select_words_independently(bits, words=words, probability=probability)
+    budgets = token_budgets(maskable, lengths=np.count_nonzero(rows.valid, axis=1), probability=probability)
+    if unit == "token":
+        return select_tokens(bits, maskable=maskable, budgets=budgets)
+    assert words is not None, "this unit is made of words"
+    if unit == "word":
+        return select_words(bits, words=words, budgets=budgets)
+    length_bits = rows.bits("length")
+    if unit == "ngram":
+        return select_ngrams(bits, length_bits, words=words, budgets=budgets, max_ngram=arguments.max_ngram)
+    lengths = geometric_lengths(
+        arguments.span_geometric_p, longest=arguments.max_span_length, mode=arguments.span_length_mode
+    )
+    return select_spans(bits, length_bits, words=words, maskable=maskable, probability=probability, lengths=lengths)
+
+
+def _select_given(rows: ExampleRows, *, maskable: np.ndarray, arguments: MaskingArguments) -> Selection:
+    assert rows.spans is not None, "the rows were stacked without spans"
+    most = np.bincount(rows.spans[:, 0], minlength=1).max()
+    bits, probability = rows.keys.bits("select", length=int(most)), arguments.mlm_probability
+    if arguments.masking_count == "bernoulli":
+        return select_given_independently(bits, spans=rows.spans, maskable=maskable, probability=probability)
+    budgets = token_budgets(maskable, lengths=np.count_nonzero(rows.valid, axis=1), probability=probability)
+    return select_given(bits, spans=rows.spans, maskable=maskable, budgets=budgets)
+
+
+def _deciders(positions: np.ndarray, *, selection: Selection, words: WordTable | None, unit: str) -> np.ndarray:
+    """Return the flat position whose draw decides for each target: its own, or its word's or unit's first."""
+    if unit == "token":
+        return positions
+    if unit == "word":
+        assert words is not None, "decisions a word need words"
+        return words.first_positions(positions)
+    starts = selection.unit_starts.ravel()[positions]
+    return positions[starts][np.cumsum(starts) - 1]

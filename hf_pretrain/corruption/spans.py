@@ -1,0 +1,275 @@
+"""Choosing units of several words: n-grams (ALBERT), spans (SpanBERT) and spans that the data gives.
+
+These are sequential rules: what is taken depends on what was taken before. They run one unit at a time, but on all
+rows of the batch at once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hf_pretrain.corruption.selection import (
+    Selection,
+    order_keys,
+    sorted_positions,
+    take_smallest_unit,
+    to_uniforms,
+)
+from hf_pretrain.corruption.units import WordTable
+
+# How many steps are prepared at once; a step needs some ten small array operations beyond that.
+_SPANS_AHEAD = 16
+_RUNS_AHEAD = 32
+
+
+def geometric_lengths(probability: float, *, longest: int, mode: str = "renormalise") -> np.ndarray:
+    """Return the cumulative distribution of span lengths 1 to `longest`: `[longest]` float64.
+
+    Args:
+        probability: Parameter of the geometric distribution.
+        longest: Greatest length.
+        mode: "renormalise" drops longer spans (mean 3.797 at .2 and 10), "clip" makes them `longest` (mean 4.463).
+
+    Returns:
+        The distribution; its last entry is 1.
+
+    Source:
+        SpanBERT (Joshi et al. 2020, section 3.1).
+    """
+    cumulative = 1 - (1 - probability) ** np.arange(1, longest + 1, dtype=np.float64)
+    if mode == "clip":
+        cumulative[-1] = 1
+    return cumulative / cumulative[-1]
+
+
+def draw_lengths(uniforms: np.ndarray, *, cumulative: np.ndarray) -> np.ndarray:
+    """Map uniforms in [0, 1) to lengths from 1 of a cumulative distribution; int64 of the same shape."""
+    return np.searchsorted(cumulative, uniforms, side="right") + 1
+
+
+def ngram_lengths(uniforms: np.ndarray, *, available: np.ndarray, max_ngram: int) -> np.ndarray:
+    """Draw n with probability proportional to 1/n among 1 to `min(max_ngram, available)`.
+
+    Args:
+        uniforms: In [0, 1), of any shape.
+        available: Words available, from 1, of the same shape.
+        max_ngram: Greatest n.
+
+    Returns:
+        int64 of the same shape.
+
+    Source:
+        ALBERT (Lan et al. 2020, section 4.1).
+    """
+    most = np.minimum(available, max_ngram)
+    harmonic = np.cumsum(1 / np.arange(1, max_ngram + 1))
+    scaled = uniforms * harmonic[most - 1]
+    lengths = np.ones(uniforms.shape, dtype=np.int64)
+    for bound in harmonic[:-1]:
+        lengths += scaled >= bound
+    return np.minimum(lengths, most)
+
+
+def select_spans(
+    bits: np.ndarray,
+    length_bits: np.ndarray,
+    *,
+    words: WordTable,
+    maskable: np.ndarray,
+    probability: float,
+    lengths: np.ndarray,
+) -> Selection:
+    """Select spans of words until exactly `ceil(p * n)` of the `n` candidate tokens of each row are covered.
+
+    Each span starts at the word of a token drawn uniformly from those not yet covered, covers a drawn number of words,
+    ends before a special token, and is cut, inside a word if need be, where the budget is met. Walking through the
+    tokens in one random order and passing over the covered ones is the same draw: among the tokens not yet covered
+    every order is still equally likely.
+
+    Args:
+        bits: `[B, L]` uint64 random bits for the order.
+        length_bits: `[B, L]` uint64 random bits for the length of a span drawn at a token.
+        words: The words of the batch.
+        maskable: `[B, L]` bool, the candidates.
+        probability: `p`.
+        lengths: Cumulative distribution of the number of words, from `geometric_lengths`.
+
+    Returns:
+        The selection; overlapping or touching spans are one unit.
+
+    Source:
+        SpanBERT (Joshi et al. 2020, section 3.1).
+    """
+    num_rows, width = maskable.shape
+    row_starts = np.arange(num_rows) * width
+    remaining = np.ceil(probability * np.count_nonzero(maskable, axis=1) - 1e-9).astype(np.int64)
+    anchors = sorted_positions(order_keys(bits, candidates=maskable)).T + row_starts
+    run_ends, flat_length_bits = words.run_ends(), length_bits.ravel()
+    covered = np.zeros(num_rows * width + width, dtype=np.bool_)
+    for block in range(0, width, _SPANS_AHEAD):
+        anchor = anchors[block : block + _SPANS_AHEAD]
+        word = words.word_of[anchor]
+        num_words = draw_lengths(to_uniforms(flat_length_bits[anchor]), cumulative=lengths)
+        start = words.bounds[word]
+        size = words.bounds[np.minimum(word + num_words, run_ends[word])] - start
+        offsets = np.arange(size.max())
+        reach, inside = start[..., None] + offsets, offsets < size[..., None]
+        for step in range(len(anchor)):
+            live = (remaining > 0) & ~covered[anchor[step]]
+            new = inside[step] & ~covered[reach[step]] & live[:, None]
+            new &= np.cumsum(new, axis=1) <= remaining[:, None]
+            covered[reach[step][new]] = True
+            remaining -= np.count_nonzero(new, axis=1)
+        if not remaining.any():
+            break
+    return Selection.merged(covered[: num_rows * width].reshape(num_rows, width))
+
+
+def take_runs(
+    firsts: np.ndarray, sizes: np.ndarray, *, bounds: np.ndarray, budgets: np.ndarray, shorten: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Take runs of slots in the given order while the budget lasts; a run that overlaps a taken one is skipped.
+
+    Slots are words or tokens. A run over what is left of the budget is skipped, or, with `shorten`, first tried with
+    fewer slots. A row with a budget in which no run fits takes its smallest run.
+
+    Args:
+        firsts: `[B, C]` int64, first slot of each run, in the order of trial.
+        sizes: `[B, C]` int64, slots of each run, 0 where there is none.
+        bounds: `[S + 1]` int64, token at which each slot starts.
+        budgets: `[B]`, tokens.
+        shorten: Whether a run may be shortened to fit.
+
+    Returns:
+        `[S]` bool, the slots taken, and `[S]` bool, the slots at which a taken run starts.
+    """
+    num_slots, longest = len(bounds) - 1, int(sizes.max(initial=1))
+    taken = np.zeros(num_slots + longest, dtype=np.bool_)
+    begun = np.zeros(num_slots, dtype=np.bool_)
+    bounds = np.append(bounds, np.full(longest, bounds[-1]))
+    costs = bounds[firsts + (np.minimum(sizes, 1) if shorten else sizes)] - bounds[firsts]
+    cheapest = np.where(costs > 0, costs, bounds[-1] + 1).min(axis=1, initial=bounds[-1] + 1)
+    remaining, offsets = budgets.copy(), np.arange(longest)
+    for block in range(0, firsts.shape[1], _RUNS_AHEAD):
+        first, size = firsts[:, block : block + _RUNS_AHEAD].T, sizes[:, block : block + _RUNS_AHEAD].T
+        reach, inside = first[..., None] + offsets, offsets < size[..., None]
+        tokens = bounds[reach + 1] - bounds[reach]
+        totals = np.cumsum(tokens * inside, axis=2)
+        totals = np.where(inside, totals if shorten else totals[..., -1:], bounds[-1] + 1)
+        for step in range(len(first)):
+            fits = totals[step] <= remaining[:, None]
+            fits &= ~(fits & taken[reach[step]]).any(axis=1, keepdims=True)
+            taken[reach[step][fits]] = True
+            begun[first[step][fits[:, 0]]] = True
+            remaining -= (tokens[step] * fits).sum(axis=1)
+        if not (remaining >= cheapest).any():
+            break
+    missed = take_smallest_unit(np.zeros(costs.shape, np.bool_), sizes=costs, budgets=budgets * (remaining == budgets))
+    for first, size in zip(firsts[missed], sizes[missed], strict=True):
+        begun[first] = taken[first : first + (1 if shorten else size)] = True
+    return taken[:num_slots], begun
+
+
+def select_ngrams(
+    bits: np.ndarray, length_bits: np.ndarray, *, words: WordTable, budgets: np.ndarray, max_ngram: int
+) -> Selection:
+    """Select n-grams of words, n drawn with probability proportional to 1/n; the budget is never exceeded.
+
+    The words are tried in random order as starts. An n-gram over budget is tried with fewer words; one that overlaps a
+    taken one is skipped. Words left over once all starts were tried are then tried alone. A row in which no word fits
+    its budget gets its shortest word.
+
+    Args:
+        bits: `[B, L]` uint64 random bits for the order.
+        length_bits: `[B, L]` uint64 random bits for n at a start.
+        words: The words of the batch.
+        budgets: `[B]`, tokens.
+        max_ngram: Greatest n.
+
+    Returns:
+        The selection; each n-gram is a unit.
+
+    Source:
+        ALBERT (Lan et al. 2020, section 4.1); the treatment of budget and overlap follows its repository.
+    """
+    num_rows, width = bits.shape
+    num_candidates = np.count_nonzero(words.begins, axis=1)
+    order = sorted_positions(order_keys(bits, candidates=words.begins))[:, : num_candidates.max()]
+    order += np.arange(num_rows)[:, None] * width
+    firsts = words.word_of[order]
+    draws = to_uniforms(length_bits.ravel()[order])
+    lengths = ngram_lengths(draws, available=words.run_ends()[firsts] - firsts, max_ngram=max_ngram)
+    exists = np.arange(order.shape[1]) < num_candidates[:, None]
+    lengths[~exists] = 0
+    chosen, begun = take_runs(
+        np.hstack([firsts, firsts]),
+        np.hstack([lengths, exists.astype(np.int64)]),
+        bounds=words.bounds,
+        budgets=budgets,
+        shorten=True,
+    )
+    starts = np.zeros(num_rows * width, dtype=np.bool_)
+    starts[words.bounds[:-1][begun]] = True
+    mask = np.repeat(chosen, words.sizes).reshape(num_rows, width)
+    return Selection(mask=mask, unit_starts=starts.reshape(num_rows, width))
+
+
+def select_given(bits: np.ndarray, *, spans: np.ndarray, maskable: np.ndarray, budgets: np.ndarray) -> Selection:
+    """Select whole given spans in random order; one that overflows the budget or overlaps a taken one is skipped.
+
+    Spans that hold a special token are no candidates. A row in which no span fits its budget gets its shortest one.
+
+    Args:
+        bits: `[B, C]` uint64 random bits, one a span of a row, `C` at least the most spans of a row.
+        spans: `[S, 3]` int64 of (row, start, end), rows ascending.
+        maskable: `[B, L]` bool, the positions that may be selected.
+        budgets: `[B]`, tokens.
+
+    Returns:
+        The selection; each span is a unit.
+    """
+    rows, first, size, places = _given_table(spans, maskable=maskable)
+    firsts, sizes = (np.zeros(bits.shape, dtype=np.int64) for _ in range(2))
+    firsts[rows, places], sizes[rows, places] = first, size
+    order = sorted_positions(order_keys(bits, candidates=sizes > 0))
+    chosen, begun = take_runs(
+        np.take_along_axis(firsts, order, axis=1),
+        np.take_along_axis(sizes, order, axis=1),
+        bounds=np.arange(maskable.size + 1),
+        budgets=budgets,
+        shorten=False,
+    )
+    return Selection(mask=chosen.reshape(maskable.shape), unit_starts=begun.reshape(maskable.shape))
+
+
+def select_given_independently(
+    bits: np.ndarray, *, spans: np.ndarray, maskable: np.ndarray, probability: float
+) -> Selection:
+    """Select each given span with the same probability; a row may get none.
+
+    Args:
+        bits: `[B, C]` uint64 random bits, one a span of a row, `C` at least the most spans of a row.
+        spans: `[S, 3]` int64 of (row, start, end), rows ascending.
+        maskable: `[B, L]` bool, the positions that may be selected.
+        probability: Of each span.
+
+    Returns:
+        The selection; each span is a unit, cut where another selected one starts inside it.
+    """
+    rows, first, size, places = _given_table(spans, maskable=maskable)
+    chosen = (to_uniforms(bits[rows, places]) < probability) & (size > 0)
+    starts = np.zeros(maskable.size, dtype=np.bool_)
+    starts[first[chosen]] = True
+    depth = np.bincount(first[chosen], minlength=maskable.size + 1)
+    depth -= np.bincount((first + size)[chosen], minlength=maskable.size + 1)
+    mask = np.cumsum(depth)[:-1] > 0
+    return Selection(mask=mask.reshape(maskable.shape), unit_starts=starts.reshape(maskable.shape))
+
+
+def _given_table(spans: np.ndarray, *, maskable: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return each given span's row, flat start, size (0 if it holds a special token) and place in the row."""
+    rows, starts, ends = spans.T
+    barred = np.append(0, np.cumsum(~maskable.ravel()))
+    first, end = rows * maskable.shape[1] + starts, rows * maskable.shape[1] + ends
+    size = np.where(barred[end] == barred[first], end - first, 0)
+    return rows, first, size, np.arange(len(rows)) - np.searchsorted(rows, rows)

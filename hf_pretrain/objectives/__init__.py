@@ -1,0 +1,1 @@
+"""Objectives: for each one its collator, losses, training arguments and Trainer."""

@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import BertTokenizer, PreTrainedTokenizerFast
+
+from hf_pretrain.corruption import MaskingArguments
+from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+
+NUM_TOKENS = 205
+UNITS = ["token", "word", "ngram", "span", "given"]
+
+
+def make_tokenizer(**options) -> BertTokenizer:
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(NUM_TOKENS - 5))]
+    return BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, **options)
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    return make_tokenizer()
+
+
+def make_examples(
+    num_examples: int, *, least: int = 3, most: int = 96, epoch: int = 0, first_id: int = 0
+) -> list[dict]:
+    """Examples [CLS] ... [SEP] of differing lengths; the same id gives the same example."""
+    examples = []
+    for example_id in range(first_id, first_id + num_examples):
+        rng = np.random.default_rng(example_id)
+        length = int(rng.integers(least, most + 1))
+        input_ids = rng.integers(5, NUM_TOKENS, length).astype(np.int32)
+        input_ids[0], input_ids[-1] = 2, 3
+        word_starts = rng.random(length) < 0.7
+        word_starts[[0, -1]] = True
+        spans = [(start, min(start + 3, length - 1)) for start in range(1, length - 1, 5)]
+        examples.append(
+            {
+                "input_ids": input_ids,
+                "word_starts": word_starts,
+                "spans": spans,
+                "example_id": example_id,
+                "epoch": epoch,
+            }
+        )
+    return examples
+
+
+class TinyDataset(Dataset):
+    def __init__(self, examples: list[dict]) -> None:
+        self.examples = examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.examples[index]
+
+
+def rows_of(batches: list[dict[str, torch.Tensor]]) -> list[tuple[list[int], list[int]]]:
+    """Each example of the batches as (input_ids, labels) without padding."""
+    rows = []
+    for batch in batches:
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            rows.append((ids[mask.bool()].tolist(), labels[mask.bool()].tolist()))
+    return rows
+
+
+def selected(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return batch["labels"] != -100
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_batch_holds_what_it_says(small_tokenizer, unit):
+    examples = make_examples(64)
+    batch = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit=unit))(examples)
+    width = max(len(example["input_ids"]) for example in examples)
+    originals = torch.zeros(64, width, dtype=torch.int64)
+    for row, example in enumerate(examples):
+        originals[row, : len(example["input_ids"])] = torch.as_tensor(example["input_ids"])
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "target_positions"}
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert torch.equal(batch["attention_mask"], (originals != 0).long())
+    targets = selected(batch)
+    assert torch.equal(batch["target_positions"], targets.flatten().nonzero().flatten())
+    assert torch.equal(batch["labels"][targets], originals[targets])
+    assert torch.equal(batch["input_ids"][~targets], originals[~targets])
+    assert (originals[targets] >= 5).all(), "special tokens and padding are never targets"
+    assert ((batch["input_ids"][targets] == 4) | (batch["input_ids"][targets] >= 5)).all()
+    assert (batch["input_ids"][targets] == 4).any()
+    assert (targets.sum(dim=1) >= 1)[torch.tensor([len(e["input_ids"]) > 2 for e in examples])].all()
+
+
+def test_token_counts_are_exact_for_rows_of_every_length(small_tokenizer):
+    examples = [
+        {"input_ids": [2, *[9] * (length - 2), 3], "example_id": length, "epoch": 0} for length in range(2, 130)
+    ]
+    for probability in (0.15, 0.25):
+        collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(mlm_probability=probability))
+        counts = selected(collator(examples)).sum(dim=1).tolist()
+        assert counts == [min(n - 2, max(1, round(probability * n))) for n in range(2, 130)]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_batch_size_and_company_change_no_bit(small_tokenizer, unit):
+    collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit=unit))
+    examples = make_examples(64)
+    wanted = rows_of([collator(examples)])
+    for size in (1, 4, 32):
+        assert rows_of([collator(examples[start : start + size]) for start in range(0, 64, size)]) == wanted
+    order = np.random.default_rng(0).permutation(64)
+    shuffled = rows_of([collator([examples[index] for index in order])])
+    assert shuffled == [wanted[index] for index in order]
+
+
+@pytest.mark.parametrize("unit", ["token", "span"])
+def test_workers_change_no_bit(small_tokenizer, unit):
+    collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit=unit))
+    dataset = TinyDataset(make_examples(48))
+    alone, with_workers = (
+        rows_of(list(DataLoader(dataset, batch_size=4, num_workers=workers, collate_fn=collator)))
+        for workers in (0, 2)
+    )
+    assert alone == with_workers
+
+
+def test_collator_survives_pickling(small_tokenizer):
+    collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit="word"), seed=3)
+    copy, examples = pickle.loads(pickle.dumps(collator)), make_examples(8)
+    for name, tensor in collator(examples).items():
+        assert torch.equal(tensor, copy(examples)[name])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_padding_side_and_multiple_change_no_bit(small_tokenizer, unit):
+    examples, masking = make_examples(32), MaskingArguments(masking_unit=unit)
+    right = DataCollatorForMaskedLM(small_tokenizer, masking=masking)(examples)
+    left = DataCollatorForMaskedLM(make_tokenizer(padding_side="left"), masking=masking, pad_to_multiple_of=64)(
+        examples
+    )
+    assert left["input_ids"].shape[1] == 128
+    assert rows_of([left]) == rows_of([right])
+    assert left["attention_mask"][:, -1].all() and right["attention_mask"][:, 0].all()
+    assert (left["input_ids"][left["attention_mask"] == 0] == 0).all()
+    for batch in (left, right):
+        assert torch.equal(batch["target_positions"], selected(batch).flatten().nonzero().flatten())
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_lists_and_arrays_give_the_same(small_tokenizer, unit):
+    collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit=unit))
+    examples = make_examples(16)
+    listed = [
+        {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in example.items()}
+        for example in examples
+    ]
+    numbers = [{**example, "word_starts": list(example["word_starts"])} for example in examples]
+    wanted = collator(examples)
+    for variant in (listed, numbers):
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in collator(variant).items())
+
+
+def test_another_epoch_or_seed_hides_other_tokens(small_tokenizer):
+    first = selected(DataCollatorForMaskedLM(small_tokenizer)(make_examples(2048, least=512, most=512)))
+    others = (
+        DataCollatorForMaskedLM(small_tokenizer)(make_examples(2048, least=512, most=512, epoch=1)),
+        DataCollatorForMaskedLM(small_tokenizer, seed=1)(make_examples(2048, least=512, most=512)),
+    )
+    for other in map(selected, others):
+        jaccard = (first & other).sum() / (first | other).sum()
+        assert abs(jaccard - 0.081) < 0.005
+
+
+def test_static_masks_are_frozen_copies_used_in_turn(small_tokenizer):
+    collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(static_masks=3))
+    batches = [collator(make_examples(16, least=40, epoch=epoch)) for epoch in range(7)]
+    for epoch in range(4):
+        for name, tensor in batches[epoch].items():
+            assert torch.equal(tensor, batches[epoch + 3][name])
+    assert len({tuple(rows_of([batch])[0][0]) for batch in batches}) == 3
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("probability", [0.0, 1.0])
+def test_probability_zero_and_one(small_tokenizer, unit, probability):
+    masking = MaskingArguments(masking_unit=unit, mlm_probability=probability)
+    examples = make_examples(16)
+    batch = DataCollatorForMaskedLM(small_tokenizer, masking=masking)(examples)
+    if probability == 0:
+        assert not selected(batch).any() and batch["target_positions"].shape == (0,)
+        return
+    ids = torch.where(selected(batch), batch["labels"], batch["input_ids"])
+    candidates = ids >= 5
+    if unit == "given":
+        for row, example in enumerate(examples):
+            inside = torch.zeros(ids.shape[1], dtype=torch.bool)
+            for start, end in example["spans"]:
+                inside[start:end] = True
+            candidates[row] &= inside
+    assert torch.equal(selected(batch), candidates)
+
+
+def test_token_type_ids_travel_with_their_tokens():
+    examples = make_examples(8, least=10)
+    for example in examples:
+        example["token_type_ids"] = (np.arange(len(example["input_ids"])) >= 5).astype(np.int64)
+    for side in ("right", "left"):
+        batch = DataCollatorForMaskedLM(make_tokenizer(padding_side=side))(examples)
+        for row, example in enumerate(examples):
+            real = batch["attention_mask"][row].bool()
+            assert batch["token_type_ids"][row][real].tolist() == example["token_type_ids"].tolist()
+            assert not batch["token_type_ids"][row][~real].any()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("slots", [1, 64])
+def test_target_slots_fill_up_with_a_position_without_label(side, slots):
+    tokenizer, examples = make_tokenizer(padding_side=side), make_examples(8)
+    plain = DataCollatorForMaskedLM(tokenizer)(examples)["target_positions"]
+    batch = DataCollatorForMaskedLM(tokenizer, target_slots=slots)(examples)
+    positions = batch["target_positions"]
+    assert len(positions) == -(-len(plain) // slots) * slots
+    assert torch.equal(positions[: len(plain)], plain)
+    assert (batch["labels"].flatten()[positions[len(plain) :]] == -100).all()
+
+
+def test_target_slots_find_a_free_position_even_where_every_token_is_a_target(small_tokenizer):
+    # Tokens without any special one: only a further column of padding can take the filling.
+    examples = [{"input_ids": [7, 8, 9], "example_id": index, "epoch": 0} for index in range(2)]
+    for side in ("right", "left"):
+        tokenizer = make_tokenizer(padding_side=side)
+        collator = DataCollatorForMaskedLM(tokenizer, masking=MaskingArguments(mlm_probability=1.0), target_slots=4)
+        batch = collator(examples)
+        labels = batch["labels"].flatten()[batch["target_positions"]]
+        assert labels.tolist() == [7, 8, 9, 7, 8, 9, -100, -100]
+        assert batch["attention_mask"].sum() == 6
+    nothing = MaskingArguments(mlm_probability=0.0)
+    empty = DataCollatorForMaskedLM(small_tokenizer, masking=nothing, target_slots=4)(examples)
+    assert empty["target_positions"].shape == (4,) and (empty["labels"] == -100).all()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_uniforms_of_targets_belong_to_the_token_not_to_the_batch(side):
+    collator = DataCollatorForMaskedLM(make_tokenizer(padding_side=side), target_slots=32)
+    examples = make_examples(32)
+    reference = DataCollatorForMaskedLM(make_tokenizer()).keyed_uniforms(examples, "generator", length=96)
+    assert reference.dtype == np.float32 and reference.min() >= 0 and reference.max() < 1
+    batch = collator(examples)
+    drawn = collator.target_uniforms(examples, batch, stream="generator")
+    assert drawn.dtype == torch.float32 and drawn.shape == batch["target_positions"].shape
+    expected = []
+    for row, (_, labels) in enumerate(rows_of([batch])):
+        expected += [reference[row, place] for place, label in enumerate(labels) if label != -100]
+    assert drawn[: len(expected)].tolist() == [float(value) for value in expected]
+    assert collator.target_uniforms(examples, batch, stream="other")[0] != drawn[0]
+
+
+def test_uniforms_never_reach_one(small_tokenizer, monkeypatch):
+    monkeypatch.setattr("hf_pretrain.data.draws.bits", lambda keys, length: np.full((1, length), 2**64 - 1, np.uint64))
+    uniforms = DataCollatorForMaskedLM(small_tokenizer).keyed_uniforms(make_examples(1), "generator", length=2)
+    assert (uniforms < 1).all() and (uniforms > 0.9999).all()
+
+
+def test_examples_without_keys_words_or_spans_are_refused(small_tokenizer):
+    def collate(unit: str, *without: str):
+        examples = [{key: example[key] for key in example if key not in without} for example in make_examples(2)]
+        return DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit=unit))(examples)
+
+    assert collate("token", "word_starts", "spans")["labels"].shape[0] == 2
+    for missing, unit, fix in (
+        ("example_id", "token", "EpochDataset"),
+        ("epoch", "token", "EpochDataset"),
+        ("word_starts", "word", "masking_unit='token'"),
+        ("word_starts", "ngram", "masking_unit='token'"),
+        ("word_starts", "span", "masking_unit='token'"),
+        ("spans", "given", "choose another unit"),
+    ):
+        with pytest.raises(InputError, match=f"'{missing}'.*{fix}"):
+            collate(unit, missing)
+
+
+def test_examples_that_do_not_fit_are_refused(small_tokenizer):
+    words = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit="word"))
+    with pytest.raises(InputError, match="word_starts is not as long as input_ids"):
+        words([{"input_ids": [2, 7, 3], "word_starts": [True, True], "example_id": 0, "epoch": 0}])
+    given = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit="given"))
+    for span in ((1, 1), (-1, 2), (1, 4)):
+        with pytest.raises(InputError, match=rf"spans holds \({span[0]}, {span[1]}\)"):
+            given([{"input_ids": [2, 7, 3], "spans": [span], "example_id": 0, "epoch": 0}])
+
+
+def test_tokenizers_and_numbers_that_cannot_work_are_refused(small_tokenizer):
+    backend = small_tokenizer.backend_tokenizer
+    with pytest.raises(InputError, match="no mask token"):
+        DataCollatorForMaskedLM(PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]"))
+    with pytest.raises(InputError, match="no padding token"):
+        DataCollatorForMaskedLM(PreTrainedTokenizerFast(tokenizer_object=backend, mask_token="[MASK]"))
+    for option in ("pad_to_multiple_of", "target_slots"):
+        with pytest.raises(InputError, match=f"{option}=0"):
+            DataCollatorForMaskedLM(small_tokenizer, **{option: 0})
