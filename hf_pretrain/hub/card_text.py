@@ -1,0 +1,186 @@
+"""The pieces of a card as text: values, table rows, YAML and code, each a pure function of plain data."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, label
+
+if TYPE_CHECKING:
+    from hf_pretrain.hub.card import Compute
+
+_MOST_ITEMS = 8  # of a list in a table cell
+
+Row = tuple[str, ...]
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as what YAML knows: scalars of NumPy and torch, paths, enumerations and tuples converted."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if hasattr(value, "tolist"):  # NumPy and torch, scalars too
+        return value.tolist()
+    return value if isinstance(value, float) else str(value)
+
+
+def without_folders(value: Any) -> Any:
+    """Return a plain value in which absolute paths keep only their last part: they tell of the machine."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+
+
+def number(value: float) -> str:
+    """Return a number for a reader: whole numbers in groups of three digits, others with four significant digits."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: "1 d 4 h", "2 h 5 min", "3 min 20 s", "12.5 s"."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // lower_size} {lower}"
+    return f"{whole} s"
+
+
+def cell(value: Any) -> str:
+    """Return a value as the text of one table cell; an empty text means that there is nothing to tell."""
+    value = plain(value)
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        return number(value)
+    if isinstance(value, list):
+        shown = [text for text in map(cell, value[:_MOST_ITEMS]) if text]
+        return ", ".join(shown) + (f" and {len(value) - _MOST_ITEMS} more" if len(value) > _MOST_ITEMS else "")
+    return re.sub(r"\s+", " ", str(value)).strip().replace("|", r"\|")
+
+
+def origin(base_model: str | None, *, hub_id: str | None) -> str:
+    """Return where the weights began; a base model that is not on the Hub is not named, for its path tells nothing."""
+    if hub_id:
+        return f"Pre-trained further from [{hub_id}](https://huggingface.co/{hub_id})"
+    return "Pre-trained further from a local checkpoint" if base_model else "Pre-trained from scratch"
+
+
+def rows(table: Mapping[str, Any], *, as_is: bool = False) -> list[Row]:
+    """Return (name, value) rows of what has a value; names are made readable unless they are to stay as they are."""
+    pairs = [(name if as_is else _readable(name), cell(value)) for name, value in table.items()]
+    return [(name, text) for name, text in pairs if text]
+
+
+def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a row of `Trainer.evaluate`: no bookkeeping, no total that has one component only."""
+    found = {key: plain(value) for key, value in metrics.items() if not is_bookkeeping(key)}
+    found = {key: value for key, value in found.items() if isinstance(value, (int, float))}
+    losses = [key for key in found if is_loss(key)]
+    totals = [key for key in losses if key in ("loss", "eval_loss")]
+    if len(losses) == 2 and len(totals) == 1 and math.isclose(*(found[key] for key in losses), rel_tol=1e-4):
+        del found[totals[0]]
+    return found
+
+
+def metric_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
+    """Return the header and the rows of a table of metrics, in the order of `after`; [] if nothing was measured.
+
+    A side that was not measured at all has no column.
+    """
+    sides = {"Before training": measured(before), "After training": measured(after)}
+    sides = {name: metrics for name, metrics in sides.items() if metrics}
+    keys = dict.fromkeys(key for metrics in reversed(sides.values()) for key in metrics)
+    body = [
+        (label(key), *(number(metrics[key]) if key in metrics else "not measured" for metrics in sides.values()))
+        for key in keys
+    ]
+    return [("Metric", *sides), *body] if body else []
+
+
+def compute_rows(compute: Compute) -> list[Row]:
+    """Return (name, value) rows of what was measured; tokens a second follow from tokens and time."""
+    speed = compute.tokens / compute.seconds if compute.tokens and compute.seconds else None
+    memory = f"{compute.peak_memory_mib / 1024:.3g} GiB" if compute.peak_memory_mib else None
+    trained = compute.trained_parameters if compute.trained_parameters != compute.parameters else None
+    table = {
+        "Parameters": compute.parameters,
+        "Parameters trained, auxiliary parts included": trained,
+        "Optimizer steps": compute.steps,
+        "Tokens seen": compute.tokens,
+        "Training time": duration(compute.seconds) if compute.seconds else None,
+        "Tokens per second": round(speed) if speed else None,
+        "Hardware": compute.hardware,
+        "Precision": compute.precision,
+        "Peak memory": memory,
+    }
+    return rows(table, as_is=True)
+
+
+def yaml_block(options: Mapping[str, Any]) -> str:
+    """Return options as YAML in their order, without those that have no value; "" if none is left."""
+    import yaml
+
+    chosen = {name: value for name, value in plain(options).items() if value is not None}
+    return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).strip() if chosen else ""
+
+
+def loading_snippets(repo: str, *, model_class: str, usage: str) -> list[str]:
+    """Return code that loads the root of `repo`: the encoder through the Auto classes, and the class with its head."""
+    encoder = f"""\
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModel.from_pretrained("{repo}")
+inputs = tokenizer("A sentence to encode.", return_tensors="pt")
+hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
+    return [encoder, usage.replace("{repo}", repo).strip() or "\n".join(_load("model", repo, class_name=model_class))]
+
+
+def parts_snippet(repo: str, *, parts: Mapping[str, tuple[str, str]]) -> str:
+    """Return code that loads each part that is a checkpoint from its sub-folder; "" if none is."""
+    classes = {name: kind for name, (kind, _) in parts.items() if kind}
+    blocks = [_load(_variable(name), repo, class_name=kind, subfolder=name) for name, kind in classes.items()]
+    imports = dict.fromkeys(block[0] for block in blocks)
+    return "\n".join([*imports, "", *(block[2] for block in blocks)]) if blocks else ""
+
+
+def part_rows(parts: Mapping[str, tuple[str, str]]) -> list[Row]:
+    """Return (sub-folder, class, what) rows."""
+    classes = {name: kind.rpartition(".")[2] for name, (kind, _) in parts.items()}
+    return [(f"`{name}`", f"`{classes[name]}`" if kind else "", cell(what)) for name, (kind, what) in parts.items()]
+
+
+def _load(variable: str, repo: str, *, class_name: str, subfolder: str = "") -> Row:
+    module, _, name = class_name.rpartition(".")
+    place = f', subfolder="{subfolder}"' if subfolder else ""
+    load = f'{variable} = {name}.from_pretrained("{repo}"{place})'
+    return f"from {module or 'transformers'} import {name}", "", load
+
+
+def _variable(subfolder: str) -> str:
+    return re.sub(r"\W", "_", subfolder.strip("/").rpartition("/")[2]) or "part"
+
+
+def _readable(name: str) -> str:
+    text = name.replace("held_out", "held-out").replace("_", " ").strip()
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,37 @@
+"""What the keys of the Trainer's log mean: losses, metrics of quality, or bookkeeping, and how a reader calls them."""
+
+from __future__ import annotations
+
+_BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "tokens", "targets", "count", "flos", "mib")
+_QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
+_CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "auc", "kl", "mse", "f1"}
+
+
+def bare_name(key: str) -> str:
+    """Return a key of an evaluation row without the Trainer's prefix: "eval_mlm_loss" is "mlm_loss"."""
+    return key.removeprefix("eval_")
+
+
+def is_bookkeeping(key: str) -> bool:
+    """Whether the key counts or times the run instead of measuring the model."""
+    return bare_name(key).endswith(_BOOKKEEPING)
+
+
+def is_loss(key: str) -> bool:
+    """Whether the key is a loss: "loss" itself, the weighted total, or a component such as "mlm_loss"."""
+    return bare_name(key) == "loss" or bare_name(key).endswith("_loss")
+
+
+def is_quality(key: str) -> bool:
+    """Whether the key is a metric of quality that lies between 0 and 1, such as an accuracy or an AUC."""
+    return bare_name(key).endswith(_QUALITY)
+
+
+def label(key: str) -> str:
+    """Return the key as a reader says it: "eval_mlm_loss" is "MLM loss", "loss" is "Total loss"."""
+    name = bare_name(key)
+    if name == "loss":
+        return "Total loss"
+    words = [word.upper() if word in _CAPITALS else word for word in name.split("_") if word]
+    text = " ".join(words)
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,265 @@
+"""Cards: golden files, metadata that the Hub's own library reads back, nothing empty, snippets that run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from reference_inputs import MLM, REFERENCE_CARDS, REFERENCE_DIR, RTD, render_reference
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from hf_pretrain.hub.card import Compute, PretrainingCard, recipe_options, render_card, snippets, write_card
+from hf_pretrain.hub.card_text import cell, compute_rows, duration, metric_table, number
+
+MINIMAL = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
+UNKNOWN = PretrainingCard(
+    model_name="unknown",
+    model_class="BertForMaskedLM",
+    objective=MLM,
+    data={"sources": [], "documents": None, "tokenizer": ""},
+    recipe={"max_steps": None},
+    log_history=[{"step": 1, "epoch": 0.1}, {"train_loss": 2.0, "train_runtime": 3.0, "step": 1}],
+    metrics_before={"eval_runtime": 1.0},
+    metrics_after={"eval_runtime": 1.0, "epoch": 1.0},
+    compute=Compute(seconds=10.0, tokens=None),
+    versions={"torch": ""},
+)
+EVERY_CARD = [pytest.param(card, id=card.model_name) for card in (*REFERENCE_CARDS.values(), MINIMAL, UNKNOWN)]
+
+
+def _sections(text: str) -> dict[str, str]:
+    """Return heading -> what stands before the next heading, code blocks kept as text."""
+    prose = re.sub(r"^```.*?^```$", lambda block: block[0].replace("#", "%"), text, flags=re.DOTALL | re.MULTILINE)
+    pieces = re.split(r"^(#{1,6} .*)$", prose, flags=re.MULTILINE)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+@pytest.mark.parametrize("name", REFERENCE_CARDS)
+def test_the_reference_card_is_what_the_template_makes(name: str) -> None:
+    golden = (REFERENCE_DIR / f"{name}.md").read_bytes()
+    assert render_reference(name).encode() == golden, "after a wanted change run: python tests/hub/reference_inputs.py"
+
+
+@pytest.mark.parametrize("name", REFERENCE_CARDS)
+def test_the_reference_card_shows_pictures_that_exist_and_says_that_its_values_are_examples(name: str) -> None:
+    text = render_reference(name)
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert len(pictures) >= 2
+    assert all((REFERENCE_DIR / picture).is_file() for picture in pictures)
+    assert "every number here is an example value, not a measurement" in text.split("##")[0]
+
+
+@pytest.mark.parametrize("card", EVERY_CARD)
+def test_nothing_is_empty(card: PretrainingCard) -> None:
+    text = render_card(card)
+    assert not re.search(r"\b(None|nan|inf|Undefined)\b", text)
+    assert "[](" not in text and "]()" not in text and "{{ " not in text
+    assert "\n\n\n" not in text and not re.search(r"[ \t]$", text, flags=re.MULTILINE)
+    assert [heading for heading, body in _sections(text).items() if not body.strip()] == []
+    assert text.count("```") % 2 == 0
+
+
+def test_a_section_without_facts_is_left_out() -> None:
+    always = ["How to load", "Training procedure", "Citation"]
+    assert [heading.strip("# ") for heading in _sections(render_card(MINIMAL))] == ["bare", *always]
+    found = [heading.strip("# ") for heading in _sections(render_card(UNKNOWN))]
+    assert found == ["unknown", *always[:2], "Compute", always[2]], "only the time was measured"
+
+
+def test_the_hubs_library_reads_the_metadata_back(tmp_path: Path) -> None:
+    data = ModelCard.load(write_card(REFERENCE_CARDS["rtd"], tmp_path)).data
+    assert data.library_name == "transformers"
+    assert data.tags == ["hf_pretrain", "rtd", "generated_from_trainer"]
+    assert (data.pipeline_tag, data.language, data.license) == ("feature-extraction", ["en"], "apache-2.0")
+    assert data.base_model is None
+    assert ModelCard(render_card(REFERENCE_CARDS["mlm"])).data.base_model == "google-bert/bert-base-uncased"
+
+
+def test_the_model_index_holds_the_metrics_after_training_and_survives_a_round_trip() -> None:
+    card = ModelCard(render_card(REFERENCE_CARDS["rtd"]))
+    results = card.data.eval_results
+    assert card.data.model_name == "reference-rtd"
+    assert {result.metric_type: result.metric_value for result in results} == {
+        "mlm_loss": 6.3,
+        "rtd_loss": 0.33,
+        "rtd_auc": 0.74,
+    }
+    assert ModelCard(card.content).data.eval_results == results
+    assert "model-index" not in ModelCard(render_card(MINIMAL)).data.to_dict()
+
+
+def test_numpy_and_torch_values_become_plain_ones() -> None:
+    card = dataclasses.replace(
+        MINIMAL,
+        metrics_after={"eval_mlm_loss": np.float32(1.5), "eval_mlm_accuracy": torch.tensor(0.25)},
+        recipe={"learning_rate": np.float64(1e-6), "layers": (1, 2), "folder": Path("a/b")},
+    )
+    text = render_card(card)
+    assert {result.metric_value for result in ModelCard(text).data.eval_results} == {1.5, 0.25}
+    recipe = re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    assert recipe and yaml.safe_load(recipe[1]) == {"learning_rate": 1e-6, "layers": [1, 2], "folder": "a/b"}
+
+
+def test_a_diverged_run_says_so_but_gives_the_hub_no_number() -> None:
+    text = render_card(dataclasses.replace(MINIMAL, metrics_after={"eval_mlm_loss": float("nan"), "eval_auc": 0.5}))
+    assert "| MLM loss | not finite |" in text
+    assert [result.metric_type for result in ModelCard(text).data.eval_results] == ["auc"]
+
+
+def test_bookkeeping_is_no_metric() -> None:
+    timing = ["runtime", "samples_per_second", "steps_per_second", "preparation_time", "num_tokens", "peak_memory_mib"]
+    row = {
+        "epoch": 1.0,
+        **{f"eval_{name}": 1.0 for name in timing},
+        "eval_masked_accuracy": 0.5,
+        "eval_perplexity": 9.0,
+    }
+    assert [name for name, _ in metric_table({}, row)] == ["Metric", "Masked accuracy", "Perplexity"]
+
+
+def test_what_was_measured_of_the_compute_is_told_and_speed_follows_from_it() -> None:
+    compute = Compute(tokens=1000, seconds=4.0, peak_memory_mib=1536.0, parameters=7, trained_parameters=7)
+    assert compute_rows(compute) == [
+        ("Parameters", "7"),
+        ("Tokens seen", "1,000"),
+        ("Training time", "4 s"),
+        ("Tokens per second", "250"),
+        ("Peak memory", "1.5 GiB"),
+    ]
+
+
+def test_a_total_that_is_its_only_component_is_told_once() -> None:
+    alone = {"eval_loss": 2.0, "eval_mlm_loss": 2.0}
+    weighted = {"eval_loss": 52.0, "eval_mlm_loss": 2.0}
+    assert [row[0] for row in metric_table({}, alone)] == ["Metric", "MLM loss"]
+    assert [row[0] for row in metric_table({}, weighted)] == ["Metric", "Total loss", "MLM loss"]
+
+
+def test_a_side_that_was_not_measured_has_no_column_and_a_missing_value_is_named() -> None:
+    assert metric_table({}, {}) == []
+    assert metric_table({}, {"eval_auc": 0.5}) == [("Metric", "After training"), ("AUC", "0.5")]
+    assert metric_table({"eval_auc": 0.5, "eval_f1": 0.1}, {"eval_f1": 0.2}) == [
+        ("Metric", "Before training", "After training"),
+        ("F1", "0.1", "0.2"),
+        ("AUC", "0.5", "not measured"),
+    ]
+
+
+def test_no_local_path_reaches_the_card() -> None:
+    card = dataclasses.replace(MINIMAL, base_model="/home/someone/bert", datasets=["/data/x", "org/set"])
+    text = render_card(card)
+    assert "someone" not in text and "Pre-trained further from a local checkpoint" in text
+    data = ModelCard(text).data
+    assert data.base_model is None and data.datasets == ["org/set"]
+
+
+def test_text_of_the_user_does_not_break_a_table() -> None:
+    text = render_card(dataclasses.replace(MINIMAL, data={"sources": ["a|b.txt", "two\nlines.txt"]}))
+    assert "| Sources | a\\|b.txt, two lines.txt |" in text
+
+
+def test_a_recipe_is_what_differs_and_what_is_essential(tmp_path: Path) -> None:
+    defaults = TrainingArguments(output_dir=str(tmp_path / "defaults"), use_cpu=True).to_dict()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), use_cpu=True, adam_epsilon=1e-6, learning_rate=5e-5, hub_model_id="secret/me"
+    )
+    options = {**arguments.to_dict(), "train_file": [str(tmp_path / "corpus.txt")]}
+    recipe = recipe_options(options, defaults={**defaults, "train_file": None})
+    assert recipe["adam_epsilon"] == 1e-6 and recipe["train_file"] == ["corpus.txt"]
+    assert recipe["learning_rate"] == 5e-5 and recipe["seed"] == 42, "essential, though the defaults"
+    assert not {"output_dir", "hub_model_id", "adam_beta1", "use_cpu"} & set(recipe)
+    text = render_card(dataclasses.replace(MINIMAL, recipe=recipe))
+    assert "secret" not in text and str(tmp_path) not in text
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "chef", "ate", "meal", "."]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 12}
+SIZES = {"num_hidden_layers": 1, "num_attention_heads": 2, **WIDTHS}
+
+
+def _run_snippets(card: PretrainingCard, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.chdir(folder)
+    namespaces = []
+    for code in snippets(write_card(card, folder).read_text(encoding="utf-8")):
+        namespaces.append({})
+        exec(compile(code, "snippet", "exec"), namespaces[-1])
+    return namespaces
+
+
+def test_the_snippets_of_the_rtd_card_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = ElectraConfig(embedding_size=8, **SIZES)
+    generator = ElectraForMaskedLM(config)
+    ElectraForPreTraining(config).save_pretrained(tmp_path)
+    generator.save_pretrained(tmp_path / "pretraining" / "generator")
+    _tokenizer().save_pretrained(tmp_path)
+    encoder, head, parts = _run_snippets(REFERENCE_CARDS["rtd"], tmp_path, monkeypatch)
+    assert encoder["hidden_states"].shape[-1] == 16
+    assert head["replaced"].shape == (1, 8) and ((head["replaced"] > 0) & (head["replaced"] < 1)).all()
+    assert isinstance(parts["generator"], ElectraForMaskedLM)
+    for name, value in generator.state_dict().items():
+        torch.testing.assert_close(parts["generator"].state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_the_snippets_of_the_mlm_card_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    encoder, head = _run_snippets(REFERENCE_CARDS["mlm"], tmp_path, monkeypatch)
+    assert encoder["hidden_states"].shape == (1, 7, 16)
+    assert len(head["predictions"]) == 5
+
+
+def test_the_snippets_name_the_repository_and_the_class() -> None:
+    objective = dataclasses.replace(RTD, usage="")
+    parts = {"pretraining/heads": ("", "weights"), "pretraining/my-part": ("other.library.Model", "a part")}
+    card = dataclasses.replace(MINIMAL, objective=objective, repo="me/bert", parts=parts)
+    encoder, head, part = snippets(render_card(card))
+    assert encoder.count('"me/bert"') == 2
+    assert head.splitlines() == [
+        "from transformers import BertForMaskedLM",
+        "",
+        'model = BertForMaskedLM.from_pretrained("me/bert")',
+    ]
+    assert part.splitlines() == [
+        "from other.library import Model",
+        "",
+        'my_part = Model.from_pretrained("me/bert", subfolder="pretraining/my-part")',
+    ]
+
+
+def test_values_are_written_for_a_reader() -> None:
+    assert [number(value) for value in (1234567, 0.123456, 1e-7, 44.98)] == ["1,234,567", "0.1235", "1e-07", "44.98"]
+    assert [duration(value) for value in (0.5, 12.34, 59.99, 61, 3599.9, 7500, 100_000)] == [
+        "0.5 s",
+        "12.3 s",
+        "60 s",
+        "1 min 1 s",
+        "1 h 0 min",
+        "2 h 5 min",
+        "1 d 3 h",
+    ]
+    assert cell(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"

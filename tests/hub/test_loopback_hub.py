@@ -1,0 +1,127 @@
+"""A model goes to the loopback Hub and comes back through the real client, each side in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loopback_hub import LoopbackHub, hub_environment
+
+PUSH = """
+import json, sys
+from pathlib import Path
+import torch
+from huggingface_hub import HfApi, create_repo, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from transformers import BertConfig, BertModel
+
+work = Path(sys.argv[1])
+assert str(create_repo("tester/notes")) and str(create_repo("tester/notes", exist_ok=True))
+folder = work / "folder"
+(folder / "sub").mkdir(parents=True)
+(folder / "README.md").write_text("---\\nlicense: mit\\n---\\n# Notes\\n")
+(folder / "sub" / "table.bin").write_bytes(bytes(range(256)) * 16)
+api = HfApi()
+first = api.upload_folder(repo_id="tester/notes", folder_path=folder)
+again = api.upload_folder(repo_id="tester/notes", folder_path=folder)
+(folder / "README.md").write_text("---\\nlicense: mit\\n---\\n# More notes\\n")
+second = api.upload_folder(repo_id="tester/notes", folder_path=folder)
+old = Path(hf_hub_download("tester/notes", "README.md", revision=first.oid)).read_text()
+new = Path(hf_hub_download("tester/notes", "README.md")).read_text()
+table = Path(hf_hub_download("tester/notes", "sub/table.bin")).read_bytes() == bytes(range(256)) * 16
+errors = []
+for repo, name in (("tester/notes", "absent.txt"), ("tester/nowhere", "README.md")):
+    try:
+        hf_hub_download(repo, name)
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        errors.append(type(error).__name__)
+api.delete_file("sub/table.bin", repo_id="tester/notes")
+
+torch.manual_seed(0)
+config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+model = BertModel(config).eval()
+model.push_to_hub("tester/tiny-bert")
+outputs = model(torch.arange(10)[None]).last_hidden_state
+torch.save(outputs.detach(), work / "outputs.pt")
+facts = {"oids": [first.oid, again.oid, second.oid], "old": old, "new": new, "table": table, "errors": errors}
+(work / "facts.json").write_text(json.dumps(facts))
+"""
+
+PULL = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("tester/tiny-bert").eval()
+outputs = model(torch.arange(10)[None]).last_hidden_state
+assert torch.equal(outputs, torch.load(Path(sys.argv[1]) / "outputs.pt")), "outputs differ after the round trip"
+"""
+
+
+Pushed = tuple[LoopbackHub, dict[str, Any]]
+
+
+def _run(code: str, *, environment: dict[str, str], work: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(work)], env=environment, cwd=work, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
+    """Push from one process, load in a fresh one with an empty cache, and return the hub and what the first saw."""
+    work = tmp_path_factory.mktemp("work")
+    with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
+        _run(PUSH, environment=hub_environment(hub.url, work / "home_of_writer"), work=work)
+        _run(PULL, environment=hub_environment(hub.url, work / "home_of_reader"), work=work)
+        yield hub, json.loads((work / "facts.json").read_text())
+
+
+def test_every_request_was_of_a_known_kind(pushed: Pushed) -> None:
+    hub, _ = pushed
+    assert hub.unknown == []
+
+
+def test_an_unchanged_folder_makes_no_commit_and_a_changed_one_does(pushed: Pushed) -> None:
+    _, facts = pushed
+    first, again, second = facts["oids"]
+    assert first == again != second
+
+
+def test_each_revision_keeps_its_own_content(pushed: Pushed) -> None:
+    hub, facts = pushed
+    assert "# Notes" in facts["old"] and "# More notes" in facts["new"] and facts["table"]
+    assert set(hub.files("tester/notes", revision=facts["oids"][2])) >= {"README.md", "sub/table.bin"}
+    assert "sub/table.bin" not in hub.files("tester/notes")
+
+
+def test_what_is_missing_is_named_as_the_hub_names_it(pushed: Pushed) -> None:
+    _, facts = pushed
+    assert facts["errors"] == ["RemoteEntryNotFoundError", "RepositoryNotFoundError"]
+
+
+def test_weights_went_through_lfs_and_text_did_not(pushed: Pushed) -> None:
+    hub, _ = pushed
+    tree = hub.commits["tester/tiny-bert"][hub.head("tester/tiny-bert")]
+    assert {path: lfs for path, (_, lfs) in tree.items() if path != "README.md"} == {
+        "config.json": False,
+        "model.safetensors": True,
+    }
+
+
+def test_a_write_without_the_token_is_refused(pushed: Pushed) -> None:
+    hub, _ = pushed
+    request = urllib.request.Request(f"{hub.url}/api/repos/create", data=b'{"name": "x"}', method="POST")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        opener.open(request)
+    assert "tester/x" not in hub.commits
