@@ -1,0 +1,101 @@
+"""``hf-pretrain <method> [options]``: the programs of ``trainers/``, and how a program ends.
+
+Nothing heavy is imported here, so that ``hf-pretrain --help`` and a mistyped method are answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from hf_pretrain.errors import InputError
+
+METHODS = {
+    "mlm": ("hf_pretrain.trainers.mlm", "masked language modelling: hide tokens, words or spans and find them again"),
+    "rtd": ("hf_pretrain.trainers.rtd", "replaced token detection (ELECTRA): tell replaced tokens from original ones"),
+}
+
+_EXIT_INPUT = 2
+_EXIT_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the method that the first argument names, with the arguments after it.
+
+    Args:
+        argv: The arguments, without the name of the program; those of the process if not given.
+
+    Returns:
+        The exit status: 0, 2 for input to mend, 130 after an interrupt.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    if not given or given[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if given[0] == "--version":
+        from hf_pretrain import __version__
+
+        print(f"hf-pretrain {__version__}")
+        return 0
+    return run_program(_run_method, given)
+
+
+def run_program(program: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Run a program; bad input ends it with one line and an exit status, any other error with its traceback.
+
+    Args:
+        program: The program's ``main``, which takes its arguments and returns its exit status, None for 0.
+        argv: The arguments, without the name of the program; those of the process if not given.
+
+    Returns:
+        The exit status: the program's own, 2 after an `InputError`, 130 after an interrupt.
+    """
+    try:
+        return program(argv) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _EXIT_INTERRUPTED
+    except Exception as error:
+        mistake = _input_error_within(error)
+        if mistake is None:
+            raise
+        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
+        return _EXIT_INPUT
+
+
+def _input_error_within(error: BaseException | None) -> InputError | None:
+    # datasets wraps what a generator raises, so the user's mistake can be the cause of the error that arrives here.
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
+
+
+def _run_method(argv: list[str] | None) -> int | None:
+    name, *options = argv or []
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS)}"
+        raise InputError(f"unknown method {name!r}: {hint}")
+    return import_module(METHODS[name][0]).main(options)
+
+
+def _help() -> str:
+    width = max(map(len, METHODS))
+    return "\n".join(
+        [
+            "usage: hf-pretrain <method> [--config RECIPE] [options]",
+            "",
+            "Pre-train a text encoder on your own text.",
+            "",
+            "methods:",
+            *(f"  {name:<{width}}  {line}" for name, (_, line) in METHODS.items()),
+            "",
+            "options:",
+            "  -h, --help  show this, or after a method: all of its options",
+            "  --version   show the version",
+            "",
+            "  hf-pretrain rtd --train_file corpus.txt --output_dir my-electra",
+        ]
+    )

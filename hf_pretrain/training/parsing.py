@@ -1,0 +1,254 @@
+"""Options of a program, from dataclasses: the defaults of the fields, then recipes, then the command line on top."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType, NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.training.recipes import read_recipe
+
+# Never written to a recipe: a secret, what the launcher sets, and the deprecated twins of activation_checkpointing.
+_NOT_SAVED = {"hub_token", "local_rank", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
+# What TrainingArguments makes of an option that nobody set.
+_UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}
+_UNSET |= {"report_to": [], "debug": []}
+
+
+def parse_arguments(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """Build one instance a dataclass from recipes (``--config``, given any number of times) and the command line.
+
+    Args:
+        dataclass_types: The dataclasses, with option names that differ from each other and from "config".
+        argv: The arguments, without the name of the program; those of the process if not given.
+        prog: How the program is called, for its help and messages.
+        description: What the program does, for its help.
+        defaults: Values that replace the defaults of the fields, by option name.
+
+    Returns:
+        The instances, in the order of ``dataclass_types``.
+
+    Raises:
+        InputError: If a recipe cannot be read, or an option is unknown, missing or of the wrong type.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    parser = _OptionParser(dataclass_types, prog=prog, description=description)
+    parser.replace_defaults(defaults or {})
+    for name in parser.recipe_names(given):
+        path, recipe = read_recipe(name)
+        parser.replace_defaults({key: parser.convert(key, value, source=path) for key, value in recipe.items()})
+    return parser.instances(given)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description with the line breaks that it has."""
+
+
+class _OptionParser(HfArgumentParser):
+    """An HfArgumentParser that answers mistakes with an `InputError` and knows what its options are called."""
+
+    def __init__(self, dataclass_types: Sequence[type], *, prog: str, description: str) -> None:
+        super().__init__(
+            dataclass_types,  # type: ignore[arg-type]
+            prog=prog,
+            usage="%(prog)s [--config RECIPE] [--option value ...]",
+            description=description,
+            formatter_class=_HelpFormatter,
+        )
+        recipe_help = "YAML file of options, or the name of a recipe that comes with the library"
+        self.add_argument("--config", action="append", metavar="RECIPE", help=recipe_help)
+        self.hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+        names = {field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.init}
+        self.options: dict[str, argparse.Action] = {}
+        for action in self._actions:
+            if action.dest in names and f"--{action.dest}" in action.option_strings:
+                self.options[action.dest] = action
+                _mend_type(action, self.hints[action.dest])
+
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        """Add one field, after mending what breaks ``--help`` and a bare ``--flag`` whose default is None."""
+        metadata = dict(field.metadata)
+        metadata["help"] = re.sub(r"%%|%(?!\()", "%%", metadata.get("help") or " ")
+        if field.type == bool | None and field.default is None:
+            metadata |= {"nargs": "?", "const": True}
+        mended = copy.copy(field)
+        mended.metadata = MappingProxyType(metadata)
+        HfArgumentParser._parse_dataclass_field(parser, mended)
+
+    def error(self, message: str) -> NoReturn:
+        # argparse names all spellings of an option, and all choices; one of each is enough.
+        message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
+        wrong = re.fullmatch(r"(.+invalid choice: '(.*)') \(choose from (.+)\)", message)
+        near = difflib.get_close_matches(wrong[2], re.findall(r"[\w.-]+", wrong[3]), n=1) if wrong else []
+        if wrong and near:
+            raise InputError(f"{wrong[1]}: did you mean {near[0]!r}?")
+        raise InputError(f"{message} (see `{self.prog} --help`)")
+
+    def recipe_names(self, argv: list[str]) -> list[str]:
+        """Return what follows ``--config`` on the command line, in order."""
+        finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        finder.error = self.error  # type: ignore[method-assign]
+        finder.add_argument("--config", action="append", default=[])
+        return finder.parse_known_args(argv)[0].config
+
+    def replace_defaults(self, values: Mapping[str, Any]) -> None:
+        """Replace the defaults of options; an option that was required no longer is."""
+        for name, value in values.items():
+            self.options[name].required = False
+            self.set_defaults(**{name: value})
+
+    def convert(self, name: str, value: Any, *, source: Path) -> Any:
+        """Convert a recipe's value as the command line would convert it: text, None, or a list or mapping."""
+        if name not in self.options:
+            raise InputError(f"{source}: unknown option {name!r}: {self._nearest(name)}")
+        action, hint = self.options[name], self.hints[name]
+        where = f"{source}: {name}"
+        if value is None:
+            return _accept(None, _members(hint, NoneType), f"{where} is empty: give a value or remove the line")
+        if isinstance(value, dict):
+            return _accept(value, _members(hint, dict), f"{where} is a mapping: this option takes a single value")
+        if isinstance(value, list):
+            _accept(value, _members(hint, list), f"{where} is a list: this option takes a single value")
+            return [_convert_text(action, text, where) for text in value]
+        if action.nargs == "?" and not _members(hint, bool) and value.lower() in ("true", "false"):
+            return action.const if value.lower() == "true" else None
+        converted = _convert_text(action, value, where)
+        return [converted] if action.nargs == "+" else converted
+
+    def instances(self, argv: list[str]) -> tuple[Any, ...]:
+        """Parse the command line and construct the dataclasses."""
+        for option in (token.partition("=")[0] for token in argv if token.startswith("--")):
+            if " " not in option and option not in ("--", *self._option_string_actions):
+                raise InputError(f"unknown option {option!r}: {self._nearest(option)}")
+        namespace, leftover = self.parse_known_args(argv)
+        if leftover:
+            raise InputError(f"unexpected argument {leftover[0]!r}: options are given as --name value")
+        return tuple(self._construct(cls, vars(namespace)) for cls in self.dataclass_types)
+
+    def _construct(self, cls: type, values: Mapping[str, Any]) -> Any:
+        chosen = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.init}
+        try:
+            return cls(**chosen)
+        except InputError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{error} (see `{self.prog} --help`)") from error
+
+    def _nearest(self, name: str) -> str:
+        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.options, n=1)
+        dashes = "--" if name.startswith("--") else ""
+        return f"did you mean {dashes + near[0]!r}?" if near else f"see `{self.prog} --help`"
+
+
+def _mend_type(action: argparse.Action, hint: Any) -> None:
+    # HfArgumentParser makes a flag of an option that takes a word or a flag, and calls dict() on text.
+    if set(get_args(hint)) == {str, bool}:
+        action.type = _flag_or_word
+    elif _members(hint, dict) and not _members(hint, str):
+        action.type = _json_mapping
+
+
+def _flag_or_word(text: str) -> bool | str:
+    return string_to_bool(text) if text.lower() in ("true", "false") else text
+
+
+def _json_mapping(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"a JSON object is needed, not {text!r}")
+    return value
+
+
+def _members(hint: Any, kind: type) -> list[Any]:
+    """Return those members of a union, or the type itself, that are ``kind`` or made from it."""
+    candidates = [hint] if isinstance(hint, type) or get_origin(hint) in (list, dict) else list(get_args(hint))
+    origins = [(member, get_origin(member) or member) for member in candidates]
+    return [member for member, origin in origins if isinstance(origin, type) and issubclass(origin, kind)]
+
+
+def _accept(value: Any, allowed: object, message: str) -> Any:
+    if not allowed:
+        raise InputError(message)
+    return value
+
+
+def _convert_text(action: argparse.Action, text: Any, where: str) -> Any:
+    convert = action.type if callable(action.type) else str
+    if not isinstance(text, str):
+        raise InputError(f"{where}: {text!r} is nested too deeply: a recipe is flat")
+    try:
+        value = convert(text)
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"{where} is {text!r}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{where} is {text!r}: not a valid {getattr(convert, '__name__', convert)}") from error
+    if action.choices is not None and value not in action.choices:
+        choices = [str(choice) for choice in action.choices]
+        near = difflib.get_close_matches(text, choices, n=1)
+        raise InputError(f"{where} is {text!r}: " + (f"did you mean {near[0]!r}?" if near else f"not of {choices}"))
+    return value
+
+
+def resolved_options(instances: Iterable[Any]) -> dict[str, Any]:
+    """Return the options that differ from their defaults, as a recipe holds them.
+
+    Args:
+        instances: Dataclass instances, as `parse_arguments` returns them.
+
+    Returns:
+        Options by name: text, numbers, booleans, None, lists and mappings of these. Secrets are left out, and so is
+        what a launcher sets.
+    """
+    options: dict[str, Any] = {}
+    for instance in instances:
+        for field in dataclasses.fields(instance):
+            value = getattr(instance, field.name)
+            if field.init and field.name not in _NOT_SAVED and not _is_default(field, value):
+                options[field.name] = _plain(value)
+    return options
+
+
+def _is_default(field: dataclasses.Field, value: Any) -> bool:
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    if default is None and hasattr(value, "to_dict"):
+        return not _plain(value)
+    return _plain(value) == _plain(default) or (field.name in _UNSET and value == _UNSET[field.name])
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML and JSON can hold it."""
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if hasattr(value, "to_dict"):  # an object of settings, of which only the changed ones count
+        unchanged = type(value)().to_dict()
+        return {key: _plain(item) for key, item in value.to_dict().items() if item != unchanged.get(key)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (str, bool, int, float, NoneType)) else str(value)

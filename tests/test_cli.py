@@ -1,0 +1,112 @@
+"""The command line: what it lists, how it finds a method, and how a program ends."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from hf_pretrain import cli
+from hf_pretrain.errors import InputError
+
+
+def test_help_lists_every_method_with_one_line(capsys):
+    for argv in ([], ["-h"], ["--help"]):
+        assert cli.main(argv) == 0
+        lines = capsys.readouterr().out.splitlines()
+        for name, (_, summary) in cli.METHODS.items():
+            assert sum(line.split()[:1] == [name] and summary in line for line in lines) == 1
+
+
+def test_help_and_a_mistake_need_no_torch():
+    program = (
+        "import sys; from hf_pretrain import cli; cli.main(['--help']); cli.main(['--version']); cli.main(['rdt']); "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr == "error: unknown method 'rdt': did you mean 'rtd'?\n"
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["hf-pretrain", __import__("hf_pretrain").__version__]
+
+
+def test_a_method_without_a_near_name_is_answered_with_all(capsys):
+    assert cli.main(["zzzz"]) == 2
+    assert "choose from mlm, rtd" in capsys.readouterr().err
+
+
+def test_a_method_gets_the_arguments_after_its_name(monkeypatch):
+    seen = []
+    monkeypatch.setitem(sys.modules, "toy_program", SimpleNamespace(main=seen.append))
+    monkeypatch.setitem(cli.METHODS, "toy", ("toy_program", "a toy"))
+    assert cli.main(["toy", "--share", "0.2", "--help"]) == 0
+    monkeypatch.setattr(sys, "argv", ["hf-pretrain", "toy", "--from-process"])
+    assert cli.main() == 0
+    assert seen == [["--share", "0.2", "--help"], ["--from-process"]]
+
+
+def raising(error):
+    def program(argv):
+        raise error
+
+    return program
+
+
+def test_bad_input_is_one_line_and_status_2(capsys):
+    assert cli.run_program(raising(InputError("train_file='x'\n  is empty: name another"))) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: train_file='x' is empty: name another\n")
+
+
+def test_bad_input_is_found_behind_the_error_of_another_library(capsys):
+    wrapped = RuntimeError("generating the dataset failed")
+    wrapped.__cause__ = InputError("train_file='x' is empty")
+    assert cli.run_program(raising(wrapped)) == 2
+    assert capsys.readouterr().err == "error: train_file='x' is empty\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), AssertionError("a bug")])
+def test_a_bug_keeps_its_traceback(error):
+    with pytest.raises(type(error), match="a bug"):
+        cli.run_program(raising(error))
+
+
+def test_what_merely_happened_after_bad_input_is_still_a_bug():
+    bug = ValueError("a bug")
+    bug.__context__ = InputError("handled already")
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run_program(raising(bug))
+
+
+def test_an_interrupt_is_status_130(capsys):
+    assert cli.run_program(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3)])
+def test_the_status_of_a_program_is_passed_on(returned, status):
+    assert cli.run_program(lambda argv: returned) == status
+
+
+def test_an_exit_is_passed_on():
+    with pytest.raises(SystemExit):
+        cli.run_program(raising(SystemExit(0)))
+
+
+@pytest.mark.parametrize("method", cli.METHODS)
+def test_every_method_refuses_a_mistyped_option(method, capsys):
+    assert cli.main([method, "--learning_rat", "1"]) == 2
+    assert capsys.readouterr().err == "error: unknown option '--learning_rat': did you mean '--learning_rate'?\n"
+
+
+@pytest.mark.parametrize("method", cli.METHODS)
+def test_every_method_has_help(method, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([method, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"hf-pretrain {method}" in shown
+    assert "--learning_rate" in shown

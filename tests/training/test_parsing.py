@@ -1,0 +1,314 @@
+"""Options from dataclasses, recipes and the command line: types, precedence, refusals, and back to a recipe."""
+
+import importlib
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from hf_pretrain.cli import METHODS
+from hf_pretrain.errors import InputError
+from hf_pretrain.training.parsing import parse_arguments, resolved_options
+from hf_pretrain.training.recipes import write_recipe
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
+
+
+class Unit(StrEnum):
+    TOKEN = "token"
+    WORD = "word"
+
+
+@dataclass
+class DataArguments:
+    train_file: list[str] | None = field(default=None, metadata={"help": "Text files."})
+    vocab_size: int = field(default=1000, metadata={"help": "Entries; 100% of them, or 50 % (half)."})
+    lowercase: bool = True
+    cache: bool | None = None
+    share: float = 0.15
+    unit: Unit = field(default=Unit.TOKEN)
+    mode: Literal["dynamic", "static"] = "dynamic"
+    lengths: list[int] = field(default_factory=lambda: [1, 2])
+    extra: dict[str, float] | None = None
+
+
+@dataclass
+class RequiredArguments:
+    corpus: str = field(metadata={"help": "A file."})
+
+
+def parse(*argv, types=(DataArguments,), **kwargs):
+    return parse_arguments(types, list(argv), prog="hf-pretrain toy", description="A toy.", **kwargs)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text, name="toy.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
+
+
+def refusal(*argv, **kwargs):
+    with pytest.raises(InputError) as caught:
+        parse(*argv, **kwargs)
+    message = str(caught.value)
+    assert "usage:" not in message
+    return message
+
+
+def test_recipe_values_take_the_type_of_their_option(recipe, tmp_path):
+    path = recipe(
+        "train_file: [a.txt, 007]\nvocab_size: 30522\nlowercase: no\ncache: true\nshare: 5e-1\nunit: word\n"
+        "mode: static\nlengths: [3, 4]\nextra: {decay: 5e-4, floor: 1}\nlearning_rate: 5e-4\neval_strategy: no\n"
+        f"run_name: 007\nlr_scheduler_kwargs: {{min_lr_rate: 1e-1}}\noutput_dir: {tmp_path}\nreport_to: [none]\n"
+    )
+    data, training = parse("--config", path, types=(DataArguments, TrainingArguments))
+    assert data == DataArguments(
+        ["a.txt", "007"], 30522, False, True, 0.5, "word", "static", [3, 4], {"decay": 5e-4, "floor": 1}
+    )
+    assert (training.learning_rate, type(training.learning_rate)) == (5e-4, float)
+    assert training.eval_strategy == "no"
+    assert training.run_name == "007"
+    assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
+
+
+def test_a_lone_value_fills_a_list_option(recipe):
+    (data,) = parse("--config", recipe("train_file: a.txt\nlengths: 5\n"))
+    assert data.train_file == ["a.txt"]
+    assert data.lengths == [5]
+
+
+def test_null_is_none_where_the_option_may_be_none(recipe):
+    (data,) = parse("--config", recipe("train_file: null\ncache: ~\n"), defaults={"train_file": ["a.txt"]})
+    assert data.train_file is None
+    assert data.cache is None
+    assert "share is empty" in refusal("--config", recipe("share:\n"))
+
+
+@pytest.mark.parametrize("spelling", ["--config {}", "--config={}"])
+@pytest.mark.parametrize("option_first", [True, False])
+def test_the_command_line_beats_the_recipe_which_beats_the_program(recipe, spelling, option_first):
+    config = spelling.format(recipe("share: 0.3\nvocab_size: 7\n")).split()
+    argv = ["--share", "0.4", *config] if option_first else [*config, "--share", "0.4"]
+    (data,) = parse(*argv, defaults={"share": 0.1, "vocab_size": 5, "mode": "static"})
+    assert (data.share, data.vocab_size, data.mode, data.lowercase) == (0.4, 7, "static", True)
+
+
+def test_a_later_recipe_beats_an_earlier_one(recipe):
+    first, second = recipe("share: 0.3\nvocab_size: 7\n", "a.yaml"), recipe("share: 0.2\n", "b.yaml")
+    (data,) = parse("--config", first, "--config", second)
+    assert (data.share, data.vocab_size) == (0.2, 7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--cache"], (True, True)),
+        (["--cache", "false"], (True, False)),
+        (["--lowercase", "false", "--cache=yes"], (False, True)),
+        (["--no_lowercase"], (False, None)),
+        (["--lowercase"], (True, None)),
+    ],
+)
+def test_flags_may_be_bare_or_have_a_value(argv, expected):
+    (data,) = parse(*argv)
+    assert (data.lowercase, data.cache) == expected
+
+
+@pytest.mark.parametrize(("given", "expected"), [("true", True), ("false", None), ("full_shard", "full_shard")])
+def test_a_word_that_may_be_left_out_is_a_yaml_boolean(recipe, given, expected):
+    @dataclass
+    class Arguments:
+        fsdp: str | None = field(default=None, metadata={"nargs": "?", "const": True})
+
+    assert parse("--config", recipe(f"fsdp: {given}\n"), types=(Arguments,))[0].fsdp == expected
+
+
+def test_an_option_of_a_word_or_a_flag_takes_both(recipe):
+    name = "include_num_input_tokens_seen"
+    for given, expected in [("non_padding", "non_padding"), ("true", "all"), ("no", "no")]:
+        assert getattr(parse(f"--{name}", given, types=(TrainingArguments,))[0], name) == expected
+        assert getattr(parse("--config", recipe(f"{name}: {given}"), types=(TrainingArguments,))[0], name) == expected
+
+
+def test_a_required_option_may_come_from_the_recipe(recipe):
+    types = (RequiredArguments,)
+    assert parse("--config", recipe("corpus: a.txt\n"), types=types)[0].corpus == "a.txt"
+    assert parse(types=types, defaults={"corpus": "b.txt"})[0].corpus == "b.txt"
+    assert "--corpus" in refusal(types=types)
+
+
+def test_a_mistyped_required_option_is_named_before_what_is_missing():
+    assert refusal("--corpsu", "a.txt", types=(RequiredArguments,)) == (
+        "unknown option '--corpsu': did you mean '--corpus'?"
+    )
+
+
+def test_unknown_names_are_refused_with_the_nearest(recipe):
+    path = recipe("vocabsize: 5\n")
+    assert refusal("--config", path) == f"{path}: unknown option 'vocabsize': did you mean 'vocab_size'?"
+    assert refusal("--vocabsize=5") == "unknown option '--vocabsize': did you mean '--vocab_size'?"
+    assert refusal("--zzzz", "5") == "unknown option '--zzzz': see `hf-pretrain toy --help`"
+    assert "did you mean" not in refusal("--config", recipe("zzzz: 5\n"))
+
+
+def test_a_value_with_blanks_hides_no_unknown_option():
+    assert "unknown option '--trian_file'" in refusal("--train_file", "a.txt", "--trian_file=my text.txt")
+
+
+def test_an_abbreviation_is_not_an_option():
+    assert "did you mean '--vocab_size'" in refusal("--vocab", "5")
+
+
+@pytest.mark.parametrize("option", ["--vocab_size", "--vocab-size"])
+def test_both_spellings_of_an_option_work(option):
+    assert parse(option, "5")[0].vocab_size == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("vocab_size", "many"), ("share", "half"), ("lowercase", "maybe"), ("mode", "dynam"), ("unit", "wordd")],
+)
+def test_wrong_values_are_one_line_that_names_option_and_value(recipe, name, value):
+    for message in (refusal(f"--{name}", value), refusal("--config", recipe(f"{name}: {value}\n"))):
+        assert name in message
+        assert value in message
+        assert "\n" not in message
+
+
+def test_the_nearest_of_an_options_words_is_offered(recipe):
+    assert refusal("--lr_scheduler_type", "liner", types=(TrainingArguments,)) == (
+        "--lr_scheduler_type: invalid choice: 'liner': did you mean 'linear'?"
+    )
+    assert "mode is 'dynam': did you mean 'dynamic'?" in refusal("--config", recipe("mode: dynam\n"))
+
+
+@pytest.mark.parametrize("line", ["share: {a: 1}", "share: [1, 2]", "lengths: [[1], [2]]", "lengths: [1, {a: 2}]"])
+def test_a_value_of_the_wrong_shape_is_refused(recipe, line):
+    assert line.split(":")[0] in refusal("--config", recipe(line + "\n"))
+
+
+def test_what_the_dataclass_refuses_is_bad_input(tmp_path):
+    message = refusal("--fp16", "--bf16", "--use_cpu", "--output_dir", str(tmp_path), types=(TrainingArguments,))
+    assert "fp16" in message
+
+
+def test_a_stray_argument_is_refused():
+    assert refusal("--share", "0.2", "corpus.txt").startswith("unexpected argument 'corpus.txt'")
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        (b"\xff\xfe\x00", "UTF-8"),
+        ("- a\n- b\n", "mapping"),
+        ("", "mapping"),
+        ("share: [1\n", "YAML"),
+        ("share: 1\nshare: 2\n", "share is given twice"),
+        ("{a: b}: 1\n", "mapping"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(recipe, content, fragment):
+    path = recipe(content)
+    message = refusal("--config", path)
+    assert fragment in message
+    assert path in message
+
+
+def test_a_missing_recipe_or_a_folder_is_refused(tmp_path):
+    assert "no such file" in refusal("--config", str(tmp_path / "none.yaml"))
+    assert str(tmp_path) in refusal("--config", str(tmp_path))
+    assert "--config" in refusal("--config")
+
+
+def test_help_survives_a_percent_sign(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", types=(DataArguments, TrainingArguments))
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "100% of them, or 50 % (half). (default: 1000)" in shown
+    assert shown.startswith("usage: hf-pretrain toy [--config RECIPE] [--option value ...] A toy.")
+    assert "(default: True)" in shown  # of an option without a help text of its own
+
+
+def test_help_keeps_the_lines_of_the_description(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments((DataArguments,), ["--help"], prog="toy", description="First.\n\n    toy --share 50%\n")
+    assert "\n    toy --share 50%\n" in capsys.readouterr().out
+
+
+def test_the_arguments_file_beside_a_program_is_not_read(tmp_path, monkeypatch):
+    (tmp_path / "toy.args").write_text("--share 0.9")
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "toy.py"), "--vocab_size", "3"])
+    (data,) = parse_arguments((DataArguments,), prog="toy", description="A toy.")
+    assert (data.share, data.vocab_size) == (0.15, 3)
+
+
+def test_resolved_options_are_what_differs_from_the_defaults(tmp_path):
+    types = (DataArguments, TrainingArguments)
+    assert set(resolved_options(parse("--use_cpu", types=types))) == {"use_cpu", "dataloader_pin_memory"}
+    argv = ["--lengths", "1", "2", "--share", "0.2", "--hub_token", "secret", "--use_cpu", "--mode", "static"]
+    options = resolved_options(parse(*argv, types=types))
+    assert options == {"share": 0.2, "mode": "static", "use_cpu": True, "dataloader_pin_memory": False}
+
+
+def test_a_written_recipe_gives_the_same_options(tmp_path):
+    types = (DataArguments, TrainingArguments)
+    argv = (
+        "--train_file a.txt b.txt --unit word --lengths 7 --extra {'decay':1e-05} --cache false --no_lowercase "
+        "--learning_rate 5e-4 --lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {'min_lr_rate':0.1} "
+        "--eval_strategy steps --logging_steps 10 --save_strategy no --optim adamw_torch --report_to none --bf16 "
+        "--activation_checkpointing --include_num_input_tokens_seen non_padding --use_cpu --run_name 1e5 --seed 7 "
+        "--accelerator_config {'even_batches':false} --debug underflow_overflow --warmup_steps 0.1 --max_steps 20"
+    ).replace("'", '"')
+    first = parse(*argv.split(), "--output_dir", str(tmp_path / "naïve: run"), types=types)
+    path = tmp_path / "recipe.yaml"
+    write_recipe(resolved_options(first), path, program="hf-pretrain toy")
+    assert path.read_text(encoding="utf-8").startswith("# hf-pretrain toy\n")
+    second = parse("--config", str(path), types=types)
+    assert second[0] == first[0]
+    assert resolved_options(second) == resolved_options(first)
+    assert second[1].to_dict() == first[1].to_dict()
+    assert second[1].lr_scheduler_type is SchedulerType.COSINE_WITH_MIN_LR
+    assert second[1].accelerator_config.even_batches is False
+    write_recipe(resolved_options(second), tmp_path / "again.yaml", program="hf-pretrain toy")
+    assert (tmp_path / "again.yaml").read_bytes() == path.read_bytes()
+
+
+def test_none_over_another_default_comes_back_as_none(tmp_path):
+    @dataclass
+    class Arguments:
+        limit: int | None = 5
+
+    write_recipe(resolved_options([Arguments(limit=None)]), tmp_path / "r.yaml", program="toy")
+    assert parse("--config", str(tmp_path / "r.yaml"), types=(Arguments,))[0].limit is None
+
+
+def test_there_are_recipes():
+    assert "demo" in {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_parses_by_path_and_by_name(path, tmp_path):
+    program, method = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").split()
+    assert program == "hf-pretrain"
+    arguments = importlib.import_module(METHODS[method][0]).ARGUMENTS
+    beside = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    for spelling in (str(path), path.stem, path.name):
+        instances = parse("--config", spelling, *beside, types=arguments)
+        assert [type(instance) for instance in instances] == list(arguments)
+    given = set(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert given <= {name for instance in instances for name in vars(instance)}
+    text = path.read_text(encoding="utf-8").replace("learning_rate:", "learning_rat:")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(text if "learning_rat:" in text else text + "\nlearning_rat: 1\n", encoding="utf-8")
+    assert "did you mean 'learning_rate'?" in refusal("--config", str(wrong), types=arguments)
