@@ -1,0 +1,1 @@
+"""What the objectives' models share: the output contract, gathered heads, sums by example, sampling, the stock export."""

@@ -1,0 +1,96 @@
+"""The model side of the Trainer contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_pretrain.errors import InputError
+
+
+class PretrainingModel(PreTrainedModel):
+    """A composite that is trained, around the stock models that are shared.
+
+    A subclass returns a [`PretrainingOutput`] from `forward`, counts its targets in `count_targets`, and names in
+    `export_parts` which of its sub-models is written where.
+
+    Attributes:
+        export_parts: Folder in the exported checkpoint -> attribute of the sub-model written there; "" is the root, which
+            stock transformers opens. What only training needs goes below "pretraining/".
+    """
+
+    export_parts: ClassVar[dict[str, str]] = {"": "model"}
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # The composite has no attention of its own; each sub-model checks its own backend.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @staticmethod
+    def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the number of targets of each loss in a collated batch, as scalar tensors; no forward is run."""
+        raise AssertionError("a subclass of PretrainingModel counts its targets")
+
+    def export(self, output_dir: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the stock checkpoint at the root and the rest below it.
+
+        Args:
+            output_dir: Folder to write to.
+            state_dict: Full state of the composite, where the parameters in memory are shards; otherwise taken from the model.
+        """
+        for folder, attribute in self.export_parts.items():
+            part: PreTrainedModel = getattr(self, attribute)
+            part.save_pretrained(Path(output_dir) / folder, state_dict=self.part_state_dict(attribute, state_dict))
+
+    def part_state_dict(
+        self, attribute: str, state_dict: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor] | None:
+        """Return one sub-model's share of the composite's state, or None to let it use its own parameters."""
+        if state_dict is None:
+            return None
+        prefix = attribute + "."
+        return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Return how many tokens the position table of a stock model holds, or None where positions are not a table.
+
+    RoBERTa and its kin number positions from `padding_idx + 1`, so their table is shorter than it looks.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset
+    return None
+
+
+def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> None:
+    """Refuse a model that cannot take the tokenizer's ids or the blocks' length.
+
+    Args:
+        model: A stock model.
+        tokenizer: The tokenizer that makes its input.
+        block_size: Longest sequence that will be fed, in tokens.
+
+    Raises:
+        InputError: If an id has no embedding, or a position has none.
+    """
+    vocab_size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} embeds only {vocab_size}: "
+            "use the tokenizer that the model was trained with, or train from scratch"
+        )
+    longest = longest_sequence(model)
+    if longest is not None and block_size > longest:
+        raise InputError(
+            f"block_size={block_size} is longer than the {longest} positions of {type(model).__name__}: "
+            f"set --block_size {longest} or less, or raise --max_position_embeddings when training from scratch"
+        )

@@ -1,0 +1,148 @@
+"""Stock configurations: nested in a composite's, or built for a model from scratch."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_pretrain.errors import InputError
+
+SubModelConfig = PreTrainedConfig | dict[str, Any] | None
+
+
+class CompositeConfig(PreTrainedConfig):
+    """Configuration of a composite: its fields named in `sub_configs` are stock configurations."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Turn saved dictionaries back into stock configurations and keep each one's attention backend."""
+        backends = {}
+        for name in self.sub_configs:
+            config = getattr(self, name)
+            if isinstance(config, dict):
+                config = AutoConfig.for_model(**config)
+                setattr(self, name, config)
+            backends[name] = getattr(config, "_attn_implementation", None)
+        super().__post_init__(**kwargs)
+        # The base class has just overwritten them with the composite's own, which is none.
+        for name, backend in backends.items():
+            config = getattr(self, name)
+            if config is not None:
+                config._attn_implementation = backend
+                # The Trainer compares these with the tokenizer's, and warns.
+                for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
+                    setattr(self, special, getattr(config, special, None))
+
+
+@dataclass
+class ModelArguments:
+    """Which stock model is trained: a checkpoint to continue, or sizes to build one from."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to continue from; without it the model is built from the sizes below."},
+    )
+    model_type: str = field(
+        default="bert",
+        metadata={"help": "Architecture built from scratch: bert, roberta, electra, albert, modernbert, ..."},
+    )
+    hidden_size: int = field(default=256, metadata={"help": "Width of the encoder."})
+    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads a layer."})
+    intermediate_size: int = field(default=1024, metadata={"help": "Width of the feed-forward layers."})
+    embedding_size: int | None = field(
+        default=None, metadata={"help": "Width of the embedding tables, where the architecture has one of its own."}
+    )
+    max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence, in tokens."})
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "Attention backend (sdpa, eager, flash_attention_2, ...); None = the model's own."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'JSON object of further configuration values, e.g. {"hidden_dropout_prob": 0.0}.'},
+    )
+
+
+def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedConfig:
+    """Build the configuration of a model from scratch.
+
+    Args:
+        args: Sizes of the model.
+        tokenizer: Gives the vocabulary size and the special ids.
+        **changes: Values that go before those of `args`.
+
+    Returns:
+        A stock configuration. `max_position_embeddings` is raised by the offset that RoBERTa-like models add to positions.
+
+    Raises:
+        InputError: If the architecture or a value is unknown to transformers.
+    """
+    if args.model_type not in CONFIG_MAPPING:
+        raise InputError(
+            f"model_type={args.model_type!r} is not an architecture of transformers: see its list of models"
+        )
+    values: dict[str, Any] = {
+        name: getattr(args, name)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
+        if getattr(args, name) is not None
+    }
+    values |= {"max_position_embeddings": args.max_position_embeddings, "vocab_size": len(tokenizer)}
+    values |= {
+        f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")
+    }
+    values |= parse_overrides(args.config_overrides) | changes
+    known = CONFIG_MAPPING[args.model_type]()
+    unknown = sorted(name for name in values if not hasattr(known, name) and not name.endswith("_token_id"))
+    if unknown == ["embedding_size"]:
+        raise InputError(
+            f"embedding_size={args.embedding_size}: {args.model_type} embeds at its full width; leave it out"
+        )
+    if unknown:
+        raise InputError(f"config_overrides: {args.model_type} has no option {', '.join(unknown)}")
+    if args.model_type in POSITIONS_AFTER_PADDING:
+        values["max_position_embeddings"] += values["pad_token_id"] + 1
+    return AutoConfig.for_model(args.model_type, **values)
+
+
+# Architectures that number positions from the padding id on (RoBERTa and its kin).
+POSITIONS_AFTER_PADDING = frozenset(
+    {
+        "roberta",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "camembert",
+        "mpnet",
+        "data2vec-text",
+        "longformer",
+        "roberta-prelayernorm",
+    }
+)
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """Read the JSON object of `config_overrides`; raise InputError where it is none."""
+    if text is None:
+        return {}
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f'config_overrides={text!r} is not JSON ({error}): write {{"name": value}}') from error
+    if not isinstance(values, dict):
+        raise InputError(f'config_overrides={text!r} is not a JSON object: write {{"name": value}}')
+    return values
+
+
+def attention_options(args: ModelArguments) -> dict[str, str]:
+    """Return the keyword that chooses the attention backend, where one was asked for."""
+    return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+
+
+def from_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
+    """Load through one of the Auto classes; raise InputError, in one line, for a checkpoint that is not there."""
+    try:
+        return auto_class.from_pretrained(name_or_path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"{name_or_path!r} cannot be loaded with {auto_class.__name__}: {reason}") from error

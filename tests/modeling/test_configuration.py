@@ -1,0 +1,132 @@
+"""Configurations: nested ones that survive saving, and those of models built from scratch."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertConfig
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.base import longest_sequence
+from hf_pretrain.modeling.configuration import (
+    ModelArguments,
+    attention_options,
+    build_config,
+    from_pretrained,
+    parse_overrides,
+)
+from hf_pretrain.modeling.encoder import EncoderForPreTraining, EncoderForPreTrainingConfig
+from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
+
+
+def arguments(model_type, **options):
+    return ModelArguments(**{**TINY, "model_type": model_type, **options})
+
+
+class TestCompositeConfig:
+    def test_the_stock_configuration_survives_saving(self, tmp_path):
+        inner = BertConfig(**TINY, vocab_size=77, hidden_act="relu", pad_token_id=3)
+        EncoderForPreTrainingConfig(model=inner).save_pretrained(tmp_path)
+        loaded = EncoderForPreTrainingConfig.from_pretrained(tmp_path)
+        assert isinstance(loaded.model, BertConfig)
+        assert loaded.model.to_diff_dict() == inner.to_diff_dict()
+        assert loaded.pad_token_id == 3
+
+    def test_the_configuration_is_the_models_own(self):
+        model = AutoModelForMaskedLM.from_config(BertConfig(**TINY, vocab_size=77))
+        assert EncoderForPreTraining.from_model(model).config.model is model.config
+
+    @pytest.mark.parametrize("backend", ["sdpa", "eager"])
+    def test_the_backend_of_the_model_is_kept(self, backend):
+        config = BertConfig(**TINY, vocab_size=77, attn_implementation=backend)
+        assert EncoderForPreTrainingConfig(model=config).model._attn_implementation == backend
+
+    def test_it_is_empty_without_a_model(self):
+        assert EncoderForPreTrainingConfig().model is None
+
+
+class TestBuildConfig:
+    @pytest.mark.parametrize("model_type", ["albert", "bert", "deberta-v2", "electra", "modernbert", "roberta", "mpnet"])
+    def test_sizes_and_special_ids(self, model_type, tokenizer):
+        config = build_config(arguments(model_type), tokenizer)
+        assert config.model_type == model_type
+        assert config.vocab_size == len(tokenizer) == VOCAB_SIZE
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            assert getattr(config, name) == TINY[name]
+        assert config.pad_token_id == tokenizer.pad_token_id
+        # As many tokens fit as were asked for, whatever number the architecture gives to the first position.
+        model = AutoModelForMaskedLM.from_config(config)
+        assert longest_sequence(model) in (None, TINY["max_position_embeddings"])
+        ids = torch.full((1, TINY["max_position_embeddings"]), 7)
+        with torch.no_grad():
+            assert model.eval()(ids).logits.shape == (1, TINY["max_position_embeddings"], VOCAB_SIZE)
+
+    def test_distilbert(self, tokenizer):
+        """Its names differ from the others'."""
+        config = build_config(arguments("distilbert"), tokenizer)
+        assert (config.dim, config.hidden_dim, config.n_layers, config.n_heads) == (32, 64, 2, 2)
+
+    def test_overrides_go_before_the_sizes_and_changes_before_both(self, tokenizer):
+        args = arguments("bert", config_overrides='{"vocab_size": 64, "hidden_act": "relu", "num_hidden_layers": 3}')
+        config = build_config(args, tokenizer, num_hidden_layers=5)
+        assert (config.vocab_size, config.hidden_act, config.num_hidden_layers) == (64, "relu", 5)
+
+    def test_embedding_size(self, tokenizer):
+        assert build_config(arguments("electra", embedding_size=16), tokenizer).embedding_size == 16
+        with pytest.raises(InputError, match="embedding_size=16: bert"):
+            build_config(arguments("bert", embedding_size=16), tokenizer)
+
+    def test_an_unknown_architecture_is_refused(self, tokenizer):
+        with pytest.raises(InputError, match="model_type='brt'"):
+            build_config(arguments("brt"), tokenizer)
+
+    def test_an_unknown_option_is_refused_by_name(self, tokenizer):
+        with pytest.raises(InputError, match="bert has no option hiden_act"):
+            build_config(arguments("bert", config_overrides='{"hiden_act": "relu"}'), tokenizer)
+
+    def test_a_tokenizer_without_padding_is_refused(self):
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = None
+        with pytest.raises(InputError, match="pad"):
+            build_config(arguments("roberta"), tokenizer)
+
+
+@pytest.mark.parametrize("text", ["{hidden_act: relu}", "", '["hidden_act"]', "3", "null"])
+def test_overrides_that_are_no_json_object_are_refused(text):
+    with pytest.raises(InputError, match="config_overrides") as caught:
+        parse_overrides(text)
+    assert repr(text) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_overrides_are_read():
+    assert parse_overrides('{"a": 1, "b": [true, null]}') == {"a": 1, "b": [True, None]}
+    assert parse_overrides(None) == {}
+
+
+def test_the_backend_is_passed_on_only_if_asked_for():
+    assert attention_options(ModelArguments()) == {}
+    assert attention_options(ModelArguments(attn_implementation="eager")) == {"attn_implementation": "eager"}
+
+
+class TestEncoderFromArguments:
+    def test_a_checkpoint_is_continued(self, tmp_path, tokenizer):
+        model = AutoModelForMaskedLM.from_config(build_config(arguments("bert"), tokenizer))
+        model.save_pretrained(tmp_path)
+        args = ModelArguments(model_name_or_path=str(tmp_path), attn_implementation="eager")
+        composite = EncoderForPreTraining.from_arguments(args, tokenizer)
+        assert composite.model.config._attn_implementation == "eager"
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), composite.model.parameters(), strict=True))
+
+    def test_the_backend_of_a_fresh_model(self, tokenizer):
+        composite = EncoderForPreTraining.from_arguments(arguments("bert", attn_implementation="eager"), tokenizer)
+        assert composite.model.config._attn_implementation == "eager"
+
+
+class TestFromPretrained:
+    def test_a_missing_checkpoint_is_refused_in_one_line(self, tmp_path):
+        name = str(tmp_path / "nothing")
+        with pytest.raises(InputError, match="AutoModel") as caught:
+            from_pretrained(AutoModel, name)
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_an_empty_folder_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="cannot be loaded"):
+            from_pretrained(AutoConfig, str(tmp_path))

@@ -1,0 +1,125 @@
+"""The head on gathered positions against the same head on all positions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from hf_pretrain.modeling.encoder import EncoderForPreTraining
+from hf_pretrain.modeling.gathered import GatheredHead
+from hf_pretrain.modeling.losses import IGNORED, masked_lm_loss
+from method_matrix import TINY, VOCAB_SIZE, relative_difference
+
+NARROW = {"embedding_size": 16}
+BACKBONES = {
+    "albert": NARROW,
+    "bert": {},
+    "deberta-v2": {"legacy": True},
+    "deberta-v2 without legacy": {"legacy": False},
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2},
+    "electra": NARROW,
+    "modernbert": {},
+    "mpnet": {},
+    "roberta": {},
+}
+
+
+def tiny_model(name, **options):
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    config = AutoConfig.for_model(name.split()[0], **{**TINY, **special, "vocab_size": VOCAB_SIZE, **BACKBONES[name]})
+    torch.manual_seed(0)
+    model = AutoModelForMaskedLM.from_config(config, **options).eval()
+    # Away from the initial values: zero biases and unit norms would hide a head that is called twice or not at all.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=sorted(BACKBONES))
+def model_and_head(request):
+    model = tiny_model(request.param)
+    return model, GatheredHead(model)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, VOCAB_SIZE, (3, 20), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 13:] = 0
+    mask[2, 2:] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+
+
+def labels_at(positions, inputs):
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    labels.view(-1)[positions] = (inputs["input_ids"].view(-1)[positions] * 7) % VOCAB_SIZE
+    return labels
+
+
+def gradients_of(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("fillers", [[], [3, 3, 3], [45, 45]], ids=["none", "a token", "padding"])
+def test_loss_and_every_gradient_equal_the_dense_head(model_and_head, inputs, fillers):
+    model, head = model_and_head
+    targets = torch.tensor([1, 2, 7, 19, 20, 32, 40, 41])
+    labels = labels_at(targets, inputs)
+    positions = torch.cat([targets, torch.tensor(fillers, dtype=torch.long)])
+    dense = F.cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    expected = gradients_of(model, dense)
+    logits = head(model, positions, **inputs)
+    assert logits.shape == (len(positions), VOCAB_SIZE)
+    loss = masked_lm_loss(logits, labels.flatten()[positions], positions=positions, shape=labels.shape)
+    assert loss.count.tolist() == [4, 2, 2]
+    torch.testing.assert_close(loss.sum.sum(), dense, rtol=1e-6, atol=0)
+    assert relative_difference(expected, gradients_of(model, loss.sum.sum())) <= 1e-6
+
+
+def test_no_target_gives_a_zero_loss_with_zero_gradients(model_and_head, inputs):
+    """Not none: distributed training waits for every parameter's gradient."""
+    model, head = model_and_head
+    positions = torch.zeros(0, dtype=torch.long)
+    expected = gradients_of(model, model(**inputs).logits.sum())
+    logits = head(model, positions, **inputs)
+    assert logits.shape == (0, VOCAB_SIZE)
+    loss = masked_lm_loss(logits, positions, positions=positions, shape=inputs["input_ids"].shape)
+    assert loss.sum.tolist() == loss.count.tolist() == [0, 0, 0]
+    gradients = gradients_of(model, loss.sum.sum())
+    assert gradients.keys() == expected.keys()
+    assert all(not gradient.any() for gradient in gradients.values())
+
+
+def test_the_output_matrix_sees_only_the_targets(inputs):
+    model = tiny_model("electra")
+    head, widths = GatheredHead(model), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[:-1]))
+    head(model, torch.tensor([0, 21]), **inputs)
+    assert widths == [(1, 2)]
+
+
+def test_other_calls_stay_dense(inputs):
+    model = tiny_model("bert")
+    expected = model(**inputs).logits
+    head = GatheredHead(model)
+    head(model, torch.tensor([1]), **inputs)
+    assert torch.equal(model(**inputs).logits, expected)
+    with pytest.raises(IndexError):
+        head(model, torch.tensor([10**6]), **inputs)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_wrapping_keeps_the_attention_backend(backend, tmp_path):
+    model = tiny_model("bert", attn_implementation=backend)
+    composite = EncoderForPreTraining.from_model(model)
+    used = {module.config._attn_implementation for module in model.modules() if hasattr(module, "config")}
+    assert used == {backend}
+    composite.save_pretrained(tmp_path)
+    loaded = EncoderForPreTraining.from_pretrained(tmp_path)
+    # A backend is chosen where a model is opened: it is no part of what is saved.
+    assert loaded.model.config._attn_implementation == "sdpa"

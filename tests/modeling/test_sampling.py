@@ -1,0 +1,142 @@
+"""The sampler against the distribution that it is to draw from."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from hf_pretrain.data import draws
+from hf_pretrain.modeling.sampling import sample_tokens
+
+LARGEST_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
+
+
+def uniforms(count, *, stream):
+    """Keyed fp32 uniforms with 24 bits, as the collator makes them."""
+    bits = draws.bits(draws.row_keys([0], seed=11, stream=stream), count)[0]
+    return torch.from_numpy((bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
+
+
+def sample_many(logits_V, count, *, stream, rows=5000, **options):
+    """Draw from one distribution, a slice at a time."""
+    parts = uniforms(count, stream=stream).split(rows)
+    return torch.cat([sample_tokens(logits_V.expand(len(part), -1), part, **options) for part in parts])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_calibration_over_many_distributions(dtype):
+    """The number of hits of a given token is the sum of its probabilities, up to chance."""
+    rows, vocab_size = 120_000, 64
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(rows, vocab_size, generator=generator)).to(dtype)
+    # Half of the tokens that are looked for are the likeliest, half are any.
+    chosen = torch.randint(vocab_size, (rows,), generator=generator)
+    chosen[::2] = logits[::2].argmax(-1)
+    p = logits.double().softmax(-1).gather(1, chosen[:, None]).squeeze(1)
+    hits = sample_tokens(logits, uniforms(rows, stream="calibration")) == chosen
+    z = (hits.sum() - p.sum()) / (p * (1 - p)).sum().sqrt()
+    assert abs(float(z)) < 4
+    bottom = p < 0.02
+    z = (hits[bottom].sum() - p[bottom].sum()) / (p * (1 - p))[bottom].sum().sqrt()
+    assert abs(float(z)) < 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_half_the_mass_is_drawn_half_the_time(dtype):
+    """Gumbel noise in bf16 draws this argmax 997 times out of 1000."""
+    logits = torch.zeros(2000, dtype=dtype)
+    logits[777] = math.log(1999)
+    drawn = sample_many(logits, 40_000, stream="half")
+    assert float((drawn == 777).double().mean()) == pytest.approx(0.5, abs=0.01)
+
+
+def test_every_token_is_drawn_at_its_rate():
+    logits = torch.linspace(-3, 3, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(2))]
+    excluded = torch.zeros(60, dtype=torch.bool)
+    excluded[[0, 17, 59]] = True
+    counts = sample_many(logits, 300_000, stream="rates", excluded=excluded).bincount(minlength=60)
+    expected = logits.double().exp() * ~excluded
+    expected *= counts.sum() / expected.sum()
+    assert counts[excluded].sum() == 0
+    assert chisquare(counts[~excluded].numpy(), expected[~excluded].numpy()).pvalue > 1e-3
+
+
+def test_low_temperature_draws_the_argmax():
+    logits = torch.randn(2000, 60, generator=torch.Generator().manual_seed(3))
+    drawn = sample_tokens(logits, uniforms(2000, stream="cold"), temperature=1e-4)
+    assert torch.equal(drawn, logits.argmax(-1))
+
+
+def test_high_temperature_draws_all_tokens_alike():
+    counts = sample_many(50 * torch.randn(100), 200_000, stream="hot", temperature=1e6).bincount(minlength=100)
+    assert chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_temperature_divides_the_logits():
+    logits = torch.tensor([0.0, 2.0])
+    drawn = sample_many(logits, 100_000, stream="warm", temperature=2.0)
+    assert float(drawn.double().mean()) == pytest.approx(1 / (1 + math.exp(-1)), abs=0.006)
+
+
+class TestExcluded:
+    """Tokens that must never be drawn, at the ends and in the middle, and likelier than all others."""
+
+    EXCLUDED = (0, 1, 2, 30, 31, 58, 59)
+
+    @pytest.fixture
+    def excluded(self):
+        excluded = torch.zeros(60, dtype=torch.bool)
+        excluded[list(self.EXCLUDED)] = True
+        return excluded
+
+    def test_never_in_a_million_draws(self, excluded):
+        logits = torch.randn(60, generator=torch.Generator().manual_seed(4)) + 20 * excluded
+        drawn = sample_many(logits, 1_000_000, stream="excluded", rows=50_000, excluded=excluded)
+        assert not excluded[drawn].any()
+        assert len(drawn.unique()) == 60 - len(self.EXCLUDED)
+
+    @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0])
+    def test_never_at_the_ends_of_the_uniforms(self, excluded, scale):
+        logits = scale * torch.randn(4000, 60, generator=torch.Generator().manual_seed(5))
+        for uniform in (0.0, 2.0**-24, LARGEST_BELOW_ONE):
+            drawn = sample_tokens(logits, torch.full((4000,), uniform), excluded=excluded)
+            assert drawn.min() >= 3 and drawn.max() <= 57
+            assert not excluded[drawn].any()
+            if scale == 0:
+                assert set(drawn.tolist()) == {57 if uniform == LARGEST_BELOW_ONE else 3}
+
+    def test_never_where_the_running_sum_is_not_monotonic(self, monkeypatch):
+        """A parallel scan, as on a GPU, adds in another order at each position, so the sum may step at a mass of zero."""
+
+        def parallel_scan(values, dim):
+            assert dim in (-1, values.ndim - 1)
+            step, values = 1, values.clone()
+            while step < values.shape[-1]:
+                values[..., step:] = values[..., step:] + values[..., :-step]
+                step *= 2
+            return values
+
+        monkeypatch.setattr(torch.Tensor, "cumsum", parallel_scan)
+        monkeypatch.setattr(torch, "cumsum", parallel_scan)
+        generator = torch.Generator().manual_seed(6)
+        logits, excluded = torch.randn(1024, generator=generator), torch.rand(1024, generator=generator) < 0.5
+        # The uniforms that fall on such a step are few: aim at them.
+        scan = parallel_scan(logits.masked_fill(excluded, -torch.inf).softmax(-1), -1)
+        aimed = torch.cat([scan / scan[-1] + shift for shift in (-(2.0**-24), 0, 2.0**-24)])
+        drawn = sample_tokens(logits.expand(len(aimed), -1), aimed.clamp(0, LARGEST_BELOW_ONE), excluded=excluded)
+        assert not excluded[drawn].any()
+
+
+def test_a_draw_depends_on_its_own_row_only():
+    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(7))
+    together = sample_tokens(logits, uniforms(50, stream="rows"))
+    alone = torch.cat([sample_tokens(logits[i : i + 1], uniforms(50, stream="rows")[i : i + 1]) for i in range(50)])
+    assert torch.equal(together, alone)
+
+
+def test_samples_are_ids_without_a_graph():
+    drawn = sample_tokens(torch.randn(3, 5, requires_grad=True), torch.rand(3))
+    assert drawn.shape == (3,) and drawn.dtype == torch.int64 and not drawn.requires_grad
+    assert sample_tokens(torch.zeros(0, 5), torch.zeros(0)).shape == (0,)
