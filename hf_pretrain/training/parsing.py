@@ -22,8 +22,9 @@ from transformers.hf_argparser import string_to_bool
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.recipes import read_recipe
 
-# Never written to a recipe: a secret, what the launcher sets, and the deprecated twins of activation_checkpointing.
-_NOT_SAVED = {"hub_token", "local_rank", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
+# Never written to a recipe: a secret, what the launcher and the machine decide, and the deprecated twins of
+# activation_checkpointing.
+_NOT_SAVED = {"hub_token", "local_rank", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
 # What TrainingArguments makes of an option that nobody set.
 _UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}
 _UNSET |= {"report_to": [], "debug": []}
@@ -70,7 +71,7 @@ class _OptionParser(HfArgumentParser):
 
     def __init__(self, dataclass_types: Sequence[type], *, prog: str, description: str) -> None:
         super().__init__(
-            dataclass_types,  # type: ignore[arg-type]
+            dataclass_types,
             prog=prog,
             usage="%(prog)s [--config RECIPE] [--option value ...]",
             description=description,

@@ -1,0 +1,1 @@
+"""Metrics and probes; everything works offline."""

@@ -1,0 +1,58 @@
+"""Options that every method has."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.training.precision import bf16_is_fast
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with what pre-training needs and the defaults that suit it."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove what an earlier run left in output_dir instead of refusing to start."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Compute in bf16 autocast; by default on machines whose matrix units are fast in it."},
+    )
+    adam_bias_correction: bool = field(
+        default=True, metadata={"help": "Adam's bias correction; the official BERT and ELECTRA optimizers have none."}
+    )
+    decay_during_warmup: bool = field(
+        default=False,
+        metadata={"help": "Multiply the linear schedule's decay and warm-up, as the official BERT and ELECTRA do."},
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of all but biases and norms."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Keep off: collators need columns that no model takes."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite, at the price of a device sync a step."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Let DDP look for parameters without gradient; every objective uses all of its own."},
+    )
+
+    def __post_init__(self) -> None:
+        """Choose the precision, then let transformers check the rest."""
+        if self.remove_unused_columns:
+            raise InputError("remove_unused_columns=True would drop example ids and word boundaries: leave it False")
+        if self.decay_during_warmup and self.lr_scheduler_type != "linear":
+            raise InputError(
+                f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
+            )
+        if torch.accelerator.current_accelerator(check_available=True) is None:
+            # transformers refuses bf16 on a CPU that was not asked for by name.
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_fast()
+        super().__post_init__()
+        # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
+        self.accelerator_config.dispatch_batches = False

@@ -1,0 +1,133 @@
+"""What every program does around its training: claim the output folder, load the data, train, evaluate, export, report."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
+from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.parsing import resolved_options
+from hf_pretrain.training.recipes import write_recipe
+from hf_pretrain.training.trainer import PretrainingTrainer
+
+# A leading underscore keeps a file out of what is pushed to the Hub.
+_LOCK = "_lock"
+RECIPE = "recipe.yaml"
+
+
+@contextmanager
+def output_directory(args: PretrainingArguments) -> Iterator[Path]:
+    """Claim the output folder for this run, from its emptiness to its last file.
+
+    Args:
+        args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide; the last is completed to the newest
+            checkpoint's path if it is "true".
+
+    Raises:
+        InputError: If the folder holds an earlier run, another process writes to it, or there is nothing to resume from.
+    """
+    folder = Path(args.output_dir)
+    lock = FileLock(folder / _LOCK)
+    try:
+        with args.main_process_first(local=False, desc="output directory"):
+            if args.process_index == 0:
+                _claim(folder, lock, args)
+            if args.resume_from_checkpoint is not None:
+                args.resume_from_checkpoint = _checkpoint_to_resume(folder, args.resume_from_checkpoint)
+        yield folder
+    finally:
+        # Not held where the folder was refused: then the file is another process's.
+        if lock.is_locked:
+            lock.release()
+            (folder / _LOCK).unlink(missing_ok=True)
+
+
+def _claim(folder: Path, lock: FileLock, args: PretrainingArguments) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir={str(folder)!r} is a file: name a folder")
+    is_used = folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir())
+    if is_used and args.resume_from_checkpoint is None and not args.overwrite_output_dir:
+        raise InputError(
+            f"output_dir={str(folder)!r} is in use: name another, go on with --resume_from_checkpoint true, "
+            "or remove what is there with --overwrite_output_dir"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
+        ) from error
+    if is_used and args.resume_from_checkpoint is None:
+        for path in folder.iterdir():
+            if path.name != _LOCK:
+                # A link is removed, never what it points to.
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _checkpoint_to_resume(folder: Path, asked: str) -> str:
+    if asked.lower() != "true":
+        if not Path(asked).is_dir():
+            raise InputError(
+                f"resume_from_checkpoint={asked!r} is no folder: name a checkpoint-* folder, or `true` for the last"
+            )
+        return asked
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is None:
+        raise InputError(
+            f"resume_from_checkpoint=true, but output_dir={str(folder)!r} holds no checkpoint: start without it"
+        )
+    return checkpoint
+
+
+def load_data(data_args: DataArguments, model_args: ModelArguments, args: PretrainingArguments) -> PreparedData:
+    """Read the text and cut it into examples, with the tokenizer of the run, of the checkpoint to continue, or a new one."""
+    return prepare_data(
+        data_args,
+        seed=args.seed,
+        output_dir=args.output_dir,
+        tokenizer=_known_tokenizer(data_args, model_args, args),
+        first=args.main_process_first(local=False, desc="data"),
+    )
+
+
+def _known_tokenizer(
+    data_args: DataArguments, model_args: ModelArguments, args: PretrainingArguments
+) -> PreTrainedTokenizerBase | None:
+    if args.resume_from_checkpoint is not None:
+        return from_pretrained(AutoTokenizer, args.resume_from_checkpoint)
+    if data_args.tokenizer_name is None and model_args.model_name_or_path is not None:
+        return from_pretrained(AutoTokenizer, model_args.model_name_or_path)
+    return None
+
+
+def run(trainer: PretrainingTrainer, options: tuple[Any, ...]) -> None:
+    """Train, evaluate, export with card and recipe, and push if asked.
+
+    Args:
+        trainer: The method's Trainer, ready to start.
+        options: The dataclasses that the program was started with; saved as a recipe that starts it again.
+    """
+    args = trainer.args
+    trainer.recipe = resolved_options(options)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_state()
+    if args.should_save:
+        write_recipe(trainer.recipe, Path(args.output_dir) / RECIPE, program=f"hf-pretrain {trainer.objective.name}")
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.save_model()
+        trainer.create_model_card()

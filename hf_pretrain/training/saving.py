@@ -1,0 +1,113 @@
+"""What a run leaves behind: whole checkpoints to resume from, and the export to share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress, hf_api
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.card import PretrainingCard, write_card
+from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.training.card import describe_run
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class SavingMixin(_Base):
+    """Saving for a Trainer of composites.
+
+    `checkpoint-*` holds the composite as it is trained, so that a resume is strict; `save_model` and `push_to_hub` write the
+    export: stock models with the card.
+    """
+
+    model: PretrainingModel
+    _in_checkpoint = False
+    push_in_progress: PushInProgress | None
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._in_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        if self._in_checkpoint:
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            self.model.export(folder, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that does not fit; the stock Trainer would go on from fresh weights with a log line."""
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        if missing or load_result.unexpected_keys:
+            raise InputError(
+                f"resume_from_checkpoint: the checkpoint does not fit the model (missing {sorted(missing)[:3]}, unexpected "
+                f"{sorted(load_result.unexpected_keys)[:3]}): resume with the options it was made with"
+            )
+        self.model.tie_weights()
+
+    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
+        """Write the model card and its plots into the output folder, from what was logged.
+
+        Args:
+            model_name: Title of the card; by default the name of the repository or the folder.
+            **facts: Other fields of [`PretrainingCard`]; those that only the stock card knows are ignored.
+        """
+        if not self.is_world_process_zero():
+            return
+        known = {field.name for field in dataclasses.fields(PretrainingCard)}
+        chosen = {name: value for name, value in facts.items() if name in known and value is not None}
+        if model_name is not None:
+            chosen["model_name"] = model_name
+        write_card(describe_run(self, **chosen), self.args.output_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push while training: the export of this moment, not the composite that the checkpoint holds."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        # Leaves the checkpoint's layout for the time of the export.
+        self._in_checkpoint = False
+        self.save_model(_internal_call=True)
+        self._in_checkpoint = True
+        if not self.is_world_process_zero():
+            return
+        previous: PushInProgress | None = self.push_in_progress
+        busy = previous is not None and not previous.is_done()
+        if busy and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        jobs = [self._upload(self.args.output_dir, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
+        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
+            jobs.append(self._upload(checkpoint_folder, path_in_repo="last-checkpoint"))
+        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
+            jobs.append(self._upload(checkpoint_folder, path_in_repo=Path(checkpoint_folder).name))
+        if previous is not None and busy:
+            previous.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(self, folder: str, **options: Any) -> Any:
+        return hf_api().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            revision=self.args.hub_revision,
+            run_as_future=True,
+            **options,
+        )

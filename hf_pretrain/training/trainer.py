@@ -1,0 +1,266 @@
+"""The base of every method's Trainer."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sized
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset, IterableDataset, Sampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalPrediction
+
+from hf_pretrain.data.epochs import EpochDataset, EpochSampler
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.training.accumulator import SumAccumulator
+from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.memory import peak_memory_mib
+from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
+from hf_pretrain.training.saving import SavingMixin
+
+
+class PretrainingTrainer(SavingMixin, Trainer):
+    """Trains a [`PretrainingModel`], dividing each of its losses by that loss's own global count.
+
+    The model returns sums. Before a step, the targets of every loss are counted over all its micro-batches and all ranks, so
+    the gradient does not depend on how the global batch is cut. All components are logged, and evaluated weighted by tokens.
+
+    A method gives its `objective` and, if it has any, its `evaluation_metrics`; a loss called "x" is weighted by the option
+    `x_weight` (1 if there is none).
+
+    Args:
+        model: The composite to train.
+        args: Options.
+        train_dataset: Examples; a map-style dataset is wrapped in [`EpochDataset`], so that collators know ids and epochs.
+        eval_dataset: Held-out examples, or a dictionary of several sets.
+        data_description: Numbers and names about the data, for the model card.
+        **kwargs: Other arguments of `transformers.Trainer`, but `compute_metrics`.
+
+    Raises:
+        InputError: If the arguments ask for what cannot be right, such as one process driving several GPUs.
+    """
+
+    objective: ClassVar[ObjectiveDescription]
+    # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PretrainingModel,
+        args: PretrainingArguments,
+        *,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        data_description: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "compute_metrics" in kwargs:
+            raise InputError(
+                "compute_metrics is not used here: override evaluation_metrics, which sees scores and labels"
+            )
+        if args.n_gpu > 1:
+            raise InputError(
+                f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
+            )
+        if eval_dataset is None:
+            args.eval_on_start = False
+        elif isinstance(eval_dataset, dict):
+            eval_dataset = {name: _with_epochs(dataset) for name, dataset in eval_dataset.items()}
+        else:
+            eval_dataset = _with_epochs(eval_dataset)
+        super().__init__(
+            model,
+            args,
+            train_dataset=None if train_dataset is None else _with_epochs(train_dataset),
+            eval_dataset=eval_dataset,
+            compute_metrics=self._reduce_statistics,
+            **kwargs,
+        )
+        self.data_description = dict(data_description or {})
+        self.recipe: dict[str, Any] = {}
+        self._components = SumAccumulator()
+        self._statistic_names: list[str] = []
+        self._num_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._clock = time.perf_counter()
+
+    # Normalisation
+
+    def _get_num_items_in_batch(
+        self, batch_samples: list[dict[str, Any]], device: torch.device
+    ) -> dict[str, torch.Tensor] | None:
+        """Count the targets of every loss over the step's micro-batches and all ranks."""
+        if not batch_samples:
+            return None
+        counts = [self.model.count_targets(batch) for batch in batch_samples]
+        names = sorted(counts[0])
+        totals = torch.stack([torch.stack([count[name] for name in names]) for count in counts]).sum(dim=0)
+        totals = self.accelerator.reduce(totals.to(device).double(), reduction="sum")
+        return dict(zip(names, totals, strict=True))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: dict[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, PretrainingOutput]:
+        """Return this micro-batch's share of the step's loss: the weighted sum of its sums over the global counts."""
+        if num_items_in_batch is None:
+            num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        assert num_items_in_batch is not None, "there is a batch, so it was counted"
+        outputs: PretrainingOutput = model(**inputs)
+        total = torch.zeros((), device=self.args.device)
+        for name, loss in outputs.losses.items():
+            mean = loss.sum.sum() / num_items_in_batch[name].clamp(min=1.0).float()
+            total = total + self.loss_weight(name) * mean
+        if model.training:
+            self._components.add({f"{name}_loss": loss for name, loss in outputs.losses.items()})
+            self._num_tokens += inputs["attention_mask"].sum()
+        # Distributed training averages gradients over ranks; the counts are already global, so what is wanted is their sum.
+        total = total * self.accelerator.num_processes
+        return (total, outputs) if return_outputs else total
+
+    def loss_weight(self, name: str) -> float:
+        """Return the weight of a loss in the total: the option `<name>_weight`, else 1."""
+        return getattr(self.args, f"{name}_weight", 1.0)
+
+    # Data order
+
+    def _get_train_sampler(self, train_dataset: Dataset) -> Sampler | None:
+        """Shuffle by the seed and the epoch alone, and send the epoch along with each index."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochSampler(len(cast(Sized, train_dataset)), seed=seed)
+
+    # Optimizer
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        """Return the stock optimizer, or Adam without bias correction where the recipe wants it."""
+        if args.adam_bias_correction:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        return AdamWithoutBiasCorrection, kwargs | {"fused": True}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Return the stock schedule, or the product of decay and warm-up where the recipe wants it."""
+        if getattr(self, "lr_scheduler", None) is None and self.args.decay_during_warmup:
+            self.lr_scheduler: LRScheduler = linear_product_schedule(
+                self.optimizer if optimizer is None else optimizer,
+                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                num_training_steps=num_training_steps,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # Training and logging
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`."""
+        # An evaluation before training marks the model as prepared, and accelerate would then leave it out of DDP.
+        for wrapped in (self.model, self.model_wrapped):
+            wrapped._is_accelerate_prepared = False
+        # transformers seeds every rank alike, and so their dropout; a resume restores each rank's own state.
+        torch.manual_seed(self.args.seed + self.args.process_index)
+        self._clock = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the mean of every component, throughput and peak memory to a training step's log line."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate or lengthen "
+                    f"warmup_steps, and go on from the last checkpoint in {self.args.output_dir} with resume_from_checkpoint"
+                )
+            logs |= self._components.means(self._sum_over_ranks)
+            logs |= self._throughput()
+        super().log(logs, start_time)
+
+    def _throughput(self) -> dict[str, float]:
+        tokens = int(self._sum_over_ranks(self._num_tokens).item())
+        self._num_tokens.zero_()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        before = next((row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row), 0)
+        return {
+            "num_tokens": before + tokens,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "peak_memory_mib": peak_memory_mib(),
+        }
+
+    def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(tensor, reduction="sum")
+
+    # Evaluation
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate; masks and samples are fixed, so two calls give the same numbers. See `transformers.Trainer.evaluate`."""
+        started = time.perf_counter()
+        # A data loader draws a seed when it is opened; training must not depend on how often it is evaluated.
+        with torch.random.fork_rng(devices=[]):
+            metrics = super().evaluate(*args, **kwargs)
+        self._clock += time.perf_counter() - started
+        return metrics
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """Return each example's sums and counts instead of logits: small, and free of the repeats that fill the last batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs: PretrainingOutput = model(**inputs)
+        sums = {f"{name}_loss": loss for name, loss in outputs.losses.items()} | outputs.metrics
+        self._statistic_names = sorted(sums)
+        columns = [part for name in self._statistic_names for part in sums[name]]
+        statistics = torch.stack(columns, dim=1)
+        if outputs.scores is None:
+            return None, (statistics,), torch.zeros_like(statistics)
+        return None, (statistics, outputs.scores), outputs.score_labels
+
+    def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Turn the sums and counts of all examples into means weighted by targets."""
+        statistics, *scores = (
+            prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
+        )
+        totals = np.asarray(statistics, dtype=np.float64).sum(axis=0).reshape(-1, 2)
+        means = {
+            name: float(total / count)
+            for name, (total, count) in zip(self._statistic_names, totals, strict=True)
+            if count > 0
+        }
+        losses = {name.removesuffix("_loss"): mean for name, mean in means.items() if name.endswith("_loss")}
+        means["loss"] = sum(self.loss_weight(name) * mean for name, mean in losses.items())
+        if scores:
+            is_real = prediction.label_ids != IGNORED
+            means |= self.evaluation_metrics(scores[0][is_real], prediction.label_ids[is_real], means)
+        return means
+
+    def evaluation_metrics(
+        self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return further metrics from the model's binary scores.
+
+        Args:
+            scores: ``[N]`` logits of all real tokens of the held-out set.
+            labels: ``[N]`` zeros and ones.
+            means: The means computed so far.
+        """
+        return {}
+
+
+def _with_epochs(dataset: Dataset) -> Dataset:
+    return dataset if isinstance(dataset, IterableDataset) else EpochDataset.wrap(dataset)

@@ -1,0 +1,26 @@
+"""What every test has: no network, one thread, a tiny tokenizer and tiny documents."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers.utils import logging as transformers_logging
+
+from method_matrix import tiny_data, tiny_tokenizer
+
+# Tiny models gain nothing from more threads, and lose much where the cores are shared.
+torch.set_num_threads(1)
+transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def data():
+    return tiny_data()

@@ -1,0 +1,267 @@
+"""What every program does around its training: the output folder is claimed, the run leaves its recipe and export."""
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock, Timeout
+
+from hf_pretrain.data.prepare import DataArguments
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.program import output_directory, run
+from method_matrix import NO_DROPOUT, TINY, programs, tiny_data
+
+PROGRAMS = programs()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "deep" / "out"
+
+
+@pytest.fixture
+def make(folder):
+    return lambda **options: PretrainingArguments(output_dir=str(folder), bf16=False, **options)
+
+
+@pytest.fixture
+def used(folder):
+    """A folder with what an earlier run and its user left."""
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-10").mkdir()
+    (folder / "checkpoint-10" / "model.safetensors").write_text("precious")
+    (folder / "checkpoint-x").mkdir()
+    (folder / "notes.txt").write_text("precious")
+    return folder
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_folder_is_made_and_only_locked_while_it_is_used(make, folder):
+    with output_directory(make()) as claimed:
+        assert claimed == folder and folder.is_dir()
+        with pytest.raises(Timeout):
+            FileLock(folder / "_lock").acquire(blocking=False)
+        (folder / "model").write_text("new")
+    assert contents(folder) == {"model"}
+
+
+def test_an_empty_folder_is_taken(make, folder):
+    folder.mkdir(parents=True)
+    with output_directory(make()):
+        pass
+    assert contents(folder) == set()
+
+
+def test_a_used_folder_is_refused_and_left_alone(make, used):
+    before = contents(used)
+    with pytest.raises(InputError) as refused, output_directory(make()):
+        raise AssertionError("the program must not run")
+    message = str(refused.value)
+    assert str(used) in message and "--overwrite_output_dir" in message and "--resume_from_checkpoint true" in message
+    assert contents(used) == before
+
+
+def test_overwriting_clears_the_folder_and_nothing_else(make, used):
+    neighbour = used.parent / "other"
+    neighbour.mkdir()
+    (neighbour / "corpus.txt").write_text("precious")
+    (used / "link").symlink_to(neighbour)
+    (used / "file_link").symlink_to(neighbour / "corpus.txt")
+    (used / ".hidden").write_text("old")
+    with output_directory(make(overwrite_output_dir=True)):
+        assert contents(used) == {"_lock"}
+    assert contents(used) == set()
+    assert (neighbour / "corpus.txt").read_text() == "precious"
+
+
+def test_overwriting_waits_for_no_one(make, used):
+    """What another process is writing to is not cleared."""
+    with FileLock(used / "_lock"):
+        with pytest.raises(InputError, match="in use by another process"), output_directory(make(overwrite_output_dir=True)):
+            raise AssertionError("the program must not run")
+        assert (used / "notes.txt").read_text() == "precious"
+        assert (used / "_lock").exists()
+
+
+@pytest.mark.parametrize("word", ["true", "True"])
+def test_resume_finds_the_last_checkpoint(make, used, word):
+    before = contents(used)
+    args = make(resume_from_checkpoint=word)
+    with output_directory(args):
+        assert args.resume_from_checkpoint == str(used / "checkpoint-10")
+    assert contents(used) == before
+
+
+def test_resume_wins_over_overwriting(make, used):
+    args = make(resume_from_checkpoint="true", overwrite_output_dir=True)
+    with output_directory(args):
+        assert (used / "checkpoint-10" / "model.safetensors").read_text() == "precious"
+
+
+def test_resume_from_a_named_folder(make, used, tmp_path):
+    other = tmp_path / "elsewhere" / "checkpoint-7"
+    other.mkdir(parents=True)
+    args = make(resume_from_checkpoint=str(other))
+    with output_directory(args):
+        assert args.resume_from_checkpoint == str(other)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_to_resume_is_refused(make, folder, exists):
+    if exists:
+        folder.mkdir(parents=True)
+    with pytest.raises(InputError, match="holds no checkpoint: start without it"), output_directory(
+        make(resume_from_checkpoint="true")
+    ):
+        raise AssertionError("the program must not run")
+
+
+def test_what_is_refused_does_not_stay_locked(make, folder):
+    with pytest.raises(InputError, match="is no folder"), output_directory(make(resume_from_checkpoint="nowhere")):
+        raise AssertionError("the program must not run")
+    assert not (folder / "_lock").exists()
+    with output_directory(make()):
+        pass
+
+
+def test_a_file_is_refused(make, folder):
+    folder.parent.mkdir(parents=True)
+    folder.write_text("precious")
+    with pytest.raises(InputError, match="is a file: name a folder"), output_directory(make(overwrite_output_dir=True)):
+        raise AssertionError("the program must not run")
+    assert folder.read_text() == "precious"
+
+
+def test_a_second_run_is_refused_while_the_first_goes_on(make, folder):
+    with output_directory(make()):
+        with pytest.raises(InputError, match="in use by another process: wait for it or name another"), output_directory(make()):
+            raise AssertionError("the program must not run")
+        assert (folder / "_lock").exists()
+    with output_directory(make()):
+        pass
+
+
+def test_a_second_process_is_refused(make, folder):
+    """The lock is one that other processes see."""
+    program = (
+        "import sys; from filelock import FileLock, Timeout\n"
+        "try: FileLock(sys.argv[1]).acquire(blocking=False)\n"
+        "except Timeout: sys.exit(7)"
+    )
+    with output_directory(make()):
+        assert subprocess.run([sys.executable, "-c", program, str(folder / "_lock")]).returncode == 7
+
+
+def test_the_lock_of_a_killed_process_is_no_obstacle(make, folder):
+    folder.mkdir(parents=True)
+    (folder / "_lock").touch()
+    with output_directory(make()):
+        pass
+    assert contents(folder) == set()
+
+
+def test_the_lock_goes_when_the_run_fails(make, folder):
+    with pytest.raises(ZeroDivisionError), output_directory(make()):
+        raise ZeroDivisionError
+    assert contents(folder) == set()
+
+
+def ran(program, folder, *argv):
+    """Run a program's parts, all but the reading of text, and return its Trainer and options."""
+    sizes = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
+    argv = [*sizes, "--config_overrides", NO_DROPOUT, "--output_dir", str(folder), "--bf16", "false", *argv]
+    argv = ["--logging_steps", "1", "--max_steps", "2", "--warmup_steps", "0", "--save_strategy", "no", *argv]
+    options = parse_arguments(program.ARGUMENTS, argv, prog="hf-pretrain", description="")
+    with output_directory(options[-1]):
+        trainer = program.build_trainer(tiny_data(), options[1], options[-1])
+        run(trainer, options)
+    return trainer, options
+
+
+class TestRun:
+    @pytest.fixture(scope="class", params=sorted(PROGRAMS))
+    @classmethod
+    def finished(cls, request, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("run") / "out"
+        extra = ["--learning_rate", "3e-4", "--train_file", str(folder.parent / "räume.txt"), "--seed", "7"]
+        return *ran(PROGRAMS[request.param], folder, *extra), folder
+
+    def test_it_leaves_everything(self, finished):
+        trainer, _, folder = finished
+        expected = {"README.md", "recipe.yaml", "config.json", "model.safetensors", "tokenizer.json", "trainer_state.json"}
+        assert expected | {"plots/loss.png"} <= contents(folder)
+        parts = [part for part in trainer.model.export_parts if part]
+        assert {f"{part}/model.safetensors" for part in parts} <= contents(folder)
+        assert not (folder / "_lock").exists()
+        # Trained, then evaluated, then exported.
+        assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row][-1] == 2
+        root = getattr(trainer.model, trainer.model.export_parts[""])
+        loaded = type(root).from_pretrained(folder).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in root.state_dict().items())
+
+    def test_the_recipe_gives_the_same_options_again(self, finished):
+        trainer, options, folder = finished
+        text = (folder / "recipe.yaml").read_text(encoding="utf-8")
+        assert text.startswith(f"# hf-pretrain {trainer.objective.name}\n")
+        types = [type(option) for option in options]
+        again = parse_arguments(types, ["--config", str(folder / "recipe.yaml")], prog="hf-pretrain", description="")
+        for first, second in zip(options, again, strict=True):
+            for option in fields(first):
+                assert plain(getattr(first, option.name)) == plain(getattr(second, option.name)), option.name
+
+    def test_the_recipe_holds_what_was_set_and_nothing_of_the_machine(self, finished):
+        _, _, folder = finished
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        given = {*TINY, "config_overrides", "output_dir", "bf16", "logging_steps", "max_steps", "warmup_steps"}
+        given |= {"save_strategy", "learning_rate", "train_file", "seed"}
+        assert recipe["learning_rate"] == 3e-4 and recipe["max_steps"] == 2
+        # Else a recipe written on a machine without a GPU would never use one again.
+        assert recipe.keys() <= given
+
+    def test_the_card_tells_nothing_of_the_machine(self, finished):
+        _, _, folder = finished
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "learning_rate: 0.0003" in card and "räume.txt" in card
+        assert str(folder.parent) not in card
+
+
+def plain(value):
+    return value.to_dict() if hasattr(value, "to_dict") else value
+
+
+def test_known_tokenizer_of_the_checkpoint_is_used(tmp_path, monkeypatch):
+    """On resume the tokenizer of the checkpoint wins, then the one named, then that of the model continued from."""
+    from hf_pretrain.training import program as program_module
+
+    seen = []
+    monkeypatch.setattr(program_module, "prepare_data", lambda data_args, **options: seen.append(options))
+    tokenizer = tiny_data().tokenizer
+    for name in ("checkpoint", "model"):
+        tokenizer.add_tokens([f"only-{name}"])
+        tokenizer.save_pretrained(tmp_path / name)
+    model_args = ModelArguments(model_name_or_path=str(tmp_path / "model"))
+    for data_args, resume in (
+        (DataArguments(), str(tmp_path / "checkpoint")),
+        (DataArguments(tokenizer_name="named"), str(tmp_path / "checkpoint")),
+        (DataArguments(), None),
+        (DataArguments(tokenizer_name="named"), None),
+    ):
+        args = PretrainingArguments(output_dir=str(tmp_path / "out"), bf16=False, resume_from_checkpoint=resume, seed=5)
+        program_module.load_data(data_args, model_args, args)
+    found = [options["tokenizer"] for options in seen]
+    sizes = [None if tokenizer is None else len(tokenizer) for tokenizer in found]
+    base = len(tiny_data().tokenizer)
+    assert sizes == [base + 1, base + 1, base + 2, None]
+    assert all(options["seed"] == 5 and options["output_dir"] == str(tmp_path / "out") for options in seen)
+    nowhere = ModelArguments(model_name_or_path=str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="cannot be loaded with AutoTokenizer"):
+        program_module.load_data(DataArguments(), nowhere, PretrainingArguments(str(tmp_path / "out"), bf16=False))
