@@ -18,12 +18,12 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from timing import interleaved, peak_memory, print_table
 from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from hf_pretrain.corruption.arguments import MaskingArguments, MaskingUnit
 from hf_pretrain.data import draws
 from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from timing import interleaved, peak_memory, print_table
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 UNITS: tuple[MaskingUnit, ...] = get_args(MaskingUnit)

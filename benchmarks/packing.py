@@ -20,12 +20,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-from timing import interleaved, peak_memory, print_table
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.packing import BlockDataset
+from timing import interleaved, peak_memory, print_table
 
 READ_BATCH = 32
 MAP_BATCH = 1000

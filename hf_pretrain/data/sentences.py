@@ -43,7 +43,8 @@ def _boundary(not_before: str, initials: str) -> re.Pattern[str]:
     A class of characters comes first, so that the engine skips to the next candidate; the branches then look back.
     """
     wide = rf"(?<=[{_WIDE_STOPS}])[{_WIDE_STOPS}{_CLOSERS}…]*+\s*+"
-    narrow = rf"(?<=[{_FULL_STOPS}])(?:(?<!\.)|{_guards(initials)})[{_FULL_STOPS}{_CLOSERS}]{{0,{_MOST_CLOSERS}}}+\s++(?!{not_before})"
+    closers = rf"[{_FULL_STOPS}{_CLOSERS}]{{0,{_MOST_CLOSERS}}}+"
+    narrow = rf"(?<=[{_FULL_STOPS}])(?:(?<!\.)|{_guards(initials)}){closers}\s++(?!{not_before})"
     line = rf"(?<=\n)(?:[^\S\n]*+\n\s*+|\s*+(?!{not_before}))"
     return re.compile(rf"[{_FULL_STOPS}{_WIDE_STOPS}\n](?:{wide}|{narrow}|{line})")
 

@@ -1,0 +1,455 @@
+"""Generator and discriminator together: what each sees, learns from and leaves behind."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForTokenClassification,
+    BertForTokenClassification,
+    ElectraForMaskedLM,
+    ElectraForPreTraining,
+)
+
+from hf_pretrain.data import draws
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.modeling.sampling import sample_tokens
+from hf_pretrain.objectives.replaced_token_detection import (
+    DataCollatorForReplacedTokenDetection,
+    ReplacedTokenDetectionForPreTraining,
+    ReplacedTokenDetectionModelArguments,
+    build_model,
+)
+from method_matrix import NO_DROPOUT, TINY, build, programs
+
+PROGRAM = programs()["rtd"]
+BERT = {"model_type": "bert", "generator_size": 1.0}
+ROBERTA = {"model_type": "roberta", "generator_size": 1.0}
+UNTIED = {"embedding_sharing": "none"}
+LIKELY = 1e4
+
+
+def batch_of(trainer, count=12, *, start=0):
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(start, start + count)])
+
+
+def originals(trainer, batch, *, start=0):
+    ids = torch.zeros_like(batch["input_ids"])
+    for row in range(len(ids)):
+        example = trainer.train_dataset[start + row]["input_ids"]
+        ids[row, : len(example)] = torch.tensor(example)
+    return ids
+
+
+def run(model, batch):
+    """Return the output in evaluation mode and what the discriminator was given."""
+    seen = {}
+    handle = model.discriminator.register_forward_pre_hook(lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    with torch.no_grad():
+        output = model.eval()(**batch)
+    handle.remove()
+    return output, seen
+
+
+def favour(model, token_ids):
+    """Make the generator all but sure of these tokens, everywhere."""
+    with torch.no_grad():
+        model.generator.get_output_embeddings().bias[token_ids] = LIKELY
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    return build(PROGRAM, tmp_path)
+
+
+class TestDiscriminatorInput:
+    @pytest.mark.parametrize("mask_share", [0.85, 1.0, 0.0])
+    def test_samples_at_the_selected_positions_and_the_text_elsewhere(self, tmp_path, mask_share):
+        trainer = build(PROGRAM, tmp_path, mask_share=mask_share, mlm_probability=0.3)
+        batch = batch_of(trainer)
+        text, selected = originals(trainer, batch), batch["labels"] != IGNORED
+        output, seen = run(trainer.model, batch)
+        given = seen["input_ids"]
+        assert torch.equal(given[~selected], text[~selected])
+        logits = trainer.model.generator.eval()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = sample_tokens(logits[selected], batch["sample_uniforms"], excluded=trainer.model.excluded_tokens)
+        assert torch.equal(given[selected], expected)
+        assert not torch.isin(given[selected], torch.tensor(trainer.processing_class.all_special_ids)).any()
+        assert not (given == trainer.processing_class.mask_token_id).any()
+        assert torch.equal(seen["attention_mask"], batch["attention_mask"])
+
+    def test_a_label_says_that_a_selected_token_is_another_now(self, tmp_path):
+        trainer = build(PROGRAM, tmp_path, mlm_probability=0.5)
+        batch = batch_of(trainer, 60)
+        text, selected = originals(trainer, batch), batch["labels"] != IGNORED
+        output, seen = run(trainer.model, batch)
+        is_real = batch["attention_mask"].bool()
+        differs = seen["input_ids"] != text
+        assert torch.equal(output.score_labels[is_real] == 1, (selected & differs)[is_real])
+        assert torch.equal(output.score_labels == IGNORED, ~is_real)
+        is_special = torch.isin(text, torch.tensor([2, 3])) & is_real
+        assert not output.score_labels[is_special].any()
+        # By chance some guesses are right, so the assertions above saw both kinds.
+        assert (selected & ~differs).any() and (selected & differs).any()
+
+    def test_a_right_guess_is_an_original(self, trainer):
+        """Each example repeats one word; the generator says the word number 10 always."""
+        favour(trainer.model, 10)
+        batch = batch_of(trainer, 40)
+        selected, is_ten = batch["labels"] != IGNORED, originals(trainer, batch) == 10
+        output, seen = run(trainer.model, batch)
+        assert (seen["input_ids"][selected] == 10).all()
+        assert (is_ten & selected).any() and (~is_ten & selected).any()
+        assert torch.equal(output.score_labels == 1, selected & ~is_ten)
+        hits, count = output.metrics["sampled_accuracy"]
+        assert torch.equal(hits, (selected & is_ten).sum(1).float()) and torch.equal(count, selected.sum(1).float())
+
+    def test_the_temperature_is_that_of_the_configuration(self, trainer):
+        batch = batch_of(trainer)
+        trainer.model.config.temperature = 1e-6
+        output, seen = run(trainer.model, batch)
+        logits = trainer.model.generator(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        best = logits.masked_fill(trainer.model.excluded_tokens, -torch.inf).argmax(-1)
+        selected = batch["labels"] != IGNORED
+        assert torch.equal(seen["input_ids"][selected], best[selected])
+
+    def test_further_inputs_reach_both_models(self, trainer):
+        batch = batch_of(trainer)
+        plain, _ = run(trainer.model, batch)
+        typed, seen = run(trainer.model, {**batch, "token_type_ids": torch.ones_like(batch["input_ids"])})
+        assert seen["token_type_ids"].all()
+        assert not torch.equal(plain.losses["mlm"].sum, typed.losses["mlm"].sum)
+
+    def test_fillers_change_nothing(self, trainer):
+        batch = batch_of(trainer)
+        trainer.data_collator.target_slots = 50
+        filled = batch_of(trainer)
+        assert len(filled["target_positions"]) % 50 == 0 < len(filled["target_positions"]) - len(batch["target_positions"])
+        (expected, seen), (output, seen_filled) = run(trainer.model, batch), run(trainer.model, filled)
+        assert torch.equal(seen["input_ids"], seen_filled["input_ids"])
+        for name in expected.losses:
+            torch.testing.assert_close(output.losses[name], expected.losses[name])
+        for name in expected.metrics:
+            torch.testing.assert_close(output.metrics[name], expected.metrics[name])
+
+    def test_each_epoch_draws_anew(self, trainer):
+        example = {"input_ids": [2, *range(10, 30), 3], "example_id": 4}
+        first, again, later = (trainer.data_collator([{**example, "epoch": epoch}]) for epoch in (0, 0, 1))
+        assert torch.equal(first["sample_uniforms"], again["sample_uniforms"])
+        assert not set(first["sample_uniforms"].tolist()) & set(later["sample_uniforms"].tolist())
+
+
+class TestNeverSampled:
+    def test_ids_that_the_tokenizer_does_not_have(self, tmp_path):
+        """60 tokens in a table of 64 rows: the generator must not say one of the four."""
+        overrides = json.dumps({**json.loads(NO_DROPOUT), "vocab_size": 64})
+        trainer = build(PROGRAM, tmp_path, model_options={"config_overrides": overrides})
+        model = trainer.model
+        assert model.excluded_tokens.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 60, 61, 62, 63]
+        favour(model, [60, 61, 62, 63])
+        _, seen = run(model, batch_of(trainer, 40))
+        assert seen["input_ids"].max() < 60
+        uniforms = torch.from_numpy(draws.uniforms(draws.row_keys([0], seed=0), 10**6)[0]).float().clamp(max=1 - 2**-24)
+        logits = 3 * torch.randn(64, generator=torch.Generator().manual_seed(0))
+        drawn = torch.cat(
+            [sample_tokens(logits.expand(50_000, -1), u, excluded=model.excluded_tokens) for u in uniforms.split(50_000)]
+        )
+        assert drawn.min() >= 5 and drawn.max() <= 59
+        model.save_pretrained(tmp_path)
+        loaded = ReplacedTokenDetectionForPreTraining.from_pretrained(tmp_path)
+        assert torch.equal(loaded.excluded_tokens, model.excluded_tokens)
+
+    def test_a_sampled_padding_token_cannot_shift_the_positions_of_roberta(self, tmp_path):
+        trainer = build(PROGRAM, tmp_path, model_options=ROBERTA)
+        model, batch = trainer.model, batch_of(trainer)
+        favour(model, trainer.processing_class.all_special_ids)
+        numbers = []
+        table = model.discriminator.roberta.embeddings.position_embeddings
+        handle = table.register_forward_pre_hook(lambda module, args: numbers.append(args[0].clone()))
+        _, seen = run(model, batch)
+        text = originals(trainer, batch)
+        forced = text.masked_fill(batch["labels"] != IGNORED, trainer.processing_class.pad_token_id)
+        for ids in (text, forced):
+            model.discriminator(ids, attention_mask=batch["attention_mask"])
+        handle.remove()
+        assert (seen["input_ids"] != text).any()
+        with_samples, without, with_padding = numbers
+        assert torch.equal(with_samples, without)
+        # Had it been sampled, the positions would have shifted.
+        assert not torch.equal(with_padding, without)
+
+
+class TestLosses:
+    def test_levels_of_the_untrained_pair(self, tmp_path):
+        """ln V for the generator, ln 2 for the discriminator, and their weighted sum."""
+        overrides = json.dumps({"vocab_size": 2000})
+        trainer = build(
+            PROGRAM, tmp_path, per_device_train_batch_size=64, model_options={"config_overrides": overrides, "hidden_size": 64}
+        )
+        trainer.train()
+        row = trainer.state.log_history[0]
+        assert row["mlm_loss"] == pytest.approx(math.log(2000), rel=0.01)
+        assert row["rtd_loss"] == pytest.approx(math.log(2), rel=0.02)
+        assert row["loss"] == pytest.approx(math.log(2000) + 50 * math.log(2), rel=0.02)
+        assert row["loss"] == pytest.approx(row["mlm_loss"] + 50 * row["rtd_loss"], rel=1e-5)
+
+    def test_the_discriminator_answers_for_all_real_tokens_and_no_padding(self, trainer):
+        batch = batch_of(trainer)
+        output, seen = run(trainer.model, batch)
+        logits = trainer.model.discriminator(seen["input_ids"], attention_mask=batch["attention_mask"]).logits
+        labels = (seen["input_ids"] != originals(trainer, batch)).float()
+        assert (batch["attention_mask"] == 0).any()
+        for row, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            expected = F.binary_cross_entropy_with_logits(logits[row, :length], labels[row, :length], reduction="sum")
+            torch.testing.assert_close(output.losses["rtd"].sum[row], expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(output.losses["rtd"].count, batch["attention_mask"].sum(1).float())
+
+    def test_the_generators_metrics(self, trainer):
+        batch = batch_of(trainer)
+        output, seen = run(trainer.model, batch)
+        selected = batch["labels"] != IGNORED
+        logits = trainer.model.generator(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        expected = {"mlm_accuracy": logits.argmax(-1), "sampled_accuracy": seen["input_ids"]}
+        assert output.metrics.keys() == expected.keys()
+        for name, guesses in expected.items():
+            assert torch.equal(output.metrics[name].sum, ((guesses == batch["labels"]) & selected).sum(1).float())
+        output = trainer.model.train()(**batch)
+        assert not output.metrics and output.scores is None and output.score_labels is None
+
+    def test_rows_with_nothing_to_select(self, trainer):
+        empty = {"input_ids": [2, 3], "word_starts": [True, True], "epoch": 0}
+        batch = trainer.data_collator([{**empty, "example_id": i} for i in range(3)])
+        assert len(batch["target_positions"]) == 0
+        loss = trainer.compute_loss(trainer.model.train(), batch)
+        loss.backward()
+        assert math.isfinite(float(loss.detach())) and float(loss.detach()) > 0
+        # Zero, not none: distributed training waits for every gradient.
+        shared = {id(parameter) for parameter in trainer.model.discriminator.parameters()}
+        for name, parameter in trainer.model.generator.named_parameters():
+            assert parameter.grad is not None, name
+            if id(parameter) not in shared:
+                assert not parameter.grad.any(), name
+        mixed = trainer.data_collator([{**empty, "example_id": 99}, trainer.train_dataset[0]])
+        output, _ = run(trainer.model, mixed)
+        assert float(output.losses["mlm"].sum[0]) == float(output.losses["mlm"].count[0]) == 0
+        assert output.losses["rtd"].count[0] == 2
+
+
+class TestGradients:
+    def test_none_reaches_the_generator_from_the_discriminator(self, tmp_path):
+        gradients = []
+        for weight in (0.0, 50.0):
+            trainer = build(PROGRAM, tmp_path / str(weight), model_options=UNTIED, rtd_weight=weight)
+            trainer.train()
+            gradients.append(trainer.recorder.gradients[0])
+        generator = [name for name in gradients[0] if name.startswith("generator.")]
+        assert any(".encoder." in name and gradients[0][name].any() for name in generator)
+        assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in generator)
+        discriminator = gradients[0].keys() - set(generator)
+        assert not any(gradients[0][name].any() for name in discriminator)
+        assert any(gradients[1][name].any() for name in discriminator)
+
+    @pytest.mark.parametrize("weight", [1.0, 50.0])
+    def test_shared_embeddings_get_the_sum_of_both(self, tmp_path, weight):
+        """Against two stock models apart, each with a table of its own and the dense head."""
+        trainer = build(PROGRAM, tmp_path, rtd_weight=weight)
+        model, batch = trainer.model, batch_of(trainer, 8)
+        generator, discriminator = copy.deepcopy(model.generator), copy.deepcopy(model.discriminator)
+        generator.base_model._forward_hooks.clear()
+        _, seen = run(model, batch)
+        trainer.compute_loss(model, batch).backward()
+        mask = batch["attention_mask"]
+        logits = generator(batch["input_ids"], attention_mask=mask).logits
+        F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=IGNORED).backward()
+        is_real = mask.bool()
+        labels = (seen["input_ids"] != originals(trainer, batch)).float()
+        logits = discriminator(seen["input_ids"], attention_mask=mask).logits
+        F.binary_cross_entropy_with_logits(logits[is_real], labels[is_real]).backward()
+        names = [name for name, _ in model.generator.electra.embeddings.named_parameters()]
+        assert len(names) == 5
+        for name in names:
+            total, ours, theirs = (
+                part.electra.embeddings.get_parameter(name).grad for part in (model.generator, generator, discriminator)
+            )
+            assert ours.any() and theirs.any()
+            scale = float(total.abs().max())
+            assert float((total - ours - weight * theirs).abs().max()) <= 1e-5 * scale, name
+        assert model.discriminator.get_input_embeddings().weight.grad is model.generator.get_input_embeddings().weight.grad
+
+
+def embeddings(model):
+    return dict(model.base_model.embeddings.named_parameters())
+
+
+def assert_tied(model):
+    ours, theirs = embeddings(model.discriminator), embeddings(model.generator)
+    assert ours.keys() == theirs.keys()
+    assert {"word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight"} < ours.keys()
+    assert {"LayerNorm.weight", "LayerNorm.bias"} < ours.keys()
+    assert all(ours[name] is theirs[name] for name in ours)
+    assert model.generator.get_output_embeddings().weight is model.generator.get_input_embeddings().weight
+
+
+class TestSharing:
+    @pytest.mark.parametrize("options", [{}, BERT, ROBERTA], ids=["electra", "bert", "roberta"])
+    def test_tied_parameters_are_one_from_start_to_reload(self, tmp_path, options):
+        model = build(PROGRAM, tmp_path, model_options=options).model
+        assert_tied(model)
+        outside = set(map(id, model.discriminator.parameters())) & set(map(id, model.generator.parameters()))
+        assert outside == set(map(id, embeddings(model.generator).values()))
+        model.save_pretrained(tmp_path)
+        loaded, info = ReplacedTokenDetectionForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert_tied(loaded)
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+        assert_tied(loaded.to(torch.float64))
+        assert_tied(copy.deepcopy(loaded))
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float64}
+
+    def test_a_step_moves_both(self, trainer):
+        before = trainer.model.discriminator.get_input_embeddings().weight.detach().clone()
+        trainer.train()
+        assert_tied(trainer.model)
+        assert not torch.equal(before, trainer.model.discriminator.get_input_embeddings().weight)
+
+    def test_none_shares_nothing(self, tmp_path):
+        model = build(PROGRAM, tmp_path, model_options=UNTIED).model
+        model.save_pretrained(tmp_path)
+        for one in (model, ReplacedTokenDetectionForPreTraining.from_pretrained(tmp_path)):
+            ours, theirs = set(map(id, one.discriminator.parameters())), set(map(id, one.generator.parameters()))
+            assert not ours & theirs
+            words = [part.get_input_embeddings().weight for part in (one.generator, one.discriminator)]
+            assert not torch.equal(*words)
+            assert one.generator.get_output_embeddings().weight is words[0]
+
+    def test_embeddings_that_do_not_match_are_refused(self, tmp_path):
+        with pytest.raises(InputError, match="embedding_sharing='none'"):
+            build(PROGRAM, tmp_path, model_options={**BERT, "generator_size": 0.5})
+        model = build(PROGRAM, tmp_path, model_options={**BERT, **UNTIED, "generator_size": 0.5}).model
+        assert model.generator.config.hidden_size == 16
+
+    def test_a_kind_of_sharing_that_does_not_exist_is_refused(self, trainer):
+        """In the Python API too: a misspelt kind would silently share nothing."""
+        with pytest.raises(ValueError, match="embedding_sharing"):
+            ReplacedTokenDetectionForPreTraining.from_models(
+                trainer.model.generator, trainer.model.discriminator, embedding_sharing="Tied"
+            )
+
+    @pytest.mark.parametrize("backend", ["sdpa", "eager"])
+    def test_the_attention_backend_is_kept(self, tmp_path, backend):
+        model = build(PROGRAM, tmp_path, model_options={"attn_implementation": backend}).model
+        for part in (model.generator, model.discriminator):
+            assert {m.config._attn_implementation for m in part.modules() if hasattr(m, "config")} == {backend}
+
+
+class TestExport:
+    def test_electra(self, trainer, tmp_path):
+        model, batch = trainer.model, batch_of(trainer)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        trainer.train()
+        trainer.save_model()
+        model.eval()
+        for folder, stock, part in (
+            (tmp_path, ElectraForPreTraining, model.discriminator),
+            (tmp_path / "pretraining" / "generator", ElectraForMaskedLM, model.generator),
+        ):
+            loaded, info = stock.from_pretrained(folder, output_loading_info=True)
+            assert not info["missing_keys"] and not info["unexpected_keys"]
+            with torch.no_grad():
+                expected = part(**inputs).logits
+                torch.testing.assert_close(loaded.eval()(**inputs).logits, expected, atol=1e-6, rtol=0)
+        assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        encoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"]
+        with torch.no_grad():
+            expected = model.discriminator.electra(**inputs).last_hidden_state
+            torch.testing.assert_close(encoder.eval()(**inputs).last_hidden_state, expected, atol=1e-6, rtol=0)
+
+    @pytest.mark.parametrize("options", [{}, UNTIED, BERT], ids=["electra", "untied", "bert"])
+    def test_an_export_can_be_continued(self, tmp_path, options, tokenizer):
+        trainer = build(PROGRAM, tmp_path, model_options=options)
+        trainer.save_model()
+        kept = {name: value for name, value in options.items() if name == "embedding_sharing"}
+        args = ReplacedTokenDetectionModelArguments(model_name_or_path=str(tmp_path), **kept)
+        loaded = build_model(args, tokenizer)
+        expected = trainer.model.state_dict()
+        assert loaded.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+        if not kept:
+            assert_tied(loaded)
+
+    def test_the_attention_backend_is_chosen_where_an_export_is_continued(self, trainer, tmp_path, tokenizer):
+        trainer.save_model()
+        args = ReplacedTokenDetectionModelArguments(model_name_or_path=str(tmp_path), attn_implementation="eager")
+        model = build_model(args, tokenizer)
+        assert {part.config._attn_implementation for part in (model.generator, model.discriminator)} == {"eager"}
+
+    def test_a_checkpoint_without_its_generator_is_refused(self, trainer, tmp_path, tokenizer):
+        trainer.model.discriminator.save_pretrained(tmp_path / "alone")
+        args = ReplacedTokenDetectionModelArguments(model_name_or_path=str(tmp_path / "alone"))
+        with pytest.raises(InputError) as caught:
+            build_model(args, tokenizer)
+        assert "\n" not in str(caught.value)
+
+
+class TestBertDiscriminator:
+    def test_it_is_a_token_classifier_with_one_label(self, tmp_path):
+        trainer = build(PROGRAM, tmp_path, model_options=BERT)
+        model, batch = trainer.model, batch_of(trainer)
+        assert type(model.discriminator) is BertForTokenClassification
+        trainer.train()
+        output, seen = run(model, batch)
+        assert output.scores.shape == batch["input_ids"].shape
+        trainer.save_model()
+        loaded, info = AutoModelForTokenClassification.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"] and loaded.config.num_labels == 1
+        with torch.no_grad():
+            logits = loaded.eval()(seen["input_ids"], attention_mask=batch["attention_mask"]).logits
+        torch.testing.assert_close(logits.squeeze(-1), output.scores, atol=1e-6, rtol=0)
+
+
+class TestBuilding:
+    def test_the_generator_is_scaled_in_width_heads_and_layers(self, tokenizer):
+        args = ReplacedTokenDetectionModelArguments(
+            hidden_size=64, num_attention_heads=4, intermediate_size=128, num_hidden_layers=4, generator_layers=0.5
+        )
+        model = build_model(args, tokenizer)
+        config = model.generator.config
+        assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (16, 1, 32)
+        assert config.num_hidden_layers == 2
+        assert config.embedding_size == model.discriminator.config.embedding_size == 128
+        assert model.discriminator.config.hidden_size == 64
+        assert isinstance(model.generator, ElectraForMaskedLM) and isinstance(model.discriminator, ElectraForPreTraining)
+
+    @pytest.mark.parametrize("model_type", ["albert", "deberta-v2", "distilbert", "modernbert", "mpnet"])
+    def test_any_backbone(self, model_type, tokenizer):
+        args = ReplacedTokenDetectionModelArguments(**TINY, model_type=model_type, generator_size=1.0)
+        model = build_model(args, tokenizer)
+        collator = DataCollatorForReplacedTokenDetection(tokenizer)
+        output = model.train()(**collator([{"input_ids": [2, *range(5, 20), 3], "example_id": 0, "epoch": 0}]))
+        sum(loss.sum.sum() for loss in output.losses.values()).backward()
+        # Distributed training waits for every gradient.
+        assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"embedding_sharing": "gdes"}, "embedding_sharing='gdes'"),
+            ({"generator_size": 0.0}, "generator_size=0.0"),
+            ({"generator_layers": -1.0}, "generator_layers=-1.0"),
+            ({"temperature": 0.0}, "temperature=0.0"),
+        ],
+    )
+    def test_values_out_of_range_are_refused(self, options, match):
+        with pytest.raises(InputError, match=match):
+            ReplacedTokenDetectionModelArguments(**options)
+
+    def test_a_share_that_splits_heads_is_refused(self, tokenizer):
+        args = ReplacedTokenDetectionModelArguments(hidden_size=64, num_attention_heads=8, generator_size=0.3)
+        with pytest.raises(InputError, match="generator_size=0.3"):
+            build_model(args, tokenizer)

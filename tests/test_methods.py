@@ -1,0 +1,263 @@
+"""What every method has to pass: normalisation, resume, export, evaluation, bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from hf_pretrain.errors import InputError
+from method_matrix import build, log_of, programs, relative_difference, tiny_data, tiny_tokenizer
+
+PROGRAMS = programs()
+METHODS = sorted(PROGRAMS)
+
+
+@pytest.fixture(params=METHODS)
+def program(request):
+    return PROGRAMS[request.param]
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
+def test_gradient_does_not_depend_on_how_the_batch_is_cut(program, tmp_path, batch, accumulation):
+    whole = build(program, tmp_path / "whole", per_device_train_batch_size=8)
+    whole.train()
+    cut = build(program, tmp_path / "cut", per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
+    cut.train()
+    assert relative_difference(whole.recorder.gradients[0], cut.recorder.gradients[0]) < 1e-4
+    for name, value in log_of(whole)[0].items():
+        if name.endswith("loss"):
+            assert log_of(cut)[0][name] == pytest.approx(value, rel=1e-5)
+
+
+def test_gradient_is_that_of_the_weighted_means(program, tmp_path):
+    """The normalisation against a plain mean over one batch, written out."""
+    trainer = build(program, tmp_path)
+    batch = trainer.data_collator(
+        [trainer.train_dataset[i] for i in list(trainer._get_train_sampler(trainer.train_dataset))[:8]]
+    )
+    trainer.train()
+    fresh = build(program, tmp_path / "fresh")
+    fresh.model.train()
+    output = fresh.model(**batch)
+    loss = sum(fresh.loss_weight(n) * x.sum.sum() / x.count.sum() for n, x in output.losses.items())
+    loss.backward()
+    expected = {n: p.grad for n, p in fresh.model.named_parameters() if p.grad is not None}
+    assert relative_difference(expected, trainer.recorder.gradients[0]) < 1e-5
+    counted = fresh.model.count_targets(batch)
+    assert {n: int(x.count.sum()) for n, x in output.losses.items()} == {n: int(c) for n, c in counted.items()}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_bit_exact(program, tmp_path, workers):
+    options = {
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "per_device_train_batch_size": 12,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": workers,
+        "learning_rate": 1e-3,
+        "model_options": {"config_overrides": None},
+    }
+    straight = build(program, tmp_path / "straight", **options)
+    straight.train()
+    # 96 examples in steps of 24: step 4 ends an epoch, step 6 is inside one.
+    for stop in (4, 6):
+        resumed = build(program, tmp_path / f"resumed-{stop}", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{stop}"))
+        assert log_of(resumed) == log_of(straight)
+        for name, value in straight.model.state_dict().items():
+            assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_checkpoint_is_whole_and_the_export_is_stock(program, tmp_path):
+    trainer = build(program, tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    composite = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
+    expected = set(trainer.model.state_dict()) - set(trainer.model.all_tied_weights_keys)
+    assert set(composite) == expected
+    trainer.save_model()
+    for folder, attribute in trainer.model.export_parts.items():
+        part = getattr(trainer.model, attribute)
+        loaded, info = type(part).from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert type(loaded).__module__.startswith("transformers.")
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        ids = torch.arange(5, 25).reshape(2, 10)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded.eval()(ids).logits, part.eval()(ids).logits, atol=1e-6, rtol=0)
+    encoder, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name for name in info["missing_keys"] if not name.startswith("pooler")} == set()
+    assert trainer.processing_class.get_vocab() == type(trainer.processing_class).from_pretrained(tmp_path).get_vocab()
+
+
+def test_resume_refuses_another_model(program, tmp_path):
+    build_options = {"save_strategy": "steps", "save_steps": 1}
+    build(program, tmp_path / "a", **build_options).train()
+    other = build(program, tmp_path / "b", model_options={"num_hidden_layers": 3}, max_steps=2)
+    with pytest.raises(InputError, match="does not fit"):
+        other.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+
+
+def test_evaluation_is_weighted_by_targets_and_repeatable(program, tmp_path):
+    trainer = build(program, tmp_path)
+    state = torch.random.get_rng_state()
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert torch.equal(state, torch.random.get_rng_state())
+    stable = [name for name in second if "runtime" not in name and "per_second" not in name and "time" not in name]
+    assert {n: first[n] for n in stable} == {n: second[n] for n in stable}
+    batch = trainer.data_collator([trainer.eval_dataset[i] for i in range(len(trainer.eval_dataset))])
+    with torch.no_grad():
+        output = trainer.model.eval()(**batch)
+    for name, loss in output.losses.items():
+        assert first[f"eval_{name}_loss"] == pytest.approx(float(loss.sum.sum() / loss.count.sum()), rel=1e-5)
+    weighted = sum(trainer.loss_weight(n) * first[f"eval_{n}_loss"] for n in output.losses)
+    assert first["eval_loss"] == pytest.approx(weighted, rel=1e-6)
+
+
+def test_padding_changes_nothing(program, tmp_path):
+    trainer = build(program, tmp_path)
+    model = trainer.model.eval()
+    examples = [trainer.eval_dataset[i] for i in range(6)]
+    tight = trainer.data_collator(examples)
+    trainer.data_collator.pad_to_multiple_of = 32
+    wide = trainer.data_collator(examples)
+    assert wide["input_ids"].shape[1] > tight["input_ids"].shape[1]
+    with torch.no_grad():
+        for name, loss in model(**tight).losses.items():
+            torch.testing.assert_close(model(**wide).losses[name].sum, loss.sum, atol=1e-4, rtol=1e-5)
+
+
+def test_learning_beats_the_untrained_model(program, tmp_path):
+    options = {"max_steps": 250, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "logging_steps": 250}
+    trainer = build(program, tmp_path, tiny_data(held_out=150), **options)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    # The eleven words of the tiny text alone, without their context, would take ln 11 = 2.4 nats.
+    assert after["eval_mlm_loss"] < 1.8
+    if "eval_disc_auc" in after:
+        assert after["eval_disc_auc"] > before["eval_disc_auc"] + 0.08
+        assert after["eval_disc_gain"] > 0.02
+
+
+def test_bf16_loss_is_near_fp32(program, tmp_path):
+    losses = []
+    for bf16 in (False, True):
+        trainer = build(program, tmp_path / str(bf16), bf16=bf16)
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+@pytest.mark.parametrize("problem", ["empty", "binary", "no_mask", "long", "used"])
+def test_bad_input_is_refused_in_one_line(problem, tmp_path, capsys):
+    from hf_pretrain.cli import main
+
+    corpus, output = tmp_path / "corpus.txt", tmp_path / "out"
+    corpus.write_text("\n\n".join(f"Sentence number {i} has some words." for i in range(200)))
+    options = ["--train_file", str(corpus), "--output_dir", str(output), "--vocab_size", "200", "--max_steps", "1"]
+    options += ["--hidden_size", "32", "--num_attention_heads", "2", "--num_hidden_layers", "1"]
+    if problem == "empty":
+        corpus.write_text("")
+    elif problem == "binary":
+        corpus.write_bytes(bytes(range(256)) * 10)
+    elif problem == "no_mask":
+        tokenizer = tiny_tokenizer()
+        tokenizer.mask_token = None
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        options += ["--tokenizer_name", str(tmp_path / "tokenizer")]
+    elif problem == "long":
+        options += ["--block_size", "64", "--max_position_embeddings", "32"]
+    elif problem == "used":
+        output.mkdir()
+        (output / "model.safetensors").write_text("precious")
+    assert main(["mlm", *options]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert not list(output.glob("checkpoint-*"))
+    if problem == "used":
+        assert (output / "model.safetensors").read_text() == "precious"
+    else:
+        assert not list(output.glob("*.safetensors"))
+
+
+class TestTwoRanks:
+    """One run of two processes serves all the tests here."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def results(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("ranks")
+        worker = Path(__file__).parent / "two_rank_worker.py"
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(worker.parent),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+        command[-2:] = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+        done = subprocess.run(
+            [*command, str(worker), str(folder)], env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert (folder / "done-1").exists(), done.stderr[-4000:]
+        return folder
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_gradient_equals_one_process(self, results, tmp_path, method):
+        alone = build(PROGRAMS[method], tmp_path, per_device_train_batch_size=8)
+        alone.train()
+        ranks = [torch.load(results / f"{method}-gradients-{rank}.pt") for rank in range(2)]
+        for gradients in ranks:
+            assert relative_difference(alone.recorder.gradients[0], gradients) < 1e-4
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_rank_logs_every_component(self, results, tmp_path, method):
+        logs = [json.loads((results / f"{method}-log-{rank}.json").read_text()) for rank in range(2)]
+        alone = build(PROGRAMS[method], tmp_path, per_device_train_batch_size=8, max_steps=3, learning_rate=1e-2)
+        alone.train()
+        for rank_log in logs:
+            train_rows = [row for row in rank_log if "loss" in row]
+            for name, value in log_of(alone)[0].items():
+                assert train_rows[0][name] == pytest.approx(value, rel=1e-4), name
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_evaluation_equals_one_process(self, results, tmp_path, method):
+        """13 examples in batches of 4 on 2 ranks: the last batch is filled with repeats, which must not count."""
+        expected = build(PROGRAMS[method], tmp_path).evaluate()
+        for rank in range(2):
+            metrics = json.loads((results / f"{method}-eval-{rank}.json").read_text())
+            for name, value in expected.items():
+                if "runtime" not in name and "per_second" not in name and "time" not in name:
+                    assert metrics[name] == pytest.approx(value, rel=1e-5), name
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_ranks_stay_equal_after_evaluate_then_train(self, results, method):
+        a, b = (torch.load(results / f"{method}-weights-{rank}.pt") for rank in range(2))
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_examples_have_the_same_bits_on_two_ranks(self, results, tmp_path, method):
+        trainer = build(PROGRAMS[method], tmp_path)
+        indices = list(trainer._get_train_sampler(trainer.train_dataset))[:8]
+        alone = trainer.data_collator([trainer.train_dataset[i] for i in indices])
+        width = alone["input_ids"].shape[1]
+        rows = {}
+        for rank in range(2):
+            batch = torch.load(results / f"{method}-batch-{rank}.pt")
+            for i in range(4):
+                # Batches are dealt in turn: rank 0 gets the first four examples, rank 1 the next four.
+                rows[rank * 4 + i] = [
+                    torch.nn.functional.pad(batch[k][i], (0, width - batch[k].shape[1]), value=v)
+                    for k, v in (("input_ids", 0), ("labels", -100))
+                ]
+        for i in range(8):
+            assert torch.equal(rows[i][0], alone["input_ids"][i])
+            assert torch.equal(rows[i][1], alone["labels"][i])
