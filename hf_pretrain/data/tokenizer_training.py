@@ -159,7 +159,7 @@ def _train_bpe(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
         special_tokens=[*names[:-1], mask],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(_batches(texts), trainer)

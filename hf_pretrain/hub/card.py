@@ -230,7 +230,17 @@ _ESSENTIAL_OPTIONS = {
 }
 _HOUSEKEEPING_OPTIONS = (
     *("output_dir", "overwrite_output_dir", "logging_", "log_level", "save_", "hub_", "push_to_hub", "report_to"),
-    *("run_name", "resume_from_checkpoint", "disable_tqdm", "do_train", "do_eval", "config", "local_rank"),
+    *(
+        "run_name",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "accelerator_config",
+        "dataloader_pin_memory",
+        "do_train",
+        "do_eval",
+        "config",
+        "local_rank",
+    ),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "tokens", "targets", "count", "flos", "mib")
 _QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
+_IN_FULL = {"disc": "discriminator"}
 _CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "auc", "kl", "mse", "f1"}
 
 
@@ -32,6 +33,6 @@ def label(key: str) -> str:
     name = bare_name(key)
     if name == "loss":
         return "Total loss"
-    words = [word.upper() if word in _CAPITALS else word for word in name.split("_") if word]
+    words = [word.upper() if word in _CAPITALS else _IN_FULL.get(word, word) for word in name.split("_") if word]
     text = " ".join(words)
     return text[:1].upper() + text[1:]

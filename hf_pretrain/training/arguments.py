@@ -29,6 +29,10 @@ class PretrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of all but biases and norms."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    eval_on_start: bool = field(
+        default=True,
+        metadata={"help": "Evaluate before the first step, to compare with; only if there is held-out text."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Keep off: collators need columns that no model takes."}
     )

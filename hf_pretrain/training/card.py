@@ -34,7 +34,10 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "objective": trainer.objective,
         "base_model": root.config.name_or_path or None,
         "data": trainer.data_description,
-        "recipe": trainer.recipe or recipe_options(args.to_dict(), defaults=type(args)().to_dict()),
+        # The options of the program are those that differ from their defaults already.
+        "recipe": recipe_options(trainer.recipe, defaults={})
+        if trainer.recipe
+        else recipe_options(args.to_dict(), defaults=type(args)().to_dict()),
         "log_history": log,
         "metrics_before": evaluations[0] if len(evaluations) > 1 else {},
         "metrics_after": evaluations[-1] if evaluations else {},

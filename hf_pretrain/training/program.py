@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
@@ -119,6 +120,8 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...]) -> None:
         options: The dataclasses that the program was started with; saved as a recipe that starts it again.
     """
     args = trainer.args
+    # Bars of saving and loading a model, which takes less than a second here, would only bury the training's.
+    transformers_logging.disable_progress_bar()
     trainer.recipe = resolved_options(options)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.eval_dataset is not None:

@@ -126,6 +126,7 @@ def test_other_encodings_and_binary(write):
     assert "UTF-8" in refused(write("a.txt", "naïve".encode("latin-1")))
     assert "UTF-8" in refused(write("a.jsonl", '{"text": "naïve"}'.encode("latin-1")))
     assert "UTF-8" in refused(write("a.txt", bytes(range(256)) * 10))
+    assert "byte 4 " in refused(write("a.txt", b"text\0 that is UTF-8 but for what it is"))
 
 
 def test_damaged_files(write):

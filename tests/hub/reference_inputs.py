@@ -10,8 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hf_pretrain.hub.card import Compute, ObjectiveDescription, PretrainingCard, render_card
+from hf_pretrain.hub.card import Compute, PretrainingCard, render_card
 from hf_pretrain.hub.plots import plot_training
+from hf_pretrain.objectives.masked_lm import MaskedLMTrainer
+from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionTrainer
 
 REFERENCE_DIR = Path(__file__).resolve().parents[2] / "model_cards" / "reference"
 
@@ -20,60 +22,8 @@ NOTE = (
     " number here is an example value, not a measurement."
 )
 
-ELECTRA_BIBTEX = """\
-@inproceedings{clark2020electra,
-  title = {{ELECTRA}: Pre-training Text Encoders as Discriminators Rather Than Generators},
-  author = {Clark, Kevin and Luong, Minh-Thang and Le, Quoc V. and Manning, Christopher D.},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020}
-}"""
-
-BERT_BIBTEX = """\
-@inproceedings{devlin2019bert,
-  title = {{BERT}: Pre-training of Deep Bidirectional Transformers for Language Understanding},
-  author = {Devlin, Jacob and Chang, Ming-Wei and Lee, Kenton and Toutanova, Kristina},
-  booktitle = {Proceedings of {NAACL-HLT}},
-  year = {2019}
-}"""
-
-RTD = ObjectiveDescription(
-    name="rtd",
-    title="Replaced token detection",
-    description=(
-        "A small generator fills in masked tokens by sampling from its own predictions; the discriminator, which is"
-        " this model, says of every token of the result whether it was replaced. The generator learns by masked"
-        " language modelling, and no gradient passes through the sampled tokens."
-    ),
-    formula=r"\mathcal{L} = \mathcal{L}_\mathrm{MLM}(\theta_G) + 50 \, \mathcal{L}_\mathrm{RTD}(\theta_D)",
-    citations=[ELECTRA_BIBTEX],
-    usage="""\
-import torch
-from transformers import AutoTokenizer, ElectraForPreTraining
-
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = ElectraForPreTraining.from_pretrained("{repo}")
-inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
-with torch.no_grad():
-    replaced = model(**inputs).logits.sigmoid()  # [1, length]: probability that a token is a replacement""",
-)
-
-MLM = ObjectiveDescription(
-    name="mlm",
-    title="Masked language modelling",
-    description=(
-        "A fraction of the tokens is selected; of those, most are hidden behind the mask token, some are exchanged for"
-        " a random token and some are left as they are. The model predicts the original token at every selected"
-        " position."
-    ),
-    formula=r"\mathcal{L} = -\frac{1}{|M|} \sum_{i \in M} \log p_\theta(x_i \mid \tilde{x})",
-    citations=[BERT_BIBTEX],
-    pipeline_tag="fill-mask",
-    usage="""\
-from transformers import pipeline
-
-fill_mask = pipeline("fill-mask", model="{repo}")
-predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")""",
-)
+RTD = ReplacedTokenDetectionTrainer.objective
+MLM = MaskedLMTrainer.objective
 
 VERSIONS = {"python": "3.11", "transformers": "5.23.0", "torch": "2.13.0"}
 LIMITS = (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from loopback_hub import LoopbackHub, hub_environment
 
 PUSH = """

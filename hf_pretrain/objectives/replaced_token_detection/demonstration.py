@@ -17,6 +17,7 @@ from hf_pretrain.objectives.replaced_token_detection.trainer import ReplacedToke
 from hf_pretrain.training.report import coloured_words
 
 _WORDS = range(8, 21)
+_SHORTEST = 4
 
 
 class WrongWord(NamedTuple):
@@ -36,7 +37,7 @@ class WrongWord(NamedTuple):
 def wrong_word_sentences(
     store: TokenStore, tokenizer: PreTrainedTokenizerBase, *, count: int = 3, seed: int = 0
 ) -> list[WrongWord]:
-    """Take sentences of 8 to 20 words and exchange one word of each for a word from elsewhere in the text.
+    """Take sentences of 8 to 20 words, mostly of letters, and exchange one word of each for one from elsewhere in the text.
 
     Args:
         store: Tokenized text.
@@ -64,8 +65,9 @@ def _exchange(
     text = tokenizer.decode(store.read(start, stop)[0].tolist()).strip()
     begins = [*word_starts(text).tolist(), len(text)]
     words = [text[a:b].rstrip() for a, b in zip(begins, begins[1:], strict=False)]
-    candidates = [i for i, word in enumerate(words) if word.isalpha() and len(word) > 2]
-    if len(words) not in _WORDS or not candidates:
+    candidates = [i for i, word in enumerate(words) if word.isalpha() and len(word) >= _SHORTEST]
+    is_prose = sum(map(str.isalpha, words)) >= 0.8 * len(words)
+    if len(words) not in _WORDS or not is_prose or not candidates:
         return None
     index = candidates[int(uniforms[0] * len(candidates))]
     other = _word_at(store, tokenizer, int(uniforms[1] * store.num_tokens))
@@ -82,7 +84,7 @@ def _word_at(store: TokenStore, tokenizer: PreTrainedTokenizerBase, position: in
     if len(begins) < 2:
         return None
     word = tokenizer.decode(ids[begins[0] : begins[1]].tolist()).strip()
-    return word if word.isalpha() and len(word) > 2 else None
+    return word if word.isalpha() and len(word) >= _SHORTEST else None
 
 
 def print_suspicions(trainer: ReplacedTokenDetectionTrainer, data: PreparedData) -> None:
