@@ -36,8 +36,8 @@ class DataArguments:
     split_seed: int = field(
         default=0,
         metadata={
-            "help": "Seed of the choice of documents to hold out and of max_corpus_bytes; apart from the seed of the run, "
-            "so that runs of several seeds see the same data."
+            "help": "Seed of the choice of documents to hold out and of max_corpus_bytes; apart from the seed of the "
+            "run, so that runs of several seeds see the same data."
         },
     )
     max_corpus_bytes: int | None = field(

@@ -106,7 +106,10 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this worker's examples of the current epoch."""
-        epoch = self.epoch
+        return self.examples(self.epoch)
+
+    def examples(self, epoch: int) -> Iterator[dict[str, Any]]:
+        """Yield this worker's examples of an epoch."""
         batches = (batch for shard in self._own_shards(epoch) for batch in self._packed_buffers(shard, epoch))
         if self.shuffle_buffer_size > 0:
             return self._shuffled(batches, epoch)
@@ -172,6 +175,29 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
                     buffer[place] = example
         for place in draws.permutation(len(buffer), seed=self.seed, epoch=epoch, stream="shuffle rest").tolist():
             yield buffer[place]
+
+
+class EndlessBlocks(IterableDataset[dict[str, Any]]):
+    """A stream that goes on with the next epoch where one ends, so that training sees one epoch that never ends.
+
+    A Trainer can not know where a stream's epoch ends: it would leave a gradient half accumulated there, and a resume would
+    look for all that was seen in the first epoch.
+
+    Args:
+        stream: The stream of one epoch.
+    """
+
+    def __init__(self, stream: StreamingBlocks) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield this worker's examples, epoch after epoch; nothing if it has none."""
+        for epoch in itertools.count():
+            examples = self.stream.examples(epoch)
+            first = next(examples, None)
+            if first is None:
+                return
+            yield from itertools.chain([first], examples)
 
 
 def _documents(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:

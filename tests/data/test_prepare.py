@@ -197,11 +197,21 @@ def test_part_of_the_corpus(train_file, tmp_path):
     assert min(numbers) < 40 and max(numbers) > 80
 
 
-def test_workers_change_nothing(train_file, tmp_path):
-    data = [
-        prepare_data(arguments(train_file, preprocessing_num_workers=n), seed=1, output_dir=tmp_path / f"{n}")
-        for n in (None, 2)
-    ]
+def test_workers_change_nothing(train_file, tmp_path, monkeypatch):
+    asked, original = [], prepare.tokenize_documents
+
+    def spy(*args, **options):
+        asked.append(options["num_proc"])
+        return original(*args, **options)
+
+    monkeypatch.setattr(prepare, "tokenize_documents", spy)
+    data = []
+    for workers in (None, 2):
+        # A cache of its own, or the second would open the documents of the first.
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / f"cache-{workers}")
+        args = arguments(train_file, preprocessing_num_workers=workers)
+        data.append(prepare_data(args, seed=1, output_dir=tmp_path / f"{workers}"))
+    assert asked == [None, None, 2, 2]
     assert text_of(data[0].train_dataset, data[0].tokenizer) == text_of(data[1].train_dataset, data[1].tokenizer)
 
 
