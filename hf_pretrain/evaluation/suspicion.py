@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.data.words import word_starts
+from hf_pretrain.data.words import character_kinds, next_visible, word_starts
 
 
 def word_suspicions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[str, float]]:
@@ -24,14 +26,15 @@ def word_suspicions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     with torch.no_grad():
         inputs = {name: torch.tensor([encoded[name]], device=model.device) for name in ("input_ids", "attention_mask")}
         probabilities = model.eval()(**inputs).logits.float().sigmoid().flatten().tolist()
-    starts = [int(start) for start in word_starts(text)]
+    kinds = character_kinds(text)
+    starts = word_starts(text, kinds=kinds).tolist()
+    places = next_visible(kinds, np.array([begin for begin, _ in encoded["offset_mapping"]]))
     highest = [0.0] * len(starts)
-    for (begin, end), special, probability in zip(
-        encoded["offset_mapping"], encoded["special_tokens_mask"], probabilities, strict=True
+    # A token's word is that of its first visible character: before it may come the space that separates words.
+    for word, special, probability in zip(
+        np.searchsorted(starts, places, side="right") - 1, encoded["special_tokens_mask"], probabilities, strict=True
     ):
-        # A token's word is that of its last character: its first may be the space before the word.
-        word = int(np.searchsorted(starts, end, side="left")) - 1
-        if not special and end > begin and word >= 0:
+        if not special and word >= 0:
             highest[word] = max(highest[word], probability)
-    words = [text[a:b].strip() for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+    words = [text[a:b].strip() for a, b in pairwise([*starts, len(text)])]
     return list(zip(words, highest, strict=True))

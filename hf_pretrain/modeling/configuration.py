@@ -88,6 +88,8 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
         if getattr(args, name) is not None
     }
+    if args.model_type in _FEED_FORWARD_NAMES:
+        values[_FEED_FORWARD_NAMES[args.model_type]] = values.pop("intermediate_size")
     values |= {"max_position_embeddings": args.max_position_embeddings, "vocab_size": len(tokenizer)}
     values |= {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")
@@ -101,13 +103,27 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
         )
     if unknown:
         raise InputError(f"config_overrides: {args.model_type} has no option {', '.join(unknown)}")
-    if args.model_type in POSITIONS_AFTER_PADDING:
-        values["max_position_embeddings"] += values["pad_token_id"] + 1
+    if args.model_type in _POSITIONS_AFTER_PADDING:
+        values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
     return AutoConfig.for_model(args.model_type, **values)
 
 
+def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    padding_id: int | None = tokenizer.pad_token_id
+    if padding_id is None:
+        raise InputError(f"model_type={model_type!r} numbers positions by padding: give the tokenizer a pad_token")
+    if model_type == "mpnet" and padding_id != 1:
+        raise InputError(
+            f"model_type='mpnet' takes token 1 for padding, but the tokenizer's is {padding_id}: train a bpe one"
+        )
+    return padding_id
+
+
+# What a few architectures call the width of the feed-forward layers.
+_FEED_FORWARD_NAMES = {"distilbert": "hidden_dim"}
+
 # Architectures that number positions from the padding id on (RoBERTa and its kin).
-POSITIONS_AFTER_PADDING = frozenset(
+_POSITIONS_AFTER_PADDING = frozenset(
     {
         "roberta",
         "xlm-roberta",
@@ -119,6 +135,26 @@ POSITIONS_AFTER_PADDING = frozenset(
         "roberta-prelayernorm",
     }
 )
+
+
+def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> PreTrainedConfig:
+    """Return a smaller configuration of the same architecture.
+
+    Args:
+        config: Configuration to scale.
+        width: Share of the hidden width, of the heads and of the feed-forward width that is kept.
+        depth: Share of the layers that is kept.
+    """
+    feed_forward = _FEED_FORWARD_NAMES.get(config.model_type, "intermediate_size")
+    changes = {name: width for name in ("hidden_size", "num_attention_heads", feed_forward)}
+    values = config.to_dict()
+    for name, share in (changes | {"num_hidden_layers": depth}).items():
+        own_name = config.attribute_map.get(name, name)
+        values[own_name] = max(1, round(values[own_name] * share))
+    layers = values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
+    if values.get("layer_types") is not None:
+        values["layer_types"] = values["layer_types"][:layers]
+    return AutoConfig.for_model(**values)
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

@@ -36,4 +36,8 @@ def sample_tokens(
     # The product may round up to the total itself, which lies beyond the last token.
     threshold_T1 = torch.minimum(uniforms[:, None] * total_T1, torch.nextafter(total_T1, torch.zeros_like(total_T1)))
     # right=True: the first token whose cumulative mass exceeds the threshold, so one of mass zero is never drawn.
-    return torch.searchsorted(cumulative_TV, threshold_T1, right=True).squeeze(-1)
+    sampled_T = torch.searchsorted(cumulative_TV, threshold_T1, right=True).squeeze(-1).clamp(max=logits.shape[1] - 1)
+    if excluded is None:
+        return sampled_T
+    # A parallel prefix sum need not be monotonic, so it can step up at a token of no mass.
+    return torch.where(excluded[sampled_T], logits_TV.argmax(dim=-1), sampled_T)

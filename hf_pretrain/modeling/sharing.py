@@ -36,12 +36,12 @@ def shared_embedding_names(target: PreTrainedModel, source: PreTrainedModel) -> 
 
 
 def _embedding_parameters(model: PreTrainedModel) -> dict[str, tuple[str, nn.Parameter]]:
-    """Return name within the embeddings -> (name within the model, parameter)."""
+    """Return name within the embeddings -> (name within the model, parameter), for tables and norms."""
     words = model.get_input_embeddings()
-    word_name = next(name for name, module in model.named_modules() if module is words)
-    prefix = word_name.rpartition(".")[0] + "."
+    prefix = next(name for name, module in model.named_modules() if module is words).rpartition(".")[0] + "."
     return {
-        name[len(prefix) :]: (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name.startswith(prefix)
+        f"{name}.{parameter_name}"[len(prefix) :]: (f"{name}.{parameter_name}", parameter)
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and not isinstance(module, nn.Linear)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
     }

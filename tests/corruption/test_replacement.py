@@ -199,9 +199,11 @@ def test_options_mix_with_training_arguments_and_parse(tmp_path):
     )
     assert not masking & training
     line = ["--output_dir", str(tmp_path), "--masking_unit", "span", "--mlm_probability", "0.2", "--no_mask_unknown"]
-    (arguments,) = HfArgumentParser(ToyArguments).parse_args_into_dataclasses([*line, "--use_cpu"])
+    (arguments,) = HfArgumentParser(ToyArguments).parse_args_into_dataclasses(
+        [*line, "--use_cpu", "--eval_strategy", "steps", "--logging_steps", "7"]
+    )
     assert (arguments.masking_unit, arguments.mlm_probability, arguments.mask_unknown) == ("span", 0.2, False)
-    assert arguments.device.type == "cpu", "TrainingArguments must have been set up too"
+    assert arguments.eval_steps == 7, "TrainingArguments fills this in its own __post_init__, which must run too"
     with pytest.raises(InputError, match="max_ngram=0"):
         ToyArguments(output_dir=str(tmp_path), max_ngram=0)
     assert "--static_masks" in HfArgumentParser(ToyArguments).format_help()

@@ -44,7 +44,12 @@ class TestIdentities:
 
     def test_a_model_that_calls_everything_replaced(self, labels):
         metrics = detection_metrics(np.full(2000, 2.0), labels)
-        assert metrics["disc_accuracy"] == metrics["disc_precision"] == metrics["fake_rate"] == pytest.approx(labels.mean())
+        assert (
+            metrics["disc_accuracy"]
+            == metrics["disc_precision"]
+            == metrics["fake_rate"]
+            == pytest.approx(labels.mean())
+        )
         assert metrics["disc_recall"] == 1.0
 
     def test_a_perfect_model_and_its_opposite(self, labels):

@@ -44,7 +44,7 @@ class TestCompositeConfig:
 
 
 class TestBuildConfig:
-    @pytest.mark.parametrize("model_type", ["albert", "bert", "deberta-v2", "electra", "modernbert", "roberta", "mpnet"])
+    @pytest.mark.parametrize("model_type", ["albert", "bert", "deberta-v2", "electra", "modernbert", "roberta"])
     def test_sizes_and_special_ids(self, model_type, tokenizer):
         config = build_config(arguments(model_type), tokenizer)
         assert config.model_type == model_type
@@ -81,6 +81,11 @@ class TestBuildConfig:
     def test_an_unknown_option_is_refused_by_name(self, tokenizer):
         with pytest.raises(InputError, match="bert has no option hiden_act"):
             build_config(arguments("bert", config_overrides='{"hiden_act": "relu"}'), tokenizer)
+
+    def test_a_tokenizer_that_pads_otherwise_is_refused_for_mpnet(self, tokenizer):
+        """Its code takes token 1 for padding, whatever the configuration says."""
+        with pytest.raises(InputError, match="takes token 1 for padding"):
+            build_config(ModelArguments(model_type="mpnet"), tokenizer)
 
     def test_a_tokenizer_without_padding_is_refused(self):
         tokenizer = tiny_tokenizer()

@@ -62,7 +62,10 @@ def test_a_projection_belongs_to_each_model():
     ],
 )
 def test_other_shapes_are_refused_by_name(difference, values):
-    target, source = tiny_model("electra", embedding_size=16), tiny_model("electra", **{"embedding_size": 16, **difference})
+    target, source = (
+        tiny_model("electra", embedding_size=16),
+        tiny_model("electra", **{"embedding_size": 16, **difference}),
+    )
     with pytest.raises(InputError, match="embedding_sharing='none'") as caught:
         shared_embedding_names(target, source)
     assert all(value in str(caught.value) for value in values)

@@ -19,8 +19,10 @@ from hf_pretrain.modeling.configuration import (
     attention_options,
     build_config,
     from_pretrained,
+    scaled_config,
 )
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
+    EMBEDDING_SHARING,
     ReplacedTokenDetectionForPreTraining,
     build_discriminator,
 )
@@ -59,8 +61,10 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.embedding_sharing not in ("tied", "none"):
-            raise InputError(f"embedding_sharing={self.embedding_sharing!r} must be 'tied' or 'none'")
+        if self.embedding_sharing not in EMBEDDING_SHARING:
+            raise InputError(
+                f"embedding_sharing={self.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
+            )
         for name in ("generator_size", "generator_layers", "temperature"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be above 0")
@@ -81,7 +85,7 @@ def build_model(
     if args.model_name_or_path is None:
         generator, discriminator = _fresh_pair(args, tokenizer)
     else:
-        generator, discriminator = _loaded_pair(args.model_name_or_path, args.generator_name_or_path)
+        generator, discriminator = _loaded_pair(args.model_name_or_path, args)
     vocab_size = generator.config.vocab_size
     never_sampled = {*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)}
     return ReplacedTokenDetectionForPreTraining.from_models(
@@ -104,25 +108,24 @@ def _fresh_pair(
 
 def generator_config(config: PreTrainedConfig, args: ReplacedTokenDetectionModelArguments) -> PreTrainedConfig:
     """Return the discriminator's configuration, scaled to the generator: width, heads and feed-forward alike, and depth."""
-    values: dict[str, Any] = config.to_dict()
-    for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
-        values[name] = max(1, round(values[name] * args.generator_size))
-    values["num_hidden_layers"] = max(1, round(values["num_hidden_layers"] * args.generator_layers))
-    if values["hidden_size"] % values["num_attention_heads"]:
+    scaled = scaled_config(config, width=args.generator_size, depth=args.generator_layers)
+    if scaled.hidden_size % scaled.num_attention_heads:
         raise InputError(
-            f"generator_size={args.generator_size} makes {values['hidden_size']} wide states with "
-            f"{values['num_attention_heads']} heads, which do not divide: choose a share that gives whole heads"
+            f"generator_size={args.generator_size} makes {scaled.hidden_size} wide states with "
+            f"{scaled.num_attention_heads} heads, which do not divide: choose a share that gives whole heads"
         )
-    return AutoConfig.for_model(**values)
+    return scaled
 
 
-def _loaded_pair(discriminator_name: str, generator_name: str | None) -> tuple[PreTrainedModel, PreTrainedModel]:
-    config = from_pretrained(AutoConfig, discriminator_name)
-    is_electra = config.model_type == "electra"
-    head = ElectraForPreTraining if is_electra else AutoModelForTokenClassification
-    discriminator = from_pretrained(head, discriminator_name, **({} if is_electra else {"num_labels": 1}))
-    if generator_name is None:
-        generator = from_pretrained(AutoModelForMaskedLM, discriminator_name, subfolder="pretraining/generator")
+def _loaded_pair(
+    name_or_path: str, args: ReplacedTokenDetectionModelArguments
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    options: dict[str, Any] = attention_options(args)
+    is_electra = from_pretrained(AutoConfig, name_or_path).model_type == "electra"
+    if is_electra:
+        discriminator = from_pretrained(ElectraForPreTraining, name_or_path, **options)
     else:
-        generator = from_pretrained(AutoModelForMaskedLM, generator_name)
-    return generator, discriminator
+        discriminator = from_pretrained(AutoModelForTokenClassification, name_or_path, num_labels=1, **options)
+    if args.generator_name_or_path is None:
+        options["subfolder"] = "pretraining/generator"
+    return from_pretrained(AutoModelForMaskedLM, args.generator_name_or_path or name_or_path, **options), discriminator

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.gathered import GatheredHead
@@ -24,6 +25,8 @@ from hf_pretrain.modeling.losses import IGNORED, binary_token_loss, masked_lm_ac
 from hf_pretrain.modeling.outputs import PretrainingOutput
 from hf_pretrain.modeling.sampling import sample_tokens
 from hf_pretrain.modeling.sharing import shared_embedding_names
+
+EMBEDDING_SHARING = ("tied", "none")
 
 
 @strict
@@ -81,6 +84,10 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         super().__init__(config)
         self.generator = AutoModelForMaskedLM.from_config(config.generator) if generator is None else generator
         self.discriminator = build_discriminator(config.discriminator) if discriminator is None else discriminator
+        if config.embedding_sharing not in EMBEDDING_SHARING:
+            raise InputError(
+                f"embedding_sharing={config.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
+            )
         if config.embedding_sharing == "tied":
             shared = shared_embedding_names(self.discriminator, self.generator)
             self._tied_weights_keys = {
