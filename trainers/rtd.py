@@ -9,6 +9,8 @@ Without a file or a dataset it trains on the docstrings of the installed Python 
 
 from __future__ import annotations
 
+from transformers import set_seed
+
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.modeling.base import check_model_fits
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     data_args, model_args, args = options
     with output_directory(args):
         data = load_data(data_args, model_args, args)
+        # The Trainer seeds too, but the weights are drawn before it is there.
+        set_seed(args.seed)
         trainer = build_trainer(data, model_args, args)
         run(trainer, options)
         if trainer.is_world_process_zero():

@@ -25,7 +25,7 @@ class PretrainingArguments(TrainingArguments):
     )
     decay_during_warmup: bool = field(
         default=False,
-        metadata={"help": "Multiply the linear schedule's decay and warm-up, as the official BERT and ELECTRA do."},
+        metadata={"help": "Multiply the linear schedule's decay and warm-up, as the official ELECTRA does."},
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of all but biases and norms."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
@@ -51,6 +51,11 @@ class PretrainingArguments(TrainingArguments):
         if self.decay_during_warmup and self.lr_scheduler_type != "linear":
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
+            )
+        optim = str(getattr(self.optim, "value", self.optim))
+        if not self.adam_bias_correction and not optim.startswith("adamw_torch"):
+            raise InputError(
+                f"adam_bias_correction=False is Adam's, but optim={optim!r}: set it to True or leave optim out"
             )
         if torch.accelerator.current_accelerator(check_available=True) is None:
             # transformers refuses bf16 on a CPU that was not asked for by name.

@@ -27,20 +27,22 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
     args, model, log = trainer.args, trainer.model, trainer.state.log_history
     root = getattr(model, model.export_parts[""])
     evaluations = [row for row in log if "eval_loss" in row]
+    # The Trainer knows the whole name once the repository exists.
+    repo = trainer.hub_model_id or args.hub_model_id
     facts: dict[str, Any] = {
-        "model_name": Path(args.hub_model_id or args.output_dir).name,
+        "model_name": Path(repo or args.output_dir).name,
         "model_class": type(root).__name__,
-        "repo": args.hub_model_id or ".",
+        "repo": repo or ".",
         "objective": trainer.objective,
-        "base_model": root.config.name_or_path or None,
+        "base_model": _base_model(root.config.name_or_path),
         "data": trainer.data_description,
         # The options of the program are those that differ from their defaults already.
         "recipe": recipe_options(trainer.recipe, defaults={})
         if trainer.recipe
         else recipe_options(args.to_dict(), defaults=type(args)().to_dict()),
         "log_history": log,
-        "metrics_before": evaluations[0] if len(evaluations) > 1 else {},
-        "metrics_after": evaluations[-1] if evaluations else {},
+        "metrics_before": next((row for row in evaluations if row["step"] == 0), {}),
+        "metrics_after": next((row for row in reversed(evaluations) if row["step"] > 0), {}),
         "compute": _compute(trainer, root_parameters=root.num_parameters()),
         "parts": {
             folder: (type(getattr(model, attribute)).__name__, f"the {attribute}, needed to go on training")
@@ -51,6 +53,12 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "versions": versions(),
     }
     return PretrainingCard(**(facts | changes))
+
+
+def _base_model(name_or_path: str) -> str | None:
+    """Return the Hub's name of the model that was continued, or the absolute path that tells the card it is a local one."""
+    is_local = bool(name_or_path) and Path(name_or_path).exists()
+    return str(Path(name_or_path).resolve()) if is_local else name_or_path or None
 
 
 def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:

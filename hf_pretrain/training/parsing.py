@@ -24,10 +24,11 @@ from hf_pretrain.training.recipes import read_recipe
 
 # Never written to a recipe: a secret, what the launcher and the machine decide, and the deprecated twins of
 # activation_checkpointing.
-_NOT_SAVED = {"hub_token", "local_rank", "use_cpu", "gradient_checkpointing", "gradient_checkpointing_kwargs"}
+_NOT_SAVED = {"hub_token", "local_rank", "use_cpu", "dataloader_pin_memory"}
+_NOT_SAVED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 # What TrainingArguments makes of an option that nobody set.
 _UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}
-_UNSET |= {"report_to": [], "debug": []}
+_UNSET |= {"report_to": [], "debug": [], "accelerator_config": {"dispatch_batches": False}}
 
 
 def parse_arguments(
@@ -235,7 +236,7 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
     factory = field.default_factory
     default = field.default if factory is dataclasses.MISSING else factory()
     if default is None and hasattr(value, "to_dict"):
-        return not _plain(value)
+        return _plain(value) in ({}, _UNSET.get(field.name))
     return _plain(value) == _plain(default) or (field.name in _UNSET and value == _UNSET[field.name])
 
 

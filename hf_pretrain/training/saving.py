@@ -50,6 +50,19 @@ class SavingMixin(_Base):
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:
+            # torch lists every parameter of another shape, a line each.
+            first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+            if first is None:
+                raise
+            raise InputError(
+                f"resume_from_checkpoint: the checkpoint does not fit the model ({first}): "
+                "resume with the options it was made with"
+            ) from error
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that does not fit; the stock Trainer would go on from fresh weights with a log line."""
         missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
@@ -79,15 +92,16 @@ class SavingMixin(_Base):
         """Push while training: the export of this moment, not the composite that the checkpoint holds."""
         if self.args.hub_strategy == HubStrategy.END:
             return
+        if self._is_pushing():
+            if not self.args.hub_always_push:
+                return
+            # The upload reads the files that the export would write over.
+            self._finish_current_push()
         # Leaves the checkpoint's layout for the time of the export.
         self._in_checkpoint = False
         self.save_model(_internal_call=True)
         self._in_checkpoint = True
         if not self.is_world_process_zero():
-            return
-        previous: PushInProgress | None = self.push_in_progress
-        busy = previous is not None and not previous.is_done()
-        if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card()
@@ -96,10 +110,13 @@ class SavingMixin(_Base):
             jobs.append(self._upload(checkpoint_folder, path_in_repo="last-checkpoint"))
         elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
             jobs.append(self._upload(checkpoint_folder, path_in_repo=Path(checkpoint_folder).name))
-        if previous is not None and busy:
-            previous.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _is_pushing(self) -> bool:
+        """Return whether an upload is going on, on every rank: only the first one knows, but all have to export."""
+        push = getattr(self, "push_in_progress", None)
+        is_busy = torch.tensor(push is not None and not push.is_done(), dtype=torch.int64, device=self.args.device)
+        return bool(self.accelerator.reduce(is_busy, reduction="sum"))
 
     def _upload(self, folder: str, **options: Any) -> Any:
         return hf_api().upload_folder(

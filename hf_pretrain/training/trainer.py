@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_pretrain.data.epochs import EpochDataset, EpochSampler
+from hf_pretrain.data.streaming import EndlessBlocks, StreamingBlocks
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
@@ -72,7 +73,14 @@ class PretrainingTrainer(SavingMixin, Trainer):
             raise InputError(
                 f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
             )
+        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
+            raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
         if eval_dataset is None:
+            if args.eval_strategy != "no":
+                name = args.eval_strategy.value
+                raise InputError(
+                    f"eval_strategy={name!r} without held-out text: name a validation_file, or set it to 'no'"
+                )
             args.eval_on_start = False
         elif isinstance(eval_dataset, dict):
             eval_dataset = {name: _with_epochs(dataset) for name, dataset in eval_dataset.items()}
@@ -81,7 +89,7 @@ class PretrainingTrainer(SavingMixin, Trainer):
         super().__init__(
             model,
             args,
-            train_dataset=None if train_dataset is None else _with_epochs(train_dataset),
+            train_dataset=None if train_dataset is None else _with_epochs(train_dataset, endless=True),
             eval_dataset=eval_dataset,
             compute_metrics=self._reduce_statistics,
             **kwargs,
@@ -90,7 +98,9 @@ class PretrainingTrainer(SavingMixin, Trainer):
         self.recipe: dict[str, Any] = {}
         self._components = SumAccumulator()
         self._statistic_names: list[str] = []
+        # Counted on the device since the last look, and found since the last row of the log.
         self._num_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._tokens_since_row = 0
         self._clock = time.perf_counter()
 
     # Normalisation
@@ -187,16 +197,27 @@ class PretrainingTrainer(SavingMixin, Trainer):
         super().log(logs, start_time)
 
     def _throughput(self) -> dict[str, float]:
-        tokens = int(self._sum_over_ranks(self._num_tokens).item())
-        self._num_tokens.zero_()
+        self._count_tokens()
+        tokens, self._tokens_since_row = self._tokens_since_row, 0
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        before = next((row["num_tokens"] for row in reversed(self.state.log_history) if "num_tokens" in row), 0)
         return {
-            "num_tokens": before + tokens,
+            "num_tokens": self.state.num_input_tokens_seen,
             "tokens_per_second": round(tokens / seconds, 1),
             "peak_memory_mib": peak_memory_mib(),
         }
+
+    def _count_tokens(self) -> None:
+        """Add the tokens that the devices counted to the state, which travels with the checkpoints."""
+        tokens = int(self._sum_over_ranks(self._num_tokens).item())
+        self._num_tokens.zero_()
+        self._tokens_since_row += tokens
+        self.state.num_input_tokens_seen += tokens
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # The checkpoint may lie between two rows of the log.
+        self._count_tokens()
+        super()._save_checkpoint(model, trial)
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -205,11 +226,12 @@ class PretrainingTrainer(SavingMixin, Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate; masks and samples are fixed, so two calls give the same numbers. See `transformers.Trainer.evaluate`."""
-        started = time.perf_counter()
+        trained = time.perf_counter() - self._clock
         # A data loader draws a seed when it is opened; training must not depend on how often it is evaluated.
         with torch.random.fork_rng(devices=[]):
             metrics = super().evaluate(*args, **kwargs)
-        self._clock += time.perf_counter() - started
+        # Not a sum: with several held-out sets this call contains one for each.
+        self._clock = time.perf_counter() - trained
         return metrics
 
     def prediction_step(
@@ -262,5 +284,7 @@ class PretrainingTrainer(SavingMixin, Trainer):
         return {}
 
 
-def _with_epochs(dataset: Dataset) -> Dataset:
+def _with_epochs(dataset: Dataset, *, endless: bool = False) -> Dataset:
+    if endless and isinstance(dataset, StreamingBlocks):
+        return EndlessBlocks(dataset)
     return dataset if isinstance(dataset, IterableDataset) else EpochDataset.wrap(dataset)

@@ -80,7 +80,10 @@ def test_the_product_schedule_is_refused_on_the_command_line_too(tmp_path):
     with pytest.raises(InputError, match="not cosine's: drop one of the two"):
         parse_arguments(programs()["rtd"].ARGUMENTS, options, prog="hf-pretrain rtd", description="")
     last = parse_arguments(
-        programs()["rtd"].ARGUMENTS, [*options, "--decay_during_warmup", "false"], prog="hf-pretrain rtd", description=""
+        programs()["rtd"].ARGUMENTS,
+        [*options, "--decay_during_warmup", "false"],
+        prog="hf-pretrain rtd",
+        description="",
     )[-1]
     assert last.lr_scheduler_type == "cosine"
 
@@ -97,3 +100,4 @@ def test_defaults_suit_pre_training(make):
     assert args.ddp_find_unused_parameters is False
     assert args.adam_bias_correction and not args.decay_during_warmup
     assert not args.overwrite_output_dir
+    assert args.eval_on_start

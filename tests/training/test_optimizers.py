@@ -39,7 +39,9 @@ class TestAdamWithoutBiasCorrection:
         start = torch.randn(7, generator=generator)
         weight = torch.nn.Parameter(start.clone())
         rate, decay, eps, (beta_1, beta_2) = 0.01, 0.3, 0.1, (0.8, 0.95)
-        optimizer = AdamWithoutBiasCorrection([weight], lr=rate, weight_decay=decay, eps=eps, betas=(beta_1, beta_2), **kernel)
+        optimizer = AdamWithoutBiasCorrection(
+            [weight], lr=rate, weight_decay=decay, eps=eps, betas=(beta_1, beta_2), **kernel
+        )
         p, m, v = start.double(), torch.zeros(7).double(), torch.zeros(7).double()
         for step in range(20):
             g = torch.randn(7, generator=generator)

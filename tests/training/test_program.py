@@ -86,7 +86,10 @@ def test_overwriting_clears_the_folder_and_nothing_else(make, used):
 def test_overwriting_waits_for_no_one(make, used):
     """What another process is writing to is not cleared."""
     with FileLock(used / "_lock"):
-        with pytest.raises(InputError, match="in use by another process"), output_directory(make(overwrite_output_dir=True)):
+        with (
+            pytest.raises(InputError, match="in use by another process"),
+            output_directory(make(overwrite_output_dir=True)),
+        ):
             raise AssertionError("the program must not run")
         assert (used / "notes.txt").read_text() == "precious"
         assert (used / "_lock").exists()
@@ -119,8 +122,9 @@ def test_resume_from_a_named_folder(make, used, tmp_path):
 def test_nothing_to_resume_is_refused(make, folder, exists):
     if exists:
         folder.mkdir(parents=True)
-    with pytest.raises(InputError, match="holds no checkpoint: start without it"), output_directory(
-        make(resume_from_checkpoint="true")
+    with (
+        pytest.raises(InputError, match="holds no checkpoint: start without it"),
+        output_directory(make(resume_from_checkpoint="true")),
     ):
         raise AssertionError("the program must not run")
 
@@ -136,14 +140,20 @@ def test_what_is_refused_does_not_stay_locked(make, folder):
 def test_a_file_is_refused(make, folder):
     folder.parent.mkdir(parents=True)
     folder.write_text("precious")
-    with pytest.raises(InputError, match="is a file: name a folder"), output_directory(make(overwrite_output_dir=True)):
+    with (
+        pytest.raises(InputError, match="is a file: name a folder"),
+        output_directory(make(overwrite_output_dir=True)),
+    ):
         raise AssertionError("the program must not run")
     assert folder.read_text() == "precious"
 
 
 def test_a_second_run_is_refused_while_the_first_goes_on(make, folder):
     with output_directory(make()):
-        with pytest.raises(InputError, match="in use by another process: wait for it or name another"), output_directory(make()):
+        with (
+            pytest.raises(InputError, match="in use by another process: wait for it or name another"),
+            output_directory(make()),
+        ):
             raise AssertionError("the program must not run")
         assert (folder / "_lock").exists()
     with output_directory(make()):
@@ -197,7 +207,14 @@ class TestRun:
 
     def test_it_leaves_everything(self, finished):
         trainer, _, folder = finished
-        expected = {"README.md", "recipe.yaml", "config.json", "model.safetensors", "tokenizer.json", "trainer_state.json"}
+        expected = {
+            "README.md",
+            "recipe.yaml",
+            "config.json",
+            "model.safetensors",
+            "tokenizer.json",
+            "trainer_state.json",
+        }
         assert expected | {"plots/loss.png"} <= contents(folder)
         parts = [part for part in trainer.model.export_parts if part]
         assert {f"{part}/model.safetensors" for part in parts} <= contents(folder)
@@ -255,7 +272,9 @@ def test_known_tokenizer_of_the_checkpoint_is_used(tmp_path, monkeypatch):
         (DataArguments(), None),
         (DataArguments(tokenizer_name="named"), None),
     ):
-        args = PretrainingArguments(output_dir=str(tmp_path / "out"), bf16=False, resume_from_checkpoint=resume, seed=5)
+        args = PretrainingArguments(
+            output_dir=str(tmp_path / "out"), bf16=False, resume_from_checkpoint=resume, seed=5
+        )
         program_module.load_data(data_args, model_args, args)
     found = [options["tokenizer"] for options in seen]
     sizes = [None if tokenizer is None else len(tokenizer) for tokenizer in found]

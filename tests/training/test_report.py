@@ -38,9 +38,7 @@ def test_the_report_of_replaced_token_detection(trained, capsys):
     assert f"The export in {folder} opens with stock transformers:" in lines
     head = "the pre-training head discriminator_predictions set aside"
     assert f"  AutoModel.from_pretrained -> ElectraModel: 0 missing keys, {head}" in lines
-    assert (
-        "  ElectraForPreTraining.from_pretrained -> ElectraForPreTraining: 0 missing keys, 0 unexpected" in lines
-    )
+    assert "  ElectraForPreTraining.from_pretrained -> ElectraForPreTraining: 0 missing keys, 0 unexpected" in lines
     # The stock loader's own table would say the same in a dozen lines.
     assert "UNEXPECTED" not in out + err
     before, after = (row for row in trainer.state.log_history if "eval_loss" in row)
@@ -77,7 +75,14 @@ def test_the_report_without_held_out_text_has_no_table(trained, capsys):
 class TestHeldOutRows:
     BEFORE = {"eval_loss": 4.0, "eval_mlm_loss": 4.0, "eval_runtime": 1.0, "epoch": 0, "step": 0}
     DURING = {"eval_loss": 3.0, "eval_mlm_loss": 3.0, "eval_runtime": 1.0, "epoch": 0.5, "step": 5}
-    AFTER = {"eval_loss": 2.0, "eval_mlm_loss": 2.0, "eval_disc_auc": 0.98765, "eval_runtime": 1.0, "epoch": 1, "step": 9}
+    AFTER = {
+        "eval_loss": 2.0,
+        "eval_mlm_loss": 2.0,
+        "eval_disc_auc": 0.98765,
+        "eval_runtime": 1.0,
+        "epoch": 1,
+        "step": 9,
+    }
     STEP = {"loss": 3.5, "mlm_loss": 3.5, "epoch": 0.5, "step": 5}
 
     def test_first_and_last(self):
@@ -105,7 +110,9 @@ class TestHeldOutRows:
 
     def test_every_one_of_several_sets_is_shown(self):
         def rows(step, value):
-            return [{f"eval_{name}_loss": value, f"eval_{name}_runtime": 1.0, "step": step} for name in ("law", "news")]
+            return [
+                {f"eval_{name}_loss": value, f"eval_{name}_runtime": 1.0, "step": step} for name in ("law", "news")
+            ]
 
         assert held_out_rows([*rows(0, 4.0), self.STEP, *rows(9, 2.0)]) == [
             ("law_loss", "4.0000", "2.0000"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card_text import number
+from hf_pretrain.hub.metric_names import label
 from loopback_hub import LoopbackHub, hub_environment
 from method_matrix import build, programs, tiny_data
 
@@ -41,16 +42,22 @@ class TestLayout:
         trainer.train()
         assert contents(tmp_path) == {f"checkpoint-1/{name}" for name in CHECKPOINT_FILES}
         assert prefixes(tmp_path / "checkpoint-1" / "model.safetensors") == {
-            "generator", "discriminator", "excluded_tokens"
+            "generator",
+            "discriminator",
+            "excluded_tokens",
         }
         trainer.save_model()
         export = {name for name in contents(tmp_path) if not name.startswith("checkpoint-")}
         stock = {"model.safetensors", "config.json"}
-        expected = stock | {f"pretraining/generator/{name}" for name in stock} | {"tokenizer.json", "tokenizer_config.json"}
+        expected = (
+            stock | {f"pretraining/generator/{name}" for name in stock} | {"tokenizer.json", "tokenizer_config.json"}
+        )
         assert export == expected
         assert prefixes(tmp_path / "model.safetensors") == {"electra", "discriminator_predictions"}
         assert prefixes(tmp_path / "pretraining/generator/model.safetensors") >= {"electra", "generator_predictions"}
-        configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("", "pretraining/generator")]
+        configs = [
+            json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("", "pretraining/generator")
+        ]
         assert [config["architectures"] for config in configs] == [["ElectraForPreTraining"], ["ElectraForMaskedLM"]]
         assert "auto_map" not in configs[0]
         # The checkpoint is as it was.
@@ -60,7 +67,8 @@ class TestLayout:
         trainer = build(MLM, tmp_path / "run")
         trainer.save_model(str(tmp_path / "elsewhere"))
         assert contents(tmp_path) == {
-            f"elsewhere/{name}" for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
+            f"elsewhere/{name}"
+            for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
         }
 
     def test_a_process_that_should_not_save_does_not(self, tmp_path, monkeypatch):
@@ -97,7 +105,9 @@ class TestResume:
     def refused(self, tmp_path, checkpoint, program=RTD, **options):
         other = build(program, tmp_path / "second", max_steps=2, **options)
         before = {name: value.clone() for name, value in other.model.state_dict().items()}
-        with pytest.raises(InputError, match="resume_from_checkpoint: the checkpoint does not fit the model") as refused:
+        with pytest.raises(
+            InputError, match="resume_from_checkpoint: the checkpoint does not fit the model"
+        ) as refused:
             other.train(resume_from_checkpoint=str(checkpoint))
         assert other.state.global_step in (0, 1)
         assert not [row for row in other.state.log_history if row["step"] > 1]
@@ -153,7 +163,11 @@ class TestCard:
         trainer, folder = finished
         card = ModelCard.load(folder / "README.md")
         data = card.data
-        assert (data.library_name, data.pipeline_tag, data.model_name) == ("transformers", "feature-extraction", "my-electra")
+        assert (data.library_name, data.pipeline_tag, data.model_name) == (
+            "transformers",
+            "feature-extraction",
+            "my-electra",
+        )
         assert {"hf_pretrain", "rtd"} <= set(data.tags)
         assert data.base_model is None and data.license is None
         after = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
@@ -167,8 +181,8 @@ class TestCard:
         text = (folder / "README.md").read_text(encoding="utf-8")
         before, after = (row for row in trainer.state.log_history if "eval_loss" in row)
         assert (before["step"], after["step"]) == (0, 3)
-        for label, name in (("Total loss", "loss"), ("MLM loss", "mlm_loss"), ("Disc AUC", "disc_auc")):
-            assert f"| {label} | {number(before[f'eval_{name}'])} | {number(after[f'eval_{name}'])} |" in text
+        for name in ("eval_loss", "eval_mlm_loss", "eval_rtd_loss", "eval_disc_auc"):
+            assert f"| {label(name)} | {number(before[name])} | {number(after[name])} |" in text
         last = [row for row in trainer.state.log_history if "loss" in row][-1]
         runtime = next(row["train_runtime"] for row in trainer.state.log_history if "train_runtime" in row)
         facts = {
@@ -304,7 +318,9 @@ class TestPushWhileTraining:
         """The upload reads the files in its own time: bytes that change under it give a broken commit."""
         trainer, uploads, folder = pushing(hub_strategy="every_save")
         self.save(trainer, 1)
-        before = {name: (folder / name).read_bytes() for name in contents(folder) if not name.startswith("checkpoint-")}
+        before = {
+            name: (folder / name).read_bytes() for name in contents(folder) if not name.startswith("checkpoint-")
+        }
         with torch.no_grad():
             trainer.model.get_input_embeddings().weight.add_(1.0)
         self.save(trainer, 2)
@@ -377,7 +393,10 @@ class TestPush:
     def pushed(cls, tmp_path_factory):
         work = tmp_path_factory.mktemp("push")
         with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
-            environment = hub_environment(hub.url, work / "writer") | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+            environment = hub_environment(hub.url, work / "writer") | {
+                "PYTHONPATH": str(TESTS),
+                "OMP_NUM_THREADS": "1",
+            }
             push = [sys.executable, "-c", PUSH, str(work)]
             done = subprocess.run(push, env=environment, cwd=work, capture_output=True, text=True, timeout=600)
             assert done.returncode == 0, done.stderr[-4000:]

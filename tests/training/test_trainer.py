@@ -161,7 +161,9 @@ class TestLog:
         """With a clock that goes one second a training step and a hundred an evaluation of a set."""
         clock = FakeClock()
         monkeypatch.setattr(trainer_module, "time", clock)
-        held_out = tiny_data().eval_dataset if sets == 1 else {f"set{i}": tiny_data().eval_dataset for i in range(sets)}
+        held_out = (
+            tiny_data().eval_dataset if sets == 1 else {f"set{i}": tiny_data().eval_dataset for i in range(sets)}
+        )
         data = tiny_data()
         data.eval_dataset = held_out
         trainer = build(MLM, tmp_path, data, max_steps=3, eval_strategy="steps", eval_steps=1, eval_on_start=True)
@@ -231,7 +233,11 @@ class TestSeeds:
         def original(batch):
             return torch.where(batch["labels"] == -100, batch["input_ids"], batch["labels"])
 
-        plain, ordered, masked = first_batch(seed=1), first_batch(seed=1, data_seed=2), first_batch(seed=2, data_seed=1)
+        plain, ordered, masked = (
+            first_batch(seed=1),
+            first_batch(seed=1, data_seed=2),
+            first_batch(seed=2, data_seed=1),
+        )
         assert original(plain).shape != original(ordered).shape or not torch.equal(original(plain), original(ordered))
         assert torch.equal(original(plain), original(masked))
         assert not torch.equal(plain["labels"], masked["labels"])
@@ -320,7 +326,11 @@ class TestStreaming:
         (tmp_path / "corpus.txt").write_text("\n\n".join(texts))
         prepared = tiny_data()
         prepared.train_dataset = StreamingBlocks(
-            [tmp_path / "corpus.txt"], tokenizer=tokenizer, block_size=BLOCK_SIZE, mode="tokens", documents_per_buffer=4
+            [tmp_path / "corpus.txt"],
+            tokenizer=tokenizer,
+            block_size=BLOCK_SIZE,
+            mode="tokens",
+            documents_per_buffer=4,
         )
         return prepared
 
@@ -341,7 +351,9 @@ class TestStreaming:
 
         def collate(examples):
             batch = original(examples)
-            seen.extend((e["epoch"], e["example_id"], row.tolist()) for e, row in zip(examples, batch["labels"], strict=True))
+            seen.extend(
+                (e["epoch"], e["example_id"], row.tolist()) for e, row in zip(examples, batch["labels"], strict=True)
+            )
             return batch
 
         trainer.data_collator = collate
@@ -350,7 +362,9 @@ class TestStreaming:
         first, second = ({name: labels for _, name, labels in seen[i : i + 20]} for i in (0, 20))
         assert first.keys() == second.keys() and len(first) == 20
         # Rows of other batches are padded otherwise: compare which words were hidden.
-        hidden = [{name: [x for x in labels if x != -100] for name, labels in rows.items()} for rows in (first, second)]
+        hidden = [
+            {name: [x for x in labels if x != -100] for name, labels in rows.items()} for rows in (first, second)
+        ]
         assert sum(hidden[0][name] != hidden[1][name] for name in first) > 15
 
     def test_the_end_of_an_epoch_spoils_no_step(self, tmp_path, data):
