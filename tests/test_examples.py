@@ -1,0 +1,182 @@
+"""The stories of ``examples/`` run from their first command to their last file, on text made here."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_pretrain.cli import run_program
+from hf_pretrain.data import draws
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+THINGS = ("model", "ship", "cat", "engine", "paper", "garden", "river", "sailor")
+TINY = {
+    "base_steps": 3,
+    "adaptation_steps": 40,
+    "batch_size": 8,
+    "block_size": 32,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "vocab_size": 1000,
+    "base_corpus_bytes": 60_000,
+    "finetuning_learning_rate": 5e-3,
+    "finetuning_epochs": 12,
+    "learning_rate": 5e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("domain_adaptation", EXAMPLES / "domain_adaptation.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def sentences(count, *, stream):
+    """Pairs of a sentence and its label, which one word of it tells."""
+    numbers = draws.integers(draws.row_keys(range(count), seed=0, stream=stream), 2, high=2**20).tolist()
+    for first, second in numbers:
+        good = second % 2 == 0
+        yield (
+            f"The {THINGS[first % len(THINGS)]} was {'fine' if good else 'poor'} today.",
+            "praise" if good else "blame",
+        )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    text = [sentence for sentence, _ in sentences(600, stream="own text")]
+    documents = ["\n".join(text[i : i + 6]) for i in range(0, len(text), 6)]
+    (folder / "own.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    for name, count in (("train", 160), ("dev", 40)):
+        lines = [f"{sentence}\t{label}\n" for sentence, label in sentences(count, stream=name)]
+        (folder / f"{name}.tsv").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def command(files, output_dir, **options):
+    given = {
+        "train_file": files / "own.txt",
+        "task_train": files / "train.tsv",
+        "task_validation": files / "dev.tsv",
+        "output_dir": output_dir,
+        **TINY,
+        **options,
+    }
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def story(example, files, tmp_path_factory):
+    """The folder of a story told without a checkpoint to begin with."""
+    folder = tmp_path_factory.mktemp("story") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        assert run_program(example.main, command(files, folder)) == 0
+    return folder
+
+
+def test_every_stage_opens_with_stock_transformers(story):
+    for stage in ("base", "continued"):
+        _, info = AutoModelForMaskedLM.from_pretrained(story / stage, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+    model, info = AutoModelForSequenceClassification.from_pretrained(story / "classifier", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.id2label == {0: "blame", 1: "praise"}
+    vocabularies = [
+        AutoTokenizer.from_pretrained(story / name).get_vocab() for name in ("base", "continued", "classifier")
+    ]
+    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+
+
+def test_the_text_was_learned_before_the_task(story):
+    """Each classifier is nearest to the checkpoint that it was fine-tuned from."""
+    tables = {
+        name: load_file(story / name / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
+        for name in ("base", "continued", "classifier", "classifier-of-the-base")
+    }
+
+    def distance(a, b):
+        return float((tables[a] - tables[b]).norm())
+
+    assert distance("base", "continued") > 0
+    assert distance("classifier", "continued") < distance("classifier", "base")
+    assert distance("classifier-of-the-base", "base") < distance("classifier-of-the-base", "continued")
+    log = json.loads((story / "continued" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    losses = [row["eval_mlm_loss"] for row in log if "eval_mlm_loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_card_says_where_it_comes_from_and_how_good_it_is(story, files):
+    card = ModelCard.load(story / "classifier" / "README.md")
+    assert "pre-trained from scratch on the docstrings" in card.text
+    assert "own.txt" in card.text and str(story) not in card.text and str(files) not in card.text
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.dataset_name) == ("accuracy", "dev.tsv")
+    assert result.metric_value == accuracy(story / "classifier", files / "dev.tsv") > 0.8
+    assert f"| the base model, continued (this model) | {result.metric_value:.4f} |" in card.text
+
+
+def accuracy(folder, path):
+    """The accuracy of a saved classifier, computed without the example."""
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForSequenceClassification.from_pretrained(folder),
+    )
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    with torch.no_grad():
+        predicted = model(**tokenizer([text for text, _ in rows], return_tensors="pt", padding=True)).logits.argmax(-1)
+    right = [model.config.id2label[int(i)] == label for i, (_, label) in zip(predicted, rows, strict=True)]
+    return sum(right) / len(right)
+
+
+def test_a_checkpoint_of_ones_own_is_continued_and_named_in_the_card(
+    story, example, files, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "out"
+    options = {"model_name_or_path": story / "base", "adaptation_steps": 2, "finetuning_epochs": 1}
+    assert run_program(example.main, command(files, folder, **options)) == 0
+    assert not (folder / "base").exists()
+    text = (folder / "classifier" / "README.md").read_text(encoding="utf-8")
+    assert "Base model: `base`, a local checkpoint." in text
+    assert str(story) not in text
+    shown = capsys.readouterr().out
+    assert "Accuracy after fine-tuning:" in shown
+    AutoModelForSequenceClassification.from_pretrained(folder / "classifier")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("task_train", "no tab here\n", "line 1"),
+        ("task_train", "a\tx\nb\tx\n", "nothing to tell apart"),
+        ("task_train", "", "no sentence"),
+        ("task_validation", "a\tneither\n", "neither"),
+        ("task_validation", None, "can not be read"),
+        ("output_dir", "used", "in use"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_trained(example, files, tmp_path, capsys, name, content, message):
+    folder, wrong = tmp_path / "out", tmp_path / "wrong.tsv"
+    options = {} if name == "output_dir" else {name: wrong}
+    if name == "output_dir":
+        folder.mkdir()
+        (folder / "precious.txt").write_text(content)
+    elif content is not None:
+        wrong.write_text(content)
+    assert run_program(example.main, command(files, folder, **options)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+    assert not list(folder.glob("*/"))

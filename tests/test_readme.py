@@ -1,0 +1,156 @@
+"""The documents tell the truth: their Python runs, their links lead somewhere, their options and names exist."""
+
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
+
+import hf_pretrain
+from hf_pretrain.cli import METHODS
+from hf_pretrain.training.parsing import _OptionParser
+from method_matrix import build, log_of
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
+)
+# Options in the documents that are not those of a program: of accelerate and of the example.
+OTHER_OPTIONS = {"config_file", "num_processes", "help"}
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def python_blocks(name):
+    return re.findall(r"^```python\n(.*?)^```$", text_of(name), flags=re.DOTALL | re.MULTILINE)
+
+
+def run(name, folder, monkeypatch):
+    """Run the Python of a document from top to bottom, in an empty folder; return its names."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    names = {"__name__": "document"}
+    for block in python_blocks(name):
+        exec(compile(block, name, "exec", dont_inherit=True), names)
+    return names
+
+
+def test_the_example_of_the_readme_makes_what_it_says(tmp_path, monkeypatch, capsys):
+    assert len(python_blocks("README.md")) == 1
+    names = run("README.md", tmp_path, monkeypatch)
+    assert type(names["encoder"]) is ElectraModel
+    assert "eval_disc_auc" in capsys.readouterr().out
+    steps = [row for row in names["trainer"].state.log_history if "eval_loss" in row]
+    assert steps[-1]["step"] == 20
+    discriminator, info = ElectraForPreTraining.from_pretrained("my-electra", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, value in names["encoder"].state_dict().items():
+        assert torch.equal(value, discriminator.electra.state_dict()[name]), name
+    ElectraForMaskedLM.from_pretrained("my-electra", subfolder="pretraining/generator")
+    card = ModelCard.load(tmp_path / "my-electra" / "README.md")
+    assert {result.metric_type for result in card.data.eval_results} >= {"rtd_loss", "mlm_loss", "disc_auc"}
+
+
+def test_the_example_of_the_readme_is_short():
+    (block,) = python_blocks("README.md")
+    statements = compile(block, "README.md", "exec", flags=0x400).body  # 0x400: the syntax tree only
+    assert sum(type(statement).__name__ != "ImportFrom" for statement in statements) <= 10
+
+
+def test_the_objective_of_the_page_on_objectives_works(tmp_path, monkeypatch):
+    names = run("docs/adding_an_objective.md", tmp_path, monkeypatch)
+    program = SimpleNamespace(ARGUMENTS=names["ARGUMENTS"], build_trainer=names["build_trainer"])
+    trainer = build(program, tmp_path / "out", max_steps=30, learning_rate=5e-3, per_device_train_batch_size=16)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_parity_loss"] < 0.6 * before["eval_parity_loss"]
+    assert after["eval_parity_accuracy"] > 0.8
+    assert "parity_loss" in log_of(trainer)[1]
+    trainer.save_model()
+    type(trainer.model.model).from_pretrained(tmp_path / "out")
+
+
+def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
+    names = run("docs/data.md", tmp_path, monkeypatch)
+    assert capsys.readouterr().out.startswith("[CLS] the model reads a text.")
+    assert set(names["documents"].column_names) == {"input_ids", "word_starts", "sent_starts", "doc_id"}
+    assert names["documents"]["sent_starts"][0][0] and sum(names["documents"]["sent_starts"][0]) == 3
+
+
+def test_every_page_with_python_is_run():
+    run_here = {"README.md", "docs/adding_an_objective.md", "docs/data.md"}
+    assert {name for name in DOCUMENTS if python_blocks(name)} == run_here
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_somewhere(name):
+    folder = (ROOT / name).parent
+    for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text_of(name)):
+        if target.startswith("https://"):
+            continue
+        path = folder / target if target else ROOT / name
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor[1:] in slugs, anchor
+
+
+@pytest.fixture(scope="module")
+def options():
+    """Names of the options of each method."""
+    parsers = {}
+    for method, (module, _) in METHODS.items():
+        arguments = importlib.import_module(module).ARGUMENTS
+        parser = _OptionParser(arguments, prog=method, description="")
+        parsers[method] = {name for name in parser._option_string_actions if name.startswith("--")}
+    return parsers
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_options_exist(name, options):
+    text = text_of(name)
+    known = set().union(*options.values()) | {f"--{other}" for other in OTHER_OPTIONS}
+    if name.startswith("examples/"):
+        known |= set(re.findall(r"^    (\w+): .*= ?field\(", text_of("examples/domain_adaptation.py"), flags=re.M))
+        known |= {f"--{option}" for option in known if not option.startswith("--")}
+    for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
+        assert option in known, option
+    for method, rest in re.findall(r"hf-pretrain (mlm|rtd)((?:[^\n`]|\\\n)*)", text):
+        for option in re.findall(r"(?<![\w-])--[a-z]\w*", rest):
+            assert option in options[method] | {"--help"}, f"hf-pretrain {method} {option}"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/objectives.md"])
+def test_the_table_of_objectives_names_classes_and_recipes_of_the_method(name):
+    rows = [line for line in text_of(name).splitlines() if re.match(r"\| `(mlm|rtd)`", line)]
+    assert {re.match(r"\| `(\w+)`", row)[1] for row in rows} == set(METHODS)
+    linked = set()
+    for row in rows:
+        method = re.match(r"\| `(\w+)`", row)[1]
+        for class_name in re.findall(r"`(\w+Trainer)`", row):
+            assert getattr(hf_pretrain, class_name).objective.name == method
+        for recipe in re.findall(r"\(([^)]+\.yaml)\)", row):
+            path = ((ROOT / name).parent / recipe).resolve()
+            assert path.read_text(encoding="utf-8").startswith(f"# hf-pretrain {method}\n")
+            linked.add(path.name)
+    assert linked == {path.name for path in (ROOT / "trainers" / "recipes").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_files_and_modules_that_are_named_exist(name):
+    text = text_of(name)
+    for path in re.findall(r"`((?:hf_pretrain|trainers|model_cards|tests|docs|examples)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+    for module, attribute in re.findall(r"`(hf_pretrain(?:\.[a-z_]+)*)\.(\w+)`", text):
+        owner = importlib.import_module(module)
+        assert hasattr(owner, attribute) or importlib.import_module(f"{module}.{attribute}"), f"{module}.{attribute}"
