@@ -124,7 +124,8 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...]) -> None:
     transformers_logging.disable_progress_bar()
     trainer.recipe = resolved_options(options)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if trainer.eval_dataset is not None:
+    last_evaluation = max((row["step"] for row in trainer.state.log_history if "eval_loss" in row), default=-1)
+    if trainer.eval_dataset is not None and last_evaluation < trainer.state.global_step:
         trainer.evaluate()
     trainer.save_state()
     if args.should_save:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -88,6 +89,7 @@ def coloured_words(words: Sequence[tuple[str, float]], *, colour: bool | None = 
         return " ".join(f"[{word} {probability:.2f}]" if probability >= 0.5 else word for word, probability in words)
     shades = []
     for word, probability in words:
-        other = round(255 * (1 - probability))
+        # The root makes small probabilities visible: a replaced token is rare, so one in five is already much.
+        other = round(255 * (1 - math.sqrt(probability)))
         shades.append(f"\x1b[48;2;255;{other};{other}m\x1b[30m {word} \x1b[0m")
     return "".join(shades)

@@ -143,7 +143,7 @@ class TestColouredWords:
     def test_with_colour_the_background_goes_from_white_to_red(self):
         text = coloured_words(self.WORDS, colour=True)
         assert re.findall(r"\x1b\[48;2;(\d+);(\d+);(\d+)m", text) == [
-            ("255", shade, shade) for shade in ("255", "191", "128", "3")
+            ("255", shade, shade) for shade in ("255", "128", "75", "2")
         ]
         assert re.sub(r"\x1b\[[\d;]*m", "", text).split() == ["The", "chef", "ate", "gravel"]
         # Every word is reset, or the terminal stays red.

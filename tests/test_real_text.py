@@ -1,0 +1,67 @@
+"""Every method learns from real text: better than its trivial baseline, on documents it has not seen."""
+
+import math
+
+import numpy as np
+import pytest
+from transformers import set_seed
+
+from hf_pretrain.data.prepare import DataArguments, prepare_data
+from method_matrix import NO_DROPOUT, programs
+
+SIZES = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 64,
+    "config_overrides": NO_DROPOUT,
+}
+STEPS = {"mlm": 800, "rtd": 2000}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    options = DataArguments(max_corpus_bytes=6_000_000, vocab_size=4096, block_size=64, validation_fraction=0.03)
+    return prepare_data(options, seed=0, output_dir=tmp_path_factory.mktemp("text"))
+
+
+def unigram_loss(text):
+    """Nats a token of the held-out text under the frequencies of the training text, one added to each count."""
+    counts, held_out = (
+        np.bincount(part.store.read(0, part.store.num_tokens)[0], minlength=len(text.tokenizer))
+        for part in (text.train_dataset, text.eval_dataset)
+    )
+    log_p = np.log((counts + 1) / (counts + 1).sum())
+    return float(-(held_out * log_p).sum() / held_out.sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", sorted(STEPS))
+def test_held_out_text_is_better_predicted_than_by_the_baseline(method, text, tmp_path):
+    program = programs()[method]
+    _, model_class, args_class = program.ARGUMENTS
+    options = {"generator_layers": 0.34} if method == "rtd" else {}
+    args = args_class(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
+        max_steps=STEPS[method],
+        warmup_steps=200,
+        learning_rate=5e-4,
+        logging_steps=500,
+        save_strategy="no",
+        eval_on_start=False,
+        disable_tqdm=True,
+    )
+    set_seed(0)
+    trainer = program.build_trainer(text, model_class(**SIZES, **options), args)
+    before = trainer.evaluate()
+    assert before["eval_mlm_loss"] == pytest.approx(math.log(len(text.tokenizer)), rel=0.01)
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_mlm_loss"] < unigram_loss(text) - 0.3
+    if method == "rtd":
+        # Below the entropy of the labels, which is what knowing only how many tokens are replaced would give.
+        assert after["eval_disc_gain"] > 0.03
+        assert after["eval_disc_auc"] > 0.6 > 0.55 > before["eval_disc_auc"]
