@@ -134,11 +134,8 @@ def pretrain(
         trainer = MaskedLMTrainer(
             model,
             args,
-            train_dataset=data.train_dataset,
-            eval_dataset=data.eval_dataset,
             data_collator=DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed),
-            processing_class=data.tokenizer,
-            data_description=data.description,
+            **data.trainer_inputs(),
         )
         run(trainer, (data_args, model_args, args))
     return {name: (before, after) for name, before, after in held_out_rows(trainer.state.log_history)}

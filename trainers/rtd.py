@@ -9,8 +9,6 @@ Without a file or a dataset it trains on the docstrings of the installed Python 
 
 from __future__ import annotations
 
-from transformers import set_seed
-
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.modeling.base import check_model_fits
@@ -22,9 +20,7 @@ from hf_pretrain.objectives.replaced_token_detection import (
     build_model,
     print_suspicions,
 )
-from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.program import load_data, output_directory, run
-from hf_pretrain.training.report import print_report
+from hf_pretrain.training.program import train_method
 
 ARGUMENTS = (DataArguments, ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments)
 
@@ -41,28 +37,21 @@ def build_trainer(
     return ReplacedTokenDetectionTrainer(
         model,
         args,
-        train_dataset=data.train_dataset,
-        eval_dataset=data.eval_dataset,
         data_collator=DataCollatorForReplacedTokenDetection(data.tokenizer, masking=args.masking, seed=args.seed),
-        processing_class=data.tokenizer,
-        data_description=data.description,
+        **data.trainer_inputs(),
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train from the command line; see the top of the file."""
-    options = parse_arguments(ARGUMENTS, argv, prog="hf-pretrain rtd", description=__doc__ or "")
-    data_args, model_args, args = options
-    with output_directory(args):
-        data = load_data(data_args, model_args, args)
-        # The Trainer seeds too, but the weights are drawn before it is there.
-        set_seed(args.seed)
-        trainer = build_trainer(data, model_args, args)
-        run(trainer, options)
-        if trainer.is_world_process_zero():
-            print_report(trainer)
-            print_suspicions(trainer, data)
-        trainer.end()
+    train_method(
+        argv,
+        name="rtd",
+        description=__doc__ or "",
+        arguments=ARGUMENTS,
+        build_trainer=build_trainer,
+        demonstrate=print_suspicions,
+    )
 
 
 if __name__ == "__main__":

@@ -59,6 +59,15 @@ class PreparedData:
     description: dict[str, Any]
     block_size: int
 
+    def trainer_inputs(self) -> dict[str, Any]:
+        """Return the arguments that every `PretrainingTrainer` takes from the data."""
+        return {
+            "train_dataset": self.train_dataset,
+            "eval_dataset": self.eval_dataset,
+            "processing_class": self.tokenizer,
+            "data_description": self.description,
+        }
+
 
 class _Texts(NamedTuple):
     train: datasets.Dataset

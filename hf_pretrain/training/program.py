@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
@@ -17,8 +17,9 @@ from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import resolved_options
+from hf_pretrain.training.parsing import parse_arguments, resolved_options
 from hf_pretrain.training.recipes import write_recipe
+from hf_pretrain.training.report import print_report
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 # A leading underscore keeps a file out of what is pushed to the Hub.
@@ -110,6 +111,40 @@ def _known_tokenizer(
     if data_args.tokenizer_name is None and model_args.model_name_or_path is not None:
         return from_pretrained(AutoTokenizer, model_args.model_name_or_path)
     return None
+
+
+def train_method(
+    argv: list[str] | None,
+    *,
+    name: str,
+    description: str,
+    arguments: tuple[type, type, type],
+    build_trainer: Callable[[PreparedData, Any, Any], PretrainingTrainer],
+    demonstrate: Callable[[Any, PreparedData], None] | None = None,
+) -> None:
+    """Run a method from its command line to its report.
+
+    Args:
+        argv: The arguments, without the name of the program; those of the process if None.
+        name: Name of the method.
+        description: Text of the program's help.
+        arguments: Dataclasses of the options of data, model and training.
+        build_trainer: Puts the method's model, collator and Trainer together.
+        demonstrate: Prints more at the end, on the first process, to show what was learned.
+    """
+    options = parse_arguments(arguments, argv, prog=f"hf-pretrain {name}", description=description)
+    data_args, model_args, args = options
+    with output_directory(args):
+        data = load_data(data_args, model_args, args)
+        # The Trainer seeds too, but the weights are drawn before it is there.
+        set_seed(args.seed)
+        trainer = build_trainer(data, model_args, args)
+        run(trainer, options)
+        if trainer.is_world_process_zero():
+            print_report(trainer)
+            if demonstrate is not None:
+                demonstrate(trainer, data)
+        trainer.end()
 
 
 def run(trainer: PretrainingTrainer, options: tuple[Any, ...]) -> None:
