@@ -29,6 +29,12 @@ class PretrainingArguments(TrainingArguments):
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of all but biases and norms."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    warmup_steps: float = field(
+        default=0.1,
+        metadata={
+            "help": "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
+        },
+    )
     eval_on_start: bool = field(
         default=True,
         metadata={"help": "Evaluate before the first step, to compare with; only if there is held-out text."},

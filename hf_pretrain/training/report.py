@@ -71,8 +71,11 @@ def _loading_line(model_class: type[PreTrainedModel] | type[AutoModel], folder: 
     finally:
         transformers_logging.set_verbosity(verbosity)
     heads = {name.split(".")[0] for name in info["unexpected_keys"]}
+    fresh = {name.split(".")[0] for name in info["missing_keys"]}
+    missing = f"{len(info['missing_keys'])} missing keys"
+    missing += f" (the {', '.join(sorted(fresh))}, which the objective does not train)" if fresh else ""
     aside = f", the pre-training head {', '.join(sorted(heads))} set aside" if heads else ", 0 unexpected"
-    return f"{model_class.__name__}.from_pretrained -> {type(model).__name__}: {len(info['missing_keys'])} missing keys{aside}"
+    return f"{model_class.__name__}.from_pretrained -> {type(model).__name__}: {missing}{aside}"
 
 
 def coloured_words(words: Sequence[tuple[str, float]], *, colour: bool | None = None) -> str:

@@ -186,7 +186,7 @@ class TestTrainer:
         args = PROGRAM.ARGUMENTS[2](output_dir="unused", bf16=False, report_to=[])
         assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-6)
         assert (args.weight_decay, args.max_grad_norm, args.learning_rate) == (0.01, 1.0, 5e-4)
-        assert (args.adam_bias_correction, args.decay_during_warmup, args.warmup_steps) == (False, True, 10_000)
+        assert (args.adam_bias_correction, args.decay_during_warmup, args.warmup_steps) == (False, True, 0.1)
         assert (args.mlm_weight, args.rtd_weight) == (1.0, 50.0)
         assert (args.mlm_probability, args.mask_share, args.random_share) == (0.15, 0.85, 0.0)
 

@@ -13,7 +13,7 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 
 @dataclass
 class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
-    """Options of [`ReplacedTokenDetectionTrainer`]; the defaults are the recipe of ELECTRA-Small.
+    """Options of [`ReplacedTokenDetectionTrainer`]; the defaults are the recipe of ELECTRA-Small, but for its length.
 
     Source: the paper's table 6 and `configure_pretraining.py` of the official code.
     """
@@ -33,9 +33,6 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
     adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
     decay_during_warmup: bool = field(
         default=True, metadata={"help": "Multiply the linear decay and the warm-up, as the official code does."}
-    )
-    warmup_steps: float = field(
-        default=10_000, metadata={"help": "Steps of warm-up, or their share of all steps if below 1."}
     )
 
 
