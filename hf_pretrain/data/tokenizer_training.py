@@ -294,9 +294,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InputError if a tokenizer lacks a special token that masked language models need.
 
     Args:
-        tokenizer: Any tokenizer; it needs a mask and a pad token, and cls and sep tokens around a sequence.
+        tokenizer: Any tokenizer; it needs a mask and a pad token; what stands around a sequence is its own affair.
     """
-    for role in ("mask", "pad", "cls", "sep"):
+    for role in ("mask", "pad"):
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise InputError(
                 f"tokenizer={tokenizer.name_or_path or type(tokenizer).__name__!r} has no {role}_token, which masked "

@@ -54,6 +54,8 @@ class PretrainingArguments(TrainingArguments):
         """Choose the precision, then let transformers check the rest."""
         if self.remove_unused_columns:
             raise InputError("remove_unused_columns=True would drop example ids and word boundaries: leave it False")
+        if self.include_num_input_tokens_seen not in (False, "no"):
+            raise InputError("include_num_input_tokens_seen is not needed: num_tokens is in every log row")
         if self.decay_during_warmup and self.lr_scheduler_type != "linear":
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"

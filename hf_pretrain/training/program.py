@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
+from hf_pretrain.data.tokenizer_training import check_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
 from hf_pretrain.training.arguments import PretrainingArguments
@@ -94,11 +95,15 @@ def _checkpoint_to_resume(folder: Path, asked: str) -> str:
 
 def load_data(data_args: DataArguments, model_args: ModelArguments, args: PretrainingArguments) -> PreparedData:
     """Read the text and cut it into examples, with the tokenizer of the run, of the checkpoint to continue, or a new one."""
+    tokenizer = _known_tokenizer(data_args, model_args, args)
+    if tokenizer is not None:
+        # Before hours of tokenizing, not after.
+        check_tokenizer(tokenizer)
     return prepare_data(
         data_args,
         seed=args.seed,
         output_dir=args.output_dir,
-        tokenizer=_known_tokenizer(data_args, model_args, args),
+        tokenizer=tokenizer,
         first=args.main_process_first(local=False, desc="data"),
     )
 
@@ -108,9 +113,8 @@ def _known_tokenizer(
 ) -> PreTrainedTokenizerBase | None:
     if args.resume_from_checkpoint is not None:
         return from_pretrained(AutoTokenizer, args.resume_from_checkpoint)
-    if data_args.tokenizer_name is None and model_args.model_name_or_path is not None:
-        return from_pretrained(AutoTokenizer, model_args.model_name_or_path)
-    return None
+    name = data_args.tokenizer_name or model_args.model_name_or_path
+    return None if name is None else from_pretrained(AutoTokenizer, name)
 
 
 def train_method(

@@ -67,6 +67,11 @@ def test_columns_are_kept(make):
         make(remove_unused_columns=True)
 
 
+def test_tokens_are_counted_once(make):
+    with pytest.raises(InputError, match="num_tokens is in every log row"):
+        make(include_num_input_tokens_seen="all")
+
+
 def test_the_product_schedule_is_linear_only(make):
     assert make(decay_during_warmup=True).lr_scheduler_type == "linear"
     with pytest.raises(InputError, match="decay_during_warmup=True is the linear schedule's, not cosine's"):

@@ -262,25 +262,31 @@ def test_known_tokenizer_of_the_checkpoint_is_used(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(program_module, "prepare_data", lambda data_args, **options: seen.append(options))
     tokenizer = tiny_data().tokenizer
-    for name in ("checkpoint", "model"):
+    for name in ("checkpoint", "model", "named"):
         tokenizer.add_tokens([f"only-{name}"])
         tokenizer.save_pretrained(tmp_path / name)
     model_args = ModelArguments(model_name_or_path=str(tmp_path / "model"))
     for data_args, resume in (
         (DataArguments(), str(tmp_path / "checkpoint")),
-        (DataArguments(tokenizer_name="named"), str(tmp_path / "checkpoint")),
+        (DataArguments(tokenizer_name=str(tmp_path / "named")), str(tmp_path / "checkpoint")),
         (DataArguments(), None),
-        (DataArguments(tokenizer_name="named"), None),
+        (DataArguments(tokenizer_name=str(tmp_path / "named")), None),
     ):
         args = PretrainingArguments(
             output_dir=str(tmp_path / "out"), bf16=False, resume_from_checkpoint=resume, seed=5
         )
         program_module.load_data(data_args, model_args, args)
     found = [options["tokenizer"] for options in seen]
-    sizes = [None if tokenizer is None else len(tokenizer) for tokenizer in found]
+    sizes = [len(tokenizer) for tokenizer in found]
     base = len(tiny_data().tokenizer)
-    assert sizes == [base + 1, base + 1, base + 2, None]
+    assert sizes == [base + 1, base + 1, base + 2, base + 3]
     assert all(options["seed"] == 5 and options["output_dir"] == str(tmp_path / "out") for options in seen)
+    tokenizer.mask_token = None
+    tokenizer.save_pretrained(tmp_path / "maskless")
+    with pytest.raises(InputError, match="no mask_token"):
+        options = PretrainingArguments(str(tmp_path / "out"), bf16=False)
+        program_module.load_data(DataArguments(tokenizer_name=str(tmp_path / "maskless")), model_args, options)
+    assert len(seen) == 4
     nowhere = ModelArguments(model_name_or_path=str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="cannot be loaded with AutoTokenizer"):
         program_module.load_data(DataArguments(), nowhere, PretrainingArguments(str(tmp_path / "out"), bf16=False))
