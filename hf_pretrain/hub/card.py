@@ -32,7 +32,8 @@ class ObjectiveDescription:
         formula: The loss in LaTeX, without delimiters.
         citations: BibTeX entries.
         pipeline_tag: The Hub's task for models of this objective: "fill-mask", "feature-extraction", ...
-        usage: Python code that uses the trained head, where "{repo}" stands for the repository.
+        usage: Python code that uses the trained head, where "{repo}" stands for the repository and
+            "{model_class}" for the stock class that opens it.
     """
 
     name: str

@@ -153,7 +153,8 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModel.from_pretrained("{repo}")
 inputs = tokenizer("A sentence to encode.", return_tensors="pt")
 hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
-    return [encoder, usage.replace("{repo}", repo).strip() or "\n".join(_load("model", repo, class_name=model_class))]
+    used = usage.replace("{repo}", repo).replace("{model_class}", model_class).strip()
+    return [encoder, used or "\n".join(_load("model", repo, class_name=model_class))]
 
 
 def parts_snippet(repo: str, *, parts: Mapping[str, tuple[str, str]]) -> str:

@@ -263,3 +263,10 @@ def test_values_are_written_for_a_reader() -> None:
         "1 d 3 h",
     ]
     assert cell(list("abcdefghij")) == "a, b, c, d, e, f, g, h and 2 more"
+
+
+def test_the_code_names_the_class_of_the_discriminator_at_hand():
+    card = PretrainingCard(model_name="bare", model_class="BertForTokenClassification", objective=RTD)
+    used = snippets(render_card(card))[1]
+    assert "BertForTokenClassification.from_pretrained" in used
+    assert "Electra" not in used and "{" not in used

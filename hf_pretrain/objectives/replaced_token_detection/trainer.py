@@ -62,10 +62,10 @@ class ReplacedTokenDetectionTrainer(PretrainingTrainer):
         ),
         usage="""\
 import torch
-from transformers import AutoTokenizer, ElectraForPreTraining
+from transformers import AutoTokenizer, {model_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = ElectraForPreTraining.from_pretrained("{repo}")
+model = {model_class}.from_pretrained("{repo}")
 inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
 with torch.no_grad():
     replaced = model(**inputs).logits.sigmoid()  # [1, length]: probability that a token is a replacement""",
