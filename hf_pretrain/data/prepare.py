@@ -51,6 +51,8 @@ class PreparedData:
         eval_dataset: Examples held out, None if there are none.
         description: Names and numbers for the model card.
         block_size: Most tokens in an example.
+        train_documents: The tokenized documents behind `train_dataset`, for views of another kind; None for a stream.
+        eval_documents: Those behind `eval_dataset`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -58,6 +60,8 @@ class PreparedData:
     eval_dataset: Any
     description: dict[str, Any]
     block_size: int
+    train_documents: Any = None
+    eval_documents: Any = None
 
     def trainer_inputs(self) -> dict[str, Any]:
         """Return the arguments that every `PretrainingTrainer` takes from the data."""
@@ -131,7 +135,15 @@ def _prepare_documents(
             f"{name}bytes": int(num_bytes.sum()),
             f"{name}characters": int(num_characters.sum()),
         }
-    return PreparedData(tokenizer, blocks[""], blocks.get("held_out_"), description, args.block_size)
+    return PreparedData(
+        tokenizer,
+        blocks[""],
+        blocks.get("held_out_"),
+        description,
+        args.block_size,
+        train_documents=documents[""],
+        eval_documents=documents.get("held_out_"),
+    )
 
 
 def _read_texts(args: DataArguments) -> _Texts:
