@@ -5,7 +5,8 @@ textbook side concatenates the lists of 1 000 documents and cuts them into block
 ``batched=True``), once with ``input_ids`` alone and once with ``word_starts`` as well, which is what a block of ours
 holds. "Read" reads every block once, in batches of 32: ours by ``__getitems__``, the textbook's as NumPy arrays, its
 fastest format. Ours packs whole sentences and puts special tokens and separators in while reading; the textbook cuts
-anywhere and adds nothing.
+anywhere and adds nothing. Two more sides of ours: one document a row, and several that do not see each other. "Fill" is
+the share of a batch's places that hold tokens, if every row is padded to the block size.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.packing import BlockDataset
+from hf_pretrain.data.packing import BlockDataset, PackingMode
 from timing import interleaved, peak_memory, print_table
 
 READ_BATCH = 32
 MAP_BATCH = 1000
 OURS = "BlockDataset"
+ONE_DOCUMENT = "BlockDataset, doc_sentences"
+ISOLATED = "BlockDataset, isolated_documents"
 
 Build = Callable[[], BlockDataset | datasets.Dataset]
 
@@ -108,17 +111,24 @@ def make_sides(folder: str, block_size: int) -> dict[str, Build]:
     """Return by name what builds the blocks of each side."""
     tokenizer = make_tokenizer()
 
-    def ours() -> BlockDataset:
-        return BlockDataset(datasets.load_from_disk(folder), tokenizer=tokenizer, block_size=block_size)
+    def ours(mode: PackingMode = "full_sentences") -> BlockDataset:
+        return BlockDataset(datasets.load_from_disk(folder), tokenizer=tokenizer, block_size=block_size, mode=mode)
 
     def theirs(columns: list[str]) -> datasets.Dataset:
         return textbook(datasets.load_from_disk(folder), columns, block_size).with_format("numpy")
 
     return {
         OURS: ours,
+        ONE_DOCUMENT: partial(ours, "doc_sentences"),
+        ISOLATED: partial(ours, "isolated_documents"),
         "group_texts, input_ids": lambda: theirs(["input_ids"]),
         "group_texts, input_ids + word_starts": lambda: theirs(["input_ids", "word_starts"]),
     }
+
+
+def fill_of(blocks: BlockDataset | datasets.Dataset) -> float:
+    """Return the share of places that hold tokens; the textbook's rows are all full."""
+    return blocks.fill if isinstance(blocks, BlockDataset) else 1.0
 
 
 def main() -> None:
@@ -142,12 +152,15 @@ def main() -> None:
         build_seconds = interleaved(sides, options.repeats, turn_seconds=options.turn_seconds)
         and_read = {name: partial(build_and_read, build) for name, build in sides.items()}
         read_seconds = interleaved(and_read, options.repeats, turn_seconds=options.turn_seconds)
-        ours = sides[OURS]()
+        blocks = {name: build() for name, build in sides.items()}
+    ours = blocks[OURS]
+    assert isinstance(ours, BlockDataset)
     print(f"{ours!r}\nbest of {options.repeats}, in turn; memory: rise of ru_maxrss in a forked child while building")
-    headers = ["side", "build, s", "M tokens/s", "ratio", "build + read, s", "ratio", "memory, MiB"]
+    headers = ["side", "fill", "build, s", "M tokens/s", "ratio", "build + read, s", "ratio", "memory, MiB"]
     rows = [
         [
             name,
+            fill_of(blocks[name]),
             build_seconds[name],
             ours.num_tokens / build_seconds[name] / 1e6,
             build_seconds[name] / build_seconds[OURS],

@@ -15,6 +15,7 @@ from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.encoder import EncoderForPreTraining
+from hf_pretrain.modeling.isolation import check_isolation
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainer, MaskedLMTrainingArguments
 from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
 from hf_pretrain.training.program import train_method
@@ -26,6 +27,8 @@ def build_trainer(data: PreparedData, model_args: ModelArguments, args: MaskedLM
     """Put the model, the collator and the Trainer together."""
     model = EncoderForPreTraining.from_arguments(model_args, data.tokenizer)
     check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
+    if data.isolates_documents:
+        check_isolation(model.model, length=data.block_size)
     return MaskedLMTrainer(
         model,
         args,

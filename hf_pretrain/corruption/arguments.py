@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.schedules import Schedule
 
 MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
 MaskingCount = Literal["exact", "bernoulli"]
@@ -35,6 +36,13 @@ class MaskingArguments:
 
     mlm_probability: float = field(
         default=0.15, metadata={"help": "Share of the tokens of each example that are selected as targets, 0 to 1."}
+    )
+    mlm_probability_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "How mlm_probability changes in training, linear between places: '0:0.3, 10000:0.15' (steps) or "
+            "'0%%:0.3, 100%%:0.15' (shares of all steps). Evaluation keeps to mlm_probability."
+        },
     )
     masking_unit: MaskingUnit = field(
         default="token",
@@ -116,6 +124,7 @@ class MaskingArguments:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             _require(whole and value >= least, name, value, f"a whole number, at least {least}")
+        self.parse_mask_rates()
         if self.mask_share + self.random_share > 1 + 1e-9:
             raise InputError(
                 f"mask_share={self.mask_share} and random_share={self.random_share} add up to more than 1: lower one"
@@ -125,6 +134,21 @@ class MaskingArguments:
                 f"masking_count='bernoulli' has no meaning for masking_unit={self.masking_unit!r}, whose units "
                 "overlap: use masking_count='exact'"
             )
+
+    def parse_mask_rates(self) -> Schedule | None:
+        """Return how `mlm_probability` changes in training, or None if it does not.
+
+        Raises:
+            InputError: If the option is no schedule, or masks are frozen.
+        """
+        if self.mlm_probability_schedule is None:
+            return None
+        if self.static_masks:
+            raise InputError(
+                f"static_masks={self.static_masks} freezes the masks, so mlm_probability_schedule="
+                f"{self.mlm_probability_schedule!r} cannot change them: drop one of the two"
+            )
+        return Schedule.parse(self.mlm_probability_schedule, name="mlm_probability_schedule", most=1.0)
 
     @property
     def needs_word_starts(self) -> bool:

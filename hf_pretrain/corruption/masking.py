@@ -43,13 +43,20 @@ class MaskedRows:
     positions: np.ndarray
 
 
-def mask_rows(rows: ExampleRows, *, arguments: MaskingArguments, vocabulary: Vocabulary) -> MaskedRows:
+def mask_rows(
+    rows: ExampleRows,
+    *,
+    arguments: MaskingArguments,
+    vocabulary: Vocabulary,
+    probability: float | np.ndarray | None = None,
+) -> MaskedRows:
     """Hide tokens of a batch.
 
     Args:
         rows: The examples.
         arguments: The options of masking.
         vocabulary: What is special, and what replaces.
+        probability: Share of the tokens to select, one for all rows or `[B]`; `arguments.mlm_probability` by default.
 
     Returns:
         The masked rows. They depend on each row alone: neither padding nor the other rows change them.
@@ -59,7 +66,8 @@ def mask_rows(rows: ExampleRows, *, arguments: MaskingArguments, vocabulary: Voc
     if arguments.needs_word_starts:
         assert rows.word_starts is not None, "the rows were stacked without words"
         words = partition_words(rows.word_starts, maskable=maskable)
-    selection = select_targets(rows, maskable=maskable, words=words, arguments=arguments)
+    probability = arguments.mlm_probability if probability is None else probability
+    selection = select_targets(rows, maskable=maskable, words=words, arguments=arguments, probability=probability)
     positions = np.flatnonzero(selection.mask)
     input_ids = replace_tokens(
         rows.input_ids,
@@ -74,7 +82,12 @@ def mask_rows(rows: ExampleRows, *, arguments: MaskingArguments, vocabulary: Voc
 
 
 def select_targets(
-    rows: ExampleRows, *, maskable: np.ndarray, words: WordTable | None, arguments: MaskingArguments
+    rows: ExampleRows,
+    *,
+    maskable: np.ndarray,
+    words: WordTable | None,
+    arguments: MaskingArguments,
+    probability: float | np.ndarray,
 ) -> Selection:
     """Choose the targets of a batch by the unit that the options name.
 
@@ -83,13 +96,14 @@ def select_targets(
         maskable: `[B, L]` bool, the candidates.
         words: The words, for the units that are made of words.
         arguments: The options of masking.
+        probability: Share of the tokens to select, one for all rows or `[B]`.
 
     Returns:
         The selection.
     """
-    unit, probability = arguments.masking_unit, arguments.mlm_probability
+    unit = arguments.masking_unit
     if unit == "given":
-        return _select_given(rows, maskable=maskable, arguments=arguments)
+        return _select_given(rows, maskable=maskable, count=arguments.masking_count, probability=probability)
     bits = rows.bits("select")
     if arguments.masking_count == "bernoulli":
         if unit == "token":
@@ -111,11 +125,13 @@ def select_targets(
     return select_spans(bits, length_bits, words=words, maskable=maskable, probability=probability, lengths=lengths)
 
 
-def _select_given(rows: ExampleRows, *, maskable: np.ndarray, arguments: MaskingArguments) -> Selection:
+def _select_given(
+    rows: ExampleRows, *, maskable: np.ndarray, count: str, probability: float | np.ndarray
+) -> Selection:
     assert rows.spans is not None, "the rows were stacked without spans"
     most = np.bincount(rows.spans[:, 0], minlength=1).max()
-    bits, probability = rows.keys.bits("select", length=int(most)), arguments.mlm_probability
-    if arguments.masking_count == "bernoulli":
+    bits = rows.keys.bits("select", length=int(most))
+    if count == "bernoulli":
         return select_given_independently(bits, spans=rows.spans, maskable=maskable, probability=probability)
     budgets = token_budgets(maskable, lengths=np.count_nonzero(rows.valid, axis=1), probability=probability)
     return select_given(bits, spans=rows.spans, maskable=maskable, budgets=budgets)

@@ -12,7 +12,7 @@ import numpy as np
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 
-_FORMATS = {"input_ids": "q", "token_type_ids": "q", "word_starts": "?"}
+_FORMATS = {"input_ids": "q", "token_type_ids": "q", "document_ids": "q", "word_starts": "?"}
 _DTYPES = {"q": np.int64, "?": np.bool_}
 _WORDS_FIX = "prepare the data with hf_pretrain (documents have this column), or use masking_unit='token'"
 
@@ -73,6 +73,9 @@ class ExampleRows:
         word_starts: `[B, L]` bool, or None if not asked for.
         token_type_ids: `[B, L]` int64, or None if the examples have none.
         spans: `[S, 3]` int64 of (row, start, end), the given spans, or None if not asked for.
+        document_ids: `[B, L]` int64, which of the row's isolated documents a token belongs to, -1 at padding; None if
+            the examples have none.
+        places: `[B]` int64, the place of each example in the order of its epoch, -1 where it has none.
     """
 
     input_ids: np.ndarray
@@ -81,10 +84,19 @@ class ExampleRows:
     word_starts: np.ndarray | None = None
     token_type_ids: np.ndarray | None = None
     spans: np.ndarray | None = None
+    document_ids: np.ndarray | None = None
+    places: np.ndarray | None = None
 
     def bits(self, stream: str) -> np.ndarray:
         """Return 64 random bits a position, `uint64` `[B, L]`."""
         return self.keys.bits(stream, length=self.input_ids.shape[1])
+
+    def document_positions(self) -> np.ndarray:
+        """Return the place of each token in its isolated document, from 0: `[B, L]` int64, 0 at padding."""
+        assert self.document_ids is not None, "the examples have no document_ids"
+        begins = np.diff(self.document_ids, axis=1, prepend=-2) != 0
+        columns = np.arange(begins.shape[1])
+        return (columns - np.maximum.accumulate(columns * begins, axis=1)) * self.valid
 
 
 def stack_column(
@@ -155,7 +167,8 @@ def stack_examples(
     """Stack examples into arrays.
 
     Args:
-        examples: Each with `input_ids`; `token_type_ids` if the first has them.
+        examples: Each with `input_ids`, perhaps with `place`; `token_type_ids` and `document_ids` if the first has
+            them.
         keys: Keys of the draws.
         pad_id: Token id at padding.
         pad_type_id: Token type id at padding.
@@ -170,8 +183,10 @@ def stack_examples(
         InputError: If a needed column is missing or does not fit `input_ids`.
     """
     input_ids, valid = stack_column(examples, "input_ids", fill=pad_id, multiple=multiple)
-    types = words = spans = None
+    types = words = spans = documents = None
     try:
+        if "document_ids" in examples[0]:
+            documents, _ = stack_column(examples, "document_ids", valid=valid, fill=-1)
         if "token_type_ids" in examples[0]:
             types, _ = stack_column(examples, "token_type_ids", valid=valid, fill=pad_type_id)
         if with_words:
@@ -181,7 +196,17 @@ def stack_examples(
     except KeyError as error:
         fix = _WORDS_FIX if error.args[0] == "word_starts" else "give it to every example, or choose another unit"
         raise InputError(f"examples have no column {error}, which these masking options need: {fix}") from None
-    return ExampleRows(input_ids, valid, keys, word_starts=words, token_type_ids=types, spans=spans)
+    places = np.array([example.get("place", -1) for example in examples], dtype=np.int64)
+    return ExampleRows(
+        input_ids,
+        valid,
+        keys,
+        word_starts=words,
+        token_type_ids=types,
+        spans=spans,
+        document_ids=documents,
+        places=places,
+    )
 
 
 def _stack_spans(columns: Sequence[Any], lengths: np.ndarray) -> np.ndarray:

@@ -45,13 +45,18 @@ def to_uniforms(bits: np.ndarray) -> np.ndarray:
     return (bits >> np.uint64(11)) * 2.0**-53
 
 
-def token_budgets(maskable: np.ndarray, *, lengths: np.ndarray, probability: float) -> np.ndarray:
+def by_row(probability: float | np.ndarray, *, num_rows: int) -> np.ndarray:
+    """Return the probability of each row, `[num_rows]` float64, given as one number for all or as one a row."""
+    return np.broadcast_to(np.asarray(probability, dtype=np.float64), (num_rows,))
+
+
+def token_budgets(maskable: np.ndarray, *, lengths: np.ndarray, probability: float | np.ndarray) -> np.ndarray:
     """Return how many tokens to select in each row: `round(p * n)`, at least one, at most all candidates.
 
     Args:
         maskable: `[B, L]` bool, the candidates.
         lengths: `[B]`, the numbers `n` of real tokens, special ones included.
-        probability: `p`; 0 selects nothing.
+        probability: `p`, one for all rows or `[B]`; 0 selects nothing.
 
     Returns:
         `[B]` int64.
@@ -60,10 +65,8 @@ def token_budgets(maskable: np.ndarray, *, lengths: np.ndarray, probability: flo
         `create_masked_lm_predictions` of google-research/bert and `mask` of google-research/electra, without
         their caps.
     """
-    if probability <= 0:
-        return np.zeros(len(lengths), dtype=np.int64)
     wanted = np.maximum(np.rint(probability * lengths).astype(np.int64), 1)
-    return np.minimum(wanted, np.count_nonzero(maskable, axis=1))
+    return np.where(np.asarray(probability) > 0, np.minimum(wanted, np.count_nonzero(maskable, axis=1)), 0)
 
 
 def order_keys(bits: np.ndarray, *, candidates: np.ndarray) -> np.ndarray:
@@ -184,31 +187,35 @@ def words_to_selection(chosen: np.ndarray, *, words: WordTable) -> Selection:
     return Selection(mask=mask, unit_starts=mask & words.begins)
 
 
-def select_tokens_independently(bits: np.ndarray, *, maskable: np.ndarray, probability: float) -> Selection:
-    """Select each candidate token with the same probability; a row may get none.
+def select_tokens_independently(
+    bits: np.ndarray, *, maskable: np.ndarray, probability: float | np.ndarray
+) -> Selection:
+    """Select each candidate token with the probability of its row; a row may get none.
 
     Args:
         bits: `[B, L]` uint64 random bits.
         maskable: `[B, L]` bool, the candidates.
-        probability: Of each token.
+        probability: Of each token, one for all rows or `[B]`.
 
     Returns:
         The selection; each token is a unit.
     """
-    mask = (to_uniforms(bits) < probability) & maskable
+    mask = (to_uniforms(bits) < by_row(probability, num_rows=len(bits))[:, None]) & maskable
     return Selection(mask=mask, unit_starts=mask)
 
 
-def select_words_independently(bits: np.ndarray, *, words: WordTable, probability: float) -> Selection:
-    """Select each candidate word with the same probability; a row may get none.
+def select_words_independently(bits: np.ndarray, *, words: WordTable, probability: float | np.ndarray) -> Selection:
+    """Select each candidate word with the probability of its row; a row may get none.
 
     Args:
         bits: `[B, L]` uint64 random bits, of which those at the first token of a word count.
         words: The words of the batch.
-        probability: Of each word.
+        probability: Of each word, one for all rows or `[B]`.
 
     Returns:
         The selection; each word is a unit.
     """
-    chosen = (to_uniforms(bits.ravel()[words.bounds[:-1]]) < probability) & words.is_candidate
+    first = words.bounds[:-1]
+    limits = by_row(probability, num_rows=len(bits))[first // bits.shape[1]]
+    chosen = (to_uniforms(bits.ravel()[first]) < limits) & words.is_candidate
     return words_to_selection(chosen, words=words)

@@ -10,6 +10,7 @@ import numpy as np
 
 from hf_pretrain.corruption.selection import (
     Selection,
+    by_row,
     order_keys,
     sorted_positions,
     take_smallest_unit,
@@ -76,7 +77,7 @@ def select_spans(
     *,
     words: WordTable,
     maskable: np.ndarray,
-    probability: float,
+    probability: float | np.ndarray,
     lengths: np.ndarray,
 ) -> Selection:
     """Select spans of words until exactly `ceil(p * n)` of the `n` candidate tokens of each row are covered.
@@ -91,7 +92,7 @@ def select_spans(
         length_bits: `[B, L]` uint64 random bits for the length of a span drawn at a token.
         words: The words of the batch.
         maskable: `[B, L]` bool, the candidates.
-        probability: `p`.
+        probability: `p`, one for all rows or `[B]`.
         lengths: Cumulative distribution of the number of words, from `geometric_lengths`.
 
     Returns:
@@ -243,21 +244,21 @@ def select_given(bits: np.ndarray, *, spans: np.ndarray, maskable: np.ndarray, b
 
 
 def select_given_independently(
-    bits: np.ndarray, *, spans: np.ndarray, maskable: np.ndarray, probability: float
+    bits: np.ndarray, *, spans: np.ndarray, maskable: np.ndarray, probability: float | np.ndarray
 ) -> Selection:
-    """Select each given span with the same probability; a row may get none.
+    """Select each given span with the probability of its row; a row may get none.
 
     Args:
         bits: `[B, C]` uint64 random bits, one a span of a row, `C` at least the most spans of a row.
         spans: `[S, 3]` int64 of (row, start, end), rows ascending.
         maskable: `[B, L]` bool, the positions that may be selected.
-        probability: Of each span.
+        probability: Of each span, one for all rows or `[B]`.
 
     Returns:
         The selection; each span is a unit, cut where another selected one starts inside it.
     """
     rows, first, size, places = _given_table(spans, maskable=maskable)
-    chosen = (to_uniforms(bits[rows, places]) < probability) & (size > 0)
+    chosen = (to_uniforms(bits[rows, places]) < by_row(probability, num_rows=len(bits))[rows]) & (size > 0)
     starts = np.zeros(maskable.size, dtype=np.bool_)
     starts[first[chosen]] = True
     depth = np.bincount(first[chosen], minlength=maskable.size + 1)

@@ -52,9 +52,12 @@ class DataArguments:
     vocab_size: int = field(default=30522, metadata={"help": "Vocabulary of a tokenizer to train, in tokens."})
     lowercase: bool = field(default=True, metadata={"help": "Lower the case, in a tokenizer to train."})
     block_size: int = field(default=128, metadata={"help": "Most tokens in an example, special tokens included."})
-    block_mode: Literal["full_sentences", "doc_sentences", "tokens"] = field(
+    block_mode: Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"] = field(
         default="full_sentences",
-        metadata={"help": "Fill examples with whole sentences, also across documents or not, or cut anywhere."},
+        metadata={
+            "help": "Fill examples with whole sentences, also across documents or not, or cut anywhere; or put several "
+            "documents into one that do not see each other."
+        },
     )
     preprocessing_num_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize; by default one, which uses threads."}

@@ -1,4 +1,7 @@
-"""Examples that know their epoch: the epoch travels inside the index, so it reaches workers and survives resume."""
+"""Examples that know their epoch: it travels inside the index, so it reaches workers and survives resume.
+
+So does an example's place in the order of its epoch, for what changes in the course of training.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,9 @@ from hf_pretrain.errors import InputError
 EPOCH_STRIDE = 1 << 40
 """Index = epoch * EPOCH_STRIDE + row: room for 2**40 rows and 2**23 epochs in a signed 64-bit integer."""
 
+PLACE_STRIDE = 1 << 64
+"""A sampler that knows the order adds (place + 1) * PLACE_STRIDE; Python's integers have no bound."""
+
 _YIELD_CHUNK = 1 << 16
 
 
@@ -22,7 +28,8 @@ class EpochDataset(Dataset[dict[str, Any]]):
     """A map-style dataset whose examples carry ``example_id`` and ``epoch``, the keys of every random draw.
 
     Index ``epoch * EPOCH_STRIDE + row`` is the example of that row in that epoch. A plain index below the length is
-    the row in epoch 0, so the dataset can also be used with any stock sampler.
+    the row in epoch 0, so the dataset can also be used with any stock sampler. The indices of :class:`EpochSampler`
+    also say at which ``place`` of the epoch's order the example comes, and so do the examples read by them.
 
     Args:
         base: A map-style dataset of dicts: a ``datasets.Dataset`` or a torch dataset with a length.
@@ -50,40 +57,39 @@ class EpochDataset(Dataset[dict[str, Any]]):
         return len(self.base)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``{**base[row], "example_id": row, "epoch": epoch}``.
+        """Return ``{**base[row], "example_id": row, "epoch": epoch}``, with ``place`` if the index has one.
 
         Raises:
             IndexError: If the index is negative or its row is not below the length.
         """
-        epoch, row = self._locate(index)
-        return {**self.base[row], "example_id": row, "epoch": epoch}
+        keys = self._locate(index)
+        return {**self.base[keys["example_id"]], **keys}
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Return the examples of a batch of indices, read in one call where the base dataset can."""
-        places = [self._locate(index) for index in indices]
-        rows = [row for _, row in places]
+        keys = [self._locate(index) for index in indices]
+        rows = [key["example_id"] for key in keys]
         read_many = getattr(self.base, "__getitems__", None)
         examples = read_many(rows) if read_many is not None else [self.base[row] for row in rows]
-        return [
-            {**example, "example_id": row, "epoch": epoch}
-            for example, (epoch, row) in zip(examples, places, strict=True)
-        ]
+        return [{**example, **key} for example, key in zip(examples, keys, strict=True)]
 
     def __repr__(self) -> str:
         """Show the wrapped dataset."""
         return f"{type(self).__name__}({self.base!r})"
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        epoch, row = divmod(operator.index(index), EPOCH_STRIDE)
-        if epoch < 0 or row >= len(self.base):
+    def _locate(self, index: int) -> dict[str, int]:
+        place, rest = divmod(operator.index(index), PLACE_STRIDE)
+        epoch, row = divmod(rest, EPOCH_STRIDE)
+        if place < 0 or row >= len(self.base):
             raise IndexError(
                 f"index {index} (epoch {epoch}, row {row}) is out of range for a dataset of {len(self.base)} examples"
             )
-        return epoch, row
+        keys = {"example_id": row, "epoch": epoch}
+        return keys | {"place": place - 1} if place else keys
 
 
 class EpochSampler(Sampler[int]):
-    """Yields each example of an epoch once, as indices of an :class:`EpochDataset`.
+    """Yields each example of an epoch once, as indices of an :class:`EpochDataset` that hold epoch and place.
 
     The order is ``draws.permutation(num_examples, seed=seed, epoch=epoch)``: the same on every rank and after any
     resume. accelerate's loaders reach ``set_epoch`` by themselves; a bare ``DataLoader`` needs the call before each
@@ -128,4 +134,6 @@ class EpochSampler(Sampler[int]):
         else:
             rows = np.arange(self.num_examples)
         for begin in range(0, self.num_examples, _YIELD_CHUNK):  # Python integers of one chunk at a time
-            yield from (rows[begin : begin + _YIELD_CHUNK] + epoch * EPOCH_STRIDE).tolist()
+            indices = (rows[begin : begin + _YIELD_CHUNK] + epoch * EPOCH_STRIDE).tolist()
+            for place, index in enumerate(indices, begin + 1):
+                yield place * PLACE_STRIDE + index

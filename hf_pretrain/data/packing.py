@@ -4,6 +4,8 @@ A block is a range of token positions; it is read from the Arrow buffers when it
 of a sentence's first token plus the number of separators before it, and ``e`` the same for its end, the sentences
 ``a..b`` fill ``e[b] - v[a]`` places of a block. ``e`` rises, so one ``searchsorted`` finds the longest block from
 every possible start, and following the chain from the first start gives the greedy packing.
+
+Where documents are isolated, what is cut that way are pieces, and a block is several of them.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from hf_pretrain.data.bin_packing import pack_rows
 from hf_pretrain.data.token_store import TokenStore
 from hf_pretrain.errors import InputError
 
-PackingMode = Literal["full_sentences", "doc_sentences", "tokens"]
+PackingMode = Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"]
 
 _WINDOW_TOKENS = 1 << 22
 _WINDOW_DOCUMENTS = 1 << 16
@@ -106,9 +109,10 @@ def block_bounds(store: TokenStore, *, budget: int, mode: PackingMode = "full_se
         store: The documents' tokens.
         budget: Places in a block for tokens and for separators between documents.
         mode: ``"full_sentences"``: as many whole sentences as fit, across documents, with one place for a separator
-            at each border; ``"doc_sentences"``: the same, but a block ends with its document; ``"tokens"``: every
-            place is filled, sentences are cut anywhere. A sentence longer than the budget is cut into pieces of the
-            budget's length, the first of which begins a block and the last of which is packed like a sentence.
+            at each border; ``"doc_sentences"`` and ``"isolated_documents"``: the same, but a block ends with its
+            document; ``"tokens"``: every place is filled, sentences are cut anywhere. A sentence longer than the
+            budget is cut into parts of the budget's length, the first of which begins a block and the last of which is
+            packed like a sentence.
 
     Returns:
         ``int64 [num_blocks + 1]``: block ``i`` is the positions ``[bounds[i], bounds[i + 1])``. Separators are no
@@ -196,12 +200,13 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         tokenizer: Tokenizer that made them; gives the special tokens around a block and the separator between
             documents.
         block_size: Most tokens in a block, special tokens included.
-        mode: How to cut, see :func:`block_bounds`.
+        mode: How to cut, see :func:`block_bounds`. With ``"isolated_documents"`` what is cut are pieces: each has its
+            own special tokens, and a block is the pieces that :func:`hf_pretrain.data.bin_packing.pack_rows` puts
+            together. The entry ``document_ids`` of a block tells them apart, so that no piece need see another.
 
     Raises:
         InputError: If the documents are empty or not of the schema, ``block_size`` leaves no room for text, ``mode``
-        is
-            unknown, or documents are to share blocks and the tokenizer has no separator.
+            is unknown, or documents are to share blocks and the tokenizer has no separator.
     """
 
     def __init__(
@@ -220,23 +225,26 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         budget = self.template.budget(block_size)
         if self.store.num_tokens == 0:
             raise InputError(f"documents hold no token in {len(documents)} rows; check the text they were made from")
-        if mode != "doc_sentences" and self.store.num_documents > 1 and self.template.separator is None:
+        separates = mode in ("full_sentences", "tokens")
+        if separates and self.store.num_documents > 1 and self.template.separator is None:
             raise InputError(
                 f"mode={mode!r} puts several documents into a block, but the tokenizer has no sep_token and no "
                 "eos_token to put between them; add one or use mode='doc_sentences'"
             )
         self._bounds = block_bounds(self.store, budget=budget, mode=mode)
+        self._rows = pack_rows(self._lengths, capacity=block_size) if mode == "isolated_documents" else None
 
     def __len__(self) -> int:
         """Return the number of blocks."""
-        return len(self._bounds) - 1
+        return len(self._bounds) - 1 if self._rows is None else len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Return one block.
 
         Returns:
             ``input_ids`` ``int32 [n]`` with special tokens and separators, a read-only view of the documents where
-            the block needs neither; ``word_starts`` ``bool [n]``, True at each of them.
+            the block needs neither; ``word_starts`` ``bool [n]``, True at each of them. Where documents are isolated,
+            also ``document_ids`` ``int32 [n]``: 0 in the first piece of the block, 1 in the second, and so on.
 
         Raises:
             IndexError: If there is no such block.
@@ -248,6 +256,15 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         numbers = np.asarray(indices, dtype=np.int64)
         if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
             raise IndexError(f"block {numbers.min()} or {numbers.max()} is out of range for {len(self)} blocks")
+        if self._rows is None:
+            return self._read_many(numbers)
+        order, bounds = self._rows.order, self._rows.bounds
+        places = [order[bounds[number] : bounds[number + 1]] for number in numbers.tolist()]
+        pieces = iter(self._read_many(np.concatenate([numbers[:0], *places])))
+        return [_join([next(pieces) for _ in place]) for place in places]
+
+    def _read_many(self, numbers: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """Return what lies between the given bounds and the next."""
         starts, stops = self._bounds[numbers], self._bounds[numbers + 1]
         firsts, lasts = self.store.document_of(starts), self.store.document_of(stops - 1)
         return [
@@ -287,6 +304,11 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each block, special tokens and separators included: ``int64 [num_blocks]``."""
+        return self._lengths if self._rows is None else self._rows.sums(self._lengths)
+
+    @property
+    def _lengths(self) -> np.ndarray:
+        """Tokens that what lies between two bounds takes in a block."""
         starts, stops = self._bounds[:-1], self._bounds[1:]
         separators = self.store.document_of(stops - 1) - self.store.document_of(starts)
         return stops - starts + separators + self.template.num_special_tokens
@@ -302,3 +324,13 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
             f"{type(self).__name__}({len(self)} blocks of at most {self.block_size} tokens, mode={self.mode!r}, "
             f"{self.num_tokens} tokens of {self.store.num_documents} documents, fill={self.fill:.3f})"
         )
+
+
+def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Return one block of several pieces."""
+    block = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    lengths = np.array([len(piece["input_ids"]) for piece in pieces])
+    # No word goes on from one piece into the next, though a piece may begin inside a long sentence's word.
+    block["word_starts"][np.cumsum(lengths) - lengths] = True
+    block["document_ids"] = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    return block

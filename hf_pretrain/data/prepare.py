@@ -63,6 +63,11 @@ class PreparedData:
     train_documents: Any = None
     eval_documents: Any = None
 
+    @property
+    def isolates_documents(self) -> bool:
+        """Whether examples hold several documents that must not see each other."""
+        return self.description.get("block_mode") == "isolated_documents"
+
     def trainer_inputs(self) -> dict[str, Any]:
         """Return the arguments that every `PretrainingTrainer` takes from the data."""
         return {

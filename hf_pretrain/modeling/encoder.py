@@ -19,6 +19,7 @@ from hf_pretrain.modeling.configuration import (
     from_pretrained,
 )
 from hf_pretrain.modeling.gathered import GatheredHead
+from hf_pretrain.modeling.isolation import isolated_inputs
 from hf_pretrain.modeling.losses import IGNORED, masked_lm_accuracy, masked_lm_loss
 from hf_pretrain.modeling.outputs import PretrainingOutput
 
@@ -90,14 +91,14 @@ class EncoderForPreTraining(PretrainingModel):
             attention_mask: ``[B, L]``.
             labels: ``[B, L]`` original ids at the selected positions, -100 elsewhere.
             target_positions: ``[T]`` flat positions of the targets; one with label -100 is a filler.
-            **inputs: Further inputs of the stock model, such as `token_type_ids`.
+            **inputs: Further inputs of the stock model, such as `token_type_ids`. With `document_ids` and `position_ids`, the
+                documents of a row do not see each other.
 
         Returns:
             The loss "mlm" (nats), and in evaluation the metric "mlm_accuracy".
         """
-        logits_TV = self.mlm_head(
-            self.model, target_positions, input_ids=input_ids, attention_mask=attention_mask, **inputs
-        )
+        inputs = isolated_inputs(self.model, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        logits_TV = self.mlm_head(self.model, target_positions, **inputs)
         targets_T = labels.flatten().index_select(0, target_positions)
         loss = masked_lm_loss(logits_TV, targets_T, positions=target_positions, shape=labels.shape)
         output = PretrainingOutput(losses={"mlm": loss}, metrics={})

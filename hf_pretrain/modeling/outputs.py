@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from transformers.utils import ModelOutput
 
+from hf_pretrain.modeling.memory import RecurrentMemory
+
 
 class ExampleSum(NamedTuple):
     """A quantity summed over each example's targets, beside the number of those targets.
@@ -30,9 +32,10 @@ class PretrainingOutput(ModelOutput):
 
     Attributes:
         losses: Differentiable loss sums by name.
-        metrics: Further sums by name (such as numbers of right answers); empty in training.
+        metrics: Further sums by name (such as numbers of right answers); in training only those that cost nothing.
         scores: ``[B, L]`` logits of a binary decision a token; only in evaluation.
         score_labels: ``[B, L]`` its labels, -100 where there is none.
+        memory: What a recurrent model reads in the next segment, detached.
     """
 
     # Give both: a ModelOutput takes a lone dictionary for its own fields.
@@ -40,6 +43,7 @@ class PretrainingOutput(ModelOutput):
     metrics: dict[str, ExampleSum] = None  # type: ignore[assignment]
     scores: torch.Tensor | None = None
     score_labels: torch.Tensor | None = None
+    memory: RecurrentMemory | None = None
 
 
 def sum_by_example(values: torch.Tensor, positions: torch.Tensor, shape: torch.Size) -> torch.Tensor:

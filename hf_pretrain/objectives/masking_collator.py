@@ -14,6 +14,7 @@ from hf_pretrain.corruption.masking import MaskedRows, mask_rows
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
 from hf_pretrain.corruption.vocabulary import Vocabulary
 from hf_pretrain.errors import InputError
+from hf_pretrain.schedules import TrainingSteps
 
 IGNORED = -100
 
@@ -57,14 +58,19 @@ class DataCollatorForMaskedLM:
     """Hide tokens of examples and make a batch for masked language modelling.
 
     What is hidden depends on the seed and on each example's `epoch` and `example_id` only: not on the batch, the
-    worker, the rank or the side of padding. Each epoch draws anew unless `masking.static_masks` is set.
+    worker, the rank or the side of padding. Each epoch draws anew unless `masking.static_masks` is set. With
+    `masking.mlm_probability_schedule` it also depends on the step that the example's `place` in the epoch's order
+    belongs to; an example without a place, and any before `training_steps` is set, has `masking.mlm_probability`.
 
     The examples are dicts of lists or arrays: `input_ids` with the special tokens, `example_id`, `epoch`, where the
-    options need it `word_starts` or `spans`, and optionally `token_type_ids`. The batch is a dict of tensors:
+    options need it `word_starts` or `spans`, and optionally `token_type_ids` and `document_ids`. The batch is a dict of
+    tensors:
 
     - `input_ids`, `attention_mask`, `labels`: `[B, L]` int64; `labels` is the original id at targets, -100 elsewhere;
     - `target_positions`: `[T]` int64, the flat indices `row * L + column` of the targets, ascending;
-    - `token_type_ids`: `[B, L]` int64, if the examples have them.
+    - `token_type_ids`: `[B, L]` int64, if the examples have them;
+    - `document_ids`, `position_ids`: `[B, L]` int64, if the examples have `document_ids`: which of the row's documents
+      a token belongs to (-1 at padding), and its place in that document. They ask the model to isolate documents.
 
     A subclass that asks for more overrides `assemble`, which sees the selected units, or extends `__call__` with
     `target_uniforms`.
@@ -109,6 +115,8 @@ class DataCollatorForMaskedLM:
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.target_slots = target_slots
+        self._mask_rates = self.masking.parse_mask_rates()
+        self.training_steps: TrainingSteps | None = None  # The Trainer sets it before the first batch.
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples."""
@@ -129,7 +137,16 @@ class DataCollatorForMaskedLM:
 
     def corrupt(self, rows: ExampleRows) -> MaskedRows:
         """Hide tokens; everything is still left-aligned."""
-        return mask_rows(rows, arguments=self.masking, vocabulary=self.vocabulary)
+        probability = self.mask_probability(rows)
+        return mask_rows(rows, arguments=self.masking, vocabulary=self.vocabulary, probability=probability)
+
+    def mask_probability(self, rows: ExampleRows) -> float | np.ndarray:
+        """Return the share of tokens to select: one for all rows, or `[B]` where it changes in training."""
+        if self._mask_rates is None or self.training_steps is None or rows.places is None:
+            return self.masking.mlm_probability
+        steps = self.training_steps.step_of(epochs=rows.keys.epochs, places=rows.places)
+        rates = self._mask_rates.at(steps, self.training_steps.total)
+        return np.where(rows.places < 0, self.masking.mlm_probability, rates)
 
     def layout(self, rows: ExampleRows, masked: MaskedRows) -> PaddedLayout:
         """Return where the rows lie in the batch: padded on the tokenizer's side."""
@@ -152,6 +169,9 @@ class DataCollatorForMaskedLM:
         if rows.token_type_ids is not None:
             fill = self.tokenizer.pad_token_type_id
             batch["token_type_ids"] = layout.place(rows.token_type_ids, valid=valid, fill=fill)
+        if rows.document_ids is not None:
+            batch["document_ids"] = layout.place(rows.document_ids, valid=valid, fill=-1)
+            batch["position_ids"] = layout.place(rows.document_positions(), valid=valid, fill=0)
         return batch
 
     def keyed_uniforms(self, examples: Sequence[Mapping[str, Any]], stream: str, *, length: int) -> np.ndarray:

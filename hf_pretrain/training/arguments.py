@@ -1,11 +1,12 @@
 """Options that every method has."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.schedules import Schedule
 from hf_pretrain.training.precision import bf16_is_fast
 
 
@@ -60,6 +61,7 @@ class PretrainingArguments(TrainingArguments):
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
             )
+        self.parse_schedules()
         optim = str(getattr(self.optim, "value", self.optim))
         if not self.adam_bias_correction and not optim.startswith("adamw_torch"):
             raise InputError(
@@ -73,3 +75,16 @@ class PretrainingArguments(TrainingArguments):
         super().__post_init__()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
+
+    def parse_schedules(self) -> dict[str, Schedule]:
+        """Return the schedules that are set, by the option that they change: `x_schedule` is that of `x`.
+
+        Raises:
+            InputError: If the value of one is no schedule.
+        """
+        texts = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_schedule")}
+        return {
+            name.removesuffix("_schedule"): Schedule.parse(text, name=name)
+            for name, text in texts.items()
+            if text is not None
+        }

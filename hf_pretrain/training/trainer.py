@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
@@ -23,6 +23,7 @@ from hf_pretrain.hub.card import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.accumulator import SumAccumulator
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.memory import peak_memory_mib
@@ -37,7 +38,8 @@ class PretrainingTrainer(SavingMixin, Trainer):
     the gradient does not depend on how the global batch is cut. All components are logged, and evaluated weighted by tokens.
 
     A method gives its `objective` and, if it has any, its `evaluation_metrics`; a loss called "x" is weighted by the option
-    `x_weight` (1 if there is none).
+    `x_weight` (1 if there is none). An option `y_schedule` changes the option `y` in the course of training; evaluation keeps
+    to `y` itself, so that totals can be compared.
 
     Args:
         model: The composite to train.
@@ -75,6 +77,12 @@ class PretrainingTrainer(SavingMixin, Trainer):
             )
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
+        schedules = args.parse_schedules()
+        if isinstance(train_dataset, IterableDataset) and "mlm_probability" in schedules:
+            raise InputError(
+                "mlm_probability_schedule needs each example's place in training, which a stream does not know: leave out "
+                "streaming, or the schedule"
+            )
         if eval_dataset is None:
             if args.eval_strategy != "no":
                 name = args.eval_strategy.value
@@ -94,6 +102,7 @@ class PretrainingTrainer(SavingMixin, Trainer):
             compute_metrics=self._reduce_statistics,
             **kwargs,
         )
+        self._schedules = schedules
         self.data_description = dict(data_description or {})
         self.recipe: dict[str, Any] = {}
         self._components = SumAccumulator()
@@ -104,6 +113,13 @@ class PretrainingTrainer(SavingMixin, Trainer):
         self._clock = time.perf_counter()
 
     # Normalisation
+
+    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
+        """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""
+        batches, counts = super().get_batch_samples(*args)
+        for batch in batches:
+            self._num_tokens += batch["attention_mask"].sum().to(self._num_tokens.device)
+        return batches, counts
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -128,21 +144,40 @@ class PretrainingTrainer(SavingMixin, Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         assert num_items_in_batch is not None, "there is a batch, so it was counted"
-        outputs: PretrainingOutput = model(**inputs)
+        outputs = self.run_model(model, inputs)
         total = torch.zeros((), device=self.args.device)
         for name, loss in outputs.losses.items():
             mean = loss.sum.sum() / num_items_in_batch[name].clamp(min=1.0).float()
-            total = total + self.loss_weight(name) * mean
+            weight = self.loss_weight(name)
+            total = total + (self.scheduled(f"{name}_weight", weight) if model.training else weight) * mean
         if model.training:
-            self._components.add({f"{name}_loss": loss for name, loss in outputs.losses.items()})
-            self._num_tokens += inputs["attention_mask"].sum()
+            self._components.add({f"{name}_loss": loss for name, loss in outputs.losses.items()} | outputs.metrics)
         # Distributed training averages gradients over ranks; the counts are already global, so what is wanted is their sum.
         total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
 
+    def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
+        """Return what the model makes of a micro-batch, in training and in evaluation."""
+        return cast(PretrainingOutput, model(**inputs))
+
     def loss_weight(self, name: str) -> float:
-        """Return the weight of a loss in the total: the option `<name>_weight`, else 1."""
+        """Return the weight of a loss in the total: the option `<name>_weight`, else 1; its schedule is for training alone."""
         return getattr(self.args, f"{name}_weight", 1.0)
+
+    def scheduled(self, option: str, constant: float) -> float:
+        """Return an option's value at this step of training: by its schedule if it has one, else the constant given."""
+        schedule = self._schedules.get(option)
+        return constant if schedule is None else schedule.at(self.state.global_step, self.state.max_steps)
+
+    def set_initial_training_values(
+        self, args: TrainingArguments, dataloader: DataLoader
+    ) -> tuple[int, int, int, int, int, int | None, int]:
+        """Return what transformers finds out about the course of training, and tell the collator; no batch is made before."""
+        values = super().set_initial_training_values(args, dataloader)
+        if hasattr(self.data_collator, "training_steps"):
+            _, per_epoch, _, _, examples_per_step, _, total = values
+            self.data_collator.training_steps = TrainingSteps(examples_per_step, per_epoch, total)
+        return values
 
     # Data order
 
@@ -192,9 +227,16 @@ class PretrainingTrainer(SavingMixin, Trainer):
                     f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate or lengthen "
                     f"warmup_steps, and go on from the last checkpoint in {self.args.output_dir} with resume_from_checkpoint"
                 )
-            logs |= self._components.means(self._sum_over_ranks)
+            means = self._components.means(self._sum_over_ranks)
+            logs |= means | self.training_metrics(means)
+            done = self.state.global_step - 1  # before the last step, whose values these are
+            logs |= {name: schedule.at(done, self.state.max_steps) for name, schedule in self._schedules.items()}
             logs |= self._throughput()
         super().log(logs, start_time)
+
+    def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return further metrics for a row of the training log, from the means of the components since the last one."""
+        return {}
 
     def _throughput(self) -> dict[str, float]:
         self._count_tokens()
@@ -244,7 +286,7 @@ class PretrainingTrainer(SavingMixin, Trainer):
         """Return each example's sums and counts instead of logits: small, and free of the repeats that fill the last batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs: PretrainingOutput = model(**inputs)
+            outputs = self.run_model(model, inputs)
         sums = {f"{name}_loss": loss for name, loss in outputs.losses.items()} | outputs.metrics
         self._statistic_names = sorted(sums)
         columns = [part for name in self._statistic_names for part in sums[name]]

@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.data.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 
 NUM_ROWS = 23
@@ -58,6 +58,10 @@ def loader_for(base, *, workers=0, batch_size=4, persistent=False):
 
 def keys(batches):
     return [(example["epoch"], example["example_id"]) for batch in batches for example in batch]
+
+
+def index_of(place, row, *, epoch=0):
+    return (place + 1) * PLACE_STRIDE + epoch * EPOCH_STRIDE + row
 
 
 @pytest.mark.parametrize("base", [Rows(), CountingRows(), Dataset.from_dict({"value": list(range(0, 230, 10))})])
@@ -128,10 +132,10 @@ def test_epoch_reaches_workers(workers, persistent):
 
 
 def test_sampler_order_is_keyed_and_not_shuffled_on_request():
-    assert list(EpochSampler(5, seed=0, shuffle=False)) == [0, 1, 2, 3, 4]
+    assert list(EpochSampler(5, seed=0, shuffle=False)) == [index_of(row, row) for row in range(5)]
     sampler = EpochSampler(5, seed=0, shuffle=False)
     sampler.set_epoch(2)
-    assert list(sampler) == [2 * EPOCH_STRIDE + row for row in range(5)]
+    assert list(sampler) == [index_of(row, row, epoch=2) for row in range(5)]
     assert len(sampler) == 5
     assert list(EpochSampler(50, seed=0)) == list(EpochSampler(50, seed=0))
     assert list(EpochSampler(50, seed=0)) != list(EpochSampler(50, seed=1))
@@ -142,14 +146,15 @@ def test_sampler_yields_every_row_once_beyond_one_chunk():
     sampler.set_epoch(1)
     indices = list(sampler)
     assert all(type(index) is int for index in indices)
-    assert [index - EPOCH_STRIDE for index in indices] == order_of(1, (1 << 16) + 3)
+    order = order_of(1, (1 << 16) + 3)
+    assert indices == [index_of(place, row, epoch=1) for place, row in enumerate(order)]
 
 
 def test_set_epoch_while_iterating_does_not_mix_epochs():
     sampler = EpochSampler(10, seed=SEED)
     indices = iter(sampler)
     sampler.set_epoch(3)
-    assert [index // EPOCH_STRIDE for index in indices] == [0] * 10
+    assert [index % PLACE_STRIDE // EPOCH_STRIDE for index in indices] == [0] * 10
 
 
 def test_sampler_refuses_nothing_to_sample():
@@ -157,6 +162,32 @@ def test_sampler_refuses_nothing_to_sample():
         EpochSampler(0, seed=SEED)
     with pytest.raises(ValueError, match="epoch=-1"):
         EpochSampler(1, seed=SEED).set_epoch(-1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_the_place_in_the_epochs_order_reaches_every_rank_and_worker(workers, num_processes):
+    places = {}
+    for rank in range(num_processes):
+        loader = prepare_data_loader(
+            loader_for(CountingRows(), workers=workers), num_processes=num_processes, process_index=rank
+        )
+        loader.set_epoch(3)
+        for batch in skip_first_batches(loader, 1):
+            places |= {example["example_id"]: example["place"] for example in batch}
+    order = order_of(3)
+    seen = order[4 * num_processes :]
+    assert {row: places[row] for row in seen} == {row: order.index(row) for row in seen}
+    # What fills the last step are examples of the epoch's start, with the places that they have there.
+    assert all(place == order.index(row) for row, place in places.items())
+
+
+def test_an_example_read_by_its_row_has_no_place():
+    dataset = EpochDataset(Rows())
+    assert "place" not in dataset[EPOCH_STRIDE + 3]
+    assert dataset[index_of(9, 3, epoch=1)] == {"value": 30, "example_id": 3, "epoch": 1, "place": 9}
+    first, second = dataset.__getitems__([index_of(0, 4), 4])
+    assert first == {**second, "place": 0}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

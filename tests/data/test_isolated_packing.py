@@ -1,0 +1,266 @@
+"""Documents that share a row without seeing each other: which share one, and what the collator makes of it."""
+
+import pickle
+
+import datasets
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from hf_pretrain.corruption import MaskingArguments
+from hf_pretrain.data import bin_packing, draws
+from hf_pretrain.data.arguments import DataArguments
+from hf_pretrain.data.bin_packing import pack_rows
+from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.packing import BlockDataset
+from hf_pretrain.data.prepare import prepare_data
+from hf_pretrain.data.streaming import StreamingBlocks
+from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.replaced_token_detection import DataCollatorForReplacedTokenDetection
+
+CLS, SEP, FIRST_ID = 2, 3, 5
+MODE = "isolated_documents"
+VOCAB = {"[PAD]": 0, "[UNK]": 1, "[CLS]": CLS, "[SEP]": SEP, "[MASK]": 4, **{f"w{k}": 5 + k for k in range(20_000)}}
+
+
+def make_tokenizer(template="[CLS] $A [SEP]", **options):
+    backend = Tokenizer(models.WordLevel(VOCAB, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if template:
+        backend.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+        )
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **{**names, **options})
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def make_documents(num_documents=120, *, longest=70, seed=0):
+    """Documents of 0 to `longest` tokens, none of which occurs twice, in sentences of about five."""
+    keys = draws.row_keys(np.arange(num_documents), seed=seed, stream="documents")
+    lengths = draws.integers(keys, 1, high=longest + 1)[:, 0].tolist()
+    starts = draws.uniforms(keys, longest) < 0.2
+    words = draws.uniforms(keys ^ np.uint64(1), longest) < 0.6
+    ids = np.split(np.arange(FIRST_ID, FIRST_ID + sum(lengths)), np.cumsum(lengths)[:-1])
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": ids,
+            "word_starts": [row[:length].tolist() for row, length in zip(words, lengths, strict=True)],
+            "sent_starts": [row[:length].tolist() for row, length in zip(starts, lengths, strict=True)],
+            "doc_id": list(range(num_documents)),
+        }
+    )
+
+
+def pieces_of(block):
+    """The pieces of a block, as lists of ids."""
+    borders = np.flatnonzero(np.diff(block["document_ids"])) + 1
+    return [piece.tolist() for piece in np.split(block["input_ids"], borders)]
+
+
+def naive_room_left(lengths, capacity):
+    """The room that best-fit decreasing leaves in each row, a piece at a time, ascending."""
+    rooms = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [room for room in rooms if room >= length]
+        room = min(fitting) if fitting else capacity
+        if fitting:
+            rooms.remove(room)
+        rooms.append(room - length)
+    return sorted(rooms)
+
+
+@pytest.mark.parametrize("window", [bin_packing._WINDOW_PIECES, 50])
+@pytest.mark.parametrize(("longest", "capacity"), [(1, 1), (3, 4), (20, 20), (20, 64), (60, 64), (64, 64), (100, 512)])
+def test_rows_equal_a_plain_loop(longest, capacity, window, monkeypatch):
+    monkeypatch.setattr(bin_packing, "_WINDOW_PIECES", window)
+    for seed, count in enumerate((1, 2, 37, 400)):
+        lengths = 1 + draws.integers(draws.row_keys([0], seed=seed), count, high=longest)[0]
+        rows = pack_rows(lengths, capacity=capacity)
+        assert sorted(rows.order.tolist()) == list(range(count)), "nothing is lost or doubled"
+        expected = [
+            room for low in range(0, count, window) for room in naive_room_left(lengths[low : low + window], capacity)
+        ]
+        assert rows.bounds[0] == 0 and rows.bounds[-1] == count and len(rows) == len(expected)
+        members = [rows.order[low:high].tolist() for low, high in zip(rows.bounds, rows.bounds[1:], strict=False)]
+        assert sorted(capacity - sum(lengths[piece] for piece in row) for row in members) == sorted(expected)
+        assert rows.sums(lengths).tolist() == [sum(lengths[piece] for piece in row) for row in members]
+        assert all(row == sorted(row) for row in members)
+        assert [row[0] for row in members] == sorted(row[0] for row in members)
+        assert all(row[0] // window == row[-1] // window for row in members), "rows stay inside a window"
+
+
+@pytest.mark.parametrize("block_size", [4, 11, 40, 500])
+def test_blocks_are_the_pieces_of_doc_sentences_each_once_and_whole(tokenizer, block_size):
+    documents = make_documents()
+    pieces = [
+        block["input_ids"].tolist()
+        for block in BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode="doc_sentences")
+    ]
+    blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode=MODE)
+    packed = [piece for block in blocks for piece in pieces_of(block)]
+    assert sorted(packed) == sorted(pieces)
+    assert all(piece[0] == CLS and piece[-1] == SEP for piece in packed)
+    text = sorted(token for piece in packed for token in piece if token >= FIRST_ID)
+    assert text == [token for ids in documents["input_ids"] for token in ids]
+    assert blocks.num_tokens == len(text)
+    lengths = [len(block["input_ids"]) for block in blocks]
+    assert max(lengths) <= block_size and blocks.lengths.tolist() == lengths
+    assert blocks.fill == pytest.approx(np.mean(lengths) / block_size)
+    for block in blocks:
+        assert {name: values.dtype for name, values in block.items()} == {
+            "input_ids": np.int32,
+            "word_starts": np.bool_,
+            "document_ids": np.int32,
+        }
+        ids = block["document_ids"]
+        assert ids[0] == 0 and set(np.diff(ids).tolist()) <= {0, 1} and len(ids) == len(block["input_ids"])
+    batch = blocks.__getitems__([3, 0, 3])
+    assert [b["input_ids"].tolist() for b in batch] == [blocks[k]["input_ids"].tolist() for k in (3, 0, 3)]
+    assert blocks.__getitems__([]) == []
+    with pytest.raises(IndexError):
+        blocks[len(blocks)]
+
+
+def test_word_starts_go_with_their_tokens_and_no_word_spans_two_pieces():
+    documents = make_documents()
+    flags = {
+        token: flag
+        for ids, words in zip(documents["input_ids"], documents["word_starts"], strict=True)
+        for token, flag in zip(ids, words, strict=True)
+    }
+    for template in ("[CLS] $A [SEP]", None):
+        blocks = BlockDataset(documents, tokenizer=make_tokenizer(template), block_size=40, mode=MODE)
+        for block in blocks:
+            begins = np.diff(block["document_ids"], prepend=-1) != 0
+            expected = [b or flags.get(t, True) for t, b in zip(block["input_ids"].tolist(), begins, strict=True)]
+            assert block["word_starts"].tolist() == expected
+
+
+def test_rows_are_almost_full(tokenizer):
+    """Documents of half a row on average leave half of it empty where each has its own, and next to nothing together."""
+    documents = make_documents(400, longest=128)
+    alone = BlockDataset(documents, tokenizer=tokenizer, block_size=128, mode="doc_sentences")
+    blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=128, mode=MODE)
+    assert alone.fill < 0.6 and blocks.fill > 0.97
+    assert f"mode='{MODE}'" in repr(blocks) and f"fill={blocks.fill:.3f}" in repr(blocks)
+    assert len(blocks) < 1.03 * alone.lengths.sum() / 128 + 1
+
+
+def test_documents_need_no_separator_and_blocks_survive_pickling():
+    tokenizer = make_tokenizer(sep_token=None)
+    blocks = BlockDataset(make_documents(), tokenizer=tokenizer, block_size=40, mode=MODE)
+    again = pickle.loads(pickle.dumps(blocks))
+    assert all(
+        np.array_equal(a[name], b[name])
+        for a, b in zip(blocks, again, strict=True)
+        for name in ("input_ids", "document_ids")
+    )
+
+
+def test_construction_copies_no_tokens(tokenizer):
+    documents = datasets.Dataset.from_dict(
+        {"input_ids": [[5] * 60_000], "word_starts": [[True] * 60_000], "sent_starts": [[True] * 60_000]}
+    )
+    blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=512, mode=MODE)
+    held = [*vars(blocks).values(), *vars(blocks._rows).values(), *vars(blocks.store).values()]
+    assert sum(value.nbytes for value in held if isinstance(value, np.ndarray)) < 3 * 8 * (len(blocks) + 2) + 100
+
+
+def tokenize(texts):
+    ids = [[VOCAB[word] for word in text.split()] for text in texts]
+    return {
+        "input_ids": ids,
+        "word_starts": [[True] * len(row) for row in ids],
+        "sent_starts": [[k % 4 == 0 for k in range(len(row))] for row in ids],
+    }
+
+
+def test_a_stream_packs_buffer_by_buffer(tokenizer):
+    texts = [" ".join(f"w{100 * k + i}" for i in range(3 + 7 * k % 30)) for k in range(20)]
+    stream = StreamingBlocks(
+        ["shard"],
+        tokenizer=tokenizer,
+        block_size=32,
+        mode=MODE,
+        read=lambda path: iter(texts),
+        documents_per_buffer=8,
+        tokenize=tokenize,
+    )
+    expected = [
+        block
+        for low in range(0, 20, 8)
+        for block in BlockDataset(
+            datasets.Dataset.from_dict(tokenize(texts[low : low + 8])), tokenizer=tokenizer, block_size=32, mode=MODE
+        )
+    ]
+    got = list(stream)
+    assert [e["example_id"] for e in got] == list(range(len(expected)))
+    for example, block in zip(got, expected, strict=True):
+        assert all(np.array_equal(example[name], values) for name, values in block.items())
+
+
+def test_prepare_data_takes_the_mode(tmp_path):
+    train_file = tmp_path / "corpus.txt"
+    train_file.write_text("\n\n".join(f"This is document {k}. It has {k} words." * (1 + k % 3) for k in range(60)))
+    args = DataArguments(train_file=[str(train_file)], vocab_size=200, block_size=64, block_mode=MODE)
+    data = prepare_data(args, seed=0, output_dir=tmp_path / "out")
+    assert data.description["block_mode"] == MODE
+    assert data.description["blocks"] == len(data.train_dataset) < data.description["documents"]
+    assert data.train_dataset[0]["document_ids"].max() > 0
+    assert data.eval_dataset[0]["document_ids"][0] == 0
+
+
+def examples_of(tokenizer, *, isolated=True):
+    blocks = EpochDataset(BlockDataset(make_documents(), tokenizer=tokenizer, block_size=40, mode=MODE))
+    examples = [blocks[k] for k in range(len(blocks))]
+    if not isolated:
+        examples = [{name: v for name, v in example.items() if name != "document_ids"} for example in examples]
+    return examples
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("multiple", [None, 64])
+def test_the_batch_says_which_document_and_where_in_it(side, multiple):
+    tokenizer = make_tokenizer(padding_side=side)
+    examples = examples_of(tokenizer)
+    batch = DataCollatorForMaskedLM(tokenizer, pad_to_multiple_of=multiple)(examples)
+    assert all(str(batch[name].dtype) == "torch.int64" for name in ("document_ids", "position_ids"))
+    assert all(tensor.dim() <= 2 for tensor in batch.values()), "masks are made on the device"
+    width = batch["input_ids"].shape[1]
+    for row, example in enumerate(examples):
+        ids, missing = example["document_ids"].tolist(), width - len(example["document_ids"])
+        positions = [ids[:place].count(number) for place, number in enumerate(ids)]
+        for name, values, fill in (("document_ids", ids, -1), ("position_ids", positions, 0)):
+            padding = [fill] * missing
+            assert batch[name][row].tolist() == (padding + values if side == "left" else values + padding)
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "ngram", "span"])
+@pytest.mark.parametrize("collator", [DataCollatorForMaskedLM, DataCollatorForReplacedTokenDetection])
+def test_masks_are_those_of_the_row_and_exact(tokenizer, unit, collator):
+    collate = collator(tokenizer, masking=MaskingArguments(masking_unit=unit))
+    batch, plain = (collate(examples_of(tokenizer, isolated=isolated)) for isolated in (True, False))
+    assert set(batch) - set(plain) == {"document_ids", "position_ids"}
+    assert all((batch[name] == plain[name]).all() for name in plain)
+    labels, lengths = batch["labels"], batch["attention_mask"].sum(1)
+    assert not ((labels == CLS) | (labels == SEP)).any()
+    if unit == "token":
+        counts = [max(1, round(0.15 * length)) for length in lengths.tolist()]
+        assert (labels != -100).sum(1).tolist() == counts
+
+
+def test_words_are_hidden_whole_and_inside_one_document():
+    tokenizer = make_tokenizer(template=None)
+    examples = examples_of(tokenizer)
+    batch = DataCollatorForMaskedLM(tokenizer, masking=MaskingArguments(masking_unit="word"))(examples)
+    for row, example in enumerate(examples):
+        hidden = (batch["labels"][row] != -100).numpy()[: len(example["input_ids"])]
+        words = np.cumsum(example["word_starts"])
+        assert len(set(zip(words.tolist(), example["document_ids"].tolist(), strict=True))) == words[-1]
+        assert all(len(set(hidden[words == word].tolist())) == 1 for word in range(1, words[-1] + 1))
