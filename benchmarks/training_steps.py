@@ -1,16 +1,23 @@
 """Training steps, ours against stock transformers with the same weights and the same batch: time and peak memory.
 
-    python benchmarks/training_steps.py [--bf16] [--batch_size 32] [--sequence_length 128] [--repeats 5]
+    python benchmarks/training_steps.py [--electra_small] [--bf16] [--batch_size 32] [--sequence_length 128] [--repeats 5]
 
 A step is forward and backward. Stock masked language modelling is `BertForMaskedLM` with labels; stock replaced token detection
-is `ElectraForMaskedLM` and `ElectraForPreTraining` called one after the other, with `torch.multinomial` between.
-Both sides run in one process, in turn; the best of the repeats counts. Peak memory is how much the resident set rises during the
-first step, sampled every millisecond, each side in a process of its own.
+is `ElectraForMaskedLM` and `ElectraForPreTraining` called one after the other, with `torch.multinomial` between. The third side
+is ours under `torch.compile`, compiled before the clock starts; every batch has the same shapes, as `target_slots` gives them.
+All sides run in one process, in turn; the best of the repeats counts. Peak memory is how much the resident set rises during the
+first step, sampled every millisecond, each side in a process of its own; compiling is no step, so that side has none.
+
+"Of peak" is how much of what this machine can do a step uses: the floating-point operations of its matrix products, counted as
+it runs, per second, over those of one large matrix product in the same precision, measured in the same process, in turn with the
+steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +25,8 @@ from collections.abc import Callable
 
 import psutil
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, BertConfig, ElectraConfig
 
 from hf_pretrain.data import draws
@@ -31,6 +40,12 @@ from timing import interleaved, print_table
 
 SPECIAL_TOKENS = 5
 MASK_TOKEN = 4
+EMBEDDING_SIZE = 128
+ELECTRA_SMALL = {"num_hidden_layers": 12, "hidden_size": 256, "sequence_length": 128, "vocab_size": 30522}
+COMPILED = "ours, torch.compile"
+GEMM_SIZE = 2048
+
+Losses = dict[str, Callable[[], torch.Tensor]]
 
 
 def make_batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
@@ -67,27 +82,32 @@ def mean_loss(output: PretrainingOutput, weights: dict[str, float]) -> torch.Ten
     return sum(weights[name] * loss.sum.sum() / loss.count.sum() for name, loss in output.losses.items())
 
 
-def masked_lm_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
-    """Both sides share one stock model."""
+def masked_lm_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) -> Losses:
+    """All sides share one stock model."""
     stock = AutoModelForMaskedLM.from_config(BertConfig(**sizes(args)))
     ours = EncoderForPreTraining.from_model(stock)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    compiled = torch.compile(ours)
+    stock_inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    inputs = stock_inputs | {"target_positions": batch["target_positions"]}
     return {
-        "stock": lambda: stock(**inputs).loss,
-        "ours": lambda: mean_loss(ours(**inputs, target_positions=batch["target_positions"]), {"mlm": 1.0}),
+        "stock": lambda: stock(**stock_inputs).loss,
+        "ours": lambda: mean_loss(ours(**inputs), {"mlm": 1.0}),
+        COMPILED: lambda: mean_loss(compiled(**inputs), {"mlm": 1.0}),
     }
 
 
-def detection_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) -> dict[str, Callable[[], torch.Tensor]]:
-    """Both sides share one pair of models with tied embeddings."""
-    discriminator = ElectraConfig(**sizes(args), embedding_size=128)
-    small = {name: sizes(args)[name] // 4 for name in ("hidden_size", "intermediate_size")}
-    generator = ElectraConfig(**(sizes(args) | small | {"num_attention_heads": 1}), embedding_size=128)
+def detection_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) -> Losses:
+    """All sides share one pair of models with tied embeddings; the generator has a quarter of the width."""
+    discriminator = ElectraConfig(**sizes(args), embedding_size=EMBEDDING_SIZE)
+    narrow = sizes(args) | {name: sizes(args)[name] // 4 for name in ("hidden_size", "intermediate_size")}
+    narrow["num_attention_heads"] = max(1, narrow["hidden_size"] // 64)
+    generator = ElectraConfig(**narrow, embedding_size=EMBEDDING_SIZE)
     model = ReplacedTokenDetectionForPreTraining(
         ReplacedTokenDetectionConfig(
             generator=generator, discriminator=discriminator, excluded_token_ids=[0, 1, 2, 3, 4]
         )
     )
+    compiled, weights = torch.compile(model), {"mlm": 1.0, "rtd": 50.0}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
 
     def stock() -> torch.Tensor:
@@ -101,7 +121,11 @@ def detection_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) ->
         )
         return proposed.loss + 50.0 * found.loss
 
-    return {"stock": stock, "ours": lambda: mean_loss(model(**batch), {"mlm": 1.0, "rtd": 50.0})}
+    return {
+        "stock": stock,
+        "ours": lambda: mean_loss(model(**batch), weights),
+        COMPILED: lambda: mean_loss(compiled(**batch), weights),
+    }
 
 
 def stepped(loss: Callable[[], torch.Tensor], *, bf16: bool) -> Callable[[], None]:
@@ -119,10 +143,29 @@ METHODS = {"MLM": masked_lm_sides, "RTD": detection_sides}
 
 
 def steps(method: str, args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Build both sides of a method."""
+    """Build all sides of a method."""
     torch.manual_seed(0)
     sides = METHODS[method](args, make_batch(args))
     return {name: stepped(loss, bf16=args.bf16) for name, loss in sides.items()}
+
+
+def can_compile() -> bool:
+    """Whether there is a C++ compiler, which torch.compile needs on a CPU."""
+    return any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++"))))
+
+
+def count_flops(step: Callable[[], None]) -> int:
+    """Return the floating-point operations of a step's matrix products, a multiplication and an addition being two."""
+    # The counter knows the products that attention is made of, not the fused kernel of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def matmul_step(*, bf16: bool) -> Callable[[], torch.Tensor]:
+    """Make one large matrix product, whose speed is what the machine can do."""
+    matrices = torch.randn(2, GEMM_SIZE, GEMM_SIZE, dtype=torch.bfloat16 if bf16 else torch.float32)
+    return lambda: matrices[0] @ matrices[1]
 
 
 def rise_of_memory(step: Callable[[], None]) -> float:
@@ -149,42 +192,64 @@ def memory_of(method: str, side: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def rows_of(method: str, args: argparse.Namespace) -> list[list[str]]:
+    """Measure all sides of a method: one row a side."""
+    memory = {side: memory_of(method, side) for side in ("stock", "ours")}
+    sides = steps(method, args)
+    flops = {name: count_flops(sides[name]) for name in ("stock", "ours")}
+    flops[COMPILED] = flops["ours"]
+    missing = [] if can_compile() else [[method, COMPILED, "no C++ compiler", *[""] * 5]]
+    if missing:
+        del sides[COMPILED]
+    else:
+        sides[COMPILED]()
+    seconds = interleaved({**sides, "matmul": matmul_step(bf16=args.bf16)}, repeats=args.repeats)
+    peak = 2 * GEMM_SIZE**3 / seconds["matmul"]
+    rows = []
+    for side in sides:
+        has_memory = side in memory
+        rows.append(
+            [
+                method,
+                side,
+                f"{1e3 * seconds[side]:.0f}",
+                f"{seconds['stock'] / seconds[side]:.2f}",
+                f"{flops[side] / 1e9:.1f}",
+                f"{100 * flops[side] / seconds[side] / peak:.0f} % of {peak / 1e9:.0f} GFLOP/s",
+                f"{memory[side]:.0f}" if has_memory else "",
+                f"{memory[side] / memory['stock']:.2f}" if has_memory else "",
+            ]
+        )
+    return rows + missing
+
+
 def main() -> None:
-    """Print one row a method."""
+    """Print one row a method and side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (
         ("batch_size", 32), ("sequence_length", 128), ("hidden_size", 256), ("num_hidden_layers", 4),
         ("vocab_size", 30522), ("repeats", 5),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast on all sides")
+    parser.add_argument(
+        "--electra_small", action="store_true", help="the sizes of ELECTRA-Small, in place of the defaults"
+    )
     parser.add_argument("--memory_of", nargs=2, metavar=("METHOD", "SIDE"), help=argparse.SUPPRESS)
+    if parser.parse_known_args()[0].electra_small:
+        parser.set_defaults(**ELECTRA_SMALL)
     args = parser.parse_args()
     if args.memory_of:
         method, side = args.memory_of
         print(rise_of_memory(steps(method, args)[side]))
         return
-    rows = []
-    for method in METHODS:
-        memory = {side: memory_of(method, side) for side in ("stock", "ours")}
-        seconds = interleaved(steps(method, args), repeats=args.repeats)
-        rows.append(
-            [
-                method,
-                f"{1e3 * seconds['stock']:.0f}",
-                f"{1e3 * seconds['ours']:.0f}",
-                f"{seconds['stock'] / seconds['ours']:.2f}",
-                f"{memory['stock']:.0f}",
-                f"{memory['ours']:.0f}",
-                f"{memory['ours'] / memory['stock']:.2f}",
-            ]
-        )
+    rows = [row for method in METHODS for row in rows_of(method, args)]
     precision = "bf16 autocast" if args.bf16 else "fp32"
     print(
         f"{args.num_hidden_layers} layers, {args.hidden_size} wide, {args.vocab_size} tokens, batch {args.batch_size} x "
         f"{args.sequence_length}, {precision}, {torch.get_num_threads()} threads, best of {args.repeats}"
     )
-    print_table(rows, ["step", "stock ms", "ours ms", "speed-up", "stock MiB", "ours MiB", "memory"])
+    print_table(rows, ["step", "side", "ms", "speed-up", "GFLOP", "of peak", "MiB", "memory"])
 
 
 if __name__ == "__main__":

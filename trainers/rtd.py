@@ -12,6 +12,7 @@ from __future__ import annotations
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.modeling.isolation import check_isolation
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionModelArguments,
@@ -34,6 +35,8 @@ def build_trainer(
     model = build_model(model_args, data.tokenizer)
     for part in (model.generator, model.discriminator):
         check_model_fits(part, data.tokenizer, block_size=data.block_size)
+        if data.isolates_documents:
+            check_isolation(part, length=data.block_size)
     return ReplacedTokenDetectionTrainer(
         model,
         args,

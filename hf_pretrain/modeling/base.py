@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class PretrainingModel(PreTrainedModel):
             stock transformers opens. What only training needs goes below "pretraining/".
     """
 
-    export_parts: ClassVar[dict[str, str]] = {"": "model"}
+    export_parts: dict[str, str] = {"": "model"}  # noqa: RUF012
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # The composite has no attention of its own; each sub-model checks its own backend.
@@ -46,8 +46,15 @@ class PretrainingModel(PreTrainedModel):
             state_dict: Full state of the composite, where the parameters in memory are shards; otherwise taken from the model.
         """
         for folder, attribute in self.export_parts.items():
-            part: PreTrainedModel = getattr(self, attribute)
-            part.save_pretrained(Path(output_dir) / folder, state_dict=self.part_state_dict(attribute, state_dict))
+            part, state = self.stock_part(attribute, self.part_state_dict(attribute, state_dict))
+            part.save_pretrained(Path(output_dir) / folder, state_dict=state)
+
+    def stock_part(
+        self, attribute: str, state: Mapping[str, torch.Tensor] | None
+    ) -> tuple[PreTrainedModel, Mapping[str, torch.Tensor] | None]:
+        """Return what is written for a sub-model: a stock model, and its state where that is not in the model itself."""
+        part: PreTrainedModel = getattr(self, attribute)
+        return part, state
 
     def part_state_dict(
         self, attribute: str, state_dict: Mapping[str, torch.Tensor] | None

@@ -96,7 +96,10 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
     }
     values |= parse_overrides(args.config_overrides) | changes
     known = CONFIG_MAPPING[args.model_type]()
-    unknown = sorted(name for name in values if not hasattr(known, name) and not name.endswith("_token_id"))
+    further = _READ_WITHOUT_DEFAULT.get(args.model_type, frozenset())
+    unknown = sorted(
+        name for name in values if not hasattr(known, name) and not name.endswith("_token_id") and name not in further
+    )
     if unknown == ["embedding_size"]:
         raise InputError(
             f"embedding_size={args.embedding_size}: {args.model_type} embeds at its full width; leave it out"
@@ -121,6 +124,9 @@ def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 # What a few architectures call the width of the feed-forward layers.
 _FEED_FORWARD_NAMES = {"distilbert": "hidden_dim"}
+
+# What a model looks for in its configuration although the class has no such field: it is in published files only.
+_READ_WITHOUT_DEFAULT = {"deberta-v2": frozenset({"position_buckets", "norm_rel_ebd", "share_att_key"})}
 
 # Architectures that number positions from the padding id on (RoBERTa and its kin).
 _POSITIONS_AFTER_PADDING = frozenset(

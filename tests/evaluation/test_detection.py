@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from hf_pretrain.data import draws
-from hf_pretrain.evaluation.detection import detection_metrics
+from hf_pretrain.evaluation.detection import collapse_warning, detection_metrics
 from method_matrix import build, programs
 
 
@@ -94,6 +94,36 @@ class TestGain:
 
     def test_only_with_a_loss(self, labels):
         assert "disc_gain" not in detection_metrics(np.zeros(2000), labels)
+
+
+class TestCollapse:
+    def test_one_answer_for_all_tokens_is_a_collapse(self, labels):
+        rate = labels.mean()
+        for logit in (math.log(rate / (1 - rate)), 0.0, -8.0, 3.0):
+            logits = np.full(2000, logit)
+            metrics = detection_metrics(logits, labels, loss=binary_cross_entropy(logits, labels))
+            warning = collapse_warning({f"eval_{name}": value for name, value in metrics.items()})
+            assert warning is not None and "\n" not in warning
+            assert f"disc_gain={metrics['disc_gain']:.3f}" in warning and "learning_rate" in warning
+
+    def test_who_tells_something_has_not_collapsed(self, labels):
+        """A fifth of the replaced tokens is found, none wrongly; accuracy is hardly above that of calling all original."""
+        found = (labels == 1) & (np.arange(2000) % 5 == 0)
+        logits = np.where(found, 4.0, math.log(0.11 / 0.89))
+        metrics = detection_metrics(logits, labels, loss=binary_cross_entropy(logits, labels))
+        assert metrics["disc_accuracy"] < 0.9
+        assert collapse_warning(metrics) is None
+
+    def test_of_several_held_out_sets_one_is_enough(self):
+        assert collapse_warning({"eval_a_disc_gain": -0.1, "eval_b_disc_gain": 0.2}) is None
+        assert collapse_warning({"eval_a_disc_gain": -0.1, "eval_b_disc_gain": 0.0}) is not None
+
+    def test_what_is_not_known_is_no_collapse(self):
+        assert collapse_warning({}) is None
+        assert collapse_warning({"eval_mlm_loss": 3.0, "eval_disc_auc": 0.5}) is None
+
+    def test_a_gain_that_is_no_number_is_none(self):
+        assert collapse_warning({"disc_gain": math.nan}) is not None
 
 
 def test_the_trainer_leaves_padding_out(tmp_path):

@@ -66,7 +66,7 @@ def test_other_shapes_are_refused_by_name(difference, values):
         tiny_model("electra", embedding_size=16),
         tiny_model("electra", **{"embedding_size": 16, **difference}),
     )
-    with pytest.raises(InputError, match="embedding_sharing='none'") as caught:
+    with pytest.raises(InputError, match="embedding_sharing='tied'") as caught:
         shared_embedding_names(target, source)
     assert all(value in str(caught.value) for value in values)
     assert "\n" not in str(caught.value)

@@ -11,6 +11,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from hf_pretrain.corruption import MaskingArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.schedules import TrainingSteps
 
 NUM_TOKENS = 205
 UNITS = ["token", "word", "ngram", "span", "given"]
@@ -303,3 +304,69 @@ def test_tokenizers_and_numbers_that_cannot_work_are_refused(small_tokenizer):
     for option in ("pad_to_multiple_of", "target_slots"):
         with pytest.raises(InputError, match=f"{option}=0"):
             DataCollatorForMaskedLM(small_tokenizer, **{option: 0})
+
+
+class TestMaskRatesThatChange:
+    """The oracle of a row whose rate is p is the collator whose rate is p throughout."""
+
+    STEPS = TrainingSteps(examples_per_step=8, per_epoch=4, total=8)
+    RATES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1)
+
+    def collator(self, tokenizer, *, target_slots=None, **options):
+        masking = MaskingArguments(mlm_probability_schedule="0:0.5, 4:0.1", **options)
+        collator = DataCollatorForMaskedLM(tokenizer, masking=masking, target_slots=target_slots)
+        collator.training_steps = self.STEPS
+        return collator
+
+    def examples(self):
+        """Two epochs of 30 examples in steps of 8, 8, 8 and 6, shuffled."""
+        examples = []
+        for epoch in range(2):
+            for place, example in enumerate(make_examples(30, epoch=epoch)):
+                examples.append({**example, "place": place})
+        return [examples[index] for index in np.random.default_rng(1).permutation(60)]
+
+    def rate(self, example):
+        return self.RATES[4 * example["epoch"] + example["place"] // 8]
+
+    @pytest.mark.parametrize(
+        "options",
+        [*({"masking_unit": unit} for unit in UNITS)]
+        + [{"masking_unit": unit, "masking_count": "bernoulli"} for unit in ("token", "word", "given")],
+        ids=lambda options: "-".join(options.values()),
+    )
+    def test_every_row_is_masked_as_by_its_own_rate(self, small_tokenizer, options):
+        examples = self.examples()
+        rows = rows_of([self.collator(small_tokenizer, **options)(examples)])
+        for example, row in zip(examples, rows, strict=True):
+            masking = MaskingArguments(mlm_probability=self.rate(example), **options)
+            assert rows_of([DataCollatorForMaskedLM(small_tokenizer, masking=masking)([example])]) == [row]
+
+    def test_counts_are_exact(self, small_tokenizer):
+        examples = self.examples()
+        counts = selected(self.collator(small_tokenizer)(examples)).sum(dim=1).tolist()
+        lengths = [len(example["input_ids"]) for example in examples]
+        rates = map(self.rate, examples)
+        assert counts == [min(n - 2, max(1, round(rate * n))) for n, rate in zip(lengths, rates, strict=True)]
+
+    def test_without_a_place_or_before_training_the_rate_is_constant(self, small_tokenizer):
+        constant = DataCollatorForMaskedLM(small_tokenizer)
+        without = make_examples(30)
+        assert rows_of([self.collator(small_tokenizer)(without)]) == rows_of([constant(without)])
+        before = self.collator(small_tokenizer)
+        before.training_steps = None
+        assert rows_of([before(self.examples())]) == rows_of([constant(self.examples())])
+
+    def test_slots_for_the_highest_rate_fix_the_shape(self, small_tokenizer):
+        collator = self.collator(small_tokenizer, target_slots=8 * 48)
+        for epoch in range(2):
+            for start in range(0, 32, 8):
+                examples = make_examples(8, least=96, most=96, epoch=epoch)
+                batch = collator([{**example, "place": start + i} for i, example in enumerate(examples)])
+                assert batch["target_positions"].shape == (8 * 48,)
+
+    def test_refusals(self):
+        with pytest.raises(InputError, match="mlm_probability_schedule='0:2' goes to 2: .* from 0 to 1"):
+            MaskingArguments(mlm_probability_schedule="0:2")
+        with pytest.raises(InputError, match="static_masks=10 freezes the masks"):
+            MaskingArguments(mlm_probability_schedule="0:0.2", static_masks=10)

@@ -1,31 +1,26 @@
 """Build the pair of models that a program trains."""
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
+import torch
 from transformers import (
-    AutoConfig,
     AutoModelForMaskedLM,
-    AutoModelForTokenClassification,
-    ElectraForPreTraining,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.configuration import (
-    ModelArguments,
-    attention_options,
-    build_config,
-    from_pretrained,
-    scaled_config,
-)
+from hf_pretrain.modeling.configuration import ModelArguments, attention_options, build_config, scaled_config
+from hf_pretrain.modeling.embeddings import factorize_embeddings
+from hf_pretrain.modeling.sharing import shared_embedding_names, shared_table_names
+from hf_pretrain.objectives.replaced_token_detection.heads import DISCRIMINATOR_HEADS
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
     EMBEDDING_SHARING,
     ReplacedTokenDetectionForPreTraining,
     build_discriminator,
 )
+from hf_pretrain.objectives.replaced_token_detection.pairs import Pair, load_pair
 
 
 @dataclass
@@ -44,8 +39,12 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
     generator_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Checkpoint of the generator; by default what an export of this library has in pretraining/generator."
+            "help": "Checkpoint of the generator; by default what an export of this library has in pretraining/generator, "
+            "or what lies beside a published DeBERTa-v3."
         },
+    )
+    generator_type: str | None = field(
+        default=None, metadata={"help": "Architecture of the generator, if it is another than the discriminator's."}
     )
     generator_size: float = field(
         default=0.25,
@@ -55,16 +54,36 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
         default=1.0, metadata={"help": "Layers of the generator as a share of the discriminator's."}
     )
     embedding_sharing: str = field(
-        default="tied", metadata={"help": "'tied': one set of embeddings for both models; 'none': each has its own."}
+        default="tied",
+        metadata={
+            "help": "'tied': one set of embeddings for both models; 'gdes': the discriminator's are the generator's, held "
+            "constant, plus a difference (DeBERTa-v3); 'full': one encoder for both; 'none': each has its own."
+        },
+    )
+    discriminator_head: str | None = field(
+        default=None,
+        metadata={
+            "help": "'stock': the head of the architecture's own class in transformers; 'electra' or 'deberta_v3': that head "
+            "on any architecture; by default the checkpoint's, from scratch 'stock'."
+        },
+    )
+    enhanced_mask_decoder: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Let a DeBERTa generator decode with absolute positions, as DeBERTa-v3 does; by default if the "
+            "checkpoint's does."
+        },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature at which the generator is sampled."})
+    disallow_correct: bool = field(
+        default=False, metadata={"help": "Never draw the true token, so that every selected one is replaced."}
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
-        if self.embedding_sharing not in EMBEDDING_SHARING:
-            raise InputError(
-                f"embedding_sharing={self.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
-            )
+        for name, known in (("embedding_sharing", EMBEDDING_SHARING), ("discriminator_head", DISCRIMINATOR_HEADS)):
+            if getattr(self, name) not in (*known, None):
+                raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         for name in ("generator_size", "generator_layers", "temperature"):
             if getattr(self, name) <= 0:
                 raise InputError(f"{name}={getattr(self, name)} must be above 0")
@@ -83,31 +102,45 @@ def build_model(
         The composite to train.
     """
     if args.model_name_or_path is None:
-        generator, discriminator = _fresh_pair(args, tokenizer)
+        pair = _fresh_pair(args, tokenizer)
     else:
-        generator, discriminator = _loaded_pair(args.model_name_or_path, args)
-    vocab_size = generator.config.vocab_size
+        name, generator_name = args.model_name_or_path, args.generator_name_or_path
+        pair = load_pair(name, generator_name, head=args.discriminator_head, **attention_options(args))
+    options = pair.options | {
+        name: getattr(args, name)
+        for name in ("embedding_sharing", "enhanced_mask_decoder", "temperature", "disallow_correct")
+        if getattr(args, name) is not None
+    }
+    options["generator_embedding_size"] = _prepare_tables(pair, args, is_fresh=args.model_name_or_path is None)
+    vocab_size = pair.generator.config.vocab_size
     never_sampled = {*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)}
-    return ReplacedTokenDetectionForPreTraining.from_models(
-        generator,
-        discriminator,
-        embedding_sharing=args.embedding_sharing,
-        temperature=args.temperature,
-        excluded_token_ids=sorted(token for token in never_sampled if token < vocab_size),
-    )
+    options["excluded_token_ids"] = sorted(token for token in never_sampled if token < vocab_size)
+    model = ReplacedTokenDetectionForPreTraining.from_models(pair.generator, pair.discriminator, **options)
+    for name, state in pair.parts.items():
+        if getattr(model, name) is not None:
+            getattr(model, name).load_state_dict(state)
+    return model
 
 
-def _fresh_pair(
-    args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    width = {"embedding_size": 128} if args.model_type == "electra" and args.embedding_size is None else {}
-    config = build_config(args, tokenizer, **width)
-    generator = AutoModelForMaskedLM.from_config(generator_config(config, args), **attention_options(args))
-    return generator, build_discriminator(config, **attention_options(args))
+def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pair:
+    head = args.discriminator_head or "stock"
+    config = build_config(args, tokenizer, **_default_width(args, args.model_type))
+    if args.generator_type in (None, args.model_type):
+        own = config
+    else:
+        other = dataclasses.replace(args, model_type=args.generator_type, config_overrides=None)
+        own = build_config(other, tokenizer, **_default_width(args, other.model_type))
+    generator = AutoModelForMaskedLM.from_config(generator_config(own, args), **attention_options(args))
+    discriminator = build_discriminator(config, head, **attention_options(args))
+    return Pair(generator, discriminator, {"discriminator_head": head}, {})
+
+
+def _default_width(args: ReplacedTokenDetectionModelArguments, model_type: str) -> dict[str, int]:
+    return {"embedding_size": 128} if model_type == "electra" and args.embedding_size is None else {}
 
 
 def generator_config(config: PreTrainedConfig, args: ReplacedTokenDetectionModelArguments) -> PreTrainedConfig:
-    """Return the discriminator's configuration, scaled to the generator: width, heads and feed-forward alike, and depth."""
+    """Return a configuration scaled to the generator: width, heads and feed-forward alike, and depth."""
     scaled = scaled_config(config, width=args.generator_size, depth=args.generator_layers)
     if scaled.hidden_size % scaled.num_attention_heads:
         raise InputError(
@@ -117,15 +150,28 @@ def generator_config(config: PreTrainedConfig, args: ReplacedTokenDetectionModel
     return scaled
 
 
-def _loaded_pair(
-    name_or_path: str, args: ReplacedTokenDetectionModelArguments
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    options: dict[str, Any] = attention_options(args)
-    is_electra = from_pretrained(AutoConfig, name_or_path).model_type == "electra"
-    if is_electra:
-        discriminator = from_pretrained(ElectraForPreTraining, name_or_path, **options)
-    else:
-        discriminator = from_pretrained(AutoModelForTokenClassification, name_or_path, num_labels=1, **options)
-    if args.generator_name_or_path is None:
-        options["subfolder"] = "pretraining/generator"
-    return from_pretrained(AutoModelForMaskedLM, args.generator_name_or_path or name_or_path, **options), discriminator
+def _prepare_tables(pair: Pair, args: ReplacedTokenDetectionModelArguments, *, is_fresh: bool) -> int | None:
+    """Make the two models' tables ready to be shared.
+
+    Returns:
+        The width of the generator's word table, where it had to be changed to the discriminator's.
+    """
+    generator, discriminator, sharing = pair.generator, pair.discriminator, args.embedding_sharing
+    if sharing in ("none", "full"):
+        return None
+    ours, theirs = discriminator.get_input_embeddings(), generator.get_input_embeddings()
+    is_wider = ours.embedding_dim != theirs.embedding_dim
+    if is_wider:
+        factorize_embeddings(generator, ours.embedding_dim, table=None if is_fresh else ours.weight)
+    if sharing == "gdes" and is_fresh:
+        for own, other in shared_table_names(discriminator, generator).items():
+            # Then the difference is zero at the start.
+            discriminator.get_submodule(own).load_state_dict({"weight": generator.get_submodule(other).weight})
+    if sharing == "tied" and not is_fresh:
+        for own, other in shared_embedding_names(discriminator, generator).items():
+            if not torch.allclose(discriminator.get_parameter(own), generator.get_parameter(other), atol=1e-4):
+                raise InputError(
+                    f"embedding_sharing='tied': the discriminator's {own} is not the generator's {other}, so they were not "
+                    "trained as one: 'gdes' keeps both, 'none' keeps them apart"
+                )
+    return ours.embedding_dim if is_wider else None

@@ -12,7 +12,7 @@ from hf_pretrain.data.packing import BlockDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.token_store import TokenStore
 from hf_pretrain.data.words import word_starts
-from hf_pretrain.evaluation.suspicion import word_suspicions
+from hf_pretrain.evaluation.suspicion import ReplacedTokenScorer
 from hf_pretrain.objectives.replaced_token_detection.trainer import ReplacedTokenDetectionTrainer
 from hf_pretrain.training.report import coloured_words
 
@@ -92,13 +92,16 @@ def print_suspicions(trainer: ReplacedTokenDetectionTrainer, data: PreparedData)
     if not isinstance(data.eval_dataset, BlockDataset):
         return
     sentences = wrong_word_sentences(data.eval_dataset.store, data.tokenizer, seed=trainer.args.seed)
-    if sentences:
-        print("\nHeld-out sentences with one wrong word each; the redder, the more suspicious:")
-    for sentence in sentences:
-        words = word_suspicions(trainer.model.discriminator, data.tokenizer, sentence.text)
-        word, suspicion = words[sentence.place]
-        rank = 1 + sum(other > suspicion for _, other in words)
-        print(f"  {coloured_words(words)}")
+    if not sentences:
+        return
+    print("\nHeld-out sentences with one wrong word each; the redder, the more suspicious:")
+    model = trainer.model
+    scorer = ReplacedTokenScorer(model.discriminator, data.tokenizer, head=model.discriminator_head)
+    for sentence, words in zip(sentences, scorer([sentence.text for sentence in sentences]), strict=True):
+        wrong = words[sentence.place]
+        rank = 1 + sum(word.score > wrong.score for word in words)
+        print(f"  {coloured_words([(word.word, word.score) for word in words])}")
         print(
-            f"    {word!r} instead of {sentence.original!r}: probability {suspicion:.2f}, rank {rank} of {len(words)} words"
+            f"    {wrong.word!r} instead of {sentence.original!r}: probability {wrong.score:.2f}, rank {rank} of "
+            f"{len(words)} words"
         )

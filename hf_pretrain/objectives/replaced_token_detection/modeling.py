@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -20,13 +20,19 @@ from transformers import (
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
+from hf_pretrain.modeling.embeddings import disentangle_embedding, factorize_embeddings, is_factorized, merged_state
 from hf_pretrain.modeling.gathered import GatheredHead
+from hf_pretrain.modeling.isolation import isolated_inputs
 from hf_pretrain.modeling.losses import IGNORED, binary_token_loss, masked_lm_accuracy, masked_lm_loss
-from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.modeling.sampling import sample_tokens
-from hf_pretrain.modeling.sharing import shared_embedding_names
+from hf_pretrain.modeling.sharing import shared_body_names, shared_embedding_names, shared_table_names
+from hf_pretrain.objectives.replaced_token_detection.enhanced_mask_decoder import EnhancedMaskDecoder
+from hf_pretrain.objectives.replaced_token_detection.heads import DISCRIMINATOR_HEADS, DiscriminatorHead
 
-EMBEDDING_SHARING = ("tied", "none")
+EMBEDDING_SHARING = ("tied", "gdes", "full", "none")
+
+Stage = Literal["joint", "generator", "discriminator"]
 
 
 @strict
@@ -36,8 +42,15 @@ class ReplacedTokenDetectionConfig(CompositeConfig):
     Attributes:
         generator: Configuration of the stock masked language model that proposes replacements.
         discriminator: Configuration of the stock model that finds them.
-        embedding_sharing: "tied" (word, position and type tables and their layer norm are one) or "none".
+        embedding_sharing: "tied": word, position and type tables and their layer norm are one; "gdes": the discriminator's word
+            and position tables are the generator's, held constant, plus a difference; "full": one encoder for both; "none".
+        generator_embedding_size: Width of the generator's word table where it is not the stock one, to share it with a
+            discriminator of another width.
+        discriminator_head: "stock": that of `ElectraForPreTraining` or of the token classifier; "electra" or "deberta_v3": that
+            head on any encoder.
+        enhanced_mask_decoder: Whether the generator decodes with absolute positions, as DeBERTa's.
         temperature: Temperature of the sampling.
+        disallow_correct: Whether the true token is never drawn.
         excluded_token_ids: Tokens that are never sampled: special ones, and ids that the tokenizer does not have.
         tie_word_embeddings: Lets transformers tie at all; without it no sharing takes effect.
     """
@@ -48,17 +61,37 @@ class ReplacedTokenDetectionConfig(CompositeConfig):
     generator: SubModelConfig = None
     discriminator: SubModelConfig = None
     embedding_sharing: str = "tied"
+    generator_embedding_size: int | None = None
+    discriminator_head: str = "stock"
+    enhanced_mask_decoder: bool = False
     temperature: float = 1.0
+    disallow_correct: bool = False
     excluded_token_ids: list[int] | None = None
     tie_word_embeddings: bool = True
 
 
-def build_discriminator(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """Build the stock class with a binary decision a token: ELECTRA's own, elsewhere a token classifier with one label."""
-    if config.model_type == "electra":
+@dataclass
+class ReplacedTokenDetectionOutput(PretrainingOutput):
+    """Output of [`ReplacedTokenDetectionForPreTraining`].
+
+    Attributes:
+        replaced_ids: ``[B, L]`` what the discriminator reads: the text with the generator's samples in it.
+    """
+
+    replaced_ids: torch.Tensor | None = None
+
+
+def build_discriminator(config: PreTrainedConfig, head: str = "stock", **options: Any) -> PreTrainedModel:
+    """Build the stock model that detects.
+
+    With the stock head that is the class with a binary decision a token: ELECTRA's own, elsewhere a token classifier with one
+    label. For another head it is the encoder alone, without a pooler.
+    """
+    if config.model_type == "electra" and head != "deberta_v3":
         return ElectraForPreTraining._from_config(config, **options)
     config.num_labels = 1
-    return AutoModelForTokenClassification.from_config(config, **options)
+    classifier = AutoModelForTokenClassification.from_config(config, **options)
+    return classifier if head == "stock" else classifier.base_model
 
 
 class ReplacedTokenDetectionForPreTraining(PretrainingModel):
@@ -67,13 +100,16 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
     Args:
         config: Configuration with those of both models inside.
         generator: Stock masked language model; built from the configuration, with fresh weights, when not given.
-        discriminator: Stock model with one logit a token; built likewise.
+        discriminator: Stock model with one logit a token, or the encoder below another head; built likewise.
 
-    Source: Clark et al. 2020, "ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators", section 2.
+    Raises:
+        InputError: If an option is unknown, or the two models cannot share what they are to share.
+
+    Source: Clark et al. 2020, "ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators", section 2; He et
+    al. 2021, "DeBERTaV3".
     """
 
     config_class = ReplacedTokenDetectionConfig
-    export_parts = {"": "discriminator", "pretraining/generator": "generator"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -82,29 +118,61 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         discriminator: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
+        for name, known in (("embedding_sharing", EMBEDDING_SHARING), ("discriminator_head", DISCRIMINATOR_HEADS)):
+            if getattr(config, name) not in known:
+                raise InputError(f"{name}={getattr(config, name)!r} must be one of {', '.join(known)}")
+        self.export_parts = {"": "discriminator", "pretraining/generator": "generator"}
+        is_trained = discriminator is not None
         self.generator = AutoModelForMaskedLM.from_config(config.generator) if generator is None else generator
-        self.discriminator = build_discriminator(config.discriminator) if discriminator is None else discriminator
-        if config.embedding_sharing not in EMBEDDING_SHARING:
-            raise InputError(
-                f"embedding_sharing={config.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
-            )
-        if config.embedding_sharing == "tied":
-            shared = shared_embedding_names(self.discriminator, self.generator)
-            self._tied_weights_keys = {
-                f"discriminator.{ours}": f"generator.{theirs}" for ours, theirs in shared.items()
-            }
+        if discriminator is None:
+            discriminator = build_discriminator(config.discriminator, config.discriminator_head)
+        self.discriminator = discriminator
+        self.discriminator_head = self._build_head()
+        if config.generator_embedding_size is not None and not is_factorized(self.generator):
+            factorize_embeddings(self.generator, config.generator_embedding_size)
+        self._share_parameters(is_trained=is_trained)
         excluded = torch.zeros(config.generator.vocab_size, dtype=torch.bool)
         excluded[config.excluded_token_ids or []] = True
         # Saved with the weights: a buffer that is not would be lost when a checkpoint is opened on the meta device.
         self.register_buffer("excluded_tokens", excluded)
+        self.generator_decoder: EnhancedMaskDecoder | None = None
+        if config.enhanced_mask_decoder:
+            self.generator_decoder = EnhancedMaskDecoder.for_model(self.generator)
+            self.generator_decoder.attach(self.generator)
+            self.export_parts["pretraining/generator_decoder"] = "generator_decoder"
         self.generator_head = GatheredHead(self.generator)
         self.post_init()
+
+    def _build_head(self) -> DiscriminatorHead | None:
+        kind, config = self.config.discriminator_head, self.config.discriminator
+        if kind == "stock" or (kind == "electra" and config.model_type == "electra"):
+            return None
+        self.export_parts["pretraining/discriminator_head"] = "discriminator_head"
+        return DiscriminatorHead.of_kind(kind, config)
+
+    def _share_parameters(self, *, is_trained: bool) -> None:
+        """Name what is tied; `post_init` ties it."""
+        sharing, names = self.config.embedding_sharing, {}
+        if sharing == "tied":
+            names = shared_embedding_names(self.discriminator, self.generator)
+        elif sharing == "full":
+            names = shared_body_names(self.discriminator, self.generator)
+        elif sharing == "gdes":
+            for ours, theirs in shared_table_names(self.discriminator, self.generator).items():
+                base = self.generator.get_submodule(theirs).weight
+                disentangle_embedding(self.discriminator, ours, base, is_trained=is_trained)
+                names[f"{ours}.base_weight"] = f"{theirs}.weight"
+        self._tied_weights_keys = {f"discriminator.{ours}": f"generator.{theirs}" for ours, theirs in names.items()}
 
     @classmethod
     def from_models(
         cls, generator: PreTrainedModel, discriminator: PreTrainedModel, **options: Any
     ) -> ReplacedTokenDetectionForPreTraining:
-        """Pair two stock models; both are trained in place. `options` are fields of [`ReplacedTokenDetectionConfig`]."""
+        """Pair two stock models; both are trained in place. `options` are fields of [`ReplacedTokenDetectionConfig`].
+
+        With "gdes" the difference starts as what there is between the tables of the two, with "tied" and "full" the generator's
+        parameters take the place of the discriminator's.
+        """
         config = ReplacedTokenDetectionConfig(
             generator=generator.config, discriminator=discriminator.config, **options
         )
@@ -113,6 +181,22 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
     def get_input_embeddings(self) -> torch.nn.Module:
         """Return the word embeddings of the generator, which the discriminator shares unless told otherwise."""
         return self.generator.get_input_embeddings()
+
+    def stock_part(
+        self, attribute: str, state: Mapping[str, torch.Tensor] | None
+    ) -> tuple[PreTrainedModel, Mapping[str, torch.Tensor] | None]:
+        """Return a sub-model with its stock parameters: tables merged, projections multiplied out."""
+        part, state = super().stock_part(attribute, state)
+        merged = merged_state(part, state)
+        if merged is None:
+            return part, state
+        config = type(part.config).from_dict(part.config.to_dict())
+        if is_factorized(part):
+            # A table that was projected in two ways is two tables; then no parameter of a stock model is tied, not even a bias.
+            config.tie_word_embeddings = False
+            merged = {name: value.clone() for name, value in merged.items()}
+        with torch.device("meta"):
+            return type(part)(config), merged
 
     @staticmethod
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -126,9 +210,13 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         labels: torch.Tensor,
         target_positions: torch.Tensor,
         sample_uniforms: torch.Tensor,
+        *,
+        stage: Stage = "joint",
+        replaced_ids: torch.Tensor | None = None,
+        temperature: torch.Tensor | None = None,
         **inputs: torch.Tensor,
-    ) -> PretrainingOutput:
-        """Run one joint step.
+    ) -> ReplacedTokenDetectionOutput:
+        """Run a step, or one of its halves.
 
         Args:
             input_ids: ``[B, L]`` masked tokens.
@@ -136,45 +224,92 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
             labels: ``[B, L]`` original ids at the selected positions, -100 elsewhere.
             target_positions: ``[T]`` flat positions of the targets; one with label -100 is a filler.
             sample_uniforms: ``[T]`` keyed uniforms that decide what the generator puts there.
-            **inputs: Further inputs of both models, such as `token_type_ids`.
+            stage: "joint": both losses; "generator": its loss alone, and the samples; "discriminator": its loss alone, on
+                `replaced_ids` or, without them, on samples of a generator that is left as it is.
+            replaced_ids: ``[B, L]`` samples of an earlier call for the same batch.
+            temperature: ``[]``, in place of the configuration's.
+            **inputs: Further inputs of both models, such as `token_type_ids`, or `document_ids` for isolated documents.
 
         Returns:
             The losses "mlm" of the generator over the selected positions and "rtd" of the discriminator over all real tokens
-            (nats). In evaluation also the generator's accuracy, of its best guess and of what it sampled, and the
-            discriminator's logits (positive = replaced) with their labels.
+            (nats), and the metric "fake_rate". In evaluation also the generator's accuracy, of its best guess and of what it
+            sampled, and the discriminator's logits (positive = replaced) with their labels.
         """
-        logits_TV = self.generator_head(
-            self.generator, target_positions, input_ids=input_ids, attention_mask=attention_mask, **inputs
-        )
-        targets_T = labels.flatten().index_select(0, target_positions)
-        accuracy = partial(masked_lm_accuracy, positions=target_positions, shape=labels.shape)
-        sampled_T = sample_tokens(
-            logits_TV.detach(), sample_uniforms, temperature=self.config.temperature, excluded=self.excluded_tokens
-        )
+        output = ReplacedTokenDetectionOutput(losses={}, metrics={}, replaced_ids=replaced_ids)
         original_BL = torch.where(labels == IGNORED, input_ids, labels)
-        replaced_BL = self._write_samples(original_BL, labels, target_positions, sampled_T)
-        rtd_labels_BL = (replaced_BL != original_BL).long()
-        rtd_logits_BL = self.discriminator(input_ids=replaced_BL, attention_mask=attention_mask, **inputs).logits
-        rtd_logits_BL = rtd_logits_BL.reshape(labels.shape)
-        output = PretrainingOutput(
-            losses={
-                "mlm": masked_lm_loss(logits_TV, targets_T, positions=target_positions, shape=labels.shape),
-                "rtd": binary_token_loss(rtd_logits_BL, rtd_labels_BL, mask=attention_mask),
-            },
-            metrics={},
-        )
-        if not self.training:
-            output.metrics["mlm_accuracy"] = accuracy(logits_TV.argmax(-1), targets_T)
-            output.metrics["sampled_accuracy"] = accuracy(sampled_T, targets_T)
-            output.scores = rtd_logits_BL.float()
-            output.score_labels = rtd_labels_BL.masked_fill(attention_mask == 0, IGNORED)
+        if replaced_ids is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage != "discriminator"):
+                logits_TV = self._generate(target_positions, input_ids, attention_mask, inputs)
+            targets_T = labels.flatten().index_select(0, target_positions)
+            sampled_T = self._sample(logits_TV.detach(), targets_T, sample_uniforms, temperature)
+            written = original_BL.flatten().index_copy(0, target_positions, sampled_T).view_as(original_BL)
+            # Fillers of a fixed shape point at positions that were not selected: those stay as they are.
+            output.replaced_ids = torch.where(labels == IGNORED, original_BL, written)
+            where: dict[str, Any] = {"positions": target_positions, "shape": labels.shape}
+            if stage != "discriminator":
+                output.losses["mlm"] = masked_lm_loss(logits_TV, targets_T, **where)
+            if not self.training:
+                output.metrics["mlm_accuracy"] = masked_lm_accuracy(logits_TV.argmax(-1), targets_T, **where)
+                output.metrics["sampled_accuracy"] = masked_lm_accuracy(sampled_T, targets_T, **where)
+        if stage != "generator":
+            self._detect(output, original_BL, attention_mask, inputs)
         return output
 
-    @staticmethod
-    def _write_samples(
-        original: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor, sampled: torch.Tensor
+    def _generate(
+        self,
+        positions: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """Return the discriminator's input: the original ``[B, L]`` with the samples at the selected positions."""
-        written = original.flatten().index_copy(0, positions, sampled).view_as(original)
-        # Fillers of a fixed shape point at positions that were not selected: those stay as they are.
-        return torch.where(labels == IGNORED, original, written)
+        """Return the generator's logits at the targets, ``[T, V]``."""
+        if self.generator_decoder is not None:
+            self.generator_decoder.position_ids = inputs.get("position_ids")
+        model_inputs = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        return self.generator_head(self.generator, positions, **model_inputs)
+
+    def _sample(
+        self, logits: torch.Tensor, targets: torch.Tensor, uniforms: torch.Tensor, temperature: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Draw what stands at the targets in the discriminator's input, ``[T]``."""
+        return sample_tokens(
+            logits,
+            uniforms,
+            temperature=self.config.temperature if temperature is None else temperature,
+            excluded=self.excluded_tokens,
+            disallowed=targets.clamp(min=0) if self.config.disallow_correct else None,
+        )
+
+    def _detect(
+        self,
+        output: ReplacedTokenDetectionOutput,
+        original: torch.Tensor,
+        attention_mask: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
+    ) -> None:
+        """Run the discriminator on the samples."""
+        assert output.replaced_ids is not None, "they are given, or the generator has just drawn them"
+        is_replaced_BL = output.replaced_ids.ne(original)
+        model_inputs = isolated_inputs(
+            self.discriminator, input_ids=output.replaced_ids, attention_mask=attention_mask, **inputs
+        )
+        states = self.discriminator(**model_inputs)
+        if self.discriminator_head is None:
+            logits_BL = states.logits.reshape(original.shape)
+        else:
+            first = _first_columns(attention_mask, inputs.get("position_ids"))
+            logits_BL = self.discriminator_head(states.last_hidden_state, first)
+        output.losses["rtd"] = binary_token_loss(logits_BL, is_replaced_BL, mask=attention_mask)
+        replaced_B = (is_replaced_BL & (attention_mask != 0)).sum(dim=1).float()
+        output.metrics["fake_rate"] = ExampleSum(replaced_B, output.losses["rtd"].count)
+        if not self.training:
+            output.scores = logits_BL.float()
+            output.score_labels = is_replaced_BL.long().masked_fill(attention_mask == 0, IGNORED)
+
+
+def _first_columns(attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Return the column of the first token of each token's document, ``[B, L]``, or of each row, ``[B, 1]``."""
+    if position_ids is None:
+        return attention_mask.argmax(dim=1, keepdim=True)
+    columns_L = torch.arange(position_ids.shape[1], device=position_ids.device)
+    return (columns_L - position_ids).clamp(min=0)
