@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -32,14 +33,27 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("domain_adaptation", EXAMPLES / "domain_adaptation.py")
+@contextmanager
+def loaded(name):
+    """An example as a module, under the name by which the other examples may import it."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def example():
+    with loaded("domain_adaptation") as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def fine_tuning(example):
+    with loaded("fine_tuning") as module:
+        yield module
 
 
 def sentences(count, *, stream):
@@ -180,3 +194,66 @@ def test_bad_input_is_refused_before_anything_is_trained(example, files, tmp_pat
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
     assert not list(folder.glob("*/"))
+
+
+def options(**given):
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
+
+
+def test_fine_tuning_needs_neither_a_checkpoint_nor_a_task(fine_tuning, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "out"
+    tiny = {"pretraining_steps": 2, "pretraining_bytes": 60_000, "docstrings": 10, "num_train_epochs": 1}
+    assert run_program(fine_tuning.main, options(output_dir=folder, **tiny)) == 0
+    model, info = AutoModelForSequenceClassification.from_pretrained(folder / "classifier", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert sorted(model.config.label2id) == ["numpy", "scipy", "sklearn", "torch", "transformers"]
+    assert (folder / "base" / "README.md").is_file()
+    shown = capsys.readouterr().out
+    assert "majority class" in shown
+    # Three layers: the head's rate and four powers of 0.8.
+    assert "1.0e-03  8.0e-04  6.4e-04  5.1e-04  4.1e-04" in shown
+
+
+def test_fine_tuning_of_a_checkpoint_on_a_task(story, fine_tuning, files, tmp_path, capsys):
+    folder = tmp_path / "out"
+    given = {"task_train": files / "train.tsv", "task_validation": files / "dev.tsv", "output_dir": folder}
+    rates = {"learning_rate": 5e-3, "num_train_epochs": 12, "layerwise_learning_rate_decay": 0.9}
+    assert run_program(fine_tuning.main, options(model_name_or_path=story / "continued", **given, **rates)) == 0
+    measured = accuracy(folder / "classifier", files / "dev.tsv")
+    assert measured > 0.8
+    shown = capsys.readouterr().out
+    labels = [line.split("\t")[1] for line in (files / "dev.tsv").read_text(encoding="utf-8").splitlines()]
+    assert any(line.split() == ["fine-tuned", f"{measured:.4f}"] for line in shown.splitlines())
+    guesses = {f"{labels.count(label) / len(labels):.4f}" for label in set(labels)}
+    assert any(line.split()[:2] == ["majority", "class"] and line.split()[2] in guesses for line in shown.splitlines())
+
+
+def test_the_task_of_docstrings(fine_tuning):
+    task = fine_tuning.docstring_task(10)
+    assert len(task.train) + len(task.validation) == 50
+    assert set(task.train["label"]) == set(range(5))
+    train, held_out = set(task.train["sentence"]), set(task.validation["sentence"])
+    assert held_out and not train & held_out
+    assert not any(name in text.lower() for name in fine_tuning.PACKAGES for text in train | held_out)
+    assert fine_tuning.docstring_task(10).train["sentence"] == task.train["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task_train": "train.tsv"}, "go together"),
+        ({"layerwise_learning_rate_decay": 0}, "above 0"),
+        ({"output_dir": "."}, "in use"),
+        ({"task_train": "none.tsv", "task_validation": "none.tsv"}, "none.tsv can not be read"),
+    ],
+)
+def test_fine_tuning_refuses_bad_input_before_anything_is_trained(
+    fine_tuning, tmp_path, monkeypatch, capsys, given, message
+):
+    (tmp_path / "precious.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert run_program(fine_tuning.main, options(**({"output_dir": "out"} | given))) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

@@ -1,0 +1,184 @@
+"""Fine-tune a checkpoint with a learning rate for each layer, and see how far it gets beyond the majority class.
+
+    python examples/fine_tuning.py --output_dir tuned
+    python examples/fine_tuning.py --output_dir tuned --model_name_or_path my-electra \
+        --task_train train.tsv --task_validation dev.tsv --learning_rate 1e-4 --num_train_epochs 3
+
+A task is two files of lines "sentence<TAB>label". Without them it is to tell which package a docstring comes from; without a
+checkpoint a small ELECTRA is pre-trained first, on the docstrings of all installed packages. Neither needs a network. The
+classifier is in tuned/classifier and opens with stock transformers. All options of `transformers.TrainingArguments` are known.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from datasets import Dataset
+from domain_adaptation import Task, read_task
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    set_seed,
+)
+
+from hf_pretrain.cli import main as hf_pretrain
+from hf_pretrain.cli import run_program
+from hf_pretrain.data import draws
+from hf_pretrain.data.corpus import module_docstrings
+from hf_pretrain.errors import InputError
+from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.report import print_table
+from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
+
+# Installed wherever this library is; few enough that the demonstration takes a minute.
+PACKAGES = ("numpy", "scipy", "sklearn", "torch", "transformers")
+
+
+@dataclass
+class StoryArguments:
+    """What is fine-tuned, and on what."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Checkpoint to fine-tune; by default a small ELECTRA is pre-trained first."}
+    )
+    task_train: str | None = field(
+        default=None, metadata={"help": 'Task to learn: lines "sentence<TAB>label"; by default a task of docstrings.'}
+    )
+    task_validation: str | None = field(
+        default=None, metadata={"help": "Sentences to measure the accuracy on, in the same format."}
+    )
+    pretraining_steps: int = field(default=2000, metadata={"help": "Steps of pre-training that small ELECTRA."})
+    pretraining_bytes: int = field(default=8_000_000, metadata={"help": "Docstrings that it is pre-trained on."})
+    docstrings: int = field(default=400, metadata={"help": "Paragraphs of each package in the task of docstrings."})
+
+    def __post_init__(self) -> None:
+        """Refuse half a task."""
+        if (self.task_train is None) != (self.task_validation is None):
+            raise InputError("task_train and task_validation go together: name both or neither")
+
+
+def docstring_task(count: int) -> Task:
+    """Return a task: from which of five packages is this paragraph of a docstring?
+
+    Every fifth module is held out. Paragraphs that name one of the packages are left out, which would be too easy.
+
+    Args:
+        count: Paragraphs of each package.
+    """
+    rows: dict[bool, list[tuple[str, int]]] = {True: [], False: []}
+    for label, package in enumerate(PACKAGES):
+        texts = list(zip(range(count), paragraphs(package), strict=False))
+        for _, (module, text) in texts:
+            rows[module % 5 == 0].append((text, label))
+    held_out, train = (
+        Dataset.from_dict({"sentence": [text for text, _ in part], "label": [label for _, label in part]})
+        for part in (rows[True], rows[False])
+    )
+    return Task(train, held_out, labels=list(PACKAGES), name="docstrings")
+
+
+def paragraphs(package: str) -> Iterator[tuple[int, str]]:
+    """Yield paragraphs of prose from a package's docstrings, at most three of a module, with the module's number."""
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations, "it is a dependency of this library"
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
+    for module in draws.permutation(len(files), seed=0, stream=package).tolist():
+        texts = [" ".join(text.split()) for text in module_docstrings(files[module]).split("\n\n")]
+        found = [text for text in texts if is_prose(text) and not any(name in text.lower() for name in PACKAGES)]
+        yield from ((module, text) for text in found[:3])
+
+
+def is_prose(text: str) -> bool:
+    """Whether a paragraph is of some length and mostly of letters."""
+    return 60 <= len(text) <= 600 and sum(c.isalpha() or c == " " for c in text) >= 0.9 * len(text)
+
+
+def pretrain(folder: Path, story: StoryArguments, args: FineTuningArguments) -> str:
+    """Pre-train a small ELECTRA by the recipe of `make demo`, as the command line does."""
+    options = {
+        "config": "demo",
+        "output_dir": folder,
+        "max_steps": story.pretraining_steps,
+        "max_corpus_bytes": story.pretraining_bytes,
+        "warmup_steps": 0.1,
+        "seed": args.seed,
+        "bf16": bool(args.bf16),  # accelerate has one precision a process
+    }
+    status = hf_pretrain(["rtd", *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
+    if status:
+        raise SystemExit(status)
+    return str(folder)
+
+
+def fine_tune(checkpoint: str, task: Task, args: FineTuningArguments) -> float:
+    """Fine-tune a classifier, save it and return its accuracy on the validation set."""
+    from hf_pretrain.evaluation.accuracy import Accuracy
+
+    set_seed(args.seed)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    names = {"id2label": dict(enumerate(task.labels)), "label2id": {name: i for i, name in enumerate(task.labels)}}
+    model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=len(task.labels), **names)
+    train, validation = (
+        part.map(lambda rows: tokenizer(rows["sentence"], truncation=True), batched=True, remove_columns="sentence")
+        for part in (task.train, task.validation)
+    )
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        predicted = prediction.predictions.argmax(axis=-1)
+        return Accuracy(keep_in_memory=True).compute(predictions=predicted, references=prediction.label_ids)
+
+    trainer = FineTuningTrainer(
+        model,
+        args,
+        train_dataset=train,
+        eval_dataset=validation,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+    )
+    trainer.train()
+    trainer.save_model()
+    print("\nPeak learning rates, from the head to the embeddings:")
+    print(
+        "  "
+        + "  ".join(f"{rate:.1e}" for rate in sorted({g["initial_lr"] for g in trainer.optimizer.param_groups})[::-1])
+    )
+    return trainer.evaluate()["eval_accuracy"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Tell the story from the command line; see the top of the file."""
+    story, args = parse_arguments(
+        (StoryArguments, FineTuningArguments),
+        argv,
+        prog=Path(__file__).name,
+        description=__doc__ or "",
+        # What the small ELECTRA needs; for a large one, see the top of the file.
+        defaults={"save_strategy": "no", "learning_rate": 1e-3, "num_train_epochs": 5.0},
+    )
+    folder = Path(args.output_dir)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"output_dir={args.output_dir!r} is in use: name another")
+    if story.task_train is None:
+        task = docstring_task(story.docstrings)
+    else:
+        task = read_task(story.task_train, story.task_validation)
+    checkpoint = story.model_name_or_path or pretrain(folder / "base", story, args)
+    args.output_dir = str(folder / "classifier")
+    accuracy = fine_tune(checkpoint, task, args)
+
+    train, answers = (list(part["label"]) for part in (task.train, task.validation))
+    most_common = Counter(train).most_common(1)[0][0]
+    print(f"\nAccuracy on {len(answers)} sentences after fine-tuning on {len(train)}:")
+    rows = [("majority class", answers.count(most_common) / len(answers)), ("fine-tuned", accuracy)]
+    print_table([(name, f"{value:.4f}") for name, value in rows], header=("", task.name))
+    print(f"\nclassifier  {args.output_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,54 @@
+"""Batches of tokenized texts for models that are only asked, not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_pretrain.corruption.rows import stack_column
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Ask a model without dropout and without gradients, and leave it in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def batches_by_length(
+    sequences: Sequence[Sequence[int] | np.ndarray],
+    *,
+    pad_token_id: int | None,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    name: str = "Evaluating",
+) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """Yield batches of sequences of about one length, the longest first, so that little of them is padding.
+
+    Args:
+        sequences: Token ids of each text.
+        pad_token_id: What padding, on the right, is filled with; the attention mask hides it.
+        batch_size: Sequences in a batch.
+        device: Where the tensors go.
+        name: What the progress bar says.
+
+    Yields:
+        Which sequences are in the batch, ``int64 [B]``, and `input_ids` and `attention_mask`, ``[B, L]``.
+    """
+    order = np.argsort([-len(sequence) for sequence in sequences], kind="stable")
+    for begin in tqdm(range(0, len(order), batch_size), desc=name, unit=" batches", delay=2, disable=None):
+        indices = order[begin : begin + batch_size]
+        rows = [{"input_ids": np.asarray(sequences[index])} for index in indices]
+        input_ids, valid = stack_column(rows, "input_ids", fill=pad_token_id or 0)
+        batch = {"input_ids": input_ids, "attention_mask": valid}
+        yield indices, {key: torch.from_numpy(value.astype(np.int64)).to(device) for key, value in batch.items()}

@@ -1,0 +1,1 @@
+"""Fine-tuning: what is done with a pre-trained encoder."""
