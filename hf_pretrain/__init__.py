@@ -1,7 +1,7 @@
 """Pre-training objectives for transformers: every objective, any backbone, one Trainer.
 
-The names below are imported when they are first asked for, so that ``import hf_pretrain`` costs nothing. Every
-architecture so far has a stock class in transformers; the first that has none registers its Auto classes here.
+The names below are imported when they are first asked for, so that ``import hf_pretrain`` costs nothing. Architectures
+that have no stock class in transformers are registered with its Auto classes: now if those are imported, or once they are.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from hf_pretrain.registration import register_architectures
+
 _EXPORTS = {
     "BlockDataset": "hf_pretrain.data.packing",
     "DataCollatorForMaskedLM": "hf_pretrain.objectives.masking_collator",
     "EncoderForPreTraining": "hf_pretrain.modeling.encoder",
     "EpochDataset": "hf_pretrain.data.epochs",
+    "FineTuningArguments": "hf_pretrain.transfer.fine_tuning",
+    "FineTuningTrainer": "hf_pretrain.transfer.fine_tuning",
     "InputError": "hf_pretrain.errors",
     "MaskedLMTrainer": "hf_pretrain.objectives.masked_lm",
     "MaskedLMTrainingArguments": "hf_pretrain.objectives.masked_lm",
@@ -23,7 +27,12 @@ _EXPORTS = {
     "ReplacedTokenDetectionForPreTraining": "hf_pretrain.objectives.replaced_token_detection",
     "ReplacedTokenDetectionTrainer": "hf_pretrain.objectives.replaced_token_detection",
     "ReplacedTokenDetectionTrainingArguments": "hf_pretrain.objectives.replaced_token_detection",
+    "ReplacedTokenScorer": "hf_pretrain.evaluation.suspicion",
     "StreamingBlocks": "hf_pretrain.data.streaming",
+    "TransformerXLConfig": "hf_pretrain.models.transformer_xl.configuration_transformer_xl",
+    "TransformerXLForCausalLM": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
+    "TransformerXLForSequenceClassification": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
+    "TransformerXLModel": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
     "tokenize_documents": "hf_pretrain.data.documents",
     "train_tokenizer": "hf_pretrain.data.tokenizer_training",
 }
@@ -45,3 +54,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_EXPORTS, "__version__"])
+
+
+register_architectures()

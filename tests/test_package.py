@@ -118,6 +118,29 @@ def test_the_import_is_lazy():
     assert run.stdout == "[]\n", run.stderr
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hf_pretrain; from transformers import AutoConfig, AutoModel",
+        "from transformers import AutoConfig, AutoModel; import hf_pretrain",
+        # In the middle of this one the Auto classes are imported, when a model could not be imported yet.
+        "import hf_pretrain; import transformers.modeling_layers; from transformers import AutoConfig, AutoModel",
+    ],
+    ids=["before", "after", "in_a_circle"],
+)
+def test_custom_architectures_open_whatever_is_imported_first(imports, tmp_path):
+    program = (
+        f"{imports}; import sys; loader = sys.modules[AutoModel.__module__].__spec__.loader; "
+        "left = [thing for thing in (loader, *sys.meta_path) if type(thing).__module__.startswith('hf_pretrain')]; "
+        "assert not left, left; "
+        "sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9); "
+        "AutoModel.from_config(AutoConfig.for_model('transformer_xl', **sizes)).save_pretrained(sys.argv[1]); "
+        "print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
+    assert run.stdout == "TransformerXLModel\n", run.stderr
+
+
 @pytest.mark.parametrize("name", hf_pretrain.__all__)
 def test_every_exported_name_imports(name):
     value = getattr(hf_pretrain, name)

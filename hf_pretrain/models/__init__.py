@@ -1,0 +1,38 @@
+"""Architectures without a stock class in transformers, each with code that is exported with its weights."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Folder here -> name of its configuration, which names its classes in `auto_map`.
+_CONFIGURATIONS = {"transformer_xl": "TransformerXLConfig"}
+
+
+def _configurations() -> dict[str, Any]:
+    return {
+        f"hf_pretrain.models.{folder}": getattr(
+            import_module(f"hf_pretrain.models.{folder}.configuration_{folder}"), name
+        )
+        for folder, name in _CONFIGURATIONS.items()
+    }
+
+
+def register_configurations() -> None:
+    """Make `AutoConfig` know the architectures."""
+    from transformers import AutoConfig
+
+    for config_class in _configurations().values():
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+def register_models() -> None:
+    """Make `AutoModel` and its kin know the architectures' classes."""
+    import transformers
+
+    for package, config_class in _configurations().items():
+        for auto_class, reference in config_class().auto_map.items():
+            module, name = reference.split(".")
+            if auto_class != "AutoConfig":
+                model_class = getattr(import_module(f"{package}.{module}"), name)
+                getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)

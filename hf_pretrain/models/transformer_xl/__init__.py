@@ -1,0 +1,1 @@
+"""Transformer-XL: segment recurrence, relative positions, adaptive softmax."""

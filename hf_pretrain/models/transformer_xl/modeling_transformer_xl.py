@@ -1,0 +1,344 @@
+"""Transformer-XL: the model, the language model and the sequence classifier.
+
+Two ways lead from one segment of a text to the next:
+
+- The memory (`mems`), for training and for evaluation in a stream: what went into each layer at the last `mem_len` positions,
+  without gradient. Its shape is fixed, `[layers, batch, length, hidden]`; it is filled from its end, and `mem_lengths` says how
+  many positions are. What is not filled is not attended, so the first segment of a text sees the text alone.
+- The cache (`past_key_values`), for `generate`: the keys and values that the segment itself would hold, so that reading a text
+  piece by piece is reading it whole. It grows with the text unless `same_length` bounds what a position sees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .adaptive_softmax import AdaptiveEmbedding, AdaptiveLogSoftmax, tied_weights
+from .configuration_transformer_xl import TransformerXLConfig
+from .pretrained_transformer_xl import (
+    TransformerXLCausalLMOutput,
+    TransformerXLModelOutput,
+    TransformerXLPreTrainedModel,
+)
+from .relative_attention import TransformerXLLayer, distance_table, visible_keys
+from .segment_memory import append_segment, check_past, filled_lengths, key_mask
+
+
+class TransformerXLModel(TransformerXLPreTrainedModel):
+    """Transformer-XL without a head.
+
+    Source:
+        Dai et al. (2019), section 3. Unlike the models of older transformers releases, the memory starts empty: those attended to
+        vectors of zeros.
+    """
+
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: TransformerXLConfig) -> None:
+        super().__init__(config)
+        self.embeddings = AdaptiveEmbedding(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layers = nn.ModuleList([TransformerXLLayer(config, index) for index in range(config.num_hidden_layers)])
+        assert config.head_dim is not None
+        # u and v of the paper, for each layer or for all of them.
+        shape = (config.num_hidden_layers if config.untie_r else 1, config.num_attention_heads, config.head_dim)
+        self.content_bias = nn.Parameter(torch.empty(shape))
+        self.position_bias = nn.Parameter(torch.empty(shape))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def empty_mems(self, batch_size: int, *, mem_len: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the memory with which a text begins.
+
+        Args:
+            batch_size: B.
+            mem_len: Number of positions; by default the configuration's.
+
+        Returns:
+            `mems` ``[layers, B, mem_len, hidden]`` and `mem_lengths` ``[B]``, all zeros.
+        """
+        length = self.config.mem_len if mem_len is None else mem_len
+        shape = (self.config.num_hidden_layers, batch_size, length, self.config.hidden_size)
+        mems = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return mems, torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mems: torch.Tensor | None = None,
+        mem_lengths: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> TransformerXLModelOutput:
+        """Read a segment.
+
+        Args:
+            input_ids: ``[B, S]``.
+            attention_mask: ``[B, S]``, or ``[B, past + S]`` with a cache; 0 at padding. Padding before or after the tokens is as
+                if it were not there; what is read further with a cache needs it before them.
+            past_key_values: Cache of what came before.
+            inputs_embeds: ``[B, S, hidden]``, unscaled embeddings instead of `input_ids`.
+            mems: ``[layers, B, M, hidden]``, memory of what came before; M need not be the configuration's.
+            mem_lengths: ``[B]``, how many of the last positions of `mems` are filled; all when not given.
+            use_cache: Whether to begin a cache.
+            output_hidden_states: Whether to return the states of every layer.
+
+        Raises:
+            ValueError: If the inputs contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: give one of the two")
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        check_past(past_key_values, mems, num_layers=len(self.layers))
+        embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = embedded * self.config.hidden_size**0.5
+        order = None
+        if attention_mask is not None and mems is not None:
+            # Padding goes to the end, lest it part the segment from the memory.
+            order = (attention_mask == 0).long().argsort(dim=1, stable=True)
+            hidden = hidden.take_along_dim(order[..., None], dim=1)
+        seen, num_keys = key_mask(hidden, attention_mask, past_key_values, mems, mem_lengths)
+        states = self._run_layers(hidden, seen, num_keys, mems, past_key_values)
+        if mems is not None:
+            filled = filled_lengths(mems, mem_lengths)
+            mems, mem_lengths = append_segment(mems, filled, torch.stack(states[:-1]), attention_mask)
+        if order is not None:
+            back = order.argsort(dim=1)[..., None]
+            states = [state.take_along_dim(back, dim=1) for state in states[0 if output_hidden_states else -1 :]]
+        return TransformerXLModelOutput(
+            last_hidden_state=self.dropout(states[-1]),
+            past_key_values=past_key_values,
+            hidden_states=tuple(states) if output_hidden_states else None,
+            mems=mems,
+            mem_lengths=None if mems is None else mem_lengths,
+        )
+
+    def _run_layers(
+        self,
+        hidden: torch.Tensor,
+        seen: torch.Tensor | None,
+        num_keys: int,
+        mems: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> list[torch.Tensor]:
+        """Return the input of each layer and the output of the last one."""
+        visible = visible_keys(
+            hidden.shape[1], num_keys, window=self.config.sliding_window, key_mask=seen, device=hidden.device
+        )
+        table = self.dropout(distance_table(num_keys, self.config, hidden))
+        states = [self.dropout(hidden)]
+        for index, layer in enumerate(self.layers):
+            biases = index if self.config.untie_r else 0
+            state = layer(
+                states[-1],
+                None if mems is None else mems[index].detach(),
+                table,
+                visible,
+                self.content_bias[biases],
+                self.position_bias[biases],
+                past_key_values=past_key_values,
+            )
+            states.append(state)
+        return states
+
+
+class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
+    """Transformer-XL with an adaptive softmax, or a plain one without cutoffs.
+
+    The labels of `forward` are the inputs themselves, shifted inside as in all causal models of transformers, so the first token
+    of a segment is not predicted. For streams there is `token_nll`: its targets are shifted already, over the border between two
+    segments too, and no token is lost.
+    """
+
+    _auto_class = "AutoModelForCausalLM"
+    # `forward` divides by num_items_in_batch.
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: TransformerXLConfig) -> None:
+        super().__init__(config)
+        self.model = TransformerXLModel(config)
+        self.lm_head = AdaptiveLogSoftmax(config)
+        tied = tied_weights(config)
+        self._tied_weights_keys = {f"lm_head.{name}": f"model.embeddings.{source}" for name, source in tied.items()}
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """Return the output layer where it is a single one."""
+        is_one_table = (
+            len(self.lm_head.tables) == 1 and not len(self.lm_head.projections) and not self.lm_head.num_tails
+        )
+        return self.lm_head.tables[0] if is_one_table else None
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the output layer where it is a single one."""
+        assert self.get_output_embeddings() is not None
+        self.lm_head.tables[0] = value
+
+    def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return minus the log-probability of each target.
+
+        Args:
+            hidden: ``[B, S, hidden]``, the model's last states.
+            targets: ``[B, S]``, the token that follows each position; -100 for none.
+
+        Returns:
+            ``float32 [B, S]`` in nats; 0 where there is no target.
+        """
+        rows = (targets.flatten() != -100).nonzero().squeeze(1)
+        losses = self.lm_head.nll(hidden.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows))
+        return losses.new_zeros(targets.numel()).index_copy(0, rows, losses).view(targets.shape)
+
+    def token_nll(
+        self,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        mems: torch.Tensor | None = None,
+        mem_lengths: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Read a segment of a stream and score the tokens that follow.
+
+        Args:
+            input_ids: ``[B, S]``.
+            targets: ``[B, S]``, the token that follows each position, the last one's in the next segment; -100 for none.
+            mems: ``[layers, B, M, hidden]``; empty when not given.
+            mem_lengths: ``[B]``, how many of the last positions of `mems` are filled; all when not given.
+            attention_mask: ``[B, S]``, 0 at padding.
+
+        Returns:
+            Minus the log-probability of each target, ``float32 [B, S]`` in nats, 0 where there is none; the new `mems` and
+            `mem_lengths`.
+        """
+        if mems is None:
+            mems, mem_lengths = self.model.empty_mems(len(input_ids))
+        outputs = self.model(input_ids, attention_mask, mems=mems, mem_lengths=mem_lengths, return_dict=True)
+        return self.token_losses(outputs.last_hidden_state, targets), outputs.mems, outputs.mem_lengths
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mems: torch.Tensor | None = None,
+        mem_lengths: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> TransformerXLCausalLMOutput:
+        """Score the tokens that follow.
+
+        Args:
+            input_ids: See [`TransformerXLModel`], as for the others not named here.
+            attention_mask: See there.
+            past_key_values: See there.
+            inputs_embeds: See there.
+            mems: See there.
+            mem_lengths: See there.
+            labels: ``[B, S]``, the inputs, -100 where a token is not to be predicted; shifted inside. In training there are no
+                logits beside the loss: a tail of the softmax is computed for its own tokens alone.
+            use_cache: See there.
+            output_hidden_states: See there.
+            logits_to_keep: Number of last positions to score, 0 for all, or the indices of the positions.
+            num_items_in_batch: What the loss is divided by; the number of labels in this batch when not given.
+        """
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            mems,
+            mem_lengths,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden, loss, logits = outputs.last_hidden_state, None, None
+        if labels is not None:
+            losses = self.token_losses(hidden[:, :-1], labels[:, 1:])
+            count = (labels[:, 1:] != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = losses.sum() / count
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
+        return TransformerXLCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            mems=outputs.mems,
+            mem_lengths=outputs.mem_lengths,
+        )
+
+
+class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
+    """Transformer-XL with a linear layer on the state of the last token."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TransformerXLConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = TransformerXLModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> SequenceClassifierOutputWithPast:
+        """Classify sequences.
+
+        Args:
+            input_ids: ``[B, S]``.
+            attention_mask: ``[B, S]``, 0 at padding; when not given, what equals `pad_token_id` is padding.
+            inputs_embeds: ``[B, S, hidden]``, unscaled embeddings instead of `input_ids`.
+            labels: ``[B]`` classes, or values ``[B, labels]``, as `problem_type` says.
+            output_hidden_states: Whether to return the states of every layer.
+        """
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        hidden = outputs.last_hidden_state
+        last = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
+        if attention_mask is not None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)
+            last = torch.where(attention_mask != 0, positions, 0).argmax(1)
+        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "TransformerXLForCausalLM",
+    "TransformerXLForSequenceClassification",
+    "TransformerXLModel",
+    "TransformerXLPreTrainedModel",
+]
