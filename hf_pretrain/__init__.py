@@ -14,6 +14,7 @@ from hf_pretrain.registration import register_architectures
 _EXPORTS = {
     "BlockDataset": "hf_pretrain.data.packing",
     "DataCollatorForMaskedLM": "hf_pretrain.objectives.masking_collator",
+    "ElectricTrainer": "hf_pretrain.objectives.electric",
     "EncoderForPreTraining": "hf_pretrain.modeling.encoder",
     "EpochDataset": "hf_pretrain.data.epochs",
     "FineTuningArguments": "hf_pretrain.transfer.fine_tuning",
@@ -22,8 +23,10 @@ _EXPORTS = {
     "MaskedLMTrainer": "hf_pretrain.objectives.masked_lm",
     "MaskedLMTrainingArguments": "hf_pretrain.objectives.masked_lm",
     "MaskingArguments": "hf_pretrain.corruption.arguments",
+    "PermutationLMTrainer": "hf_pretrain.objectives.permutation_lm",
     "PretrainingArguments": "hf_pretrain.training.arguments",
     "PretrainingTrainer": "hf_pretrain.training.trainer",
+    "RecurrentLMTrainer": "hf_pretrain.objectives.recurrent_lm",
     "ReplacedTokenDetectionForPreTraining": "hf_pretrain.objectives.replaced_token_detection",
     "ReplacedTokenDetectionTrainer": "hf_pretrain.objectives.replaced_token_detection",
     "ReplacedTokenDetectionTrainingArguments": "hf_pretrain.objectives.replaced_token_detection",

@@ -15,6 +15,15 @@ from hf_pretrain.errors import InputError
 METHODS = {
     "mlm": ("hf_pretrain.trainers.mlm", "masked language modelling: hide tokens, words or spans and find them again"),
     "rtd": ("hf_pretrain.trainers.rtd", "replaced token detection (ELECTRA): tell replaced tokens from original ones"),
+    "electric": (
+        "hf_pretrain.trainers.electric",
+        "noise-contrastive estimation (Electric): score every token in its context",
+    ),
+    "plm": ("hf_pretrain.trainers.plm", "permutation language modelling (XLNet): predict tokens in a random order"),
+    "recurrent-lm": (
+        "hf_pretrain.trainers.recurrent_lm",
+        "language modelling with a memory of the text before (Transformer-XL)",
+    ),
 }
 
 _EXIT_INPUT = 2

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 
+from dataclasses import fields
 from importlib import import_module
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hf_pretrain.cli import METHODS
 from hf_pretrain.data import draws
+from hf_pretrain.data.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 
@@ -26,7 +28,18 @@ TINY = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
+# What some methods ask besides, to fit the tiny text, and to evaluate as they train.
+TINY_TRAINING = {
+    "tgt_len": 8,
+    "mem_len": 8,
+    "eval_tgt_len": 4,
+    "eval_mem_len": 150,
+    "eval_clamp_len": -1,
+    "eval_same_length": False,
+}
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
+# Architectures that call it otherwise.
+NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}'}
 
 
 def programs():
@@ -61,14 +74,29 @@ def tiny_examples(count, *, seed):
     return Dataset.from_list(examples)
 
 
+def tiny_documents(examples):
+    """The same words as documents, in sentences of three."""
+    ids = [row[1:-1] for row in examples["input_ids"]]
+    columns = {
+        "input_ids": ids,
+        "word_starts": [[True] * len(row) for row in ids],
+        "sent_starts": [[i % 3 == 0 for i in range(len(row))] for row in ids],
+        "doc_id": list(range(len(ids))),
+    }
+    return Dataset.from_dict(columns, features=DOCUMENT_FEATURES)
+
+
 def tiny_data(train=96, held_out=13):
     """What `prepare_data` returns, made in the process."""
+    examples = {"train": tiny_examples(train, seed=1), "eval": tiny_examples(held_out, seed=2)}
     return PreparedData(
         tokenizer=tiny_tokenizer(),
-        train_dataset=EpochDataset(tiny_examples(train, seed=1)),
-        eval_dataset=EpochDataset(tiny_examples(held_out, seed=2)),
+        train_dataset=EpochDataset(examples["train"]),
+        eval_dataset=EpochDataset(examples["eval"]),
         description={"source": "tiny"},
         block_size=BLOCK_SIZE,
+        train_documents=tiny_documents(examples["train"]),
+        eval_documents=tiny_documents(examples["eval"]),
     )
 
 
@@ -83,10 +111,17 @@ class RecordGradients(TrainerCallback):
         self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
+def known_options(options_class, values):
+    """Those of the values that are options of a dataclass."""
+    return {name: value for name, value in values.items() if name in {field.name for field in fields(options_class)}}
+
+
 def build(program, output_dir, data=None, *, model_options=None, **options):
     """Return a Trainer of a program on tiny data: fp32, quiet, unclipped, no dropout unless told otherwise."""
     _, model_class, args_class = program.ARGUMENTS
-    model_args = model_class(**{**TINY, "config_overrides": NO_DROPOUT, **(model_options or {})})
+    sizes = known_options(model_class, TINY)
+    no_dropout = NO_DROPOUT_OF.get(getattr(model_class, "model_type", None), NO_DROPOUT)
+    model_args = model_class(**{**sizes, "config_overrides": no_dropout, **(model_options or {})})
     defaults = {
         "output_dir": str(output_dir),
         "bf16": False,
@@ -101,12 +136,32 @@ def build(program, output_dir, data=None, *, model_options=None, **options):
         "eval_on_start": False,
         "report_to": [],
     }
-    args = args_class(**{**defaults, **options})
+    args = args_class(**{**defaults, **known_options(args_class, TINY_TRAINING), **options})
     torch.manual_seed(args.seed)
     trainer = program.build_trainer(tiny_data() if data is None else data, model_args, args)
     trainer.recorder = RecordGradients()
     trainer.add_callback(trainer.recorder)
     return trainer
+
+
+def collate(trainer, examples):
+    """Return what the model takes of a batch; the numbers of lanes are for the Trainer."""
+    batch = trainer.data_collator(examples)
+    return {name: value for name, value in batch.items() if name != "lanes"}
+
+
+def forward_in_order(trainer, dataset):
+    """Yield the model's outputs over a dataset: at once, or where it has lanes, of all lanes for one time step after another.
+
+    The memory is handed on by hand, to compare with what a Trainer makes of it.
+    """
+    size = getattr(dataset.base, "num_lanes", len(dataset))
+    memory = {}
+    for start in range(0, len(dataset), size):
+        batch = collate(trainer, [dataset[start + i] for i in range(size)])
+        output = trainer.model(**batch, **memory)
+        memory = {} if output.memory is None else {"memory": output.memory}
+        yield output
 
 
 def log_of(trainer):

@@ -125,18 +125,18 @@ def test_options_exist(name, options):
         known |= {f"--{option}" for option in known if not option.startswith("--")}
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
         assert option in known, option
-    for method, rest in re.findall(r"hf-pretrain (mlm|rtd)((?:[^\n`]|\\\n)*)", text):
+    for method, rest in re.findall(r"hf-pretrain ({})((?:[^\n`]|\\\n)*)".format("|".join(METHODS)), text):
         for option in re.findall(r"(?<![\w-])--[a-z]\w*", rest):
             assert option in options[method] | {"--help"}, f"hf-pretrain {method} {option}"
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/objectives.md"])
 def test_the_table_of_objectives_names_classes_and_recipes_of_the_method(name):
-    rows = [line for line in text_of(name).splitlines() if re.match(r"\| `(mlm|rtd)`", line)]
-    assert {re.match(r"\| `(\w+)`", row)[1] for row in rows} == set(METHODS)
+    rows = [line for line in text_of(name).splitlines() if re.match(r"\| `({})`".format("|".join(METHODS)), line)]
+    assert {re.match(r"\| `([\w-]+)`", row)[1] for row in rows} == set(METHODS)
     linked = set()
     for row in rows:
-        method = re.match(r"\| `(\w+)`", row)[1]
+        method = re.match(r"\| `([\w-]+)`", row)[1]
         for class_name in re.findall(r"`(\w+Trainer)`", row):
             assert getattr(hf_pretrain, class_name).objective.name == method
         for recipe in re.findall(r"\(([^)]+\.yaml)\)", row):

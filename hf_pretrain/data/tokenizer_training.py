@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Literal, get_args
 
@@ -290,13 +290,14 @@ def _lone_characters() -> str:
     return r"\p{P}" + "".join(f"\\{symbol}" for symbol in ASCII_SYMBOLS) + ranges
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise InputError if a tokenizer lacks a special token that masked language models need.
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, roles: Sequence[str] = ("mask", "pad")) -> None:
+    """Raise InputError if a tokenizer lacks a special token that is needed.
 
     Args:
-        tokenizer: Any tokenizer; it needs a mask and a pad token; what stands around a sequence is its own affair.
+        tokenizer: Any tokenizer; what stands around a sequence is its own affair.
+        roles: The tokens that are needed; masked language models need a mask and a pad token.
     """
-    for role in ("mask", "pad"):
+    for role in roles:
         if getattr(tokenizer, f"{role}_token_id") is None:
             raise InputError(
                 f"tokenizer={tokenizer.name_or_path or type(tokenizer).__name__!r} has no {role}_token, which masked "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,12 +93,18 @@ def _checkpoint_to_resume(folder: Path, asked: str) -> str:
     return checkpoint
 
 
-def load_data(data_args: DataArguments, model_args: ModelArguments, args: PretrainingArguments) -> PreparedData:
+def load_data(
+    data_args: DataArguments,
+    model_args: ModelArguments,
+    args: PretrainingArguments,
+    *,
+    special_tokens: Sequence[str] = ("mask", "pad"),
+) -> PreparedData:
     """Read the text and cut it into examples, with the tokenizer of the run, of the checkpoint to continue, or a new one."""
     tokenizer = _known_tokenizer(data_args, model_args, args)
     if tokenizer is not None:
         # Before hours of tokenizing, not after.
-        check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer, roles=special_tokens)
     return prepare_data(
         data_args,
         seed=args.seed,
@@ -125,6 +131,7 @@ def train_method(
     arguments: tuple[type, type, type],
     build_trainer: Callable[[PreparedData, Any, Any], PretrainingTrainer],
     demonstrate: Callable[[Any, PreparedData], None] | None = None,
+    special_tokens: Sequence[str] = ("mask", "pad"),
 ) -> None:
     """Run a method from its command line to its report.
 
@@ -135,11 +142,12 @@ def train_method(
         arguments: Dataclasses of the options of data, model and training.
         build_trainer: Puts the method's model, collator and Trainer together.
         demonstrate: Prints more at the end, on the first process, to show what was learned.
+        special_tokens: What the tokenizer must have.
     """
     options = parse_arguments(arguments, argv, prog=f"hf-pretrain {name}", description=description)
     data_args, model_args, args = options
     with output_directory(args):
-        data = load_data(data_args, model_args, args)
+        data = load_data(data_args, model_args, args, special_tokens=special_tokens)
         # The Trainer seeds too, but the weights are drawn before it is there.
         set_seed(args.seed)
         trainer = build_trainer(data, model_args, args)

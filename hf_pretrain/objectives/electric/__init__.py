@@ -1,0 +1,21 @@
+"""Electric: energy-based cloze models by noise-contrastive estimation."""
+
+from hf_pretrain.objectives.electric.building import ElectricModelArguments, build_model
+from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
+from hf_pretrain.objectives.electric.modeling import ElectricConfig, ElectricForPreTraining
+from hf_pretrain.objectives.electric.scoring import score_texts
+from hf_pretrain.objectives.electric.trainer import ElectricTrainer, ElectricTrainingArguments
+from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel
+
+__all__ = [
+    "DataCollatorForElectric",
+    "ElectricConfig",
+    "ElectricForPreTraining",
+    "ElectricModelArguments",
+    "ElectricTrainer",
+    "ElectricTrainingArguments",
+    "TwoTowerClozeConfig",
+    "TwoTowerClozeModel",
+    "build_model",
+    "score_texts",
+]

@@ -1,0 +1,227 @@
+"""The generator of noise and the model of the text in one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
+from hf_pretrain.modeling.isolation import isolated_inputs
+from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput, sum_by_example
+from hf_pretrain.modeling.sharing import shared_embedding_names
+from hf_pretrain.objectives.electric.masks import given_positions
+from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
+from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
+
+EMBEDDING_SHARING = ("tied", "none")
+
+
+@strict
+class ElectricConfig(CompositeConfig):
+    """Configuration of [`ElectricForPreTraining`].
+
+    Attributes:
+        generator: Configuration of the two-tower model that proposes noise.
+        discriminator: Configuration of the stock model that gives each token its energy.
+        embedding_sharing: "tied" (word, position and type tables and their layer norm are one) or "none".
+        tie_word_embeddings: Lets transformers tie at all; without it no sharing takes effect.
+    """
+
+    model_type = "hf_pretrain_electric"
+    sub_configs = {"generator": AutoConfig, "discriminator": AutoConfig}  # noqa: RUF012
+
+    generator: SubModelConfig = None
+    discriminator: SubModelConfig = None
+    embedding_sharing: str = "tied"
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Keep the attention backend of the towers too, which lie one level deeper."""
+        tower = getattr(self.generator, "tower", None)
+        backend = getattr(tower, "_attn_implementation", None)
+        super().__post_init__(**kwargs)
+        if tower is not None:
+            tower._attn_implementation = backend
+
+
+def noise_logits(
+    energies: torch.Tensor, noise_log_probs: torch.Tensor, noise_share: torch.Tensor | float
+) -> torch.Tensor:
+    """Return the logit of "this token is noise" for tokens of known noise probability.
+
+    A token is noise with odds k q(x) : (1 - k) p(x), so at the optimum the energy is -log p(x): no constant is left open.
+
+    Args:
+        energies: ``[C]`` energies; the lower, the likelier the token is as text.
+        noise_log_probs: ``[C]`` log q of the tokens, in nats.
+        noise_share: k, the share of the tokens that are noise: ``[C]`` or one number. Where it is 0 or 1 there is nothing to
+            tell apart: the logit is then so far out that neither loss nor gradient is left.
+
+    Returns:
+        ``[C]`` logits in fp32, positive for noise.
+
+    Source: Clark et al. 2020, "Pre-Training Transformers as Energy-Based Cloze Models", section 2.
+    """
+    share = torch.as_tensor(noise_share, dtype=torch.float32, device=energies.device)
+    log_odds = share.clamp(min=1e-30).log() - (1 - share).clamp(min=1e-30).log()
+    return energies.float() + noise_log_probs.float() + log_odds
+
+
+class ElectricForPreTraining(PretrainingModel):
+    """Electric: the energy of every token given its context, learned by telling text from noise of known probability.
+
+    Args:
+        config: Configuration with those of both models inside.
+        generator: Two-tower model; built from the configuration, with fresh weights, when not given.
+        discriminator: Stock model with one logit a token; built likewise.
+
+    Source: Clark et al. 2020, "Pre-Training Transformers as Energy-Based Cloze Models", section 2.
+    """
+
+    config_class = ElectricConfig
+    export_parts = {"": "discriminator", "pretraining/generator": "generator"}  # noqa: RUF012
+
+    def __init__(
+        self,
+        config: ElectricConfig,
+        generator: TwoTowerClozeModel | None = None,
+        discriminator: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        if config.embedding_sharing not in EMBEDDING_SHARING:
+            raise InputError(
+                f"embedding_sharing={config.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
+            )
+        self.generator = TwoTowerClozeModel(config.generator) if generator is None else generator
+        self.discriminator = build_discriminator(config.discriminator) if discriminator is None else discriminator
+        if config.embedding_sharing == "tied":
+            shared = shared_embedding_names(self.discriminator, self.generator.left_tower)
+            self._tied_weights_keys = {
+                f"discriminator.{ours}": f"generator.left_tower.{theirs}" for ours, theirs in shared.items()
+            }
+        self.post_init()
+
+    @classmethod
+    def from_models(
+        cls, generator: TwoTowerClozeModel, discriminator: PreTrainedModel, **options: Any
+    ) -> ElectricForPreTraining:
+        """Pair two models; both are trained in place. `options` are fields of [`ElectricConfig`]."""
+        config = ElectricConfig(generator=generator.config, discriminator=discriminator.config, **options)
+        return cls(config, generator, discriminator)
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Return the word embeddings of the generator, which the discriminator shares unless told otherwise."""
+        return self.generator.get_input_embeddings()
+
+    @staticmethod
+    def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the candidates, which both losses are about."""
+        count = torch.tensor(len(batch["candidate_positions"]))
+        return {"cloze": count, "nce": count}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor,
+        target_positions: torch.Tensor,
+        candidate_positions: torch.Tensor,
+        sample_uniforms: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        **inputs: Any,
+    ) -> PretrainingOutput:
+        """Run one joint step.
+
+        Args:
+            input_ids: ``[B, L]`` the text.
+            attention_mask: ``[B, L]``.
+            labels: ``[B, L]``, -100 where the text stays, anything else where noise is put.
+            target_positions: ``[T]`` flat positions of the noise; one with label -100 is a filler.
+            candidate_positions: ``[C]`` flat positions of all tokens that may be noise, those of the noise among them. One
+                whose token the generator excludes, so that q = 0, counts for nothing.
+            sample_uniforms: ``[T]`` keyed uniforms that decide what the generator puts there.
+            document_ids: ``[B, L]`` documents that do not see each other, see [`TwoTowerClozeModel.context_states`].
+            position_ids: ``[B, L]`` place of a token in its document, needed with `document_ids`.
+            **inputs: Further inputs of both models, such as `token_type_ids`.
+
+        Returns:
+            The losses over all candidates (nats): "cloze" of the generator, and "nce" of the discriminator, whose label is 1 for
+            noise even if the sample is what stood there. The metrics tell the share of noise ("fake_rate"), how often it is the
+            text ("sampled_accuracy"), and the mean "energy" of the text's own tokens, an estimate of their -log p. In evaluation
+            also the logits (positive = noise) with their labels.
+        """
+        shape, text, places = labels.shape, input_ids.flatten(), candidate_positions
+        has_density = ~self.generator.excluded_tokens[text]
+        is_noise = (labels.flatten() != IGNORED) & has_density
+        is_candidate_C, is_noise_C = has_density[places], is_noise[places]
+
+        inputs |= {"attention_mask": attention_mask, "document_ids": document_ids, "position_ids": position_ids}
+        states = self.generator.context_states(input_ids, **inputs).flatten(0, 1)
+        log_q_C = self.generator.log_probs(states.index_select(0, places), text[places]).where(is_candidate_C, 0.0)
+        samples_T, samples_log_q_T = self.generator.sample(states.index_select(0, target_positions), sample_uniforms)
+        put = partial(_put, positions=target_positions, where=is_noise)
+        given = put(samples_T, into=text)
+        given_log_q = torch.zeros_like(text, dtype=torch.float32).index_copy(0, places, log_q_C.detach())
+        given_log_q = put(samples_log_q_T, into=given_log_q)
+        energies_C = self._energies(given.view(shape), **inputs).index_select(0, places)
+
+        total = partial(_sum_where, positions=places, shape=shape)
+        num_noise, num_candidates = total(is_noise_C, is_candidate_C)
+        shares = num_noise / num_candidates.clamp(min=1)
+        logits_C = noise_logits(energies_C, given_log_q[places], shares[places // shape[1]])
+        nce_C = F.binary_cross_entropy_with_logits(logits_C, is_noise_C.float(), reduction="none")
+        output = PretrainingOutput(
+            losses={"cloze": total(-log_q_C, is_candidate_C), "nce": total(nce_C, is_candidate_C)},
+            metrics={
+                "fake_rate": ExampleSum(num_noise, num_candidates),
+                "sampled_accuracy": total(given[places] == text[places], is_noise_C),
+                "energy": total(energies_C.detach(), is_candidate_C & ~is_noise_C),
+            },
+        )
+        if not self.training:
+            output.scores = torch.zeros_like(given_log_q).index_copy(0, places, logits_C).view(shape)
+            score_labels = torch.full_like(text, IGNORED).index_copy(0, places, is_noise_C.long())
+            output.score_labels = score_labels.masked_fill(~has_density, IGNORED).view(shape)
+        return output
+
+    def _energies(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor,
+        document_ids: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        **inputs: Any,
+    ) -> torch.Tensor:
+        """Return the discriminator's logit of every position, ``[B * L]``."""
+        if document_ids is None:
+            inputs |= given_positions(self.discriminator, attention_mask, position_ids)
+        else:
+            inputs |= {"document_ids": document_ids, "position_ids": position_ids}
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        model_inputs = isolated_inputs(self.discriminator, **inputs)
+        logits: torch.Tensor = self.discriminator(**model_inputs).logits
+        return logits.flatten()
+
+
+def _put(values: torch.Tensor, *, positions: torch.Tensor, into: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    # Fillers of a fixed shape point at positions that were not selected: those stay as they are.
+    return torch.where(where, into.index_copy(0, positions, values), into)
+
+
+def _sum_where(
+    values: torch.Tensor, counted: torch.Tensor, *, positions: torch.Tensor, shape: torch.Size
+) -> ExampleSum:
+    """Sum the counted ones of values at flat positions, by example."""
+    sums = sum_by_example(values.float() * counted, positions, shape)
+    return ExampleSum(sums, sum_by_example(counted, positions, shape))

@@ -1,0 +1,62 @@
+"""Pseudo-log-likelihoods of whole texts, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.base import longest_sequence
+
+
+@torch.no_grad()
+def score_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 32
+) -> list[float]:
+    """Return the pseudo-log-likelihood of each text, for example to choose among several.
+
+    An energy estimates -log p of its token given all the others, so their sum, negated, is what masking the tokens one by one
+    would give, in one pass instead of as many as there are tokens. Special tokens, the unknown one among them, add nothing:
+    training gives them no energy.
+
+    Args:
+        model: The exported discriminator, with one logit a token.
+        tokenizer: Its tokenizer.
+        texts: The texts; each must fit the model.
+        batch_size: Texts a pass; those of similar length go together.
+
+    Returns:
+        Sums of log p in nats, in the order of the texts: the higher, the likelier.
+
+    Raises:
+        InputError: If the model has more than one logit a token, or a text is longer than the model's positions.
+
+    Source: Clark et al. 2020, "Pre-Training Transformers as Energy-Based Cloze Models", section 3.
+    """
+    rows = [tokenizer(text, truncation=False, verbose=False)["input_ids"] for text in texts]
+    longest = longest_sequence(model)
+    for number, row in enumerate(rows):
+        if longest is not None and len(row) > longest:
+            raise InputError(
+                f"texts[{number}] has {len(row)} tokens, more than the {longest} that the model takes: split it"
+            )
+    special = torch.tensor(tokenizer.all_special_ids, device=model.device)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
+    scores = [0.0] * len(rows)
+    was_training = model.training
+    model.eval()
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [rows[number] for number in chosen]}, return_tensors="pt")
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        logits = model(**inputs).logits.float()
+        if logits.numel() != inputs["input_ids"].numel():
+            raise InputError(f"model={type(model).__name__} gives {logits.shape[-1]} logits a token: Electric has one")
+        counted = inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], special)
+        sums = -(logits.view_as(counted) * counted).sum(dim=1)
+        for number, score in zip(chosen, sums.tolist(), strict=True):
+            scores[number] = score
+    model.train(was_training)
+    return scores

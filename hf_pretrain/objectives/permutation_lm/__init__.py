@@ -1,0 +1,27 @@
+"""Permutation language modelling: XLNet's objective."""
+
+from hf_pretrain.objectives.permutation_lm.building import PermutationLMModelArguments
+from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
+from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMConfig, PermutationLMForPreTraining
+from hf_pretrain.objectives.permutation_lm.scoring import TextScore, log_likelihood, score_texts
+from hf_pretrain.objectives.permutation_lm.stock import stock_inputs
+from hf_pretrain.objectives.permutation_lm.trainer import (
+    PermutationLMTrainer,
+    PermutationLMTrainingArguments,
+    plm_inputs,
+)
+
+__all__ = [
+    "DataCollatorForPermutationLM",
+    "PermutationArguments",
+    "PermutationLMConfig",
+    "PermutationLMForPreTraining",
+    "PermutationLMModelArguments",
+    "PermutationLMTrainer",
+    "PermutationLMTrainingArguments",
+    "TextScore",
+    "log_likelihood",
+    "plm_inputs",
+    "score_texts",
+    "stock_inputs",
+]

@@ -1,0 +1,187 @@
+"""A stock model trained to predict its tokens in random orders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, XLNetLMHeadModel
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.configuration import CompositeConfig, ModelArguments, SubModelConfig
+from hf_pretrain.modeling.losses import IGNORED, masked_lm_accuracy, masked_lm_loss
+from hf_pretrain.modeling.memory import RecurrentMemory
+from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.modeling.two_stream import PermutedBatch, TwoStreams
+from hf_pretrain.modeling.two_stream_positions import PositionTwoStreams
+from hf_pretrain.modeling.two_stream_xlnet import XLNetTwoStreams
+from hf_pretrain.objectives.permutation_lm.building import build_stock_model, stock_class
+
+
+@strict
+class PermutationLMConfig(CompositeConfig):
+    """Configuration of [`PermutationLMForPreTraining`].
+
+    Attributes:
+        model: Configuration of the stock model inside.
+        mask_token_id: Token that stands for a target in the query stream; XLNet has a vector of its own for that.
+        two_stream_attention: Backend of XLNet's attention, "sdpa" or "flex_attention".
+        mem_len: Positions that the memory holds; 0 for none.
+        reuse_len: How many of the first positions of each segment are kept; all if not given.
+    """
+
+    model_type = "hf_pretrain_permutation_lm"
+    sub_configs = {"model": AutoConfig}  # noqa: RUF012
+
+    model: SubModelConfig = None
+    mask_token_id: int | None = None
+    two_stream_attention: str = "sdpa"
+    mem_len: int = 0
+    reuse_len: int | None = None
+
+
+class PermutationLMForPreTraining(PretrainingModel):
+    """A stock model that predicts tokens in a random order, each from those before it in that order.
+
+    Any `XLNetLMHeadModel`, or a masked language model that takes `position_ids` and a mask a row, such as BERT, RoBERTa or
+    ModernBERT. Every parameter has a gradient; those of XLNet's segments a gradient of zero where all tokens are of one segment,
+    with or without `token_type_ids` that say so.
+
+    Args:
+        config: Configuration with the stock model's inside.
+        model: The stock model to train; built from the configuration, with fresh weights, when not given.
+
+    Raises:
+        InputError: If the architecture cannot be trained this way, or cannot have a memory.
+
+    Source: Yang et al. 2019, "XLNet: Generalized Autoregressive Pretraining for Language Understanding", sections 2.2 to 2.5.
+    """
+
+    config_class = PermutationLMConfig
+    export_parts = {"": "model"}  # noqa: RUF012
+
+    def __init__(self, config: PermutationLMConfig, model: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.model = stock_class(config.model).from_config(config.model) if model is None else model
+        self.two_streams = build_two_streams(self.model, config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, **options: Any) -> PermutationLMForPreTraining:
+        """Wrap a stock model; it is trained in place. `options` are fields of [`PermutationLMConfig`]."""
+        composite = cls(PermutationLMConfig(model=model.config, **options), model)
+        if isinstance(composite.two_streams, PositionTwoStreams):
+            composite.two_streams.check()
+        return composite
+
+    @classmethod
+    def from_arguments(
+        cls, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> PermutationLMForPreTraining:
+        """Load the checkpoint that the arguments name, or build the model that they describe; see [`from_model`]."""
+        model = build_stock_model(args, tokenizer)
+        if isinstance(model, XLNetLMHeadModel) and args.attn_implementation is not None:
+            options["two_stream_attention"] = args.attn_implementation
+        return cls.from_model(model, mask_token_id=tokenizer.mask_token_id, **options)
+
+    @property
+    def memory_size(self) -> int:
+        """Positions that the memory holds."""
+        return self.config.mem_len
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Return the word embeddings of the stock model."""
+        return self.model.get_input_embeddings()
+
+    @staticmethod
+    def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the number of targets."""
+        return {"plm": (batch["labels"] != IGNORED).sum()}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        key_ranks: torch.Tensor,
+        thresholds: torch.Tensor,
+        target_columns: torch.Tensor,
+        labels: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        backward: torch.Tensor | None = None,
+        memory: RecurrentMemory | None = None,
+        memory_reset: torch.Tensor | None = None,
+    ) -> PretrainingOutput:
+        """Return the loss summed over the targets.
+
+        Args:
+            input_ids: ``[B, S]`` tokens, none of them masked.
+            attention_mask: ``[B, S]``.
+            key_ranks: ``[B, S]``; position i sees the content of j iff ``key_ranks[j] < thresholds[i]``.
+            thresholds: ``[B, S]``.
+            target_columns: ``[B, P]`` columns of the targets.
+            labels: ``[B, P]`` their ids, -100 where a row has fewer targets.
+            token_type_ids: ``[B, S]`` segments.
+            backward: ``[B]`` bool, lanes that are read from right to left.
+            memory: What the segments before have left; empty if not given.
+            memory_reset: ``[B]`` bool, rows that begin without it.
+
+        Returns:
+            The loss "plm" (nats), in evaluation the metric "plm_accuracy", and the new memory if the model has one.
+        """
+        batch = PermutedBatch(
+            input_ids, attention_mask, key_ranks, thresholds, target_columns, token_type_ids, backward
+        )
+        slots = (labels != IGNORED).flatten().nonzero().squeeze(1)
+        memory = self._begin(memory, memory_reset, len(input_ids))
+        logits_TV, kept = self.predict(batch, slots, memory=memory)
+        targets_T = labels.flatten().index_select(0, slots)
+        loss = masked_lm_loss(logits_TV, targets_T, positions=slots, shape=labels.shape)
+        output = PretrainingOutput(losses={"plm": loss}, metrics={})
+        if memory is not None and kept is not None:
+            output.memory = memory.append(kept)
+        if not self.training:
+            output.metrics["plm_accuracy"] = masked_lm_accuracy(
+                logits_TV.argmax(-1), targets_T, positions=slots, shape=labels.shape
+            )
+        return output
+
+    def predict(
+        self, batch: PermutedBatch, slots: torch.Tensor, *, memory: RecurrentMemory | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits at targets ``[T]`` and what the memory is to keep; see [`TwoStreams`]."""
+        num_kept = batch.input_ids.shape[1] if self.config.reuse_len is None else self.config.reuse_len
+        is_checkpointed = self.gradient_checkpointing and self.training
+        checkpoint = self._gradient_checkpointing_func if is_checkpointed else None
+        return self.two_streams(batch, slots, memory=memory, num_kept=num_kept, checkpoint=checkpoint)
+
+    def _begin(
+        self, memory: RecurrentMemory | None, reset: torch.Tensor | None, num_rows: int
+    ) -> RecurrentMemory | None:
+        """Return the memory to read: emptied where asked, empty if there is none yet, None for a model without."""
+        if not self.memory_size:
+            return None
+        if memory is None:
+            config = self.model.config
+            shape = (config.num_hidden_layers, num_rows, self.memory_size, config.hidden_size)
+            return RecurrentMemory.empty(*shape, dtype=self.dtype, device=self.device)
+        return memory if reset is None else memory.reset(reset)
+
+
+def build_two_streams(model: PreTrainedModel, config: PermutationLMConfig) -> TwoStreams:
+    """Return how a stock model's two streams are run.
+
+    Raises:
+        InputError: If there is no way for this architecture, or none with a memory.
+    """
+    if isinstance(model, XLNetLMHeadModel):
+        return XLNetTwoStreams(model, backend=config.two_stream_attention)
+    if config.mem_len:
+        raise InputError(
+            f"mem_len={config.mem_len}: {type(model).__name__} has no relative positions, which a memory needs; use xlnet, "
+            "or set mem_len=0"
+        )
+    return PositionTwoStreams(model, mask_token_id=config.mask_token_id)

@@ -1,0 +1,161 @@
+"""The probability of a text under a permutation language model, by the chain rule in any order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_pretrain.data import draws
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.two_stream import PermutedBatch
+from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
+
+Order = str | Sequence[Sequence[int]]
+
+
+class TextScore(NamedTuple):
+    """How probable a text is.
+
+    Attributes:
+        num_tokens: Tokens that were predicted; special tokens are given, not predicted.
+        by_order: Log-likelihood of the text in nats in each of the orders.
+    """
+
+    num_tokens: int
+    by_order: list[float]
+
+    @property
+    def log_likelihood(self) -> float:
+        """Mean over the orders, what training maximises; in nats."""
+        return math.fsum(self.by_order) / len(self.by_order)
+
+    @property
+    def mixture_log_likelihood(self) -> float:
+        """Log of the mean probability over the orders, which is never less; in nats."""
+        most = max(self.by_order)
+        return most + math.log(math.fsum(math.exp(value - most) for value in self.by_order) / len(self.by_order))
+
+
+def score_texts(
+    model: PermutationLMForPreTraining | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    order: Order = "left_to_right",
+    num_orders: int = 1,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[TextScore]:
+    """Return the joint log-likelihood of each text: the sum over its tokens of ``log p(token | tokens before it)``.
+
+    Every order gives a probability distribution over texts of a length. Special tokens that the tokenizer adds are seen by all
+    and see each other alone.
+
+    Args:
+        model: What was trained, or the stock model that was exported.
+        tokenizer: Its tokenizer.
+        texts: The texts.
+        order: "left_to_right", "random", or a list for each text with the numbers of its tokens, special ones not counted, in
+            the order of prediction.
+        num_orders: How many random orders to score each text in.
+        seed: Seed of the random orders, which do not depend on the batch.
+        batch_size: Texts, each counted once an order, that are run at a time.
+
+    Raises:
+        InputError: If an order does not fit its text, or a text has no tokens.
+    """
+    if num_orders < 1 or (num_orders > 1 and order != "random"):
+        raise InputError(f"num_orders={num_orders} must be 1, or more with order='random'")
+    if not isinstance(model, PermutationLMForPreTraining):
+        model = PermutationLMForPreTraining.from_model(model, mask_token_id=tokenizer.mask_token_id)
+    encoded = [tokenizer(text, return_special_tokens_mask=True) for text in texts]
+    ids = [np.asarray(one["input_ids"]) for one in encoded]
+    columns = [np.flatnonzero(np.asarray(one["special_tokens_mask"]) == 0) for one in encoded]
+    _check_texts(texts, columns)
+    jobs = [(i, number) for i in range(len(texts)) for number in range(num_orders)]
+    jobs.sort(key=lambda job: len(ids[job[0]]))
+    found = np.zeros((len(texts), num_orders))
+    was_training = model.training
+    model.eval()
+    try:
+        for begin in tqdm(
+            range(0, len(jobs), batch_size), desc="Scoring texts", unit=" batches", delay=2, disable=None
+        ):
+            part = jobs[begin : begin + batch_size]
+            ranks = [_ranks(order, text, len(columns[text]), number=number, seed=seed) for text, number in part]
+            batch = _batch([ids[text] for text, _ in part], [columns[text] for text, _ in part], ranks)
+            for (text, number), value in zip(part, _log_likelihoods(model, batch), strict=True):
+                found[text, number] = value
+    finally:
+        model.train(was_training)
+    return [TextScore(len(columns[i]), found[i].tolist()) for i in range(len(texts))]
+
+
+def log_likelihood(
+    model: PermutationLMForPreTraining | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    order: Order = "left_to_right",
+    num_orders: int = 1,
+    seed: int = 0,
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """Return the log-likelihoods of texts, ``[N]`` in nats, averaged over orders if there are several; see [`score_texts`]."""
+    scores = score_texts(model, tokenizer, texts, order=order, num_orders=num_orders, seed=seed, batch_size=batch_size)
+    return torch.tensor([score.log_likelihood for score in scores], dtype=torch.float64)
+
+
+def _check_texts(texts: Sequence[str], columns: list[np.ndarray]) -> None:
+    for text, places in zip(texts, columns, strict=True):
+        if not len(places):
+            raise InputError(f"text {text!r} has no tokens to score: leave it out")
+
+
+def _ranks(order: Order, text: int, num_tokens: int, *, number: int, seed: int) -> np.ndarray:
+    """Return the rank of each token of a text in an order."""
+    if isinstance(order, str):
+        if order == "left_to_right":
+            return np.arange(num_tokens)
+        if order == "random":
+            keys = draws.row_keys([text], seed=seed, epoch=number, stream="factorisation order")
+            return draws.uniforms(keys, num_tokens)[0].argsort().argsort()
+        raise InputError(f"order={order!r} must be 'left_to_right', 'random' or a list for each text")
+    given = np.asarray(order[text] if text < len(order) else [])
+    if not np.array_equal(np.sort(given), np.arange(num_tokens)):
+        raise InputError(f"order of text {text} must hold each of its {num_tokens} token numbers, from 0, once")
+    return given.argsort()
+
+
+def _batch(ids: list[np.ndarray], columns: list[np.ndarray], ranks: list[np.ndarray]) -> PermutedBatch:
+    """Put texts into a batch: special tokens are ordinary context, all other tokens are targets."""
+    shape = (len(ids), max(map(len, ids)))
+    mask = np.arange(shape[1]) < np.array([len(row) for row in ids])[:, None]
+    tokens, key_ranks, thresholds = (np.zeros(shape, dtype=np.int64) for _ in range(3))
+    targets = np.zeros((len(ids), max(map(len, columns))), dtype=np.int64)
+    for row, (text, places, order) in enumerate(zip(ids, columns, ranks, strict=True)):
+        tokens[row, : len(text)] = text
+        thresholds[row, : len(text)] = 1
+        key_ranks[row, places] = thresholds[row, places] = order + 1
+        targets[row, : len(places)] = places
+    return PermutedBatch(*map(torch.from_numpy, (tokens, mask.astype(np.int64), key_ranks, thresholds, targets)))
+
+
+@torch.no_grad()
+def _log_likelihoods(model: PermutationLMForPreTraining, batch: PermutedBatch) -> list[float]:
+    """Return the log-likelihood of each row."""
+    num_targets = (batch.key_ranks > 0).sum(dim=1)
+    is_target = torch.arange(batch.target_columns.shape[1]) < num_targets[:, None]
+    slots = is_target.flatten().nonzero().squeeze(1)
+    labels_T = batch.input_ids.gather(1, batch.target_columns).flatten()[slots]
+    on_device = PermutedBatch(*(value.to(model.device) for value in batch[:5]))
+    logits_TV, _ = model.predict(on_device, slots.to(model.device))
+    nll_T = torch.nn.functional.cross_entropy(logits_TV.float(), labels_T.to(model.device), reduction="none")
+    rows = slots // batch.target_columns.shape[1]
+    return torch.zeros(len(num_targets), dtype=torch.float64).index_add(0, rows, -nll_T.double().cpu()).tolist()

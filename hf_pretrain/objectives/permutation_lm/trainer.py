@@ -1,0 +1,157 @@
+"""Options, data and Trainer of permutation language modelling."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from hf_pretrain.data.lanes import LaneStream
+from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.data.xlnet_windows import XLNetWindows
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.objectives.permutation_lm.collator import PermutationArguments
+from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size
+
+
+@dataclass
+class PermutationLMTrainingArguments(PermutationArguments, PretrainingArguments):
+    """Options of [`PermutationLMTrainer`]: those of the order, of the memory and of every pre-training.
+
+    Source: Yang et al. 2019, appendix A.4; `model_utils.py` and `train.py` of the official code.
+    """
+
+    mem_len: int = field(
+        default=0,
+        metadata={
+            "help": "Positions of earlier segments that XLNet remembers (officially 384 for segments of 512); the text is "
+            "then read in lanes. 0: no memory, and each example stands alone."
+        },
+    )
+    bidirectional: bool = field(
+        default=False, metadata={"help": "With a memory: read the text in half of the lanes from its end."}
+    )
+    eval_lanes: int = field(
+        default=8,
+        metadata={
+            "help": "With a memory: parts of the held-out text that are read side by side, on all devices together; fewer of "
+            "a short text. per_device_eval_batch_size is lowered to fit."
+        },
+    )
+    adam_bias_correction: bool = field(
+        default=False, metadata={"help": "Adam's bias correction; the official optimizer has none."}
+    )
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
+
+    def __post_init__(self) -> None:
+        """Refuse options of a memory that do not go together."""
+        for name, least in (("mem_len", 0), ("eval_lanes", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.bidirectional and not self.mem_len:
+            raise InputError(
+                "bidirectional=True is an option of the memory, but mem_len=0: set mem_len or leave it out"
+            )
+        if self.mem_len and not self.halves:
+            raise InputError(
+                f"halves=False would let what is remembered of a segment see its end, and mem_len={self.mem_len}: "
+                "leave halves out"
+            )
+        super().__post_init__()
+
+    @property
+    def permutation(self) -> PermutationArguments:
+        """The options of the order alone, as the collator takes them."""
+        names = [field.name for field in fields(PermutationArguments)]
+        return PermutationArguments(**{name: getattr(self, name) for name in names})
+
+
+def plm_inputs(data: PreparedData, args: PermutationLMTrainingArguments) -> dict[str, Any]:
+    """Return the arguments that a [`PermutationLMTrainer`] takes from the data: examples, or windows of lanes for a memory.
+
+    Raises:
+        InputError: If examples hold isolated documents, or for a memory if the data is a stream or too little for the lanes.
+    """
+    if not args.mem_len:
+        if data.isolates_documents:
+            raise InputError(
+                "block_mode='isolated_documents': an order of prediction goes over a whole example; choose another "
+                "block_mode, such as 'doc_sentences'"
+            )
+        return data.trainer_inputs()
+    if data.train_documents is None:
+        raise InputError(f"mem_len={args.mem_len} needs stored text to cut into lanes: leave streaming out")
+    ways = 2 if args.bidirectional else 1
+    num_lanes = global_batch_size(args)
+    if num_lanes % ways:
+        raise InputError(
+            f"bidirectional=True needs an even number of examples a step, not {num_lanes}: change "
+            "per_device_train_batch_size or gradient_accumulation_steps"
+        )
+    train = _windows(data, data.train_documents, args, num_lanes=num_lanes // ways)
+    inputs = data.trainer_inputs() | {"train_dataset": train, "eval_dataset": None}
+    if data.eval_documents is not None:
+        inputs["eval_dataset"] = _windows(data, data.eval_documents, args, num_lanes=_eval_lanes(data, args) // ways)
+    of_blocks = ("block_mode", "blocks", "held_out_blocks")
+    description = {name: value for name, value in data.description.items() if name not in of_blocks}
+    description |= {"lanes": train.num_lanes, "windows_of_a_lane": train.num_windows}
+    return inputs | {"data_description": description}
+
+
+def _eval_lanes(data: PreparedData, args: PermutationLMTrainingArguments) -> int:
+    """Return how many lanes the held-out text is read in: such that each has a window, and all processes have equally many."""
+    whole = LaneStream(data.eval_documents, tokenizer=data.tokenizer, num_lanes=1)
+    ways = 2 if args.bidirectional else 1
+    unit = math.lcm(ways, args.world_size)
+    most = min(args.eval_lanes, whole.num_tokens // data.block_size * ways)
+    return max(unit, most // unit * unit)
+
+
+def _windows(
+    data: PreparedData, documents: Any, args: PermutationLMTrainingArguments, *, num_lanes: int
+) -> XLNetWindows:
+    return XLNetWindows(
+        LaneStream(documents, tokenizer=data.tokenizer, num_lanes=num_lanes),
+        tokenizer=data.tokenizer,
+        window=data.block_size,
+        reuse_len=args.reuse_len,
+        bidirectional=args.bidirectional,
+        seed=args.seed,
+    )
+
+
+class PermutationLMTrainer(RecurrentTrainer):
+    """Trains a [`PermutationLMForPreTraining`], with or without a memory."""
+
+    objective = ObjectiveDescription(
+        name="plm",
+        title="Permutation language modelling",
+        description=(
+            "An order of the tokens is drawn at random for each example, and tokens at its end are predicted one after the "
+            "other, each from all tokens before it in that order, wherever they stand in the text. No token is masked in the "
+            "input: a second stream of attention knows the position of what it predicts, but not its content. So the model "
+            "uses context on both sides, and the predictions multiply to a probability of the text."
+        ),
+        formula=(
+            r"\mathcal{L} = -\mathbb{E}_{z} \left[ \frac{1}{|z_{>c}|} \sum_{t > c} "
+            r"\log p_\theta(x_{z_t} \mid x_{z_{<t}}) \right]"
+        ),
+        citations=(
+            """\
+@inproceedings{yang2019xlnet,
+  title = {{XLNet}: Generalized Autoregressive Pretraining for Language Understanding},
+  author = {Yang, Zhilin and Dai, Zihang and Yang, Yiming and Carbonell, Jaime and Salakhutdinov, Ruslan and Le, Quoc V.},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year = {2019}
+}""",
+        ),
+        usage="""\
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModel.from_pretrained("{repo}")
+inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
+with torch.no_grad():
+    states = model(**inputs).last_hidden_state  # [1, length, width]: a vector for each token""",
+    )

@@ -1,0 +1,147 @@
+"""Options and Trainer of language modelling with a memory."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalPrediction, SchedulerType
+
+from hf_pretrain.data.lanes import LaneDataset, LaneStream
+from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.stream_evaluation import memory_lengths
+from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
+from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size
+
+
+@dataclass
+class RecurrentLMTrainingArguments(PretrainingArguments):
+    """Options of [`RecurrentLMTrainer`]; the defaults are the base model's of WikiText-103."""
+
+    tgt_len: int = field(default=150, metadata={"help": "Tokens of a segment in training."})
+    mem_len: int = field(default=150, metadata={"help": "Tokens that are remembered in training."})
+    clamp_len: int = field(
+        default=-1, metadata={"help": "Distance from which on positions are all alike, in training; -1 for none."}
+    )
+    same_length: bool = field(
+        default=False, metadata={"help": "Let every position see equally many tokens, in training."}
+    )
+    reset_at_documents: bool = field(
+        default=False,
+        metadata={"help": "Forget at the end of each document; segments end with it and are padded."},
+    )
+    eval_tgt_len: int = field(default=64, metadata={"help": "Tokens of a segment in evaluation."})
+    eval_mem_len: int = field(default=640, metadata={"help": "Tokens that are remembered in evaluation."})
+    eval_clamp_len: int = field(
+        default=400, metadata={"help": "Distance from which on positions are all alike, in evaluation; -1 for none."}
+    )
+    eval_same_length: bool = field(
+        default=True,
+        metadata={"help": "Let every position see equally many tokens in evaluation, whatever eval_tgt_len."},
+    )
+    eval_lanes: int = field(
+        default=8,
+        metadata={
+            "help": "Parts of the held-out text that are read side by side, on all devices together: each begins without "
+            "memory, so the result depends on it; per_device_eval_batch_size is lowered to fit."
+        },
+    )
+    learning_rate: float = field(default=2.5e-4, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Schedule of the learning rate; the cosine ends at 0."}
+    )
+    warmup_steps: float = field(
+        default=0, metadata={"help": "Steps of warm-up, or their share of all steps if below 1; large models need it."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of all but biases and norms."})
+    max_grad_norm: float = field(default=0.25, metadata={"help": "Norm that the gradient is clipped to."})
+
+    def __post_init__(self) -> None:
+        """Refuse lengths out of range."""
+        for name, least in (
+            ("tgt_len", 1),
+            ("mem_len", 0),
+            ("eval_tgt_len", 1),
+            ("eval_mem_len", 0),
+            ("eval_lanes", 1),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
+        for prefix in ("", "eval_"):
+            clamp_len = getattr(self, f"{prefix}clamp_len")
+            if clamp_len != -1 and clamp_len < 1:
+                raise InputError(f"{prefix}clamp_len={clamp_len} must be at least 1, or -1 for none")
+            if getattr(self, f"{prefix}same_length") and not getattr(self, f"{prefix}mem_len"):
+                raise InputError(f"{prefix}same_length=True needs a memory: raise {prefix}mem_len or set it to False")
+        super().__post_init__()
+
+
+def lane_inputs(data: PreparedData, args: RecurrentLMTrainingArguments) -> dict[str, Any]:
+    """Return the arguments that a [`RecurrentLMTrainer`] takes from the data: its documents as lanes.
+
+    Raises:
+        InputError: If the data is a stream, or too little for the lanes.
+    """
+    if data.train_documents is None:
+        raise InputError(
+            "streaming=True: lanes are parts of the whole text, which has to be stored; leave streaming out"
+        )
+    stream = LaneStream(data.train_documents, tokenizer=data.tokenizer, num_lanes=global_batch_size(args))
+    train = LaneDataset(stream, window=args.tgt_len, reset_at_documents=args.reset_at_documents)
+    inputs = data.trainer_inputs() | {"train_dataset": train, "eval_dataset": None}
+    if data.eval_documents is not None:
+        held_out = LaneStream(data.eval_documents, tokenizer=data.tokenizer, num_lanes=args.eval_lanes, complete=True)
+        inputs["eval_dataset"] = LaneDataset(
+            held_out, window=args.eval_tgt_len, reset_at_documents=args.reset_at_documents
+        )
+    of_blocks = ("block_size", "block_mode", "blocks", "held_out_blocks")
+    description = {name: value for name, value in data.description.items() if name not in of_blocks}
+    description |= {"lanes": train.num_lanes, "segments_of_a_lane": train.num_windows}
+    return inputs | {"data_description": description}
+
+
+class RecurrentLMTrainer(RecurrentTrainer):
+    """Trains a [`RecurrentLMForPreTraining`] to predict the next token, with the segments before in its memory."""
+
+    objective = ObjectiveDescription(
+        name="recurrent-lm",
+        title="Language modelling with segment recurrence",
+        description=(
+            "The text is read in segments, and the model predicts the next token of each position. Its layers also attend "
+            "to what they read in the segments before, which is kept without gradient, with positions that are relative; so "
+            "the context is several times as long as a segment."
+        ),
+        formula=r"\mathcal{L} = -\frac{1}{N} \sum_{t=1}^{N} \log p_\theta(x_t \mid x_{<t})",
+        citations=(
+            """\
+@inproceedings{dai2019transformerxl,
+  title = {{Transformer-XL}: Attentive Language Models beyond a Fixed-Length Context},
+  author = {Dai, Zihang and Yang, Zhilin and Yang, Yiming and Carbonell, Jaime and Le, Quoc and Salakhutdinov, Ruslan},
+  booktitle = {Proceedings of {ACL}},
+  year = {2019}
+}""",
+        ),
+        pipeline_tag="text-generation",
+        usage="""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
+inputs = tokenizer("The chef ate", return_tensors="pt", add_special_tokens=False)
+outputs = model.generate(inputs.input_ids, max_new_tokens=20)
+print(tokenizer.decode(outputs[0]))""",
+    )
+
+    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with the lengths of evaluation; see `transformers.Trainer.evaluation_loop`."""
+        model: TransformerXLForCausalLM = self.accelerator.unwrap_model(self.model).model
+        lengths = {name: getattr(self.args, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
+        with memory_lengths(model, **lengths):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
+
+    def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
+        means = super()._reduce_statistics(prediction)
+        return means | {"perplexity": float(np.exp(means["lm_loss"]))}
