@@ -68,6 +68,7 @@ from hf_pretrain.objectives.replaced_token_detection import (
 )
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
+from results import add_result, read_results
 from timing import print_table
 
 ARMS = ("untrained", "mlm", "rtd", "argmax", "masked_only")
@@ -93,15 +94,17 @@ class QualityArguments:
     flops: float = field(default=2e13, metadata={"help": "Training budget of a run."})
     max_corpus_bytes: int | None = field(default=None, metadata={"help": "Train on a random part of the text."})
     document_separator: str = field(default="blank_line", metadata={"help": "As for `hf-pretrain rtd`."})
-    vocab_size: int = field(default=8192, metadata={"help": "Tokens of the tokenizer that is trained on the text."})
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that is trained on the text."})
     block_size: int = field(default=64, metadata={"help": "Most tokens in an example."})
-    batch_size: int = field(default=32, metadata={"help": "Examples a step."})
-    learning_rate: float = field(
-        default=5e-4, metadata={"help": "Peak rate; a small discriminator stalls above 1e-3."}
+    batch_size: int = field(default=16, metadata={"help": "Examples a step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate."})
+    model_type: str = field(
+        default="modernbert",
+        metadata={"help": "Architecture of both models, without dropout; relative positions learn from little text."},
     )
-    dropout: float = field(default=0.0, metadata={"help": "Of both models; one pass over much text needs none."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
     hidden_size: int = field(default=128, metadata={"help": "Its width; a head for every 32."})
+    intermediate_size: int = field(default=256, metadata={"help": "Width of its feed-forward layers."})
     generator_size: float = field(default=0.5, metadata={"help": "The generator's share of the width."})
     generator_layers: float = field(default=0.25, metadata={"help": "The generator's share of the layers."})
     probe_rows: int = field(default=10_000, metadata={"help": "Most sentences that a probe is trained on."})
@@ -161,17 +164,16 @@ class SelectedTokensOnly(ReplacedTokenDetectionForPreTraining):
 def build_trainer(arm: str, seed: int, args: QualityArguments, data: PreparedData, folder: Path) -> PretrainingTrainer:
     """Put an arm's model, collator and Trainer together; the encoder has the same sizes in all."""
     sizes = {
-        "model_type": "electra",
+        "model_type": args.model_type,
         "hidden_size": args.hidden_size,
-        "embedding_size": args.hidden_size,
         "num_hidden_layers": args.num_hidden_layers,
         "num_attention_heads": max(1, args.hidden_size // 32),
-        "intermediate_size": 4 * args.hidden_size,
+        "intermediate_size": args.intermediate_size,
         "max_position_embeddings": args.block_size,
-        "config_overrides": json.dumps(
-            dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), args.dropout)
-        ),
     }
+    if args.model_type == "electra":
+        no_dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        sizes |= {"embedding_size": args.hidden_size, "config_overrides": json.dumps(no_dropout)}
     # ELECTRA's recipe for all.
     training = {
         "output_dir": str(folder / f"{arm}-{seed}"),
@@ -289,20 +291,6 @@ def run_arm(arm: str, seed: int, args: QualityArguments, exams: Exams) -> dict[s
     model = getattr(trainer.model, trainer.model.export_parts[""])
     row |= judge(model, data.tokenizer, exams, is_masked_lm=arm == "mlm")
     return {"arm": arm, "seed": seed} | row | {"threads": torch.get_num_threads(), "settings": args.settings()}
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of the results so far."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-
-
-def add_result(path: Path, row: dict[str, Any]) -> None:
-    """Add a row; other processes may be adding theirs."""
-    with FileLock(f"{path}.lock"):
-        rows = [*read_results(path), row]
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        fresh.replace(path)
 
 
 # Name in the table, name in the results, what it is multiplied by, and decimal places.
