@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -77,7 +78,7 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
         A stock configuration. `max_position_embeddings` is raised by the offset that RoBERTa-like models add to positions.
 
     Raises:
-        InputError: If the architecture or a value is unknown to transformers.
+        InputError: If the architecture or a value is unknown to transformers, or the sizes do not fit together.
     """
     if args.model_type not in CONFIG_MAPPING:
         raise InputError(
@@ -90,7 +91,9 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
     }
     if args.model_type in _FEED_FORWARD_NAMES:
         values[_FEED_FORWARD_NAMES[args.model_type]] = values.pop("intermediate_size")
-    values |= {"max_position_embeddings": args.max_position_embeddings, "vocab_size": len(tokenizer)}
+    values["vocab_size"] = len(tokenizer)
+    if args.model_type not in _WITHOUT_POSITIONS:
+        values["max_position_embeddings"] = args.max_position_embeddings
     values |= {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")
     }
@@ -108,7 +111,13 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
         raise InputError(f"config_overrides: {args.model_type} has no option {', '.join(unknown)}")
     if args.model_type in _POSITIONS_AFTER_PADDING:
         values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
-    return AutoConfig.for_model(args.model_type, **values)
+    # Under its own names: what is set under another comes too late for sizes that follow from it, such as XLNet's d_head.
+    values = {known.attribute_map.get(name, name): value for name, value in values.items()}
+    try:
+        return AutoConfig.for_model(args.model_type, **values)
+    except (ValueError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise InputError(f"{args.model_type} cannot be built: {reason}") from error
 
 
 def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -123,7 +132,10 @@ def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 # What a few architectures call the width of the feed-forward layers.
-_FEED_FORWARD_NAMES = {"distilbert": "hidden_dim"}
+_FEED_FORWARD_NAMES = {"distilbert": "hidden_dim", "xlnet": "d_inner"}
+
+# Architectures that refuse to be told how long a sequence may be.
+_WITHOUT_POSITIONS = frozenset({"xlnet"})
 
 # What a model looks for in its configuration although the class has no such field: it is in published files only.
 _READ_WITHOUT_DEFAULT = {"deberta-v2": frozenset({"position_buckets", "norm_rel_ebd", "share_att_key"})}
@@ -188,3 +200,14 @@ def from_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"{name_or_path!r} cannot be loaded with {auto_class.__name__}: {reason}") from error
+
+
+def from_config(auto_class: Any, config: PreTrainedConfig, **options: Any) -> Any:
+    """Build through one of the Auto classes; raise InputError, in one line, for what cannot be built."""
+    try:
+        return auto_class.from_config(config, **options)
+    except ValueError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"model_type={config.model_type!r} cannot be built with {auto_class.__name__}: {reason}"
+        ) from error

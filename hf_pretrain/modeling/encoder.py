@@ -16,6 +16,7 @@ from hf_pretrain.modeling.configuration import (
     SubModelConfig,
     attention_options,
     build_config,
+    from_config,
     from_pretrained,
 )
 from hf_pretrain.modeling.gathered import GatheredHead
@@ -63,8 +64,7 @@ class EncoderForPreTraining(PretrainingModel):
         if args.model_name_or_path is not None:
             model = from_pretrained(AutoModelForMaskedLM, args.model_name_or_path, **attention_options(args))
         else:
-            config = build_config(args, tokenizer)
-            model = AutoModelForMaskedLM.from_config(config, **attention_options(args))
+            model = from_config(AutoModelForMaskedLM, build_config(args, tokenizer), **attention_options(args))
         return cls.from_model(model)
 
     def get_input_embeddings(self) -> torch.nn.Module:

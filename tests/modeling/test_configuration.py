@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import longest_sequence
@@ -64,6 +64,14 @@ class TestBuildConfig:
         config = build_config(arguments("distilbert"), tokenizer)
         assert (config.dim, config.hidden_dim, config.n_layers, config.n_heads) == (32, 64, 2, 2)
 
+    def test_xlnet(self, tokenizer):
+        """So do its own, one of its sizes follows from two others, and it will not hear of a longest sequence."""
+        config = build_config(arguments("xlnet", config_overrides='{"dropout": 0.3, "n_layer": 3}'), tokenizer)
+        sizes = (config.d_model, config.d_inner, config.n_layer, config.n_head, config.d_head, config.vocab_size)
+        assert sizes == (32, 64, 3, 2, 16, VOCAB_SIZE)
+        assert (config.dropout, config.pad_token_id, config.sep_token_id) == (0.3, 0, 3)
+        assert AutoModelForCausalLM.from_config(config).transformer.layer[2].ff.layer_1.out_features == 64
+
     def test_overrides_go_before_the_sizes_and_changes_before_both(self, tokenizer):
         args = arguments("bert", config_overrides='{"vocab_size": 64, "hidden_act": "relu", "num_hidden_layers": 3}')
         config = build_config(args, tokenizer, num_hidden_layers=5)
@@ -73,6 +81,24 @@ class TestBuildConfig:
         assert build_config(arguments("electra", embedding_size=16), tokenizer).embedding_size == 16
         with pytest.raises(InputError, match="embedding_size=16: bert"):
             build_config(arguments("bert", embedding_size=16), tokenizer)
+
+    @pytest.mark.parametrize(
+        ("model_type", "sizes", "message"),
+        [
+            ("xlnet", {"num_attention_heads": 3}, "xlnet cannot be built: .*should be equal to 0"),
+            (
+                "bert",
+                {"num_attention_heads": 3},
+                "model_type='bert' cannot be built with AutoModelForMaskedLM: .*multiple",
+            ),
+            ("bert", {"config_overrides": '{"hidden_size": "wide"}'}, "bert cannot be built: .*expected int"),
+            ("xlnet", {}, "model_type='xlnet' cannot be built with AutoModelForMaskedLM: Unrecognized"),
+        ],
+    )
+    def test_what_does_not_fit_together_is_refused_in_one_line(self, tokenizer, model_type, sizes, message):
+        with pytest.raises(InputError, match=message) as caught:
+            EncoderForPreTraining.from_arguments(arguments(model_type, **sizes), tokenizer)
+        assert "\n" not in str(caught.value)
 
     def test_an_unknown_architecture_is_refused(self, tokenizer):
         with pytest.raises(InputError, match="model_type='brt'"):

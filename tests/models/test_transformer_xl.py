@@ -291,6 +291,7 @@ def test_it_runs_in_bfloat16(transformer_xl):
     assert half_mems.dtype == mems.dtype == torch.float32
     torch.testing.assert_close(nll, exact, atol=0.3, rtol=0.1)
     (nll.sum() + again.sum()).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     model = model.to(torch.bfloat16)
     nll, half_mems, lengths = model.token_nll(tokens, tokens)
     nll, half_mems, _ = model.token_nll(tokens, tokens, mems=half_mems, mem_lengths=lengths)

@@ -2,14 +2,13 @@
 
 import ast
 import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fresh_process import run_fresh
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import (
     TransformerXLForCausalLM,
     TransformerXLForSequenceClassification,
@@ -29,7 +28,8 @@ MODELS = {
 }
 # Runs where hf_pretrain cannot be imported: compares with what was saved, and saves again.
 ELSEWHERE = """
-import pathlib, sys
+import os, pathlib, sys
+os.environ["HF_MODULES_CACHE"] = {modules!r}
 
 class Blocker:
     def find_spec(self, name, path=None, target=None):
@@ -39,14 +39,14 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import torch, transformers
 torch.set_grad_enabled(False)
-root = pathlib.Path(sys.argv[1])
+root = pathlib.Path({root!r})
 tokens = torch.arange(3, 15)[None]
 for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification"):
     model, info = getattr(transformers, name).from_pretrained(
         root / name, trust_remote_code=True, output_loading_info=True)
     assert not any(info.values()), info
     assert type(model).__module__.startswith("transformers_modules")
-    expected = torch.load(root / f"{name}.pt")
+    expected = torch.load(root / (name + ".pt"))
     torch.testing.assert_close(model(tokens)[0], expected, atol=1e-5, rtol=0)
     model.save_pretrained(root / "again" / name)
 model = transformers.AutoModelForCausalLM.from_pretrained(root / "AutoModelForCausalLM", trust_remote_code=True)
@@ -56,6 +56,7 @@ assert torch.equal(generated, torch.load(root / "generated.pt"))
 base = transformers.AutoModel.from_pretrained(root / "AutoModelForCausalLM", trust_remote_code=True)
 torch.testing.assert_close(base(tokens)[0], model.model(tokens)[0])
 transformers.AutoModelForSequenceClassification.from_pretrained(root / "AutoModelForCausalLM", trust_remote_code=True)
+print("all is well")
 """
 
 
@@ -113,14 +114,9 @@ def test_it_opens_here_without_further_ado(saved):
 
 
 def test_it_opens_where_this_library_is_not(saved):
-    run = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE, str(saved)],
-        env={**os.environ, "HF_MODULES_CACHE": str(saved / "modules"), "HF_HUB_OFFLINE": "1"},
-        cwd=saved,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+    program = ELSEWHERE.format(root=str(saved), modules=str(saved / "modules"))
+    assert run_fresh({"elsewhere": program}, saved)["elsewhere"] == "all is well\n"
+    assert (saved / "modules" / "transformers_modules").is_dir()
     # What was saved there opens here, and is as complete.
     for auto_class, cls in MODELS.items():
         folder = saved / "again" / auto_class.__name__

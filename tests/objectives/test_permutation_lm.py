@@ -463,7 +463,7 @@ def test_held_out_lanes_fit_the_text_and_the_directions():
 
 
 def test_the_collator_feeds_the_model(tmp_path):
-    """Exact zeros through the whole chain: text, collator, model."""
+    """No row depends on another, nor on padding: exact zeros from the text on."""
     trainer = build(plm, tmp_path, model_options=NO_DROPOUT, mem_len=0)
     collator = trainer.data_collator
     assert isinstance(collator, DataCollatorForPermutationLM)

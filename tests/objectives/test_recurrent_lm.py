@@ -1,5 +1,6 @@
 """Language modelling with a memory: what recurrence promises, at the level of the Trainer and of the text."""
 
+import itertools
 import json
 import math
 
@@ -12,6 +13,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.stream_evaluation import stream_evaluate
 from hf_pretrain.modeling.memory import RecurrentMemory
 from hf_pretrain.objectives.recurrent_lm import (
     RecurrentLMForPreTraining,
@@ -125,6 +127,16 @@ def test_no_gradient_goes_through_the_memory():
     torch.testing.assert_close(gradient[5:13], expected, rtol=1e-4, atol=1e-5)
 
 
+CHANGES = (
+    {},
+    {"eval_mem_len": 14},
+    {"eval_clamp_len": 2},
+    {"eval_same_length": True},
+    {"eval_lanes": 2},
+    {"eval_tgt_len": 7},
+)
+
+
 class TestEvaluation:
     """Every token of the held-out text is scored once, however it is cut."""
 
@@ -138,15 +150,62 @@ class TestEvaluation:
             losses.append(self.evaluate(tmp_path, eval_tgt_len=window, **options)["eval_lm_loss"])
         assert losses == pytest.approx([losses[0]] * 4, rel=1e-6)
 
-    def test_the_lengths_of_training_are_put_back_after_an_evaluation(self, tmp_path):
-        seen, lengths = {}, {"mem_len": 8, "eval_mem_len": 8}
-        changes = ({}, {"eval_mem_len": 14}, {"eval_clamp_len": 2}, {"eval_same_length": True}, {"eval_lanes": 2})
-        for change in changes:
-            trainer = build(program, tmp_path, **lengths | change)
-            seen[str(change)] = trainer.evaluate()["eval_lm_loss"]
-            config = trainer.model.model.config
-            assert (config.mem_len, config.clamp_len, config.same_length) == (8, -1, False)
-        assert len({round(loss, 7) for loss in seen.values()}) == 5
+    def loss_and_calls(self, folder, change):
+        """Evaluate with some options; return the loss and what the first layer was given, window by window."""
+        trainer, calls = build(program, folder, **{"mem_len": 8, "eval_mem_len": 8, "eval_tgt_len": 4} | change), []
+        with torch.no_grad():
+            # Wide weights, so that attention and distance matter.
+            for parameter in trainer.model.parameters():
+                parameter.mul_(5 if parameter.dim() > 1 else 1)
+        trainer.model.model.model.layers[0].register_forward_pre_hook(lambda layer, given: calls.append(given))
+        loss = trainer.evaluate()["eval_lm_loss"]
+        config = trainer.model.model.config
+        assert (config.mem_len, config.clamp_len, config.same_length) == (8, -1, False)
+        return loss, calls
+
+    def test_each_option_changes_the_loss(self, tmp_path):
+        losses = sorted(self.loss_and_calls(tmp_path, change)[0] for change in CHANGES)
+        assert min(more - less for less, more in itertools.pairwise(losses)) > 1e-4
+
+    @pytest.mark.parametrize("change", CHANGES, ids=str)
+    def test_each_option_reaches_the_attention(self, tmp_path, change):
+        _, calls = self.loss_and_calls(tmp_path, change)
+        tgt_len, mem_len, clamp_len = (
+            change.get(f"eval_{name}", default)
+            for name, default in (("tgt_len", 4), ("mem_len", 8), ("clamp_len", -1))
+        )
+        assert max(hidden.shape[1] for hidden, *_ in calls) == tgt_len
+        assert {len(hidden) for hidden, *_ in calls} == {min(change.get("eval_lanes", 8), 4)}
+        assert {memory.shape[1] for _, memory, *_ in calls} == {mem_len}
+        hidden, _, table, visible, *_ = calls[-1]
+        keys = mem_len + hidden.shape[1]
+        distances = torch.arange(keys - 1, -1, -1)
+        if clamp_len > 0:
+            assert keys - 1 > clamp_len
+            distances = distances.clamp(max=clamp_len)
+        assert torch.equal(table, table[keys - 1 - distances])
+        assert len(table.unique(dim=0)) == len(distances.unique())
+        # At the end of the text the memory is full.
+        seen = 1 if change.get("eval_same_length") else torch.arange(1, hidden.shape[1] + 1)
+        assert (visible.sum(-1) == mem_len + seen).all()
+
+    @pytest.mark.parametrize("change", CHANGES, ids=str)
+    def test_the_same_options_score_the_same_text_alike(self, tmp_path, change):
+        """`stream_evaluate` tokenizes and cuts by itself."""
+        trainer = build(program, tmp_path, **{"mem_len": 8, "eval_mem_len": 8, "eval_tgt_len": 4} | change)
+        texts = [" ".join(f"w{i - 5}" for i in row) for row in tiny_data().eval_documents["input_ids"]]
+        args = trainer.args
+        (score,) = stream_evaluate(
+            trainer.model.model,
+            tiny_tokenizer(),
+            texts,
+            window=args.eval_tgt_len,
+            mem_lens=[args.eval_mem_len],
+            clamp_lens=[args.eval_clamp_len],
+            same_length=args.eval_same_length,
+            num_lanes=args.eval_lanes,
+        )
+        assert trainer.evaluate()["eval_lm_loss"] == pytest.approx(score.nats_per_token, rel=1e-6)
 
     def test_perplexity_is_that_of_the_loss(self, tmp_path):
         metrics = self.evaluate(tmp_path)
