@@ -1,13 +1,28 @@
 """Batches and runs of replaced token detection, for its tests."""
 
-import torch
+import dataclasses
 
-from method_matrix import programs
+import torch
+from datasets import Dataset
+
+from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
+from method_matrix import programs, tiny_data
 
 PROGRAM = programs()["rtd"]
 BERT = {"model_type": "bert", "generator_size": 1.0}
 ROBERTA = {"model_type": "roberta", "generator_size": 1.0}
 UNTIED = {"embedding_sharing": "none"}
+DEBERTA = {
+    "model_type": "deberta-v2",
+    "generator_size": 1.0,
+    "generator_layers": 0.5,
+    "embedding_sharing": "gdes",
+    "discriminator_head": "deberta_v3",
+    "enhanced_mask_decoder": True,
+    "config_overrides": '{"position_biased_input": false, "relative_attention": true, "position_buckets": 8, '
+    '"norm_rel_ebd": "layer_norm", "share_att_key": true, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0, '
+    '"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}',
+}
 LIKELY = 1e4
 
 
@@ -62,3 +77,12 @@ MODES = {
         "model_options": {"embedding_sharing": "none", "generator_size": 1.0},
     },
 }
+
+
+def data_with_an_empty_rank():
+    """Eight examples, of which a step gives the second of two ranks the four that are special tokens alone."""
+    data = tiny_data(train=8)
+    rows = [{name: row[name] for name in ("input_ids", "word_starts")} for row in data.train_dataset.base]
+    for index in list(EpochSampler(8, seed=42))[4:]:
+        rows[index % EPOCH_STRIDE] = {"input_ids": [2, 3], "word_starts": [True, True]}
+    return dataclasses.replace(data, train_dataset=EpochDataset(Dataset.from_list(rows)))

@@ -133,8 +133,8 @@ def pseudo_log_likelihoods(
     owner = np.repeat(np.arange(len(encoded)), [len(text.scored) for text in encoded])
     column = np.concatenate([text.scored for text in encoded])
     target = np.concatenate([text.ids[text.scored] for text in encoded])
-    scores, head = np.zeros(len(encoded)), GatheredHead(model)
-    with evaluating(model):
+    scores = np.zeros(len(encoded))
+    with evaluating(model), GatheredHead(model) as head:
         for rows, batch in batches_by_length(
             masked, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=model.device, name="Scoring"
         ):

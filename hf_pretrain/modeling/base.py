@@ -38,6 +38,16 @@ class PretrainingModel(PreTrainedModel):
         """Return the number of targets of each loss in a collated batch, as scalar tensors; no forward is run."""
         raise AssertionError("a subclass of PretrainingModel counts its targets")
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Refuse: transformers would resize one table in place, and leave other models, biases and buffers as they are.
+
+        Raises:
+            InputError: Always.
+        """
+        raise InputError(
+            f"{type(self).__name__} cannot be resized: call resize_token_embeddings of its stock models before they are joined"
+        )
+
     def export(self, output_dir: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the stock checkpoint at the root and the rest below it.
 

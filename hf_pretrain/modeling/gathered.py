@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -17,13 +18,31 @@ class GatheredHead:
     swapped for the gathered rows by a forward hook, so the head's own code runs unchanged, whatever its architecture: any model
     whose head treats each position on its own gives the same logits as the dense call, up to the order of floating-point sums.
 
+    The hook stays on the model for as long as it is trained. Who only borrows a model takes it off again:
+
+        with GatheredHead(model) as head:
+            logits = head(model, positions, **inputs)
+
     Args:
         model: A model with a body (`model.base_model`) and a head, such as any `AutoModelForMaskedLM`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._positions: torch.Tensor | None = None
-        model.base_model.register_forward_hook(self._gather)
+        self._hook: RemovableHandle = model.base_model.register_forward_hook(self._gather)
+        # Asked in each call in place of the handle, at which a compiled graph would break.
+        self._is_attached = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hook off the model, which is then as it was before; the head cannot be called any more."""
+        self._hook.remove()
+        self._is_attached = False
 
     def __call__(self, model: PreTrainedModel, positions: torch.Tensor, **inputs: Any) -> torch.Tensor:
         """Return the head's output at ``positions``.
@@ -36,6 +55,7 @@ class GatheredHead:
         Returns:
             ``[T, V]`` logits.
         """
+        assert self._is_attached, "without the hook the head would see all positions"
         self._positions = positions
         try:
             return model(**inputs).logits.squeeze(0)

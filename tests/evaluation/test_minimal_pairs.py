@@ -103,6 +103,16 @@ class TestPseudoLogLikelihood:
         first, second = (pseudo_log_likelihoods(model, wordpiece(), TEXTS) for _ in range(2))
         assert np.array_equal(first, second) and model.training
 
+    def test_the_model_is_left_as_it_was(self):
+        """No hook stays behind, not after an error either."""
+        model = masked_lm()
+        pseudo_log_likelihoods(model, wordpiece(), TEXTS)
+        assert not any(module._forward_hooks for module in model.modules())
+        model.get_output_embeddings().register_forward_pre_hook(lambda module, args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pseudo_log_likelihoods(model, wordpiece(), TEXTS)
+        assert not any(module._forward_hooks for module in model.modules())
+
     def test_bad_input(self):
         model, tokenizer = masked_lm(), wordpiece()
         with pytest.raises(InputError, match="within_word='left'"):

@@ -1,5 +1,7 @@
 """The head on gathered positions against the same head on all positions."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,32 @@ def test_other_calls_stay_dense(inputs):
     with pytest.raises(IndexError):
         head(model, torch.tensor([10**6]), **inputs)
     assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_model_that_was_borrowed_is_given_back_without_a_hook(inputs):
+    """Beside the hook of one who trains it."""
+    model = tiny_model("bert")
+    trained, expected = GatheredHead(model), model(**inputs).logits
+    hooks = dict(model.base_model._forward_hooks)
+    with GatheredHead(model) as head:
+        assert len(model.base_model._forward_hooks) == 2
+        torch.testing.assert_close(head(model, torch.tensor([21]), **inputs)[0], expected[1, 1])
+    assert model.base_model._forward_hooks == hooks
+    torch.testing.assert_close(trained(model, torch.tensor([21]), **inputs)[0], expected[1, 1])
+    with pytest.raises(AssertionError):
+        head(model, torch.tensor([21]), **inputs)
+    with pytest.raises(IndexError), GatheredHead(model) as head:
+        head(model, torch.tensor([10**6]), **inputs)
+    head.remove()
+    assert model.base_model._forward_hooks == hooks
+
+
+def test_a_copy_of_the_model_has_a_head_of_its_own(inputs):
+    composite = EncoderForPreTraining.from_model(tiny_model("bert"))
+    copied = copy.deepcopy(composite)
+    copied.mlm_head.remove()
+    assert not copied.model.base_model._forward_hooks and composite.model.base_model._forward_hooks
+    assert composite.mlm_head(composite.model, torch.tensor([0, 21]), **inputs).shape == (2, VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])

@@ -9,19 +9,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionModelArguments, build_model
 from hf_pretrain.objectives.replaced_token_detection.heads import DiscriminatorHead, DiscriminatorHeadConfig
 from method_matrix import NO_DROPOUT, TINY, build, tiny_tokenizer
-from replaced_tokens import PROGRAM, assert_stock, batch_of, run
-
-DEBERTA = {
-    "model_type": "deberta-v2",
-    "generator_size": 1.0,
-    "generator_layers": 0.5,
-    "embedding_sharing": "gdes",
-    "discriminator_head": "deberta_v3",
-    "enhanced_mask_decoder": True,
-    "config_overrides": '{"position_biased_input": false, "relative_attention": true, "position_buckets": 8, '
-    '"norm_rel_ebd": "layer_norm", "share_att_key": true, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0, '
-    '"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}',
-}
+from replaced_tokens import DEBERTA, PROGRAM, assert_stock, batch_of, run
 
 
 def model_of(**options):

@@ -1,19 +1,17 @@
 """Joint, decoupled and two-stage training: who moves when, and on what."""
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection
 from method_matrix import NO_DROPOUT, build, log_of, relative_difference
-from replaced_tokens import MODES, PROGRAM, STEPS
+from replaced_tokens import MODES, PROGRAM, STEPS, data_with_an_empty_rank
+from two_ranks import run_on_two_ranks
 
 GDES = {"embedding_sharing": "gdes"}
 TWO_STAGE = {"training_mode": "two_stage", "model_options": {"embedding_sharing": "none", "generator_size": 1.0}}
@@ -131,36 +129,52 @@ def test_an_unknown_mode_is_refused(tmp_path):
 @pytest.mark.parametrize("mode", ["decoupled", "two_stage"])
 def test_resume_is_bit_exact(tmp_path, mode):
     options = {
-        **MODES[mode], "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2,
+        **MODES[mode], "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2,
         "learning_rate": 1e-3, "generator_learning_rate": 2e-3,
     }  # fmt: skip
     options["model_options"] = options["model_options"] | WITH_DROPOUT
     straight = build(PROGRAM, tmp_path / "straight", **options)
     straight.train()
-    # The checkpoint at step 3 is the last before the hand-over.
-    for stop in (2, 3, 4):
+    # The checkpoint at step 2 is the last before the hand-over.
+    for stop in (1, 2, 3):
         resumed = build(PROGRAM, tmp_path / f"resumed-{stop}", **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{stop}"))
         assert log_of(resumed) == log_of(straight)
         assert not parts_that_moved(weights(straight.model), weights(resumed.model))
 
 
-def test_two_ranks_equal_one_process(tmp_path):
-    worker = Path(__file__).parent.parent / "rtd_modes_worker.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(worker.parent), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", str(worker), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert (tmp_path / "done-1").exists(), done.stderr[-4000:]
-    for name, options in MODES.items():
-        alone = build(PROGRAM, tmp_path / f"alone-{name}", **STEPS, **options)
+class TestTwoRanks:
+    """One run of two processes serves the tests here."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def folder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("ranks")
+        run_on_two_ranks("rtd_modes_worker", folder)
+        return folder
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_two_ranks_that_accumulate_equal_one_batch(self, folder, tmp_path, mode):
+        alone = build(PROGRAM, tmp_path, **STEPS, **MODES[mode])
         before = weights(alone.model)
         alone.train()
+        expected = weights(alone.model)
         for rank in range(2):
-            expected, found = weights(alone.model), torch.load(tmp_path / f"{name}-{rank}.pt")
-            found = {name: found[name] for name in expected}
+            found = {
+                name: value for name, value in torch.load(folder / f"{mode}-{rank}.pt").items() if name in expected
+            }
             assert {"generator", "discriminator"} == parts_that_moved(before, found)
-            assert relative_difference(expected, found) < 1e-5, name
+            assert relative_difference(expected, found) < 1e-5
+
+    def test_a_rank_with_nothing_to_select_neither_hangs_nor_counts(self, folder, tmp_path):
+        alone = build(PROGRAM, tmp_path, data_with_an_empty_rank())
+        order = alone._get_train_sampler(alone.train_dataset)
+        batch = alone.data_collator([alone.train_dataset[i] for i in order])
+        assert [bool(row.any()) for row in batch["labels"] != IGNORED] == [True] * 4 + [False] * 4
+        alone.train()
+        for rank in range(2):
+            found = torch.load(folder / f"empty-{rank}.pt")
+            assert relative_difference(alone.recorder.gradients[0], found) < 1e-5
 
 
 def test_a_learning_rate_of_the_generators_own(tmp_path):

@@ -1,11 +1,7 @@
 """The Trainer with lanes: what each window remembers, in whichever pieces the step is cut, and after every stop."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +14,7 @@ from hf_pretrain.modeling.memory import RecurrentMemory
 from hf_pretrain.training.recurrence import LaneMemory
 from method_matrix import log_of, relative_difference, tiny_tokenizer
 from toy_recurrence import MEMORY_SIZE, TWO_RANKS, build_toy, documents, watch_lanes
+from two_ranks import run_on_two_ranks
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 9, "learning_rate": 1e-2, "dropout": 0.3}
 
@@ -198,16 +195,7 @@ class TestTwoRanks:
     @classmethod
     def folder(cls, tmp_path_factory):
         folder = tmp_path_factory.mktemp("lanes")
-        worker = Path(__file__).parents[1] / "toy_recurrence.py"
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(worker.parent),
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-        launch += ["--rdzv_endpoint", "127.0.0.1:0", str(worker), str(folder)]
-        done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=600)
-        assert (folder / "done-0").exists() and (folder / "done-1").exists(), done.stderr[-4000:]
+        run_on_two_ranks("toy_recurrence", folder)
         return folder
 
     def found(self, folder, stop, rank):

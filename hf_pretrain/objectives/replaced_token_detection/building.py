@@ -11,7 +11,13 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.configuration import ModelArguments, attention_options, build_config, scaled_config
+from hf_pretrain.modeling.configuration import (
+    ModelArguments,
+    attention_options,
+    build_config,
+    from_config,
+    scaled_config,
+)
 from hf_pretrain.modeling.embeddings import factorize_embeddings
 from hf_pretrain.modeling.sharing import shared_embedding_names, shared_table_names
 from hf_pretrain.objectives.replaced_token_detection.heads import DISCRIMINATOR_HEADS
@@ -130,7 +136,7 @@ def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTraine
     else:
         other = dataclasses.replace(args, model_type=args.generator_type, config_overrides=None)
         own = build_config(other, tokenizer, **_default_width(args, other.model_type))
-    generator = AutoModelForMaskedLM.from_config(generator_config(own, args), **attention_options(args))
+    generator = from_config(AutoModelForMaskedLM, generator_config(own, args), **attention_options(args))
     discriminator = build_discriminator(config, head, **attention_options(args))
     return Pair(generator, discriminator, {"discriminator_head": head}, {})
 

@@ -39,7 +39,7 @@ class EnhancedMaskDecoder(PreTrainedModel):
     def __init__(self, config: EnhancedMaskDecoderConfig) -> None:
         super().__init__(config)
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.position_ids: torch.Tensor | None = None
+        self._position_ids: torch.Tensor | None = None
         self.post_init()
 
     @classmethod
@@ -68,15 +68,20 @@ class EnhancedMaskDecoder(PreTrainedModel):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Make the model's last layer decode in this way from now on."""
+        model.base_model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
         model.base_model.encoder.layer[-1].register_forward_pre_hook(self._decode, with_kwargs=True)
+
+    def _note_positions(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the encoder is told of positions, which without absolute ones it has no use for."""
+        self._position_ids = kwargs.get("position_ids")
 
     def _decode(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Run the first pass; the call that this precedes is the second."""
         hidden_BLD = args[0]
-        if self.position_ids is None:
+        if self._position_ids is None:
             positions = self.position_embeddings.weight[: hidden_BLD.shape[1]]
         else:
-            positions = self.position_embeddings(self.position_ids)
+            positions = self.position_embeddings(self._position_ids)
         query_BLD = hidden_BLD + positions.to(hidden_BLD.dtype)
         first_BLD, _ = layer.forward(*args, **(kwargs | {"query_states": query_BLD}))
         return args, kwargs | {"query_states": first_BLD}

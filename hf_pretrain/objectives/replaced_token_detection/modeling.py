@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, from_config
 from hf_pretrain.modeling.embeddings import disentangle_embedding, factorize_embeddings, is_factorized, merged_state
 from hf_pretrain.modeling.gathered import GatheredHead
 from hf_pretrain.modeling.isolation import isolated_inputs
@@ -90,7 +90,7 @@ def build_discriminator(config: PreTrainedConfig, head: str = "stock", **options
     if config.model_type == "electra" and head != "deberta_v3":
         return ElectraForPreTraining._from_config(config, **options)
     config.num_labels = 1
-    classifier = AutoModelForTokenClassification.from_config(config, **options)
+    classifier = from_config(AutoModelForTokenClassification, config, **options)
     return classifier if head == "stock" else classifier.base_model
 
 
@@ -263,8 +263,6 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         inputs: dict[str, torch.Tensor],
     ) -> torch.Tensor:
         """Return the generator's logits at the targets, ``[T, V]``."""
-        if self.generator_decoder is not None:
-            self.generator_decoder.position_ids = inputs.get("position_ids")
         model_inputs = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
         return self.generator_head(self.generator, positions, **model_inputs)
 

@@ -1,7 +1,7 @@
 """Options and Trainer of replaced token detection."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,13 @@ from hf_pretrain.modeling.outputs import PretrainingOutput
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection.training_modes import TRAINING_MODES, TrainingModesMixin
 from hf_pretrain.training.trainer import PretrainingTrainer
+
+# No class of transformers has such a head: the root is the encoder alone.
+_USAGE_OF_ANOTHER_HEAD = """\
+from hf_pretrain.evaluation.suspicion import ReplacedTokenScorer  # opens the encoder with its head
+
+scorer = ReplacedTokenScorer.from_pretrained("{repo}")
+words = scorer("The chef ate the meal.")  # of each word: word, start, end, and score, the probability that it is a replacement"""
 
 logger = logging.get_logger(__name__)
 
@@ -107,12 +114,18 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = {model_class}.from_pretrained("{repo}")
 inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
 with torch.no_grad():
-    replaced = model(**inputs).logits.sigmoid()  # [1, length]: probability that a token is a replacement""",
+    replaced = model(**inputs).logits.squeeze(-1).sigmoid()  # [1, length]: probability that a token is a replacement""",
     )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.check_training_mode()
+
+    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
+        """Write the card, with code that opens the head at hand; see `SavingMixin.create_model_card`."""
+        if self.model.discriminator_head is not None:
+            facts = {"objective": replace(self.objective, usage=_USAGE_OF_ANOTHER_HEAD)} | facts
+        super().create_model_card(model_name, **facts)
 
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
         """Run the model, at this step's temperature where it is scheduled; see `PretrainingTrainer.run_model`."""
