@@ -24,6 +24,14 @@ METHODS = {
         "hf_pretrain.trainers.recurrent_lm",
         "language modelling with a memory of the text before (Transformer-XL)",
     ),
+    "distil": (
+        "hf_pretrain.trainers.distil",
+        "distillation of an encoder into a smaller one, on text (TinyBERT, DistilBERT, MiniLM)",
+    ),
+    "distil-task": (
+        "hf_pretrain.trainers.distil_task",
+        "distillation of a fine-tuned classifier, on the examples of its task (TinyBERT)",
+    ),
 }
 
 _EXIT_INPUT = 2

@@ -4,19 +4,28 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import cache
 from importlib import import_module
+from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 
 from hf_pretrain.cli import METHODS
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.objectives.distillation.task_data import TaskDataArguments
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCAB_SIZE = 60
@@ -36,6 +45,13 @@ TINY_TRAINING = {
     "eval_mem_len": 150,
     "eval_clamp_len": -1,
     "eval_same_length": False,
+    # What student and teacher are compared by, of about one size.
+    "cosine_weight": 1.0,
+    "embedding_weight": 1.0,
+    "hidden_weight": 1.0,
+    "attention_weight": 0.1,
+    "relation_vv_weight": 1.0,
+    "labels_weight": 0.1,
 }
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
 # Architectures that call it otherwise.
@@ -100,6 +116,38 @@ def tiny_data(train=96, held_out=13):
     )
 
 
+def as_task(data):
+    """The same examples with labels, which the words tell."""
+    parts = [dataset.base for dataset in (data.train_dataset, data.eval_dataset)]
+    labelled = [part.add_column("labels", [row[1] % 3 for row in part["input_ids"]]) for part in parts]
+    return replace(data, train_dataset=EpochDataset(labelled[0]), eval_dataset=EpochDataset(labelled[1]))
+
+
+@cache
+def tiny_teacher(auto_class):
+    """A folder with a teacher of six layers, wider than the tiny models and sure of what it says; removed in the end.
+
+    Of several ranks only the first writes a model: ask before there are any.
+    """
+    sizes = TINY | {"hidden_size": 48, "num_hidden_layers": 6, "initializer_range": 0.2}
+    folder = TemporaryDirectory()
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        model = auto_class.from_config(BertConfig(**sizes, vocab_size=VOCAB_SIZE, num_labels=3))
+    model.save_pretrained(folder.name)
+    tiny_tokenizer().save_pretrained(folder.name)
+    return folder
+
+
+def teacher_of(program):
+    """The checkpoint of a teacher for a program that asks for one, else None."""
+    data_class, model_class, _ = program.ARGUMENTS
+    if not known_options(model_class, {"teacher_name_or_path": None}):
+        return None
+    is_task = issubclass(data_class, TaskDataArguments)
+    return tiny_teacher(AutoModelForSequenceClassification if is_task else AutoModelForMaskedLM).name
+
+
 class RecordGradients(TrainerCallback):
     """Keeps the gradients and the log of a run."""
 
@@ -118,8 +166,9 @@ def known_options(options_class, values):
 
 def build(program, output_dir, data=None, *, model_options=None, **options):
     """Return a Trainer of a program on tiny data: fp32, quiet, unclipped, no dropout unless told otherwise."""
-    _, model_class, args_class = program.ARGUMENTS
-    sizes = known_options(model_class, TINY)
+    data_class, model_class, args_class = program.ARGUMENTS
+    data, is_task = tiny_data() if data is None else data, issubclass(data_class, TaskDataArguments)
+    sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)})
     no_dropout = NO_DROPOUT_OF.get(getattr(model_class, "model_type", None), NO_DROPOUT)
     model_args = model_class(**{**sizes, "config_overrides": no_dropout, **(model_options or {})})
     defaults = {
@@ -138,7 +187,7 @@ def build(program, output_dir, data=None, *, model_options=None, **options):
     }
     args = args_class(**{**defaults, **known_options(args_class, TINY_TRAINING), **options})
     torch.manual_seed(args.seed)
-    trainer = program.build_trainer(tiny_data() if data is None else data, model_args, args)
+    trainer = program.build_trainer(as_task(data) if is_task else data, model_args, args)
     trainer.recorder = RecordGradients()
     trainer.add_callback(trainer.recorder)
     return trainer

@@ -12,6 +12,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 import hf_pretrain
+from fresh_process import run_fresh
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("hf_pretrain", "trainers", "model_cards", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -118,27 +119,34 @@ def test_the_import_is_lazy():
     assert run.stdout == "[]\n", run.stderr
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import hf_pretrain; from transformers import AutoConfig, AutoModel",
-        "from transformers import AutoConfig, AutoModel; import hf_pretrain",
-        # In the middle of this one the Auto classes are imported, when a model could not be imported yet.
-        "import hf_pretrain; import transformers.modeling_layers; from transformers import AutoConfig, AutoModel",
-    ],
-    ids=["before", "after", "in_a_circle"],
-)
-def test_custom_architectures_open_whatever_is_imported_first(imports, tmp_path):
-    program = (
-        f"{imports}; import sys; loader = sys.modules[AutoModel.__module__].__spec__.loader; "
-        "left = [thing for thing in (loader, *sys.meta_path) if type(thing).__module__.startswith('hf_pretrain')]; "
-        "assert not left, left; "
-        "sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9); "
-        "AutoModel.from_config(AutoConfig.for_model('transformer_xl', **sizes)).save_pretrained(sys.argv[1]); "
-        "print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)"
-    )
-    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
-    assert run.stdout == "TransformerXLModel\n", run.stderr
+ORDERS = {
+    "before": "import hf_pretrain; from transformers import AutoConfig, AutoModel",
+    "after": "from transformers import AutoConfig, AutoModel; import hf_pretrain",
+    # In the middle of this one the Auto classes are imported, when a model could not be imported yet.
+    "in_a_circle": "import hf_pretrain; import transformers.modeling_layers; from transformers import AutoConfig, AutoModel",
+}
+OPEN = """
+import sys
+loader = sys.modules[AutoModel.__module__].__spec__.loader
+left = [thing for thing in (loader, *sys.meta_path) if type(thing).__module__.startswith("hf_pretrain")]
+assert not left, left
+sizes = dict(hidden_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
+AutoModel.from_config(AutoConfig.for_model("transformer_xl", **sizes)).save_pretrained({folder!r})
+print(type(AutoModel.from_pretrained({folder!r})).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """What each order of imports has printed."""
+    folder = tmp_path_factory.mktemp("orders")
+    programs = {name: imports + OPEN.format(folder=str(folder / name)) for name, imports in ORDERS.items()}
+    return run_fresh(programs, folder)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_custom_architectures_open_whatever_is_imported_first(opened, order):
+    assert opened[order] == "TransformerXLModel\n"
 
 
 @pytest.mark.parametrize("name", hf_pretrain.__all__)

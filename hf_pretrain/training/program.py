@@ -130,6 +130,7 @@ def train_method(
     description: str,
     arguments: tuple[type, type, type],
     build_trainer: Callable[[PreparedData, Any, Any], PretrainingTrainer],
+    load: Callable[..., PreparedData] = load_data,
     demonstrate: Callable[[Any, PreparedData], None] | None = None,
     special_tokens: Sequence[str] = ("mask", "pad"),
 ) -> None:
@@ -141,13 +142,14 @@ def train_method(
         description: Text of the program's help.
         arguments: Dataclasses of the options of data, model and training.
         build_trainer: Puts the method's model, collator and Trainer together.
+        load: Makes examples from the options, called as [`load_data`] is.
         demonstrate: Prints more at the end, on the first process, to show what was learned.
         special_tokens: What the tokenizer must have.
     """
     options = parse_arguments(arguments, argv, prog=f"hf-pretrain {name}", description=description)
     data_args, model_args, args = options
     with output_directory(args):
-        data = load_data(data_args, model_args, args, special_tokens=special_tokens)
+        data = load(data_args, model_args, args, special_tokens=special_tokens)
         # The Trainer seeds too, but the weights are drawn before it is there.
         set_seed(args.seed)
         trainer = build_trainer(data, model_args, args)

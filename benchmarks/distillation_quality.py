@@ -1,0 +1,391 @@
+"""Does distillation pay? Students of one size, judged on a task and on text.
+
+    python benchmarks/distillation_quality.py --train_file books.txt --data_dir data [--arm labels distilled] [--seed 0 1]
+    python benchmarks/distillation_quality.py --table
+
+A masked language model is pre-trained on the text, once (or --teacher_model names one); it is the teacher of general
+distillation, proposes words for augmentation, and is fine-tuned on SST-2 to be the teacher of the task. All students have four
+layers and half of its width. The task, with as many steps of the student in every arm:
+
+    labels      a new student, the labels alone
+    distilled   a new student; TinyBERT's stages: embeddings, hidden states and attention, then predictions, without labels
+    augmented   the same on augmented sentences
+    general     as distilled, from a student that learned from the teacher's hidden states and attention on text
+    both        as augmented, from that student
+    pretrained  the labels alone, from a student that was pre-trained on text (the arm mlm)
+
+Text, for as many FLOPs in every arm:
+
+    mlm              masked language modelling
+    distilbert       DistilBERT's losses; the FLOPs of the teacher's forward pass count
+    distilbert_free  the same; they do not count, as if another had paid for them
+    tinybert         the teacher's hidden states and attention; they count. There is no head, and so no loss on held-out text
+
+FLOPs are counted once an arm on a real batch by torch's FlopCounterMode. Students on text are judged by their loss on held-out
+text and by a logistic regression that reads SST-2 and CoLA off the frozen encoder; those of the task by their accuracy on its
+held-out sentences, dev and test, and by how close they come to the teacher there.
+
+The folder `data_dir` holds sst2/train.tsv, dev.tsv and test.tsv (sentence, label) and cola/train.tsv and dev.tsv (source, label,
+mark, sentence). Each run is a row of the file `results`: what is there is not run again. Models are kept in a folder beside it.
+"""
+
+import csv
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from distillation_quality_options import TASK_ARMS, TEXT_ARMS, QualityArguments
+from filelock import FileLock
+from rtd_quality import TASKS, flops_of_a_step
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from hf_pretrain.cli import run_program
+from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
+from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.probes import encode, probe_accuracy
+from hf_pretrain.evaluation.students import compare
+from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.objectives.distillation import (
+    DataCollatorForTask,
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    StudentArguments,
+    TaskDataArguments,
+    TaskDistillationTrainingArguments,
+    load_task,
+    load_text,
+)
+from hf_pretrain.objectives.distillation.task_data import prepare_task
+from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.trainers import distil, distil_task, mlm
+from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.precision import bf16_is_fast
+from hf_pretrain.training.trainer import PretrainingTrainer
+from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
+from results import add_result, read_results
+from timing import print_table
+
+
+def common(args: QualityArguments, folder: Path, seed: int, **options: Any) -> dict[str, Any]:
+    """Return the options of training that all runs share."""
+    return {
+        "output_dir": str(folder),
+        "overwrite_output_dir": True,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": 64,
+        "eval_on_start": False,
+        "save_strategy": "no",
+        "logging_steps": 100,
+        "report_to": "none",
+        "seed": seed,
+    } | options
+
+
+@contextmanager
+def unfinished(folder: Path) -> Iterator[bool]:
+    """Hold a folder for this process, and tell whether its model has still to be made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "_lock"):
+        yield not (folder / "config.json").exists()
+
+
+def read_task(args: QualityArguments, task: str, split: str) -> tuple[list[str], list[int]]:
+    """Return the sentences of a task and their labels."""
+    path = Path(args.data_dir, task, f"{split}.tsv")
+    if not path.is_file():
+        raise InputError(f"data_dir={args.data_dir} has no {task}/{split}.tsv: it must hold sst2 and cola")
+    rows = pd.read_csv(path, sep="\t", header=None, quoting=csv.QUOTE_NONE, keep_default_na=False)
+    text, label = TASKS[task]
+    return rows[text].tolist(), rows[label].astype(int).tolist()
+
+
+def text_data(args: QualityArguments, **options: Any) -> DataArguments:
+    """Return the options of the text."""
+    return DataArguments(
+        train_file=args.train_file,
+        validation_file=args.validation_file or None,
+        document_separator=args.document_separator,
+        max_corpus_bytes=args.max_corpus_bytes,
+        block_size=args.block_size,
+        **options,
+    )
+
+
+def train_for(trainer: PretrainingTrainer, *, budget: float, step: float) -> dict[str, Any]:
+    """Train for as many steps as the budget pays for, and export."""
+    trainer.args.max_steps = max(1, round(budget / step))
+    begin = time.perf_counter()
+    trainer.train()
+    row = {"steps": trainer.args.max_steps, "flops": step * trainer.args.max_steps}
+    row["seconds"] = round(time.perf_counter() - begin, 1)
+    trainer.save_model()
+    return row
+
+
+def language_model(args: QualityArguments) -> str:
+    """Return the folder of the teacher on text, and pre-train it if it is not there."""
+    if args.teacher_model is not None:
+        return args.teacher_model
+    folder = args.folder("teacher")
+    with unfinished(folder) as is_missing:
+        if is_missing:
+            options = MaskedLMTrainingArguments(**common(args, folder, 0, learning_rate=args.learning_rate))
+            data = prepare_data(text_data(args, vocab_size=args.vocab_size), seed=0, output_dir=folder)
+            sizes = ModelArguments(
+                hidden_size=args.teacher_size,
+                num_hidden_layers=args.teacher_layers,
+                num_attention_heads=max(1, args.teacher_size // 32),
+                intermediate_size=4 * args.teacher_size,
+                max_position_embeddings=args.block_size,
+                config_overrides='{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}',
+            )
+            set_seed(0)
+            trainer = mlm.build_trainer(data, sizes, options)
+            train_for(trainer, budget=args.teacher_flops, step=flops_of_a_step(trainer))
+    return str(folder)
+
+
+def task_files(args: QualityArguments) -> dict[str, str]:
+    """Write the task's examples with names of their columns, and return the files: to train on, and held out."""
+    files = {}
+    for name, splits in (("train", ("train",)), ("held_out", ("dev", "test"))):
+        path = args.folder() / f"sst2-{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs = [pair for split in splits for pair in zip(*read_task(args, "sst2", split), strict=True)]
+        text = "".join(json.dumps({"sentence": sentence, "label": label}) + "\n" for sentence, label in pairs)
+        # As it was, so that what was made of it is found again.
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+        files[name] = str(path)
+    return files
+
+
+def task_data(args: QualityArguments, **options: Any) -> TaskDataArguments:
+    """Return the options of the task's examples."""
+    files = task_files(args)
+    return TaskDataArguments(
+        train_file=[files["train"]], validation_file=[files["held_out"]], max_length=args.block_size, **options
+    )
+
+
+def classifier(args: QualityArguments) -> str:
+    """Return the folder of the teacher of the task, and fine-tune it if it is not there."""
+    origin, folder = language_model(args), args.folder("classifier")
+    with unfinished(folder) as is_missing:
+        if is_missing:
+            set_seed(0)
+            tokenizer = AutoTokenizer.from_pretrained(origin)
+            model = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=2)
+            data = prepare_task(task_data(args), tokenizer=tokenizer, config=model.config, seed=0)
+            options = common(args, folder, 0, num_train_epochs=args.teacher_epochs, bf16=bf16_is_fast())
+            del options["overwrite_output_dir"], options["eval_on_start"]
+            use_cpu = not torch.accelerator.is_available()
+            trainer = FineTuningTrainer(
+                model,
+                FineTuningArguments(**options, use_cpu=use_cpu),
+                train_dataset=data.train_dataset,
+                data_collator=DataCollatorForTask(tokenizer),
+                processing_class=tokenizer,
+            )
+            trainer.train()
+            trainer.save_model()
+    return str(folder)
+
+
+def student_options(args: QualityArguments, teacher: str, origin: str | None = None) -> StudentArguments:
+    """Return the options of a student: a new one, or a checkpoint."""
+    if origin is not None:
+        return StudentArguments(teacher_name_or_path=teacher, model_name_or_path=origin)
+    width = AutoConfig.from_pretrained(language_model(args)).hidden_size // 2
+    # As many heads as the teacher, so that their attention can be compared.
+    return StudentArguments(
+        teacher_name_or_path=teacher,
+        num_hidden_layers=args.student_layers,
+        hidden_size=width,
+        intermediate_size=4 * width,
+    )
+
+
+# On text
+
+
+def run_on_text(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
+    """Train a student on text and judge it."""
+    teacher, folder = language_model(args), args.folder(f"{arm}-{seed}")
+    options = DistillationTrainingArguments(
+        **common(args, folder, seed, learning_rate=args.learning_rate), **TEXT_ARMS[arm]
+    )
+    chosen = student_options(args, teacher)
+    data = load_text(text_data(args), chosen, options)
+    set_seed(seed)
+    trainer = distil.build_trainer(data, chosen, options)
+    step = flops_of_a_step(trainer)
+    row = train_for(
+        trainer, budget=args.flops, step=step - (flops_of_teacher(trainer) if arm.endswith("_free") else 0)
+    )
+    return row | judge_on_text(trainer, data, args)
+
+
+def flops_of_teacher(trainer: DistillationTrainer) -> int:
+    """Count the floating-point operations of the teacher on a batch of the text."""
+    examples = trainer.train_dataset.__getitems__(range(trainer.args.per_device_train_batch_size))
+    batch = trainer._prepare_inputs(trainer.data_collator(examples))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert trainer.model.teacher is not None, "distillation on text asks a teacher"
+    with FlopCounterMode(display=False) as counter:
+        trainer.model.teacher(inputs, batch["target_positions"])
+    return int(counter.get_total_flops())
+
+
+def judge_on_text(trainer: DistillationTrainer, data: PreparedData, args: QualityArguments) -> dict[str, Any]:
+    """Measure a student on held-out text and by probes."""
+    student = trainer.model.student
+    teacher = type(student).from_pretrained(language_model(args)).to(student.device)
+    collator = DataCollatorForMaskedLM(data.tokenizer)
+    row: dict[str, Any] = compare(student, teacher, data.eval_dataset, collator=collator, max_examples=2000)
+    for task in TASKS:
+        (texts, labels), (others, answers) = (read_task(args, task, split) for split in ("train", "dev"))
+        texts, labels = texts[: args.probe_rows], labels[: args.probe_rows]
+        features = [encode(student, data.tokenizer, sentences) for sentences in (texts, others)]
+        score = probe_accuracy(features[0], labels, features[1], answers)
+        row |= {f"{task}_accuracy": score.accuracy, f"{task}_matthews": score.matthews_correlation}
+    return row
+
+
+# On the task
+
+
+def stages(arm: str, args: QualityArguments) -> dict[str, dict[str, Any]]:
+    """Return what is particular to each stage of an arm, by the stage's name."""
+    first, second = args.intermediate_steps, args.prediction_steps
+    if TASK_ARMS[arm].by_labels:
+        losses = {"training_stage": "prediction", "prediction_weight": 0.0, "labels_weight": 1.0}
+        return {"labels": losses | {"max_steps": first + second, "learning_rate": args.prediction_rate}}
+    return {
+        "intermediate": {
+            "training_stage": "intermediate", "max_steps": first, "learning_rate": args.intermediate_rate
+        },
+        "prediction": {"training_stage": "prediction", "max_steps": second, "learning_rate": args.prediction_rate},
+    }  # fmt: skip
+
+
+def run_on_task(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
+    """Train a student on the task and judge it."""
+    teacher, how, start = classifier(args), TASK_ARMS[arm], None
+    if how.origin is not None:
+        run_arm(how.origin, seed, args)
+        start = str(args.folder(f"{how.origin}-{seed}"))
+    extra = {"augmentation_model": language_model(args), "augmentation_rows": args.augmentation_rows}
+    data_args = task_data(args, **(extra if how.is_augmented else {}))
+    row: dict[str, Any] = {"steps": 0, "seconds": 0.0}
+    for stage, options in stages(arm, args).items():
+        folder = args.folder(f"{arm}-{seed}-{stage}")
+        training = TaskDistillationTrainingArguments(
+            **common(args, folder, seed, train_sampling_strategy="group_by_length", **options),
+            # Asking for all answers takes longer where a run does not come to all of them.
+            cache_teacher=not how.is_augmented,
+        )
+        chosen = student_options(args, teacher, start)
+        data = load_task(data_args, chosen, training)
+        set_seed(seed)
+        begin = time.perf_counter()
+        trainer = distil_task.build_trainer(data, chosen, training)
+        trainer.train()
+        row["steps"] += training.max_steps
+        row["seconds"] += time.perf_counter() - begin
+        trainer.save_model()
+        start = str(folder)
+    student, count = trainer.model.student, len(data.eval_dataset)
+    model = AutoModelForSequenceClassification.from_pretrained(teacher).to(student.device)
+    collator = DataCollatorForTask(data.tokenizer)
+    row["examples"] = len(data.train_dataset)
+    return row | compare(student, model, data.eval_dataset, collator=collator, max_examples=count)
+
+
+def run_arm(arm: str, seed: int, args: QualityArguments) -> None:
+    """Run an arm and add its row, unless there is one."""
+    path = Path(args.results)
+    done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
+    if (arm, seed, args.settings()) not in done:
+        row = (run_on_task if arm in TASK_ARMS else run_on_text)(arm, seed, args)
+        facts = {"threads": torch.get_num_threads(), "settings": args.settings()}
+        add_result(path, {"arm": arm, "seed": seed} | row | facts)
+
+
+# Name in the table, name in the results, what it is multiplied by, and decimal places.
+COLUMNS = {
+    "task": (
+        ("accuracy", "student_accuracy", 100, 1),
+        ("teacher's", "teacher_accuracy", 100, 1),
+        ("agreement", "agreement", 100, 1),
+        ("KL", "kl", 1, 3),
+        ("examples", "examples", 1, 0),
+        ("steps", "steps", 1, 0),
+        ("seconds", "seconds", 1, 0),
+        ("speed-up at 32", "speed_up_batch_32", 1, 1),
+    ),
+    "text": (
+        ("MLM loss", "student_mlm_loss", 1, 3),
+        ("teacher's", "teacher_mlm_loss", 1, 3),
+        ("KL", "kl", 1, 3),
+        ("agreement", "agreement", 100, 1),
+        ("SST-2 probe", "sst2_accuracy", 100, 1),
+        ("CoLA MCC", "cola_matthews", 100, 1),
+        ("steps", "steps", 1, 0),
+        ("seconds", "seconds", 1, 0),
+        ("speed-up at 32", "speed_up_batch_32", 1, 1),
+    ),
+}
+
+
+def print_results(path: Path) -> None:
+    """Print two tables for each set of settings in the results: mean and standard deviation over the seeds."""
+    tables: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_results(path):
+        tables[json.dumps(row["settings"])].append(row)
+    if not tables:
+        raise InputError(f"results={path} has no row: run some arms first")
+    for settings, rows in tables.items():
+        print(f"\n{settings}")
+        for part, arms in (("task", TASK_ARMS), ("text", TEXT_ARMS)):
+            runs = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
+            cells = [
+                [arm, str(len(of_arm)), *(_cell(of_arm, *column[1:]) for column in COLUMNS[part])]
+                for arm, of_arm in runs.items()
+                if of_arm
+            ]
+            if cells:
+                print()
+                print_table(cells, ["arm", "seeds", *(title for title, *_ in COLUMNS[part])])
+
+
+def _cell(rows: list[dict[str, Any]], name: str, factor: float, places: int) -> str:
+    values = [factor * row[name] for row in rows if name in row]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{places}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{places}f}{spread}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then print the tables."""
+    (args,) = parse_arguments((QualityArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
+    if not args.table:
+        for seed, arm in itertools.product(args.seed, args.arm):
+            run_arm(arm, seed, args)
+    print_results(Path(args.results))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

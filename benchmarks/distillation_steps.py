@@ -1,0 +1,345 @@
+"""Steps of distillation, ours against stock transformers with the same weights and the same batch: time and peak memory.
+
+    python benchmarks/distillation_steps.py [--bf16] [--base] [--case distilbert sst2] [--data_dir data] [--repeats 5]
+
+A step is the teacher's forward and the student's forward and backward, of these losses:
+
+    distilbert       divergence, MLM and cosine, 15 in 100 tokens masked; stock: logits at all positions, then of the masked
+    tinybert 8x512   embeddings, hidden states and attention scores, rows filled by half on average
+    tinybert 32x128  the same, full rows
+    sst2             the same on the sentences of data_dir/sst2/train.tsv; stock: padded to 64; ours: batches of about one
+                     length, as the Trainer makes them. A step is one pass over `sst2_batches` batches
+    prediction       divergence of a classifier's logits; the third side has the teacher's logits from a cache
+
+Stock TinyBERT is eager attention that returns its scores, as the official code does, with losses over the real tokens. Of the
+first three, both sides have the same loss, which is checked before anything is timed. All sides run in one process, in turn, and
+the best of the repeats counts. Peak memory is how much the resident set rises during the first step, each side in a process of
+its own. "Of peak" is explained in training_steps.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import pandas as pd
+import torch
+import torch.nn.functional as F  # noqa: N812
+from training_steps import GEMM_SIZE, count_flops, make_batch, matmul_step, mean_loss, rise_of_memory, stepped
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import eager_mask
+
+from hf_pretrain.data import draws
+from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset
+from hf_pretrain.data.tokenizer_training import train_tokenizer
+from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.objectives.distillation.arguments import (
+    DistillationTrainingArguments,
+    TaskDistillationTrainingArguments,
+)
+from hf_pretrain.objectives.distillation.building import join
+from hf_pretrain.objectives.distillation.modeling import DistillationModel
+from hf_pretrain.objectives.distillation.task_examples import DataCollatorForTask, LengthGroupedSampler
+from timing import interleaved, print_table
+
+Batch = dict[str, torch.Tensor]
+# Of each side, the loss of each batch of a step.
+Sides = dict[str, list[Callable[[], torch.Tensor]]]
+
+VOCAB_SIZE = 30522
+OFFICIAL_LENGTH = 64
+# layers, width, heads, width of the feed-forward layers
+SMALL = {"distilbert": ((6, 256, 4, 1024), (3, 256, 4, 1024)), "tinybert": ((8, 256, 4, 1024), (4, 128, 4, 512))}
+BASE = {"distilbert": ((12, 768, 12, 3072), (6, 768, 12, 3072)), "tinybert": ((12, 768, 12, 3072), (4, 312, 12, 1200))}
+
+
+class Pair(NamedTuple):
+    """Stock models, and ours around copies of them."""
+
+    student: PreTrainedModel
+    teacher: PreTrainedModel
+    ours: DistillationModel
+    weights: dict[str, float]
+
+
+def make_pair(auto_class: Any, method: str, args: argparse.Namespace, options: Any, *, length: int) -> Pair:
+    """Build teacher and student with random weights, and join copies of them."""
+    torch.manual_seed(0)
+    models = []
+    for layers, width, heads, intermediate in reversed((BASE if args.base else SMALL)[method]):
+        config = BertConfig(
+            vocab_size=VOCAB_SIZE,
+            num_hidden_layers=layers,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=intermediate,
+            max_position_embeddings=length,
+            hidden_dropout_prob=args.dropout,
+            attention_probs_dropout_prob=args.dropout,
+        )
+        models.append(auto_class.from_config(config))
+    student, teacher = models
+    ours = join(copy.deepcopy(student), copy.deepcopy(teacher), options).train()
+    return Pair(student.train(), teacher.eval().requires_grad_(False), ours, options.weights())
+
+
+def training_options(options_class: type, args: argparse.Namespace, **options: Any) -> Any:
+    """Return arguments of training; nothing is written."""
+    folder = str(Path(tempfile.gettempdir(), "distillation_steps"))
+    return options_class(output_dir=folder, bf16=args.bf16, report_to="none", **options)
+
+
+def weighted(pair: Pair, batch: Batch) -> Callable[[], torch.Tensor]:
+    """Return our loss of a batch."""
+
+    def loss() -> torch.Tensor:
+        output: PretrainingOutput = pair.ours(**batch)
+        return mean_loss(output, pair.weights)
+
+    return loss
+
+
+def distilbert_sides(args: argparse.Namespace) -> Sides:
+    """DistilBERT's losses at the masked positions."""
+    options = training_options(DistillationTrainingArguments, args)
+    pair = make_pair(AutoModelForMaskedLM, "distilbert", args, options, length=128)
+    batch = make_batch(argparse.Namespace(batch_size=32, sequence_length=128, vocab_size=VOCAB_SIZE))
+    del batch["sample_uniforms"]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    is_target, temperature = batch["labels"] != -100, options.temperature
+
+    def stock() -> torch.Tensor:
+        with torch.no_grad():
+            theirs = pair.teacher(**inputs, output_hidden_states=True)
+        ours = pair.student(**inputs, output_hidden_states=True)
+        student, teacher = ours.logits[is_target].float(), theirs.logits[is_target].float()
+        soft = [(logits / temperature).log_softmax(-1) for logits in (student, teacher)]
+        prediction = temperature**2 * F.kl_div(*soft, reduction="batchmean", log_target=True)
+        cosine = F.cosine_similarity(ours.hidden_states[-1].float(), theirs.hidden_states[-1].float(), dim=-1)
+        mlm = F.cross_entropy(student, batch["labels"][is_target])
+        found = {"prediction": prediction, "mlm": mlm, "cosine": 1 - cosine.mean()}
+        return sum(pair.weights[name] * value for name, value in found.items())
+
+    return {"stock": [stock], "ours": [weighted(pair, batch)]}
+
+
+def attention_with_scores(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eager attention that returns the scores before the softmax."""
+    scores = query @ key.transpose(2, 3) * scaling
+    masked = scores if attention_mask is None else scores + attention_mask
+    probabilities = F.dropout(masked.softmax(-1, dtype=torch.float32).to(query.dtype), dropout, module.training)
+    return (probabilities @ value).transpose(1, 2).contiguous(), scores
+
+
+def stock_tinybert(pair: Pair, batch: Batch, layer_map: list[int]) -> Callable[[], torch.Tensor]:
+    """TinyBERT's losses on what the models return, through the projections of ours."""
+    valid = batch["attention_mask"].float()
+    pairs = (valid[:, :, None] * valid[:, None])[:, None]
+    projections = pair.ours.projections
+
+    def state_loss(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        return (((ours - theirs).float() ** 2).mean(-1) * valid).sum() / valid.sum()
+
+    def loss() -> torch.Tensor:
+        wanted = {"output_hidden_states": True, "output_attentions": True}
+        with torch.no_grad():
+            theirs = pair.teacher(**batch, **wanted)
+        ours = pair.student(**batch, **wanted)
+        total = state_loss(projections["embedding"](ours.hidden_states[0]), theirs.hidden_states[0])
+        for m, n in enumerate(layer_map):
+            total = total + state_loss(projections["hidden"](ours.hidden_states[m + 1]), theirs.hidden_states[n])
+            difference = (ours.attentions[m] - theirs.attentions[n - 1]).float()
+            total = total + (difference**2 * pairs).sum() / (pairs.sum() * difference.shape[1])
+        return total
+
+    return loss
+
+
+def tinybert_pair(args: argparse.Namespace, *, length: int) -> Pair:
+    """TinyBERT's encoders; the stock ones return attention scores."""
+    options = training_options(DistillationTrainingArguments, args, distillation_method="tinybert")
+    pair = make_pair(AutoModel, "tinybert", args, options, length=length)
+    AttentionInterface.register("eager_with_scores", attention_with_scores)
+    AttentionMaskInterface.register("eager_with_scores", eager_mask)
+    for model in (pair.student, pair.teacher):
+        model.set_attn_implementation("eager_with_scores")
+    return pair
+
+
+def tinybert_sides(args: argparse.Namespace, *, batch_size: int, length: int, is_full: bool) -> Sides:
+    """TinyBERT's intermediate losses on synthetic rows."""
+    pair = tinybert_pair(args, length=length)
+    keys = draws.row_keys(range(batch_size), seed=0)
+    ids = torch.from_numpy(draws.integers(keys, length, high=VOCAB_SIZE))
+    lengths = torch.from_numpy(draws.integers(keys ^ 1, 1, high=length)) + 1
+    valid = torch.arange(length) < (lengths * 0 + length if is_full else lengths)
+    batch = {"input_ids": ids * valid, "attention_mask": valid.long()}
+    stock = stock_tinybert(pair, batch, pair.ours.config.layer_map)
+    return {"stock": [stock], "ours": [weighted(pair, batch)]}
+
+
+def sst2_sides(args: argparse.Namespace) -> Sides:
+    """TinyBERT's intermediate losses on real sentences: padded to one length, or as the Trainer batches them."""
+    rows = pd.read_csv(
+        Path(args.data_dir) / "sst2" / "train.tsv",
+        sep="\t",
+        header=None,
+        quoting=csv.QUOTE_NONE,
+        keep_default_na=False,
+    )
+    sentences = rows[0].tolist()
+    tokenizer = train_tokenizer(
+        sentences, kind="wordpiece", vocab_size=8192, lowercase=True, model_max_length=OFFICIAL_LENGTH
+    )
+    encoded = tokenizer(sentences, truncation=True, max_length=OFFICIAL_LENGTH)["input_ids"]
+    examples = EpochDataset(datasets.Dataset.from_dict({"input_ids": encoded}))
+    order = list(LengthGroupedSampler.of(examples, seed=0, batch_size=32))
+    collator, batches = DataCollatorForTask(tokenizer), []
+    for number in range(args.sst2_batches):
+        chosen = [index % EPOCH_STRIDE for index in order[32 * number : 32 * (number + 1)]]
+        batches.append(collator(examples.__getitems__(chosen)))
+    pair = tinybert_pair(args, length=OFFICIAL_LENGTH)
+    padded = [
+        {name: F.pad(value, (0, OFFICIAL_LENGTH - value.shape[1])) for name, value in batch.items()}
+        for batch in batches
+    ]
+    layer_map = pair.ours.config.layer_map
+    return {
+        "stock": [stock_tinybert(pair, batch, layer_map) for batch in padded],
+        "ours": [weighted(pair, batch) for batch in batches],
+    }
+
+
+def prediction_sides(args: argparse.Namespace) -> Sides:
+    """The divergence of a classifier's logits, of a teacher that is asked or was asked before."""
+    options = training_options(TaskDistillationTrainingArguments, args)
+    pair = make_pair(AutoModelForSequenceClassification, "tinybert", args, options, length=128)
+    ids = torch.from_numpy(draws.integers(draws.row_keys(range(32), seed=0), 128, high=VOCAB_SIZE))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        cached = batch | {"teacher_logits": pair.teacher(**batch).logits}
+
+    def stock() -> torch.Tensor:
+        with torch.no_grad():
+            teacher = pair.teacher(**batch).logits.float()
+        student = pair.student(**batch).logits.float()
+        return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+    return {"stock": [stock], "ours": [weighted(pair, batch)], "ours, cached": [weighted(pair, cached)]}
+
+
+CASES: dict[str, Callable[[argparse.Namespace], Sides]] = {
+    "distilbert": distilbert_sides,
+    "tinybert 8x512": lambda args: tinybert_sides(args, batch_size=8, length=512, is_full=False),
+    "tinybert 32x128": lambda args: tinybert_sides(args, batch_size=32, length=128, is_full=True),
+    "sst2": sst2_sides,
+    "prediction": prediction_sides,
+}
+SIDES_OF = dict.fromkeys(CASES, ("stock", "ours")) | {"prediction": ("stock", "ours", "ours, cached")}
+
+
+def step_of(losses: list[Callable[[], torch.Tensor]], *, bf16: bool) -> Callable[[], None]:
+    """Make one step of the losses of several batches, forward and backward of one after the other."""
+    steps = [stepped(loss, bf16=bf16) for loss in losses]
+
+    def step() -> None:
+        for part in steps:
+            part()
+
+    return step
+
+
+def check_losses(case: str, args: argparse.Namespace) -> None:
+    """Refuse to compare sides that compute different things: without dropout and in fp32 their losses are equal."""
+    exact = argparse.Namespace(**vars(args) | {"dropout": 0.0, "bf16": False})
+    sides = CASES[case](exact)
+    with torch.no_grad():
+        totals = [sum(float(loss()) for loss in losses) for losses in sides.values()]
+    assert max(totals) - min(totals) < 1e-3 * abs(totals[0]) + 1e-6, (case, totals)
+
+
+def memory_of(case: str, side: str) -> float:
+    """Run one step in a fresh process and return its rise of memory in MiB."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", case, side]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def rows_of(case: str, args: argparse.Namespace) -> list[list[str]]:
+    """Measure all sides of a case: one row a side."""
+    check_losses(case, args)
+    memory = {side: memory_of(case, side) for side in SIDES_OF[case]}
+    steps = {side: step_of(losses, bf16=args.bf16) for side, losses in CASES[case](args).items()}
+    flops = {side: count_flops(step) for side, step in steps.items()}
+    seconds = interleaved({**steps, "matmul": matmul_step(bf16=args.bf16)}, repeats=args.repeats)
+    peak = 2 * GEMM_SIZE**3 / seconds["matmul"]
+    return [
+        [
+            case,
+            side,
+            f"{1e3 * seconds[side]:.0f}",
+            f"{seconds['stock'] / seconds[side]:.2f}",
+            f"{flops[side] / 1e9:.1f}",
+            f"{100 * flops[side] / seconds[side] / peak:.0f} % of {peak / 1e9:.0f} GFLOP/s",
+            f"{memory[side]:.0f}",
+            f"{memory[side] / memory['stock']:.2f}",
+        ]
+        for side in steps
+    ]
+
+
+def main() -> None:
+    """Print one row a case and side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="what to measure")
+    parser.add_argument("--base", action="store_true", help="a teacher of 12 layers, 768 wide, in place of small ones")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast on all sides")
+    parser.add_argument(
+        "--data_dir", default="data", help="folder with sst2/train.tsv; without it the case is left out"
+    )
+    parser.add_argument("--sst2_batches", type=int, default=6, help="batches of sentences in a step")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of the student")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory_of", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    datasets.disable_progress_bars()
+    if args.memory_of:
+        case, side = args.memory_of
+        print(rise_of_memory(step_of(CASES[case](args)[side], bf16=args.bf16)))
+        return
+    cases = [case for case in args.case if case != "sst2" or (Path(args.data_dir) / "sst2" / "train.tsv").is_file()]
+    rows = [row for case in cases for row in rows_of(case, args)]
+    for method, sizes in (BASE if args.base else SMALL).items():
+        shown = " and ".join(f"{layers} x {width}" for layers, width, *_ in sizes)
+        print(f"{method}: teacher and student of {shown}")
+    precision = "bf16 autocast" if args.bf16 else "fp32"
+    print(f"{VOCAB_SIZE} tokens, {precision}, {torch.get_num_threads()} threads, best of {args.repeats}\n")
+    print_table(rows, ["step", "side", "ms", "speed-up", "GFLOP", "of peak", "MiB", "memory"])
+
+
+if __name__ == "__main__":
+    main()

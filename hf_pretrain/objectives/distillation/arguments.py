@@ -1,0 +1,264 @@
+"""The options of distillation: which losses, between which layers, and how the teacher runs."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
+
+from hf_pretrain.corruption.arguments import MaskingArguments
+from hf_pretrain.errors import InputError
+from hf_pretrain.training.arguments import PretrainingArguments
+
+Method = Literal["distilbert", "tinybert", "minilm", "minilmv2"]
+TrainingStage = Literal["intermediate", "prediction"]
+
+_PRESETS: dict[str, dict[str, float]] = {
+    # The weights of the released model.
+    "distilbert": {"prediction": 5.0, "mlm": 2.0, "cosine": 1.0},
+    "tinybert": {"embedding": 1.0, "hidden": 1.0, "attention": 1.0},
+    "minilm": {"attention_distribution": 1.0, "value_relation": 1.0},
+    "minilmv2": {"relation_qq": 1.0, "relation_kk": 1.0, "relation_vv": 1.0},
+}
+_STAGES: dict[str, dict[str, float]] = {"intermediate": _PRESETS["tinybert"], "prediction": {"prediction": 1.0}}
+
+
+@dataclass
+class DistillationArguments:
+    """What every distillation chooses: the weights of its losses, the layers, and how the teacher runs.
+
+    A weight that is left out is that of the method's preset, or 0; a loss whose weight is 0 is not computed.
+
+    Raises:
+        InputError: If an option is out of range, or no loss is left.
+    """
+
+    loss_names: ClassVar[tuple[str, ...]] = (
+        "prediction",
+        "cosine",
+        "embedding",
+        "hidden",
+        "attention",
+        "relation_qq",
+        "relation_kk",
+        "relation_vv",
+        "attention_distribution",
+        "value_relation",
+    )
+
+    prediction_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the divergence of the student's predictions from the teacher's; of a regression, the squared "
+            "difference."
+        },
+    )
+    prediction_weight_schedule: str | None = field(
+        default=None, metadata={"help": "How prediction_weight changes in training: '0%:1, 50%:0.5' (linear between)."}
+    )
+    cosine_weight: float | None = field(
+        default=None, metadata={"help": "Weight of 1 - cosine of the last hidden states (DistilBERT)."}
+    )
+    embedding_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the squared difference of the embeddings (TinyBERT)."}
+    )
+    hidden_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the squared differences of the layers' outputs (TinyBERT)."}
+    )
+    hidden_weight_schedule: str | None = field(
+        default=None, metadata={"help": "How hidden_weight changes in training."}
+    )
+    attention_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the squared differences of the attention scores (TinyBERT)."}
+    )
+    attention_weight_schedule: str | None = field(
+        default=None, metadata={"help": "How attention_weight changes in training."}
+    )
+    relation_qq_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the relations between queries (MiniLM v2)."}
+    )
+    relation_kk_weight: float | None = field(default=None, metadata={"help": "The same between keys (MiniLM v2)."})
+    relation_vv_weight: float | None = field(default=None, metadata={"help": "The same between values (MiniLM v2)."})
+    attention_distribution_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the divergence of the last layer's attention (MiniLM)."}
+    )
+    value_relation_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the relations between values, a relation a head (MiniLM)."}
+    )
+    temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "What the logits of both are divided by in the prediction loss, which is multiplied by its square; by "
+            "default 1, of distilbert 2."
+        },
+    )
+    temperature_schedule: str | None = field(
+        default=None, metadata={"help": "How the temperature changes in training: '0%:8, 100%:1'."}
+    )
+    layer_map: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which layer of the teacher each layer of the student learns from: 'uniform', 'last', or a list as "
+            "'3,6,9,12'."
+        },
+    )
+    teacher_layer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Layer of the teacher that the relations are taken from; by default the last. MiniLM v2: 21 of "
+            "BERT-large's 24, 19 of RoBERTa-large's."
+        },
+    )
+    relation_heads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Parts that states are split into for the relations, a divisor of both widths; by default the teacher's "
+            "attention heads. MiniLM v2: 48 for base models, 64 for large ones."
+        },
+    )
+    attention_target: Literal["scores", "probs"] = field(
+        default="scores",
+        metadata={"help": "Compare attention before the softmax (TinyBERT) or after it (TextBrewer)."},
+    )
+    projection: Literal["shared", "per_layer"] = field(
+        default="shared",
+        metadata={
+            "help": "Where widths differ: one projection for all layers (and one for the embeddings), or one each."
+        },
+    )
+    official: bool = field(
+        default=False,
+        metadata={
+            "help": "As TinyBERT's code where it differs from the paper: one projection with a bias for embeddings and all "
+            "layers, of equal widths too; predictions averaged over classes, without the square of the temperature."
+        },
+    )
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None,
+        metadata={"help": "Type of the teacher's weights; by default bfloat16 if bf16 is on, else float32."},
+    )
+
+    def weights(self) -> dict[str, float]:
+        """Return the weight of every loss that is computed, by name."""
+        found = {name: getattr(self, f"{name}_weight") for name in self.loss_names}
+        return {
+            name: weight
+            for name, weight in found.items()
+            if weight or getattr(self, f"{name}_weight_schedule", None) is not None
+        }
+
+    def resolve(self, preset: Mapping[str, float], *, temperature: float = 1.0) -> None:
+        """Fill in what was left out, and refuse what is out of range.
+
+        Args:
+            preset: Weights by name; 0 if it does not name a loss.
+            temperature: That of the preset.
+        """
+        for name in self.loss_names:
+            option = f"{name}_weight"
+            if getattr(self, option) is None:
+                setattr(self, option, preset.get(name, 0.0))
+            if not (math.isfinite(getattr(self, option)) and getattr(self, option) >= 0):
+                raise InputError(f"{option}={getattr(self, option)} must be 0 or more")
+        if self.temperature is None:
+            self.temperature = temperature
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"temperature={self.temperature} must be above 0")
+        for name in ("relation_heads", "teacher_layer"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1")
+        if not self.weights():
+            raise InputError("all losses have weight 0: give one of them a weight, such as --prediction_weight 1")
+
+
+@dataclass
+class DistillationTrainingArguments(DistillationArguments, MaskingArguments, PretrainingArguments):
+    """Options of [`DistillationTrainer`]: general distillation, on text alone."""
+
+    loss_names: ClassVar[tuple[str, ...]] = ("prediction", "mlm", *DistillationArguments.loss_names[1:])
+
+    distillation_method: Method = field(
+        default="distilbert",
+        metadata={
+            "help": "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
+        },
+    )
+    mlm_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the student's own masked-language-model loss (DistilBERT)."}
+    )
+    mlm_weight_schedule: str | None = field(default=None, metadata={"help": "How mlm_weight changes in training."})
+    mlm_probability: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
+            "predictions, and 0 without them: then both models read the text as it is."
+        },
+    )
+    prediction_positions: Literal["masked", "all"] = field(
+        default="masked",
+        metadata={
+            "help": "Where predictions are compared: at the selected positions, or at all real tokens, as the released "
+            "DistilBERT was; that costs several times as much."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Fill in what was left out, and refuse what is out of range."""
+        if self.distillation_method not in _PRESETS:
+            raise InputError(
+                f"distillation_method={self.distillation_method!r} must be distilbert, tinybert, minilm or minilmv2"
+            )
+        temperature = 2.0 if self.distillation_method == "distilbert" else 1.0
+        self.resolve(_PRESETS[self.distillation_method], temperature=temperature)
+        needs_targets = {"mlm", "prediction"} & self.weights().keys()
+        if self.mlm_probability is None:
+            self.mlm_probability = 0.15 if needs_targets else 0.0
+        of_masked = needs_targets - ({"prediction"} if self.prediction_positions == "all" else set())
+        if of_masked and not self.mlm_probability:
+            raise InputError(
+                f"mlm_probability=0 leaves no target for the {' and '.join(sorted(of_masked))} loss: set it to 0.15"
+            )
+        super().__post_init__()
+
+    @property
+    def masking(self) -> MaskingArguments:
+        """The options of masking alone, as the collator takes them."""
+        return MaskingArguments(**{field.name: getattr(self, field.name) for field in fields(MaskingArguments)})
+
+
+@dataclass
+class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArguments):
+    """Options of [`TaskDistillationTrainer`]: a fine-tuned teacher on the examples of its task."""
+
+    loss_names: ClassVar[tuple[str, ...]] = ("prediction", "labels", *DistillationArguments.loss_names[1:])
+
+    training_stage: TrainingStage = field(
+        default="prediction",
+        metadata={
+            "help": "Which losses have weight 1 if none is given: 'intermediate' (embeddings, hidden states, attention), and "
+            "then, from its result, 'prediction'."
+        },
+    )
+    labels_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the loss against the labels of the data; they are optional."}
+    )
+    labels_weight_schedule: str | None = field(
+        default=None, metadata={"help": "How labels_weight changes in training."}
+    )
+    cache_teacher: bool = field(
+        default=True,
+        metadata={"help": "Ask the teacher once for its logits of each example, where nothing else of it is needed."},
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "'group_by_length': the examples of a step are of about one length; 'random': of any."},
+    )
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
+
+    def __post_init__(self) -> None:
+        """Fill in what was left out, and refuse what is out of range."""
+        if self.training_stage not in _STAGES:
+            raise InputError(f"training_stage={self.training_stage!r} must be 'intermediate' or 'prediction'")
+        self.resolve(_STAGES[self.training_stage])
+        super().__post_init__()

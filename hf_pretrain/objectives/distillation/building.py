@@ -1,0 +1,241 @@
+"""Put student and teacher together, and refuse what cannot be compared before any step is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.modeling.configuration import from_pretrained
+from hf_pretrain.objectives.distillation.arguments import DistillationArguments
+from hf_pretrain.objectives.distillation.capture import check_capture
+from hf_pretrain.objectives.distillation.configuration import OF_PREDICTIONS, RELATIONS, DistillationConfig
+from hf_pretrain.objectives.distillation.layer_map import layer_map
+from hf_pretrain.objectives.distillation.losses import check_same_heads
+from hf_pretrain.objectives.distillation.modeling import DistillationModel
+from hf_pretrain.objectives.distillation.relations import check_relation_heads
+from hf_pretrain.objectives.distillation.student import StudentArguments, build_student
+from hf_pretrain.objectives.distillation.teacher import Teacher
+from hf_pretrain.objectives.distillation.vocabulary_trimming import match_vocabulary
+
+_LAST_LAYER = {*RELATIONS, "attention_distribution"}
+_OF_ATTENTION = {"attention", *_LAST_LAYER}
+_OF_EQUAL_HEADS = ("attention", "attention_distribution", "value_relation")
+
+
+def general_class(args: DistillationArguments) -> Any:
+    """Return the Auto class of both models in general distillation: with a head only where predictions are compared."""
+    return AutoModelForMaskedLM if args.weights().keys() & OF_PREDICTIONS else AutoModel
+
+
+def load_teacher(args: StudentArguments, *, auto_class: Any, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the teacher, with the vocabulary of the tokenizer.
+
+    Args:
+        args: Names the teacher.
+        auto_class: How to open it.
+        tokenizer: Tokenizer of the run; each of its tokens has to be one of the teacher's.
+
+    Raises:
+        InputError: If no teacher is named, or it cannot be loaded, or has no trained head, or does not know a token.
+    """
+    name = teacher_name(args)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        teacher, info = from_pretrained(auto_class, name, dtype=torch.float32, output_loading_info=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    untrained = {key for key in info["missing_keys"] if auto_class is not AutoModel or not key.startswith("pooler.")}
+    if untrained:
+        raise InputError(
+            f"teacher_name_or_path={name!r} is no trained {type(teacher).__name__}, it has no {sorted(untrained)[0]}: "
+            + (
+                "fine-tune it on the task first"
+                if auto_class is AutoModelForSequenceClassification
+                else "name one with its head, or choose losses without predictions (--distillation_method minilmv2)"
+            )
+        )
+    return match_vocabulary(teacher, from_pretrained(AutoTokenizer, name), to=tokenizer)
+
+
+def teacher_name(args: StudentArguments) -> str:
+    """Return the checkpoint of the teacher; raise InputError if none is named."""
+    if args.teacher_name_or_path is None:
+        raise InputError("teacher_name_or_path is missing: name the checkpoint to learn from")
+    return args.teacher_name_or_path
+
+
+def build_model(
+    model_args: StudentArguments,
+    args: DistillationArguments,
+    *,
+    auto_class: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+) -> DistillationModel:
+    """Load the teacher and build the student that the options describe.
+
+    Args:
+        model_args: Who teaches, and who is taught.
+        args: The losses between them.
+        auto_class: The Auto class of both.
+        tokenizer: The tokenizer of both.
+        block_size: Longest sequence that both are shown, in tokens.
+
+    Returns:
+        The composite to train.
+    """
+    teacher = load_teacher(model_args, auto_class=auto_class, tokenizer=tokenizer)
+    student = build_student(model_args, teacher=teacher, tokenizer=tokenizer, auto_class=auto_class)
+    for model in (student, teacher):
+        check_model_fits(model, tokenizer, block_size=block_size)
+    return join(student, teacher, args)
+
+
+def join(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> DistillationModel:
+    """Let a student learn from a teacher; the student is trained in place, the teacher is frozen.
+
+    Args:
+        student: A stock model: an encoder, a masked language model or a sequence classifier.
+        teacher: Another, of the same kind and with the same vocabulary.
+        args: The losses between them. What no loss reaches is frozen too, such as a head without a loss of predictions.
+
+    Raises:
+        InputError: If a loss cannot be computed between the two.
+    """
+    if student is teacher:
+        raise InputError("student and teacher are one model: give the student a copy, or weights of its own")
+    config = _config(student, teacher, args)
+    check_fit(student, teacher, config)
+    if config.head == "none":
+        for model in (student, teacher):
+            if getattr(model, "pooler", None) is not None:
+                model.pooler = None  # No loss reaches it, and it is not the encoder's.
+    precision = getattr(args, "teacher_dtype", None) or ("bfloat16" if getattr(args, "bf16", False) else "float32")
+    asked = Teacher(
+        teacher, config.wanted()[1], is_masked_lm=config.head == "masked_lm", dtype=getattr(torch, precision)
+    )
+    model = DistillationModel(config, student, asked)
+    freeze_unreached(model)
+    return model
+
+
+def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> DistillationConfig:
+    names = list(args.weights())
+    depths = {"student_layers": student.config.num_hidden_layers, "teacher_layers": teacher.config.num_hidden_layers}
+    mapped = None
+    if {"hidden", "attention"} & set(names):
+        mapped = list(layer_map(args.layer_map, **depths))
+    last = depths["teacher_layers"]
+    if args.teacher_layer is not None and args.teacher_layer > last:
+        raise InputError(f"teacher_layer={args.teacher_layer}: the teacher has {last} layers")
+    pairs = list(enumerate(mapped or (), start=1))
+    return DistillationConfig(
+        student=student.config,
+        losses=names,
+        head=_head(student),
+        layer_map=mapped,
+        teacher_layer=args.teacher_layer or last,
+        teacher_size=teacher.config.hidden_size,
+        teacher_layers=last,
+        attention_windows=[_window(student, m, teacher, n) for m, n in pairs] or None,
+        relation_heads=args.relation_heads or teacher.config.num_attention_heads,
+        temperature=args.temperature,
+        prediction_positions=getattr(args, "prediction_positions", "masked"),
+        attention_target=args.attention_target,
+        projection=args.projection,
+        official=args.official,
+    )
+
+
+def _head(model: PreTrainedModel) -> str:
+    if model.get_output_embeddings() is not None:
+        return "masked_lm"
+    if model.base_model is model:
+        return "none"
+    return "regression" if model.config.num_labels == 1 else "classification"
+
+
+def _window(student: PreTrainedModel, layer: int, teacher: PreTrainedModel, teacher_layer: int) -> int | None:
+    """Return the largest distance at which tokens see each other in both layers, None if all do."""
+    windows = []
+    for model, number in ((student, layer), (teacher, teacher_layer)):
+        kinds = getattr(model.config, "layer_types", None)
+        if kinds and kinds[number - 1] == "sliding_attention":
+            windows.append(model.config.sliding_window)
+    return min(windows, default=None)
+
+
+def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
+    """Refuse a pair that cannot be compared by the losses of a configuration.
+
+    Raises:
+        InputError: Naming the loss and what to change.
+    """
+    names = set(config.losses or ())
+    sizes = [model.get_input_embeddings().num_embeddings for model in (student, teacher)]
+    if config.head == "masked_lm" and "prediction" in names and sizes[0] != sizes[1]:
+        raise InputError(
+            f"the student predicts {sizes[0]} tokens and the teacher {sizes[1]}: both need the teacher's vocabulary"
+        )
+    if config.head != _head(teacher) or (
+        config.head == "classification" and student.config.num_labels != teacher.config.num_labels
+    ):
+        raise InputError(
+            f"the student is a {type(student).__name__} with {student.config.num_labels} labels, the teacher a "
+            f"{type(teacher).__name__} with {teacher.config.num_labels}: both need the same task"
+        )
+    if getattr(teacher.config, "problem_type", None) == "multi_label_classification":
+        raise InputError("the teacher's problem_type is multi_label_classification, which has no loss here yet")
+    if names & _OF_ATTENTION:
+        for model in (student, teacher):
+            check_capture(model)
+    if names & set(_OF_EQUAL_HEADS):
+        check_same_heads(student.config.num_attention_heads, teacher.config.num_attention_heads)
+    if names & (set(RELATIONS) - {"value_relation"}):
+        widths = {"student_width": student.config.hidden_size, "teacher_width": teacher.config.hidden_size}
+        check_relation_heads(config.relation_heads, **widths)
+
+
+def freeze_unreached(model: DistillationModel) -> None:
+    """Freeze the student's parameters that no loss reaches, found by a backward pass of a few tokens.
+
+    They keep their values: such are a head without a loss of predictions, and what lies behind the queries, keys and values of a
+    last layer of which only those are compared. Distributed training waits for the gradient of whatever is not frozen.
+    """
+    batch = _trial_batch(model)
+    was_training = model.training
+    output = model.eval()(**batch)
+    total = torch.stack([loss.sum.sum() for loss in output.losses.values()]).sum()
+    total.backward()
+    model.train(was_training)
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.requires_grad_(False)
+        parameter.grad = None
+
+
+def _trial_batch(model: DistillationModel) -> dict[str, torch.Tensor]:
+    config = model.config.student_config
+    ids = 5 + torch.arange(8, device=model.device)[None] % max(1, min(config.vocab_size, 100) - 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.head == "masked_lm":
+        batch |= {"labels": ids, "target_positions": torch.arange(2, device=model.device)}
+        batch["labels"] = torch.where(torch.arange(8, device=model.device)[None] < 2, ids, -100)
+    elif model.config.head == "regression":
+        batch["labels"] = torch.zeros(1, device=model.device)
+    elif model.config.head == "classification":
+        batch["labels"] = torch.zeros(1, dtype=torch.long, device=model.device)
+    return batch

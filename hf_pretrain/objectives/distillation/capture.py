@@ -1,0 +1,260 @@
+"""What the layers of a stock encoder compute, seen while it runs: queries, keys, values, and hidden states.
+
+The model keeps its fast attention: no attention matrix is made here, and nothing is kept on its modules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.distillation.disentangled import DISENTANGLED, watch_disentangled
+from hf_pretrain.objectives.distillation.layer_trace import LayerTrace, layer_modules
+
+# Of the trial in `check_capture`, against the largest value: rounding in bfloat16 is below, another kind of attention above.
+_TOLERANCE = 0.05
+
+
+class AttentionRecord(NamedTuple):
+    """What a self-attention layer compares: its scores are ``scaling * query @ key.T + bias``, before the softmax.
+
+    Attributes:
+        query: ``[B, h, L, d]``, rotated where the model rotates.
+        key: ``[B, h, L, d]``.
+        value: ``[B, h, L, d]``.
+        scaling: Factor of the products.
+        bias: Added to the products, ``[B, h, L, L]`` or what broadcasts to it; None if there is none.
+        window: Largest distance at which tokens see each other; None if all do.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    scaling: float
+    bias: torch.Tensor | None = None
+    window: int | None = None
+
+    @property
+    def num_heads(self) -> int:
+        """The number of attention heads."""
+        return self.query.shape[1]
+
+    def scores(self) -> torch.Tensor:
+        """Return the scores of all pairs, ``[B, h, L, L]`` in fp32."""
+        with torch.autocast(self.query.device.type, enabled=False):
+            scores = self.scaling * (self.query.float() @ self.key.float().mT)
+        return scores if self.bias is None else scores + self.bias
+
+    def concatenated(self, name: str) -> torch.Tensor:
+        """Return "query", "key" or "value" with its heads side by side, ``[B, L, h * d]``."""
+        heads_BHLD: torch.Tensor = getattr(self, name)
+        return heads_BHLD.transpose(1, 2).flatten(2)
+
+    def of_heads(self, heads: slice) -> AttentionRecord:
+        """Return the record of some heads."""
+        query, key, value = (states[:, heads] for states in (self.query, self.key, self.value))
+        bias = self.bias if self.bias is None or self.bias.shape[1] == 1 else self.bias[:, heads]
+        return self._replace(query=query, key=key, value=value, bias=bias)
+
+
+# The traces in whose blocks we are.
+_TRACES: list[LayerTrace] = []
+
+# How many blocks watch each attention function.
+_WATCHED: Counter[str] = Counter()
+
+
+@contextmanager
+def _watching(backend: str) -> Iterator[None]:
+    """Let the open traces see the calls of an attention function.
+
+    It keeps its name, by which models choose masks and kernels.
+    """
+    if not _WATCHED[backend]:
+        ALL_ATTENTION_FUNCTIONS[backend] = _watched(ALL_ATTENTION_FUNCTIONS[backend])
+    _WATCHED[backend] += 1
+    try:
+        yield
+    finally:
+        _WATCHED[backend] -= 1
+        if not _WATCHED[backend]:
+            del ALL_ATTENTION_FUNCTIONS[backend]
+
+
+def _watched(attention: Callable[..., Any]) -> Callable[..., Any]:
+    def attend(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = attention(module, query, key, value, *args, **kwargs)
+        for trace in _TRACES:
+            trace.keep(lambda: _record(query, key, value, **kwargs), output=result[0])
+        return result
+
+    return attend
+
+
+def _record(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    position_bias: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **further: Any,
+) -> AttentionRecord:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = None if sliding_window is None else sliding_window - 1  # Flash attention counts the token itself.
+    return AttentionRecord(query, key, value, scaling, position_bias, window)
+
+
+@contextmanager
+def capture_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, AttentionRecord]]:
+    """Record the self-attention of some layers of each forward in the block; the last forward's remain.
+
+    Args:
+        model: A stock encoder, with or without a head, on sdpa or flash attention; DeBERTa-v2 on its own.
+        layers: Layers to record, from 1.
+
+    Yields:
+        The records by layer, filled by the forward; part of its graph, and good after the block.
+
+    Raises:
+        InputError: If the attention of a layer was not seen, or not its graph (checkpointing in the reentrant way).
+    """
+    with _tracing_attention(model, layers) as trace:
+        yield trace.records
+
+
+@contextmanager
+def _tracing_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[LayerTrace]:
+    trace = LayerTrace(model, layers)
+    backend = model.config._attn_implementation
+    with ExitStack() as stack:
+        if model.config.model_type in DISENTANGLED:
+            keep = lambda output, **parts: trace.keep(lambda: AttentionRecord(**parts), output=output)  # noqa: E731
+            stack.enter_context(watch_disentangled(trace.body, keep))
+        elif backend in ALL_ATTENTION_FUNCTIONS and model._can_set_attn_implementation():
+            stack.enter_context(_watching(backend))
+        else:
+            raise _refusal(model, "it is none of transformers' attention functions; use attn_implementation='sdpa'")
+        stack.enter_context(trace.following())
+        _TRACES.append(trace)
+        stack.callback(_TRACES.remove, trace)
+        yield trace
+
+
+def _refusal(model: PreTrainedModel, reason: str) -> InputError:
+    return InputError(
+        f"the attention of {type(model).__name__} with attn_implementation={model.config._attn_implementation!r} cannot be "
+        f"captured: {reason}, another architecture, or losses without attention"
+    )
+
+
+@contextmanager
+def capture_hidden_states(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Record the hidden states of some layers, those of `output_hidden_states=True`, of the last forward in the block.
+
+    Args:
+        model: A stock encoder, with or without a head.
+        layers: Layers to record: 0 is what the first layer reads, N what the encoder returns (after a final norm, if it has one).
+
+    Yields:
+        ``[B, L, D]`` by layer, filled by the forward; part of its graph, and good after the block.
+
+    Raises:
+        InputError: If a layer was not seen.
+    """
+    trace = LayerTrace(model, layers)
+
+    def keep(hidden_BLD: torch.Tensor) -> None:
+        assert trace.layer is not None
+        if trace.layer in trace.wanted:
+            trace.records[trace.layer] = hidden_BLD
+
+    # A state is taken where the next layer reads it: something may stand in between, as DeBERTa's convolution does.
+    with trace.following(on_input=keep, on_output=keep):
+        yield trace.records
+
+
+class _DeepEnough(Exception):
+    """Ends a forward."""
+
+
+def run_to_layer(model: PreTrainedModel, depth: int, **inputs: Any) -> None:
+    """Run an encoder no further than a layer, for what the open captures record; a head does not run.
+
+    Args:
+        model: A stock encoder; of one with a head only the encoder runs.
+        depth: The last layer that runs; N runs all that there is.
+        **inputs: What the encoder takes.
+    """
+    num_started = 0
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal num_started
+        if num_started == depth:
+            raise _DeepEnough
+        num_started += 1
+
+    handles = [layer.register_forward_pre_hook(stop) for layer in layer_modules(model.base_model)]
+    try:
+        model.base_model(**inputs)
+    except _DeepEnough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def check_capture(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention cannot be recorded.
+
+    What it does is seen, not looked up: on a few tokens, the values weighted by the softmax of the captured scores have to be
+    what the attention gave.
+
+    Args:
+        model: A stock encoder, with or without a head, on the device and in the type that it is used in.
+
+    Raises:
+        InputError: Naming the architecture and what is wrong.
+    """
+    body = model.base_model
+    # So many that a window shows; some position tables begin with two rows for padding.
+    most = (getattr(body.config, "max_position_embeddings", None) or 512) - 2
+    length = min(max(getattr(body.config, "sliding_window", None) or 0, 6) + 2, most)
+    input_ids = torch.arange(length, device=body.device)[None] % min(body.config.vocab_size, 100)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with _tracing_attention(model, range(1, body.config.num_hidden_layers + 1)) as trace:
+            trace.outputs = {}
+            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    finally:
+        for module in training:
+            module.training = True
+    for layer, output in trace.outputs.items():
+        expected = _attend(trace.records[layer])
+        if not (output.reshape(expected.shape) - expected).abs().max() <= _TOLERANCE * expected.abs().max():
+            raise _refusal(model, "it is not the softmax of its scores; choose another attn_implementation")
+
+
+def _attend(record: AttentionRecord) -> torch.Tensor:
+    """Return what plain attention gives, ``[B, L, h * d]``."""
+    scores = record.scores()
+    if record.window is not None:
+        places = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores.masked_fill((places[:, None] - places).abs() > record.window, float("-inf"))
+    return (scores.softmax(-1) @ record.value.float()).transpose(1, 2).flatten(2)

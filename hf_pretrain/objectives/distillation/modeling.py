@@ -1,0 +1,233 @@
+"""The student with what it is trained through, and the losses between it and its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
+from hf_pretrain.objectives.distillation import losses as between
+from hf_pretrain.objectives.distillation import predictions
+from hf_pretrain.objectives.distillation.configuration import OF_PREDICTIONS, RELATIONS, DistillationConfig
+from hf_pretrain.objectives.distillation.observation import Observation, Observer
+from hf_pretrain.objectives.distillation.relations import attention_distribution_loss, relation_loss
+from hf_pretrain.objectives.distillation.teacher import Teacher
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A batch as both models saw it.
+
+    Attributes:
+        student: What was read off the student.
+        teacher: What was read off the teacher.
+        mask: ``[B, L]`` attention mask.
+        answers: What both predict, where a loss asks for it.
+        temperature: What logits are divided by.
+    """
+
+    student: Observation
+    teacher: Observation
+    mask: torch.Tensor
+    answers: predictions.Answers | None
+    temperature: float
+
+
+class DistillationModel(PretrainingModel):
+    """A student and the projections from its width to the teacher's; the teacher is asked, but is no part of it.
+
+    Args:
+        config: What is compared.
+        student: The stock model to train, in place.
+        teacher: Whom to ask; None if every batch brings the teacher's logits, and no loss needs more.
+
+    Source: Jiao et al. 2020, "TinyBERT"; Sanh et al. 2019, "DistilBERT"; Wang et al. 2020, "MiniLM", and 2021, "MiniLMv2".
+    """
+
+    config_class = DistillationConfig
+    export_parts = {"": "student"}  # noqa: RUF012
+
+    def __init__(self, config: DistillationConfig, student: PreTrainedModel, teacher: Teacher | None = None) -> None:
+        super().__init__(config)
+        self.student = student
+        self.projections = _projections(config)
+        self.teacher = teacher
+        self.observer = Observer(student, config.wanted()[0], is_masked_lm=config.head == "masked_lm")
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the word embeddings of the student."""
+        return self.student.get_input_embeddings()
+
+    # mypy: elsewhere counting needs the batch alone, and the method is static.
+    def count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        """Return the targets of each loss: tokens, pairs of tokens a head, sequences."""
+        lengths = batch["attention_mask"].sum(dim=1)
+        tokens, heads = lengths.sum(), self.config.student_config.num_attention_heads
+        labels = batch.get("labels")
+        labelled = torch.zeros_like(tokens) if labels is None else predictions.has_label(labels).sum()
+        of_sequences = torch.full_like(tokens, len(lengths))
+        in_tokens = tokens if self.config.prediction_positions == "all" else labelled
+        counts: dict[str, torch.Tensor] = {
+            "prediction": in_tokens if self.config.head == "masked_lm" else of_sequences,
+            "mlm": labelled,
+            "labels": labelled,
+            "cosine": tokens,
+            "embedding": tokens,
+            "hidden": tokens,
+            "attention": visible_pairs(lengths, self.config.attention_windows or [None]) * heads,
+            "attention_distribution": tokens * heads,
+        } | dict.fromkeys(RELATIONS, tokens * self.config.relation_heads)
+        counts["value_relation"] = tokens * heads
+        return {name: counts[name] for name in self.config.losses or ()}
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        target_positions: torch.Tensor | None = None,
+        teacher_logits: torch.Tensor | None = None,
+        *,
+        temperature: torch.Tensor | None = None,
+        **inputs: torch.Tensor,
+    ) -> PretrainingOutput:
+        """Show a batch to both models and compare what they make of it.
+
+        Args:
+            input_ids: ``[B, L]``, the same for both.
+            attention_mask: ``[B, L]``.
+            labels: ``[B, L]`` original ids at the selected positions, -100 elsewhere; or ``[B]`` labels of sequences.
+            target_positions: ``[T]`` flat positions of the selected tokens.
+            teacher_logits: ``[B, C]`` what the teacher predicted when it was asked before; it is not asked again.
+            temperature: ``[]``, in place of the configuration's.
+            **inputs: Further inputs of both models, such as `token_type_ids`.
+
+        Returns:
+            The losses that the configuration names; in evaluation also metrics of the predictions.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        positions = self._positions(attention_mask, target_positions)
+        teacher = Observation(logits=teacher_logits)
+        if teacher_logits is None and self.teacher is not None:
+            teacher = self.teacher(inputs, positions)
+        student = self.observer(self.student, inputs, positions)
+        answers = None
+        if student.logits is not None:
+            rows = None if positions is None else {"positions": positions, "shape": attention_mask.shape}
+            at_logits = _at(labels, positions)
+            everywhere = positions is None or self.config.prediction_positions == "all"
+            answers = predictions.Answers(student.logits, teacher.logits, at_logits, rows, everywhere=everywhere)
+        # A tensor does all that a number does.
+        chosen = self.config.temperature if temperature is None else cast(float, temperature)
+        lesson = Lesson(student, teacher, attention_mask, answers, chosen)
+        found = {name: self._loss(name, lesson) for name in self.config.losses or ()}
+        output = PretrainingOutput(losses=found, metrics={})
+        if not self.training and answers is not None and self.config.head != "regression":
+            output.metrics.update(predictions.quality(answers))
+            if "mlm" in found:
+                del output.metrics["mlm_loss"]
+        return output
+
+    def _positions(self, mask: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor | None:
+        """Return the flat positions where heads run, or None where they run on sequences."""
+        if self.config.head != "masked_lm":
+            return None
+        return mask.flatten().nonzero().squeeze(1) if self.config.prediction_positions == "all" else targets
+
+    def _loss(self, name: str, lesson: Lesson) -> ExampleSum:
+        if name in OF_PREDICTIONS:
+            return self._prediction_loss(name, lesson)
+        if name in RELATIONS or name == "attention_distribution":
+            return self._last_attention_loss(name, lesson)
+        last = self.config.student_config.num_hidden_layers
+        pairs = {"embedding": [(0, 0)], "cosine": [(last, self.config.teacher_layers)]}.get(name, self.config.pairs)
+        if name == "attention":
+            scores = self.config.attention_target == "scores"
+            compare = between.attention_loss if scores else between.attention_probability_loss
+            ours, theirs = lesson.student.attention, lesson.teacher.attention
+            return _over_layers(compare(ours[m], theirs[n], lesson.mask) for m, n in pairs)
+        compare_states = between.cosine_loss if name == "cosine" else between.hidden_loss
+        return _over_layers(
+            compare_states(self._project(name, m, lesson.student.hidden[m]), lesson.teacher.hidden[n], lesson.mask)
+            for m, n in pairs
+        )
+
+    def _prediction_loss(self, name: str, lesson: Lesson) -> ExampleSum:
+        answers, is_regression = lesson.answers, self.config.head == "regression"
+        assert answers is not None, "the student's head runs for a loss of predictions"
+        if name == "mlm":
+            return predictions.token_loss(answers)
+        if name == "labels":
+            return predictions.label_loss(answers, is_regression=is_regression)
+        if is_regression:
+            return predictions.value_loss(answers)
+        return predictions.prediction_loss(answers, temperature=lesson.temperature, official=self.config.official)
+
+    def _last_attention_loss(self, name: str, lesson: Lesson) -> ExampleSum:
+        """Return a loss of the student's last layer against the teacher's chosen one."""
+        ours = lesson.student.attention[self.config.student_config.num_hidden_layers]
+        theirs = lesson.teacher.attention[self.config.teacher_layer]
+        if name == "attention_distribution":
+            return attention_distribution_loss(ours, theirs, lesson.mask)
+        part = RELATIONS[name]
+        heads = ours.num_heads if name == "value_relation" else self.config.relation_heads
+        return relation_loss(ours.concatenated(part), theirs.concatenated(part), lesson.mask, relation_heads=heads)
+
+    def _project(self, name: str, layer: int, states: torch.Tensor) -> torch.Tensor:
+        key = _projection_of(name, layer, self.config)
+        return self.projections[key](states) if key in self.projections else states
+
+
+def _projection_of(name: str, layer: int, config: DistillationConfig) -> str:
+    """Return the name of the projection that a layer's states go through."""
+    if config.official and name != "cosine":
+        return "shared"
+    return f"{name}_{layer}" if name == "hidden" and config.projection == "per_layer" else name
+
+
+def _projections(config: DistillationConfig) -> nn.ModuleDict:
+    """Build the projections that the losses need; none where the widths agree, but in the official code."""
+    width, names = config.student_config.hidden_size, config.losses or ()
+    layers = {"embedding": [0], "hidden": [m for m, _ in config.pairs], "cosine": [0]}
+    keys = {_projection_of(name, layer, config): None for name in layers if name in names for layer in layers[name]}
+    return nn.ModuleDict(
+        {
+            key: nn.Linear(width, config.teacher_size, bias=key == "shared")
+            for key in keys
+            if width != config.teacher_size or key == "shared"
+        }
+    )
+
+
+def visible_pairs(lengths: torch.Tensor, windows: Sequence[int | None]) -> torch.Tensor:
+    """Return how many pairs of tokens see each other, on average over layers.
+
+    Args:
+        lengths: ``[B]`` real tokens of each row.
+        windows: Largest distance of the tokens that see each other, by layer; None for all.
+
+    Returns:
+        ``[]``, fp32.
+    """
+    pairs = []
+    for window in windows:
+        reach_B = lengths - 1 if window is None else (lengths - 1).clamp(max=window)
+        pairs.append((lengths + 2 * lengths * reach_B - reach_B * (reach_B + 1)).sum())
+    return torch.stack(pairs).float().mean()
+
+
+def _over_layers(terms: Iterable[ExampleSum]) -> ExampleSum:
+    """Add up a loss over layers; the count is their mean, so that the loss is the sum of the layers' means where counts agree."""
+    sums, counts = zip(*terms, strict=True)
+    return ExampleSum(torch.stack(sums).sum(dim=0), torch.stack(counts).mean(dim=0))
+
+
+def _at(labels: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor | None:
+    return labels if labels is None or positions is None else labels.flatten().index_select(0, positions)

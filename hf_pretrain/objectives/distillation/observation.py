@@ -1,0 +1,125 @@
+"""What is read off a stock model in one forward pass: predictions, hidden states, attention; each only where it is asked for."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_pretrain.modeling.gathered import GatheredHead
+from hf_pretrain.objectives.distillation.capture import (
+    AttentionRecord,
+    capture_attention,
+    capture_hidden_states,
+    run_to_layer,
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is read off a model.
+
+    Attributes:
+        predictions: Whether the head runs.
+        hidden: Layers whose hidden states are wanted; 0 is the embeddings.
+        attention: Layers whose attention is wanted, from 1.
+    """
+
+    predictions: bool = False
+    hidden: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        """The last layer that has to run where the head does not."""
+        return max((*self.hidden, *self.attention), default=0)
+
+
+@dataclass
+class Observation:
+    """What was read off a model.
+
+    Attributes:
+        logits: ``[T, V]`` at the positions asked for, or ``[B, C]`` of a sequence; None if not wanted.
+        hidden: ``[B, L, D]`` by layer.
+        attention: Records by layer.
+    """
+
+    logits: torch.Tensor | None = None
+    hidden: dict[int, torch.Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionRecord] = field(default_factory=dict)
+
+
+class Observer:
+    """Runs a stock model and reads off what is wanted, no deeper than that lies.
+
+    Args:
+        model: A stock encoder, with or without a head. Its logits are computed in fp32 from now on.
+        wanted: What to read.
+        is_masked_lm: Whether its head runs on chosen positions.
+    """
+
+    def __init__(self, model: PreTrainedModel, wanted: Wanted, *, is_masked_lm: bool) -> None:
+        self.wanted = wanted
+        self.takes_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self.gathered: GatheredHead | None = None
+        if wanted.predictions:
+            keep_logits_in_fp32(model)
+            self.gathered = GatheredHead(model) if is_masked_lm else None
+
+    def __call__(
+        self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], positions: torch.Tensor | None = None
+    ) -> Observation:
+        """Run a forward pass.
+
+        Args:
+            model: The model of the constructor.
+            inputs: What it takes; token types are left out for a model that has none.
+            positions: ``[T]`` flat positions of a batch where a masked-LM head is to run.
+        """
+        if not self.takes_types:
+            inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+        seen = Observation()
+        with ExitStack() as stack:
+            if self.wanted.hidden:
+                seen.hidden = stack.enter_context(capture_hidden_states(model, self.wanted.hidden))
+            if self.wanted.attention:
+                seen.attention = stack.enter_context(capture_attention(model, self.wanted.attention))
+            if self.gathered is not None:
+                assert positions is not None, "a masked-LM head runs at positions"
+                seen.logits = self.gathered(model, positions, **inputs)
+            elif self.wanted.predictions:
+                seen.logits = model(**inputs).logits
+            else:
+                run_to_layer(model, self.wanted.depth, **inputs)
+        return seen
+
+
+def keep_logits_in_fp32(model: PreTrainedModel) -> None:
+    """Let a model's last linear layer compute in fp32, under autocast and with weights of 16 bits too.
+
+    A small divergence between two predictions is lost in the rounding of 16-bit logits, which no later cast restores.
+    """
+    body = set(model.base_model.modules())
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in body]
+    layer = model.get_output_embeddings() or (linear[-1] if linear else None)
+    if isinstance(layer, nn.Linear):
+        layer.forward = _LinearInFp32(layer)  # type: ignore[assignment,method-assign]
+
+
+class _LinearInFp32:
+    """The forward of a linear layer, in fp32; an object, so that a copy of the model gets its own."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        layer: Any = self.layer
+        bias = None if layer.bias is None else layer.bias.float()
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.float(), layer.weight.float(), bias)
