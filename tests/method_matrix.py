@@ -148,6 +148,19 @@ def teacher_of(program):
     return tiny_teacher(AutoModelForSequenceClassification if is_task else AutoModelForMaskedLM).name
 
 
+def data_for(program, data=None):
+    """Tiny data, or those that are given, as a program takes them."""
+    data = tiny_data() if data is None else data
+    return as_task(data) if issubclass(program.ARGUMENTS[0], TaskDataArguments) else data
+
+
+def tiny_model_options(program):
+    """Options of a tiny model without dropout, and of its teacher where it has one."""
+    _, model_class, _ = program.ARGUMENTS
+    sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)})
+    return sizes | {"config_overrides": NO_DROPOUT_OF.get(getattr(model_class, "model_type", None), NO_DROPOUT)}
+
+
 class RecordGradients(TrainerCallback):
     """Keeps the gradients and the log of a run."""
 
@@ -166,11 +179,8 @@ def known_options(options_class, values):
 
 def build(program, output_dir, data=None, *, model_options=None, **options):
     """Return a Trainer of a program on tiny data: fp32, quiet, unclipped, no dropout unless told otherwise."""
-    data_class, model_class, args_class = program.ARGUMENTS
-    data, is_task = tiny_data() if data is None else data, issubclass(data_class, TaskDataArguments)
-    sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)})
-    no_dropout = NO_DROPOUT_OF.get(getattr(model_class, "model_type", None), NO_DROPOUT)
-    model_args = model_class(**{**sizes, "config_overrides": no_dropout, **(model_options or {})})
+    _, model_class, args_class = program.ARGUMENTS
+    model_args = model_class(**tiny_model_options(program) | (model_options or {}))
     defaults = {
         "output_dir": str(output_dir),
         "bf16": False,
@@ -187,7 +197,7 @@ def build(program, output_dir, data=None, *, model_options=None, **options):
     }
     args = args_class(**{**defaults, **known_options(args_class, TINY_TRAINING), **options})
     torch.manual_seed(args.seed)
-    trainer = program.build_trainer(as_task(data) if is_task else data, model_args, args)
+    trainer = program.build_trainer(data_for(program, data), model_args, args)
     trainer.recorder = RecordGradients()
     trainer.add_callback(trainer.recorder)
     return trainer

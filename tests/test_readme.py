@@ -123,6 +123,10 @@ def test_options_exist(name, options):
     if name.startswith("examples/"):
         known |= set(re.findall(r"^    (\w+): .*= ?field\(", text_of("examples/domain_adaptation.py"), flags=re.M))
         known |= {f"--{option}" for option in known if not option.startswith("--")}
+    if name == "docs/benchmarks.md":
+        for program in sorted((ROOT / "benchmarks").glob("*.py")):
+            fields = re.findall(r"^    (\w+): .*= ?field\(", program.read_text(encoding="utf-8"), flags=re.M)
+            known |= {f"--{option}" for option in fields}
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
         assert option in known, option
     for method, rest in re.findall(r"hf-pretrain ({})((?:[^\n`]|\\\n)*)".format("|".join(METHODS)), text):

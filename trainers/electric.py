@@ -14,6 +14,7 @@ from __future__ import annotations
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.modeling.isolation import check_isolation
 from hf_pretrain.objectives.electric import (
     DataCollatorForElectric,
     ElectricModelArguments,
@@ -33,6 +34,9 @@ def build_trainer(
     model = build_model(model_args, data.tokenizer)
     for part in (model.generator, model.discriminator):
         check_model_fits(part, data.tokenizer, block_size=data.block_size)
+    if data.isolates_documents:
+        model.generator.check_isolation(length=data.block_size)
+        check_isolation(model.discriminator, length=data.block_size)
     return ElectricTrainer(
         model,
         args,

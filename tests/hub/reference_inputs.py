@@ -1,18 +1,25 @@
-"""The fixed inputs of the reference cards in model_cards/reference.
+"""The fixed inputs of the reference cards in model_cards/reference, one for each method.
 
-The values are examples, chosen by hand to exercise every section, and each card says so. After a wanted change:
+The values are examples, chosen by hand to exercise every section, and each card says so. A new method needs one more entry in
+`REFERENCE_CARDS`. After that, or another wanted change:
 
     python tests/hub/reference_inputs.py    # rewrites the cards and their pictures
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from hf_pretrain.hub.card import Compute, PretrainingCard, render_card
+from hf_pretrain.hub.card import Compute, ObjectiveDescription, PretrainingCard, render_card
 from hf_pretrain.hub.plots import plot_training
+from hf_pretrain.objectives.distillation.description import describe
+from hf_pretrain.objectives.distillation.trainer import DistillationTrainer, TaskDistillationTrainer
+from hf_pretrain.objectives.electric import ElectricTrainer
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainer
+from hf_pretrain.objectives.permutation_lm import PermutationLMTrainer
+from hf_pretrain.objectives.recurrent_lm import RecurrentLMTrainer
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionTrainer
 
 REFERENCE_DIR = Path(__file__).resolve().parents[2] / "model_cards" / "reference"
@@ -24,6 +31,7 @@ NOTE = (
 
 RTD = ReplacedTokenDetectionTrainer.objective
 MLM = MaskedLMTrainer.objective
+DISTIL_WEIGHTS = {"prediction": 5.0, "mlm": 2.0, "cosine": 1.0}
 
 VERSIONS = {"python": "3.11", "transformers": "5.23.0", "torch": "2.13.0"}
 LIMITS = (
@@ -56,8 +64,51 @@ RTD_LOG = _log(
 )
 MLM_LOG = _log({"mlm_loss": [(8.0, 7.9), (7.0, 7.0), (6.5, 6.6), (6.2, 6.4), (6.0, 6.3)]}, weights={"mlm_loss": 1.0})
 
-REFERENCE_CARDS = {
-    "rtd": PretrainingCard(
+
+def _course(first: float, last: float) -> list[tuple[float, float]]:
+    """Return five values on the way from one to the other in training, each with a held-out one that lags behind."""
+    on_the_way = [(share, 0.95 * share) for share in (0.0, 0.5, 0.75, 0.9, 1.0)]
+    return [tuple(round(first + share * (last - first), 4) for share in shares) for shares in on_the_way]
+
+
+def _reference(
+    objective: ObjectiveDescription,
+    *,
+    model_class: str,
+    components: dict[str, tuple[float, float]],
+    weights: dict[str, float] | None = None,
+    **facts: Any,
+) -> PretrainingCard:
+    """Return the card of a method from its own facts alone; what all methods have in common is filled in.
+
+    Args:
+        objective: The description that the method's Trainer has.
+        model_class: Class of the root, by default.
+        components: First and last value of each loss ("lm_loss") and each metric ("lm_accuracy") that it logs.
+        weights: Weights of the losses where they are not 1.
+        **facts: Other fields of the card, such as `parts`.
+    """
+    weights = {name: 1.0 for name in components if name.endswith("_loss")} | (weights or {})
+    log = _log({name: _course(*ends) for name, ends in components.items()}, weights=weights)
+    before, after = ({name: row[name] for name in row if name.startswith("eval_")} for row in (log[1], log[-1]))
+    common = {
+        "model_name": f"reference-{objective.name}",
+        "note": NOTE,
+        "language": "en",
+        "data": {"sources": ["corpus.txt"], "documents": 1000, "tokens": 2_000_000, "held_out_documents": 50},
+        "recipe": {"learning_rate": 5e-4, "max_steps": 500, "per_device_train_batch_size": 32, "seed": 0},
+        "log_history": log,
+        "metrics_before": before,
+        "metrics_after": after,
+        "compute": Compute(parameters=5_000_000, steps=500, tokens=2_000_000, seconds=200.0),
+        "limits": LIMITS,
+        "versions": VERSIONS,
+    }
+    return PretrainingCard(objective=objective, model_class=model_class, **(common | facts))
+
+
+_CARDS = (
+    PretrainingCard(
         model_name="reference-rtd",
         model_class="ElectraForPreTraining",
         objective=RTD,
@@ -92,7 +143,7 @@ REFERENCE_CARDS = {
         limits=LIMITS,
         versions=VERSIONS,
     ),
-    "mlm": PretrainingCard(
+    PretrainingCard(
         model_name="reference-mlm",
         model_class="BertForMaskedLM",
         objective=MLM,
@@ -107,7 +158,48 @@ REFERENCE_CARDS = {
         limits=LIMITS,
         versions=VERSIONS,
     ),
-}
+    _reference(
+        ElectricTrainer.objective,
+        model_class="ElectraForPreTraining",
+        components={
+            "cloze_loss": (8.0, 6.0),
+            "nce_loss": (1.2, 0.36),
+            "energy": (8.2, 6.1),
+            "disc_gain": (-1.84, 0.148),
+        },
+        weights={"nce_loss": 50.0},
+        parts={
+            "pretraining/generator": (
+                "hf_pretrain.objectives.electric.TwoTowerClozeModel",
+                "the generator, to go on with the pre-training",
+            )
+        },
+    ),
+    _reference(
+        PermutationLMTrainer.objective,
+        model_class="XLNetLMHeadModel",
+        components={"plm_loss": (8.0, 6.0), "plm_accuracy": (0.02, 0.15)},
+    ),
+    _reference(
+        RecurrentLMTrainer.objective,
+        model_class="TransformerXLForCausalLM",
+        components={"lm_loss": (8.0, 5.0)},
+        metrics_before={"eval_lm_loss": 8.0, "eval_perplexity": math.exp(8.0)},
+        metrics_after={"eval_lm_loss": 5.15, "eval_perplexity": math.exp(5.15)},
+    ),
+    _reference(
+        describe(DistillationTrainer.objective, DISTIL_WEIGHTS, head="masked_lm"),
+        model_class="BertForMaskedLM",
+        components={"prediction_loss": (3.0, 0.9), "mlm_loss": (8.0, 3.0), "cosine_loss": (1.0, 0.1)},
+        weights={f"{name}_loss": weight for name, weight in DISTIL_WEIGHTS.items()},
+    ),
+    _reference(
+        describe(TaskDistillationTrainer.objective, {"prediction": 1.0}, head="classification"),
+        model_class="BertForSequenceClassification",
+        components={"prediction_loss": (0.7, 0.2), "accuracy": (0.5, 0.85)},
+    ),
+)
+REFERENCE_CARDS = {card.objective.name: card for card in _CARDS}
 
 
 def render_reference(name: str) -> str:

@@ -122,7 +122,7 @@ class TestWhatAPositionSees:
             kept = states[:, :LENGTH] if side == "right" else states[:, 3:]
             torch.testing.assert_close(kept, alone, atol=1e-5, rtol=0)
 
-    @pytest.mark.parametrize("backbone", ["bert", "roberta", "modernbert", "deberta-v2"])
+    @pytest.mark.parametrize("backbone", ["bert", "roberta", "modernbert", "deberta-v2", "ibert"])
     def test_documents_of_a_row_do_not_see_each_other(self, backbone):
         model = make(backbone)
         first, second = tokens(1, 5), tokens(1, 4, seed=1)
@@ -180,6 +180,42 @@ class TestRefused:
     def test_a_backend_without_masks(self):
         with pytest.raises(InputError, match="attn_implementation='flex_attention'"):
             make("bert", backend="flex_attention")
+
+    @pytest.mark.parametrize("backbone", [*BACKBONES, "ibert"])
+    def test_a_row_of_documents_is_tried_out(self, backbone):
+        model = make(backbone).train()
+        state = torch.random.get_rng_state()
+        model.check_isolation(length=40)
+        assert model.training and model.left_tower.training and torch.equal(state, torch.random.get_rng_state())
+
+    def test_towers_that_mix_documents_are_refused_by_name(self, monkeypatch):
+        """The silent traps: a mask that knows no documents, positions that count on or from the wrong place, an error."""
+        model = make("roberta")
+        directed_mask, given_positions = two_tower.directed_mask, two_tower.given_positions
+
+        def of_one_document(documents, **options):
+            return directed_mask(torch.zeros_like(documents), **options)
+
+        def of_the_row(tower, mask, positions=None):
+            return given_positions(tower, mask)
+
+        def of_bert(tower, mask, positions=None):
+            return given_positions(tower, mask) if positions is None else {"position_ids": positions}
+
+        def failing(documents, **options):
+            assert documents.dim() == 1, "a mask of its own"
+
+        for attribute, wrong, reason in (
+            ("directed_mask", of_one_document, "the states of a document change"),
+            ("given_positions", of_the_row, "are not those that it has alone"),
+            ("given_positions", of_bert, "are not those that it has alone"),
+            ("directed_mask", failing, "it fails on a row of 40 tokens"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(two_tower, attribute, wrong)
+                with pytest.raises(InputError, match=f"model_type='roberta'.*cannot isolate documents: .*{reason}"):
+                    model.check_isolation(length=40)
+        model.check_isolation(length=40)
 
     def test_the_probe_leaves_no_trace(self):
         state = torch.random.get_rng_state()

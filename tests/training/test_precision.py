@@ -7,6 +7,8 @@ from hf_pretrain.training.precision import bf16_is_fast
 from method_matrix import build, programs
 
 PROGRAMS = programs()
+# A small divergence of two predictions would be lost in the rounding of 16-bit logits.
+LOGITS_IN_FP32 = {"distil", "distil-task"}
 
 
 @pytest.fixture
@@ -62,6 +64,7 @@ def linear_types(trainer, run):
 @pytest.mark.parametrize(("bf16", "expected"), [(True, {torch.bfloat16}), (False, {torch.float32})])
 def test_the_forward_computes_in_the_type_that_was_chosen(tmp_path, method, bf16, expected):
     trainer = build(PROGRAMS[method], tmp_path, bf16=bf16)
+    expected = expected | {torch.float32} if method in LOGITS_IN_FP32 else expected
     assert linear_types(trainer, trainer.evaluate) == expected
     assert linear_types(trainer, trainer.train) == expected
     # Weights, gradients and what is logged stay in full precision.

@@ -15,7 +15,7 @@ from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import output_directory, run
-from method_matrix import NO_DROPOUT, TINY, programs, tiny_data
+from method_matrix import TINY_TRAINING, data_for, known_options, programs, tiny_data, tiny_model_options
 
 PROGRAMS = programs()
 
@@ -187,14 +187,19 @@ def test_the_lock_goes_when_the_run_fails(make, folder):
 
 def ran(program, folder, *argv):
     """Run a program's parts, all but the reading of text, and return its Trainer and options."""
-    sizes = [text for name, value in TINY.items() for text in (f"--{name}", str(value))]
-    argv = [*sizes, "--config_overrides", NO_DROPOUT, "--output_dir", str(folder), "--bf16", "false", *argv]
+    tiny = [text for name, value in tiny_options(program).items() for text in (f"--{name}", str(value))]
+    argv = [*tiny, "--output_dir", str(folder), "--bf16", "false", *argv]
     argv = ["--logging_steps", "1", "--max_steps", "2", "--warmup_steps", "0", "--save_strategy", "no", *argv]
     options = parse_arguments(program.ARGUMENTS, argv, prog="hf-pretrain", description="")
     with output_directory(options[-1]):
-        trainer = program.build_trainer(tiny_data(), options[1], options[-1])
+        trainer = program.build_trainer(data_for(program), options[1], options[-1])
         run(trainer, options)
     return trainer, options
+
+
+def tiny_options(program):
+    """What makes a program's model tiny, and its training fit the tiny text."""
+    return tiny_model_options(program) | known_options(program.ARGUMENTS[-1], TINY_TRAINING)
 
 
 class TestRun:
@@ -236,10 +241,14 @@ class TestRun:
                 assert plain(getattr(first, option.name)) == plain(getattr(second, option.name)), option.name
 
     def test_the_recipe_holds_what_was_set_and_nothing_of_the_machine(self, finished):
-        _, _, folder = finished
+        trainer, _, folder = finished
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        given = {*TINY, "config_overrides", "output_dir", "bf16", "logging_steps", "max_steps", "warmup_steps"}
+        given = {*tiny_options(PROGRAMS[trainer.objective.name]), "output_dir", "bf16"}
+        given |= {"logging_steps", "max_steps", "warmup_steps"}
         given |= {"save_strategy", "learning_rate", "train_file", "seed"}
+        # What a preset of losses stands for is written out, and a batch that was lowered to fit the lanes held out.
+        given |= {name for name in recipe if name.endswith("_weight")} | {"temperature", "mlm_probability"}
+        given |= {"per_device_eval_batch_size"} if hasattr(trainer.args, "eval_lanes") else set()
         assert recipe["learning_rate"] == 3e-4 and recipe["max_steps"] == 2
         # Else a recipe written on a machine without a GPU would never use one again.
         assert recipe.keys() <= given

@@ -106,15 +106,19 @@ class TestRefusals:
 
 
 class TestLog:
-    @pytest.mark.parametrize(("program", "components"), [(MLM, {"mlm_loss"}), (RTD, {"mlm_loss", "rtd_loss"})])
-    def test_a_row_has_every_component_and_measurement(self, tmp_path, program, components):
+    @pytest.mark.parametrize(
+        ("program", "components", "measured"),
+        [(MLM, {"mlm_loss"}, set()), (RTD, {"mlm_loss", "rtd_loss"}, {"fake_rate", "disc_gain"})],
+    )
+    def test_a_row_has_every_component_and_measurement(self, tmp_path, program, components, measured):
         trainer = build(program, tmp_path, max_steps=4, logging_steps=2)
         trainer.train()
         rows = step_rows(trainer)
         assert [row["step"] for row in rows] == [2, 4]
         for row in rows:
             known = {"loss", "grad_norm", "learning_rate", "epoch", "step"}
-            assert row.keys() - known == components | {"num_tokens", "tokens_per_second", "peak_memory_mib"}
+            measured = measured | {"num_tokens", "tokens_per_second", "peak_memory_mib"}
+            assert row.keys() - known == components | measured
             weighted = sum(trainer.loss_weight(name.removesuffix("_loss")) * row[name] for name in components)
             # The mean of two steps' means against the mean over two steps' targets.
             assert row["loss"] == pytest.approx(weighted, rel=0.05)

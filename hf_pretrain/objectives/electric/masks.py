@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_pretrain.errors import InputError
@@ -16,6 +15,8 @@ MASKS_OF_TRUTH_VALUES = frozenset({"deberta", "deberta-v2"})
 
 # A token that is seen changes states of size one by more.
 _NOISE = 1e-5
+# Alone a document has another shape, perhaps in bfloat16: sums are rounded differently, but wrong positions move every state.
+_ALONE_TOLERANCE = 0.05
 
 Mask = torch.Tensor | dict[str, torch.Tensor]
 
@@ -63,7 +64,7 @@ def given_positions(
         position_ids: ``[B, L]`` places from 0, where they are not those in the row.
     """
     tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+    padding = next((table.padding_idx for table in tables if hasattr(table, "padding_idx")), None)
     if position_ids is not None:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         return {"position_ids": position_ids + (0 if padding is None else padding + 1)} if takes_positions else {}
@@ -112,4 +113,45 @@ def check_blindness(states: Callable[..., torch.Tensor], model: PreTrainedModel)
     raise InputError(
         f"model_type={model.config.model_type!r} cannot be Electric's generator: {problem}; choose bert, roberta, electra, "
         "albert, deberta-v2, modernbert or another encoder of masked attention alone"
+    )
+
+
+@torch.no_grad()
+def check_separation(states: Callable[..., torch.Tensor], model: PreTrainedModel, *, length: int) -> None:
+    """Refuse a model that lets the documents of a row know of each other, by comparing two in a row with each alone.
+
+    Args:
+        states: From `input_ids`, `attention_mask`, `document_ids` and `position_ids`, the last two left out for one document,
+            to ``[B, L, D]`` states; without dropout.
+        model: The stock model behind it.
+        length: Tokens of the row to try; some architectures attend in another way to long rows.
+
+    Raises:
+        InputError: Naming the model and what went wrong.
+    """
+    steps = torch.arange(max(length, 8), device=model.device)
+    border, vocab_size = len(steps) // 3, len(model.get_input_embeddings().weight)
+    documents = (steps >= border).long()
+    ids = (vocab_size - 1 - steps).remainder(vocab_size)
+    # The row as it is, with an edited first document, and with an edited second one.
+    rows = torch.stack([ids.where(documents != edited, ids.flip(0)) for edited in (-1, 0, 1)])
+    mask = torch.ones_like(rows)
+    inputs = {"document_ids": documents, "position_ids": steps - border * documents}
+    try:
+        before, *after = states(rows, mask, **{name: value.expand(rows.shape) for name, value in inputs.items()})
+        parts = (slice(0, border), slice(border, None))
+        alone = torch.cat([states(ids[None, part], mask[:1, part])[0] for part in parts])
+    except Exception as error:  # whatever an architecture does with a mask that it was not made for
+        problem = f"it fails on a row of {len(steps)} tokens with a mask of documents ({type(error).__name__})"
+    else:
+        changes = [(row[part] - before[part]).abs().max() for row, part in zip(after, parts[::-1], strict=True)]
+        if not max(changes) <= _NOISE:
+            problem = "the states of a document change when another one in its row is edited"
+        elif not (before - alone).norm() <= _ALONE_TOLERANCE * alone.norm():
+            problem = "the states of a document in a row with others are not those that it has alone"
+        else:
+            return
+    raise InputError(
+        f"model_type={model.config.model_type!r} as Electric's generator cannot isolate documents: {problem}; use "
+        "block_mode='doc_sentences', which gives each document rows of its own"
     )

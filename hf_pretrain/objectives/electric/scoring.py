@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.batches import batches_by_length, evaluating
 from hf_pretrain.modeling.base import longest_sequence
 
 
-@torch.no_grad()
 def score_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 32
 ) -> list[float]:
@@ -43,20 +44,15 @@ def score_texts(
                 f"texts[{number}] has {len(row)} tokens, more than the {longest} that the model takes: split it"
             )
     special = torch.tensor(tokenizer.all_special_ids, device=model.device)
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
-    scores = [0.0] * len(rows)
-    was_training = model.training
-    model.eval()
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [rows[number] for number in chosen]}, return_tensors="pt")
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        logits = model(**inputs).logits.float()
-        if logits.numel() != inputs["input_ids"].numel():
-            raise InputError(f"model={type(model).__name__} gives {logits.shape[-1]} logits a token: Electric has one")
-        counted = inputs["attention_mask"].bool() & ~torch.isin(inputs["input_ids"], special)
-        sums = -(logits.view_as(counted) * counted).sum(dim=1)
-        for number, score in zip(chosen, sums.tolist(), strict=True):
-            scores[number] = score
-    model.train(was_training)
-    return scores
+    scores = np.zeros(len(rows))
+    options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size, "device": model.device}
+    with evaluating(model):
+        for numbers, batch in batches_by_length(rows, **options, name="Scoring"):
+            logits = model(**batch).logits.float()
+            if logits.numel() != batch["input_ids"].numel():
+                raise InputError(
+                    f"model={type(model).__name__} gives {logits.shape[-1]} logits a token: Electric has one"
+                )
+            counted_BL = batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], special)
+            scores[numbers] = -(logits.view_as(counted_BL) * counted_BL).sum(dim=1).cpu().numpy()
+    return scores.tolist()

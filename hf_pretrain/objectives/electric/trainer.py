@@ -69,11 +69,11 @@ from transformers import AutoTokenizer, {model_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = {model_class}.from_pretrained("{repo}")
-inputs = tokenizer("The chef ate the meal.", return_tensors="pt", return_special_tokens_mask=True)
-is_token = inputs.pop("special_tokens_mask")[0] == 0
+inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
+is_special = torch.isin(inputs["input_ids"][0], torch.tensor(tokenizer.all_special_ids))
 with torch.no_grad():
     energies = model(**inputs).logits.flatten()  # [length]: estimates of -log p of each token given all the others
-score = -energies[is_token].sum()  # pseudo-log-likelihood in nats, in one pass: the higher, the likelier the text""",
+score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pass: the higher, the likelier the text""",
     )
 
     def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from hf_pretrain.modeling.sharing import shared_embedding_names
 from hf_pretrain.objectives.electric.masks import (
     MASKS_OF_TRUTH_VALUES,
     check_blindness,
+    check_separation,
     directed_mask,
     given_positions,
 )
@@ -94,6 +95,19 @@ class TwoTowerClozeModel(PreTrainedModel):
             self.eval()
             check_blindness(self.context_states, self.left_tower)
             self.train()
+
+    def check_isolation(self, *, length: int) -> None:
+        """Refuse towers that cannot keep the documents of a row of this many tokens apart, by trying it out.
+
+        Raises:
+            InputError: Naming the architecture and what went wrong.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            check_separation(self.context_states, self.left_tower, length=length)
+        finally:
+            self.train(was_training)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the word embeddings of both towers."""
