@@ -78,6 +78,7 @@ class PretrainingCard:
         model_name: Name of the model, the title of the card.
         model_class: transformers class that opens the root of the repository with its head: "ElectraForPreTraining".
         objective: What it was trained to do.
+        has_own_code: Whether that class is no stock one and its code lies in the repository.
         repo: What the snippets load: the repository's id, or "." for the folder of the card.
         note: A paragraph to put before all others.
         base_model: Hub id of the model whose weights the run began with, or the absolute path of a local one, which is
@@ -102,6 +103,7 @@ class PretrainingCard:
     model_name: str
     model_class: str
     objective: ObjectiveDescription
+    has_own_code: bool = False
     repo: str = "."
     note: str = ""
     base_model: str | None = None
@@ -140,7 +142,9 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         card=card,
         metadata=card_metadata(card).to_yaml(),
         origin=card_text.origin(card.base_model, hub_id=_hub_id(card.base_model)),
-        snippets=card_text.loading_snippets(card.repo, model_class=card.model_class, usage=card.objective.usage),
+        snippets=card_text.loading_snippets(
+            card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
+        ),
         parts=card_text.part_rows(card.parts),
         part_snippet=card_text.parts_snippet(card.repo, parts=card.parts),
         data=card_text.rows(card.data),

@@ -144,13 +144,14 @@ def yaml_block(options: Mapping[str, Any]) -> str:
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).strip() if chosen else ""
 
 
-def loading_snippets(repo: str, *, model_class: str, usage: str) -> list[str]:
+def loading_snippets(repo: str, *, model_class: str, usage: str, has_own_code: bool = False) -> list[str]:
     """Return code that loads the root of `repo`: the encoder through the Auto classes, and the class with its head."""
+    trust = ", trust_remote_code=True" if has_own_code else ""
     encoder = f"""\
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = AutoModel.from_pretrained("{repo}")
+model = AutoModel.from_pretrained("{repo}"{trust})
 inputs = tokenizer("A sentence to encode.", return_tensors="pt")
 hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
     used = usage.replace("{repo}", repo).replace("{model_class}", model_class).strip()

@@ -5,7 +5,7 @@ from __future__ import annotations
 _BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "tokens", "targets", "count", "flos", "mib")
 _QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
 _IN_FULL = {"disc": "discriminator"}
-_CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "auc", "kl", "mse", "f1"}
+_CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "nce", "auc", "kl", "mse", "f1"}
 
 
 def bare_name(key: str) -> str:

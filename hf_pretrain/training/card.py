@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from hf_pretrain.hub.card import Compute, PretrainingCard, recipe_options
 from hf_pretrain.hub.environment import hardware, versions
 
@@ -32,6 +34,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
     facts: dict[str, Any] = {
         "model_name": Path(repo or args.output_dir).name,
         "model_class": type(root).__name__,
+        "has_own_code": not _is_stock(root),
         "repo": repo or ".",
         "objective": trainer.objective,
         "base_model": _base_model(root.config.name_or_path),
@@ -45,7 +48,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "metrics_after": next((row for row in reversed(evaluations) if row["step"] > 0), {}),
         "compute": _compute(trainer, root_parameters=root.num_parameters()),
         "parts": {
-            folder: (type(getattr(model, attribute)).__name__, f"the {attribute}, needed to go on training")
+            folder: (_importable(getattr(model, attribute)), f"the {attribute}, needed to go on training")
             for folder, attribute in model.export_parts.items()
             if folder
         },
@@ -53,6 +56,16 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "versions": versions(),
     }
     return PretrainingCard(**(facts | changes))
+
+
+def _is_stock(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("transformers.")
+
+
+def _importable(part: nn.Module) -> str:
+    """Return the class of a sub-model as a card names it: alone if transformers has it, else with its module."""
+    kind = type(part)
+    return kind.__name__ if _is_stock(part) else f"{kind.__module__}.{kind.__name__}"
 
 
 def _base_model(name_or_path: str) -> str | None:

@@ -183,6 +183,7 @@ _CARDS = (
     _reference(
         RecurrentLMTrainer.objective,
         model_class="TransformerXLForCausalLM",
+        has_own_code=True,
         components={"lm_loss": (8.0, 5.0)},
         metrics_before={"eval_lm_loss": 8.0, "eval_perplexity": math.exp(8.0)},
         metrics_after={"eval_lm_loss": 5.15, "eval_perplexity": math.exp(5.15)},

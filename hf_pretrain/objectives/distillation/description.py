@@ -81,7 +81,11 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     if head == "none":
         description += " It is an encoder only: it has no head, and what no loss reached is as it was at the start."
     terms = [
-        formula if weight == 1 else rf"{weight:g} \, {formula}"
+        formula
+        if weight == 1
+        else rf"{weight:g} \, \left( {formula} \right)"
+        if formula.startswith("-")
+        else rf"{weight:g} \, {formula}"
         for weight, formula in zip(weights.values(), formulas, strict=True)
     ]
     changes: dict[str, object] = {
