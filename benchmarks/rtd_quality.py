@@ -154,7 +154,7 @@ class SelectedTokensOnly(ReplacedTokenDetectionForPreTraining):
         output = super().forward(*args, labels=labels, **kwargs)
         is_selected = labels != IGNORED
         is_replaced = (output.replaced_ids != labels) & is_selected
-        output.losses["rtd"] = binary_token_loss(self._logits, is_replaced, mask=is_selected)
+        output.losses["rtd"] = binary_token_loss(self._logits.reshape(labels.shape), is_replaced, mask=is_selected)
         output.metrics["fake_rate"] = ExampleSum(is_replaced.sum(1).float(), output.losses["rtd"].count)
         if output.score_labels is not None:
             output.score_labels = output.score_labels.masked_fill(~is_selected, IGNORED)
