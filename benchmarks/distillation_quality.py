@@ -32,10 +32,8 @@ mark, sentence). Each run is a row of the file `results`: what is there is not r
 import csv
 import itertools
 import json
-import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +71,7 @@ from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.precision import bf16_is_fast
 from hf_pretrain.training.trainer import PretrainingTrainer
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
-from results import add_result, read_results
+from results import add_result, mean_and_spread, read_results, rows_by_settings
 from timing import print_table
 
 
@@ -351,12 +349,7 @@ COLUMNS = {
 
 def print_results(path: Path) -> None:
     """Print two tables for each set of settings in the results: mean and standard deviation over the seeds."""
-    tables: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in read_results(path):
-        tables[json.dumps(row["settings"])].append(row)
-    if not tables:
-        raise InputError(f"results={path} has no row: run some arms first")
-    for settings, rows in tables.items():
+    for settings, rows in rows_by_settings(path).items():
         print(f"\n{settings}")
         for part, arms in (("task", TASK_ARMS), ("text", TEXT_ARMS)):
             runs = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
@@ -372,10 +365,7 @@ def print_results(path: Path) -> None:
 
 def _cell(rows: list[dict[str, Any]], name: str, factor: float, places: int) -> str:
     values = [factor * row[name] for row in rows if name in row]
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.{places}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):.{places}f}{spread}"
+    return mean_and_spread(values, places) if values else ""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,7 +27,6 @@ import json
 import statistics
 import sys
 import time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -68,7 +67,7 @@ from hf_pretrain.objectives.replaced_token_detection import (
 )
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
-from results import add_result, read_results
+from results import add_result, mean_and_spread, read_results, rows_by_settings
 from timing import print_table
 
 ARMS = ("untrained", "mlm", "rtd", "argmax", "masked_only")
@@ -306,26 +305,16 @@ COLUMNS = (
 
 def print_results(path: Path) -> None:
     """Print a table for each set of settings in the results: mean and standard deviation over the seeds, in points."""
-    tables: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in read_results(path):
-        tables[json.dumps(row["settings"])].append(row)
-    if not tables:
-        raise InputError(f"results={path} has no row: run some arms first")
-    for settings, rows in tables.items():
+    for settings, rows in rows_by_settings(path).items():
         print(f"\n{settings}\n")
         by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
         cells = [
             [arm, str(len(runs)), f"{statistics.mean(run['flops'] for run in runs):.2e}"]
-            + [_mean_and_spread([factor * run[name] for run in runs], places) for _, name, factor, places in COLUMNS]
+            + [mean_and_spread([factor * run[name] for run in runs], places) for _, name, factor, places in COLUMNS]
             for arm, runs in by_arm.items()
             if runs
         ]
         print_table(cells, ["arm", "seeds", "FLOPs", *(title for title, *_ in COLUMNS)])
-
-
-def _mean_and_spread(values: list[float], places: int) -> str:
-    spread = f" ± {statistics.stdev(values):.{places}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):.{places}f}{spread}"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -235,7 +235,7 @@ def test_the_snippets_of_the_mlm_card_run(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_snippets_name_the_repository_and_the_class() -> None:
     objective = dataclasses.replace(RTD, usage="")
-    parts = {"pretraining/heads": ("", "weights"), "pretraining/my-part": ("other.library.Model", "a part")}
+    parts = {"pretraining/heads": ("", "weights"), "pretraining/my-part": ("other.package.Model", "a part")}
     card = dataclasses.replace(MINIMAL, objective=objective, repo="me/bert", parts=parts)
     encoder, head, part = snippets(render_card(card))
     assert encoder.count('"me/bert"') == 2
@@ -245,7 +245,7 @@ def test_the_snippets_name_the_repository_and_the_class() -> None:
         'model = BertForMaskedLM.from_pretrained("me/bert")',
     ]
     assert part.splitlines() == [
-        "from other.library import Model",
+        "from other.package import Model",
         "",
         'my_part = Model.from_pretrained("me/bert", subfolder="pretraining/my-part")',
     ]
