@@ -9,12 +9,14 @@ from hf_pretrain.schedules import Schedule
 MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
 MaskingCount = Literal["exact", "bernoulli"]
 ReplacementUnit = Literal["token", "word", "unit"]
+NgramUnit = Literal["word", "token"]
 SpanLengthMode = Literal["renormalise", "clip"]
 
 _CHOICES = {
     "masking_unit": get_args(MaskingUnit),
     "masking_count": get_args(MaskingCount),
     "replacement_unit": get_args(ReplacementUnit),
+    "ngram_unit": get_args(NgramUnit),
     "span_length_mode": get_args(SpanLengthMode),
 }
 
@@ -31,7 +33,8 @@ class MaskingArguments:
 
     Source:
         BERT (Devlin et al. 2019, section 3.1; whole words: its repository), RoBERTa (Liu et al. 2019, section 4.1),
-        ALBERT (Lan et al. 2020, section 4.1, n-grams), SpanBERT (Joshi et al. 2020, section 3.1, spans).
+        ALBERT (Lan et al. 2020, section 4.1, n-grams), SpanBERT (Joshi et al. 2020, section 3.1, spans), UniLM (Dong et al.
+        2019, n-grams of tokens).
     """
 
     mlm_probability: float = field(
@@ -76,7 +79,19 @@ class MaskingArguments:
     )
     max_ngram: int = field(
         default=3,
-        metadata={"help": "Most words of an n-gram; n words are drawn with probability proportional to 1/n."},
+        metadata={
+            "help": "Most words of an n-gram; n words are drawn with probability proportional to 1/n, or by ngram_shares."
+        },
+    )
+    ngram_shares: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Probabilities of n-grams of 1, 2, ..., max_ngram words, instead of 1/n: '0.8 0.1 0.1' (UniLM)."
+        },
+    )
+    ngram_unit: NgramUnit = field(
+        default="word",
+        metadata={"help": "What n-grams are made of: 'word' (whole words, ALBERT) or 'token' (UniLM)."},
     )
     max_span_length: int = field(default=10, metadata={"help": "Most words of a span."})
     span_geometric_p: float = field(
@@ -124,6 +139,8 @@ class MaskingArguments:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             _require(whole and value >= least, name, value, f"a whole number, at least {least}")
+        if self.ngram_shares is not None:
+            self._check_ngram_shares(self.ngram_shares)
         self.parse_mask_rates()
         if self.mask_share + self.random_share > 1 + 1e-9:
             raise InputError(
@@ -134,6 +151,11 @@ class MaskingArguments:
                 f"masking_count='bernoulli' has no meaning for masking_unit={self.masking_unit!r}, whose units "
                 "overlap: use masking_count='exact'"
             )
+
+    def _check_ngram_shares(self, shares: list[float]) -> None:
+        wanted = f"{self.max_ngram} numbers from 0 that add up to 1, one for each n up to max_ngram"
+        holds = len(shares) == self.max_ngram and all(_is_number(share) and share >= 0 for share in shares)
+        _require(holds and abs(sum(shares) - 1) < 1e-6, "ngram_shares", shares, wanted)
 
     def parse_mask_rates(self) -> Schedule | None:
         """Return how `mlm_probability` changes in training, or None if it does not.
@@ -153,7 +175,10 @@ class MaskingArguments:
     @property
     def needs_word_starts(self) -> bool:
         """Whether the examples must say where words start."""
-        return self.masking_unit in ("word", "ngram", "span") or self.replacement_unit == "word"
+        by_words = self.masking_unit in ("word", "span") or (
+            self.masking_unit == "ngram" and self.ngram_unit == "word"
+        )
+        return by_words or self.replacement_unit == "word"
 
 
 def _is_number(value: Any) -> bool:

@@ -62,6 +62,8 @@ def mask_rows(
         The masked rows. They depend on each row alone: neither padding nor the other rows change them.
     """
     maskable = rows.valid & ~vocabulary.is_protected(rows.input_ids)
+    if rows.also_maskable is not None:
+        maskable |= rows.also_maskable
     words = None
     if arguments.needs_word_starts:
         assert rows.word_starts is not None, "the rows were stacked without words"
@@ -104,6 +106,8 @@ def select_targets(
     unit = arguments.masking_unit
     if unit == "given":
         return _select_given(rows, maskable=maskable, count=arguments.masking_count, probability=probability)
+    if unit == "ngram" and arguments.ngram_unit == "token":
+        words = partition_words(np.ones_like(maskable), maskable=maskable)
     bits = rows.bits("select")
     if arguments.masking_count == "bernoulli":
         if unit == "token":
@@ -118,7 +122,14 @@ def select_targets(
         return select_words(bits, words=words, budgets=budgets)
     length_bits = rows.bits("length")
     if unit == "ngram":
-        return select_ngrams(bits, length_bits, words=words, budgets=budgets, max_ngram=arguments.max_ngram)
+        return select_ngrams(
+            bits,
+            length_bits,
+            words=words,
+            budgets=budgets,
+            max_ngram=arguments.max_ngram,
+            shares=arguments.ngram_shares,
+        )
     lengths = geometric_lengths(
         arguments.span_geometric_p, longest=arguments.max_span_length, mode=arguments.span_length_mode
     )

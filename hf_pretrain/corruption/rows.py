@@ -75,7 +75,9 @@ class ExampleRows:
         spans: `[S, 3]` int64 of (row, start, end), the given spans, or None if not asked for.
         document_ids: `[B, L]` int64, which of the row's isolated documents a token belongs to, -1 at padding; None if
             the examples have none.
-        places: `[B]` int64, the place of each example in the order of its epoch, -1 where it has none.
+        places: `[B]` int64, the place of each example in the order of an epoch, -1 where it has none.
+        order_epochs: `[B]` int64, the epoch of that order; that of a mixture is not that of the examples' own draws.
+        also_maskable: `[B, L]` bool, special tokens that may be selected all the same; None if there are none.
     """
 
     input_ids: np.ndarray
@@ -86,6 +88,8 @@ class ExampleRows:
     spans: np.ndarray | None = None
     document_ids: np.ndarray | None = None
     places: np.ndarray | None = None
+    order_epochs: np.ndarray | None = None
+    also_maskable: np.ndarray | None = None
 
     def bits(self, stream: str) -> np.ndarray:
         """Return 64 random bits a position, `uint64` `[B, L]`."""
@@ -197,6 +201,9 @@ def stack_examples(
         fix = _WORDS_FIX if error.args[0] == "word_starts" else "give it to every example, or choose another unit"
         raise InputError(f"examples have no column {error}, which these masking options need: {fix}") from None
     places = np.array([example.get("place", -1) for example in examples], dtype=np.int64)
+    order_epochs = np.array(
+        [example.get("order_epoch", example.get("epoch", 0)) for example in examples], dtype=np.int64
+    )
     return ExampleRows(
         input_ids,
         valid,
@@ -206,6 +213,7 @@ def stack_examples(
         spans=spans,
         document_ids=documents,
         places=places,
+        order_epochs=order_epochs,
     )
 
 

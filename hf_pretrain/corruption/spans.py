@@ -6,6 +6,8 @@ rows of the batch at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hf_pretrain.corruption.selection import (
@@ -48,13 +50,16 @@ def draw_lengths(uniforms: np.ndarray, *, cumulative: np.ndarray) -> np.ndarray:
     return np.searchsorted(cumulative, uniforms, side="right") + 1
 
 
-def ngram_lengths(uniforms: np.ndarray, *, available: np.ndarray, max_ngram: int) -> np.ndarray:
-    """Draw n with probability proportional to 1/n among 1 to `min(max_ngram, available)`.
+def ngram_lengths(
+    uniforms: np.ndarray, *, available: np.ndarray, max_ngram: int, shares: Sequence[float] | None = None
+) -> np.ndarray:
+    """Draw n with probability proportional to 1/n, or to given shares, among 1 to `min(max_ngram, available)`.
 
     Args:
         uniforms: In [0, 1), of any shape.
         available: Words available, from 1, of the same shape.
         max_ngram: Greatest n.
+        shares: Weights of 1 to `max_ngram`; 1/n if not given.
 
     Returns:
         int64 of the same shape.
@@ -63,10 +68,10 @@ def ngram_lengths(uniforms: np.ndarray, *, available: np.ndarray, max_ngram: int
         ALBERT (Lan et al. 2020, section 4.1).
     """
     most = np.minimum(available, max_ngram)
-    harmonic = np.cumsum(1 / np.arange(1, max_ngram + 1))
-    scaled = uniforms * harmonic[most - 1]
+    cumulative = np.cumsum(1 / np.arange(1, max_ngram + 1) if shares is None else shares)
+    scaled = uniforms * cumulative[most - 1]
     lengths = np.ones(uniforms.shape, dtype=np.int64)
-    for bound in harmonic[:-1]:
+    for bound in cumulative[:-1]:
         lengths += scaled >= bound
     return np.minimum(lengths, most)
 
@@ -172,9 +177,15 @@ def take_runs(
 
 
 def select_ngrams(
-    bits: np.ndarray, length_bits: np.ndarray, *, words: WordTable, budgets: np.ndarray, max_ngram: int
+    bits: np.ndarray,
+    length_bits: np.ndarray,
+    *,
+    words: WordTable,
+    budgets: np.ndarray,
+    max_ngram: int,
+    shares: Sequence[float] | None = None,
 ) -> Selection:
-    """Select n-grams of words, n drawn with probability proportional to 1/n; the budget is never exceeded.
+    """Select n-grams of words, n drawn with probability proportional to 1/n or by shares; the budget is never exceeded.
 
     The words are tried in random order as starts. An n-gram over budget is tried with fewer words; one that overlaps a
     taken one is skipped. Words left over once all starts were tried are then tried alone. A row in which no word fits
@@ -186,6 +197,7 @@ def select_ngrams(
         words: The words of the batch.
         budgets: `[B]`, tokens.
         max_ngram: Greatest n.
+        shares: Probabilities of 1 to `max_ngram`; in proportion to 1/n if not given.
 
     Returns:
         The selection; each n-gram is a unit.
@@ -199,7 +211,7 @@ def select_ngrams(
     order += np.arange(num_rows)[:, None] * width
     firsts = words.word_of[order]
     draws = to_uniforms(length_bits.ravel()[order])
-    lengths = ngram_lengths(draws, available=words.run_ends()[firsts] - firsts, max_ngram=max_ngram)
+    lengths = ngram_lengths(draws, available=words.run_ends()[firsts] - firsts, max_ngram=max_ngram, shares=shares)
     exists = np.arange(order.shape[1]) < num_candidates[:, None]
     lengths[~exists] = 0
     chosen, begun = take_runs(

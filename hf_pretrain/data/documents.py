@@ -188,6 +188,7 @@ def tokenize_documents(
     word_segmenter: Segmenter | None = None,
     num_proc: int | None = None,
     batch_size: int = 256,
+    keep_empty: bool = False,
 ) -> datasets.Dataset:
     """Tokenize a dataset of texts into the document schema, once: the result is an Arrow file that is found again.
 
@@ -198,10 +199,11 @@ def tokenize_documents(
         word_segmenter: Cuts runs of Chinese and Japanese characters into words, see `word_starts`.
         num_proc: Processes to work in; the tokenizer uses threads anyway where there is one process.
         batch_size: Texts in one call of the tokenizer.
+        keep_empty: Whether texts without tokens stay, so that there is one document for each text.
 
     Returns:
         Dataset with ``input_ids``, ``word_starts``, ``sent_starts``, ``doc_id`` and, if given, ``lang``, in the order
-        of the texts. Texts without tokens are left out; ``doc_id`` counts the rest from 0.
+        of the texts. Unless kept, texts without tokens are left out; ``doc_id`` counts the rest from 0.
 
     Raises:
         InputError: If the tokenizer has no offsets, there is no column ``text``, or no text has a token.
@@ -212,7 +214,7 @@ def tokenize_documents(
     features = datasets.Features(DOCUMENT_FEATURES)
     if "lang" in texts.column_names:
         features["lang"] = datasets.Value("string")
-    worker = _Worker(tokenizer, sentence_splitter, word_segmenter)
+    worker = _Worker(tokenizer, sentence_splitter, word_segmenter, keep_empty)
     fingerprint = Hasher.hash((_VERSION, texts._fingerprint, worker.key()))
     documents = texts.with_format("arrow").map(
         worker,
@@ -245,16 +247,17 @@ class _Worker:
     tokenizer: PreTrainedTokenizerBase
     sentence_splitter: SentenceSplitter
     word_segmenter: Segmenter | None
+    keep_empty: bool
 
     def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
-        """Return the documents of the texts that have tokens; ``doc_id`` is the number of the text."""
+        """Return the documents of the texts that are kept; ``doc_id`` is the number of the text."""
         columns = tokenize_texts(
             [text or "" for text in table["text"].to_pylist()],
             self.tokenizer,
             sentence_splitter=self.sentence_splitter,
             word_segmenter=self.word_segmenter,
         )
-        kept = np.array([len(ids) > 0 for ids in columns["input_ids"]], dtype=np.bool_)
+        kept = np.array([self.keep_empty or len(ids) > 0 for ids in columns["input_ids"]], dtype=np.bool_)
         types = {"input_ids": pa.int32(), "word_starts": pa.bool_(), "sent_starts": pa.bool_()}
         arrays: dict[str, Any] = {name: _list_array(columns[name], kept, kind) for name, kind in types.items()}
         arrays["doc_id"] = pa.array(np.asarray(indices, dtype=np.int64)[kept])
@@ -267,7 +270,8 @@ class _Worker:
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
         special = (sorted(self.tokenizer.all_special_ids), self.tokenizer.unk_token_id)
-        return json.dumps(backend, sort_keys=True), special, self.sentence_splitter, self.word_segmenter
+        settings = (self.sentence_splitter, self.word_segmenter, self.keep_empty)
+        return json.dumps(backend, sort_keys=True), special, *settings
 
 
 def _list_array(rows: list[np.ndarray], kept: np.ndarray, kind: pa.DataType) -> pa.ListArray:

@@ -136,7 +136,7 @@ def _cut_at_sentences(store: TokenStore, budget: int, *, cross_documents: bool) 
         high = min(low + _WINDOW_TOKENS, store.num_tokens)
         # The last sentence of a window ends where the next window says, so it is carried; the last window closes it.
         closing = [store.num_tokens] if high == store.num_tokens else []
-        starts = np.concatenate([carried, _sentence_starts(store, low, high), np.array(closing, np.int64)])
+        starts = np.concatenate([carried, store.sentence_starts(low, high), np.array(closing, np.int64)])
         starts = _split_long(starts, budget)
         following = _longest_from_each(store, starts, budget, cross_documents)
         chain, at, num_closed = [], 0, len(starts) - 1
@@ -144,14 +144,6 @@ def _cut_at_sentences(store: TokenStore, budget: int, *, cross_documents: bool) 
             chain.append(at)
         yield starts[chain]
         carried = starts[chain[-1] if chain else 0 :]
-
-
-def _sentence_starts(store: TokenStore, low: int, high: int) -> np.ndarray:
-    """Return the positions in ``[low, high)`` that begin a sentence; the first token of a document always does."""
-    flags = store.sent_starts(low, high)
-    first, last = np.searchsorted(store.begins, [low, high])
-    flags[store.begins[first:last] - low] = True
-    return np.flatnonzero(flags) + low
 
 
 def _split_long(starts: np.ndarray, budget: int) -> np.ndarray:

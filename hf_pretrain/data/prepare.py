@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +53,7 @@ class PreparedData:
         block_size: Most tokens in an example.
         train_documents: The tokenized documents behind `train_dataset`, for views of another kind; None for a stream.
         eval_documents: Those behind `eval_dataset`.
+        languages: Number of each language, where languages are told apart.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -62,6 +63,7 @@ class PreparedData:
     block_size: int
     train_documents: Any = None
     eval_documents: Any = None
+    languages: dict[str, int] | None = None
 
     @property
     def isolates_documents(self) -> bool:
@@ -119,8 +121,8 @@ def _prepare_documents(
 ) -> PreparedData:
     with first:
         texts = _read_texts(args)
-        sample = _Repeatable(lambda: _head(_shuffled(texts.train, seed=args.split_seed)))
-        tokenizer = _tokenizer(args, output_dir, tokenizer, sample, texts.train._fingerprint)
+        sample = RepeatableTexts(lambda: first_texts(_shuffled(texts.train, seed=args.split_seed)))
+        tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, texts.train._fingerprint)
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
         documents = {
             name: tokenize_documents(part, tokenizer, num_proc=args.preprocessing_num_workers)
@@ -130,7 +132,7 @@ def _prepare_documents(
         name: BlockDataset(part, tokenizer=tokenizer, block_size=args.block_size, mode=args.block_mode)
         for name, part in documents.items()
     }
-    description = _common_description(args, tokenizer, texts.source, texts.held_out_source)
+    description = common_description(args, tokenizer, texts.source, texts.held_out_source)
     for name, part in parts.items():
         num_bytes, num_characters = text_sizes(part)
         description |= {
@@ -163,7 +165,7 @@ def _read_texts(args: DataArguments) -> _Texts:
         texts = random_subset(texts, max_bytes=args.max_corpus_bytes, seed=args.split_seed)
     if args.validation_file:
         held_out = _file_texts(args, args.validation_file)
-        return _Texts(texts, held_out, _source_name(args), _file_names(args.validation_file))
+        return _Texts(texts, held_out, _source_name(args), file_names(args.validation_file))
     train_rows, held_out_rows = split_held_out(len(texts), args.validation_fraction, seed=args.split_seed)
     if not len(held_out_rows):
         return _Texts(texts, None, _source_name(args), None)
@@ -186,7 +188,7 @@ def _hub_dataset(args: DataArguments, *, streaming: bool) -> Any:
     )
 
 
-class _Repeatable:
+class RepeatableTexts:
     """Texts that are read anew each time they are iterated over."""
 
     def __init__(self, read: Any) -> None:
@@ -202,14 +204,27 @@ def _shuffled(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
     return (text or "" for batch in texts.select(order).iter(batch_size=256) for text in batch["text"])
 
 
-def _tokenizer(
+def run_tokenizer(
     args: DataArguments,
     output_dir: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     texts: Iterable[str],
     texts_key: Any,
+    finish: Callable[[PreTrainedTokenizerBase], None] | None = None,
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer that was given or named, or train one; a trained one is used as it is read from disk."""
+    """Return the tokenizer that was given or named, or train one; a trained one is used as it is read from disk.
+
+    Args:
+        args: Which tokenizer is wanted.
+        output_dir: Where one that is trained is saved, and found again if texts and options are the same.
+        tokenizer: One that is given.
+        texts: What to train on.
+        texts_key: Whatever decides the texts, and what `finish` does; written as JSON.
+        finish: Called with a new tokenizer before it is saved.
+
+    Raises:
+        InputError: If it can not be loaded or trained, or gives no offsets.
+    """
     if tokenizer is None and args.tokenizer_name is not None:
         tokenizer = _load_tokenizer(args.tokenizer_name)
     if tokenizer is not None:
@@ -224,6 +239,8 @@ def _tokenizer(
     record, key = output_dir / _TOKENIZER_RECORD, json.dumps(options | {"texts": texts_key})
     if not record.is_file() or record.read_text(encoding="utf-8") != key:
         trained = train_tokenizer(texts, **options)
+        if finish is not None:
+            finish(trained)
         trained.save_pretrained(output_dir)
         record.write_text(key, encoding="utf-8")
     return _load_tokenizer(str(output_dir))
@@ -239,21 +256,22 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _source_name(args: DataArguments) -> str:
     if args.train_file:
-        return _file_names(args.train_file)
+        return file_names(args.train_file)
     if args.dataset_name:
         return " ".join(filter(None, (args.dataset_name, args.dataset_config_name, args.dataset_split)))
     return f"docstrings of the installed Python packages (Python {platform.python_version()})"
 
 
-def _file_names(paths: list[str]) -> str:
-    """Return names without folders, because the card goes to the Hub."""
+def file_names(paths: list[str]) -> str:
+    """Return the names of files, folders and globs, without folders, because the card goes to the Hub."""
     names = [Path(path).name for path in resolve_paths(paths)]
     return ", ".join(names if len(names) <= 5 else [*names[:4], f"{len(names) - 4} more files"])
 
 
-def _common_description(
+def common_description(
     args: DataArguments, tokenizer: PreTrainedTokenizerBase, source: str, held_out_source: str | None
 ) -> dict[str, Any]:
+    """Return what the description of any data begins with."""
     model = type(tokenizer.backend_tokenizer.model).__name__
     return {
         "source": source,
@@ -276,11 +294,11 @@ def _prepare_stream(
     with first:
         source: Any = resolve_paths(args.train_file) if args.train_file else _hub_dataset(args, streaming=True)
         read = partial(read_documents, document_separator=args.document_separator, text_column=args.text_column)
-        head = _Repeatable(
-            lambda: _head(read(source) if args.train_file else (row[args.text_column] for row in source))
+        head = RepeatableTexts(
+            lambda: first_texts(read(source) if args.train_file else (row[args.text_column] for row in source))
         )
         key = file_stamps(source) if args.train_file else _source_name(args)
-        tokenizer = _tokenizer(args, output_dir, tokenizer, head, key)
+        tokenizer = run_tokenizer(args, output_dir, tokenizer, head, key)
         held_out = None
         if args.validation_file:
             held_out = tokenize_documents(_file_texts(args, args.validation_file), tokenizer)
@@ -294,15 +312,15 @@ def _prepare_stream(
         **options,
     )
     eval_dataset = None if held_out is None else BlockDataset(held_out, **options)
-    held_out_source = _file_names(args.validation_file) if args.validation_file else None
-    description = _common_description(args, tokenizer, f"{_source_name(args)} (streamed)", held_out_source)
+    held_out_source = file_names(args.validation_file) if args.validation_file else None
+    description = common_description(args, tokenizer, f"{_source_name(args)} (streamed)", held_out_source)
     if held_out is not None and eval_dataset is not None:
         description |= {"held_out_documents": len(held_out), "held_out_tokens": eval_dataset.num_tokens}
         description |= {"held_out_blocks": len(eval_dataset)}
     return PreparedData(tokenizer, train_dataset, eval_dataset, description, args.block_size)
 
 
-def _head(texts: Iterable[str]) -> Iterator[str]:
+def first_texts(texts: Iterable[str]) -> Iterator[str]:
     """Yield the first texts, as many as a tokenizer needs."""
     room = _TOKENIZER_CHARACTERS
     for text in texts:

@@ -1,4 +1,4 @@
-"""Text as a `datasets.Dataset` with the one column ``text``: from files, from the Hub or from a generator."""
+"""Text as a `datasets.Dataset` with a column ``text``: from files, from the Hub or from a generator."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ __all__ = [
     "resolve_paths",
     "text_dataset",
     "text_sizes",
+    "with_language",
 ]
 
 TEXT_FEATURES = datasets.Features({"text": datasets.Value("string")})
@@ -46,14 +47,16 @@ def text_dataset(
     *,
     text_column: str = "text",
     document_separator: DocumentSeparator = "blank_line",
+    language: str | None = None,
     cache_dir: str | None = None,
 ) -> datasets.Dataset:
-    """Return documents as a dataset with the one column ``text``, memory-mapped where they come from files.
+    """Return documents as a dataset with the column ``text``, memory-mapped where they come from files.
 
     Args:
         source: Files, folders or globs as in `read_documents`, or a dataset with a column of text.
         text_column: Name of the column that holds the text.
         document_separator: What ends a document of a text file.
+        language: Language of all the documents, to be told in a column ``lang``; by default there is none.
         cache_dir: Folder of the Arrow files; the cache of 🤗 datasets by default. The same files, unchanged, and the
             same options are read once.
 
@@ -64,7 +67,10 @@ def text_dataset(
         check_text_column(source.data.table.schema, text_column, "the dataset")
         if not len(source):
             raise InputError("the dataset has no rows; name another split")
-        return source.select_columns([text_column]).rename_column(text_column, "text").with_format(None)
+        texts = source.select_columns([text_column]).with_format(None)
+        if text_column != "text":
+            texts = texts.rename_column(text_column, "text")
+        return texts if language is None else with_language(texts, language)
     if isinstance(source, datasets.DatasetDict | datasets.IterableDataset):
         raise InputError(
             f"source is a {type(source).__name__}, not a datasets.Dataset; pick a split that is not streamed"
@@ -72,7 +78,14 @@ def text_dataset(
     paths = resolve_paths(source)
     options = {"document_separator": document_separator, "text_column": text_column}
     key = (file_stamps(paths), options)
-    return generate_dataset(_rows, {"paths": paths, **options}, key=key, cache_dir=cache_dir)
+    texts = generate_dataset(_rows, {"paths": paths, **options}, key=key, cache_dir=cache_dir)
+    return texts if language is None else with_language(texts, language)
+
+
+def with_language(texts: datasets.Dataset, language: str) -> datasets.Dataset:
+    """Return texts with a column ``lang`` that holds the one language of all of them."""
+    fingerprint = Hasher.hash((texts._fingerprint, language))
+    return texts.add_column("lang", [language] * len(texts), new_fingerprint=fingerprint)
 
 
 def file_stamps(paths: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -91,14 +104,16 @@ def generate_dataset(
     options: Mapping[str, Any],
     *,
     key: Any,
+    features: datasets.Features = TEXT_FEATURES,
     cache_dir: str | None = None,
 ) -> datasets.Dataset:
     """Write the rows of a generator to an Arrow file, or open the one that was written before.
 
     Args:
-        generator: Called with ``options``; yields rows with a ``text``.
+        generator: Called with ``options``; yields rows.
         options: Keyword arguments of the generator.
         key: Whatever decides the rows; the same key gives the same file.
+        features: Columns of the rows: a ``text`` by default.
         cache_dir: Folder of the Arrow files.
 
     Raises:
@@ -107,7 +122,7 @@ def generate_dataset(
     fingerprint = Hasher.hash((_VERSION, generator.__module__, generator.__qualname__, key))
     try:
         return datasets.Dataset.from_generator(
-            generator, TEXT_FEATURES, cache_dir=cache_dir, gen_kwargs=dict(options), fingerprint=fingerprint
+            generator, features, cache_dir=cache_dir, gen_kwargs=dict(options), fingerprint=fingerprint
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):

@@ -64,6 +64,22 @@ def read_documents(
             raise InputError(f"{path} holds no text; give a file that does, or leave it out")
 
 
+def read_rows(path: str | Path, *, text_column: str = "text") -> Iterator[str]:
+    """Read the rows of one file, blank ones too: the lines of a text, or the values of a JSON field or Parquet column.
+
+    Args:
+        path: File, compressed or not; one that is neither JSON lines nor Parquet is read as UTF-8 text.
+        text_column: Name of the field or column.
+
+    Returns:
+        The texts as they are, lines with their ends.
+
+    Raises:
+        InputError: As `read_documents` when a row is read, but that a file may be empty.
+    """
+    return _file_rows(str(path), "line", text_column)
+
+
 def resolve_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
     """Return the files that paths, folders and globs stand for, each once: in the order given, sorted inside of each.
 
@@ -101,16 +117,18 @@ def _format(path: Path) -> str:
 
 
 def _read_file(path: str, separator: DocumentSeparator, text_column: str) -> Iterator[str]:
-    kind = _format(Path(path))
-    if kind == ".parquet":
-        documents = _parquet_rows(path, text_column)
-    elif kind in _JSON:
-        documents = _json_rows(path, text_column)
-    else:
-        documents = _text_documents(_lines(path), separator)
-    for document in documents:
+    for document in _file_rows(path, separator, text_column):
         if document := document.strip():
             yield document
+
+
+def _file_rows(path: str, separator: DocumentSeparator, text_column: str) -> Iterator[str]:
+    kind = _format(Path(path))
+    if kind == ".parquet":
+        return _parquet_rows(path, text_column)
+    if kind in _JSON:
+        return _json_rows(path, text_column)
+    return _text_documents(_lines(path), separator)
 
 
 def _text_documents(lines: Iterator[str], separator: DocumentSeparator) -> Iterator[str]:

@@ -128,6 +128,13 @@ class TokenStore:
         parts = [chunk.sent_starts.unpack(low, high) for chunk, low, high in self._ranges(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def sentence_starts(self, start: int, stop: int) -> np.ndarray:
+        """Return the positions in ``[start, stop)`` that begin a sentence; the first token of a document always does."""
+        flags = self.sent_starts(start, stop)
+        first, last = np.searchsorted(self.begins, [start, stop])
+        flags[self.begins[first:last] - start] = True
+        return np.flatnonzero(flags) + start
+
     def _ranges(self, start: int, stop: int) -> Iterator[tuple[_Chunk, int, int]]:
         run = self._run_begins.searchsorted(start, side="right") - 1
         while start < stop:

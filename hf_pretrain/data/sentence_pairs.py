@@ -1,0 +1,210 @@
+"""Pairs of text segments for next-sentence and sentence-order prediction, made anew in every epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, get_args
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from hf_pretrain.data import draws
+from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.pair_template import PairTemplate
+from hf_pretrain.data.pairing import PairRule, PairTable, PairTask, SentenceIndex, draw_pairs
+from hf_pretrain.data.token_store import TokenStore
+from hf_pretrain.errors import InputError
+
+__all__ = ["PairTable", "PairTask", "SentencePairDataset"]
+
+_KEPT_EPOCHS = 2
+
+
+class SentencePairDataset(EpochDataset):
+    """Pairs of segments of whole sentences, made anew from the documents in every epoch.
+
+    A chunk is as many sentences of a document as reach `block_size` without its special tokens, or, in a share
+    `short_probability` of the documents, a random shorter length; it is split at a random sentence. By `task` the pair is
+
+    - `"nsp"`: 0 the two parts, 1 the first part and text from another document;
+    - `"sop"`: 0 the two parts, 1 the two parts in the other order;
+    - `"structural"`: 0 the second part follows, 1 it precedes, 2 text from another document;
+    - `"none"`: the two parts, without a label.
+
+    Each label comes as often as the others. Where other text takes the place of the second part, the next chunk begins with
+    that part. What is too long loses tokens of the longer segment, each in front or at the back with equal chances.
+
+    A chunk of one sentence can not be split. With `balanced`, a chunk takes a second sentence, and the last one of a
+    document if it would be left alone, even if they are too long; a sentence that is alone all the same, in its document
+    or after a random pair, begins no pair (it may still be drawn as text from another document). So the label says nothing
+    about the number of sentences, and every label has the same share. Without `balanced`, such a chunk becomes a random
+    pair, as in BERT's code; tasks without random pairs, which never take other documents' text, go by the balanced rule.
+
+    The number of pairs differs from epoch to epoch, by less than a hundredth for thousands of documents and by more for a few
+    long ones, but a dataset has one length: that of epoch 0. Of an epoch with more pairs a random choice is left out, of one
+    with fewer a random choice comes twice. Everything is keyed by the seed and the epoch. The tables of the last two epochs
+    are kept, 33 bytes a pair in each process that reads; besides that the memory is 8 bytes a sentence.
+
+    Args:
+        documents: Documents in the document schema (`input_ids`, `word_starts`, `sent_starts`).
+        tokenizer: Tokenizer that made them; gives the special tokens and the token types.
+        block_size: Most tokens in an example, special tokens included.
+        task: What is to be told of a pair.
+        seed: Seed of the run.
+        balanced: Whether all labels have the same share; otherwise BERT's rule.
+        short_probability: Share of the documents with shorter chunks.
+        static_epochs: If not 0, the pairs of an epoch are those of its number modulo this.
+
+    Raises:
+        InputError: If an option is out of range, `block_size` leaves no room, or the documents give no pair: there is
+            no text, no document with two sentences, or no other document.
+
+    Source:
+        `create_training_data.py` of BERT's official code (Devlin et al., "BERT", 2019); for sentence order, Lan et al.,
+        "ALBERT" (2020); for three classes, Wang et al., "StructBERT" (2020).
+    """
+
+    def __init__(
+        self,
+        documents: datasets.Dataset,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int = 128,
+        task: PairTask = "nsp",
+        seed: int = 0,
+        balanced: bool = True,
+        short_probability: float = 0.1,
+        static_epochs: int = 0,
+    ) -> None:
+        if task not in get_args(PairTask):
+            raise InputError(f"task={task!r} is unknown; choose one of {', '.join(get_args(PairTask))}")
+        if not 0 <= short_probability <= 1:
+            raise InputError(f"short_probability={short_probability} must be in [0, 1]; 0.1 is usual")
+        if static_epochs < 0:
+            raise InputError(f"static_epochs={static_epochs} must not be negative; 0 makes new pairs in every epoch")
+        self.template = PairTemplate.of(tokenizer)
+        self.store = TokenStore(documents)
+        self.block_size = block_size
+        self.static_epochs = static_epochs
+        room = self.template.budget(block_size)
+        self.rule = PairRule(task, room, seed=seed, balanced=balanced, short_probability=short_probability)
+        self._check_documents()
+        # The pairs of an epoch are not those of another, so there are none to wrap.
+        self.base = self
+        self._tables: dict[int, PairTable] = {}
+        first = self.pairs(0)
+        self._num_pairs = len(first.labels)
+        self._tables[0] = first
+
+    def _check_documents(self) -> None:
+        """Refuse documents that give no pair."""
+        num_documents = self.store.num_documents
+        if num_documents == 0:
+            raise InputError("documents hold no token; check the text they were made from")
+        if self.rule.has_random and num_documents == 1:
+            raise InputError(
+                f"task={self.rule.task!r} takes random text from other documents, but there is one document only: "
+                "separate the documents of the text, or use task='sop'"
+            )
+        if not self.rule.takes_lone_sentences and np.diff(self.sentences.documents).max() == 1:
+            raise InputError(
+                f"documents: none of {num_documents} has two sentences to make a pair of; check the sentence "
+                "splitter, or let a document be more than a sentence"
+            )
+
+    @cached_property
+    def sentences(self) -> SentenceIndex:
+        """Where sentences and documents begin."""
+        return SentenceIndex.of(self.store)
+
+    def pairs(self, epoch: int) -> PairTable:
+        """Return all pairs of an epoch, as many as there are: before they are fitted to the length of the dataset."""
+        return draw_pairs(self.sentences, rule=self.rule, epoch=epoch)
+
+    def _table(self, epoch: int) -> PairTable:
+        """Return the pairs of an epoch, as many as the dataset has rows."""
+        epoch = epoch % self.static_epochs if self.static_epochs else epoch
+        table = self._tables.pop(epoch, None)
+        if table is None:
+            table = self._fitted(self.pairs(epoch), epoch)
+            for oldest in list(self._tables)[: 1 - _KEPT_EPOCHS]:
+                del self._tables[oldest]
+        self._tables[epoch] = table
+        return table
+
+    def _fitted(self, table: PairTable, epoch: int) -> PairTable:
+        count, surplus = len(table.labels), len(table.labels) - self._num_pairs
+        if surplus == 0:
+            return table
+        order = draws.permutation(count, seed=self.rule.seed, epoch=epoch, stream="pair_fit")
+        chosen = order[surplus:] if surplus > 0 else np.concatenate([order, np.resize(order, -surplus)])
+        return PairTable(*(values[np.sort(chosen)] for values in table))
+
+    def __len__(self) -> int:
+        """Return the number of examples of an epoch."""
+        return self._num_pairs
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the example of an index, which may carry its epoch and place.
+
+        Returns:
+            `input_ids` int32, `word_starts` bool and `token_type_ids` int64, `[n]` each; `source_length`, the tokens up to
+            and with what stands between the segments; `pair_label`, unless the task is `"none"`; `example_id`, `epoch`
+            and, if the index has one, `place`.
+
+        Raises:
+            IndexError: If there is no such example.
+        """
+        keys = self._locate(index)
+        table, row = self._table(keys["epoch"]), keys["example_id"]
+        a, b = (
+            self.store.read(*place)
+            for place in zip(table.starts[row].tolist(), table.stops[row].tolist(), strict=True)
+        )
+        example = self.template.join(a, b)
+        if self.rule.task != "none":
+            example["pair_label"] = int(table.labels[row])
+        return example | keys
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the examples of a batch of indices."""
+        return [self[index] for index in indices]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example of epoch 0, special tokens included: `int64 [num_examples]`."""
+        table = self._table(0)
+        return (table.stops - table.starts).sum(axis=1) + self.template.num_special_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of text in all pairs of epoch 0, without special tokens."""
+        return int(self.lengths.sum()) - len(self) * self.template.num_special_tokens
+
+    @property
+    def fill(self) -> float:
+        """Mean length of an example as a share of `block_size`, in epoch 0."""
+        return float(self.lengths.mean()) / self.block_size
+
+    @property
+    def label_shares(self) -> list[float]:
+        """Share of each label in epoch 0."""
+        counts = np.bincount(self._table(0).labels, minlength=len(self.rule.kinds))
+        return (counts / len(self)).tolist()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is found again where the dataset arrives."""
+        state = {name: value for name, value in vars(self).items() if name not in ("sentences", "lengths")}
+        # `base` is this object.
+        return state | {"_tables": {}}
+
+    def __repr__(self) -> str:
+        """Show what the pairs are and how well they fill."""
+        shares = "/".join(f"{share:.3f}" for share in self.label_shares)
+        labels = f", labels={shares}" if len(self.rule.kinds) > 1 else ""
+        return (
+            f"{type(self).__name__}({len(self)} pairs of at most {self.block_size} tokens, task={self.rule.task!r}, "
+            f"{self.num_tokens} tokens of {self.store.num_documents} documents, fill={self.fill:.3f}{labels})"
+        )
