@@ -89,8 +89,15 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
         if getattr(args, name) is not None
     }
-    if args.model_type in _FEED_FORWARD_NAMES:
-        values[_FEED_FORWARD_NAMES[args.model_type]] = values.pop("intermediate_size")
+    if args.model_type in _FEED_FORWARD_OF_FOUR_WIDTHS:
+        if args.intermediate_size != 4 * args.hidden_size:
+            raise InputError(
+                f"intermediate_size={args.intermediate_size}: that of {args.model_type} is always four times hidden_size, "
+                f"here {4 * args.hidden_size}"
+            )
+        del values["intermediate_size"]
+    if "intermediate_size" in values:
+        values[feed_forward_name(args.model_type)] = values.pop("intermediate_size")
     values["vocab_size"] = len(tokenizer)
     if args.model_type not in _WITHOUT_POSITIONS:
         values["max_position_embeddings"] = args.max_position_embeddings
@@ -134,6 +141,9 @@ def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
 # What a few architectures call the width of the feed-forward layers.
 _FEED_FORWARD_NAMES = {"distilbert": "hidden_dim", "xlnet": "d_inner"}
 
+# Architectures that cannot be told that width.
+_FEED_FORWARD_OF_FOUR_WIDTHS = frozenset({"xlm", "flaubert"})
+
 # Architectures that refuse to be told how long a sequence may be.
 _WITHOUT_POSITIONS = frozenset({"xlnet"})
 
@@ -155,6 +165,11 @@ _POSITIONS_AFTER_PADDING = frozenset(
 )
 
 
+def feed_forward_name(model_type: str) -> str:
+    """Return what an architecture calls the width of its feed-forward layers."""
+    return _FEED_FORWARD_NAMES.get(model_type, "intermediate_size")
+
+
 def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> PreTrainedConfig:
     """Return a smaller configuration of the same architecture.
 
@@ -163,8 +178,8 @@ def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> Pr
         width: Share of the hidden width, of the heads and of the feed-forward width that is kept.
         depth: Share of the layers that is kept.
     """
-    feed_forward = _FEED_FORWARD_NAMES.get(config.model_type, "intermediate_size")
-    changes = {name: width for name in ("hidden_size", "num_attention_heads", feed_forward)}
+    names = ("hidden_size", "num_attention_heads", feed_forward_name(config.model_type))
+    changes = dict.fromkeys(names, width)
     values = config.to_dict()
     for name, share in (changes | {"num_hidden_layers": depth}).items():
         own_name = config.attribute_map.get(name, name)

@@ -12,7 +12,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling import isolation
+from hf_pretrain.modeling import attention_masks, isolation
 from hf_pretrain.modeling.encoder import EncoderForPreTraining
 from hf_pretrain.modeling.isolation import check_isolation, isolated_inputs, sequence_bounds
 from hf_pretrain.modeling.losses import IGNORED
@@ -259,23 +259,22 @@ def test_an_unknown_backend_is_refused():
 
 def test_the_trial_finds_wrong_masks_and_wrong_positions(monkeypatch):
     """The silent traps: a boolean mask under eager, no mask at all, positions that count on or from the wrong place."""
-    block_mask = isolation._block_mask
+    mask_inputs, attention_inputs = attention_masks.mask_inputs, isolation._attention_inputs
 
-    def as_booleans(backbone, ids, visible):
-        return block_mask(backbone, ids, visible) == 0
+    def as_booleans(*args, **kwargs):
+        return mask_inputs(*args, **kwargs) == 0
 
     def positions_of_the_row(backbone, plan, *, document_ids, position_ids):
         return attention_inputs(backbone, plan, document_ids=document_ids, position_ids=torch.arange(32)[None])
 
-    attention_inputs = isolation._attention_inputs
-    for name, model, attribute, wrong in (
-        ("boolean", "bert", "_block_mask", as_booleans),
-        ("none", "bert", "_block_mask", lambda *args: None),
-        ("zero", "roberta", "_first_position", lambda body: 0),
-        ("row", "bert", "_attention_inputs", positions_of_the_row),
+    for name, model, module, attribute, wrong in (
+        ("boolean", "bert", attention_masks, "mask_inputs", as_booleans),
+        ("none", "bert", attention_masks, "mask_inputs", lambda *args, **kwargs: None),
+        ("zero", "roberta", attention_masks, "first_position", lambda body: 0),
+        ("row", "bert", isolation, "_attention_inputs", positions_of_the_row),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(isolation, attribute, wrong)
+            patch.setattr(module, attribute, wrong)
             with pytest.raises(InputError, match="cannot isolate"):
                 check_isolation(tiny_model(model))
                 pytest.fail(name)

@@ -1,0 +1,186 @@
+"""Who sees whom in a row, as the attention of a stock model takes it, and how to find out whether a model keeps to it.
+
+A rule of visibility is written once, as the mask functions of transformers are: of row, head, query and key. Here it becomes
+what the backbone and its attention backend take, on the device. What a backbone does with it is seen, not looked up: those who
+ask for a rule try the backbone out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    sdpa_mask,
+    sliding_window_bidirectional_overlay,
+)
+
+from hf_pretrain.errors import InputError
+
+MaskFunction = Callable[..., torch.Tensor]
+
+# Attention of their own: the mask has three dimensions.
+_DISENTANGLED = frozenset({"deberta", "deberta-v2"})
+
+EDIT_TOLERANCE = 1e-6
+"""Of the greatest state, by how much a token may move when one is edited that it must not see: not at all."""
+
+ALONE_TOLERANCE = 0.05
+"""Relative difference to the same tokens in another row. In another shape and perhaps in bfloat16 sums are rounded
+differently, but wrong positions or masks move every state."""
+
+
+class AttentionPlan(NamedTuple):
+    """What is known of a backbone that was found fit.
+
+    Attributes:
+        backend: The attention backend that it was tried out with.
+        takes_positions: Whether it can be told the place of a token; one that cannot has relative positions.
+        first_position: Number of the first position in its table: RoBERTa and its kin count from `padding_idx + 1`.
+    """
+
+    backend: str
+    takes_positions: bool
+    first_position: int
+
+    @classmethod
+    def of(cls, body: PreTrainedModel) -> AttentionPlan:
+        """Read what a body without a head says of itself."""
+        return cls(
+            backend=body.config._attn_implementation,
+            takes_positions="position_ids" in inspect.signature(body.forward).parameters,
+            first_position=first_position(body),
+        )
+
+    def fits(self, backbone: PreTrainedModel) -> bool:
+        """Tell whether the backbone still has the backend that it was tried out with."""
+        backend: str = backbone.config._attn_implementation
+        return self.backend == backend
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether the backend is flash attention, which takes bounds of sequences and no mask."""
+        return "flash" in self.backend
+
+
+def first_position(body: PreTrainedModel) -> int:
+    """Return the number of the first position in a body's table."""
+    for name, module in body.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return int(padding) + 1
+    return 0
+
+
+def position_inputs(plan: AttentionPlan, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return places ``[B, L]``, counted from 0, as the backbone takes them."""
+    return {"position_ids": position_ids + plan.first_position} if plan.takes_positions else {}
+
+
+def mask_inputs(backbone: PreTrainedModel, plan: AttentionPlan, visible: MaskFunction, *, like: torch.Tensor) -> Any:
+    """Write the mask of a rule as the backbone takes it.
+
+    Args:
+        backbone: The stock model.
+        plan: What is known of it.
+        visible: Of row, head, query and key, each an index that broadcasts against the others: whether the query sees the key.
+        like: ``[B, L]``, a tensor of the shape and on the device of the batch.
+
+    Returns:
+        The `attention_mask`: boolean for sdpa, added to the scores for eager, blocks for flex attention; where layers differ,
+        one for each kind of layer.
+
+    Raises:
+        InputError: If the backend takes no mask.
+    """
+    if backbone.config.model_type in _DISENTANGLED:
+        return _write(sdpa_mask, backbone, visible, like=like)[:, 0]
+    if plan.is_flash or plan.backend not in ALL_MASK_ATTENTION_FUNCTIONS:
+        raise InputError(f"no mask is known for attn_implementation={plan.backend!r}")
+    make_mask = ALL_MASK_ATTENTION_FUNCTIONS[plan.backend]
+    if "sliding_attention" not in (getattr(backbone.config, "layer_types", None) or ()):
+        return _write(make_mask, backbone, visible, like=like)
+    # A window counts places in the row: between tokens that see each other, those are as far apart as places in the text.
+    in_window = and_masks(visible, sliding_window_bidirectional_overlay(backbone.config.sliding_window))
+    return {
+        "full_attention": _write(make_mask, backbone, visible, like=like),
+        "sliding_attention": _write(make_mask, backbone, in_window, like=like),
+    }
+
+
+def _write(
+    make_mask: Callable[..., Any], backbone: PreTrainedModel, visible: MaskFunction, *, like: torch.Tensor
+) -> Any:
+    """Let transformers write a mask in the form of one backend."""
+    num_rows, length = like.shape
+    return make_mask(
+        batch_size=num_rows,
+        q_length=length,
+        kv_length=length,
+        mask_function=visible,
+        allow_is_causal_skip=False,
+        dtype=backbone.dtype,
+        device=like.device,
+        config=backbone.config,
+    )
+
+
+def try_out(backbone: PreTrainedModel, trial: Callable[[PreTrainedModel, AttentionPlan], str | None]) -> AttentionPlan:
+    """Try a backbone out in evaluation, which leaves no trace.
+
+    Args:
+        backbone: A stock model, with or without a head; on a device, and under the autocast that it is trained with.
+        trial: Of the body without a head and what it says of itself: what goes wrong, None if nothing does.
+
+    Returns:
+        What is known of the backbone.
+
+    Raises:
+        InputError: With what went wrong, whatever the backbone does with a mask that it was not made for.
+    """
+    body = backbone.base_model
+    _let_embeddings_take_square_masks(body)
+    plan = AttentionPlan.of(body)
+    training = [module for module in backbone.modules() if module.training]
+    backbone.eval()
+    try:
+        with torch.no_grad():
+            failure = trial(body, plan)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        failure = f"its forward fails with such a mask ({reason})"
+    finally:
+        for module in training:
+            module.training = True
+    if failure:
+        raise InputError(failure)
+    return plan
+
+
+def arbitrary_tokens(body: PreTrainedModel, length: int, *, step: int) -> torch.Tensor:
+    """Return ``[length]`` tokens that are not padding, others for each step."""
+    tokens = torch.arange(min(body.config.vocab_size, 100), device=body.device)
+    tokens = tokens[tokens != getattr(body.config, "pad_token_id", None)]
+    return tokens[(step * torch.arange(length, device=body.device) + 1) % len(tokens)]
+
+
+def _let_embeddings_take_square_masks(body: PreTrainedModel) -> None:
+    """Let DeBERTa's embeddings, which clear padding by the mask, take a square one: its diagonal says the same."""
+    if body.config.model_type not in _DISENTANGLED:
+        return
+
+    def take_diagonal(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        mask = kwargs.get("mask")
+        if mask is not None and mask.dim() == 3:
+            kwargs = kwargs | {"mask": mask.diagonal(dim1=1, dim2=2)}
+        return args, kwargs
+
+    body.embeddings.register_forward_pre_hook(take_diagonal, with_kwargs=True)

@@ -1,0 +1,212 @@
+"""Heads of pre-training beside the masked-LM head: those of stock classes, and those that transformers does not have."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from huggingface_hub.dataclasses import strict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
+from transformers.utils import ModelOutput, cached_file
+
+# What the stock classes with a second head call its labels.
+_PAIR_LABELS = frozenset({"next_sentence_label", "sentence_order_label"})
+# What architectures call the same thing.
+_OTHER_NAMES = {
+    "layer_norm_eps": ("norm_eps",),
+    "initializer_range": ("init_std",),
+    "hidden_dropout_prob": ("dropout", "mlp_dropout"),
+}
+
+
+def shared_options(config: PreTrainedConfig, *names: str) -> dict[str, Any]:
+    """Return options that a head takes over from its encoder, under the names that BERT gave them, where it has them.
+
+    Args:
+        config: Configuration of the encoder.
+        *names: Names of the options.
+    """
+    values = {}
+    for name in names:
+        found = (getattr(config, other, None) for other in (name, *_OTHER_NAMES.get(name, ())))
+        value = next((value for value in found if value is not None), None)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def takes_pair_labels(model_class: type[PreTrainedModel]) -> bool:
+    """Return whether a stock class has a head for two segments beside its masked-LM head, as BERT's and ALBERT's have."""
+    return not _PAIR_LABELS.isdisjoint(inspect.signature(model_class.forward).parameters)
+
+
+def stock_class(config: PreTrainedConfig, *, heads: Sequence[str], pair_classes: int = 2) -> Any:
+    """Return the Auto class that has the most of the heads for an architecture.
+
+    Args:
+        config: Configuration of the encoder.
+        heads: Names of the heads.
+        pair_classes: Relations between two segments; the stock heads know two.
+    """
+    known = MODEL_FOR_PRETRAINING_MAPPING.get(type(config), None)
+    has_pair_head = known is not None and takes_pair_labels(known)
+    wants_it = "pair" in heads and pair_classes == 2
+    return AutoModelForPreTraining if wants_it and has_pair_head else AutoModelForMaskedLM
+
+
+def pair_logits(output: ModelOutput) -> torch.Tensor:
+    """Return the logits ``[B, 2]`` that the pair head of a stock class left beside those of its masked-LM head."""
+    (name,) = (name for name in output if name.endswith("_logits") and name != "prediction_logits")
+    logits: torch.Tensor = output[name]
+    return logits
+
+
+def load_head(head: PreTrainedModel, name: str, *, folder: str) -> bool:
+    """Fill a head with the weights that an export of this library holds, if they are of its form.
+
+    Args:
+        head: The head.
+        name: Folder or repository of the export.
+        folder: Folder in it.
+
+    Returns:
+        Whether it was filled; otherwise it is as it was.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(name, "model.safetensors", subfolder=folder, **quiet)
+    if path is None:
+        return False
+    state = load_file(path)
+    shapes = {key: value.shape for key, value in state.items()}
+    if shapes != {key: value.shape for key, value in head.state_dict().items()}:
+        return False
+    head.load_state_dict(state)
+    return True
+
+
+@strict
+class PairHeadConfig(PreTrainedConfig):
+    """Configuration of [`PairHead`].
+
+    Attributes:
+        num_classes: Relations between two segments that are told apart.
+        hidden_size: Width of the states.
+        hidden_dropout_prob: Dropout before the last layer.
+        initializer_range: Standard deviation of the initial weights.
+    """
+
+    model_type = "hf_pretrain_pair_head"
+
+    num_classes: int = 2
+    hidden_size: int = 256
+    hidden_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+
+
+class PairHead(PreTrainedModel):
+    """Tells from the state of the first token how the two segments of a sequence belong together."""
+
+    config_class = PairHeadConfig
+    main_input_name = "hidden_states"
+
+    def __init__(self, config: PairHeadConfig) -> None:
+        super().__init__(config)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.classifier = nn.Linear(config.hidden_size, config.num_classes)
+        self.post_init()
+
+    @classmethod
+    def for_encoder(cls, config: PreTrainedConfig, *, num_classes: int) -> PairHead:
+        """Build a head for an encoder with this configuration."""
+        options = shared_options(config, "hidden_size", "hidden_dropout_prob", "initializer_range")
+        return cls(PairHeadConfig(num_classes=num_classes, **options))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return ``[B, C]`` logits from the first tokens' states, ``[B, D]``."""
+        pooled_BD = torch.tanh(self.dense(hidden_states))
+        return self.classifier(self.dropout(pooled_BD))
+
+
+@strict
+class SpanBoundaryHeadConfig(PreTrainedConfig):
+    """Configuration of [`SpanBoundaryHead`].
+
+    Attributes:
+        vocab_size: Number of tokens.
+        hidden_size: Width of the states.
+        embedding_size: Width of the word table.
+        span_positions: Places in a span that have an embedding.
+        position_size: Width of those embeddings.
+        layer_norm_eps: Epsilon of the norms.
+        initializer_range: Standard deviation of the initial weights.
+    """
+
+    model_type = "hf_pretrain_span_boundary_head"
+
+    vocab_size: int = 30522
+    hidden_size: int = 256
+    embedding_size: int = 256
+    span_positions: int = 20
+    position_size: int = 200
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+
+class SpanBoundaryHead(PreTrainedModel):
+    """Predicts a token of a hidden span from the states of the two tokens around it and its place in the span.
+
+    The states and an embedding of the place, joined, go through two layers (linear, GELU, norm). The output layer is the word
+    table of the encoder, which is handed over in each call, so that it is neither trained nor saved twice, and a bias. Where
+    the word table is narrower than the states, the second layer leads down to its width.
+
+    Source: Joshi et al. 2020, "SpanBERT: Improving Pre-training by Representing and Predicting Spans", section 3.2; the width
+    of the places and the number of them are those of the published training.
+    """
+
+    config_class = SpanBoundaryHeadConfig
+    main_input_name = "left_states"
+
+    def __init__(self, config: SpanBoundaryHeadConfig) -> None:
+        super().__init__(config)
+        width, table_width = config.hidden_size, config.embedding_size
+        self.position_embeddings = nn.Embedding(config.span_positions, config.position_size)
+        self.dense_in = nn.Linear(2 * width + config.position_size, width)
+        self.norm_in = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.dense_out = nn.Linear(width, table_width)
+        self.norm_out = nn.LayerNorm(table_width, eps=config.layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.post_init()
+
+    @classmethod
+    def for_encoder(cls, encoder: PreTrainedModel, *, span_positions: int) -> SpanBoundaryHead:
+        """Build a head for a stock model."""
+        vocab_size, table_width = encoder.get_input_embeddings().weight.shape
+        options = shared_options(encoder.config, "hidden_size", "layer_norm_eps", "initializer_range")
+        sizes = {"vocab_size": vocab_size, "embedding_size": table_width, "span_positions": span_positions}
+        return cls(SpanBoundaryHeadConfig(**sizes, **options))
+
+    def forward(
+        self, left_states: torch.Tensor, right_states: torch.Tensor, offsets: torch.Tensor, word_table: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the logits of the hidden tokens.
+
+        Args:
+            left_states: ``[S, D]`` states of the last tokens before the spans.
+            right_states: ``[S, D]`` states of the first tokens after them.
+            offsets: ``[S]`` places in the spans, from 0.
+            word_table: ``[V, E]`` word embeddings of the encoder.
+
+        Returns:
+            ``[S, V]`` logits.
+        """
+        around = torch.cat([left_states, right_states, self.position_embeddings(offsets)], dim=-1)
+        hidden_SD = self.norm_in(F.gelu(self.dense_in(around)))
+        hidden_SE = self.norm_out(F.gelu(self.dense_out(hidden_SD)))
+        return F.linear(hidden_SE, word_table, self.bias)
