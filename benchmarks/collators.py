@@ -3,7 +3,8 @@
 Run ``python benchmarks/collators.py``; no network is needed. One thread, batches of 32 examples of 512 tokens, a
 vocabulary of 30 522, words of about 1.4 tokens. "Lists" are examples of Python lists, as a dataset without a format
 yields them; "arrays" are examples of NumPy arrays. The stock collator gets only the columns it needs, which is when it
-is fastest: `input_ids`, and for whole words offsets that give the same words. It has no n-grams, spans or given spans.
+is fastest: `input_ids`, and for whole words offsets that give the same words. It has no n-grams, spans or given spans, and no
+further targets: "word order" and "pair" come on top of masked tokens, "span boundary" on top of masked spans.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 
 from hf_pretrain.corruption.arguments import MaskingArguments, MaskingUnit
 from hf_pretrain.data import draws
+from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
 from timing import interleaved, peak_memory, print_table
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 UNITS: tuple[MaskingUnit, ...] = get_args(MaskingUnit)
+HEADS: dict[str, MaskingUnit] = {"word_order": "token", "span_boundary": "span", "pair": "token"}
 
 
 def make_tokenizer(vocab_size: int) -> BertTokenizer:
@@ -50,7 +53,7 @@ def make_examples(batch_size: int, length: int, vocab_size: int) -> list[dict[st
     return [
         {
             "ours": {"input_ids": input_ids[row].astype(np.int32), "word_starts": word_starts[row], "spans": spans}
-            | {"example_id": row, "epoch": 0},
+            | {"example_id": row, "epoch": 0, "pair_label": row % 2},
             "stock": {"input_ids": input_ids[row], "offset_mapping": offsets[row]},
         }
         for row in range(batch_size)
@@ -82,6 +85,10 @@ def make_sides(options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
             sides[f"ours, {unit}, {kind}"] = functools.partial(
                 DataCollatorForMaskedLM(tokenizer, masking=masking), ours
             )
+        for head, unit in HEADS.items():
+            masking = MaskingArguments(masking_unit=unit)
+            joint = DataCollatorForEncoder(tokenizer, heads=("mlm", head), masking=masking)
+            sides[f"ours, {head}, {kind}"] = functools.partial(joint, ours)
     return sides
 
 
@@ -128,7 +135,7 @@ def main() -> None:
     print(f"load of the machine: {load} on {os.cpu_count()} cores (times hold for an idle machine, ratios for any)")
     print("memory: rise of ru_maxrss in a forked child over one batch")
     rows: list[list[object]] = []
-    for unit in UNITS:
+    for unit in (*UNITS, *HEADS):
         for kind in ("lists", "arrays"):
             ours, stock = f"ours, {unit}, {kind}", f"stock, {unit}, {kind}"
             row: list[object] = [unit, kind, seconds[ours] * 1e3, memory[ours]]
@@ -137,7 +144,7 @@ def main() -> None:
             else:
                 row += ["-", "-", "-"]
             rows.append(row)
-    print_table(rows, ["unit", "examples", "ours, ms", "ours, MiB", "stock, ms", "stock, MiB", "stock / ours"])
+    print_table(rows, ["unit or head", "examples", "ours, ms", "ours, MiB", "stock, ms", "stock, MiB", "stock / ours"])
 
 
 if __name__ == "__main__":

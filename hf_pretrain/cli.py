@@ -14,6 +14,10 @@ from hf_pretrain.errors import InputError
 
 METHODS = {
     "mlm": ("hf_pretrain.trainers.mlm", "masked language modelling: hide tokens, words or spans and find them again"),
+    "encoder": (
+        "hf_pretrain.trainers.encoder",
+        "masked language modelling with any other objectives of an encoder, in one mixture",
+    ),
     "rtd": ("hf_pretrain.trainers.rtd", "replaced token detection (ELECTRA): tell replaced tokens from original ones"),
     "electric": (
         "hf_pretrain.trainers.electric",
@@ -33,6 +37,17 @@ METHODS = {
         "distillation of a fine-tuned classifier, on the examples of its task (TinyBERT)",
     ),
 }
+
+RECIPES = {
+    "bert": ("encoder", "masked tokens and the next sentence (BERT)"),
+    "roberta": ("encoder", "masked tokens alone, whole sentences, byte-level BPE (RoBERTa)"),
+    "albert": ("encoder", "masked n-grams and the order of two segments, with shared layers (ALBERT)"),
+    "spanbert": ("encoder", "masked spans, each also from its two boundaries (SpanBERT)"),
+    "structbert": ("encoder", "masked tokens, shuffled words and the order of sentences (StructBERT)"),
+    "unilm": ("encoder", "masked tokens seen from both sides, one side, or as a target of a source (UniLM)"),
+    "xlm": ("encoder", "masked tokens in many languages, and in translations (XLM)"),
+}
+"""Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 
 _EXIT_INPUT = 2
 _EXIT_INTERRUPTED = 130
@@ -91,15 +106,18 @@ def _input_error_within(error: BaseException | None) -> InputError | None:
 
 def _run_method(argv: list[str] | None) -> int | None:
     name, *options = argv or []
+    if name in RECIPES:
+        (name, _), options = RECIPES[name], ["--config", name, *options]
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(METHODS)}"
+        known = [*METHODS, *RECIPES]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
         raise InputError(f"unknown method {name!r}: {hint}")
     return import_module(METHODS[name][0]).main(options)
 
 
 def _help() -> str:
-    width = max(map(len, METHODS))
+    width = max(map(len, [*METHODS, *RECIPES]))
     return "\n".join(
         [
             "usage: hf-pretrain <method> [--config RECIPE] [options]",
@@ -108,6 +126,9 @@ def _help() -> str:
             "",
             "methods:",
             *(f"  {name:<{width}}  {line}" for name, (_, line) in METHODS.items()),
+            "",
+            "recipes of encoder, called by name:",
+            *(f"  {name:<{width}}  {line}" for name, (_, line) in RECIPES.items()),
             "",
             "options:",
             "  -h, --help  show this, or after a method: all of its options",

@@ -52,6 +52,9 @@ TINY_TRAINING = {
     "attention_weight": 0.1,
     "relation_vv_weight": 1.0,
     "labels_weight": 0.1,
+    # Two heads of a stock class, and a third target for one of them.
+    "objectives": ["mlm", "sop", "word_order"],
+    "word_order_probability": 0.3,
 }
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
 # Architectures that call it otherwise.

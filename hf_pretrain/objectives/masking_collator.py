@@ -144,7 +144,8 @@ class DataCollatorForMaskedLM:
         """Return the share of tokens to select: one for all rows, or `[B]` where it changes in training."""
         if self._mask_rates is None or self.training_steps is None or rows.places is None:
             return self.masking.mlm_probability
-        steps = self.training_steps.step_of(epochs=rows.keys.epochs, places=rows.places)
+        assert rows.order_epochs is not None, "they are stacked with the places"
+        steps = self.training_steps.step_of(epochs=rows.order_epochs, places=rows.places)
         rates = self._mask_rates.at(steps, self.training_steps.total)
         return np.where(rows.places < 0, self.masking.mlm_probability, rates)
 

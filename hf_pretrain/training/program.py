@@ -99,13 +99,22 @@ def load_data(
     args: PretrainingArguments,
     *,
     special_tokens: Sequence[str] = ("mask", "pad"),
+    prepare: Callable[..., PreparedData] = prepare_data,
 ) -> PreparedData:
-    """Read the text and cut it into examples, with the tokenizer of the run, of the checkpoint to continue, or a new one."""
+    """Read the text and cut it into examples, with the tokenizer of the run, of the checkpoint to continue, or a new one.
+
+    Args:
+        data_args: What to read.
+        model_args: Names the checkpoint.
+        args: Seed and output folder.
+        special_tokens: What the tokenizer must have.
+        prepare: Makes the examples, called as [`prepare_data`] is.
+    """
     tokenizer = _known_tokenizer(data_args, model_args, args)
     if tokenizer is not None:
         # Before hours of tokenizing, not after.
         check_tokenizer(tokenizer, roles=special_tokens)
-    return prepare_data(
+    return prepare(
         data_args,
         seed=args.seed,
         output_dir=args.output_dir,

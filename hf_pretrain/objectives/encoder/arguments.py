@@ -1,0 +1,198 @@
+"""The options of an encoder's pre-training: which objectives, in which shares, with which weights."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
+
+PAIR_OBJECTIVES = ("nsp", "sop", "sentence_structure")
+"""Those that ask how the two segments of an example belong together; their examples are pairs."""
+
+ONE_WAY_OBJECTIVES = ("left_to_right", "right_to_left", "sequence_to_sequence")
+"""Masked language modelling where tokens do not see all others."""
+
+VIEWS = ("mlm", *PAIR_OBJECTIVES, *ONE_WAY_OBJECTIVES)
+"""Objectives with examples of their own, of which shares are sampled; the others are asked of all examples, or of those that
+the data has for them (translations)."""
+
+OBJECTIVES = (*VIEWS, "tlm", "span_boundary", "word_order")
+
+
+@dataclass
+class EncoderTrainingArguments(MaskedLMTrainingArguments):
+    """Options of [`EncoderTrainer`]: any combination of objectives that can share an encoder.
+
+    Raises:
+        InputError: If an objective is unknown, or two cannot go together, or shares are wrong.
+    """
+
+    objectives: list[str] = field(
+        default_factory=lambda: ["mlm"],
+        metadata={
+            "help": "What is trained together: mlm, one of nsp (BERT), sop (ALBERT) and sentence_structure (StructBERT), "
+            "span_boundary (SpanBERT), word_order (StructBERT), tlm (XLM), and left_to_right, right_to_left and "
+            "sequence_to_sequence (UniLM)."
+        },
+    )
+    objective_shares: str | None = field(
+        default=None,
+        metadata={
+            "help": "How often examples of each kind are drawn, where there are several: 'nsp:1/3, left_to_right:1/6, ...'; "
+            "equally often by default. 'mlm' stands for text as it is, without pairs: blocks, and translations if there "
+            "are any."
+        },
+    )
+    mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the masked-language-model loss."})
+    mlm_weight_schedule: str | None = field(default=None, metadata={"help": "How mlm_weight changes in training."})
+    tlm_weight: float = field(default=1.0, metadata={"help": "Weight of the same on translations."})
+    tlm_weight_schedule: str | None = field(default=None, metadata={"help": "How tlm_weight changes in training."})
+    pair_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of nsp, sop or sentence_structure."})
+    pair_weight_schedule: str | None = field(default=None, metadata={"help": "How pair_weight changes in training."})
+    span_boundary_weight: float = field(default=1.0, metadata={"help": "Weight of the span-boundary loss."})
+    span_boundary_weight_schedule: str | None = field(
+        default=None, metadata={"help": "How span_boundary_weight changes in training."}
+    )
+    word_order_weight: float = field(default=1.0, metadata={"help": "Weight of the word-order loss."})
+    word_order_weight_schedule: str | None = field(
+        default=None, metadata={"help": "How word_order_weight changes in training."}
+    )
+    span_positions: int = field(
+        default=20, metadata={"help": "Tokens of a span that are predicted from its boundaries; later ones are not."}
+    )
+    word_order_probability: float = field(
+        default=0.05, metadata={"help": "Share of the tokens that lie in shuffled runs."}
+    )
+    word_order_size: int = field(default=3, metadata={"help": "Tokens of a shuffled run."})
+    keep_identity_order: bool = field(
+        default=False, metadata={"help": "Whether a shuffle may leave a run as it was; StructBERT does not say."}
+    )
+    short_pair_probability: float = field(
+        default=0.1, metadata={"help": "Share of the documents whose pairs are of a random shorter length (BERT)."}
+    )
+    balanced_pairs: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep the classes of pairs equally frequent; false: as BERT's script, where a chunk of one sentence "
+            "always gets a random partner."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained together."""
+        self.objectives = list(dict.fromkeys(self.objectives))
+        check_objectives(self.objectives, masking_unit=self.masking_unit)
+        for name in ("mlm", "tlm", "pair", "span_boundary", "word_order"):
+            if not getattr(self, f"{name}_weight") >= 0:
+                raise InputError(f"{name}_weight={getattr(self, f'{name}_weight')} must be 0 or more")
+        for name in ("word_order_probability", "short_pair_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
+        for name, least in (("span_positions", 1), ("word_order_size", 2)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
+        self.shares()
+        super().__post_init__()
+
+    @property
+    def pair_objective(self) -> str | None:
+        """The one that asks about pairs, None if none does."""
+        return next((name for name in self.objectives if name in PAIR_OBJECTIVES), None)
+
+    @property
+    def has_modes(self) -> bool:
+        """Whether tokens of some examples do not see all others."""
+        return any(name in ONE_WAY_OBJECTIVES for name in self.objectives)
+
+    @property
+    def heads(self) -> list[str]:
+        """Names of the heads of the model."""
+        has_pairs = ["pair"] if self.pair_objective else []
+        return ["mlm", *has_pairs, *(name for name in ("span_boundary", "word_order") if name in self.objectives)]
+
+    @property
+    def loss_names(self) -> list[str]:
+        """Names of the losses."""
+        return [*self.heads, *(["tlm"] if "tlm" in self.objectives else [])]
+
+    def shares(self) -> dict[str, float]:
+        """Return how often examples of each kind are drawn; the sum is 1."""
+        views = [name for name in self.objectives if name in VIEWS]
+        if self.objective_shares is not None:
+            return parse_shares(self.objective_shares, views=views)
+        # Pairs are masked too: text as it is is drawn only where it is asked for.
+        is_plain = self.pair_objective is None or "tlm" in self.objectives
+        kinds = [name for name in views if name != "mlm" or is_plain]
+        return {name: 1 / len(kinds) for name in kinds}
+
+
+def check_objectives(objectives: Sequence[str], *, masking_unit: str) -> None:
+    """Refuse a list of objectives that cannot share an encoder.
+
+    Raises:
+        InputError: With the reason.
+    """
+    unknown = [name for name in objectives if name not in OBJECTIVES]
+    if unknown:
+        raise InputError(f"objectives={unknown[0]!r} is unknown: choose of {', '.join(OBJECTIVES)}")
+    if "mlm" not in objectives:
+        raise InputError(
+            f"objectives={','.join(objectives)} leaves out mlm, which all others are trained with: add it (its weight may "
+            "be 0)"
+        )
+    pairs = [name for name in objectives if name in PAIR_OBJECTIVES]
+    if len(pairs) > 1:
+        raise InputError(
+            f"objectives={','.join(pairs)} ask different questions about the same pairs: choose one of them"
+        )
+    one_way = [name for name in objectives if name in ONE_WAY_OBJECTIVES]
+    for name in ("span_boundary", "word_order"):
+        if name in objectives and one_way:
+            raise InputError(
+                f"objectives: {name} reads what comes after a token, which {one_way[0]} hides: drop one of the two"
+            )
+    if "tlm" in objectives and one_way:
+        raise InputError(
+            f"objectives: tlm and {one_way[0]} both say by the segment what a token belongs to: drop one of the two"
+        )
+    if "span_boundary" in objectives and masking_unit not in ("span", "given"):
+        raise InputError(
+            f"objectives: span_boundary predicts masked spans, but masking_unit={masking_unit!r} makes none: set it to "
+            "'span'"
+        )
+
+
+def parse_shares(text: str, *, views: Sequence[str]) -> dict[str, float]:
+    """Read shares such as "nsp:1/3, left_to_right:0.5".
+
+    Args:
+        text: The value of the option `objective_shares`.
+        views: The kinds of examples that may be named.
+
+    Returns:
+        Shares by name, which add up to 1.
+
+    Raises:
+        InputError: If it is not of that form, or names something else, or leaves one out.
+    """
+    shares: dict[str, float] = {}
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*:\s*(\d+(?:\.\d+)?(?:/\d+)?)\s*", part)
+        if match is None:
+            raise InputError(f"objective_shares={text!r}: {part.strip()!r} is not NAME:SHARE, such as 'nsp:1/3'")
+        name, share = match[1], match[2]
+        if name not in views or name in shares:
+            raise InputError(f"objective_shares={text!r}: name each of {', '.join(views)} once, not {name!r}")
+        numerator, _, denominator = share.partition("/")
+        if denominator and not int(denominator):
+            raise InputError(f"objective_shares={text!r}: {share} divides by 0")
+        shares[name] = float(Fraction(numerator) / int(denominator or 1))
+    missing = [name for name in views if name not in shares and name != "mlm"]
+    if missing:
+        raise InputError(f"objective_shares={text!r} gives {missing[0]} no share: add it, or drop the objective")
+    total = sum(shares.values())
+    if not total:
+        raise InputError(f"objective_shares={text!r} draws nothing: give a share above 0")
+    return {name: share / total for name, share in shares.items() if share}

@@ -1,0 +1,202 @@
+"""The batches of an encoder with several heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_pretrain.corruption.arguments import MaskingArguments
+from hf_pretrain.corruption.masking import MaskedRows
+from hf_pretrain.corruption.rows import ExampleRows
+from hf_pretrain.corruption.span_boundary import span_boundary_targets
+from hf_pretrain.corruption.word_order import ShuffledRows, shuffle_runs
+from hf_pretrain.data.lm_mode_views import stop_candidates
+from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.masking_collator import IGNORED, DataCollatorForMaskedLM, PaddedLayout
+
+# More tokens have too many orders for a table of them.
+_LONGEST_RUN = 7
+
+
+class DataCollatorForEncoder(DataCollatorForMaskedLM):
+    """Hide and shuffle tokens of examples and make a batch for an [`EncoderForPreTraining`].
+
+    To the batch of [`DataCollatorForMaskedLM`] it adds what the heads need:
+
+    - "word_order": `order_positions`, `order_labels`, `[O]` int64: flat positions of shuffled tokens, and the token that stood
+      there. The runs that are shuffled hold no target of another kind and no special token; if the examples have `sent_starts`,
+      they lie in one sentence;
+    - "span_boundary": `span_left`, `span_right`, `span_offsets`, `span_labels`, `[S]` int64: the flat positions of the tokens
+      around a hidden span, and of each token in it its place, from 0, and itself;
+    - "pair": `pair_labels`, `[B]` int64 from the column `pair_label`, -100 for an example without one;
+
+    and, if any example of the batch has the column:
+
+    - `langs`, `position_ids`, `[B, L]` int64: language and place of each token; an example without has 0, and places in order;
+    - `lm_modes`, `source_lengths`, `[B]` int64 from `lm_mode` and `source_length`; 0 for an example without. From sequence to
+      sequence the last token, which ends the target, may be selected too;
+    - `is_bitext`, `[B]` bool.
+
+    Args:
+        tokenizer: A transformers tokenizer with a mask and a padding token; its `padding_side` is respected.
+        heads: Names of the heads.
+        word_order_probability: Share of the tokens of an example that lie in shuffled runs.
+        word_order_size: Tokens of a run.
+        keep_identity_order: Whether a shuffle may leave a run as it is.
+        span_positions: Tokens of a hidden span that are predicted from its boundaries.
+        masking: The options of masking; BERT's by default.
+        seed: Seed of the run.
+        pad_to_multiple_of: `L` is rounded up to a multiple of this.
+        target_slots: If given, `T`, `O` and `S` are filled up to multiples of this, for fixed shapes; labels of the filling are
+            -100.
+
+    Raises:
+        InputError: See [`DataCollatorForMaskedLM`]; also if a number is out of range.
+
+    Source:
+        StructBERT (Wang et al. 2020, section 2.2); SpanBERT (Joshi et al. 2020, section 3.2).
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        heads: Sequence[str] = ("mlm",),
+        word_order_probability: float = 0.05,
+        word_order_size: int = 3,
+        keep_identity_order: bool = False,
+        span_positions: int = 20,
+        masking: MaskingArguments | None = None,
+        seed: int = 0,
+        pad_to_multiple_of: int | None = None,
+        target_slots: int | None = None,
+    ) -> None:
+        """Check the options."""
+        super().__init__(
+            tokenizer, masking=masking, seed=seed, pad_to_multiple_of=pad_to_multiple_of, target_slots=target_slots
+        )
+        if not 0 <= word_order_probability <= 1:
+            raise InputError(f"word_order_probability={word_order_probability} must be a number from 0 to 1")
+        if not 2 <= word_order_size <= _LONGEST_RUN:
+            raise InputError(f"word_order_size={word_order_size} must be a whole number from 2 to {_LONGEST_RUN}")
+        if span_positions < 1:
+            raise InputError(f"span_positions={span_positions} must be at least 1")
+        self.heads = frozenset(heads)
+        self.word_order_probability = word_order_probability
+        self.word_order_size = word_order_size
+        self.keep_identity_order = keep_identity_order
+        self.span_positions = span_positions
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of examples."""
+        rows = self.read(examples)
+        masked, shuffled = self.corrupt(rows), None
+        ordinary = rows.valid & ~self.vocabulary.is_protected(rows.input_ids)
+        if "word_order" in self.heads:
+            shuffled = self._shuffle(examples, rows, masked, free=ordinary & ~masked.selection.mask)
+            masked = dataclasses.replace(masked, input_ids=shuffled.input_ids)
+        batch, layout = self.assemble(rows, masked), self.layout(rows, masked)
+        if shuffled is not None:
+            batch |= self._order_targets(rows, shuffled, layout)
+        if "span_boundary" in self.heads:
+            batch |= self._span_targets(rows, masked, layout, ordinary=ordinary)
+        if "pair" in self.heads:
+            batch["pair_labels"] = _numbers(examples, "pair_label", default=IGNORED)
+        return batch | _columns(examples, rows, layout)
+
+    def read(self, examples: Sequence[Mapping[str, Any]]) -> ExampleRows:
+        """Stack the examples; where a target is written from a source, the token that ends it may be hidden too."""
+        rows = super().read(examples)
+        if not any("lm_mode" in example for example in examples):
+            return rows
+        modes = _numbers(examples, "lm_mode", default=0).numpy()
+        return dataclasses.replace(rows, also_maskable=stop_candidates(rows.valid, lm_modes=modes))
+
+    def _shuffle(
+        self, examples: Sequence[Mapping[str, Any]], rows: ExampleRows, masked: MaskedRows, *, free: np.ndarray
+    ) -> ShuffledRows:
+        breaks = None
+        if all("sent_starts" in example for example in examples):
+            breaks = _stack(examples, "sent_starts", valid=rows.valid).astype(np.bool_)
+        return shuffle_runs(
+            masked.input_ids,
+            free=free,
+            lengths=np.count_nonzero(rows.valid, axis=1),
+            keys=rows.keys,
+            probability=self.word_order_probability,
+            size=self.word_order_size,
+            keep_identity=self.keep_identity_order,
+            breaks=breaks,
+        )
+
+    def _order_targets(
+        self, rows: ExampleRows, shuffled: ShuffledRows, layout: PaddedLayout
+    ) -> dict[str, torch.Tensor]:
+        positions = shuffled.positions.ravel()
+        places = layout.flat(*np.divmod(positions, rows.valid.shape[1]))
+        return self._fill(order_positions=places, order_labels=rows.input_ids.ravel()[positions])
+
+    def _span_targets(
+        self, rows: ExampleRows, masked: MaskedRows, layout: PaddedLayout, *, ordinary: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        targets = span_boundary_targets(
+            rows, mask=masked.selection.mask, ordinary=ordinary, span_positions=self.span_positions
+        )
+        return self._fill(
+            span_left=layout.flat(targets.rows, targets.left),
+            span_right=layout.flat(targets.rows, targets.right),
+            span_offsets=targets.offsets,
+            span_labels=targets.labels,
+        )
+
+    def _fill(self, **entries: np.ndarray) -> dict[str, torch.Tensor]:
+        """Fill entries of one length up to a multiple of `target_slots`, with position 0 and labels to be ignored."""
+        num_targets, missing = len(next(iter(entries.values()))), 0
+        if self.target_slots is not None:
+            missing = -num_targets % self.target_slots if num_targets else self.target_slots
+        return {
+            name: torch.from_numpy(np.pad(values, (0, missing), constant_values=IGNORED * name.endswith("labels")))
+            for name, values in entries.items()
+        }
+
+
+def _columns(
+    examples: Sequence[Mapping[str, Any]], rows: ExampleRows, layout: PaddedLayout
+) -> dict[str, torch.Tensor]:
+    """Return the columns of the examples that go into the batch as they are."""
+    present = {name for example in examples for name in example}
+    batch: dict[str, torch.Tensor] = {}
+    for name in ("langs", "position_ids"):
+        if name not in present:
+            continue
+        default = np.arange(rows.valid.shape[1]) * (name == "position_ids")
+        values = _stack(examples, name, valid=rows.valid, default=default)
+        batch[name] = layout.place(values, valid=rows.valid, fill=0)
+    if "lm_mode" in present:
+        batch["lm_modes"] = _numbers(examples, "lm_mode", default=0)
+        batch["source_lengths"] = _numbers(examples, "source_length", default=0)
+    if "is_bitext" in present:
+        batch["is_bitext"] = _numbers(examples, "is_bitext", default=0).bool()
+    return batch
+
+
+def _numbers(examples: Sequence[Mapping[str, Any]], name: str, *, default: int) -> torch.Tensor:
+    """Return one number an example, `[B]` int64."""
+    return torch.tensor([int(example.get(name, default)) for example in examples])
+
+
+def _stack(
+    examples: Sequence[Mapping[str, Any]], name: str, *, valid: np.ndarray, default: np.ndarray | None = None
+) -> np.ndarray:
+    """Return one number a token, `[B, L]` int64, left-aligned; `default` `[L]` is that of examples without the column."""
+    values = np.zeros(valid.shape, dtype=np.int64)
+    for row, (example, length) in enumerate(zip(examples, np.count_nonzero(valid, axis=1), strict=True)):
+        column = example.get(name, None if default is None else default[:length])
+        if column is None or len(column) != length:
+            raise InputError(f"{name} is not as long as input_ids in some example: give one entry a token")
+        values[row, :length] = column
+    return values
