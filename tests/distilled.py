@@ -20,6 +20,14 @@ PREDICTION = {
     ),
     "labels_weight": 0.0,
 }
+# Losses that a cache of the teacher's likeliest tokens has something for, with two maskings of each example.
+UNCACHED = {
+    **{name: weight for name, weight in PREDICTION.items() if name != "labels_weight"},
+    "prediction_weight": 5.0,
+    "mlm_weight": 2.0,
+    "temperature": 2.0,
+    "static_masks": 2,
+}
 
 
 def bert(model_class=BertForMaskedLM, *, seed=0, **sizes):

@@ -56,6 +56,12 @@ def fine_tuning(example):
         yield module
 
 
+@pytest.fixture(scope="module")
+def distillation(fine_tuning):
+    with loaded("distillation") as module:
+        yield module
+
+
 def sentences(count, *, stream):
     """Pairs of a sentence and its label, which one word of it tells."""
     numbers = draws.integers(draws.row_keys(range(count), seed=0, stream=stream), 2, high=2**20).tolist()
@@ -254,6 +260,59 @@ def test_fine_tuning_refuses_bad_input_before_anything_is_trained(
     (tmp_path / "precious.txt").write_text("text")
     monkeypatch.chdir(tmp_path)
     assert run_program(fine_tuning.main, options(**({"output_dir": "out"} | given))) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_distillation_needs_neither_a_checkpoint_nor_a_task(distillation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "out"
+    tiny = {"pretraining_steps": 2, "pretraining_bytes": 60_000, "docstrings": 6, "num_train_epochs": 1}
+    tiny |= {"hidden_size": 32, "num_hidden_layers": 2, "student_layers": 1, "intermediate_steps": 2}
+    tiny |= {"prediction_steps": 2, "augmentation_rows": 1, "max_length": 32}
+    assert run_program(distillation.main, options(output_dir=folder, **tiny)) == 0
+    for name, layers in (("teacher", 2), ("labels", 1), ("intermediate", 1), ("student", 1)):
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert model.config.num_hidden_layers == layers and "numpy" in model.config.label2id
+    shown = capsys.readouterr().out
+    assert "augmented rows the teacher gives" in shown
+    text = (folder / "student" / "README.md").read_text(encoding="utf-8")
+    assert "## Beside its teacher" in text and str(tmp_path) not in text
+
+
+def test_distillation_of_a_checkpoint_on_a_task(story, distillation, files, tmp_path, capsys):
+    folder = tmp_path / "out"
+    given = {"task_train": files / "train.tsv", "task_validation": files / "dev.tsv", "output_dir": folder}
+    rates = {"learning_rate": 5e-3, "num_train_epochs": 12, "distillation_rate": 5e-3, "max_length": 32}
+    steps = {"student_layers": 1, "intermediate_steps": 10, "prediction_steps": 40, "augmentation_rows": 0}
+    assert (
+        run_program(distillation.main, options(model_name_or_path=story / "continued", **given, **rates, **steps)) == 0
+    )
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for name, words in (("teacher", ["teacher"]), ("labels", "student of the labels alone".split())):
+        measured = accuracy(folder / name, files / "dev.tsv")
+        assert any(line[: len(words) + 1] == [*words, f"{measured:.4f}"] for line in shown), name
+    measured = accuracy(folder / "student", files / "dev.tsv")
+    assert measured > 0.8
+    assert any(line[:5] == ["student", "of", "the", "teacher", f"{measured:.4f}"] for line in shown)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task_train": "train.tsv"}, "go together"),
+        ({"output_dir": "."}, "in use"),
+        ({"task_train": "none.tsv", "task_validation": "none.tsv"}, "none.tsv can not be read"),
+    ],
+)
+def test_distillation_refuses_bad_input_before_anything_is_trained(
+    distillation, tmp_path, monkeypatch, capsys, given, message
+):
+    (tmp_path / "precious.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert run_program(distillation.main, options(**({"output_dir": "out"} | given))) == 2
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1 and message in error[0]
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

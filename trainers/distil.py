@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData
+from hf_pretrain.modeling.isolation import check_isolation
 from hf_pretrain.objectives.distillation import (
+    DataCollatorForDistillation,
     DistillationTrainer,
     DistillationTrainingArguments,
     StudentArguments,
+    ask_for_top_k,
     build_model,
     general_class,
     load_text,
     print_comparison,
 )
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
 from hf_pretrain.training.program import train_method
 
 ARGUMENTS = (DataArguments, StudentArguments, DistillationTrainingArguments)
@@ -38,11 +40,15 @@ def build_trainer(
         tokenizer=data.tokenizer,
         block_size=data.block_size,
     )
+    if data.isolates_documents:
+        for part in model.stock_models():
+            check_isolation(part, length=data.block_size)
+    collator = DataCollatorForDistillation(data.tokenizer, masking=args.masking, seed=args.seed)
     return DistillationTrainer(
         model,
         args,
-        data_collator=DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
+        data_collator=collator,
+        **ask_for_top_k(model, data, args, collator=collator).trainer_inputs(),
     )
 
 

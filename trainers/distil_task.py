@@ -1,4 +1,4 @@
-r"""Distil a fine-tuned classifier into a smaller one, on the examples of its task: TinyBERT's task stages.
+r"""Distil a fine-tuned model into a smaller one, on the examples of its task: TinyBERT's task stages.
 
     hf-pretrain distil-task --config tinybert_intermediate --teacher_name_or_path my-classifier \
         --model_name_or_path my-tinybert --train_file train.tsv --validation_file dev.tsv --output_dir stage-1
@@ -6,12 +6,18 @@ r"""Distil a fine-tuned classifier into a smaller one, on the examples of its ta
         --model_name_or_path stage-1 --train_file train.tsv --validation_file dev.tsv --output_dir stage-2
 
 The teacher says what the labels are; the examples need none. The student opens with
-`AutoModelForSequenceClassification.from_pretrained("stage-2")`.
+`AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts, or lists
+of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or rows of `question`,
+`context` and `answers`.
 """
 
 from __future__ import annotations
 
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import PreparedData
@@ -26,10 +32,16 @@ from hf_pretrain.objectives.distillation import (
     check_labels,
     load_task,
     print_comparison,
+    report_label_agreement,
 )
 from hf_pretrain.training.program import train_method
 
 ARGUMENTS = (TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments)
+AUTO_CLASSES = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+}
 
 
 def build_trainer(
@@ -40,10 +52,11 @@ def build_trainer(
     model = build_model(
         model_args,
         args,
-        auto_class=AutoModelForSequenceClassification,
+        auto_class=AUTO_CLASSES[args.task],
         tokenizer=data.tokenizer,
         block_size=data.block_size,
     )
+    report_label_agreement(model, data, args)
     return TaskDistillationTrainer(
         model,
         args,

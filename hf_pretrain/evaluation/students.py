@@ -19,13 +19,15 @@ from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.evaluation.batches import evaluating
 from hf_pretrain.hub.card_text import Row, number
 from hf_pretrain.modeling.gathered import GatheredHead
+from hf_pretrain.modeling.head_kinds import HeadKind, boundary_logits, entity_counts, head_kind, span_scores
+from hf_pretrain.modeling.isolation import isolated_inputs
 from hf_pretrain.modeling.losses import IGNORED
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 Batch = dict[str, torch.Tensor]
 
 _BYTES_IN_FP32 = 4
-_INPUTS = ("input_ids", "attention_mask")
+_INPUTS = ("input_ids", "attention_mask", "document_ids", "position_ids")
 
 
 def compare(
@@ -42,7 +44,8 @@ def compare(
     """Measure a student beside its teacher on examples that neither has learned from.
 
     Both run in the student's dtype, under the caller's autocast, without dropout. Predictions are compared at the targets of the
-    batch: at `target_positions` of masked language models, one an example of classifiers; bare encoders have none.
+    batch: at `target_positions` of masked language models and classifiers of tokens, one an example of classifiers of texts, two
+    (where the answer begins and ends) of models that answer questions; bare encoders have none.
 
     Args:
         student: A stock model.
@@ -56,13 +59,14 @@ def compare(
 
     Returns:
         For "student" and "teacher" each: `_parameters`, `_megabytes` (in fp32), `_milliseconds_batch_<n>`, and where there are
-        labels `_mlm_loss` (nats), `_accuracy` or `_squared_error`. Of both: `speed_up_batch_<n>`; `agreement`, the share of
+        labels `_mlm_loss` (nats), `_accuracy` or `_squared_error`, of tokens of entities `_f1`, of spans `_exact_match` and
+        `_f1`. Of both: `speed_up_batch_<n>`; `agreement`, the share of
         targets with the same best prediction, and `kl`, the student's divergence from the teacher in nats a target; or for one
         output `squared_difference`.
     """
     if teacher.dtype != student.dtype:
         teacher = copy.deepcopy(teacher).to(student.dtype)
-    models = {"student": _Asked(student), "teacher": _Asked(teacher)}
+    models = {"student": AskedModel(student), "teacher": AskedModel(teacher)}
     examples = _sample(EpochDataset.wrap(dataset), max_examples)
     found: dict[str, float] = {}
     for name, asked in models.items():
@@ -74,7 +78,7 @@ def compare(
             seconds = _best_seconds({name: partial(asked, batch) for name, asked in models.items()}, repeats)
             found |= {f"{name}_milliseconds_batch_{size}": 1e3 * value for name, value in seconds.items()}
             found[f"speed_up_batch_{size}"] = seconds["teacher"] / seconds["student"]
-        if all(asked.has_head for asked in models.values()):
+        if all(asked.head != "none" for asked in models.values()):
             found |= _compare_predictions(models, examples, collator=collator, batch_size=batch_size)
     return found
 
@@ -95,22 +99,38 @@ def _on_device(batch: Mapping[str, torch.Tensor], device: torch.device) -> Batch
     return {name: value.to(device) for name, value in batch.items()}
 
 
-class _Asked:
-    """A stock model, asked for its logits: of a masked language model, at the targets alone."""
+class AskedModel:
+    """A stock model, asked for its logits: at the targets alone where they are tokens."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.has_head = model is not model.base_model
-        self.is_masked_lm = model.get_output_embeddings() is not None
+        self.head = head_kind(model)
         has_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
         self._inputs = (*_INPUTS, "token_type_ids") if has_types else _INPUTS
 
     def __call__(self, batch: Batch) -> torch.Tensor:
-        inputs = {name: batch[name] for name in self._inputs if name in batch}
-        if self.is_masked_lm and "target_positions" in batch:
+        """Return the logits: ``[T, C]`` of tokens, ``[B, C]`` of texts, ``[B, L, 2]`` of spans; of a bare encoder its states."""
+        inputs = isolated_inputs(self.model, **{name: batch[name] for name in self._inputs if name in batch})
+        if self.head in ("masked_lm", "token_classification") and "target_positions" in batch:
             with GatheredHead(self.model) as head:
                 return head(self.model, batch["target_positions"], **inputs)
+        if self.head == "question_answering":
+            output = self.model(**inputs)
+            return torch.stack([output.start_logits, output.end_logits], dim=-1)
         return self.model(**inputs)[0]
+
+    def predict(self, batch: Batch) -> torch.Tensor:
+        """Return the logits of each prediction of a batch, ``[T, C]`` in fp32."""
+        logits = self(batch).float()
+        if self.head != "question_answering":
+            return logits
+        positions = batch["target_positions"]
+        return boundary_logits(logits.flatten(0, 1)[positions], positions, batch["attention_mask"].shape)
+
+    @property
+    def outside(self) -> int | None:
+        """The class of tokens of no entity, where there are tokens of entities."""
+        return self.model.config.label2id.get("O") if self.head == "token_classification" else None
 
 
 def _best_seconds(sides: Mapping[str, Callable[[], torch.Tensor]], repeats: int) -> dict[str, float]:
@@ -128,26 +148,29 @@ def _best_seconds(sides: Mapping[str, Callable[[], torch.Tensor]], repeats: int)
 
 
 def _compare_predictions(
-    models: Mapping[str, _Asked], examples: Sequence[dict[str, Any]], *, collator: Collator, batch_size: int
+    models: Mapping[str, AskedModel], examples: Sequence[dict[str, Any]], *, collator: Collator, batch_size: int
 ) -> dict[str, float]:
     totals: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    head = models["student"].head
     begins = range(0, len(examples), batch_size)
     for begin in tqdm(begins, desc="Comparing with the teacher", unit=" batches", delay=2, disable=None):
         batch = _on_device(collator(list(examples[begin : begin + batch_size])), models["student"].model.device)
-        logits = {name: asked(batch).float() for name, asked in models.items()}
+        logits = {name: asked.predict(batch) for name, asked in models.items()}
         labels = batch.get("labels")
-        if labels is not None and "target_positions" in batch:
-            labels = labels.flatten()[batch["target_positions"]]
+        if labels is not None and labels.ndim == 2:
+            labels = labels.flatten()
+            labels = labels if head == "question_answering" else labels[batch["target_positions"]]
+        if labels is not None and head == "masked_lm":
             # Fillers of a fixed shape have none.
             logits = {name: values[labels != IGNORED] for name, values in logits.items()}
             labels = labels[labels != IGNORED]
-        found = _differences(**logits)
+        found = _each(_differences(**logits))
         if labels is not None:
             for name, asked in models.items():
-                scores = _scores(logits[name], labels, is_masked_lm=asked.is_masked_lm)
+                scores = _scores(logits[name], labels, head=head, outside=asked.outside)
                 found |= {f"{name}_{quantity}": values for quantity, values in scores.items()}
-        for quantity, values in found.items():
-            totals[quantity] += float(values.double().sum()), len(values)
+        for quantity, parts in found.items():
+            totals[quantity] += [float(part.double().sum()) for part in parts]
     return {quantity: float(total / count) for quantity, (total, count) in totals.items() if count}
 
 
@@ -159,13 +182,26 @@ def _differences(student: torch.Tensor, teacher: torch.Tensor) -> dict[str, torc
     return {"agreement": student.argmax(-1) == teacher.argmax(-1), "kl": divergence_TC.sum(-1)}
 
 
-def _scores(logits: torch.Tensor, labels: torch.Tensor, *, is_masked_lm: bool) -> dict[str, torch.Tensor]:
-    """Return how good predictions are at each target: ``[T]`` by name."""
-    if is_masked_lm:
-        return {"mlm_loss": F.cross_entropy(logits, labels, reduction="none")}
-    if logits.shape[1] == 1:
-        return {"squared_error": (logits.squeeze(1) - labels)[~labels.isnan()].square()}
-    return {"accuracy": (logits.argmax(-1) == labels)[labels != IGNORED]}
+def _scores(
+    logits: torch.Tensor, labels: torch.Tensor, *, head: HeadKind, outside: int | None
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Return how good predictions are: by name, what is to be summed, and what its sum is to be divided by."""
+    if head == "masked_lm":
+        return _each({"mlm_loss": F.cross_entropy(logits, labels, reduction="none")})
+    if head == "regression":
+        return _each({"squared_error": (logits.squeeze(1) - labels)[~labels.isnan()].square()})
+    is_known, guesses = labels != IGNORED, logits.argmax(-1)
+    scores = _each({"accuracy": (guesses == labels)[is_known]})
+    if outside is not None:
+        scores["f1"] = entity_counts(guesses[is_known], labels[is_known], outside=outside)
+    if head == "question_answering":
+        is_known_B = is_known.view(-1, 2).all(dim=1)
+        scores |= _each(span_scores(guesses.view(-1, 2)[is_known_B], labels.view(-1, 2)[is_known_B]))
+    return scores
+
+
+def _each(values: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {name: (value, torch.ones_like(value, dtype=torch.float32)) for name, value in values.items()}
 
 
 _ROWS = {
@@ -173,6 +209,8 @@ _ROWS = {
     "megabytes": "Size in fp32, MB",
     "mlm_loss": "MLM loss",
     "accuracy": "Accuracy",
+    "exact_match": "Exact match",
+    "f1": "F1",
     "squared_error": "Squared error",
 }
 _ROWS_OF_BOTH = {

@@ -81,6 +81,7 @@ class PretrainingCard:
         has_own_code: Whether that class is no stock one and its code lies in the repository.
         repo: What the snippets load: the repository's id, or "." for the folder of the card.
         note: A paragraph to put before all others.
+        origin: How the weights began, in Markdown, where `base_model` does not tell all of it: "Cut from ...".
         base_model: Hub id of the model whose weights the run began with, or the absolute path of a local one, which is
             not named in the card; `None` if the run began from scratch.
         language: ISO code or codes of the text.
@@ -93,6 +94,7 @@ class PretrainingCard:
         metrics_before: Held-out metrics before the first step, keyed as `Trainer.evaluate` returns them.
         metrics_after: The same after the last step.
         evaluation_name: What they were measured on.
+        comparison: Header and rows of a table of the model beside the one that taught it.
         compute: What the run took.
         parts: Sub-folder -> (class that opens it, what it is). The class is a name in transformers or a dotted path,
             or "" where the folder is not a checkpoint.
@@ -106,6 +108,7 @@ class PretrainingCard:
     has_own_code: bool = False
     repo: str = "."
     note: str = ""
+    origin: str = ""
     base_model: str | None = None
     language: str | Sequence[str] | None = None
     license: str | None = None
@@ -116,6 +119,7 @@ class PretrainingCard:
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)
     evaluation_name: str = "held-out documents"
+    comparison: Sequence[card_text.Row] = ()
     compute: Compute = Compute()
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     limits: str = ""
@@ -141,7 +145,7 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
     text = template.render(
         card=card,
         metadata=card_metadata(card).to_yaml(),
-        origin=card_text.origin(card.base_model, hub_id=_hub_id(card.base_model)),
+        origin=card.origin or card_text.origin(card.base_model, hub_id=_hub_id(card.base_model)),
         snippets=card_text.loading_snippets(
             card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
         ),

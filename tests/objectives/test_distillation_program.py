@@ -98,7 +98,7 @@ def test_both_stages_of_a_task(tmp_path, task, capsys):
     for text in (
         "| Accuracy |",
         "Same prediction as the teacher",
-        "held-out examples",
+        "## Beside its teacher",
         "pipeline_tag: text-classification",
     ):
         assert text in card, text
@@ -166,11 +166,6 @@ class TestBadInput:
         options = ["--teacher_name_or_path", teacher, "--train_file", corpus, "--output_dir", tmp_path / "out"]
         line = self.refused(capsys, "distil", *options, "--num_hidden_layers", 2, "--block_size", 64)
         assert "block_size=64 is longer than the 32 positions" in line
-
-    def test_isolated_documents(self, tmp_path):
-        args = DistillationTrainingArguments(output_dir=str(tmp_path), bf16=False)
-        with pytest.raises(InputError, match="isolated_documents"):
-            load_text(DataArguments(block_mode="isolated_documents"), StudentArguments(teacher_name_or_path="x"), args)
 
     def test_a_vocabulary_to_trim_that_is_not_the_teachers(self, tmp_path, corpus):
         name = tiny_teacher(MASKED_LM).name

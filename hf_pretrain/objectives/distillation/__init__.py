@@ -6,15 +6,18 @@ from hf_pretrain.objectives.distillation.arguments import (
 )
 from hf_pretrain.objectives.distillation.building import build_model, general_class, join
 from hf_pretrain.objectives.distillation.configuration import DistillationConfig
+from hf_pretrain.objectives.distillation.label_agreement import report_label_agreement
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.preparation import ask_once, check_labels, load_task, load_text
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.task_data import TaskDataArguments
 from hf_pretrain.objectives.distillation.task_examples import DataCollatorForTask
 from hf_pretrain.objectives.distillation.teacher import Teacher
+from hf_pretrain.objectives.distillation.top_k import DataCollatorForDistillation, ask_for_top_k
 from hf_pretrain.objectives.distillation.trainer import DistillationTrainer, TaskDistillationTrainer, print_comparison
 
 __all__ = [
+    "DataCollatorForDistillation",
     "DataCollatorForTask",
     "DistillationConfig",
     "DistillationModel",
@@ -25,6 +28,7 @@ __all__ = [
     "TaskDistillationTrainer",
     "TaskDistillationTrainingArguments",
     "Teacher",
+    "ask_for_top_k",
     "ask_once",
     "build_model",
     "check_labels",
@@ -33,4 +37,5 @@ __all__ = [
     "load_task",
     "load_text",
     "print_comparison",
+    "report_label_agreement",
 ]

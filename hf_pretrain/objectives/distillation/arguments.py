@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError
@@ -11,6 +11,7 @@ from hf_pretrain.training.arguments import PretrainingArguments
 
 Method = Literal["distilbert", "tinybert", "minilm", "minilmv2"]
 TrainingStage = Literal["intermediate", "prediction"]
+Task = Literal["sequence-classification", "token-classification", "question-answering"]
 
 _PRESETS: dict[str, dict[str, float]] = {
     # The weights of the released model.
@@ -20,6 +21,16 @@ _PRESETS: dict[str, dict[str, float]] = {
     "minilmv2": {"relation_qq": 1.0, "relation_kk": 1.0, "relation_vv": 1.0},
 }
 _STAGES: dict[str, dict[str, float]] = {"intermediate": _PRESETS["tinybert"], "prediction": {"prediction": 1.0}}
+
+
+def _weight(what: str) -> Any:
+    """Return the option of a loss's weight; that of the preset if it is left out."""
+    return field(default=None, metadata={"help": f"Weight of {what}."})
+
+
+def _schedule(option: str, *, form: str = "") -> Any:
+    """Return the option that says how another one changes in training."""
+    return field(default=None, metadata={"help": f"How {option} changes in training{': ' * bool(form)}{form}."})
 
 
 @dataclass
@@ -45,45 +56,28 @@ class DistillationArguments:
         "value_relation",
     )
 
-    prediction_weight: float | None = field(
-        default=None,
-        metadata={
-            "help": "Weight of the divergence of the student's predictions from the teacher's; of a regression, the squared "
-            "difference."
-        },
+    prediction_weight: float | None = _weight(
+        "the divergence of the student's predictions from the teacher's; of a regression, the squared difference"
     )
-    prediction_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How prediction_weight changes in training: '0%:1, 50%:0.5' (linear between)."}
-    )
-    cosine_weight: float | None = field(
-        default=None, metadata={"help": "Weight of 1 - cosine of the last hidden states (DistilBERT)."}
-    )
-    embedding_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the squared difference of the embeddings (TinyBERT)."}
-    )
-    hidden_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the squared differences of the layers' outputs (TinyBERT)."}
-    )
-    hidden_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How hidden_weight changes in training."}
-    )
-    attention_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the squared differences of the attention scores (TinyBERT)."}
-    )
-    attention_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How attention_weight changes in training."}
-    )
-    relation_qq_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the relations between queries (MiniLM v2)."}
-    )
-    relation_kk_weight: float | None = field(default=None, metadata={"help": "The same between keys (MiniLM v2)."})
-    relation_vv_weight: float | None = field(default=None, metadata={"help": "The same between values (MiniLM v2)."})
-    attention_distribution_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the divergence of the last layer's attention (MiniLM)."}
-    )
-    value_relation_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the relations between values, a relation a head (MiniLM)."}
-    )
+    prediction_weight_schedule: str | None = _schedule("prediction_weight", form="'0%:1, 50%:0.5' (linear between)")
+    cosine_weight: float | None = _weight("1 - cosine of the last hidden states (DistilBERT)")
+    cosine_weight_schedule: str | None = _schedule("cosine_weight")
+    embedding_weight: float | None = _weight("the squared difference of the embeddings (TinyBERT)")
+    embedding_weight_schedule: str | None = _schedule("embedding_weight")
+    hidden_weight: float | None = _weight("the squared differences of the layers' outputs (TinyBERT)")
+    hidden_weight_schedule: str | None = _schedule("hidden_weight")
+    attention_weight: float | None = _weight("the squared differences of the attention scores (TinyBERT)")
+    attention_weight_schedule: str | None = _schedule("attention_weight")
+    relation_qq_weight: float | None = _weight("the relations between queries (MiniLM v2)")
+    relation_qq_weight_schedule: str | None = _schedule("relation_qq_weight")
+    relation_kk_weight: float | None = _weight("the relations between keys (MiniLM v2)")
+    relation_kk_weight_schedule: str | None = _schedule("relation_kk_weight")
+    relation_vv_weight: float | None = _weight("the relations between values (MiniLM v2)")
+    relation_vv_weight_schedule: str | None = _schedule("relation_vv_weight")
+    attention_distribution_weight: float | None = _weight("the divergence of the last layer's attention (MiniLM)")
+    attention_distribution_weight_schedule: str | None = _schedule("attention_distribution_weight")
+    value_relation_weight: float | None = _weight("the relations between values, a relation a head (MiniLM)")
+    value_relation_weight_schedule: str | None = _schedule("value_relation_weight")
     temperature: float | None = field(
         default=None,
         metadata={
@@ -91,9 +85,7 @@ class DistillationArguments:
             "default 1, of distilbert 2."
         },
     )
-    temperature_schedule: str | None = field(
-        default=None, metadata={"help": "How the temperature changes in training: '0%:8, 100%:1'."}
-    )
+    temperature_schedule: str | None = _schedule("temperature", form="'0%:8, 100%:1'")
     layer_map: str = field(
         default="uniform",
         metadata={
@@ -129,12 +121,25 @@ class DistillationArguments:
         default=False,
         metadata={
             "help": "As TinyBERT's code where it differs from the paper: one projection with a bias for embeddings and all "
-            "layers, of equal widths too; predictions averaged over classes, without the square of the temperature."
+            "layers, of equal widths too; predictions averaged over classes, without the square of the temperature. Its heads, "
+            "which stock classes cannot hold, are left out."
         },
     )
     teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
         default=None,
         metadata={"help": "Type of the teacher's weights; by default bfloat16 if bf16 is on, else float32."},
+    )
+    teacher_device: str | None = field(
+        default=None,
+        metadata={
+            "help": "Device of the teacher, such as cuda:1; by default that of the batch, which is the student's."
+        },
+    )
+    teacher_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Run the teacher's layers under torch.compile; not with losses that look into its attention."
+        },
     )
 
     def weights(self) -> dict[str, float]:
@@ -183,10 +188,8 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
             "help": "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
         },
     )
-    mlm_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the student's own masked-language-model loss (DistilBERT)."}
-    )
-    mlm_weight_schedule: str | None = field(default=None, metadata={"help": "How mlm_weight changes in training."})
+    mlm_weight: float | None = _weight("the student's own masked-language-model loss (DistilBERT)")
+    mlm_weight_schedule: str | None = _schedule("mlm_weight")
     mlm_probability: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
@@ -199,6 +202,13 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
         metadata={
             "help": "Where predictions are compared: at the selected positions, or at all real tokens, as the released "
             "DistilBERT was; that costs several times as much."
+        },
+    )
+    cache_top_k: int = field(
+        default=0,
+        metadata={
+            "help": "Ask the teacher once for its k likeliest tokens at each selected position, such as 64, with the mass of all "
+            "others, and train without it; 0: ask it at each step. Needs static_masks, such as the number of epochs."
         },
     )
 
@@ -218,7 +228,36 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
             raise InputError(
                 f"mlm_probability=0 leaves no target for the {' and '.join(sorted(of_masked))} loss: set it to 0.15"
             )
+        self._check_cache()
         super().__post_init__()
+
+    def _check_cache(self) -> None:
+        """Refuse to cache what changes in training, or more of the teacher than its predictions at masked positions."""
+        if self.cache_top_k < 0:
+            raise InputError(f"cache_top_k={self.cache_top_k} must be 0 (no cache) or more")
+        if not self.cache_top_k:
+            return
+        asked, weights = f"cache_top_k={self.cache_top_k}", self.weights()
+        others = sorted(weights.keys() - {"prediction", "mlm"})
+        if "prediction" not in weights:
+            raise InputError(f"{asked} is for the prediction loss: leave it out, or give prediction_weight")
+        if others:
+            raise InputError(
+                f"{asked} keeps the teacher's predictions alone, but the {others[0]} loss needs its states: set "
+                f"{others[0]}_weight=0, or leave cache_top_k out"
+            )
+        if self.prediction_positions != "masked":
+            raise InputError(f"{asked} keeps predictions at masked positions: set prediction_positions=masked")
+        for option in ("temperature_schedule", "mlm_probability_schedule"):
+            if getattr(self, option) is not None:
+                raise InputError(
+                    f"{asked} holds for one temperature and one set of masks: leave out {option}, or cache_top_k"
+                )
+        if not self.static_masks:
+            raise InputError(
+                f"{asked} needs to know how many maskings of an example there are: set static_masks, such as to the number of "
+                "epochs"
+            )
 
     @property
     def masking(self) -> MaskingArguments:
@@ -232,6 +271,13 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
 
     loss_names: ClassVar[tuple[str, ...]] = ("prediction", "labels", *DistillationArguments.loss_names[1:])
 
+    task: Task = field(
+        default="sequence-classification",
+        metadata={
+            "help": "What the teacher predicts: a class or a value of one text or two, 'token-classification': a class of each "
+            "word, or 'question-answering': where in a text the answer begins and ends."
+        },
+    )
     training_stage: TrainingStage = field(
         default="prediction",
         metadata={
@@ -239,12 +285,8 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
             "then, from its result, 'prediction'."
         },
     )
-    labels_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the loss against the labels of the data; they are optional."}
-    )
-    labels_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How labels_weight changes in training."}
-    )
+    labels_weight: float | None = _weight("the loss against the labels of the data; they are optional")
+    labels_weight_schedule: str | None = _schedule("labels_weight")
     cache_teacher: bool = field(
         default=True,
         metadata={"help": "Ask the teacher once for its logits of each example, where nothing else of it is needed."},
@@ -260,5 +302,7 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
         """Fill in what was left out, and refuse what is out of range."""
         if self.training_stage not in _STAGES:
             raise InputError(f"training_stage={self.training_stage!r} must be 'intermediate' or 'prediction'")
+        if self.task not in get_args(Task):
+            raise InputError(f"task={self.task!r} must be {', '.join(get_args(Task))}")
         self.resolve(_STAGES[self.training_stage])
         super().__post_init__()

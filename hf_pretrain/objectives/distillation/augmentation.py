@@ -20,6 +20,8 @@ from hf_pretrain.objectives.distillation.word_neighbours import WordNeighbours
 from hf_pretrain.objectives.distillation.word_proposals import ChangeableWord, WordProposer
 
 SOURCE_ID = "source_id"
+# Types of a column of text.
+TEXT = ("string", "large_string")
 # Rows whose masked copies are made and sorted by length together.
 _CHUNK_ROWS = 1 << 14
 # Options that make no difference to the result, or whose models and vectors are in the fingerprint themselves.
@@ -145,7 +147,7 @@ def _check_inputs(
     for name in text_columns:
         if name not in dataset.column_names:
             raise InputError(f"text_columns names {name!r}, but the data has {', '.join(dataset.column_names)}")
-        if getattr(dataset.features[name], "dtype", None) not in ("string", "large_string"):
+        if getattr(dataset.features[name], "dtype", None) not in TEXT:
             raise InputError(f"text_columns names {name!r}, which holds no text but {dataset.features[name]}")
     if SOURCE_ID in dataset.column_names:
         raise InputError(f"the data has a column {SOURCE_ID!r}: it is augmented already, or rename the column")

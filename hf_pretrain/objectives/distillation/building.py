@@ -8,7 +8,6 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,14 +17,16 @@ from transformers.utils import logging as transformers_logging
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import from_pretrained
+from hf_pretrain.modeling.head_kinds import head_kind
 from hf_pretrain.objectives.distillation.arguments import DistillationArguments
 from hf_pretrain.objectives.distillation.capture import check_capture
 from hf_pretrain.objectives.distillation.configuration import OF_PREDICTIONS, RELATIONS, DistillationConfig
+from hf_pretrain.objectives.distillation.description import describe_origin
 from hf_pretrain.objectives.distillation.layer_map import layer_map
 from hf_pretrain.objectives.distillation.losses import check_same_heads
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.relations import check_relation_heads
-from hf_pretrain.objectives.distillation.student import StudentArguments, build_student
+from hf_pretrain.objectives.distillation.student import StudentArguments, build_student, choose_layers
 from hf_pretrain.objectives.distillation.teacher import Teacher
 from hf_pretrain.objectives.distillation.vocabulary_trimming import match_vocabulary
 
@@ -63,7 +64,7 @@ def load_teacher(args: StudentArguments, *, auto_class: Any, tokenizer: PreTrain
             f"teacher_name_or_path={name!r} is no trained {type(teacher).__name__}, it has no {sorted(untrained)[0]}: "
             + (
                 "fine-tune it on the task first"
-                if auto_class is AutoModelForSequenceClassification
+                if auto_class not in (AutoModel, AutoModelForMaskedLM)
                 else "name one with its head, or choose losses without predictions (--distillation_method minilmv2)"
             )
         )
@@ -101,14 +102,24 @@ def build_model(
     student = build_student(model_args, teacher=teacher, tokenizer=tokenizer, auto_class=auto_class)
     for model in (student, teacher):
         check_model_fits(model, tokenizer, block_size=block_size)
-    return join(student, teacher, args)
+    model = join(student, teacher, args)
+    model.origin = _origin(model_args, teacher)
+    return model
+
+
+def _origin(args: StudentArguments, teacher: PreTrainedModel) -> str:
+    depth = teacher.config.num_hidden_layers
+    layers: tuple[int, ...] = ()
+    if args.student_layers is not None:
+        layers = choose_layers(args.student_layers, teacher_layers=depth, student_layers=args.num_hidden_layers)
+    return describe_origin(args, teacher=teacher_name(args), layers=layers, last_layer=depth - 1)
 
 
 def join(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> DistillationModel:
     """Let a student learn from a teacher; the student is trained in place, the teacher is frozen.
 
     Args:
-        student: A stock model: an encoder, a masked language model or a sequence classifier.
+        student: A stock model: an encoder, a masked language model, a classifier of sequences or tokens, or one of questions.
         teacher: Another, of the same kind and with the same vocabulary.
         args: The losses between them. What no loss reaches is frozen too, such as a head without a loss of predictions.
 
@@ -125,7 +136,12 @@ def join(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationA
                 model.pooler = None  # No loss reaches it, and it is not the encoder's.
     precision = getattr(args, "teacher_dtype", None) or ("bfloat16" if getattr(args, "bf16", False) else "float32")
     asked = Teacher(
-        teacher, config.wanted()[1], is_masked_lm=config.head == "masked_lm", dtype=getattr(torch, precision)
+        teacher,
+        config.wanted()[1],
+        is_masked_lm=config.gathers,
+        dtype=getattr(torch, precision),
+        device=args.teacher_device,
+        compiles=args.teacher_compile,
     )
     model = DistillationModel(config, student, asked)
     freeze_unreached(model)
@@ -145,7 +161,7 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
     return DistillationConfig(
         student=student.config,
         losses=names,
-        head=_head(student),
+        head=head_kind(student),
         layer_map=mapped,
         teacher_layer=args.teacher_layer or last,
         teacher_size=teacher.config.hidden_size,
@@ -158,14 +174,6 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
         projection=args.projection,
         official=args.official,
     )
-
-
-def _head(model: PreTrainedModel) -> str:
-    if model.get_output_embeddings() is not None:
-        return "masked_lm"
-    if model.base_model is model:
-        return "none"
-    return "regression" if model.config.num_labels == 1 else "classification"
 
 
 def _window(student: PreTrainedModel, layer: int, teacher: PreTrainedModel, teacher_layer: int) -> int | None:
@@ -190,15 +198,18 @@ def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: Distil
         raise InputError(
             f"the student predicts {sizes[0]} tokens and the teacher {sizes[1]}: both need the teacher's vocabulary"
         )
-    if config.head != _head(teacher) or (
-        config.head == "classification" and student.config.num_labels != teacher.config.num_labels
-    ):
+    is_classifier = config.head in ("classification", "token_classification")
+    if config.head != head_kind(teacher) or (is_classifier and student.config.num_labels != teacher.config.num_labels):
         raise InputError(
             f"the student is a {type(student).__name__} with {student.config.num_labels} labels, the teacher a "
             f"{type(teacher).__name__} with {teacher.config.num_labels}: both need the same task"
         )
     if getattr(teacher.config, "problem_type", None) == "multi_label_classification":
         raise InputError("the teacher's problem_type is multi_label_classification, which has no loss here yet")
+    if config.official and config.head == "question_answering" and "prediction" in names:
+        raise InputError(
+            "official=True: TinyBERT's code averages over classes, of which spans have none; leave it out"
+        )
     if names & _OF_ATTENTION:
         for model in (student, teacher):
             check_capture(model)
@@ -209,6 +220,7 @@ def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: Distil
         check_relation_heads(config.relation_heads, **widths)
 
 
+@torch.enable_grad()
 def freeze_unreached(model: DistillationModel) -> None:
     """Freeze the student's parameters that no loss reaches, found by a backward pass of a few tokens.
 
@@ -234,6 +246,10 @@ def _trial_batch(model: DistillationModel) -> dict[str, torch.Tensor]:
     if model.config.head == "masked_lm":
         batch |= {"labels": ids, "target_positions": torch.arange(2, device=model.device)}
         batch["labels"] = torch.where(torch.arange(8, device=model.device)[None] < 2, ids, -100)
+    elif model.config.head == "token_classification":
+        batch |= {"labels": torch.zeros_like(ids), "target_positions": torch.arange(8, device=model.device)}
+    elif model.config.head == "question_answering":
+        batch |= {"labels": ids[:, :2] * 0 + 1, "target_positions": torch.arange(8, device=model.device)}
     elif model.config.head == "regression":
         batch["labels"] = torch.zeros(1, device=model.device)
     elif model.config.head == "classification":

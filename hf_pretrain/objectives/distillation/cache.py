@@ -21,6 +21,8 @@ Fingerprint = Mapping[str, str]
 _HEADER = "cache.json"
 # Batches read at a time, so that those of one length come together.
 _WINDOW = 64
+# Of log-probabilities on disk.
+_HALF = np.float16
 
 
 def _windows(dataset: EpochDataset, *, size: int, epoch: int = 0) -> Iterator[Examples]:
@@ -64,16 +66,18 @@ def _fresh_folder(folder: str | Path) -> Path:
 
 
 class TaskLogitsCache:
-    """The teacher's logits for every example of a task, in fp32: a few bytes each.
+    """The teacher's logits for every example of a task, in fp32: a few bytes a prediction.
 
     Args:
-        logits: ``[N, C]``, row n being those of example n.
+        logits: ``[R, C]``, one row a prediction; those of an example come together, in the order of the examples.
+        starts: ``[N + 1]`` first row of each example, and the number of rows.
     """
 
     kind = "task logits"
 
-    def __init__(self, logits: np.ndarray) -> None:
+    def __init__(self, logits: np.ndarray, starts: np.ndarray) -> None:
         self.logits = logits
+        self.starts = starts
 
     @classmethod
     def open(cls, folder: str | Path, *, fingerprint: Fingerprint) -> TaskLogitsCache:
@@ -87,12 +91,18 @@ class TaskLogitsCache:
             InputError: If it is not finished, or belongs to another teacher, other data or another tokenizer.
         """
         _read_header(Path(folder), cls.kind, fingerprint)
-        return cls(np.load(Path(folder) / "logits.npy", mmap_mode="r"))
+        path = Path(folder)
+        return cls(np.load(path / "logits.npy", mmap_mode="r"), np.load(path / "starts.npy"))
 
     def lookup(self, example_ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Return the logits of examples: ``[B]`` ids in, ``[B, C]`` fp32 out, on the CPU."""
-        ids = _checked_ids(example_ids, len(self.logits))
-        return torch.from_numpy(np.array(self.logits[ids]))
+        """Return the logits of examples: ``[B]`` ids in, one row a prediction ``[R, C]`` in fp32 out, on the CPU."""
+        ids = _checked_ids(example_ids, len(self.starts) - 1)
+        return torch.from_numpy(np.array(self.logits[_rows_of(self.starts, ids)]))
+
+    def lookup_each(self, example_ids: Sequence[int] | np.ndarray) -> list[torch.Tensor]:
+        """Return the logits of each example by itself, ``[predictions, C]``."""
+        ids = np.asarray(example_ids)
+        return list(self.lookup(ids).split((self.starts[ids + 1] - self.starts[ids]).tolist()))
 
 
 def build_task_logits(
@@ -101,21 +111,25 @@ def build_task_logits(
     folder: str | Path,
     *,
     fingerprint: Fingerprint,
+    counts: np.ndarray | None = None,
     batch_size: int = 64,
 ) -> TaskLogitsCache:
     """Ask a teacher for its logits of every example and keep them.
 
     Args:
-        teacher_forward: Takes examples, with `example_id`, and returns their logits ``[B, C]``.
+        teacher_forward: Takes examples, with `example_id`, and returns their logits, one row a prediction ``[R, C]``, one
+            example after the other.
         dataset: Map-style examples with `input_ids`; the row is the id. Those of one batch are of about one length.
         folder: Where to write; an older cache in it is replaced.
         fingerprint: What the cache belongs to; see [`cache_fingerprint`].
+        counts: ``[N]`` predictions of each example; one by default.
         batch_size: Examples the teacher is asked for at a time.
 
     Returns:
         The cache, opened.
     """
     path, examples, logits = _fresh_folder(folder), EpochDataset.wrap(dataset), None
+    starts = np.append(0, np.cumsum(np.ones(len(examples), dtype=np.int64) if counts is None else counts))
     with tqdm(total=len(examples), desc="Asking the teacher", unit=" examples", delay=2, disable=None) as bar:
         for window in _windows(examples, size=_WINDOW * batch_size):
             window.sort(key=lambda example: -len(example["input_ids"]))
@@ -123,12 +137,13 @@ def build_task_logits(
                 batch = window[begin : begin + batch_size]
                 answers = teacher_forward(batch).detach().float().cpu().numpy()
                 if logits is None:
-                    shape = (len(examples), answers.shape[1])
+                    shape = (int(starts[-1]), answers.shape[1])
                     logits = np.lib.format.open_memmap(path / "logits.npy", "w+", dtype=np.float32, shape=shape)
-                logits[[example["example_id"] for example in batch]] = answers
+                logits[_rows_of(starts, np.array([example["example_id"] for example in batch]))] = answers
                 bar.update(len(batch))
     assert logits is not None, "an EpochDataset with examples was asked for"
     logits.flush()
+    np.save(path / "starts.npy", starts)
     _write_header(path, TaskLogitsCache.kind, fingerprint)
     return TaskLogitsCache.open(path, fingerprint=fingerprint)
 
@@ -170,7 +185,7 @@ class TopKCache:
         num_targets, k = int(starts[-1, -1]), header["k"]
         return cls(
             np.memmap(path / "ids.int32", dtype=np.int32, mode="r", shape=(num_targets, k)),
-            np.memmap(path / "log_probs.float16", dtype=np.float16, mode="r", shape=(num_targets, k + 1)),
+            np.memmap(path / "log_probs.float16", dtype=_HALF, mode="r", shape=(num_targets, k + 1)),
             starts,
         )
 
@@ -200,9 +215,9 @@ class TopKCache:
                 f"epoch {rounds.max()} is not in the cache, which holds {self.num_epochs}: build it for more, or train with "
                 f"static_masks={self.num_epochs}"
             )
-        begins, ends = self.starts[rounds, ids], self.starts[rounds, ids + 1]
-        rows = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
-        log_probs = torch.from_numpy(self.log_probs[rows].astype(np.float32))
+        rows = _ranges(self.starts[rounds, ids], self.starts[rounds, ids + 1])
+        # What 16 bits have rounded adds up to one again.
+        log_probs = torch.from_numpy(self.log_probs[rows].astype(np.float32)).log_softmax(-1)
         return TopKTargets(torch.from_numpy(self.ids[rows].astype(np.int64)), log_probs[:, :-1], log_probs[:, -1])
 
 
@@ -245,7 +260,7 @@ def build_top_k(
                 kept = top_k_targets(logits_TV.detach(), k=k, temperature=temperature)
                 ids_file.write(kept.ids.cpu().numpy().astype(np.int32).tobytes())
                 columns = torch.cat([kept.log_probs, kept.tail[:, None]], dim=1)
-                log_probs_file.write(columns.cpu().numpy().astype(np.float16).tobytes())
+                log_probs_file.write(columns.cpu().numpy().astype(_HALF).tobytes())
                 row = batch[0]["example_id"] + 1
                 starts[epoch, row : row + len(batch)] = total + counts_B.cpu().numpy().cumsum()
                 total += len(logits_TV)
@@ -267,6 +282,15 @@ def top_k_targets(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> 
     # From what is left, not 1 less the sum, which would be lost to rounding where the teacher is sure.
     tail_T = log_probs_TV.scatter(1, ids_TK, float("-inf")).logsumexp(dim=-1)
     return TopKTargets(ids_TK, log_probs_TK, tail_T)
+
+
+def _rows_of(starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Return the rows of examples, one example after the other."""
+    return _ranges(starts[ids], starts[ids + 1])
+
+
+def _ranges(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
 
 
 def _checked_ids(example_ids: Sequence[int] | np.ndarray | torch.Tensor, count: int) -> np.ndarray:

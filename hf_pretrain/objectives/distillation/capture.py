@@ -58,6 +58,12 @@ class AttentionRecord(NamedTuple):
         heads_BHLD: torch.Tensor = getattr(self, name)
         return heads_BHLD.transpose(1, 2).flatten(2)
 
+    def to(self, device: torch.device) -> AttentionRecord:
+        """Return the record on another device."""
+        query, key, value = (states.to(device) for states in (self.query, self.key, self.value))
+        bias = None if self.bias is None else self.bias.to(device)
+        return self._replace(query=query, key=key, value=value, bias=bias)
+
     def of_heads(self, heads: slice) -> AttentionRecord:
         """Return the record of some heads."""
         query, key, value = (states[:, heads] for states in (self.query, self.key, self.value))

@@ -22,7 +22,7 @@ class DistillationConfig(CompositeConfig):
     Attributes:
         student: Configuration of the student.
         losses: Names of the losses that are computed.
-        head: What stands on both models: "masked_lm", "classification", "regression", or "none".
+        head: What stands on both models; see [`hf_pretrain.modeling.head_kinds.head_kind`].
         layer_map: Layer of the teacher that each layer of the student learns from; None if no loss needs it.
         teacher_layer: Layer of the teacher that the relations are taken from.
         teacher_size: Width of the teacher.
@@ -59,6 +59,11 @@ class DistillationConfig(CompositeConfig):
     def student_config(self) -> PreTrainedConfig:
         """The student's configuration."""
         return cast(PreTrainedConfig, self.student)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether heads run on chosen positions of the batch."""
+        return self.head in ("masked_lm", "token_classification")
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import DistilBertConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.configuration import feed_forward_name
 
 # What a configuration says of each layer, in a list.
 _PER_LAYER = ("layer_types", "attention_window")
@@ -85,8 +86,8 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
     values = config.to_dict()
     for name, value in changes.items():
         own_name = config.attribute_map.get(name, name)
-        if own_name == "intermediate_size" and isinstance(config, DistilBertConfig):
-            own_name = "hidden_dim"
+        if own_name == "intermediate_size":
+            own_name = feed_forward_name(config.model_type)
         if own_name not in values and not hasattr(config, own_name):
             raise InputError(f"{name}={value!r}: {config.model_type} has no such option; leave it out")
         values[own_name] = value

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.objectives.distillation.student import StudentArguments
 
 TINYBERT = """\
 @inproceedings{jiao2020tinybert,
@@ -61,11 +63,39 @@ _LOSSES: dict[str, tuple[str, str, str]] = {
     "value_relation": ("the relations between its values", r"\mathrm{KL}(R_T^{VV} \,\|\, R_S^{VV})", MINILM),
 }
 
-_MASKED_LM_USAGE = """\
+# Of other heads than a Trainer describes: the Hub's name of the task, and code.
+_HEADS = {
+    "masked_lm": (
+        "fill-mask",
+        """\
 from transformers import pipeline
 
 fill_mask = pipeline("fill-mask", model="{repo}")
-predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")"""
+predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")""",
+    ),
+    "token_classification": (
+        "token-classification",
+        """\
+from transformers import pipeline
+
+classify = pipeline("token-classification", model="{repo}", aggregation_strategy="first")
+entities = classify("The chef made a fine meal.")""",
+    ),
+    "question_answering": (
+        "question-answering",
+        """\
+import torch
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = AutoModelForQuestionAnswering.from_pretrained("{repo}")
+inputs = tokenizer("What did the chef make?", "The chef made a fine meal.", return_tensors="pt")
+with torch.no_grad():
+    output = model(**inputs)
+begin, end = output.start_logits.argmax(), output.end_logits.argmax()
+answer = tokenizer.decode(inputs["input_ids"][0, begin : end + 1])""",
+    ),
+}
 
 
 def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, head: str) -> ObjectiveDescription:
@@ -74,7 +104,7 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     Args:
         objective: What all runs have in common.
         weights: The weight of each loss.
-        head: "masked_lm", "classification", "regression" or "none".
+        head: See [`hf_pretrain.modeling.head_kinds.head_kind`].
     """
     parts, formulas, sources = zip(*(_LOSSES[name] for name in weights), strict=True)
     description = f"{objective.description} The student learns {_enumerate(parts)}."
@@ -91,11 +121,37 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     changes: dict[str, object] = {
         "description": description,
         "formula": r"\mathcal{L} = " + " + ".join(terms),
-        "citations": tuple(dict.fromkeys(filter(None, sources))) or objective.citations,
+        # A loss that all methods have in common is cited for the objective.
+        "citations": tuple(
+            dict.fromkeys(entry for source in sources for entry in ((source,) if source else objective.citations))
+        ),
     }
-    if head == "masked_lm":
-        changes |= {"pipeline_tag": "fill-mask", "usage": _MASKED_LM_USAGE}
+    if head in _HEADS:
+        changes["pipeline_tag"], changes["usage"] = _HEADS[head]
     return dataclasses.replace(objective, **changes)  # type: ignore[arg-type]
+
+
+def describe_origin(args: StudentArguments, *, teacher: str, layers: Sequence[int] = (), last_layer: int = 0) -> str:
+    """Return how a student began, for the card; of names only those of the Hub are told.
+
+    Args:
+        args: What the student is.
+        teacher: Name or folder of the teacher.
+        layers: The teacher's layers that the student was cut from, if it was; counted from 0.
+        last_layer: The number of the teacher's last layer.
+    """
+    source = _linked(teacher) or "a local teacher"
+    if args.model_name_or_path is not None:
+        return f"Continued from {_linked(args.model_name_or_path) or 'a local checkpoint'} and distilled from {source}"
+    if layers:
+        word = "layer" if len(layers) == 1 else "layers"
+        return f"Cut from {source}, {word} {_enumerate([str(n) for n in layers])} of 0 to {last_layer}, and distilled from it"
+    return f"Distilled from {source} into a new model"
+
+
+def _linked(name: str) -> str | None:
+    """Return a link to a model of the Hub; None of a local one, whose path would tell nothing."""
+    return None if Path(name).exists() else f"[{name}](https://huggingface.co/{name})"
 
 
 def _enumerate(parts: Sequence[str]) -> str:

@@ -14,6 +14,8 @@ from hf_pretrain.data.epochs import EpochDataset
 
 # What of a configuration does not change what the model computes.
 _IRRELEVANT = ("_name_or_path", "architectures", "dtype", "transformers_version")
+# What of an example decides what a teacher is asked, and where.
+_COLUMNS = ("input_ids", "token_type_ids", "is_target", "document_ids", "word_starts", "spans")
 _ROWS = 4096
 _SIZE = 16
 
@@ -36,7 +38,7 @@ def cache_fingerprint(
 
     Args:
         teacher: The teacher; another dtype is another teacher.
-        dataset: Map-style examples with `input_ids`, in the order of their ids.
+        dataset: Map-style examples with `input_ids`, in the order of their ids; `is_target` says which tokens are asked for.
         tokenizer: What made them.
         **options: Whatever else decides the answers, such as the options of masking, the seed or the temperature.
     """
@@ -59,9 +61,9 @@ def _data_fingerprint(dataset: EpochDataset) -> str:
     digest = hashlib.blake2b(digest_size=_SIZE)
     for begin in range(0, len(dataset), _ROWS):
         examples = dataset.__getitems__(range(begin, min(begin + _ROWS, len(dataset))))
-        for column in ("input_ids", "token_type_ids"):
+        for column in _COLUMNS:
             if column in examples[0]:
-                rows = [np.asarray(example[column], dtype=np.int64) for example in examples]
+                rows = [np.asarray(example[column], dtype=np.int64).ravel() for example in examples]
                 digest.update(np.array([len(row) for row in rows]).tobytes())
                 digest.update(np.concatenate(rows).tobytes())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.outputs import ExampleSum
 from hf_pretrain.objectives.distillation.capture import AttentionRecord
+from hf_pretrain.objectives.distillation.score_differences import squared_score_differences
 
 # Scores that are held at once where they have to be: 64 MiB in fp32.
 _SCORES_AT_ONCE = 1 << 24
@@ -29,8 +30,7 @@ def attention_loss(
 ) -> ExampleSum:
     """Squared difference of the attention scores, before the softmax.
 
-    Where scores are plain products of all pairs, none is ever made: with A = (q, -q') and B = (k, k'), the sum over all pairs
-    of (q k - q' k')^2 is that of the products of the entries of AᵀA and BᵀB.
+    Where scores are plain products of all pairs, those of long rows are never made: see [`squared_score_differences`].
 
     Args:
         student: Attention of a student layer.
@@ -51,16 +51,16 @@ def attention_loss(
     if not is_product or document_ids is not None:
         visible = visible_pairs(student, teacher, attention_mask, document_ids=document_ids)
         return _sum_over_pairs(_squared_score_differences, student, teacher, visible)
-    is_padding = (attention_mask == 0)[:, None, :, None]
     with torch.autocast(attention_mask.device.type, enabled=False):
-        queries = torch.cat(
-            [student.scaling * student.query.float(), -teacher.scaling * teacher.query.float()], dim=-1
+        sums_B = squared_score_differences(
+            student.query,
+            student.key,
+            teacher.query,
+            teacher.key,
+            attention_mask == 0,
+            scalings=(student.scaling, teacher.scaling),
         )
-        keys = torch.cat([student.key.float(), teacher.key.float()], dim=-1)
-        queries, keys = queries.masked_fill(is_padding, 0), keys.masked_fill(is_padding, 0)
-        sums_B = ((queries.mT @ queries) * (keys.mT @ keys)).sum(dim=(1, 2, 3))
-    # Rounding may leave less than nothing.
-    return ExampleSum(sums_B.clamp(min=0), student.num_heads * attention_mask.sum(1).float().square())
+    return ExampleSum(sums_B, student.num_heads * attention_mask.sum(1).float().square())
 
 
 def attention_probability_loss(
@@ -254,6 +254,25 @@ def top_k_cross_entropy(
         # What is left of the student's mass is added up, not subtracted: it may be far below one.
         nll_T = nll_T + tail_T * (log_z_T - logits_TV.scatter(-1, ids, float("-inf")).logsumexp(-1))
     return nll_T * temperature**2
+
+
+def top_k_divergence(
+    student_logits: torch.Tensor,
+    ids: torch.Tensor,
+    log_probs: torch.Tensor,
+    tail: torch.Tensor,
+    *,
+    temperature: float,
+) -> torch.Tensor:
+    """[`kl_divergence`] where only the teacher's best k tokens are known: [`top_k_cross_entropy`] less the teacher's entropy.
+
+    Takes and returns what [`top_k_cross_entropy`] does.
+    """
+    known = torch.cat([log_probs, tail[:, None]], dim=-1).float()
+    probs = known.exp()
+    entropy_T = -(probs * known.masked_fill(probs == 0, 0)).sum(-1)
+    nll_T = top_k_cross_entropy(student_logits, ids, log_probs, tail, temperature=temperature)
+    return nll_T - temperature**2 * entropy_T
 
 
 def regression_loss(student: torch.Tensor, teacher: torch.Tensor) -> ExampleSum:

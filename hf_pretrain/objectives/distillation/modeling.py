@@ -14,10 +14,14 @@ from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.objectives.distillation import losses as between
 from hf_pretrain.objectives.distillation import predictions
+from hf_pretrain.objectives.distillation.cache import TopKTargets
 from hf_pretrain.objectives.distillation.configuration import OF_PREDICTIONS, RELATIONS, DistillationConfig
 from hf_pretrain.objectives.distillation.observation import Observation, Observer
 from hf_pretrain.objectives.distillation.relations import attention_distribution_loss, relation_loss
 from hf_pretrain.objectives.distillation.teacher import Teacher
+
+# The usual name of the class of tokens that belong to no entity.
+_OUTSIDE = "O"
 
 
 @dataclass(frozen=True)
@@ -28,42 +32,53 @@ class Lesson:
         student: What was read off the student.
         teacher: What was read off the teacher.
         mask: ``[B, L]`` attention mask.
-        answers: What both predict, where a loss asks for it.
-        temperature: What logits are divided by.
+        document_ids: ``[B, L]`` document of each token, where the documents of a row do not see each other.
     """
 
     student: Observation
     teacher: Observation
     mask: torch.Tensor
-    answers: predictions.Answers | None
-    temperature: float
+    document_ids: torch.Tensor | None
 
 
 class DistillationModel(PretrainingModel):
     """A student and the projections from its width to the teacher's; the teacher is asked, but is no part of it.
+
+    With `official` too, the head is the stock one. TinyBERT's code has a ReLU between pooler and classifier: no weights of BERT's
+    stock head compute that, and a student trained with it would compute something else once it is exported. So a fine-tuned
+    checkpoint of that code opens, but its logits are others until it is trained further. That code has no dropout there either,
+    which is `config_overrides={"classifier_dropout": 0.0}` here.
 
     Args:
         config: What is compared.
         student: The stock model to train, in place.
         teacher: Whom to ask; None if every batch brings the teacher's logits, and no loss needs more.
 
+    Attributes:
+        origin: How the student began, for the card; "" if that is not known.
+
     Source: Jiao et al. 2020, "TinyBERT"; Sanh et al. 2019, "DistilBERT"; Wang et al. 2020, "MiniLM", and 2021, "MiniLMv2".
     """
 
     config_class = DistillationConfig
     export_parts = {"": "student"}  # noqa: RUF012
+    origin: str = ""
 
     def __init__(self, config: DistillationConfig, student: PreTrainedModel, teacher: Teacher | None = None) -> None:
         super().__init__(config)
         self.student = student
         self.projections = _projections(config)
         self.teacher = teacher
-        self.observer = Observer(student, config.wanted()[0], is_masked_lm=config.head == "masked_lm")
+        self.observer = Observer(student, config.wanted()[0], is_masked_lm=config.gathers)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embeddings of the student."""
         return self.student.get_input_embeddings()
+
+    def stock_models(self) -> list[PreTrainedModel]:
+        """Return the student, and the teacher if it is there."""
+        return [self.student] if self.teacher is None else [self.student, self.teacher.model]
 
     # mypy: elsewhere counting needs the batch alone, and the method is static.
     def count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
@@ -74,14 +89,18 @@ class DistillationModel(PretrainingModel):
         labelled = torch.zeros_like(tokens) if labels is None else predictions.has_label(labels).sum()
         of_sequences = torch.full_like(tokens, len(lengths))
         in_tokens = tokens if self.config.prediction_positions == "all" else labelled
+        # Of a span, the start and the end.
+        predicted = {"masked_lm": in_tokens, "question_answering": 2 * of_sequences}
+        if self.config.head == "token_classification":
+            predicted["token_classification"] = torch.full_like(tokens, batch["target_positions"].numel())
         counts: dict[str, torch.Tensor] = {
-            "prediction": in_tokens if self.config.head == "masked_lm" else of_sequences,
+            "prediction": predicted.get(self.config.head, of_sequences),
             "mlm": labelled,
             "labels": labelled,
             "cosine": tokens,
             "embedding": tokens,
             "hidden": tokens,
-            "attention": visible_pairs(lengths, self.config.attention_windows or [None]) * heads,
+            "attention": visible_pairs(batch, self.config.attention_windows or [None]) * heads,
             "attention_distribution": tokens * heads,
         } | dict.fromkeys(RELATIONS, tokens * self.config.relation_heads)
         counts["value_relation"] = tokens * heads
@@ -94,6 +113,8 @@ class DistillationModel(PretrainingModel):
         labels: torch.Tensor | None = None,
         target_positions: torch.Tensor | None = None,
         teacher_logits: torch.Tensor | None = None,
+        teacher_ids: torch.Tensor | None = None,
+        teacher_log_probs: torch.Tensor | None = None,
         *,
         temperature: torch.Tensor | None = None,
         **inputs: torch.Tensor,
@@ -103,11 +124,17 @@ class DistillationModel(PretrainingModel):
         Args:
             input_ids: ``[B, L]``, the same for both.
             attention_mask: ``[B, L]``.
-            labels: ``[B, L]`` original ids at the selected positions, -100 elsewhere; or ``[B]`` labels of sequences.
-            target_positions: ``[T]`` flat positions of the selected tokens.
-            teacher_logits: ``[B, C]`` what the teacher predicted when it was asked before; it is not asked again.
+            labels: ``[B, L]`` original ids at the selected positions, or classes of tokens, -100 elsewhere; ``[B]`` labels of
+                sequences; or ``[B, 2]`` places where spans begin and end.
+            target_positions: ``[T]`` flat positions of the selected tokens: those that are masked, that have a class, or where
+                a span may begin or end.
+            teacher_logits: ``[B, C]``, or ``[T, C]`` at these positions: what the teacher predicted when it was asked before; it
+                is not asked again.
+            teacher_ids: ``[T, k]`` the tokens that the teacher found likeliest at these positions, when it was asked before.
+            teacher_log_probs: ``[T, k + 1]`` log-probabilities of these, and of all others together.
             temperature: ``[]``, in place of the configuration's.
-            **inputs: Further inputs of both models, such as `token_type_ids`.
+            **inputs: Further inputs of both models, such as `token_type_ids`, or `document_ids` and `position_ids` for documents
+                that do not see each other.
 
         Returns:
             The losses that the configuration names; in evaluation also metrics of the predictions.
@@ -115,35 +142,62 @@ class DistillationModel(PretrainingModel):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         positions = self._positions(attention_mask, target_positions)
         teacher = Observation(logits=teacher_logits)
-        if teacher_logits is None and self.teacher is not None:
+        if teacher_ids is not None and teacher_log_probs is not None:
+            teacher.top_k = TopKTargets(teacher_ids, teacher_log_probs[:, :-1], teacher_log_probs[:, -1])
+        elif teacher_logits is None and self.teacher is not None:
             teacher = self.teacher(inputs, positions)
         student = self.observer(self.student, inputs, positions)
         answers = None
         if student.logits is not None:
-            rows = None if positions is None else {"positions": positions, "shape": attention_mask.shape}
-            at_logits = _at(labels, positions)
-            everywhere = positions is None or self.config.prediction_positions == "all"
-            answers = predictions.Answers(student.logits, teacher.logits, at_logits, rows, everywhere=everywhere)
+            answers = self._answers(student.logits, teacher, labels, positions, attention_mask.shape)
         # A tensor does all that a number does.
         chosen = self.config.temperature if temperature is None else cast(float, temperature)
-        lesson = Lesson(student, teacher, attention_mask, answers, chosen)
-        found = {name: self._loss(name, lesson) for name in self.config.losses or ()}
+        found = self._prediction_losses(answers, temperature=chosen)
+        lesson = Lesson(student, teacher, attention_mask, inputs.get("document_ids"))
+        found |= {name: self._loss(name, lesson) for name in self.config.losses or () if name not in found}
         output = PretrainingOutput(losses=found, metrics={})
         if not self.training and answers is not None and self.config.head != "regression":
-            output.metrics.update(predictions.quality(answers))
+            outside = (self.config.student_config.label2id or {}).get(_OUTSIDE)
+            output.metrics.update(predictions.quality(answers, head=self.config.head, outside=outside))
             if "mlm" in found:
                 del output.metrics["mlm_loss"]
         return output
 
     def _positions(self, mask: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the flat positions where heads run, or None where they run on sequences."""
-        if self.config.head != "masked_lm":
+        """Return the flat positions that predictions are made for, or None where they are made for sequences."""
+        if not (self.config.gathers or self.config.head == "question_answering"):
             return None
-        return mask.flatten().nonzero().squeeze(1) if self.config.prediction_positions == "all" else targets
+        is_everywhere = self.config.head == "masked_lm" and self.config.prediction_positions == "all"
+        return mask.flatten().nonzero().squeeze(1) if is_everywhere else targets
+
+    def _answers(
+        self,
+        student: torch.Tensor,
+        teacher: Observation,
+        labels: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        shape: torch.Size,
+    ) -> predictions.Answers:
+        if positions is None:
+            return predictions.Answers(student, teacher.logits, labels, None)
+        rows: dict[str, Any] = {"positions": positions, "shape": shape}
+        if self.config.head == "question_answering":
+            return predictions.span_answers(student, teacher.logits, labels, **rows)
+        everywhere = self.config.head != "masked_lm" or self.config.prediction_positions == "all"
+        at_logits = _at(labels, positions)
+        return predictions.Answers(
+            student, teacher.logits, at_logits, rows, everywhere=everywhere, top_k=teacher.top_k
+        )
+
+    def _prediction_losses(self, answers: predictions.Answers | None, *, temperature: float) -> dict[str, ExampleSum]:
+        names = OF_PREDICTIONS & set(self.config.losses or ())
+        if not names:
+            return {}
+        assert answers is not None, "the student's head runs for a loss of predictions"
+        options = {"is_regression": self.config.head == "regression", "official": self.config.official}
+        return predictions.prediction_losses(answers, names, temperature=temperature, **options)
 
     def _loss(self, name: str, lesson: Lesson) -> ExampleSum:
-        if name in OF_PREDICTIONS:
-            return self._prediction_loss(name, lesson)
         if name in RELATIONS or name == "attention_distribution":
             return self._last_attention_loss(name, lesson)
         last = self.config.student_config.num_hidden_layers
@@ -152,33 +206,29 @@ class DistillationModel(PretrainingModel):
             scores = self.config.attention_target == "scores"
             compare = between.attention_loss if scores else between.attention_probability_loss
             ours, theirs = lesson.student.attention, lesson.teacher.attention
-            return _over_layers(compare(ours[m], theirs[n], lesson.mask) for m, n in pairs)
+            return _over_layers(
+                compare(ours[m], theirs[n], lesson.mask, document_ids=lesson.document_ids) for m, n in pairs
+            )
         compare_states = between.cosine_loss if name == "cosine" else between.hidden_loss
         return _over_layers(
             compare_states(self._project(name, m, lesson.student.hidden[m]), lesson.teacher.hidden[n], lesson.mask)
             for m, n in pairs
         )
 
-    def _prediction_loss(self, name: str, lesson: Lesson) -> ExampleSum:
-        answers, is_regression = lesson.answers, self.config.head == "regression"
-        assert answers is not None, "the student's head runs for a loss of predictions"
-        if name == "mlm":
-            return predictions.token_loss(answers)
-        if name == "labels":
-            return predictions.label_loss(answers, is_regression=is_regression)
-        if is_regression:
-            return predictions.value_loss(answers)
-        return predictions.prediction_loss(answers, temperature=lesson.temperature, official=self.config.official)
-
     def _last_attention_loss(self, name: str, lesson: Lesson) -> ExampleSum:
         """Return a loss of the student's last layer against the teacher's chosen one."""
         ours = lesson.student.attention[self.config.student_config.num_hidden_layers]
         theirs = lesson.teacher.attention[self.config.teacher_layer]
         if name == "attention_distribution":
-            return attention_distribution_loss(ours, theirs, lesson.mask)
+            return attention_distribution_loss(ours, theirs, lesson.mask, document_ids=lesson.document_ids)
         part = RELATIONS[name]
-        heads = ours.num_heads if name == "value_relation" else self.config.relation_heads
-        return relation_loss(ours.concatenated(part), theirs.concatenated(part), lesson.mask, relation_heads=heads)
+        return relation_loss(
+            ours.concatenated(part),
+            theirs.concatenated(part),
+            lesson.mask,
+            relation_heads=ours.num_heads if name == "value_relation" else self.config.relation_heads,
+            document_ids=lesson.document_ids,
+        )
 
     def _project(self, name: str, layer: int, states: torch.Tensor) -> torch.Tensor:
         key = _projection_of(name, layer, self.config)
@@ -206,20 +256,23 @@ def _projections(config: DistillationConfig) -> nn.ModuleDict:
     )
 
 
-def visible_pairs(lengths: torch.Tensor, windows: Sequence[int | None]) -> torch.Tensor:
+def visible_pairs(batch: Mapping[str, Any], windows: Sequence[int | None]) -> torch.Tensor:
     """Return how many pairs of tokens see each other, on average over layers.
 
     Args:
-        lengths: ``[B]`` real tokens of each row.
+        batch: With `attention_mask`, and where documents of a row do not see each other, `document_ids` and `position_ids`.
         windows: Largest distance of the tokens that see each other, by layer; None for all.
 
     Returns:
         ``[]``, fp32.
     """
+    mask_BL = batch["attention_mask"]
+    places_BL = batch["position_ids"] if "document_ids" in batch else mask_BL.cumsum(dim=1) - 1
     pairs = []
     for window in windows:
-        reach_B = lengths - 1 if window is None else (lengths - 1).clamp(max=window)
-        pairs.append((lengths + 2 * lengths * reach_B - reach_B * (reach_B + 1)).sum())
+        # With itself, and with each that comes before it in both directions.
+        before_BL = places_BL if window is None else places_BL.clamp(max=window)
+        pairs.append(((2 * before_BL + 1) * mask_BL).sum())
     return torch.stack(pairs).float().mean()
 
 

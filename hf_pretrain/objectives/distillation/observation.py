@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from hf_pretrain.modeling.gathered import GatheredHead
+from hf_pretrain.modeling.isolation import isolated_inputs
+from hf_pretrain.objectives.distillation.cache import TopKTargets
 from hf_pretrain.objectives.distillation.capture import (
     AttentionRecord,
     capture_attention,
@@ -45,14 +48,25 @@ class Observation:
     """What was read off a model.
 
     Attributes:
-        logits: ``[T, V]`` at the positions asked for, or ``[B, C]`` of a sequence; None if not wanted.
+        logits: ``[T, V]`` at the positions asked for, of spans ``[T, 2]`` of starts and ends; or ``[B, C]`` of sequences; None if
+            not wanted.
+        top_k: In place of logits, the likeliest tokens at these positions, as they were found before.
         hidden: ``[B, L, D]`` by layer.
         attention: Records by layer.
     """
 
     logits: torch.Tensor | None = None
+    top_k: TopKTargets | None = None
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionRecord] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Observation:
+        """Return what was read off a model on another device."""
+        return Observation(
+            logits=None if self.logits is None else self.logits.to(device),
+            hidden={layer: states.to(device) for layer, states in self.hidden.items()},
+            attention={layer: record.to(device) for layer, record in self.attention.items()},
+        )
 
 
 class Observer:
@@ -80,10 +94,13 @@ class Observer:
         Args:
             model: The model of the constructor.
             inputs: What it takes; token types are left out for a model that has none.
-            positions: ``[T]`` flat positions of a batch where a masked-LM head is to run.
+            positions: ``[T]`` flat positions of a batch where the head is to run, or where a span may begin and end.
         """
         if not self.takes_types:
             inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+        if "document_ids" in inputs:
+            # Before anything is recorded: the first time, the model is tried out.
+            inputs = isolated_inputs(model, **inputs)
         seen = Observation()
         with ExitStack() as stack:
             if self.wanted.hidden:
@@ -91,13 +108,23 @@ class Observer:
             if self.wanted.attention:
                 seen.attention = stack.enter_context(capture_attention(model, self.wanted.attention))
             if self.gathered is not None:
-                assert positions is not None, "a masked-LM head runs at positions"
+                assert positions is not None, "a head of tokens runs at positions"
                 seen.logits = self.gathered(model, positions, **inputs)
             elif self.wanted.predictions:
-                seen.logits = model(**inputs).logits
+                seen.logits = _logits(model(**inputs), positions)
             else:
                 run_to_layer(model, self.wanted.depth, **inputs)
         return seen
+
+
+def _logits(output: ModelOutput, positions: torch.Tensor | None) -> torch.Tensor:
+    """Return the logits of sequences ``[B, C]``, or those of starts and ends at some positions ``[T, 2]``."""
+    if "start_logits" not in output:
+        logits: torch.Tensor = output.logits
+        return logits
+    assert positions is not None, "a span begins and ends at positions"
+    spans_BL2 = torch.stack([output.start_logits, output.end_logits], dim=-1)
+    return spans_BL2.flatten(0, 1).index_select(0, positions)
 
 
 def keep_logits_in_fp32(model: PreTrainedModel) -> None:

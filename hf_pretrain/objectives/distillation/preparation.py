@@ -22,7 +22,11 @@ from hf_pretrain.objectives.distillation.fingerprints import cache_fingerprint
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.task_data import TaskDataArguments, prepare_task
-from hf_pretrain.objectives.distillation.task_examples import AnsweredDataset, DataCollatorForTask
+from hf_pretrain.objectives.distillation.task_examples import (
+    AnsweredDataset,
+    DataCollatorForTask,
+    count_predictions,
+)
 from hf_pretrain.objectives.distillation.vocabulary_trimming import trim_vocabulary, used_ids
 from hf_pretrain.training.arguments import PretrainingArguments
 
@@ -40,12 +44,8 @@ def load_text(
     """Read text and cut it into examples, with the teacher's tokenizer or the student's.
 
     Raises:
-        InputError: As [`hf_pretrain.data.prepare.prepare_data`]; or if documents are to share rows in isolation.
+        InputError: As [`hf_pretrain.data.prepare.prepare_data`].
     """
-    if data_args.block_mode == "isolated_documents":
-        raise InputError(
-            "block_mode='isolated_documents': student and teacher compare whole rows; use 'doc_sentences'"
-        )
 
     def prepare(tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         return prepare_data(
@@ -62,7 +62,7 @@ def load_text(
 def load_task(
     data_args: TaskDataArguments,
     model_args: StudentArguments,
-    args: PretrainingArguments,
+    args: TaskDistillationTrainingArguments,
     *,
     special_tokens: Sequence[str] = ("pad",),
 ) -> PreparedData:
@@ -71,7 +71,7 @@ def load_task(
 
     def prepare(tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         first = args.main_process_first(local=False, desc="data")
-        return prepare_task(data_args, tokenizer=tokenizer, config=config, seed=args.seed, first=first)
+        return prepare_task(data_args, tokenizer=tokenizer, config=config, task=args.task, seed=args.seed, first=first)
 
     return _in_vocabulary(prepare, data_args.tokenizer_name, model_args, special_tokens)
 
@@ -129,7 +129,8 @@ def ask_once(model: DistillationModel, data: PreparedData, args: TaskDistillatio
 
     def logits_of(examples: list[dict[str, Any]]) -> torch.Tensor:
         batch = {name: value.to(args.device) for name, value in collate(examples).items() if name != "labels"}
-        logits = asked(batch).logits
+        positions = batch.pop("target_positions", None)
+        logits = asked(batch, positions).logits
         assert logits is not None, "predictions are wanted of this teacher"
         return logits
 
@@ -140,7 +141,12 @@ def ask_once(model: DistillationModel, data: PreparedData, args: TaskDistillatio
         with args.main_process_first(local=False, desc="the teacher's answers"):
             if args.process_index == 0 and not has_cache(folder):
                 build_task_logits(
-                    logits_of, dataset, folder, fingerprint=fingerprint, batch_size=args.per_device_eval_batch_size
+                    logits_of,
+                    dataset,
+                    folder,
+                    fingerprint=fingerprint,
+                    counts=count_predictions(dataset),
+                    batch_size=args.per_device_eval_batch_size,
                 )
             return AnsweredDataset(dataset, TaskLogitsCache.open(folder, fingerprint=fingerprint))
 

@@ -14,6 +14,7 @@ from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
+    feed_forward_name,
     from_pretrained,
     parse_overrides,
 )
@@ -255,7 +256,7 @@ def _resized_config(teacher: PreTrainedModel, sizes: dict[str, Any], overrides: 
 def _sizes_of(teacher: PreTrainedModel) -> dict[str, Any]:
     config = teacher.config
     sizes = {name: getattr(config, name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    sizes["intermediate_size"] = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None)
+    sizes["intermediate_size"] = getattr(config, feed_forward_name(config.model_type), None)
     sizes["max_position_embeddings"] = longest_sequence(teacher) or config.max_position_embeddings
     return sizes
 

@@ -1,41 +1,49 @@
-"""The examples of a task: sentences, or pairs of them, with or without labels, from files or a dataset."""
+"""The examples of a task: sentences, pairs, words or questions, with or without labels, from files or a dataset."""
 
-import csv
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.data.corpus import split_held_out
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import from_pretrained
-from hf_pretrain.objectives.distillation.augmentation import AugmentationArguments, augment
+from hf_pretrain.objectives.distillation.arguments import Task
+from hf_pretrain.objectives.distillation.augmentation import TEXT, AugmentationArguments, augment
+from hf_pretrain.objectives.distillation.question_examples import encode_questions
 from hf_pretrain.objectives.distillation.task_examples import encode
+from hf_pretrain.objectives.distillation.task_files import load_split, read_files
+from hf_pretrain.objectives.distillation.token_examples import encode_tokens
 from hf_pretrain.objectives.distillation.word_neighbours import WordNeighbours
 
-_KNOWN_TEXTS = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("sentence",),
-    ("text",),
-)
-_KNOWN_LABELS = ("label", "labels")
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Nothing is a missing value: "null" and "NA" are words.
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
+_KNOWN_TEXTS: dict[Task, tuple[tuple[str, ...], ...]] = {
+    "sequence-classification": (
+        ("sentence1", "sentence2"),
+        ("premise", "hypothesis"),
+        ("question1", "question2"),
+        ("question", "sentence"),
+        ("sentence",),
+        ("text",),
+    ),
+    "token-classification": (("tokens",), ("words",), ("sentence",), ("text",)),
+    "question-answering": (("question", "context"),),
+}
+_KNOWN_LABELS: dict[Task, tuple[str, ...]] = {
+    "sequence-classification": ("label", "labels"),
+    "token-classification": ("labels", "tags", "ner_tags", "pos_tags"),
+    "question-answering": ("answers",),
+}
+_NUM_TEXTS: dict[Task, tuple[int, ...]] = {
+    "sequence-classification": (1, 2),
+    "token-classification": (1,),
+    "question-answering": (2,),
 }
 
 
@@ -44,7 +52,8 @@ class TaskDataArguments(AugmentationArguments):
     """Which examples are learned from, and how they are multiplied."""
 
     train_file: list[str] | None = field(
-        default=None, metadata={"help": "Examples to train on: .tsv or .csv with a header, .jsonl or .parquet."}
+        default=None,
+        metadata={"help": "Examples to train on: .tsv or .csv with a header, .jsonl, .parquet, or .json as of SQuAD."},
     )
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "Examples to evaluate on; without them, some are held out from training."}
@@ -58,17 +67,29 @@ class TaskDataArguments(AugmentationArguments):
     text_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Column of the text, or two of pairs; by default those of the usual names (sentence, text, ...)."
+            "help": "Column of the text, or two of pairs; for token-classification of the lists of words, or of the text; for "
+            "question-answering of question and text; by default those of the usual names (sentence, text, tokens, ...)."
         },
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels, which are optional; by default label, if there is one."}
+        default=None,
+        metadata={
+            "help": "Column of the labels, which are optional; by default label, tags or answers, if there is one."
+        },
     )
     validation_fraction: float = field(
         default=0.05, metadata={"help": "Share of the examples held out if nothing else is; 0 holds none."}
     )
     split_seed: int = field(default=0, metadata={"help": "Seed of the choice of examples to hold out."})
-    max_length: int = field(default=128, metadata={"help": "Most tokens of an example; what goes beyond is cut off."})
+    max_length: int = field(
+        default=128,
+        metadata={
+            "help": "Most tokens of an example; what goes beyond is cut off, or of a question's text, another example."
+        },
+    )
+    doc_stride: int = field(
+        default=32, metadata={"help": "Of a text too long for a question: tokens that a part shares with the next."}
+    )
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": "Tokenizer of the Hub or a folder; by default the student's, or the teacher's."},
@@ -84,6 +105,8 @@ class TaskDataArguments(AugmentationArguments):
             raise InputError(f"text_columns={self.text_columns} must be one column, or two of pairs")
         if self.max_length < 3:
             raise InputError(f"max_length={self.max_length} must be at least 3")
+        if self.doc_stride < 0:
+            raise InputError(f"doc_stride={self.doc_stride} must not be negative")
         super().__post_init__()
 
 
@@ -93,6 +116,7 @@ def prepare_task(
     tokenizer: PreTrainedTokenizerBase,
     config: PreTrainedConfig,
     seed: int,
+    task: Task = "sequence-classification",
     first: AbstractContextManager[Any] | None = None,
 ) -> PreparedData:
     """Read the examples, multiply those to train on if asked for, and tokenize them; each step is done once and cached.
@@ -102,29 +126,34 @@ def prepare_task(
         tokenizer: The tokenizer of both models.
         config: The teacher's configuration, which says what the labels mean.
         seed: Seed of the run.
+        task: What kind of examples they are.
         first: Entered while files are written: ``training_args.main_process_first()``.
 
     Returns:
         Examples with `input_ids`, `token_type_ids` if the tokenizer makes them, and `labels` if the data has them: numbers of
-        classes, -100 where there is none; or, of a teacher with one output, values, NaN where there is none.
+        classes, -100 where there is none; or, of a teacher with one output, values, NaN where there is none. Of classes of words
+        and answers to questions, see [`encode_tokens`] and [`encode_questions`].
 
     Raises:
         InputError: If the examples cannot be read, or a column or a label is not what it has to be.
     """
     with nullcontext() if first is None else first:
-        train, held_out = _read(args)
-        columns = _text_columns(train, args)
-        labels = _label_column(train, args)
+        train, held_out = _read(args, task)
+        columns = _text_columns(train, args, task)
+        labels = _label_column(train, args, task)
+        _check_held_out(held_out, [*columns, *filter(None, [labels])])
         description = {"source": _source(args), "examples": len(train), "text_columns": list(columns)}
         if args.augmentation_model is not None:
+            _check_augmentable(train, task, columns=columns)
             train = _multiply(train, args, columns=columns, seed=seed)
             description["augmented_examples"] = len(train)
-        parts = [
-            None
-            if part is None
-            else encode(part, tokenizer, columns=columns, labels=labels, config=config, max_length=args.max_length)
-            for part in (train, held_out)
-        ]
+        encode_part = partial(
+            _encode, tokenizer=tokenizer, args=args, task=task, columns=columns, labels=labels, config=config
+        )
+        examples = encode_part(train)
+        held_out_examples = None if held_out is None else encode_part(held_out)
+        if task == "question-answering":
+            description["windows"] = len(examples)
     description |= {
         "held_out_examples": None if held_out is None else len(held_out),
         "labels": "none" if labels is None else labels,
@@ -132,54 +161,47 @@ def prepare_task(
         "vocab_size": len(tokenizer),
         "max_length": args.max_length,
     }
-    return PreparedData(tokenizer, parts[0], parts[1], description, args.max_length, train_documents=parts[0])
+    return PreparedData(tokenizer, examples, held_out_examples, description, args.max_length, train_documents=examples)
+
+
+def _encode(
+    examples: datasets.Dataset,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TaskDataArguments,
+    task: Task,
+    columns: tuple[str, ...],
+    labels: str | None,
+    config: PreTrainedConfig,
+) -> datasets.Dataset:
+    longest = args.max_length
+    if task == "question-answering":
+        return encode_questions(
+            examples, tokenizer, columns=columns, answers=labels, max_length=longest, doc_stride=args.doc_stride
+        )
+    if task == "token-classification":
+        (column,) = columns
+        return encode_tokens(examples, tokenizer, column=column, labels=labels, config=config, max_length=longest)
+    return encode(examples, tokenizer, columns=columns, labels=labels, config=config, max_length=longest)
 
 
 # Reading
 
 
-def _read(args: TaskDataArguments) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def _read(args: TaskDataArguments, task: Task) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Return the examples to train on and those held out."""
     if args.train_file is None and args.dataset_name is None:
         raise InputError("train_file and dataset_name are both missing: name the examples of the task")
     if args.train_file is not None:
-        train = _read_files(args.train_file, option="train_file")
+        train = read_files(args.train_file, task, option="train_file")
     else:
-        train = _load(args, args.dataset_split)
+        train = load_split(str(args.dataset_name), args.dataset_config_name, split=args.dataset_split)
     if args.validation_file is not None:
-        return train, _read_files(args.validation_file, option="validation_file")
+        return train, read_files(args.validation_file, task, option="validation_file")
     if args.validation_split is not None and args.dataset_name is not None:
-        return train, _load(args, args.validation_split)
+        return train, load_split(args.dataset_name, args.dataset_config_name, split=args.validation_split)
     train_rows, held_out_rows = split_held_out(len(train), args.validation_fraction, seed=args.split_seed)
     return train.select(train_rows), train.select(held_out_rows) if len(held_out_rows) else None
-
-
-def _read_files(paths: Sequence[str], *, option: str) -> datasets.Dataset:
-    missing = next((path for path in paths if not Path(path).is_file()), None)
-    if missing is not None:
-        raise InputError(f"{option}={missing!r} is no file")
-    kinds = {Path(path).suffix.lower() for path in paths}
-    if len(kinds) != 1 or not kinds <= _READERS.keys():
-        raise InputError(f"{option}={list(paths)} must be files of one kind: {', '.join(_READERS)}")
-    reader, options = _READERS[kinds.pop()]
-    try:
-        return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        if "corresponds to no data" in reason:
-            reason = "there is no example in it"
-        raise InputError(f"{option}={list(paths)} cannot be read as {reader}: {reason}") from error
-
-
-def _load(args: TaskDataArguments, split: str) -> datasets.Dataset:
-    try:
-        return datasets.load_dataset(args.dataset_name, args.dataset_config_name, split=split)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"dataset_name={args.dataset_name!r} ({split=}) cannot be loaded: {reason}") from error
 
 
 def _source(args: TaskDataArguments) -> str:
@@ -189,8 +211,11 @@ def _source(args: TaskDataArguments) -> str:
     return " ".join(filter(None, (args.dataset_name, args.dataset_config_name, args.dataset_split)))
 
 
-def _text_columns(examples: datasets.Dataset, args: TaskDataArguments) -> tuple[str, ...]:
-    wanted = [tuple(args.text_columns)] if args.text_columns is not None else _KNOWN_TEXTS
+def _text_columns(examples: datasets.Dataset, args: TaskDataArguments, task: Task) -> tuple[str, ...]:
+    wanted = [tuple(args.text_columns)] if args.text_columns is not None else _KNOWN_TEXTS[task]
+    if len(wanted[0]) not in _NUM_TEXTS[task]:
+        number = "two columns, of the question and of the text" if task == "question-answering" else "one column"
+        raise InputError(f"text_columns={args.text_columns}: {task} needs {number}")
     found = next((names for names in wanted if set(names) <= set(examples.column_names)), None)
     if found is None:
         asked = f"text_columns={args.text_columns}" if args.text_columns is not None else "no column of a usual name"
@@ -198,12 +223,26 @@ def _text_columns(examples: datasets.Dataset, args: TaskDataArguments) -> tuple[
     return found
 
 
-def _label_column(examples: datasets.Dataset, args: TaskDataArguments) -> str | None:
+def _label_column(examples: datasets.Dataset, args: TaskDataArguments, task: Task) -> str | None:
     if args.label_column is not None and args.label_column not in examples.column_names:
         raise InputError(
             f"label_column={args.label_column!r}: the examples have {', '.join(examples.column_names)}; choose one of these"
         )
-    return args.label_column or next((name for name in _KNOWN_LABELS if name in examples.column_names), None)
+    return args.label_column or next((name for name in _KNOWN_LABELS[task] if name in examples.column_names), None)
+
+
+def _check_held_out(examples: datasets.Dataset | None, columns: Sequence[str]) -> None:
+    missing = [name for name in columns if examples is not None and name not in examples.column_names]
+    if missing:
+        raise InputError(f"validation_file and validation_split: they have no {missing[0]!r}, which is trained on")
+
+
+def _check_augmentable(examples: datasets.Dataset, task: Task, *, columns: Sequence[str]) -> None:
+    has_words = task == "token-classification" and getattr(examples.features[columns[0]], "dtype", None) not in TEXT
+    if has_words or task == "question-answering":
+        raise InputError(
+            f"augmentation_model: with task={task!r}, other words would not have the labels of the old ones; leave it out"
+        )
 
 
 def _multiply(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -18,10 +18,11 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.objectives.distillation.augmentation import SOURCE_ID
 from hf_pretrain.objectives.distillation.cache import TaskLogitsCache
 from hf_pretrain.objectives.distillation.fingerprints import tokenizer_fingerprint
 
-_INPUTS = ("input_ids", "token_type_ids")
+INPUTS = ("input_ids", "token_type_ids")
 # Steps whose examples are sorted by length together.
 _STEPS_SORTED = 50
 
@@ -56,17 +57,40 @@ def encode(
     def to_inputs(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [["" if text is None else str(text) for text in rows[name]] for name in columns]
         found = tokenizer(*texts, truncation=True, max_length=max_length)
-        return {name: found[name] for name in _INPUTS if name in found}
+        return {name: found[name] for name in INPUTS if name in found}
 
-    key = (examples._fingerprint, tokenizer_fingerprint(tokenizer), tokenizer.model_input_names, columns, max_length)
+    encoded = map_texts(examples, to_inputs, tokenizer, key=(list(columns), max_length))
+    return encoded if numbers is None else encoded.add_column("labels", numbers)
+
+
+def map_texts(
+    examples: datasets.Dataset,
+    function: Callable[..., Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    key: Any,
+    with_indices: bool = False,
+) -> datasets.Dataset:
+    """Make inputs of texts, once: the same of the same texts is found again.
+
+    Args:
+        examples: Rows of text. Of their columns only `source_id` stays, by which variants of a row are known.
+        function: Takes rows, with their numbers if `with_indices`, and returns inputs, with `label_ids` for `labels`: a column
+            that is overwritten would keep its type.
+        tokenizer: What the function tokenizes with.
+        key: Whatever else decides the result.
+        with_indices: Whether the function takes numbers.
+    """
+    known = (examples._fingerprint, tokenizer_fingerprint(tokenizer), tokenizer.model_input_names)
     encoded = examples.map(
-        to_inputs,
+        function,
+        with_indices=with_indices,
         batched=True,
-        remove_columns=examples.column_names,
-        new_fingerprint=Hasher.hash(("encode", *key)),
+        remove_columns=[name for name in examples.column_names if name != SOURCE_ID],
+        new_fingerprint=Hasher.hash(("encode", *known, function.__qualname__, key)),
         desc="Tokenizing",
     )
-    return encoded if numbers is None else encoded.add_column("labels", numbers)
+    return encoded.rename_column("label_ids", "labels") if "label_ids" in encoded.column_names else encoded
 
 
 def _label_numbers(examples: datasets.Dataset, column: str, config: PreTrainedConfig) -> np.ndarray:
@@ -81,13 +105,13 @@ def _label_numbers(examples: datasets.Dataset, column: str, config: PreTrainedCo
             ) from None
     feature = examples.features[column]
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    known = {value: _label_number(value, names, config, column) for value in set(values)}
+    known = {value: label_number(value, names, config, column) for value in set(values)}
     return np.array([known[value] for value in values], dtype=np.int64)
 
 
-def _label_number(value: Any, names: Sequence[str] | None, config: PreTrainedConfig, column: str) -> int:
+def label_number(value: Any, names: Sequence[str] | None, config: PreTrainedConfig, column: str) -> int:
     """Return the class of a label by its name, or by its number: -100 for none, which data sets also write -1."""
-    if value in (None, "", -1, "-1"):
+    if value in (None, "", -1, "-1", IGNORED):
         return IGNORED
     name = names[value] if names is not None else value
     by_name: Mapping[str, int] = config.label2id or {}
@@ -106,7 +130,10 @@ def _label_number(value: Any, names: Sequence[str] | None, config: PreTrainedCon
 
 
 class DataCollatorForTask:
-    """Pads examples to the longest of them: `input_ids`, `attention_mask`, what else models read, and `labels` ``[B]``.
+    """Pads examples to the longest of them: `input_ids`, `attention_mask` and what else models read.
+
+    `labels` are ``[B]``, one a text; of classes of tokens ``[B, L]``, -100 at padding; of spans ``[B, 2]``, the first and the
+    last token. `target_positions` ``[T]`` are the flat positions of the tokens that `is_target` marks, row by row.
 
     Args:
         tokenizer: A tokenizer with a padding token.
@@ -118,14 +145,45 @@ class DataCollatorForTask:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch of examples; with `teacher_logits` ``[B, C]`` if they have them."""
+        """Make a batch of examples; with `teacher_logits`, one row a prediction, if they have them."""
         pad = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
-        batch = dict(pad([{name: example[name] for name in _INPUTS if name in example} for example in examples]))
+        batch = dict(pad([{name: example[name] for name in INPUTS if name in example} for example in examples]))
+        is_real = batch["attention_mask"].bool()
+        if "is_target" in examples[0]:
+            is_target = _at_tokens([example["is_target"] for example in examples], is_real, fill=False)
+            batch["target_positions"] = is_target.flatten().nonzero().squeeze(1)
         if "labels" in examples[0]:
-            batch["labels"] = torch.tensor([example["labels"] for example in examples])
+            batch["labels"] = _labels(examples, is_real)
         if "teacher_logits" in examples[0]:
-            batch["teacher_logits"] = torch.stack([example["teacher_logits"] for example in examples])
+            batch["teacher_logits"] = torch.cat([example["teacher_logits"] for example in examples])
         return batch
+
+
+def _labels(examples: list[dict[str, Any]], is_real: torch.Tensor) -> torch.Tensor:
+    labels = [example["labels"] for example in examples]
+    if not isinstance(labels[0], Sequence):
+        return torch.tensor(labels)
+    if all(len(row) == len(example["input_ids"]) for row, example in zip(labels, examples, strict=True)):
+        return _at_tokens(labels, is_real, fill=IGNORED)
+    places_B2 = torch.tensor(labels)
+    # Padding may stand before the text.
+    return torch.where(places_B2 >= 0, places_B2 + is_real.int().argmax(dim=1, keepdim=True), IGNORED)
+
+
+def _at_tokens(rows: Sequence[Sequence[Any]], is_real: torch.Tensor, *, fill: Any) -> torch.Tensor:
+    """Return a value for each token ``[B, L]``, and `fill` at padding, on whichever side that is."""
+    values = torch.tensor([value for row in rows for value in row])
+    return torch.full(is_real.shape, fill, dtype=values.dtype).masked_scatter(is_real, values)
+
+
+def count_predictions(dataset: datasets.Dataset) -> np.ndarray | None:
+    """Return how many tokens of each example are targets, ``[N]``; None if predictions are made for whole texts."""
+    if "is_target" not in dataset.column_names:
+        return None
+    column = dataset.select_columns("is_target").with_format("arrow")[:]["is_target"].combine_chunks()
+    ends = np.append(0, pc.list_value_length(column).to_numpy(zero_copy_only=False)).cumsum()
+    before = np.append(0, column.flatten().to_numpy(zero_copy_only=False).cumsum())
+    return before[ends[1:]] - before[ends[:-1]]
 
 
 class AnsweredDataset(Dataset[dict[str, Any]]):
@@ -145,13 +203,13 @@ class AnsweredDataset(Dataset[dict[str, Any]]):
         return len(self.base)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Return an example with its `teacher_logits` ``[C]``."""
+        """Return an example with its `teacher_logits`, one row a prediction."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Return examples with their `teacher_logits`, read together."""
         examples = [self.base[row] for row in rows]
-        logits = self.cache.lookup(np.asarray(rows))
+        logits = self.cache.lookup_each(rows)
         return [{**example, "teacher_logits": row} for example, row in zip(examples, logits, strict=True)]
 
 

@@ -26,6 +26,7 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Both models predict these once more, to be timed and compared for the card.
 _EXAMPLES_TO_COMPARE = 128
+_ENCODER_ONLY = "**Encoder only**: this run trained no head; go on with a loss of predictions, or fine-tune it."
 
 
 class DistillationTrainer(PretrainingTrainer):
@@ -117,7 +118,9 @@ class DistillationTrainer(PretrainingTrainer):
         config, args = self.model.config, cast(DistillationArguments, self.args)
         own = {
             "objective": describe(self.objective, args.weights(), head=config.head),
-            "note": _note(self.comparison_rows(), has_trained_head=bool(OF_PREDICTIONS & args.weights().keys())),
+            "origin": self.model.origin,
+            "note": "" if OF_PREDICTIONS & args.weights().keys() else _ENCODER_ONLY,
+            "comparison": self.comparison_rows(),
         }
         super().create_model_card(model_name, **(own | facts))
 
@@ -148,21 +151,6 @@ predictions = classify("The chef made a fine meal.")""",
             return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroupedSampler.of(dataset, seed=seed, batch_size=global_batch_size(self.args))
-
-
-def _note(rows: list[Row], *, has_trained_head: bool) -> str:
-    """Return the first paragraphs of the card: what is missing, and the student beside its teacher."""
-    paragraphs = []
-    if not has_trained_head:
-        paragraphs.append(
-            "**Encoder only**: this run trained no head; go on with a loss of predictions, or fine-tune it."
-        )
-    if rows:
-        header, *body = rows
-        lines = [header, ("---",) * len(header), *body]
-        table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-        paragraphs.append(f"The student beside its teacher, on held-out examples:\n\n{table}")
-    return "\n\n".join(paragraphs)
 
 
 def print_comparison(trainer: DistillationTrainer, data: PreparedData) -> None:

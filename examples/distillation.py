@@ -1,0 +1,203 @@
+"""Make a fine-tuned classifier small and fast, and see what its teacher adds to the labels.
+
+    python examples/distillation.py --output_dir distilled
+    python examples/distillation.py --output_dir distilled --model_name_or_path google-bert/bert-base-uncased \
+        --task_train train.tsv --task_validation dev.tsv --student_layers 4 --distillation_rate 5e-5 --learning_rate 1e-4
+
+A masked language model is fine-tuned on a task. A student that is cut from it learns its embeddings, hidden states and attention,
+then its predictions, on sentences in which words have been exchanged for likely others. The same student, trained as long on the
+labels alone, shows what that was worth.
+
+A task is two files of lines "sentence<TAB>label". Without them it is to tell which package a docstring comes from; without a
+checkpoint a small BERT is pre-trained first, on the docstrings of all installed packages. Neither needs a network. The options
+of `transformers.TrainingArguments` are those of the teacher's fine-tuning.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from domain_adaptation import Task, read_task
+from fine_tuning import docstring_task, fine_tune
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_pretrain.cli import main as hf_pretrain
+from hf_pretrain.cli import run_program
+from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.students import compare
+from hf_pretrain.objectives.distillation import DataCollatorForTask
+from hf_pretrain.objectives.distillation.task_examples import encode
+from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.report import print_table
+from hf_pretrain.transfer.fine_tuning import FineTuningArguments
+
+
+@dataclass
+class StoryArguments:
+    """Who teaches what, and how long it is learned."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Masked language model to make the teacher of; by default a small one is pre-trained first."
+        },
+    )
+    task_train: str | None = field(
+        default=None, metadata={"help": 'Task to learn: lines "sentence<TAB>label"; by default a task of docstrings.'}
+    )
+    task_validation: str | None = field(
+        default=None, metadata={"help": "Sentences to measure the accuracy on, in the same format."}
+    )
+    max_length: int = field(default=64, metadata={"help": "Most tokens of a sentence."})
+    student_layers: int = field(
+        default=2, metadata={"help": "Layers of the student, a divisor of the teacher's number."}
+    )
+    intermediate_steps: int = field(default=300, metadata={"help": "Steps on the teacher's states and attention."})
+    prediction_steps: int = field(default=300, metadata={"help": "Steps on the teacher's predictions."})
+    distillation_rate: float = field(
+        default=5e-4, metadata={"help": "Peak learning rate of the student; lower for a large one."}
+    )
+    augmentation_rows: int = field(
+        default=5, metadata={"help": "Tries to vary a sentence; 0 trains on the sentences as they are."}
+    )
+    pretraining_steps: int = field(default=1500, metadata={"help": "Steps of pre-training that small BERT."})
+    pretraining_bytes: int = field(default=8_000_000, metadata={"help": "Docstrings that it is pre-trained on."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of that small BERT."})
+    num_hidden_layers: int = field(default=6, metadata={"help": "Layers of that small BERT."})
+    docstrings: int = field(default=400, metadata={"help": "Paragraphs of each package in the task of docstrings."})
+
+    def __post_init__(self) -> None:
+        """Refuse half a task."""
+        if (self.task_train is None) != (self.task_validation is None):
+            raise InputError("task_train and task_validation go together: name both or neither")
+
+
+def run(method: str, args: FineTuningArguments, **options: Any) -> str:
+    """Run a method as the command line does, and return the folder of its result."""
+    # accelerate has one precision a process.
+    options |= {"seed": args.seed, "bf16": bool(args.bf16), "save_strategy": "no", "report_to": "none"}
+    status = hf_pretrain([method, *(part for name, value in options.items() for part in (f"--{name}", str(value)))])
+    if status:
+        raise SystemExit(status)
+    return str(options["output_dir"])
+
+
+def pretrain(folder: Path, story: StoryArguments, args: FineTuningArguments) -> str:
+    """Pre-train a small BERT on docstrings."""
+    return run(
+        "mlm",
+        args,
+        output_dir=folder,
+        max_corpus_bytes=story.pretraining_bytes,
+        vocab_size=4096,
+        block_size=story.max_length,
+        hidden_size=story.hidden_size,
+        num_hidden_layers=story.num_hidden_layers,
+        num_attention_heads=max(1, story.hidden_size // 32),
+        intermediate_size=4 * story.hidden_size,
+        max_position_embeddings=story.max_length,
+        per_device_train_batch_size=16,
+        max_steps=story.pretraining_steps,
+        learning_rate=1e-3,
+        warmup_steps=0.1,
+    )
+
+
+def write_task(folder: Path, task: Task) -> dict[str, Path]:
+    """Write the examples as the options of `hf-pretrain distil-task` name them, and return the files by option."""
+    files = {}
+    for option, part in (("train_file", task.train), ("validation_file", task.validation)):
+        files[option] = folder / f"{option}.jsonl"
+        rows = ({"sentence": row["sentence"], "label": task.labels[row["label"]]} for row in part)
+        files[option].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files
+
+
+def teach(
+    folder: Path,
+    teacher: str,
+    language_model: str,
+    files: dict[str, Path],
+    story: StoryArguments,
+    args: FineTuningArguments,
+) -> dict[str, str]:
+    """Train the student in both ways; return the folders by what it learned from."""
+    common = {
+        **files,
+        "teacher_name_or_path": teacher,
+        "max_length": story.max_length,
+        "learning_rate": story.distillation_rate,
+        "warmup_steps": 0.1,
+    }
+    cut = {"student_layers": "uniform", "num_hidden_layers": story.student_layers}
+    by_labels = {"prediction_weight": 0.0, "labels_weight": 1.0}
+    steps = story.intermediate_steps + story.prediction_steps
+    labels = run("distil-task", args, **common, **cut, **by_labels, output_dir=folder / "labels", max_steps=steps)
+    if story.augmentation_rows:
+        common |= {"augmentation_model": language_model, "augmentation_rows": story.augmentation_rows}
+    stage = {"training_stage": "intermediate", "max_steps": story.intermediate_steps}
+    first = run("distil-task", args, **common, **cut, **stage, output_dir=folder / "intermediate")
+    stage = {"training_stage": "prediction", "max_steps": story.prediction_steps}
+    student = run("distil-task", args, **common, **stage, model_name_or_path=first, output_dir=folder / "student")
+    return {"the labels alone": labels, "the teacher": student}
+
+
+def judge(folder: str, teacher: str, held_out: Dataset, story: StoryArguments) -> dict[str, float]:
+    """Measure a student beside its teacher on all held-out sentences."""
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    models = [AutoModelForSequenceClassification.from_pretrained(name) for name in (folder, teacher)]
+    rows = encode(
+        held_out, tokenizer, columns=["sentence"], labels="label", config=models[1].config, max_length=story.max_length
+    )
+    return compare(*models, rows, collator=DataCollatorForTask(tokenizer), max_examples=len(rows))
+
+
+def print_students(found: dict[str, dict[str, float]]) -> None:
+    """Print the students below their teacher."""
+    measured = next(iter(found.values()))
+    rows = [("teacher", f"{measured['teacher_accuracy']:.4f}", "", f"{measured['teacher_parameters']:,}", "1")]
+    rows += [
+        (
+            f"student of {source}",
+            f"{row['student_accuracy']:.4f}",
+            f"{row['agreement']:.4f}",
+            f"{row['student_parameters']:,}",
+            f"{row['speed_up_batch_32']:.1f}",
+        )
+        for source, row in found.items()
+    ]
+    print_table(rows, header=("", "accuracy", "as the teacher", "parameters", "times as fast"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Tell the story from the command line; see the top of the file."""
+    story, args = parse_arguments(
+        (StoryArguments, FineTuningArguments),
+        argv,
+        prog=Path(__file__).name,
+        description=__doc__ or "",
+        # What the small BERT needs; for a large one, see the top of the file.
+        defaults={"save_strategy": "no", "learning_rate": 1e-3, "num_train_epochs": 5.0},
+    )
+    folder = Path(args.output_dir)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"output_dir={args.output_dir!r} is in use: name another")
+    if story.task_train is None:
+        task = docstring_task(story.docstrings)
+    else:
+        task = read_task(story.task_train, story.task_validation)
+    language_model = story.model_name_or_path or pretrain(folder / "base", story, args)
+    args.output_dir = str(folder / "teacher")
+    fine_tune(language_model, task, args)
+    students = teach(folder, args.output_dir, language_model, write_task(folder, task), story, args)
+    found = {source: judge(path, args.output_dir, task.validation, story) for source, path in students.items()}
+    print(f"\nOn {len(task.validation)} sentences of {task.name}:")
+    print_students(found)
+    print(f"\nstudent  {students['the teacher']}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
