@@ -141,12 +141,12 @@ def language_model(args: QualityArguments) -> str:
             options = MaskedLMTrainingArguments(**common(args, folder, 0, learning_rate=args.learning_rate))
             data = prepare_data(text_data(args, vocab_size=args.vocab_size), seed=0, output_dir=folder)
             sizes = ModelArguments(
+                model_type=args.model_type,
                 hidden_size=args.teacher_size,
                 num_hidden_layers=args.teacher_layers,
                 num_attention_heads=max(1, args.teacher_size // 32),
                 intermediate_size=4 * args.teacher_size,
                 max_position_embeddings=args.block_size,
-                config_overrides='{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}',
             )
             set_seed(0)
             trainer = mlm.build_trainer(data, sizes, options)
@@ -186,7 +186,8 @@ def classifier(args: QualityArguments) -> str:
             tokenizer = AutoTokenizer.from_pretrained(origin)
             model = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=2)
             data = prepare_task(task_data(args), tokenizer=tokenizer, config=model.config, seed=0)
-            options = common(args, folder, 0, num_train_epochs=args.teacher_epochs, bf16=bf16_is_fast())
+            rate = {"learning_rate": args.teacher_rate, "num_train_epochs": args.teacher_epochs}
+            options = common(args, folder, 0, bf16=bf16_is_fast(), **rate)
             del options["overwrite_output_dir"], options["eval_on_start"]
             use_cpu = not torch.accelerator.is_available()
             trainer = FineTuningTrainer(

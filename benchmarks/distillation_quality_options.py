@@ -54,16 +54,20 @@ class QualityArguments:
         default=None, metadata={"help": "A masked language model that this library pre-trained, instead of a new one."}
     )
     teacher_flops: float = field(default=6e13, metadata={"help": "Training budget of a new teacher."})
-    teacher_layers: int = field(default=8, metadata={"help": "Its layers."})
+    model_type: str = field(
+        default="modernbert", metadata={"help": "Architecture of a new teacher and of the students."}
+    )
+    teacher_layers: int = field(default=4, metadata={"help": "Its layers."})
     teacher_size: int = field(default=256, metadata={"help": "Its width; a head for every 32."})
     student_layers: int = field(default=4, metadata={"help": "Layers of the students."})
-    flops: float = field(default=1e13, metadata={"help": "Training budget of a student on text."})
+    flops: float = field(default=6e12, metadata={"help": "Training budget of a student on text."})
     max_corpus_bytes: int | None = field(default=None, metadata={"help": "Train on a random part of the text."})
     document_separator: str = field(default="blank_line", metadata={"help": "As for `hf-pretrain mlm`."})
     vocab_size: int = field(default=8192, metadata={"help": "Tokens of the tokenizer that is trained on the text."})
     block_size: int = field(default=64, metadata={"help": "Most tokens in an example, of the task too."})
-    batch_size: int = field(default=32, metadata={"help": "Examples a step."})
+    batch_size: int = field(default=16, metadata={"help": "Examples a step."})
     learning_rate: float = field(default=5e-4, metadata={"help": "Peak rate on text."})
+    teacher_rate: float = field(default=3e-4, metadata={"help": "Its peak rate on the task."})
     teacher_epochs: float = field(default=3.0, metadata={"help": "Passes of the teacher over the task."})
     intermediate_steps: int = field(default=800, metadata={"help": "Steps of TinyBERT's first stage on the task."})
     intermediate_rate: float = field(default=5e-4, metadata={"help": "Their peak rate."})

@@ -291,3 +291,22 @@ def test_the_exported_heads_are_in_safetensors(tmp_path, languages):
         names = set(file.keys())
     assert names and not any("word_embeddings" in name for name in names)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["BertForMaskedLM"]
+
+
+def test_plain_text_and_pairs_are_mixed_by_steps_and_evaluated_whole(tmp_path):
+    options = {"objectives": ["mlm", "nsp"], "objective_shares": "mlm:3, nsp:1", "per_device_train_batch_size": 4}
+    trainer = build(program, tmp_path, **options, max_steps=6, learning_rate=1e-3)
+    trainer.train()
+    batches = [
+        trainer.data_collator([trainer.train_dataset[start + i] for i in range(4)])
+        for start in range(0, len(trainer.train_dataset) - 3, 4)
+    ]
+    are_pairs = [(batch["pair_labels"] != -100).tolist() for batch in batches]
+    assert all(all(batch) or not any(batch) for batch in are_pairs)
+    assert sum(map(all, are_pairs)) / len(are_pairs) == pytest.approx(0.25, abs=0.02)
+    held_out = trainer.eval_dataset
+    parts = held_out.parts
+    assert len(held_out) == sum(map(len, parts.values())) and len(parts["mlm"]) == 13
+    counts = [trainer.model.count_targets(batch) for batch in trainer.get_eval_dataloader()]
+    assert sum(int(count["pair"]) for count in counts) == len(parts["nsp"])
+    assert 0 < trainer.evaluate()["eval_pair_loss"] < 1

@@ -110,6 +110,10 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
 
     def read(self, examples: Sequence[Mapping[str, Any]]) -> ExampleRows:
         """Stack the examples; where a target is written from a source, the token that ends it may be hidden too."""
+        if any("token_type_ids" in example for example in examples):
+            # Of several kinds, those that are one segment need not say so.
+            one_segment = ({"token_type_ids": np.zeros(len(example["input_ids"]), np.int64)} for example in examples)
+            examples = [types | dict(example) for types, example in zip(one_segment, examples, strict=True)]
         rows = super().read(examples)
         if not any("lm_mode" in example for example in examples):
             return rows

@@ -45,14 +45,13 @@ def training_examples(data: PreparedData, args: EncoderTrainingArguments, *, typ
 
 
 def held_out_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
-    """Return the examples to evaluate on, in the shares of training; None if no text is held out."""
+    """Return the examples to evaluate on: those of all kinds, each once; None if no text is held out."""
     if data.eval_dataset is None:
         return None
     parts = _parts(data, args, held_out=True, type_vocab_size=type_vocab_size)
     if len(parts) == 1:
         return next(iter(parts.values()))
-    group_size = 1 if args.has_modes else args.per_device_eval_batch_size * args.world_size
-    return MixtureDataset(parts, shares=args.shares(), group_size=group_size, seed=args.seed)
+    return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
 
 
 def _parts(

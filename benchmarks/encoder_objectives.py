@@ -1,0 +1,249 @@
+"""Do the objectives of encoders learn? Each on real text, against what can be had without a model.
+
+    python benchmarks/encoder_objectives.py --train_file books.txt --data_dir data [--arm nsp sop] [--max_steps 3000]
+    python benchmarks/encoder_objectives.py --table
+
+    nsp, sop            masked tokens and pairs of segments, as BERT's and ALBERT's
+    structbert          masked tokens, shuffled words, three kinds of pairs
+    spanbert            masked spans, each also from its boundaries
+    unilm               BERT's objectives, one-way and sequence to sequence in one mixture
+    tlm, mlm            sentences in two languages: with their translations beside half of them, and each alone. data_dir holds
+                        multi30k/train.en.gz and train.de.gz
+
+Held-out documents. Of each loss, two baselines that know nothing of the context: the unigram of the training text (one added to
+each count) at the same targets, and the frequencies of the classes of pairs. Of shuffled words, also how often the token that is
+seen is the right one. Each run is a row of the file `results`; what is there is not run again.
+"""
+
+import gzip
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import set_seed
+
+from hf_pretrain.cli import run_program
+from hf_pretrain.data.multilingual import MultilingualDataArguments
+from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.data.token_store import TokenStore
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.objectives.encoder import EncoderTrainer, EncoderTrainingArguments, load_examples
+from hf_pretrain.trainers import encoder
+from hf_pretrain.training.parsing import parse_arguments
+from results import add_result, read_results
+from timing import print_table
+
+ARMS: dict[str, dict[str, Any]] = {
+    "nsp": {"objectives": ["mlm", "nsp"]},
+    "sop": {"objectives": ["mlm", "sop"]},
+    "structbert": {"objectives": ["mlm", "sentence_structure", "word_order"]},
+    "spanbert": {
+        "objectives": ["mlm", "span_boundary"],
+        "masking_unit": "span",
+        "replacement_unit": "unit",
+    },
+    "unilm": {
+        "objectives": ["mlm", "nsp", "sequence_to_sequence", "left_to_right", "right_to_left"],
+        "objective_shares": "nsp:1/3, sequence_to_sequence:1/3, left_to_right:1/6, right_to_left:1/6",
+        "masking_unit": "ngram",
+        "ngram_unit": "token",
+        "ngram_shares": [0.8, 0.1, 0.1],
+    },
+    "tlm": {"objectives": ["mlm", "tlm"]},
+    "mlm": {"objectives": ["mlm"]},
+}
+_BILINGUAL = ("tlm", "mlm")
+_NOT_SETTINGS = ("train_file", "data_dir", "results", "table", "arm", "seed")
+
+
+@dataclass
+class ObjectiveArguments:
+    """What is run."""
+
+    train_file: list[str] = field(default_factory=list, metadata={"help": "Text, as for `hf-pretrain encoder`."})
+    data_dir: str = field(default="data", metadata={"help": "Folder with multi30k, for the arms of two languages."})
+    results: str = field(default="encoder_objectives.json", metadata={"help": "File that each run adds a row to."})
+    table: bool = field(default=False, metadata={"help": "Print the table of the file instead of running anything."})
+    arm: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
+    seed: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; each arm runs with each."})
+    model_type: str = field(default="modernbert", metadata={"help": "Architecture."})
+    hidden_size: int = field(default=128, metadata={"help": "Width; a head for every 32."})
+    num_hidden_layers: int = field(default=4, metadata={"help": "Layers."})
+    block_size: int = field(default=128, metadata={"help": "Most tokens in an example."})
+    vocab_size: int = field(default=8192, metadata={"help": "Tokens of the tokenizer, trained on the text."})
+    max_corpus_bytes: int | None = field(default=24_000_000, metadata={"help": "Train on a random part of the text."})
+    max_steps: int = field(default=3000, metadata={"help": "Steps."})
+    batch_size: int = field(default=32, metadata={"help": "Examples a step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate."})
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run.
+
+        Raises:
+            InputError: If an arm is unknown, or there is nothing to train on.
+        """
+        for name in self.arm:
+            if name not in ARMS:
+                raise InputError(f"arm={name!r} is unknown; choose of {', '.join(ARMS)}")
+        if not self.table and not self.train_file and set(self.arm) - set(_BILINGUAL):
+            raise InputError("train_file is missing: name the text to train on, or print what there is with --table")
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides a run beside its arm and its seed."""
+        return {name: value for name, value in asdict(self).items() if name not in _NOT_SETTINGS}
+
+
+def data_arguments(arm: str, args: ObjectiveArguments) -> MultilingualDataArguments:
+    """Return the options of an arm's text."""
+    common = {"block_size": args.block_size, "vocab_size": args.vocab_size}
+    if arm not in _BILINGUAL:
+        return MultilingualDataArguments(
+            train_file=args.train_file,
+            max_corpus_bytes=args.max_corpus_bytes,
+            block_mode="doc_sentences",
+            validation_fraction=0.04,
+            **common,
+        )
+    common |= {"document_separator": "line", "validation_fraction": 0.04, "bitext_share": 0.5, "lowercase": True}
+    paths = {language: str(sentences_of(args, language)) for language in ("en", "de")}
+    languages = [f"{language}={path}" for language, path in paths.items()]
+    pairs = [f"en-de={paths['en']},{paths['de']}"]
+    return MultilingualDataArguments(language_file=languages, parallel_file=pairs if arm == "tlm" else None, **common)
+
+
+def sentences_of(args: ObjectiveArguments, language: str) -> Path:
+    """Unpack the sentences of a language, and return the file."""
+    source = Path(args.data_dir, "multi30k", f"train.{language}.gz")
+    if not source.is_file():
+        raise InputError(f"data_dir={args.data_dir} has no multi30k/train.{language}.gz")
+    path = Path(args.results).with_name(f"multi30k.{language}")
+    if not path.exists():
+        path.write_bytes(gzip.decompress(source.read_bytes()))
+    return path
+
+
+def build(arm: str, seed: int, args: ObjectiveArguments) -> tuple[EncoderTrainer, PreparedData]:
+    """Put an arm together."""
+    folder = Path(args.results).with_name(f"{Path(args.results).stem}-runs") / f"{arm}-{seed}"
+    sizes = ModelArguments(
+        model_type=args.model_type,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=max(1, args.hidden_size // 32),
+        intermediate_size=4 * args.hidden_size,
+        max_position_embeddings=args.block_size,
+    )
+    options = EncoderTrainingArguments(
+        output_dir=str(folder),
+        max_steps=args.max_steps,
+        learning_rate=args.learning_rate,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=64,
+        eval_on_start=False,
+        save_strategy="no",
+        logging_steps=100,
+        report_to="none",
+        seed=seed,
+        **ARMS[arm],
+    )
+    data = load_examples(data_arguments(arm, args), sizes, options)
+    set_seed(seed)
+    return encoder.build_trainer(data, sizes, options), data
+
+
+def held_out_batches(trainer: EncoderTrainer) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield the batches of the evaluation."""
+    yield from trainer.get_eval_dataloader()
+
+
+def baselines(trainer: EncoderTrainer, data: PreparedData) -> dict[str, float]:
+    """Return the unigram's loss at each loss's targets, the entropy of the classes of pairs, and how often copying is right."""
+    counts = np.ones(len(data.tokenizer))
+    store = TokenStore(data.train_documents)
+    for start in range(0, store.num_tokens, 1 << 20):
+        ids, _ = store.read(start, min(start + (1 << 20), store.num_tokens))
+        counts += np.bincount(ids, minlength=len(counts))
+    nats = -np.log(counts / counts.sum())
+    found: dict[str, list[np.ndarray]] = {}
+    copied, pairs = [], []
+    for batch in held_out_batches(trainer):
+        labels = batch["labels"].numpy()
+        is_bitext = batch["is_bitext"].numpy() if "is_bitext" in batch else np.zeros(len(labels), dtype=bool)
+        for name, rows in (("mlm", ~is_bitext), ("tlm", is_bitext)):
+            found.setdefault(name, []).append(labels[rows][labels[rows] != IGNORED])
+        for name, entry in (("word_order", "order_labels"), ("span_boundary", "span_labels")):
+            if entry in batch:
+                found.setdefault(name, []).append(batch[entry][batch[entry] != IGNORED].numpy())
+        if "order_positions" in batch:
+            seen = batch["input_ids"].flatten()[batch["order_positions"]]
+            copied.append((seen == batch["order_labels"]).numpy())
+        if "pair_labels" in batch:
+            pairs.append(batch["pair_labels"][batch["pair_labels"] != IGNORED].numpy())
+    result = {name: float(nats[np.concatenate(ids)].mean()) for name, ids in found.items() if sum(map(len, ids))}
+    if copied:
+        result["word_order_copied"] = float(np.concatenate(copied).mean())
+    if pairs:
+        shares = np.bincount(np.concatenate(pairs)) / sum(map(len, pairs))
+        result |= {"pair": float(-(shares * np.log(shares)).sum()), "pair_prior": float(shares.max())}
+    return result
+
+
+def run_arm(arm: str, seed: int, args: ObjectiveArguments) -> None:
+    """Run an arm and add its row, unless there is one."""
+    path = Path(args.results)
+    done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
+    if (arm, seed, args.settings()) in done:
+        return
+    trainer, data = build(arm, seed, args)
+    begin = time.perf_counter()
+    trainer.train()
+    seconds = round(time.perf_counter() - begin)
+    measured = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
+    kept = {name: value for name, value in measured.items() if name.endswith(("_loss", "_accuracy", "_nll"))}
+    row = {"arm": arm, "seed": seed, "seconds": seconds, "measured": kept, "baselines": baselines(trainer, data)}
+    add_result(path, row | {"settings": args.settings()})
+
+
+def print_results(path: Path) -> None:
+    """Print one row a loss of each run."""
+    rows = []
+    for run in read_results(path):
+        known, measured = run["baselines"], run["measured"]
+        for name in (key.removesuffix("_loss") for key in measured if key.endswith("_loss")):
+            accuracy = measured.get(f"{name}_accuracy")
+            trivial = {"pair": known.get("pair_prior"), "word_order": known.get("word_order_copied")}.get(name)
+            rows.append(
+                [
+                    run["arm"],
+                    name,
+                    f"{measured[f'{name}_loss']:.3f}",
+                    f"{known[name]:.3f}" if name in known else "",
+                    "" if accuracy is None else f"{100 * accuracy:.1f}",
+                    "" if trivial is None else f"{100 * trivial:.1f}",
+                    str(run["settings"]["max_steps"]),
+                    str(run["seconds"]),
+                ]
+            )
+    columns = ["arm", "loss of", "loss", "baseline", "accuracy", "baseline", "steps", "seconds"]
+    print_table(rows, columns)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is missing, then print the table."""
+    (args,) = parse_arguments((ObjectiveArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
+    if not args.table:
+        for seed, arm in itertools.product(args.seed, args.arm):
+            run_arm(arm, seed, args)
+    print_results(Path(args.results))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
