@@ -13,10 +13,10 @@ demo: .venv/.installed ## pre-train a small ELECTRA on text found on this machin
 	$(BIN)/hf-pretrain rtd --config trainers/recipes/demo.yaml --output_dir demo-output --overwrite_output_dir true
 
 test: lint ## lint, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-all: lint ## lint, then run every test, the slow ones and those for a GPU too
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n 2 -m ""
 
 lint: .venv/.installed ## style, types and spelling
 	$(BIN)/ruff check .

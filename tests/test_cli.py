@@ -14,7 +14,7 @@ def test_help_lists_every_method_with_one_line(capsys):
     for argv in ([], ["-h"], ["--help"]):
         assert cli.main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
-        for name, (_, summary) in cli.METHODS.items():
+        for name, (_, summary) in (cli.METHODS | cli.RECIPES).items():
             assert sum(line.split()[:1] == [name] and summary in line for line in lines) == 1
 
 
@@ -35,7 +35,7 @@ def test_version_is_that_of_the_package(capsys):
 
 def test_a_method_without_a_near_name_is_answered_with_all(capsys):
     assert cli.main(["zzzz"]) == 2
-    assert "choose from mlm, rtd" in capsys.readouterr().err
+    assert f"choose from {', '.join([*cli.METHODS, *cli.RECIPES])}" in capsys.readouterr().err
 
 
 def test_a_method_gets_the_arguments_after_its_name(monkeypatch):

@@ -121,12 +121,14 @@ def test_options_exist(name, options):
     text = text_of(name)
     known = set().union(*options.values()) | {f"--{other}" for other in OTHER_OPTIONS}
     if name.startswith("examples/"):
-        known |= set(re.findall(r"^    (\w+): .*= ?field\(", text_of("examples/domain_adaptation.py"), flags=re.M))
+        for program in sorted((ROOT / "examples").glob("*.py")):
+            known |= set(re.findall(r"^    (\w+): .*= ?field\(", program.read_text(encoding="utf-8"), flags=re.M))
         known |= {f"--{option}" for option in known if not option.startswith("--")}
     if name == "docs/benchmarks.md":
         for program in sorted((ROOT / "benchmarks").glob("*.py")):
-            fields = re.findall(r"^    (\w+): .*= ?field\(", program.read_text(encoding="utf-8"), flags=re.M)
-            known |= {f"--{option}" for option in fields}
+            code = program.read_text(encoding="utf-8")
+            fields = re.findall(r"^    (\w+): .*= ?field\(", code, flags=re.M)
+            known |= {f"--{option}" for option in fields} | set(re.findall(r"add_argument\(\s*\"(--\w+)\"", code))
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
         assert option in known, option
     for method, rest in re.findall(r"hf-pretrain ({})((?:[^\n`]|\\\n)*)".format("|".join(METHODS)), text):

@@ -106,7 +106,7 @@ class SentencePairDataset(EpochDataset):
         if self.rule.has_random and num_documents == 1:
             raise InputError(
                 f"task={self.rule.task!r} takes random text from other documents, but there is one document only: "
-                "separate the documents of the text, or use task='sop'"
+                "separate the documents of the text, hold out more of them, or use task='sop'"
             )
         if not self.rule.takes_lone_sentences and np.diff(self.sentences.documents).max() == 1:
             raise InputError(

@@ -99,7 +99,7 @@ def load_data(
     args: PretrainingArguments,
     *,
     special_tokens: Sequence[str] = ("mask", "pad"),
-    prepare: Callable[..., PreparedData] = prepare_data,
+    prepare: Callable[..., PreparedData] | None = None,
 ) -> PreparedData:
     """Read the text and cut it into examples, with the tokenizer of the run, of the checkpoint to continue, or a new one.
 
@@ -108,13 +108,13 @@ def load_data(
         model_args: Names the checkpoint.
         args: Seed and output folder.
         special_tokens: What the tokenizer must have.
-        prepare: Makes the examples, called as [`prepare_data`] is.
+        prepare: Makes the examples, called as [`prepare_data`] is, which is the default.
     """
     tokenizer = _known_tokenizer(data_args, model_args, args)
     if tokenizer is not None:
         # Before hours of tokenizing, not after.
         check_tokenizer(tokenizer, roles=special_tokens)
-    return prepare(
+    return (prepare or prepare_data)(
         data_args,
         seed=args.seed,
         output_dir=args.output_dir,

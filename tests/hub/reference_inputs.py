@@ -20,6 +20,8 @@ from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.objectives.distillation.description import describe, describe_origin
 from hf_pretrain.objectives.distillation.trainer import DistillationTrainer, TaskDistillationTrainer
 from hf_pretrain.objectives.electric import ElectricTrainer
+from hf_pretrain.objectives.encoder import EncoderTrainer
+from hf_pretrain.objectives.encoder.description import describe as describe_encoder
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainer
 from hf_pretrain.objectives.permutation_lm import PermutationLMTrainer
 from hf_pretrain.objectives.recurrent_lm import RecurrentLMTrainer
@@ -34,6 +36,7 @@ NOTE = (
 
 RTD = ReplacedTokenDetectionTrainer.objective
 MLM = MaskedLMTrainer.objective
+ENCODER_WEIGHTS = {"mlm": 1.0, "pair": 1.0, "word_order": 0.5}
 DISTIL_WEIGHTS = {"prediction": 5.0, "mlm": 2.0, "cosine": 1.0}
 
 VERSIONS = {"python": "3.11", "transformers": "5.23.0", "torch": "2.13.0"}
@@ -166,6 +169,17 @@ _CARDS = (
         compute=Compute(parameters=110_000_000, steps=500),
         limits=LIMITS,
         versions=VERSIONS,
+    ),
+    _reference(
+        describe_encoder(EncoderTrainer.objective, ["mlm", "sop", "word_order"], ENCODER_WEIGHTS),
+        model_class="BertForPreTraining",
+        components={
+            "mlm_loss": (8.0, 5.0),
+            "pair_loss": (0.7, 0.5),
+            "word_order_loss": (8.0, 4.0),
+            "pair_accuracy": (0.5, 0.75),
+        },
+        weights={f"{name}_loss": weight for name, weight in ENCODER_WEIGHTS.items()},
     ),
     _reference(
         ElectricTrainer.objective,

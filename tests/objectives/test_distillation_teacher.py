@@ -100,11 +100,11 @@ def test_logits_are_not_rounded_to_16_bits():
     """Not in the student under autocast, not in a teacher of bfloat16; a later cast restores nothing."""
     wanted = Wanted(predictions=True)
     exact, student = model(), model()
-    observer = Observer(student, wanted, is_masked_lm=True)
+    observer = Observer(student, wanted, gathers=True)
     positions = torch.arange(10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = observer(student, batch(), positions).logits
-    teacher = Teacher(copy.deepcopy(exact), wanted, is_masked_lm=True, dtype=torch.bfloat16)
+    teacher = Teacher(copy.deepcopy(exact), wanted, gathers=True, dtype=torch.bfloat16)
     answers = teacher(batch(), positions).logits
     for found in (logits, answers):
         assert found.dtype == torch.float32
@@ -114,7 +114,7 @@ def test_logits_are_not_rounded_to_16_bits():
 
 def test_a_copy_of_a_model_computes_its_own_logits():
     original = model()
-    Observer(original, Wanted(predictions=True), is_masked_lm=False)
+    Observer(original, Wanted(predictions=True), gathers=False)
     copied = copy.deepcopy(original)
     with torch.no_grad():
         copied.get_output_embeddings().weight.zero_()
@@ -123,7 +123,7 @@ def test_a_copy_of_a_model_computes_its_own_logits():
 
 
 def test_the_autocast_of_the_student_is_not_the_teachers():
-    teacher = Teacher(model(), Wanted(hidden=(2,)), is_masked_lm=False)
+    teacher = Teacher(model(), Wanted(hidden=(2,)), gathers=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = teacher(batch()).hidden[2]
     assert torch.equal(states, teacher(batch()).hidden[2])

@@ -187,7 +187,9 @@ def test_the_lock_goes_when_the_run_fails(make, folder):
 
 def ran(program, folder, *argv):
     """Run a program's parts, all but the reading of text, and return its Trainer and options."""
-    tiny = [text for name, value in tiny_options(program).items() for text in (f"--{name}", str(value))]
+    tiny = []
+    for name, value in tiny_options(program).items():
+        tiny += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     argv = [*tiny, "--output_dir", str(folder), "--bf16", "false", *argv]
     argv = ["--logging_steps", "1", "--max_steps", "2", "--warmup_steps", "0", "--save_strategy", "no", *argv]
     options = parse_arguments(program.ARGUMENTS, argv, prog="hf-pretrain", description="")

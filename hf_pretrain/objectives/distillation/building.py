@@ -138,7 +138,7 @@ def join(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationA
     asked = Teacher(
         teacher,
         config.wanted()[1],
-        is_masked_lm=config.gathers,
+        gathers=config.gathers,
         dtype=getattr(torch, precision),
         device=args.teacher_device,
         compiles=args.teacher_compile,

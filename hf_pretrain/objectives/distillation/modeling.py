@@ -69,7 +69,7 @@ class DistillationModel(PretrainingModel):
         self.student = student
         self.projections = _projections(config)
         self.teacher = teacher
-        self.observer = Observer(student, config.wanted()[0], is_masked_lm=config.gathers)
+        self.observer = Observer(student, config.wanted()[0], gathers=config.gathers)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -75,16 +75,16 @@ class Observer:
     Args:
         model: A stock encoder, with or without a head. Its logits are computed in fp32 from now on.
         wanted: What to read.
-        is_masked_lm: Whether its head runs on chosen positions.
+        gathers: Whether its head runs on chosen positions.
     """
 
-    def __init__(self, model: PreTrainedModel, wanted: Wanted, *, is_masked_lm: bool) -> None:
+    def __init__(self, model: PreTrainedModel, wanted: Wanted, *, gathers: bool) -> None:
         self.wanted = wanted
         self.takes_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
         self.gathered: GatheredHead | None = None
         if wanted.predictions:
             keep_logits_in_fp32(model)
-            self.gathered = GatheredHead(model) if is_masked_lm else None
+            self.gathered = GatheredHead(model) if gathers else None
 
     def __call__(
         self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], positions: torch.Tensor | None = None

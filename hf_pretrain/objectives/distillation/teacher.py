@@ -25,7 +25,7 @@ class Teacher:
     Args:
         model: The stock model. It is frozen, put into evaluation mode and cast in place.
         wanted: What it is asked for.
-        is_masked_lm: Whether its head runs on chosen positions.
+        gathers: Whether its head runs on chosen positions.
         dtype: Type of its weights; logits are in fp32 nevertheless.
         device: Where it runs, if not where the batch is; batches are sent there, and what it makes of them comes back.
         compiles: Whether its layers run under torch.compile.
@@ -39,7 +39,7 @@ class Teacher:
         model: PreTrainedModel,
         wanted: Wanted,
         *,
-        is_masked_lm: bool,
+        gathers: bool,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         compiles: bool = False,
@@ -51,7 +51,7 @@ class Teacher:
             )
         self.model = model.to(dtype).requires_grad_(False).eval()
         self.device = None if device is None else _checked(device)
-        self.observer = Observer(model, wanted, is_masked_lm=is_masked_lm)
+        self.observer = Observer(model, wanted, gathers=gathers)
         self._compiled = _compiled_layers(model) if compiles else {}
 
     @property
