@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from domain_adaptation import Task, read_task
-from fine_tuning import docstring_task, fine_tune
+from domain_adaptation import Task
+from fine_tuning import begin, fine_tune
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_pretrain.cli import main as hf_pretrain
@@ -30,7 +30,6 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.students import compare
 from hf_pretrain.objectives.distillation import DataCollatorForTask
 from hf_pretrain.objectives.distillation.task_examples import encode
-from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.report import print_table
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 
@@ -174,21 +173,7 @@ def print_students(found: dict[str, dict[str, float]]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Tell the story from the command line; see the top of the file."""
-    story, args = parse_arguments(
-        (StoryArguments, FineTuningArguments),
-        argv,
-        prog=Path(__file__).name,
-        description=__doc__ or "",
-        # What the small BERT needs; for a large one, see the top of the file.
-        defaults={"save_strategy": "no", "learning_rate": 1e-3, "num_train_epochs": 5.0},
-    )
-    folder = Path(args.output_dir)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"output_dir={args.output_dir!r} is in use: name another")
-    if story.task_train is None:
-        task = docstring_task(story.docstrings)
-    else:
-        task = read_task(story.task_train, story.task_validation)
+    story, args, folder, task = begin(StoryArguments, argv, program=__file__, description=__doc__ or "")
     language_model = story.model_name_or_path or pretrain(folder / "base", story, args)
     args.output_dir = str(folder / "teacher")
     fine_tune(language_model, task, args)

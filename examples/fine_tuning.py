@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from domain_adaptation import Task, read_task
@@ -151,23 +152,39 @@ def fine_tune(checkpoint: str, task: Task, args: FineTuningArguments) -> float:
     return trainer.evaluate()["eval_accuracy"]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Tell the story from the command line; see the top of the file."""
+def begin(
+    story_class: type, argv: list[str] | None, *, program: str, description: str
+) -> tuple[Any, FineTuningArguments, Path, Task]:
+    """Read the options of a story that fine-tunes a model, and its task.
+
+    Args:
+        story_class: Dataclass of the story's own options, among them `task_train`, `task_validation` and `docstrings`.
+        argv: The arguments, without the name of the program; those of the process if None.
+        program: Path of the program.
+        description: Text of its help.
+
+    Returns:
+        The story's options, those of fine-tuning, the empty folder to write to, and the task.
+    """
     story, args = parse_arguments(
-        (StoryArguments, FineTuningArguments),
+        (story_class, FineTuningArguments),
         argv,
-        prog=Path(__file__).name,
-        description=__doc__ or "",
-        # What the small ELECTRA needs; for a large one, see the top of the file.
+        prog=Path(program).name,
+        description=description,
+        # What a small model needs; for a large one, see the top of the file.
         defaults={"save_strategy": "no", "learning_rate": 1e-3, "num_train_epochs": 5.0},
     )
     folder = Path(args.output_dir)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"output_dir={args.output_dir!r} is in use: name another")
     if story.task_train is None:
-        task = docstring_task(story.docstrings)
-    else:
-        task = read_task(story.task_train, story.task_validation)
+        return story, args, folder, docstring_task(story.docstrings)
+    return story, args, folder, read_task(story.task_train, story.task_validation)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Tell the story from the command line; see the top of the file."""
+    story, args, folder, task = begin(StoryArguments, argv, program=__file__, description=__doc__ or "")
     checkpoint = story.model_name_or_path or pretrain(folder / "base", story, args)
     args.output_dir = str(folder / "classifier")
     accuracy = fine_tune(checkpoint, task, args)
