@@ -71,7 +71,7 @@ from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.precision import bf16_is_fast
 from hf_pretrain.training.trainer import PretrainingTrainer
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
-from results import add_result, mean_and_spread, read_results, rows_by_settings
+from results import mean_and_spread, rows_by_settings, run_once
 from timing import print_table
 
 
@@ -314,12 +314,12 @@ def run_on_task(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
 
 def run_arm(arm: str, seed: int, args: QualityArguments) -> None:
     """Run an arm and add its row, unless there is one."""
-    path = Path(args.results)
-    done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
-    if (arm, seed, args.settings()) not in done:
+
+    def run() -> dict[str, Any]:
         row = (run_on_task if arm in TASK_ARMS else run_on_text)(arm, seed, args)
-        facts = {"threads": torch.get_num_threads(), "settings": args.settings()}
-        add_result(path, {"arm": arm, "seed": seed} | row | facts)
+        return row | {"threads": torch.get_num_threads()}
+
+    run_once(Path(args.results), arm, seed, settings=args.settings(), run=run)
 
 
 # Name in the table, name in the results, what it is multiplied by, and decimal places.

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.encoder import EncoderTrainer, EncoderTrainingArguments, load_examples
 from hf_pretrain.trainers import encoder
 from hf_pretrain.training.parsing import parse_arguments
-from results import add_result, read_results
+from results import read_results, run_once
 from timing import print_table
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -196,20 +197,15 @@ def baselines(trainer: EncoderTrainer, data: PreparedData) -> dict[str, float]:
     return result
 
 
-def run_arm(arm: str, seed: int, args: ObjectiveArguments) -> None:
-    """Run an arm and add its row, unless there is one."""
-    path = Path(args.results)
-    done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
-    if (arm, seed, args.settings()) in done:
-        return
+def run_arm(arm: str, seed: int, args: ObjectiveArguments) -> dict[str, Any]:
+    """Run an arm, and return what was measured."""
     trainer, data = build(arm, seed, args)
     begin = time.perf_counter()
     trainer.train()
     seconds = round(time.perf_counter() - begin)
     measured = {name.removeprefix("eval_"): value for name, value in trainer.evaluate().items()}
     kept = {name: value for name, value in measured.items() if name.endswith(("_loss", "_accuracy", "_nll"))}
-    row = {"arm": arm, "seed": seed, "seconds": seconds, "measured": kept, "baselines": baselines(trainer, data)}
-    add_result(path, row | {"settings": args.settings()})
+    return {"seconds": seconds, "measured": kept, "baselines": baselines(trainer, data)}
 
 
 def print_results(path: Path) -> None:
@@ -241,7 +237,8 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = parse_arguments((ObjectiveArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
     if not args.table:
         for seed, arm in itertools.product(args.seed, args.arm):
-            run_arm(arm, seed, args)
+            run = partial(run_arm, arm, seed, args)
+            run_once(Path(args.results), arm, seed, settings=args.settings(), run=run)
     print_results(Path(args.results))
 
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,7 +40,7 @@ from hf_pretrain.trainers import plm, recurrent_lm
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 from language_model_options import NOT_SETTINGS, LanguageModelArguments, model_options, training_options
-from results import add_result, read_results
+from results import read_results, run_once
 from timing import print_table
 
 _DISCOUNT = 0.75
@@ -130,7 +131,7 @@ def run_arm(arm: str, seed: int, args: LanguageModelArguments) -> dict[str, Any]
     trainer = program.build_trainer(data, model_class(**model_options(arm, args)), args_class(**training))
     begin = time.perf_counter()
     trainer.train()
-    row: dict[str, Any] = {"arm": arm, "seed": seed, "seconds": round(time.perf_counter() - begin)}
+    row: dict[str, Any] = {"seconds": round(time.perf_counter() - begin)}
     row["tokens"] = args.max_steps * args.batch_size * args.block_size
     row["loss"] = evaluate(trainer)
     if arm == "txl":
@@ -139,7 +140,7 @@ def run_arm(arm: str, seed: int, args: LanguageModelArguments) -> dict[str, Any]
     counted = CountedModel(_whole_stream(data.train_documents, data), len(data.tokenizer))
     row["unigram"], row["bigram"] = counted.nats(*held_out_targets(trainer, data))
     row["parameters"] = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return row | {"settings": settings(args)}
+    return row
 
 
 def settings(args: LanguageModelArguments) -> dict[str, Any]:
@@ -170,9 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     path = Path(args.results)
     if not args.table:
         for seed, arm in itertools.product(args.seed, args.arm):
-            done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
-            if (arm, seed, settings(args)) not in done:
-                add_result(path, run_arm(arm, seed, args))
+            run_once(path, arm, seed, settings=settings(args), run=partial(run_arm, arm, seed, args))
     print_results(path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,13 @@ def add_result(path: Path, row: dict[str, Any]) -> None:
         fresh = path.with_suffix(".tmp")
         fresh.write_text(json.dumps(rows, indent=1), encoding="utf-8")
         fresh.replace(path)
+
+
+def run_once(path: Path, arm: str, seed: int, *, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> None:
+    """Run an arm with a seed and add what was measured as a row, unless there is one with these settings."""
+    done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
+    if (arm, seed, settings) not in done:
+        add_result(path, {"arm": arm, "seed": seed} | run() | {"settings": settings})
 
 
 def rows_by_settings(path: Path) -> dict[str, list[dict[str, Any]]]:

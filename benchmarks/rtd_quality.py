@@ -67,7 +67,7 @@ from hf_pretrain.objectives.replaced_token_detection import (
 )
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
-from results import add_result, mean_and_spread, read_results, rows_by_settings
+from results import mean_and_spread, rows_by_settings, run_once
 from timing import print_table
 
 ARMS = ("untrained", "mlm", "rtd", "argmax", "masked_only")
@@ -289,7 +289,7 @@ def run_arm(arm: str, seed: int, args: QualityArguments, exams: Exams) -> dict[s
     row = {"steps": 0, "flops": 0, "seconds": 0.0} if arm == "untrained" else train(trainer, args.flops)
     model = getattr(trainer.model, trainer.model.export_parts[""])
     row |= judge(model, data.tokenizer, exams, is_masked_lm=arm == "mlm")
-    return {"arm": arm, "seed": seed} | row | {"threads": torch.get_num_threads(), "settings": args.settings()}
+    return row | {"threads": torch.get_num_threads()}
 
 
 # Name in the table, name in the results, what it is multiplied by, and decimal places.
@@ -324,9 +324,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.table:
         exams = read_exams(args)
         for seed, arm in itertools.product(args.seed, args.arm):
-            done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
-            if (arm, seed, args.settings()) not in done:
-                add_result(path, run_arm(arm, seed, args, exams))
+            run = partial(run_arm, arm, seed, args, exams)
+            run_once(path, arm, seed, settings=args.settings(), run=run)
     print_results(path)
 
 
