@@ -153,7 +153,7 @@ def fine_tune(checkpoint: str, task: Task, args: FineTuningArguments) -> float:
 
 
 def begin(
-    story_class: type, argv: list[str] | None, *, program: str, description: str
+    story_class: type, argv: list[str] | None, *, program: str, description: str, **defaults: Any
 ) -> tuple[Any, FineTuningArguments, Path, Task]:
     """Read the options of a story that fine-tunes a model, and its task.
 
@@ -162,6 +162,7 @@ def begin(
         argv: The arguments, without the name of the program; those of the process if None.
         program: Path of the program.
         description: Text of its help.
+        **defaults: What differs from the defaults of `FineTuningArguments` for the small model of this story.
 
     Returns:
         The story's options, those of fine-tuning, the empty folder to write to, and the task.
@@ -172,7 +173,7 @@ def begin(
         prog=Path(program).name,
         description=description,
         # What a small model needs; for a large one, see the top of the file.
-        defaults={"save_strategy": "no", "learning_rate": 1e-3, "num_train_epochs": 5.0},
+        defaults={"save_strategy": "no", "learning_rate": 1e-3, "num_train_epochs": 5.0} | defaults,
     )
     folder = Path(args.output_dir)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
