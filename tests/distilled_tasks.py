@@ -13,7 +13,7 @@ from hf_pretrain.objectives.distillation import (
     load_task,
 )
 from hf_pretrain.trainers import distil_task
-from method_matrix import NO_DROPOUT, TINY, VOCAB_SIZE, RecordGradients, tiny_tokenizer
+from method_matrix import NO_DROPOUT, QUIET, TINY, VOCAB_SIZE, RecordGradients, tiny_tokenizer
 
 AUTO_CLASSES = {
     "token-classification": AutoModelForTokenClassification,
@@ -89,20 +89,7 @@ def build_task(task, folder, *, data_options=None, model_options=None, **options
     teacher = folder / "teacher"
     if not teacher.exists():
         save_teacher(task, teacher)
-    defaults = {
-        "output_dir": str(folder / "out"),
-        "bf16": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "max_grad_norm": 0.0,
-        "warmup_steps": 0,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 1,
-        "eval_on_start": False,
-        "report_to": [],
-    }
+    defaults = QUIET | {"output_dir": str(folder / "out")}
     args = TaskDistillationTrainingArguments(**{**defaults, "task": task, **options})
     data_args = TaskDataArguments(
         **{"train_file": [train], "validation_file": [dev], "max_length": 24, "doc_stride": 4, **(data_options or {})}

@@ -56,6 +56,20 @@ TINY_TRAINING = {
     "objectives": ["mlm", "sop", "word_order"],
     "word_order_probability": 0.3,
 }
+# Of a run that nothing disturbs: fp32, one step, unclipped, no words.
+QUIET = {
+    "bf16": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "max_grad_norm": 0.0,
+    "warmup_steps": 0,
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 4,
+    "max_steps": 1,
+    "eval_on_start": False,
+    "report_to": [],
+}
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
 # Architectures that call it otherwise.
 NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}'}
@@ -184,20 +198,7 @@ def build(program, output_dir, data=None, *, model_options=None, **options):
     """Return a Trainer of a program on tiny data: fp32, quiet, unclipped, no dropout unless told otherwise."""
     _, model_class, args_class = program.ARGUMENTS
     model_args = model_class(**tiny_model_options(program) | (model_options or {}))
-    defaults = {
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "max_grad_norm": 0.0,
-        "warmup_steps": 0,
-        "per_device_train_batch_size": 8,
-        "per_device_eval_batch_size": 4,
-        "max_steps": 1,
-        "eval_on_start": False,
-        "report_to": [],
-    }
+    defaults = QUIET | {"output_dir": str(output_dir)}
     args = args_class(**{**defaults, **known_options(args_class, TINY_TRAINING), **options})
     torch.manual_seed(args.seed)
     trainer = program.build_trainer(data_for(program, data), model_args, args)
