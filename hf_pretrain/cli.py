@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, RunError
 
 METHODS = {
     "mlm": ("hf_pretrain.trainers.mlm", "masked language modelling: hide tokens, words or spans and find them again"),
@@ -49,6 +49,7 @@ RECIPES = {
 }
 """Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 
+_EXIT_RUN = 1
 _EXIT_INPUT = 2
 _EXIT_INTERRUPTED = 130
 
@@ -75,14 +76,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_program(program: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Run a program; bad input ends it with one line and an exit status, any other error with its traceback.
+    """Run a program; bad input and a run that cannot go on end it with one line, any other error with its traceback.
 
     Args:
         program: The program's ``main``, which takes its arguments and returns its exit status, None for 0.
         argv: The arguments, without the name of the program; those of the process if not given.
 
     Returns:
-        The exit status: the program's own, 2 after an `InputError`, 130 after an interrupt.
+        The exit status: the program's own, 1 after a `RunError`, 2 after an `InputError`, 130 after an interrupt.
     """
     try:
         return program(argv) or 0
@@ -90,16 +91,16 @@ def run_program(program: Callable[[list[str] | None], int | None], argv: list[st
         print("interrupted", file=sys.stderr)
         return _EXIT_INTERRUPTED
     except Exception as error:
-        mistake = _input_error_within(error)
-        if mistake is None:
+        known = _known_error_within(error)
+        if known is None:
             raise
-        print(f"error: {' '.join(str(mistake).split())}", file=sys.stderr)
-        return _EXIT_INPUT
+        print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
+        return _EXIT_INPUT if isinstance(known, InputError) else _EXIT_RUN
 
 
-def _input_error_within(error: BaseException | None) -> InputError | None:
+def _known_error_within(error: BaseException | None) -> InputError | RunError | None:
     # datasets wraps what a generator raises, so the user's mistake can be the cause of the error that arrives here.
-    while error is not None and not isinstance(error, InputError):
+    while error is not None and not isinstance(error, InputError | RunError):
         error = error.__cause__
     return error
 

@@ -28,10 +28,10 @@ from hf_pretrain.training.accumulator import SumAccumulator
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.memory import peak_memory_mib
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
-from hf_pretrain.training.saving import SavingMixin
+from hf_pretrain.training.pushing import PushingMixin
 
 
-class PretrainingTrainer(SavingMixin, Trainer):
+class PretrainingTrainer(PushingMixin, Trainer):
     """Trains a [`PretrainingModel`], dividing each of its losses by that loss's own global count.
 
     The model returns sums. Before a step, the targets of every loss are counted over all its micro-batches and all ranks, so
