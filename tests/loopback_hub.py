@@ -1,40 +1,90 @@
 """A Hub on 127.0.0.1 for the tests: the part of the Hub's HTTP protocol that pushing and loading a model uses.
 
 Blobs are stored by their SHA-256 in one directory and a commit is a table from paths to blobs, so that every revision
-stays readable, as on the Hub. The client must run with the environment of [`hub_environment`] in a process of its own,
-because `huggingface_hub` reads its constants when it is imported.
+stays readable, as on the Hub. A client in a process of its own runs with the environment of [`hub_environment`], because
+`huggingface_hub` reads its constants when it is imported; the Trainers of this process push to it within [`connected`].
 
     with LoopbackHub(tmp_path / "hub") as hub:
         subprocess.run([sys.executable, "push.py"], env=hub_environment(hub.url, tmp_path / "home"), check=True)
         assert "model.safetensors" in hub.files("tester/my-model")
+
+The Hub can be made to fail: the next requests of a route (a method's name in `loopback_hub_routes.py`) with `fail_next`, in
+the middle of what is sent with `cut_next`; and to wait, with `held`.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
-import re
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from types import SimpleNamespace
+from unittest.mock import patch
 
 USER = "tester"
 TOKEN = "hf_loopback"
-REGULAR_FILE_LIMIT = 1 << 20  # bytes; larger files go through LFS, as binary ones do
+READ_TOKEN = "hf_reader"  # of the same user, without the permission to write
+MAIN = "main"
 
 Tree = dict[str, tuple[str, bool]]  # path -> (SHA-256 of the blob, whether it went through LFS)
 
 
-def hub_environment(url: str, home: Path | str) -> dict[str, str]:
+def hub_environment(url: str, home: Path | str, *, token: str | None = TOKEN) -> dict[str, str]:
     """Return the whole environment of a process that must see the server at `url` as the Hub, with `home` as cache."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGG", "TRANSFORMERS"))}
-    switches = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    switches |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    return {**kept, **switches, "HF_ENDPOINT": url, "HF_HOME": str(home), "HF_TOKEN": TOKEN}
+    disabled = ("XET", "TELEMETRY", "PROGRESS_BARS", "UPDATE_CHECK")
+    switches = {f"HF_HUB_DISABLE_{name}": "1" for name in disabled} | {"HF_HUB_OFFLINE": "0"}
+    switches |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    switches |= {} if token is None else {"HF_TOKEN": token}
+    return {**kept, **switches, "HF_ENDPOINT": url, "HF_HOME": str(home)}
+
+
+@contextmanager
+def connected(url: str, *, token: str | None = TOKEN) -> Iterator[None]:
+    """Let this process push to the server at `url`, with no pause where the client tries again."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils import _http, close_session, disable_progress_bars
+    from transformers.utils import hub as transformers_hub
+
+    environment = hub_environment(url, "unused", token=token)
+    settings = {"ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
+    settings |= {"HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}"}
+    settings |= {"HF_TOKEN_PATH": os.devnull}
+    with (
+        patch.dict(os.environ, environment, clear=True),
+        patch.multiple(constants, **settings),
+        patch.object(transformers_hub, "_hf_api", HfApi(endpoint=url)),
+        patch.object(_http, "time", SimpleNamespace(sleep=lambda seconds: None)),
+    ):
+        close_session()
+        disable_progress_bars()
+        yield
+    close_session()
+
+
+@dataclass
+class Fault:
+    """What becomes of some requests of a route, all of them for the same address: that of the first that comes.
+
+    Attributes:
+        route: Name of the route.
+        skip: How many of the route go well before.
+        times: How many are concerned.
+        status: What they are answered, or None to break the connection off.
+        after: Where it is broken off, how many bytes of the request are read before.
+    """
+
+    route: str
+    skip: int
+    times: int
+    status: int | None = None
+    after: int = 0
+    address: str | None = None
 
 
 class LoopbackHub:
@@ -43,17 +93,31 @@ class LoopbackHub:
     Attributes:
         url: The endpoint, for `HF_ENDPOINT`.
         commits: For each repository its commits, oldest first: commit id -> tree.
+        summaries: What a commit says of itself, by its id.
+        branches: For each repository the last commit of each of its branches.
+        private: Repositories that only who may write to them can see.
+        namespaces: Whose repositories the user may write to.
+        read_only: Repositories that the user may not write to all the same.
         unknown: Requests that no route answered; a test should find it empty.
     """
 
     def __init__(self, root: Path | str) -> None:
         """Prepare to store blobs under `root`."""
+        from loopback_hub_routes import Handler
+
         self.root = Path(root)
         self.root.mkdir(parents=True, exist_ok=True)
         self.commits: dict[str, dict[str, Tree]] = {}
+        self.summaries: dict[str, str] = {}
+        self.branches: dict[str, dict[str, str]] = {}
+        self.private: set[str] = set()
+        self.namespaces = {USER}
+        self.read_only: set[str] = set()
         self.unknown: list[str] = []
-        self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"hub": self}))
+        self.lock = threading.RLock()
+        self._faults: list[Fault] = []
+        self._held: dict[str, threading.Event] = {}
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("_BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> LoopbackHub:
@@ -66,26 +130,37 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def head(self, repo_id: str) -> str:
-        """Return the id of the last commit of a repository."""
-        return next(reversed(self.commits[repo_id]))
+    # What is there
 
-    def files(self, repo_id: str, *, revision: str = "main") -> dict[str, Path]:
-        """Return each path of a repository at `revision`, and the file that holds its content here."""
-        tree = self.commits[repo_id][self.head(repo_id) if revision == "main" else revision]
+    def head(self, repo_id: str, revision: str = MAIN) -> str:
+        """Return the id of a branch's last commit."""
+        return self.branches[repo_id][revision]
+
+    def files(self, repo_id: str, *, revision: str = MAIN) -> dict[str, Path]:
+        """Return each path of a repository at a branch or commit, and the file that holds its content here."""
+        tree = self.commits[repo_id][self.branches[repo_id].get(revision, revision)]
         return {path: self.root / sha for path, (sha, _) in sorted(tree.items())}
 
-    def append(self, repo_id: str, tree: Tree) -> str:
-        """Append a commit, to a new repository if need be, and return its id."""
-        commits = self.commits.setdefault(repo_id, {})
-        oid = hashlib.sha1(json.dumps([repo_id, len(commits), sorted(tree.items())]).encode()).hexdigest()
-        commits[oid] = tree
+    def said(self, repo_id: str) -> list[str]:
+        """Return what the commits of a repository say of themselves, oldest first."""
+        return [self.summaries[commit] for commit in self.commits[repo_id]]
+
+    def append(self, repo_id: str, tree: Tree, *, branch: str = MAIN, summary: str = "initial commit") -> str:
+        """Append a commit to a branch, of a new repository if need be, and return its id."""
+        with self.lock:
+            commits = self.commits.setdefault(repo_id, {})
+            oid = hashlib.sha1(json.dumps([repo_id, len(commits), sorted(tree.items())]).encode()).hexdigest()
+            commits[oid], self.summaries[oid] = tree, summary
+            self.branches.setdefault(repo_id, {})[branch] = oid
         return oid
 
     def store(self, content: bytes) -> str:
         """Store a blob and return its SHA-256."""
         sha = hashlib.sha256(content).hexdigest()
-        (self.root / sha).write_bytes(content)
+        # No reader may find half of it.
+        part = self.root / f"{sha}.{threading.get_ident()}"
+        part.write_bytes(content)
+        part.replace(self.root / sha)
         return sha
 
     def git_oid(self, sha: str) -> str:
@@ -93,159 +168,40 @@ class LoopbackHub:
         content = (self.root / sha).read_bytes()
         return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
+    # What goes wrong
 
-class _HubError(Exception):
-    """An answer other than success; its arguments are the HTTP status and the Hub's error code."""
+    def fail_next(self, route: str, *, times: int = 1, skip: int = 0, status: int = 503) -> None:
+        """Answer the next requests of a route with an error, after some that go well."""
+        self._faults.append(Fault(route, skip, times, status))
 
+    def cut_next(self, route: str, *, times: int = 1, skip: int = 0, after: int = 0) -> None:
+        """Break the connection off in the next requests of a route, when so many bytes of the body have come."""
+        self._faults.append(Fault(route, skip, times, after=after))
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: LoopbackHub
+    def take_fault(self, route: str, address: str) -> Fault | None:
+        """Return what becomes of a request that has just come, if it does not go well."""
+        with self.lock:
+            for fault in self._faults:
+                if fault.route != route or not fault.times or fault.address not in (None, address):
+                    continue
+                if fault.skip:
+                    fault.skip -= 1
+                    return None
+                fault.times, fault.address = fault.times - 1, address
+                return fault
+        return None
 
-    def log_message(self, format: str, *args: object) -> None:
-        """Keep the output of the tests quiet."""
-
-    def _answer(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        path = urlsplit(self.path).path
+    @contextmanager
+    def held(self, route: str) -> Iterator[None]:
+        """Let the requests of a route wait until the block is left."""
+        self._held[route] = threading.Event()
         try:
-            # a PUT to LFS carries no token: on the Hub its address is signed
-            writes = self.command == "POST" and path != "/api/validate-yaml"
-            if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                raise _HubError(401, "Unauthorized")
-            for method, pattern, route in _ROUTES:
-                match = re.fullmatch(pattern, path)
-                if match and method == self.command.replace("HEAD", "GET"):
-                    return route(self, **{name: unquote(text or "") for name, text in match.groupdict().items()})
-            self.hub.unknown.append(f"{self.command} {self.path}")
-            raise _HubError(404, "UnknownRoute")
-        except _HubError as error:
-            status, code = error.args
-            self._send(json.dumps({"error": code}).encode(), status=status, headers={"X-Error-Code": code})
+            yield
+        finally:
+            self._held.pop(route).set()
 
-    do_GET = do_HEAD = do_POST = do_PUT = _answer
-
-    def _send(self, content: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def _send_json(self, value: object, *, status: int = 200) -> None:
-        self._send(json.dumps(value).encode(), status=status, headers={"Content-Type": "application/json"})
-
-    def _tree(self, repo: str, revision: str) -> tuple[str, Tree]:
-        if repo not in self.hub.commits:
-            raise _HubError(404, "RepoNotFound")
-        commit = self.hub.head(repo) if revision in ("", "main") else revision
-        if commit not in self.hub.commits[repo]:
-            raise _HubError(404, "RevisionNotFound")
-        return commit, self.hub.commits[repo][commit]
-
-    def create(self) -> None:
-        asked = json.loads(self.body)
-        repo = f"{asked.get('organization') or USER}/{asked['name']}"
-        with self.hub.lock:
-            exists = repo in self.hub.commits
-            if not exists:
-                self.hub.append(repo, {})
-        self._send_json({"url": f"{self.hub.url}/{repo}"}, status=409 if exists else 200)
-
-    def preupload(self, repo: str, revision: str) -> None:
-        _, tree = self._tree(repo, revision)
-        answers = []
-        for file in json.loads(self.body)["files"]:
-            lfs = file["size"] > REGULAR_FILE_LIMIT or b"\0" in base64.b64decode(file["sample"])
-            answers.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
-            if file["path"] in tree:  # by this the client leaves out what has not changed
-                sha, _ = tree[file["path"]]
-                answers[-1]["oid"] = sha if lfs else self.hub.git_oid(sha)
-        self._send_json({"files": answers})
-
-    def lfs_batch(self, repo: str) -> None:
-        self._tree(repo, "main")
-        objects = []
-        for asked in json.loads(self.body)["objects"]:
-            answer: dict[str, Any] = {"oid": asked["oid"], "size": asked["size"]}
-            if not (self.hub.root / asked["oid"]).exists():
-                links = {"upload": f"lfs-storage/{asked['oid']}", "verify": "lfs-verify"}
-                answer["actions"] = {name: {"href": f"{self.hub.url}/{link}"} for name, link in links.items()}
-            objects.append(answer)
-        self._send_json({"transfer": "basic", "objects": objects})
-
-    def lfs_put(self, oid: str) -> None:
-        if self.hub.store(self.body) != oid:
-            raise _HubError(400, "WrongChecksum")
-        self._send(b"")
-
-    def lfs_verify(self) -> None:
-        self._send(b"", status=200 if (self.hub.root / json.loads(self.body)["oid"]).exists() else 404)
-
-    def commit(self, repo: str, revision: str) -> None:
-        operations = [json.loads(line) for line in self.body.splitlines() if line.strip()]
-        with self.hub.lock:
-            head, tree = self._tree(repo, "main")
-            if revision != "main" or operations[0]["value"].get("parentCommit", head) != head:
-                raise _HubError(412, "NotTheHead")
-            for operation in operations[1:]:
-                tree = self._changed(tree, operation["key"], operation["value"])
-            oid = self.hub.append(repo, tree)
-        self._send_json({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{repo}/commit/{oid}"})
-
-    def _changed(self, tree: Tree, key: str, value: dict[str, Any]) -> Tree:
-        path = value["path"]
-        if key == "file":
-            return {**tree, path: (self.hub.store(base64.b64decode(value["content"], validate=True)), False)}
-        if key == "lfsFile" and (self.hub.root / value["oid"]).exists():
-            return {**tree, path: (value["oid"], True)}
-        if key in ("deletedFile", "deletedFolder"):
-            return {name: blob for name, blob in tree.items() if not f"{name}/".startswith(path.rstrip("/") + "/")}
-        raise _HubError(400, f"BadOperation {key}")
-
-    def info(self, repo: str, revision: str = "") -> None:
-        commit, tree = self._tree(repo, revision)
-        siblings = [{"rfilename": path} for path in sorted(tree)]
-        self._send_json({"id": repo, "sha": commit, "private": False, "tags": [], "siblings": siblings})
-
-    def tree(self, repo: str, revision: str, folder: str) -> None:
-        _, tree = self._tree(repo, revision)
-        recursive, entries = "recursive=true" in self.path.lower(), []
-        for path, (sha, lfs) in sorted(tree.items()):
-            rest = path.removeprefix(f"{folder}/") if folder else path
-            if (rest == path and folder) or ("/" in rest and not recursive):
-                continue
-            size = (self.hub.root / sha).stat().st_size
-            entries.append({"type": "file", "path": path, "oid": self.hub.git_oid(sha), "size": size})
-            if lfs:
-                entries[-1]["lfs"] = {"oid": sha, "size": size, "pointerSize": 134}
-        if folder and not entries:
-            raise _HubError(404, "EntryNotFound")
-        self._send_json(entries)
-
-    def resolve(self, repo: str, revision: str, path: str) -> None:
-        commit, tree = self._tree(repo, revision)
-        if path not in tree:
-            raise _HubError(404, "EntryNotFound")
-        sha, lfs = tree[path]
-        etag = f'"{sha if lfs else self.hub.git_oid(sha)}"'
-        self._send((self.hub.root / sha).read_bytes(), headers={"X-Repo-Commit": commit, "ETag": etag})
-
-
-_REPO = r"(?P<repo>[^/]+/[^/]+?)"
-_REVISION = r"(?P<revision>[^/]+)"
-_ROUTES: list[tuple[str, str, Any]] = [
-    ("GET", "/api/whoami-v2", lambda handler: handler._send_json({"type": "user", "name": USER, "orgs": []})),
-    ("POST", "/api/validate-yaml", lambda handler: handler._send_json({"errors": [], "warnings": []})),
-    ("POST", "/api/repos/create", _Handler.create),
-    ("POST", f"/api/models/{_REPO}/preupload/{_REVISION}", _Handler.preupload),
-    ("POST", f"/api/models/{_REPO}/commit/{_REVISION}", _Handler.commit),
-    ("GET", f"/api/models/{_REPO}", _Handler.info),
-    ("GET", f"/api/models/{_REPO}/revision/{_REVISION}", _Handler.info),
-    ("GET", f"/api/models/{_REPO}/tree/{_REVISION}(?:/(?P<folder>.+))?", _Handler.tree),
-    ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
-    ("PUT", r"/lfs-storage/(?P<oid>[0-9a-f]{64})", _Handler.lfs_put),
-    ("POST", "/lfs-verify", _Handler.lfs_verify),
-    ("GET", f"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler.resolve),
-]
+    def wait_while_held(self, route: str) -> None:
+        """Return when the route is free."""
+        gate = self._held.get(route)
+        if gate is not None:
+            gate.wait()

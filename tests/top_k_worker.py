@@ -3,8 +3,8 @@
 import os
 
 import torch
-from distilled import UNCACHED
 
+from distilled import UNCACHED
 from hf_pretrain.trainers import distil
 from method_matrix import build, teacher_of
 

@@ -241,6 +241,8 @@ def run_tokenizer(
         trained = train_tokenizer(texts, **options)
         if finish is not None:
             finish(trained)
+        # An old record beside a new tokenizer would tell of another text, should the run be cut off here.
+        record.unlink(missing_ok=True)
         trained.save_pretrained(output_dir)
         record.write_text(key, encoding="utf-8")
     return _load_tokenizer(str(output_dir))
@@ -305,7 +307,7 @@ def _prepare_stream(
     options: dict[str, Any] = {"tokenizer": tokenizer, "block_size": args.block_size, "mode": args.block_mode}
     train_dataset = StreamingBlocks(
         source,
-        read=read if args.train_file else None,
+        document_separator=args.document_separator,
         text_column=args.text_column,
         shuffle_buffer_size=args.shuffle_buffer_size,
         seed=seed,

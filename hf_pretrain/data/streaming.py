@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,36 +20,38 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents import tokenize_texts
 from hf_pretrain.data.packing import BlockDataset, BlockTemplate, PackingMode, check_mode
-from hf_pretrain.data.text import read_documents
+from hf_pretrain.data.stream_progress import Place, ShardSampler, Stop, StreamProgress
+from hf_pretrain.data.stream_sources import ShardSource, as_source
+from hf_pretrain.data.text_files import DocumentSeparator
 from hf_pretrain.errors import InputError
 
 _SHARD_BITS = 32
 _COLUMN_TYPES: dict[str, type[np.generic]] = {"input_ids": np.int32, "word_starts": np.bool_, "sent_starts": np.bool_}
-_EPOCH, _WARNED = 0, 1
+_READ_BLOCKS = 256
+_MOST_EMPTY = 100
 
-Read = Callable[[str | Path], Iterable[str]]
 Tokenize = Callable[[list[str]], Mapping[str, Sequence[Any]]]
 
 
 class StreamingBlocks(IterableDataset[dict[str, Any]]):
-    """Blocks of text that is read, tokenized and packed on the fly, a buffer of documents at a time.
+    """Blocks of text that is read, tokenized and packed on the fly, a window of documents at a time.
 
     Each example has ``input_ids`` and ``word_starts`` as in :class:`BlockDataset`, ``epoch``, and ``example_id`` =
-    shard number * 2**32 + number of the block in its shard: the same for any number of workers and ranks. Workers
-    share the shards out among themselves. Ranks are left to accelerate, which deals each worker's examples out in
-    turn. Resume replays what was seen, which gives the same examples in the same order for the same number of workers.
+    shard number * 2**32 + number of the block in its shard: the same for any number of workers and ranks. Iterating
+    gives one epoch; data loader workers share the shards out among themselves. Training takes a
+    :class:`TrainingStream` of it, which goes on epoch after epoch and can go on from any place.
 
     Args:
-        source: Paths of the files, each a shard; or a ``datasets.IterableDataset``, whose own shards are used.
+        source: Paths of files; or a ``datasets.IterableDataset``; or a :class:`ShardSource`. Large files are cut into
+            parts, so that many can read one.
         tokenizer: Tokenizer for the text; gives the special tokens around a block and the separator between documents.
         block_size: Most tokens in a block, special tokens included.
         mode: How to cut, see :func:`hf_pretrain.data.packing.block_bounds`.
-        read: Returns the texts of the documents of one path; default `hf_pretrain.data.text.read_documents`. Picklable
-            if workers are spawned.
+        document_separator: What ends a document of a text file.
         text_column: Column of the ``datasets.IterableDataset``, or of JSON and Parquet files, that holds the text.
-        documents_per_buffer: Documents tokenized and packed together; no block crosses two buffers.
-        shuffle_buffer_size: Examples among which a keyed shuffle draws the next one, in each worker; 0 keeps the
-            order. If set, the order of the shards is drawn each epoch too.
+        documents_per_buffer: Documents tokenized together.
+        shuffle_buffer_size: Blocks that are shuffled together, by a keyed permutation: the window. If set, the order of
+            the shards is drawn each epoch too. 0 keeps the order, and a window is a buffer of documents.
         seed: Key of the shuffle.
         tokenize: Maps texts to columns of the document schema; default `hf_pretrain.data.documents.tokenize_texts`.
 
@@ -58,146 +61,154 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
 
     def __init__(
         self,
-        source: Sequence[str | Path] | datasets.IterableDataset,
+        source: Sequence[str | Path] | datasets.IterableDataset | ShardSource,
         *,
         tokenizer: PreTrainedTokenizerBase,
         block_size: int = 128,
         mode: PackingMode = "full_sentences",
-        read: Read | None = None,
+        document_separator: DocumentSeparator = "blank_line",
         text_column: str = "text",
         documents_per_buffer: int = 1000,
         shuffle_buffer_size: int = 0,
         seed: int = 0,
         tokenize: Tokenize | None = None,
     ) -> None:
-        _check_source(source, text_column)
         if documents_per_buffer < 1:
             raise InputError(f"documents_per_buffer={documents_per_buffer} must be positive; 1000 is usual")
         check_mode(mode)
-        BlockTemplate.of(tokenizer).budget(block_size)
-        self.source = source
+        room = BlockTemplate.of(tokenizer).budget(block_size)
+        self.source = as_source(source, document_separator=document_separator, text_column=text_column)
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.mode = mode
-        self.read = read if read is not None else partial(read_documents, text_column=text_column)
-        self.text_column = text_column
         self.documents_per_buffer = documents_per_buffer
         self.shuffle_buffer_size = shuffle_buffer_size
         self.seed = seed
         self.tokenize = tokenize if tokenize is not None else partial(tokenize_texts, tokenizer=tokenizer)
+        self.sampler = ShardSampler(self.source.num_shards, seed=seed, shuffle=shuffle_buffer_size > 0)
+        self._window_tokens = shuffle_buffer_size * room
         # In shared memory, because persistent workers keep the copy of this object that they were started with.
-        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     @property
     def num_shards(self) -> int:
-        """Shards of the source: the most workers that have something to do."""
-        return self.source.num_shards if isinstance(self.source, datasets.IterableDataset) else len(self.source)
+        """Parts of the text that can be read side by side."""
+        return self.source.num_shards
 
     @property
     def epoch(self) -> int:
         """The epoch that the next iteration yields."""
-        return int(self._shared[_EPOCH])
+        return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields, in this process and in running workers."""
         if epoch < 0:
             raise ValueError(f"epoch={epoch} must not be negative")
-        self._shared[_EPOCH] = epoch
+        self._epoch[0] = epoch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield this worker's examples of the current epoch."""
-        return self.examples(self.epoch)
-
-    def examples(self, epoch: int) -> Iterator[dict[str, Any]]:
-        """Yield this worker's examples of an epoch."""
-        batches = (batch for shard in self._own_shards(epoch) for batch in self._packed_buffers(shard, epoch))
-        if self.shuffle_buffer_size > 0:
-            return self._shuffled(batches, epoch)
-        return itertools.chain.from_iterable(batches)
-
-    def _own_shards(self, epoch: int) -> list[int]:
-        order = list(range(self.num_shards))
-        if self.shuffle_buffer_size > 0:
-            order = draws.permutation(self.num_shards, seed=self.seed, epoch=epoch, stream="shards").tolist()
         worker = get_worker_info()
-        if worker is None:
-            return order
-        if worker.id == 0 and worker.num_workers > self.num_shards and not self._shared[_WARNED]:
-            self._shared[_WARNED] = 1
-            warnings.warn(
-                f"dataloader_num_workers={worker.num_workers} is more than the {self.num_shards} shards of the text: "
-                f"{worker.num_workers - self.num_shards} workers are idle; use fewer, or cut the text into more files",
-                stacklevel=2,
-            )
-        return order[worker.id :: worker.num_workers]
+        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        begin = self.epoch * self.num_shards
+        for number in range(begin + own, begin + self.num_shards, num_workers):
+            for example, _ in self.read(Place(number)):
+                yield example
 
-    def _buffers(self, shard: int, epoch: int) -> Iterator[list[str]]:
-        """Yield the texts of a shard, ``documents_per_buffer`` at a time."""
-        if isinstance(self.source, datasets.IterableDataset):
-            rows = self.source.shard(self.num_shards, shard)
-            rows.set_epoch(epoch)
-            # iter(batch_size), unlike plain iteration, does not share the shard out among the workers once more.
-            for batch in rows.iter(batch_size=self.documents_per_buffer):
-                yield [text or "" for text in batch[self.text_column]]  # a row without text is null
-            return
-        texts = iter(self.read(self.source[shard]))
+    def read(self, place: Place) -> Iterator[tuple[dict[str, Any], Place]]:
+        """Yield the examples from a place to the end of its shard, and with each the place behind it."""
+        epoch, shard = self.sampler.locate(place.number)
+        number, start, first_block, taken = place
+        for documents, stop in self._windows(shard, epoch=epoch, start=start):
+            blocks = BlockDataset(documents, tokenizer=self.tokenizer, block_size=self.block_size, mode=self.mode)
+            order = self._order(len(blocks), epoch=epoch, window=f"{shard} {first_block}")
+            for begin in range(taken, len(blocks), _READ_BLOCKS):
+                rows = order[begin : begin + _READ_BLOCKS].tolist()
+                for done, (row, block) in enumerate(zip(rows, blocks.__getitems__(rows), strict=True), begin + 1):
+                    example_id = (shard << _SHARD_BITS) + first_block + row
+                    example = {**block, "example_id": example_id, "epoch": epoch}
+                    yield example, Place(number, start, first_block, done)
+            start, first_block, taken = stop, first_block + len(blocks), 0
+
+    def identity(self) -> str:
+        """Return a digest of all that decides what comes at a place."""
+        options = [self.block_size, self.mode, self.documents_per_buffer, self.shuffle_buffer_size, self.seed]
+        known = [*options, len(self.tokenizer), self.source.identity()]
+        return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+
+    def _order(self, num_blocks: int, *, epoch: int, window: str) -> np.ndarray:
+        if self.shuffle_buffer_size == 0:
+            return np.arange(num_blocks)
+        return draws.permutation(num_blocks, seed=self.seed, epoch=epoch, stream=f"window {window}")
+
+    def _windows(self, shard: int, *, epoch: int, start: int) -> Iterator[tuple[datasets.Dataset, int]]:
+        """Yield the documents of a shard a window at a time, none of them without a token, and the place behind each."""
+        texts = self.source.read(shard, start=start, epoch=epoch)
+        gathered: dict[str, list[Any]] = {name: [] for name in _COLUMN_TYPES}
+        num_tokens = stop = 0
         while buffer := list(itertools.islice(texts, self.documents_per_buffer)):
-            yield buffer
-
-    def _packed_buffers(self, shard: int, epoch: int) -> Iterator[list[dict[str, Any]]]:
-        """Yield the examples of a shard, a buffer of documents at a time."""
-        first_id = shard << _SHARD_BITS
-        for texts in self._buffers(shard, epoch):
-            columns = self.tokenize(texts)
-            if not any(len(ids) for ids in columns["input_ids"]):
-                continue
-            blocks = BlockDataset(
-                _documents(columns), tokenizer=self.tokenizer, block_size=self.block_size, mode=self.mode
-            )
-            yield [
-                {**block, "example_id": example_id, "epoch": epoch}
-                for example_id, block in enumerate(blocks.__getitems__(range(len(blocks))), first_id)
-            ]
-            first_id += len(blocks)
-
-    def _shuffled(self, batches: Iterable[list[dict[str, Any]]], epoch: int) -> Iterator[dict[str, Any]]:
-        """Yield all examples; each that comes in takes the place of one drawn from the buffer, by its own key."""
-        buffer: list[dict[str, Any]] = []
-        for batch in batches:
-            ids = np.array([example["example_id"] for example in batch], dtype=np.int64)
-            keys = draws.row_keys(ids, seed=self.seed, epoch=epoch, stream="shuffle")
-            places = draws.integers(keys, 1, high=self.shuffle_buffer_size)[:, 0].tolist()
-            for example, place in zip(batch, places, strict=True):
-                if len(buffer) < self.shuffle_buffer_size:
-                    buffer.append(example)
-                else:
-                    yield buffer[place]
-                    buffer[place] = example
-        for place in draws.permutation(len(buffer), seed=self.seed, epoch=epoch, stream="shuffle rest").tolist():
-            yield buffer[place]
+            stop = buffer[-1][1]
+            columns = self.tokenize([text for text, _ in buffer])
+            for name, rows in gathered.items():
+                rows.extend(columns[name])
+            num_tokens += sum(map(len, columns["input_ids"]))
+            if num_tokens > self._window_tokens:
+                yield _documents(gathered), stop
+                gathered = {name: [] for name in _COLUMN_TYPES}
+                num_tokens = 0
+        if num_tokens:
+            yield _documents(gathered), stop
 
 
-class EndlessBlocks(IterableDataset[dict[str, Any]]):
-    """A stream that goes on with the next epoch where one ends, so that training sees one epoch that never ends.
+class TrainingStream(IterableDataset[dict[str, Any]]):
+    """A stream for training: epoch after epoch without end, shared out among all workers of all processes.
 
-    A Trainer can not know where a stream's epoch ends: it would leave a gradient half accumulated there, and a resume would
-    look for all that was seen in the first epoch.
+    Each example has an entry ``progress``, the number of the lane that gave it and its :class:`Stop`: where the lane goes on
+    behind this example. Micro-batch m, counted over all processes, is of lane m modulo the number of lanes.
 
     Args:
-        stream: The stream of one epoch.
+        stream: The text.
+        rank: Number of this process.
+        world_size: Number of processes.
+        progress: Where to go on; None for the beginning.
     """
 
-    def __init__(self, stream: StreamingBlocks) -> None:
+    def __init__(
+        self,
+        stream: StreamingBlocks,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: StreamProgress | None = None,
+    ) -> None:
         self.stream = stream
+        self.rank = rank
+        self.world_size = world_size
+        self.progress = progress
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield this worker's examples, epoch after epoch; nothing if it has none."""
-        for epoch in itertools.count():
-            examples = self.stream.examples(epoch)
-            first = next(examples, None)
-            if first is None:
-                return
-            yield from itertools.chain([first], examples)
+        """Yield the examples of this worker's lane.
+
+        Raises:
+            InputError: If no shard holds text.
+        """
+        worker = get_worker_info()
+        own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        progress = self.dealt(num_workers)
+        lane = (progress.num_batches + own * self.world_size + self.rank) % progress.num_lanes
+        num_empty = 0
+        for item, place in progress.items(lane):
+            num_empty += 1
+            for example, behind in self.stream.read(place):
+                num_empty = 0
+                yield example | {"progress": (lane, Stop(item, behind))}
+            if num_empty > _MOST_EMPTY * self.stream.num_shards:
+                raise InputError(f"no text in {num_empty} readings of the {self.stream.num_shards} shards: give text")
+
+    def dealt(self, num_workers: int) -> StreamProgress:
+        """Return the progress with which these workers begin."""
+        num_lanes = self.world_size * max(1, num_workers)
+        return StreamProgress(num_lanes) if self.progress is None else self.progress.among(num_lanes)
 
 
 def _documents(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
@@ -208,12 +219,3 @@ def _documents(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:
         offsets = pa.array(np.cumsum([0, *map(len, rows)]), pa.int64())
         lists[name] = pa.LargeListArray.from_arrays(offsets, pa.array(np.concatenate(rows)))
     return datasets.Dataset(pa.table(lists))
-
-
-def _check_source(source: Any, text_column: str) -> None:
-    if isinstance(source, datasets.IterableDataset):
-        names = source.column_names
-        if names is not None and text_column not in names:
-            raise InputError(f"text_column={text_column!r} is not in the dataset; its columns are {', '.join(names)}")
-    elif isinstance(source, str) or not isinstance(source, Sequence) or not source:
-        raise InputError(f"source={source!r} must be a list of at least one path, or a datasets.IterableDataset")

@@ -5,20 +5,26 @@ A card holds numbers that were measured and nothing else: what is not known is l
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers.utils import logging
 
 from hf_pretrain.hub import card_text, plots
-from hf_pretrain.hub.metric_names import bare_name, label
+from hf_pretrain.hub.environment import Energy
+from hf_pretrain.hub.evaluation import Evaluation, evaluation_table
+from hf_pretrain.hub.files import write_text
+from hf_pretrain.hub.metadata import card_metadata, hub_id
+from hf_pretrain.hub.readme import Written, merge
 
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
+logger = logging.get_logger(__name__)
 
 _TEMPLATE = "pretraining.md.jinja"
+# A leading underscore keeps a file out of what is pushed to the Hub.
+_SET_ASIDE = "_README.before.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +59,38 @@ class Compute:
         parameters: Parameters of the model at the root of the repository.
         trained_parameters: All that were trained, those of the auxiliary parts included.
         steps: Optimizer steps.
+        planned_steps: Steps until the end of the run.
+        examples_per_step: Examples of a step, over all devices and accumulation steps.
         tokens: Tokens seen, padding left out, over all devices.
-        seconds: Wall-clock time of the training.
+        seconds: Wall-clock time of the training, since its last resume if it was resumed.
+        resumed_at_step: Step of the last resume; `None` if there was none.
+        timed_tokens: Tokens seen in `seconds`, where that is not all of them.
         hardware: See [`hf_pretrain.hub.environment.hardware`].
+        processes: Processes that trained together.
         precision: "fp32", "bf16", ...
-        peak_memory_mib: The most memory in use at a time, in MiB: of one device, or of the process on a CPU.
+        peak_memory_mib: The most memory in use at a time, in MiB: of one device, or of one process on a CPU.
+        energy: What was measured of it.
     """
 
     parameters: int | None = None
     trained_parameters: int | None = None
     steps: int | None = None
+    planned_steps: int | None = None
+    examples_per_step: int | None = None
     tokens: int | None = None
     seconds: float | None = None
+    resumed_at_step: int | None = None
+    timed_tokens: int | None = None
     hardware: str | None = None
+    processes: int | None = None
     precision: str | None = None
     peak_memory_mib: float | None = None
+    energy: Energy | None = None
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the run had more steps to go."""
+        return bool(self.steps and self.planned_steps and self.steps < self.planned_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +102,7 @@ class PretrainingCard:
         model_class: transformers class that opens the root of the repository with its head: "ElectraForPreTraining".
         objective: What it was trained to do.
         has_own_code: Whether that class is no stock one and its code lies in the repository.
+        fine_tuning_class: Auto class that opens the root with a fresh head for a task, "" if there is none.
         repo: What the snippets load: the repository's id, or "." for the folder of the card.
         note: A paragraph to put before all others.
         origin: How the weights began, in Markdown, where `base_model` does not tell all of it: "Cut from ...".
@@ -91,9 +115,11 @@ class PretrainingCard:
             "blocks": 16_000, "tokenizer": "WordPiece", "vocabulary_size": 8000, "held_out_documents": 60, ...}.
         recipe: Options of the run; see [`recipe_options`].
         log_history: `Trainer.state.log_history`.
-        metrics_before: Held-out metrics before the first step, keyed as `Trainer.evaluate` returns them.
+        metrics_before: Held-out metrics before the first step, keyed as `Trainer.evaluate` returns them; of several
+            held-out sets those of all.
         metrics_after: The same after the last step.
         evaluation_name: What they were measured on.
+        evaluations: What was measured on tasks.
         comparison: Header and rows of a table of the model beside the one that taught it.
         compute: What the run took.
         parts: Sub-folder -> (class that opens it, what it is). The class is a name in transformers or a dotted path,
@@ -106,6 +132,7 @@ class PretrainingCard:
     model_class: str
     objective: ObjectiveDescription
     has_own_code: bool = False
+    fine_tuning_class: str = ""
     repo: str = "."
     note: str = ""
     origin: str = ""
@@ -119,6 +146,7 @@ class PretrainingCard:
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)
     evaluation_name: str = "held-out documents"
+    evaluations: Sequence[Evaluation] = ()
     comparison: Sequence[card_text.Row] = ()
     compute: Compute = Compute()
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -145,15 +173,26 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
     text = template.render(
         card=card,
         metadata=card_metadata(card).to_yaml(),
-        origin=card.origin or card_text.origin(card.base_model, hub_id=_hub_id(card.base_model)),
+        origin=card.origin or card_text.origin(card.base_model, hub_id=hub_id(card.base_model)),
         snippets=card_text.loading_snippets(
             card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
+        ),
+        fine_tuning=card_text.fine_tuning_snippet(
+            card.repo,
+            auto_class=card.fine_tuning_class,
+            model_class=card.model_class,
+            has_own_code=card.has_own_code,
         ),
         parts=card_text.part_rows(card.parts),
         part_snippet=card_text.parts_snippet(card.repo, parts=card.parts),
         data=card_text.rows(card.data),
         recipe=card_text.yaml_block(card.recipe),
-        metrics=card_text.metric_table(card.metrics_before, card.metrics_after),
+        metrics=card_text.metric_table(
+            card.metrics_before,
+            card.metrics_after,
+            after_title=card_text.after_title(card.metrics_after, card.compute.steps),
+        ),
+        tasks=evaluation_table(tuple(card.evaluations)),
         compute=card_text.compute_rows(card.compute),
         figures=plots.training_figures(card.log_history),
         plots_folder=plots_folder,
@@ -163,7 +202,10 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
 
 
 def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
-    """Write README.md and the pictures it shows into a folder, over what was there.
+    """Write README.md, the pictures it shows and the record of the run into a folder.
+
+    What the user changed in a card that was written before stays; see [`hf_pretrain.hub.readme`]. A README.md of another origin,
+    or words of the user about what the run has changed too, are set aside in `_README.before.md`, with a warning.
 
     Args:
         card: The facts.
@@ -172,30 +214,34 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
     Returns:
         The path of README.md.
     """
+    from hf_pretrain.hub.record import read_written, write_record  # a record is made of a card
+
     path = Path(output_dir, "README.md")
+    text = render_card(card)
+    if path.is_file():
+        text = _with_edits(path, text, read_written(output_dir))
     plots.plot_training(card.log_history, output_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_card(card), encoding="utf-8")
+    write_text(path, text)
+    write_record(card, output_dir)
     return path
 
 
-def card_metadata(card: PretrainingCard) -> ModelCardData:
-    """Return the metadata that the Hub reads, with a model-index of the held-out metrics."""
-    from huggingface_hub import ModelCardData
-
-    language = [card.language] if isinstance(card.language, str) else list(card.language or ())
-    datasets = [name for name in card.datasets if _hub_id(name)]
-    return ModelCardData(
-        language=language or None,
-        license=card.license or None,
-        library_name="transformers",
-        pipeline_tag=card.objective.pipeline_tag,
-        tags=["hf_pretrain", card.objective.name, "generated_from_trainer"],
-        base_model=_hub_id(card.base_model),
-        datasets=datasets or None,
-        model_name=card.model_name,
-        eval_results=_eval_results(card, dataset=datasets[0] if datasets else "text") or None,
-    )
+def _with_edits(path: Path, text: str, written: Written | None) -> str:
+    old = path.read_text(encoding="utf-8-sig", errors="replace")
+    if written is None:
+        reason = "it was not written here"
+    else:
+        try:
+            text, replaced = merge(old, text, written)
+        except ValueError as error:
+            reason = str(error)
+        else:
+            if not replaced:
+                return text
+            reason = f"the run has changed what you did: {', '.join(replaced)}"
+    write_text(path.with_name(_SET_ASIDE), old)
+    logger.warning(f"{path} is replaced, and kept as {_SET_ASIDE}: {reason}")
+    return text
 
 
 def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,26 +297,3 @@ _HOUSEKEEPING_OPTIONS = (
         "local_rank",
     ),
 )
-
-
-def _eval_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult]:
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type=card.objective.pipeline_tag,
-            task_name=card.objective.title,
-            dataset_type=dataset,
-            dataset_name=card.evaluation_name,
-            metric_type=bare_name(key),
-            metric_name=label(key),
-            metric_value=value,
-        )
-        for key, value in card_text.measured(card.metrics_after).items()
-        if math.isfinite(value)
-    ]
-
-
-def _hub_id(name: str | None) -> str | None:
-    """Return `name` if the Hub could have a repository of that name; a local path is of no use to a reader."""
-    return name if name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None

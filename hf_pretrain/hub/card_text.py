@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, label
+from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, label, split_by_held_out_set
 
 if TYPE_CHECKING:
     from hf_pretrain.hub.card import Compute
@@ -102,38 +102,78 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def metric_table(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Row]:
+def metric_table(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, after_title: str = "After training"
+) -> list[Row]:
     """Return the header and the rows of a table of metrics, in the order of `after`; [] if nothing was measured.
 
-    A side that was not measured at all has no column.
+    A side that was not measured at all has no column, and several held-out sets have a column of names.
     """
-    sides = {"Before training": measured(before), "After training": measured(after)}
-    sides = {name: metrics for name, metrics in sides.items() if metrics}
+    sides = {"Before training": _by_set(before), after_title: _by_set(after)}
+    sides = {title: metrics for title, metrics in sides.items() if metrics}
     keys = dict.fromkeys(key for metrics in reversed(sides.values()) for key in metrics)
+    has_sets = any(name for name, _ in keys)
     body = [
-        (label(key), *(number(metrics[key]) if key in metrics else "not measured" for metrics in sides.values()))
-        for key in keys
+        (
+            *((cell(name),) if has_sets else ()),
+            label(key),
+            *(number(side[name, key]) if (name, key) in side else "not measured" for side in sides.values()),
+        )
+        for name, key in keys
     ]
-    return [("Metric", *sides), *body] if body else []
+    return [(*(("Held-out set",) if has_sets else ()), "Metric", *sides), *body] if body else []
+
+
+def _by_set(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Return the value of each metric of each held-out set, "" being the name of a single one."""
+    sets = split_by_held_out_set(metrics)
+    return {(name, key): value for name, row in sets.items() for key, value in measured(row).items()}
+
+
+def after_title(metrics: Mapping[str, Any], steps: int | None) -> str:
+    """Return when the last metrics were measured: at the end, or at an earlier step than the last."""
+    step = plain(metrics.get("step"))
+    return f"At step {step:,}" if isinstance(step, int) and steps and step < steps else "After training"
 
 
 def compute_rows(compute: Compute) -> list[Row]:
     """Return (name, value) rows of what was measured; tokens a second follow from tokens and time."""
-    speed = compute.tokens / compute.seconds if compute.tokens and compute.seconds else None
+    timed = compute.tokens if compute.timed_tokens is None else compute.timed_tokens
+    speed = timed / compute.seconds if timed and compute.seconds else None
     memory = f"{compute.peak_memory_mib / 1024:.3g} GiB" if compute.peak_memory_mib else None
     trained = compute.trained_parameters if compute.trained_parameters != compute.parameters else None
+    many = compute.processes if compute.processes and compute.processes > 1 else None
+    since = "" if compute.resumed_at_step is None else f", since the resume at step {compute.resumed_at_step:,}"
     table = {
         "Parameters": compute.parameters,
         "Parameters trained, auxiliary parts included": trained,
-        "Optimizer steps": compute.steps,
+        "Optimizer steps": f"{compute.steps:,} of {compute.planned_steps:,}" if compute.is_partial else compute.steps,
+        "Examples per step": compute.examples_per_step,
         "Tokens seen": compute.tokens,
-        "Training time": duration(compute.seconds) if compute.seconds else None,
+        f"Training time{since}": duration(compute.seconds) if compute.seconds else None,
         "Tokens per second": round(speed) if speed else None,
         "Hardware": compute.hardware,
+        "Processes": many,
         "Precision": compute.precision,
-        "Peak memory": memory,
+        "Peak memory of a process" if many else "Peak memory": memory,
     }
-    return rows(table, as_is=True)
+    return rows(table | _energy_rows(compute), as_is=True)
+
+
+def _energy_rows(compute: Compute) -> dict[str, str]:
+    energy = compute.energy
+    if energy is None:
+        return {}
+    scope = {"machine": " of the whole machine", "process": " of the run's processes"}.get(energy.scope or "", "")
+    sessions = ""
+    if compute.resumed_at_step is not None:
+        # A session that was killed has left no measurement.
+        sessions = f", in {energy.sessions} session{'s' if energy.sessions > 1 else ''} of the run"
+    table = {"Energy": f"{number(energy.kwh)} kWh{scope}, measured by {energy.source}{sessions}"}
+    if energy.emissions_kg is not None:
+        place = f", with the electricity of {cell(energy.country)}" if energy.country else ""
+        table["Emissions"] = f"{number(1000 * energy.emissions_kg)} g CO2 equivalent{place}"
+    return table
 
 
 def yaml_block(options: Mapping[str, Any]) -> str:
@@ -156,6 +196,26 @@ inputs = tokenizer("A sentence to encode.", return_tensors="pt")
 hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
     used = usage.replace("{repo}", repo).replace("{model_class}", model_class).strip()
     return [encoder, used or "\n".join(_load("model", repo, class_name=model_class))]
+
+
+def fine_tuning_snippet(repo: str, *, auto_class: str, model_class: str, has_own_code: bool = False) -> str:
+    """Return code that puts a fresh head for a task on the encoder and takes its first gradient; "" without a class."""
+    if not auto_class:
+        return ""
+    options = ["num_labels=2"]
+    if has_own_code:
+        options.append("trust_remote_code=True")
+    if model_class.endswith("ForTokenClassification"):
+        options.append("ignore_mismatched_sizes=True")  # its head has the new one's name
+    return f"""\
+import torch
+from transformers import {auto_class}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = {auto_class}.from_pretrained("{repo}", {", ".join(options)})
+batch = tokenizer(["A fine meal.", "A dull one, and cold."], padding=True, return_tensors="pt")
+loss = model(**batch, labels=torch.tensor([1, 0])).loss
+loss.backward()"""
 
 
 def parts_snippet(repo: str, *, parts: Mapping[str, tuple[str, str]]) -> str:

@@ -1,14 +1,40 @@
-"""Where a run took place: its hardware and the versions of what it ran on, as plain text for the card."""
+"""Where a run took place, for the card: its hardware, the versions of what it ran on, and the energy where it was measured."""
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import math
 import os
 import platform
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 _DISTRIBUTIONS = ("hf_pretrain", "transformers", "tokenizers", "datasets", "accelerate", "torch", "huggingface_hub")
+# What CodeCarbon writes into the output folder of a run with `report_to codecarbon`.
+_EMISSIONS = "emissions.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Energy:
+    """The energy that training took, as it was measured.
+
+    Attributes:
+        kwh: Kilowatt-hours.
+        emissions_kg: Kilograms of CO2 equivalent, by the electricity of the place.
+        country: The place.
+        scope: What was measured: "machine", or "process" for the share of the run.
+        sessions: Starts and resumes of the run that were measured; one that was killed leaves no measurement.
+        source: Who measured it.
+    """
+
+    kwh: float
+    emissions_kg: float | None = None
+    country: str | None = None
+    scope: str | None = None
+    sessions: int = 1
+    source: str = "CodeCarbon"
 
 
 def hardware(*, device_type: str | None = None, num_devices: int | None = None) -> str:
@@ -48,6 +74,38 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def measured_energy(output_dir: Path | str) -> Energy | None:
+    """Return what CodeCarbon measured of the run in a folder, over all its sessions; None if it did not.
+
+    CodeCarbon writes a row when a session ends, and further rows with the total so far if it is asked to on the way.
+    """
+    try:
+        with Path(output_dir, _EMISSIONS).open(encoding="utf-8", newline="") as file:
+            sessions = {row["run_id"]: row for row in csv.DictReader(file) if _number(row.get("energy_consumed"))}
+    except (OSError, KeyError, ValueError, csv.Error):
+        return None
+    if not sessions:
+        return None
+    rows = list(sessions.values())
+    emissions = [_number(row.get("emissions")) for row in rows]
+    return Energy(
+        kwh=math.fsum(_number(row["energy_consumed"]) or 0.0 for row in rows),
+        emissions_kg=math.fsum(value or 0.0 for value in emissions) if all(emissions) else None,
+        country=rows[-1].get("country_name") or None,
+        scope=rows[-1].get("tracking_mode") or None,
+        sessions=len(rows),
+    )
+
+
+def _number(text: str | None) -> float | None:
+    """Return a positive number, None for anything else."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None
 
 
 def _cpu_model() -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 _BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "tokens", "targets", "count", "flos", "mib")
 _QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
 _IN_FULL = {"disc": "discriminator"}
@@ -11,6 +15,25 @@ _CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "nce", "auc", "kl", "mse",
 def bare_name(key: str) -> str:
     """Return a key of an evaluation row without the Trainer's prefix: "eval_mlm_loss" is "mlm_loss"."""
     return key.removeprefix("eval_")
+
+
+def split_by_held_out_set(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of an evaluation by held-out set, with the keys that they have where there is one set only.
+
+    Args:
+        row: Keys and values as `Trainer.evaluate` returns them: "eval_mlm_loss", or "eval_news_mlm_loss" of the set "news".
+
+    Returns:
+        Name of the set -> its metrics; the name is "" where the sets have none.
+    """
+    # The Trainer times each set, so that key has no more than the name.
+    names = [found[1] for key in row if (found := re.fullmatch(r"eval_(.+)_runtime", key))]
+    split: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in row.items():
+        # Of "news" and "news_old" the longer is the right one.
+        name = max((name for name in names if key.startswith(f"eval_{name}_")), key=len, default="")
+        split.setdefault(name, {})[key.replace(f"eval_{name}_", "eval_", 1) if name else key] = value
+    return {name: metrics for name, metrics in split.items() if metrics}
 
 
 def is_bookkeeping(key: str) -> bool:

@@ -6,11 +6,13 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.hub.card_text import plain
-from hf_pretrain.hub.metric_names import bare_name, is_bookkeeping, is_loss, is_quality, label
+from hf_pretrain.hub.files import make_room
+from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, is_quality, label, split_by_held_out_set
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 PLOTS_FOLDER = "plots"
 
 _TRAIN_COLOUR = "#8fb8de"
-_EVALUATION_COLOUR = "#12355b"
+_HELD_OUT_COLOURS = ("#12355b", "#c4622d", "#3f7d4e", "#7b4b94", "#8a6d1c")
 _MOST_COLUMNS = 3
 _PANEL_SIZE = (3.9, 2.9)  # inches
 _DOTS_PER_INCH = 110
@@ -30,11 +32,17 @@ Series = dict[int, float]
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity over the optimizer steps, in training and on held-out data; either may be empty."""
+    """One quantity over the optimizer steps, in training and on held-out data; either may be empty.
+
+    Attributes:
+        name: The quantity.
+        train: Its values in training.
+        held_out: Its values on each held-out set, by its name; that of a single set is "".
+    """
 
     name: str
     train: Series
-    evaluation: Series
+    held_out: dict[str, Series]
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,7 @@ def training_figures(log_history: Sequence[Mapping[str, Any]]) -> list[TrainingF
     """
     curves = _curves(log_history)
     losses = [curve for name, curve in curves.items() if is_loss(name)]
-    if len(losses) == 2 and all(_same(total, part) for total, part in zip(*map(_both, losses), strict=True)):
+    if len(losses) == 2 and _same(*losses):
         losses = losses[1:]  # a lone component is the total
     rates = [curve for name, curve in curves.items() if name == "learning_rate"]
     quality = [curve for name, curve in curves.items() if is_quality(name)]
@@ -96,25 +104,31 @@ def _curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """Sort the log by quantity, the total loss first; the summary row that ends a training has "train_" keys."""
     curves: dict[str, Curve] = {"loss": Curve("loss", {}, {})}
     for row in log_history:
-        for key, value in row.items():
-            name, value = bare_name(key), plain(value)
-            if "step" not in row or name.startswith("train_") or is_bookkeeping(key) or not _is_number(value):
-                continue
-            curve = curves.setdefault(name, Curve(name, {}, {}))
-            (curve.evaluation if key.startswith("eval_") else curve.train)[int(row["step"])] = float(value)
-    return {name: _in_order(curve) for name, curve in curves.items() if curve.train or curve.evaluation}
+        for held_out_set, values in split_by_held_out_set(row).items():
+            for key, value in values.items():
+                value = plain(value)
+                if "step" not in row or key.startswith("train_") or is_bookkeeping(key) or not _is_number(value):
+                    continue
+                name = key.removeprefix("eval_")
+                curve = curves.setdefault(name, Curve(name, {}, {}))
+                series = curve.held_out.setdefault(held_out_set, {}) if key.startswith("eval_") else curve.train
+                series[int(row["step"])] = float(value)
+    return {name: _in_order(curve) for name, curve in curves.items() if curve.train or curve.held_out}
 
 
 def _in_order(curve: Curve) -> Curve:
-    return Curve(curve.name, dict(sorted(curve.train.items())), dict(sorted(curve.evaluation.items())))
+    held_out = {name: dict(sorted(series.items())) for name, series in curve.held_out.items()}
+    return Curve(curve.name, dict(sorted(curve.train.items())), held_out)
 
 
-def _both(curve: Curve) -> tuple[Series, Series]:
-    return curve.train, curve.evaluation
-
-
-def _same(one: Series, other: Series) -> bool:
-    return one.keys() == other.keys() and all(math.isclose(one[step], other[step], rel_tol=1e-4) for step in one)
+def _same(one: Curve, other: Curve) -> bool:
+    if one.held_out.keys() != other.held_out.keys():
+        return False
+    pairs = [(one.train, other.train), *((one.held_out[name], other.held_out[name]) for name in one.held_out)]
+    return all(
+        first.keys() == second.keys() and all(math.isclose(first[step], second[step], rel_tol=1e-4) for step in first)
+        for first, second in pairs
+    )
 
 
 def _is_number(value: object) -> bool:
@@ -138,7 +152,7 @@ def _draw(figure: TrainingFigure, path: Path) -> Path:
         panel.remove()
     pixels = io.BytesIO()
     picture.savefig(pixels, format="png")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_room(path)
     Image.open(pixels).convert("RGB").quantize(_PALETTE).save(path, optimize=True)  # a third of the size
     return path
 
@@ -146,12 +160,13 @@ def _draw(figure: TrainingFigure, path: Path) -> Path:
 def _draw_curve(panel: Axes, curve: Curve) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    series = [(curve.train, "training", _TRAIN_COLOUR, 1.4), (curve.evaluation, "held-out", _EVALUATION_COLOUR, 0.9)]
-    for values, name, colour, width in series:
-        if values:
-            marker = "o" if len(values) <= _FEW_POINTS or name == "held-out" else None
-            steps, heights = list(values), list(values.values())
-            panel.plot(steps, heights, label=name, color=colour, linewidth=width, marker=marker, markersize=3.5)
+    lines = [(curve.train, "training", _TRAIN_COLOUR, 1.4)] if curve.train else []
+    for (name, values), colour in zip(curve.held_out.items(), cycle(_HELD_OUT_COLOURS), strict=False):
+        lines.append((values, f"held-out: {name}" if name else "held-out", colour, 0.9))
+    for values, name, colour, width in lines:
+        marker = "o" if len(values) <= _FEW_POINTS or name != "training" else None
+        steps, heights = list(values), list(values.values())
+        panel.plot(steps, heights, label=name, color=colour, linewidth=width, marker=marker, markersize=3.5)
     panel.set_title(label(curve.name), fontsize=11)
     panel.set_xlabel("optimizer step", fontsize=9)
     panel.set_ylabel(_axis_title(curve.name), fontsize=9)
@@ -160,7 +175,7 @@ def _draw_curve(panel: Axes, curve: Curve) -> None:
     panel.tick_params(labelsize=8)
     panel.grid(True, color="#e6e6e6", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
-    if curve.train and curve.evaluation:
+    if len(lines) > 1:
         panel.legend(fontsize=8, frameon=False)
 
 

@@ -17,6 +17,13 @@ class PretrainingArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Remove what an earlier run left in output_dir instead of refusing to start."}
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or "
+            "(`auto`) from the last whole one if there is any and else from the start: for jobs that are started again."
+        },
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "Compute in bf16 autocast; by default on machines whose matrix units are fast in it."},

@@ -25,6 +25,8 @@ from hf_pretrain.training.recipes import read_recipe
 # Never written to a recipe: a secret, what the launcher and the machine decide, and the deprecated twins of
 # activation_checkpointing.
 _NOT_SAVED = {"hub_token", "local_rank", "use_cpu", "dataloader_pin_memory"}
+# Of one start of a run, which is none of the recipe's business.
+_NOT_SAVED |= {"resume_from_checkpoint"}
 _NOT_SAVED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 # What TrainingArguments makes of an option that nobody set.
 _UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}

@@ -2,95 +2,26 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.data.tokenizer_training import check_tokenizer
-from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.faults import reported_faults
+from hf_pretrain.training.output_folder import output_directory
 from hf_pretrain.training.parsing import parse_arguments, resolved_options
+from hf_pretrain.training.pushing import repository_of
 from hf_pretrain.training.recipes import write_recipe
 from hf_pretrain.training.report import print_report
 from hf_pretrain.training.trainer import PretrainingTrainer
 
-# A leading underscore keeps a file out of what is pushed to the Hub.
-_LOCK = "_lock"
 RECIPE = "recipe.yaml"
-
-
-@contextmanager
-def output_directory(args: PretrainingArguments) -> Iterator[Path]:
-    """Claim the output folder for this run, from its emptiness to its last file.
-
-    Args:
-        args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide; the last is completed to the newest
-            checkpoint's path if it is "true".
-
-    Raises:
-        InputError: If the folder holds an earlier run, another process writes to it, or there is nothing to resume from.
-    """
-    folder = Path(args.output_dir)
-    lock = FileLock(folder / _LOCK)
-    try:
-        with args.main_process_first(local=False, desc="output directory"):
-            if args.process_index == 0:
-                _claim(folder, lock, args)
-            if args.resume_from_checkpoint is not None:
-                args.resume_from_checkpoint = _checkpoint_to_resume(folder, args.resume_from_checkpoint)
-        yield folder
-    finally:
-        # Not held where the folder was refused: then the file is another process's.
-        if lock.is_locked:
-            lock.release()
-            (folder / _LOCK).unlink(missing_ok=True)
-
-
-def _claim(folder: Path, lock: FileLock, args: PretrainingArguments) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir={str(folder)!r} is a file: name a folder")
-    is_used = folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir())
-    if is_used and args.resume_from_checkpoint is None and not args.overwrite_output_dir:
-        raise InputError(
-            f"output_dir={str(folder)!r} is in use: name another, go on with --resume_from_checkpoint true, "
-            "or remove what is there with --overwrite_output_dir"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(
-            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
-        ) from error
-    if is_used and args.resume_from_checkpoint is None:
-        for path in folder.iterdir():
-            if path.name != _LOCK:
-                # A link is removed, never what it points to.
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _checkpoint_to_resume(folder: Path, asked: str) -> str:
-    if asked.lower() != "true":
-        if not Path(asked).is_dir():
-            raise InputError(
-                f"resume_from_checkpoint={asked!r} is no folder: name a checkpoint-* folder, or `true` for the last"
-            )
-        return asked
-    checkpoint = get_last_checkpoint(str(folder))
-    if checkpoint is None:
-        raise InputError(
-            f"resume_from_checkpoint=true, but output_dir={str(folder)!r} holds no checkpoint: start without it"
-        )
-    return checkpoint
 
 
 def load_data(
@@ -157,7 +88,10 @@ def train_method(
     """
     options = parse_arguments(arguments, argv, prog=f"hf-pretrain {name}", description=description)
     data_args, model_args, args = options
-    with output_directory(args):
+    with output_directory(args), reported_faults(args.output_dir):
+        if args.push_to_hub and args.process_index == 0:
+            # Rights that are missing are told before hours of tokenizing.
+            repository_of(args)
         data = load(data_args, model_args, args, special_tokens=special_tokens)
         # The Trainer seeds too, but the weights are drawn before it is there.
         set_seed(args.seed)
@@ -173,6 +107,8 @@ def train_method(
 def run(trainer: PretrainingTrainer, options: tuple[Any, ...]) -> None:
     """Train, evaluate, export with card and recipe, and push if asked.
 
+    A run that is finished, started again, is exported and pushed once more.
+
     Args:
         trainer: The method's Trainer, ready to start.
         options: The dataclasses that the program was started with; saved as a recipe that starts it again.
@@ -182,8 +118,11 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...]) -> None:
     transformers_logging.disable_progress_bar()
     trainer.recipe = resolved_options(options)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    last_evaluation = max((row["step"] for row in trainer.state.log_history if "eval_loss" in row), default=-1)
-    if trainer.eval_dataset is not None and last_evaluation < trainer.state.global_step:
+    if not trainer.num_steps_trained and trainer.is_world_process_zero():
+        print(f"all {trainer.state.max_steps} steps are done already: exporting what they trained", flush=True)
+    trainer.check_finite()
+    evaluations = [row["step"] for row in trainer.state.log_history if any(name.startswith("eval_") for name in row)]
+    if trainer.eval_dataset is not None and max(evaluations, default=-1) < trainer.state.global_step:
         trainer.evaluate()
     trainer.save_state()
     if args.should_save:

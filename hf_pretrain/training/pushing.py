@@ -1,14 +1,21 @@
-"""Pushing a run to the Hub while it goes on."""
+"""Pushing a run to the Hub, while it goes on and at its end."""
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from transformers.utils import PushInProgress, hf_api
+from transformers.utils import PushInProgress, hf_api, logging
 
+from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.hub.repository import open_repository, reason, upload_command
 from hf_pretrain.training.saving import SavingMixin
 
 if TYPE_CHECKING:
@@ -16,21 +23,129 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+logger = logging.get_logger(__name__)
+
+# What lies in the output folder and is no part of the export; CodeCarbon's file tells where the machine stands.
+_NOT_EXPORTED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv")
+# An earlier export's, which transformers would open instead of the new one's, or which belongs to another model.
+_REPLACED = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", "pretraining/*")
+# The underscore keeps it out of what is pushed; of the files here, others have the same names.
+_UPLOADING = "_uploading"
+
+
+class _Push(PushInProgress):
+    """Uploads of one moment, in the background.
+
+    Args:
+        uploads: The uploads, each with the command that does the same by hand.
+        step: The step they are of.
+    """
+
+    def __init__(self, uploads: Mapping[Future, str], *, step: int) -> None:
+        super().__init__(list(uploads))
+        self.uploads = uploads
+        self.step = step
+
+    def failed(self) -> dict[str, BaseException]:
+        """Return the error of each upload that failed, by its command; all must be done."""
+        errors = {command: job.exception() for job, command in self.uploads.items()}
+        return {command: error for command, error in errors.items() if error is not None}
+
 
 class PushingMixin(SavingMixin, _Base):
-    """Pushing for a Trainer of composites: what the Hub gets is the export, with its card, not the checkpoint."""
+    """Pushing for a Trainer of composites: what the Hub gets is the export, with its card, not the checkpoint.
 
-    push_in_progress: PushInProgress | None
+    That it may push is found out before training. A push that fails while training is told and does not end it: the next one
+    sends what is new then. One that fails at the end is an error, and the export lies whole on the disk.
+    """
+
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None = None
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find that what is there may be written to; called when the Trainer is made.
+
+        Raises:
+            InputError: If token, name or rights do not allow it.
+            RunError: If the Hub does not answer.
+        """
+        if self.is_world_process_zero():
+            self.hub_model_id = repository_of(self.args, token=token, private=private)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        # A checkpoint holds the arguments, and may be pushed for all to read.
+        with self._options(hub_token=None):
+            super()._save(output_dir, state_dict)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the export; see `transformers.Trainer.save_model`."""
+        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+            # The upload reads the files that would be written over.
+            self._finish_current_push()
+        super().save_model(output_dir, _internal_call)
+
+    # At the end
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **facts: Any,
+    ) -> Any:
+        """Push the export with its card; see `transformers.Trainer.push_to_hub`.
+
+        Args:
+            commit_message: What the commit says of itself.
+            blocking: Wait for the upload; otherwise return its future.
+            token: Token with write permission, instead of the arguments'.
+            revision: Branch to write to, instead of the arguments'.
+            private: Whether a new repository is private, instead of the arguments'.
+            **facts: Facts for the card, as [`create_model_card`] takes them.
+
+        Raises:
+            InputError: If there was no repository so far, and token, name or rights do not allow one.
+            RunError: If the Hub does not answer or the upload fails; the message says how to repeat it.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self._open_late(token=token, private=private, facts=facts)
+        self.create_model_card(**facts)
+        options = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+        command = self._command(self.args.output_dir, revision=options["revision"])
+        job = self._upload_export(commit_message=commit_message, **options)
+        if not blocking:
+            self.push_in_progress = _Push({job: command}, step=self.state.global_step)
+            return job
+        try:
+            return job.result()
+        # Of connections, of the Hub, of its storage: many kinds.
+        except Exception as error:
+            raise RunError(
+                f"the model is trained and lies whole in {self.args.output_dir}, but was not pushed to {self.hub_model_id} "
+                f"({reason(error)}): push it with `{command}`"
+            ) from error
+
+    def _open_late(self, *, token: str | None, private: bool | None, facts: Mapping[str, Any]) -> None:
+        try:
+            self.init_hf_repo(token=token, private=private)
+        except (InputError, RunError) as error:
+            self.create_model_card(**facts)
+            raise type(error)(f"{error}; the model lies whole in {self.args.output_dir}") from error
+
+    # While training
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push while training: the export of this moment, not the composite that the checkpoint holds."""
         if self.args.hub_strategy == HubStrategy.END:
             return
-        if self._is_pushing():
-            if not self.args.hub_always_push:
-                return
-            # The upload reads the files that the export would write over.
-            self._finish_current_push()
+        if self._is_pushing() and not self.args.hub_always_push:
+            return
         # Leaves the checkpoint's layout for the time of the export.
         self._in_checkpoint = False
         self.save_model(_internal_call=True)
@@ -39,26 +154,90 @@ class PushingMixin(SavingMixin, _Base):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card()
-        jobs = [self._upload(self.args.output_dir, ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"])]
-        if self.args.hub_strategy == HubStrategy.CHECKPOINT:
-            jobs.append(self._upload(checkpoint_folder, path_in_repo="last-checkpoint"))
-        elif self.args.hub_strategy == HubStrategy.ALL_CHECKPOINTS:
-            jobs.append(self._upload(checkpoint_folder, path_in_repo=Path(checkpoint_folder).name))
-        self.push_in_progress = PushInProgress(jobs)
+        uploads = {self._upload_export(): self._command(self.args.output_dir)}
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            place = "last-checkpoint" if is_last else Path(checkpoint_folder).name
+            job = self._upload(self._kept(checkpoint_folder), path_in_repo=place, delete_patterns=["*"])
+            uploads[job] = self._command(checkpoint_folder, path_in_repo=place)
+        self.push_in_progress = _Push(uploads, step=self.state.global_step)
 
     def _is_pushing(self) -> bool:
         """Return whether an upload is going on, on every rank: only the first one knows, but all have to export."""
-        push = getattr(self, "push_in_progress", None)
-        is_busy = torch.tensor(push is not None and not push.is_done(), dtype=torch.int64, device=self.args.device)
-        return bool(self.accelerator.reduce(is_busy, reduction="sum"))
+        push = self.push_in_progress
+        return self._any_rank(push is not None and not push.is_done())
 
-    def _upload(self, folder: str, **options: Any) -> Any:
+    def _finish_current_push(self) -> None:
+        """Wait for the uploads that go on, and tell which failed: the stock Trainer never asks."""
+        super()._finish_current_push()
+        push, self.push_in_progress = self.push_in_progress, None
+        if push is None:
+            return
+        shutil.rmtree(Path(self.args.output_dir) / _UPLOADING, ignore_errors=True)
+        failed = push.failed() if isinstance(push, _Push) else {}
+        if failed:
+            logger.warning(
+                f"step {push.step} was not pushed to {self.hub_model_id} ({reason(next(iter(failed.values())))}): it lies on "
+                f"the disk, the next push sends what is new then, or push by hand: {' && '.join(failed)}"
+            )
+
+    # Both
+
+    def _kept(self, checkpoint_folder: str) -> Path:
+        """Return another folder of the same files: the checkpoint may be removed, for a newer one, before it is uploaded."""
+        folder = Path(self.args.output_dir) / _UPLOADING / Path(checkpoint_folder).name
+        shutil.rmtree(folder.parent, ignore_errors=True)
+        shutil.copytree(checkpoint_folder, folder, copy_function=_link)
+        return folder
+
+    def _upload_export(self, **options: Any) -> Any:
+        patterns = {"ignore_patterns": list(_NOT_EXPORTED), "delete_patterns": list(_REPLACED)}
+        return self._upload(self.args.output_dir, **patterns, **options)
+
+    def _upload(self, folder: Path | str, **options: Any) -> Any:
+        defaults = {
+            "commit_message": f"Training in progress, step {self.state.global_step}",
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+        }
         return hf_api().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=folder,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            revision=self.args.hub_revision,
-            run_as_future=True,
-            **options,
+            repo_id=self.hub_model_id, folder_path=folder, run_as_future=True, **defaults | options
         )
+
+    def _command(self, folder: Path | str, *, path_in_repo: str = ".", revision: str | None = None) -> str:
+        return upload_command(
+            str(self.hub_model_id),
+            folder,
+            path_in_repo=path_in_repo,
+            revision=revision or self.args.hub_revision,
+            ignore_patterns=_NOT_EXPORTED if path_in_repo == "." else (),
+        )
+
+
+def repository_of(args: TrainingArguments, *, token: str | None = None, private: bool | None = None) -> str:
+    """Create the repository that a run's arguments name, or find that what is there may be written to; return its whole name.
+
+    Args:
+        args: The arguments.
+        token: Token with write permission, instead of the arguments'.
+        private: Whether a new repository is private, instead of the arguments'.
+
+    Raises:
+        InputError: If token, name or rights do not allow it.
+        RunError: If the Hub does not answer.
+    """
+    return open_repository(
+        hf_api(),
+        args.hub_model_id or Path(args.output_dir).absolute().name,
+        token=token or args.hub_token,
+        private=args.hub_private_repo if private is None else private,
+        revision=args.hub_revision,
+    )
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -154,16 +154,11 @@ class RecurrentTrainer(PretrainingTrainer):
 
     # Checkpoints
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+    def _save_progress(self, folder: Path) -> None:
+        super()._save_progress(folder)
         if self._lane_memory is not None:
-            save_lane_memory(
-                self._lane_memory,
-                Path(output_dir),
-                layout=self._layout(),
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
-            )
+            rank, world_size = self.args.process_index, self.args.world_size
+            save_lane_memory(self._lane_memory, folder, layout=self._layout(), rank=rank, world_size=world_size)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -190,11 +185,6 @@ def save_lane_memory(
     """
     # A process can arrive here before the one that makes the folder.
     folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        # An earlier run with another number of processes may have left this checkpoint.
-        for path in folder.glob(_FILES):
-            if not path.stem.endswith(f"-of-{world_size}"):
-                path.unlink()
     assert memory.memory is not None, "a checkpoint follows a step, which writes all lanes"
     tensors = {"lanes": memory.lanes} | memory.memory._asdict()
     save_file(tensors, folder / f"lane_memory-{rank}-of-{world_size}.safetensors", metadata=layout)

@@ -17,7 +17,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_pretrain.data.epochs import EpochDataset, EpochSampler
-from hf_pretrain.data.streaming import EndlessBlocks, StreamingBlocks
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
@@ -26,12 +25,14 @@ from hf_pretrain.modeling.outputs import PretrainingOutput
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.accumulator import SumAccumulator
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.faults import not_finite
 from hf_pretrain.training.memory import peak_memory_mib
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
 from hf_pretrain.training.pushing import PushingMixin
+from hf_pretrain.training.stream_training import StreamTrainingMixin
 
 
-class PretrainingTrainer(PushingMixin, Trainer):
+class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
     """Trains a [`PretrainingModel`], dividing each of its losses by that loss's own global count.
 
     The model returns sums. Before a step, the targets of every loss are counted over all its micro-batches and all ranks, so
@@ -97,7 +98,7 @@ class PretrainingTrainer(PushingMixin, Trainer):
         super().__init__(
             model,
             args,
-            train_dataset=None if train_dataset is None else _with_epochs(train_dataset, endless=True),
+            train_dataset=None if train_dataset is None else _with_epochs(train_dataset),
             eval_dataset=eval_dataset,
             compute_metrics=self._reduce_statistics,
             **kwargs,
@@ -223,10 +224,8 @@ class PretrainingTrainer(PushingMixin, Trainer):
         """Add the mean of every component, throughput and peak memory to a training step's log line."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate or lengthen "
-                    f"warmup_steps, and go on from the last checkpoint in {self.args.output_dir} with resume_from_checkpoint"
-                )
+                what = f"the loss is {logs['loss']} at step {self.state.global_step}"
+                raise not_finite(self.args.output_dir, what)
             means = self._components.means(self._sum_over_ranks)
             logs |= means | self.training_metrics(means)
             done = self.state.global_step - 1  # before the last step, whose values these are
@@ -326,7 +325,5 @@ class PretrainingTrainer(PushingMixin, Trainer):
         return {}
 
 
-def _with_epochs(dataset: Dataset, *, endless: bool = False) -> Dataset:
-    if endless and isinstance(dataset, StreamingBlocks):
-        return EndlessBlocks(dataset)
+def _with_epochs(dataset: Dataset) -> Dataset:
     return dataset if isinstance(dataset, IterableDataset) else EpochDataset.wrap(dataset)

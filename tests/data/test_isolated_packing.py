@@ -75,10 +75,10 @@ def naive_room_left(lengths, capacity):
     return sorted(rooms)
 
 
-@pytest.mark.parametrize("window", [bin_packing._WINDOW_PIECES, 50])
+@pytest.mark.parametrize("window", [bin_packing.WINDOW_PIECES, 50])
 @pytest.mark.parametrize(("longest", "capacity"), [(1, 1), (3, 4), (20, 20), (20, 64), (60, 64), (64, 64), (100, 512)])
 def test_rows_equal_a_plain_loop(longest, capacity, window, monkeypatch):
-    monkeypatch.setattr(bin_packing, "_WINDOW_PIECES", window)
+    monkeypatch.setattr(bin_packing, "WINDOW_PIECES", window)
     for seed, count in enumerate((1, 2, 37, 400)):
         lengths = 1 + draws.integers(draws.row_keys([0], seed=seed), count, high=longest)[0]
         rows = pack_rows(lengths, capacity=capacity)
@@ -184,11 +184,10 @@ def tokenize(texts):
 def test_a_stream_packs_buffer_by_buffer(tokenizer):
     texts = [" ".join(f"w{100 * k + i}" for i in range(3 + 7 * k % 30)) for k in range(20)]
     stream = StreamingBlocks(
-        ["shard"],
+        Source(["shard"], lambda path: iter(texts)),
         tokenizer=tokenizer,
         block_size=32,
         mode=MODE,
-        read=lambda path: iter(texts),
         documents_per_buffer=8,
         tokenize=tokenize,
     )

@@ -1,72 +1,14 @@
-import warnings
-from collections import Counter
-from types import SimpleNamespace
-
 import datasets
 import numpy as np
 import pytest
-from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
 
-from hf_pretrain.data import draws, streaming
 from hf_pretrain.data.documents import tokenize_texts
 from hf_pretrain.data.packing import BlockDataset
 from hf_pretrain.data.streaming import StreamingBlocks
 from hf_pretrain.errors import InputError
-
-NUM_SHARDS, DOCUMENTS_PER_SHARD = 4, 11
-VOCAB = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, ".": 4, **{f"w{k}": 5 + k for k in range(400)}}
-
-
-def make_tokenizer():
-    backend = Tokenizer(models.WordLevel(VOCAB, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-
-
-def tokenize(texts):
-    """Stand in for the document tokenizer: words between spaces, a sentence begins after a full stop."""
-    ids = [[VOCAB[word] for word in text.split()] for text in texts]
-    return {
-        "input_ids": ids,
-        "word_starts": [[True] * len(row) for row in ids],
-        "sent_starts": [[k == 0 or row[k - 1] == VOCAB["."] for k in range(len(row))] for row in ids],
-        "doc_id": list(range(len(ids))),
-    }
-
-
-def read(path):
-    """Return the keyed texts of a shard; the last shard is empty but for one empty document."""
-    shard = int(path.removeprefix("shard-"))
-    if shard == NUM_SHARDS - 1:
-        return iter([""])
-    keys = draws.row_keys(np.arange(DOCUMENTS_PER_SHARD), seed=shard)
-    lengths = 1 + draws.integers(keys, 1, high=40)[:, 0]
-    words = draws.integers(keys, 40, high=400)
-    ends = draws.uniforms(keys, 40) < 0.2
-    return (
-        " ".join(f"w{word}" + " ." * bool(end) for word, end in zip(row[:n], stop[:n], strict=True))
-        for row, stop, n in zip(words, ends, lengths, strict=True)
-    )
-
-
-PATHS = [f"shard-{k}" for k in range(NUM_SHARDS)]
-
-
-def make_stream(source=PATHS, **options):
-    defaults = {"read": read, "block_size": 16, "documents_per_buffer": 4, "tokenize": tokenize}
-    return StreamingBlocks(source, tokenizer=make_tokenizer(), **{**defaults, **options})
-
-
-def as_list(examples):
-    return examples
+from sharded_text import NUM_SHARDS, PATHS, VOCAB, Source, as_list, make_stream, make_tokenizer, read, rows, tokenize
 
 
 def load(stream, workers=0, persistent=False, batch_size=3):
@@ -142,17 +84,21 @@ def test_files_are_read_and_tokenized_like_stored_documents(tmp_path):
     assert any(VOCAB["[SEP]"] in ids[1:-1] for ids, _ in expected)
 
 
-def test_buffer_is_drawn_from_by_seed_and_epoch():
-    """One shard, and only what leaves the buffer before the text ends: no other draw has a part in it."""
+def test_a_window_is_permuted_by_seed_and_epoch():
+    """One shard, in windows: nothing leaves its window, and no window is in order."""
 
     def order(seed, epoch):
-        stream = make_stream(PATHS[:1], shuffle_buffer_size=3, seed=seed)
+        stream = make_stream(Source(PATHS[:1]), shuffle_buffer_size=6, seed=seed)
         stream.set_epoch(epoch)
-        return [example["example_id"] for example in stream][:-3]
+        return [example["example_id"] for example in stream]
 
-    assert order(1, 0) == order(1, 0)
-    assert order(1, 0) != order(2, 0)
-    assert order(1, 0) != order(1, 1)
+    ids = order(1, 0)
+    assert order(1, 0) == ids
+    assert sorted(order(2, 0)) == sorted(order(1, 1)) == sorted(ids) == list(range(len(ids)))
+    assert order(2, 0) != ids != order(1, 1)
+    assert ids != sorted(ids)
+    ends = [k + 1 for k in range(len(ids)) if sorted(ids[: k + 1]) == list(range(k + 1))]
+    assert len(ends) > 1, "there is one window only"
 
 
 def test_shuffle_is_keyed_by_seed_and_mixes():
@@ -167,25 +113,6 @@ def test_shuffle_is_keyed_by_seed_and_mixes():
     assert np.mean(np.abs(np.diff(places)) == 1) < 0.5  # neighbours in the text are no longer neighbours
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_two_ranks_together_see_each_example_once(workers):
-    """accelerate deals out groups of one batch a rank, and fills each worker's last group with its first examples."""
-    alone = flat(load(make_stream(), workers, batch_size=2))
-    ranks = []
-    for rank in range(2):
-        shard = IterableDatasetShard(make_stream(), batch_size=2, num_processes=2, process_index=rank)
-        ranks.append(flat(load(shard, workers, batch_size=2)))
-    seen = Counter(ranks[0] + ranks[1])
-    assert len(ranks[0]) == len(ranks[1])
-    assert set(seen) == set(alone)
-    filling = []
-    for worker in range(max(workers, 1)):
-        own = [key for key in sorted(alone) if (key[0] >> 32) % max(workers, 1) == worker]
-        filling += own[: -len(own) % 4]
-    assert seen - Counter(alone) == Counter(filling)
-    assert len(filling) > 0
-
-
 def test_accelerate_loader_sets_the_epoch_of_a_stream():
     loader = prepare_data_loader(load(make_stream(), batch_size=2), num_processes=2, process_index=1)
     assert {epoch for _, epoch, _ in flat(loader)} == {0}
@@ -194,17 +121,11 @@ def test_accelerate_loader_sets_the_epoch_of_a_stream():
     assert {epoch for _, epoch, _ in flat(loader)} == {7}
 
 
-def rows(shards):
-    for path in shards:
-        for text in read(path):
-            yield {"body": text or None, "source": path}
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_streaming_dataset_gives_the_same_as_files(workers):
     source = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": PATHS})
     assert source.num_shards == NUM_SHARDS
-    stream = make_stream(source, read=None, text_column="body")
+    stream = make_stream(source, text_column="body")
     assert stream.num_shards == NUM_SHARDS
     assert sorted(flat(load(stream, workers))) == flat([list(make_stream())])
     stream.set_epoch(2)
@@ -213,7 +134,7 @@ def test_streaming_dataset_gives_the_same_as_files(workers):
 
 def test_epoch_reaches_a_shuffled_streaming_dataset():
     source = datasets.IterableDataset.from_generator(rows, gen_kwargs={"shards": PATHS[:1]})
-    stream = make_stream(source.shuffle(seed=1, buffer_size=50), read=None, text_column="body")
+    stream = make_stream(source.shuffle(seed=1, buffer_size=50), text_column="body")
     orders = []
     for epoch in (0, 1, 1):
         stream.set_epoch(epoch)
@@ -238,21 +159,8 @@ def test_spawned_workers_hear_of_the_epoch():
 
 
 def test_idle_workers_are_harmless():
-    assert flat(load(make_stream(PATHS[:1]), workers=2)) == flat([list(make_stream(PATHS[:1]))])
-
-
-def test_idle_workers_are_reported_once_by_the_first(monkeypatch):
-    stream = make_stream(PATHS[:2])
-    reported = []
-    for worker in (1, 0, 2, 0):
-        monkeypatch.setattr(streaming, "get_worker_info", lambda w=worker: SimpleNamespace(id=w, num_workers=3))
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            list(stream)
-        reported.append([str(warning.message) for warning in caught])
-    assert [len(messages) for messages in reported] == [0, 1, 0, 0]
-    assert "dataloader_num_workers=3" in reported[1][0]
-    assert "1 workers are idle" in reported[1][0]
+    one = make_stream(Source(PATHS[:1]))
+    assert flat(load(one, workers=2)) == flat([list(one)])
 
 
 def test_reading_is_lazy():
@@ -264,7 +172,7 @@ def test_reading_is_lazy():
             taken.append(path)
             yield "w1 w2 w3 ."
 
-    example = next(iter(make_stream(["x"], read=endless)))
+    example = next(iter(make_stream(Source(["x"], endless))))
     assert example["input_ids"][0] == VOCAB["[CLS]"]
     assert len(taken) == 4
 
@@ -281,6 +189,6 @@ def test_bad_input_is_refused():
     with pytest.raises(InputError, match="documents_per_buffer=0"):
         make_stream(documents_per_buffer=0)
     with pytest.raises(InputError, match="text_column='text' .*body"):
-        make_stream(datasets.Dataset.from_dict({"body": ["a"]}).to_iterable_dataset(), read=None)
+        make_stream(datasets.Dataset.from_dict({"body": ["a"]}).to_iterable_dataset())
     with pytest.raises(ValueError, match="epoch=-2"):
         make_stream().set_epoch(-2)

@@ -199,6 +199,19 @@ class TestFingerprint:
             build_task_logits(fail, examples, tmp_path, fingerprint=fingerprint)
         assert not has_cache(tmp_path)
 
+    @pytest.mark.parametrize("name", ["starts.npy", "logits.npy", "cache.json"])
+    @pytest.mark.parametrize("is_gone", [True, False])
+    def test_what_lost_a_file_is_no_cache(self, examples, fingerprint, tmp_path, name, is_gone):
+        """The program then asks the teacher again."""
+        build_task_logits(lambda batch: torch.zeros(len(batch), 2), examples, tmp_path, fingerprint=fingerprint)
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).unlink()
+        if not is_gone:
+            (tmp_path / name).write_bytes(data[: len(data) // 2])
+        assert not has_cache(tmp_path)
+        with pytest.raises(InputError, match="no finished cache"):
+            TaskLogitsCache.open(tmp_path, fingerprint=fingerprint)
+
     def test_kinds_are_not_mixed_up(self, examples, fingerprint, tmp_path):
         build_task_logits(lambda batch: torch.zeros(len(batch), 2), examples, tmp_path, fingerprint=fingerprint)
         with pytest.raises(InputError, match="holds task logits, not top-k"):

@@ -1,5 +1,6 @@
 """What every program does around its training: the output folder is claimed, the run leaves its recipe and export."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -8,13 +9,16 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.checkpoints import begin_folder, write_marker
+from hf_pretrain.training.output_folder import output_directory
 from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.program import output_directory, run
+from hf_pretrain.training.program import run
 from method_matrix import TINY_TRAINING, data_for, known_options, programs, tiny_data, tiny_model_options
 
 PROGRAMS = programs()
@@ -33,11 +37,28 @@ def make(folder):
 @pytest.fixture
 def used(folder):
     """A folder with what an earlier run and its user left."""
-    (folder / "checkpoint-2").mkdir(parents=True)
-    (folder / "checkpoint-10").mkdir()
-    (folder / "checkpoint-10" / "model.safetensors").write_text("precious")
+    for step in (2, 10):
+        checkpoint(folder / f"checkpoint-{step}", step=step)
     (folder / "checkpoint-x").mkdir()
     (folder / "notes.txt").write_text("precious")
+    return folder
+
+
+def checkpoint(folder, *, step, whole=True):
+    """What a run goes on from; one that is not whole was cut off before its marker."""
+    begin_folder(folder)
+    save_file({"weight": torch.zeros(3)}, folder / "model.safetensors")
+    torch.save({}, folder / "scheduler.pt")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    if whole:
+        write_marker(folder, step=step, world_size=1)
+    return folder
+
+
+def of_an_earlier_version(folder, *, step):
+    """A checkpoint of a version that did not mark them."""
+    checkpoint(folder, step=step)
+    (folder / "complete.json").unlink()
     return folder
 
 
@@ -78,7 +99,7 @@ def test_overwriting_clears_the_folder_and_nothing_else(make, used):
     (used / "file_link").symlink_to(neighbour / "corpus.txt")
     (used / ".hidden").write_text("old")
     with output_directory(make(overwrite_output_dir=True)):
-        assert contents(used) == {"_lock"}
+        assert contents(used) == {"_lock", "_unfinished"}
     assert contents(used) == set()
     assert (neighbour / "corpus.txt").read_text() == "precious"
 
@@ -95,38 +116,109 @@ def test_overwriting_waits_for_no_one(make, used):
         assert (used / "_lock").exists()
 
 
-@pytest.mark.parametrize("word", ["true", "True"])
-def test_resume_finds_the_last_checkpoint(make, used, word):
+@pytest.mark.parametrize("word", ["true", "True", "auto", "AUTO"])
+def test_resume_finds_the_last_checkpoint(make, used, word, capsys):
     before = contents(used)
     args = make(resume_from_checkpoint=word)
     with output_directory(args):
         assert args.resume_from_checkpoint == str(used / "checkpoint-10")
     assert contents(used) == before
+    assert capsys.readouterr().out == f"going on from step 10: {used / 'checkpoint-10'}\n"
+
+
+@pytest.mark.parametrize("word", ["true", "auto"])
+def test_resume_passes_over_what_was_cut_off(make, used, word, capsys):
+    checkpoint(used / "checkpoint-300", step=300, whole=False)
+    (used / "checkpoint-400").mkdir()
+    before = contents(used)
+    args = make(resume_from_checkpoint=word)
+    with output_directory(args):
+        assert args.resume_from_checkpoint == str(used / "checkpoint-10")
+    assert contents(used) == before
+    said = "checkpoint-400, checkpoint-300 are incomplete (killed while saving?): going on from step 10: "
+    assert capsys.readouterr().out == f"{said}{used / 'checkpoint-10'}\n"
 
 
 def test_resume_wins_over_overwriting(make, used):
     args = make(resume_from_checkpoint="true", overwrite_output_dir=True)
     with output_directory(args):
-        assert (used / "checkpoint-10" / "model.safetensors").read_text() == "precious"
+        assert (used / "checkpoint-10" / "model.safetensors").exists()
 
 
-def test_resume_from_a_named_folder(make, used, tmp_path):
-    other = tmp_path / "elsewhere" / "checkpoint-7"
-    other.mkdir(parents=True)
+@pytest.mark.parametrize("make_checkpoint", [checkpoint, of_an_earlier_version])
+def test_resume_from_a_named_folder(make, used, tmp_path, make_checkpoint, capsys):
+    other = make_checkpoint(tmp_path / "elsewhere" / "checkpoint-7", step=7)
     args = make(resume_from_checkpoint=str(other))
     with output_directory(args):
         assert args.resume_from_checkpoint == str(other)
+    assert capsys.readouterr().out == f"going on from step 7: {other}\n"
+
+
+@pytest.mark.parametrize("word", ["true", "auto"])
+def test_a_checkpoint_of_an_earlier_version_has_to_be_named(make, folder, word):
+    """Nothing tells whether it is whole; starting anew would write over it some day."""
+    earlier = of_an_earlier_version(folder / "checkpoint-7", step=7)
+    (folder / "_unfinished").touch()
+    with (
+        pytest.raises(InputError, match=f"of an earlier version.* --resume_from_checkpoint {earlier}$"),
+        output_directory(make(resume_from_checkpoint=word)),
+    ):
+        raise AssertionError("the program must not run")
 
 
 @pytest.mark.parametrize("exists", [True, False])
 def test_nothing_to_resume_is_refused(make, folder, exists):
     if exists:
-        folder.mkdir(parents=True)
+        checkpoint(folder / "checkpoint-3", step=3, whole=False)
     with (
-        pytest.raises(InputError, match="holds no checkpoint: start without it"),
+        pytest.raises(InputError, match="holds no checkpoint: .*start without it, or with auto") as refused,
         output_directory(make(resume_from_checkpoint="true")),
     ):
         raise AssertionError("the program must not run")
+    assert ("checkpoint-3 is incomplete" in str(refused.value)) == exists
+
+
+class TestAuto:
+    """The same command, started again until it comes to its end."""
+
+    def test_it_starts_where_nothing_is(self, make, folder):
+        args = make(resume_from_checkpoint="auto")
+        with output_directory(args):
+            assert args.resume_from_checkpoint is None
+        assert contents(folder) == set()
+
+    def test_it_starts_anew_on_what_a_killed_run_has_left(self, make, folder, capsys):
+        """Only such a run leaves the note that it has not ended."""
+        with output_directory(make()):
+            (folder / "tokenizer.json").write_text("new")
+            checkpoint(folder / "checkpoint-2", step=2, whole=False)
+            left = contents(folder) - {"_lock"}
+        (folder / "_unfinished").touch()
+        args = make(resume_from_checkpoint="auto")
+        with output_directory(args):
+            assert args.resume_from_checkpoint is None
+            assert contents(folder) - {"_lock"} == left
+        assert "cut off before its first checkpoint: starting anew" in capsys.readouterr().out
+        assert not (folder / "_unfinished").exists()
+
+    def test_it_starts_anew_after_a_run_that_failed(self, make, folder):
+        with pytest.raises(ZeroDivisionError), output_directory(make()):
+            (folder / "tokenizer.json").write_text("new")
+            raise ZeroDivisionError
+        with pytest.raises(InputError, match="in use"), output_directory(make()):
+            raise AssertionError("the program must not run")
+        with output_directory(make(resume_from_checkpoint="auto")):
+            pass
+
+    def test_it_does_not_take_what_a_run_has_ended_with(self, make, folder):
+        with output_directory(make(save_strategy="no")):
+            (folder / "model.safetensors").write_text("precious")
+        with (
+            pytest.raises(InputError, match="is in use and holds no checkpoint: name another"),
+            output_directory(make(resume_from_checkpoint="auto")),
+        ):
+            raise AssertionError("the program must not run")
+        assert (folder / "model.safetensors").read_text() == "precious"
 
 
 def test_what_is_refused_does_not_stay_locked(make, folder):

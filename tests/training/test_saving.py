@@ -23,7 +23,7 @@ MLM, RTD = PROGRAMS["mlm"], PROGRAMS["rtd"]
 TESTS = Path(__file__).parents[1]
 CHECKPOINT_FILES = {
     *("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    *("training_args.bin", "tokenizer.json", "tokenizer_config.json"),
+    *("training_args.bin", "tokenizer.json", "tokenizer_config.json", "complete.json"),
 }
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 

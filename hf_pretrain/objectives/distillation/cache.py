@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +12,12 @@ from tqdm.auto import tqdm
 
 from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset
 from hf_pretrain.errors import InputError
+from hf_pretrain.training.checkpoints import is_whole, read_marker, write_marker
 
 Examples = list[dict[str, Any]]
 Fingerprint = Mapping[str, str]
 
-# Written last: a folder without it was not finished.
+# Written last: a folder without it, or without a file that it names, was not finished.
 _HEADER = "cache.json"
 # Batches read at a time, so that those of one length come together.
 _WINDOW = 64
@@ -32,21 +32,20 @@ def _windows(dataset: EpochDataset, *, size: int, epoch: int = 0) -> Iterator[Ex
 
 
 def has_cache(folder: str | Path) -> bool:
-    """Whether a folder holds a finished cache, of whatever teacher."""
-    return (Path(folder) / _HEADER).is_file()
+    """Whether a folder holds a finished cache, of whatever teacher, with all of its files."""
+    return is_whole(folder, name=_HEADER)
 
 
 def _write_header(folder: Path, kind: str, fingerprint: Fingerprint, **facts: Any) -> None:
-    header = {"kind": kind, "fingerprint": dict(fingerprint), **facts}
-    (folder / _HEADER).write_text(json.dumps(header, indent=1), encoding="utf-8")
+    write_marker(folder, name=_HEADER, kind=kind, fingerprint=dict(fingerprint), **facts)
 
 
-def _read_header(folder: Path, kind: str, fingerprint: Fingerprint) -> dict[str, Any]:
-    if not has_cache(folder):
+def _read_header(folder: Path, kind: str, fingerprint: Fingerprint) -> Mapping[str, Any]:
+    header = read_marker(folder, name=_HEADER)
+    if header is None or not has_cache(folder):
         raise InputError(
             f"cache folder {str(folder)!r} holds no finished cache: build it first, or name another folder"
         )
-    header = json.loads((folder / _HEADER).read_text(encoding="utf-8"))
     if header["kind"] != kind:
         raise InputError(f"cache folder {str(folder)!r} holds {header['kind']}, not {kind}: name another folder")
     found = header["fingerprint"]

@@ -1,0 +1,149 @@
+"""What was measured on a task, for the card."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub import card_text
+from hf_pretrain.hub.metric_names import label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The scores of a model on one task.
+
+    Attributes:
+        task: Name of the task: "SST-2". Together with `split` it is what a later evaluation of the same replaces.
+        dataset: The data: an id on the Hub, "nyu-mll/glue", or a name in words.
+        split: Part of the data that was scored: "validation".
+        metrics: Metric -> value; names of the Hub where it has one, such as "accuracy".
+        method: How it was measured: "linear probe on mean-pooled states", "fine-tuned for 3 epochs, one seed".
+        task_type: The Hub's name of the kind of task: "text-classification".
+        dataset_config: Configuration of the dataset: "sst2".
+        baseline: Metric -> value of what to compare with.
+        baseline_name: What that is: "most frequent class", "the model before it was trained further".
+        num_examples: Examples that were scored.
+
+    Raises:
+        InputError: If a text is empty, a value is no finite number, or the baseline has a metric that the model has not.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    metrics: Mapping[str, float]
+    method: str
+    task_type: str = "text-classification"
+    dataset_config: str | None = None
+    baseline: Mapping[str, float] = field(default_factory=dict)
+    baseline_name: str = "baseline"
+    num_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field; a path in the place of a dataset keeps its last part."""
+        for name in ("task", "dataset", "split", "method", "task_type", "baseline_name"):
+            if not isinstance(value := getattr(self, name), str) or not value.strip():
+                raise InputError(f"{name}={value!r} of an evaluation: give a text that is not empty")
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.task_type):
+            raise InputError(f"task_type={self.task_type!r}: give the Hub's name of it, such as 'text-classification'")
+        object.__setattr__(self, "dataset", card_text.without_folders(self.dataset))
+        for name in ("metrics", "baseline"):
+            object.__setattr__(self, name, _scores(getattr(self, name), f"{name} of {self.task!r}"))
+        if not self.metrics:
+            raise InputError(f"metrics of {self.task!r} are empty: give at least one name and value")
+        if unknown := [name for name in self.baseline if name not in self.metrics]:
+            raise InputError(
+                f"baseline of {self.task!r} has {unknown[0]!r}, which is not among metrics: drop one or add it"
+            )
+        count = self.num_examples
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise InputError(f"num_examples={count!r} of {self.task!r}: give a number of examples, or leave it out")
+
+    @classmethod
+    def from_mapping(cls, values: Any, *, source: str) -> Evaluation:
+        """Return the evaluation that a mapping with the names of the fields describes, as JSON files hold them.
+
+        Args:
+            values: The mapping.
+            source: Where it comes from, for the messages.
+
+        Raises:
+            InputError: If it is no mapping, a field is unknown or missing, or a value is not right.
+        """
+        if not isinstance(values, Mapping):
+            raise InputError(f"{source}: an evaluation is an object with named fields, not {values!r}")
+        fields = {entry.name: entry for entry in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+                raise InputError(f"{source}: unknown field {name!r} of an evaluation: {hint}")
+        for name, entry in fields.items():
+            is_needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+            if is_needed and name not in values:
+                raise InputError(f"{source}: an evaluation without {name!r}: add it")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the data is named by an id of the Hub."""
+        return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.dataset) is not None
+
+    @property
+    def data_name(self) -> str:
+        """The data with its configuration, for a reader: "nyu-mll/glue (sst2)"."""
+        return f"{self.dataset} ({self.dataset_config})" if self.dataset_config else self.dataset
+
+
+def evaluation_table(evaluations: tuple[Evaluation, ...]) -> list[card_text.Row]:
+    """Return the header and the rows of a table of tasks, a row for each metric; [] without evaluations."""
+    has_baseline = any(evaluation.baseline for evaluation in evaluations)
+    header = ("Task", "Data", "How", "Metric", "This model", *(("Baseline",) if has_baseline else ()))
+    rows = [
+        (
+            card_text.cell(evaluation.task),
+            _data_cell(evaluation),
+            card_text.cell(evaluation.method),
+            label(name),
+            card_text.number(value),
+            *((_baseline_cell(evaluation, name),) if has_baseline else ()),
+        )
+        for evaluation in evaluations
+        for name, value in evaluation.metrics.items()
+    ]
+    return [header, *rows] if rows else []
+
+
+def _data_cell(evaluation: Evaluation) -> str:
+    name = card_text.cell(evaluation.data_name)
+    if evaluation.is_on_hub:
+        name = f"[{name}](https://huggingface.co/datasets/{evaluation.dataset})"
+    size = "" if evaluation.num_examples is None else f", {evaluation.num_examples:,} examples"
+    return f"{name}, {card_text.cell(evaluation.split)}{size}"
+
+
+def _baseline_cell(evaluation: Evaluation, metric: str) -> str:
+    if metric not in evaluation.baseline:
+        return "not measured"
+    return f"{card_text.number(evaluation.baseline[metric])} ({card_text.cell(evaluation.baseline_name)})"
+
+
+def _scores(values: Any, where: str) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: give names and values, not {values!r}")
+    scores = {}
+    for name, value in card_text.plain(values).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"{where}: {name}={value!r} is no finite number")
+        scores[name] = float(value)
+    return scores

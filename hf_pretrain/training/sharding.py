@@ -1,0 +1,58 @@
+"""How a composite is divided where parameters are sharded (FSDP2), and whether it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def sharded_blocks(model: nn.Module) -> set[str]:
+    """Return the names of the classes whose modules are sharded one by one: the blocks that share no parameter with others.
+
+    Args:
+        model: A composite of stock models.
+    """
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+    blocks: dict[str, bool] = {}
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            is_alone = all(owners[id(parameter)] == 1 for parameter in module.parameters())
+            name = type(module).__name__
+            blocks[name] = blocks.get(name, True) and is_alone
+    return {name for name, is_alone in blocks.items() if is_alone}
+
+
+@contextmanager
+def sharded_by_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Let accelerate shard each block by itself and everything else together, while this is open.
+
+    It would make units of the word embeddings too, and of what an architecture names in `_no_split_modules`. But FSDP takes a
+    parameter into one unit only, and word tables are shared: by embeddings and head, by generator and discriminator. Some are
+    read outside of their module as well, which must be while they are gathered; what is in no block is gathered from the
+    beginning of the forward pass to the end of the backward pass.
+
+    Args:
+        model: A composite of stock models.
+    """
+    named = model._no_split_modules
+    model._no_split_modules = sharded_blocks(model)
+    model.get_input_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings
+        model._no_split_modules = named
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a share of the parameters only (FSDP2, DeepSpeed's stage 3): then none can run the model alone.
+
+    Args:
+        model: The model, prepared for training.
+    """
+    return any(hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") for parameter in model.parameters())

@@ -1,0 +1,71 @@
+"""Trains methods with FSDP2 on two ranks of a CPU, as `fsdp2.yaml` has it, and takes a checkpoint up again.
+
+accelerate shards on accelerators only, and would train with DDP here without a word: it is made to take gloo for one.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.commands import launch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from hf_pretrain.training.sharding import is_sharded
+from method_matrix import build, log_of, programs, teacher_of
+
+CONFIGURATION = Path(__file__).parents[1] / "trainers" / "accelerate" / "fsdp2.yaml"
+STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+# Before the ranks are there, of which only the first could write.
+TEACHERS = [teacher_of(program) for program in programs().values()]
+
+
+def shard_on_a_cpu():
+    """Put this process where `accelerate launch` puts it on GPUs, but for the device."""
+    launch.multi_gpu_launcher = lambda args: os.environ.update(prepare_multi_gpu_env(args))
+    command = ["--config_file", str(CONFIGURATION), "--num_processes", "2", "--main_process_port", "0", "program"]
+    launch.launch_command(launch.launch_command_parser().parse_args(command))
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    dist.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_GPU)
+
+
+def options_of(method):
+    """What each method trains with besides: one of them with the optimizer of the official ELECTRA."""
+    return STEPS | ({"adam_bias_correction": False} if method == "rtd" else {})
+
+
+def train(method, folder, *, resume_from=None):
+    trainer = build(programs()[method], folder, per_device_train_batch_size=4, **options_of(method))
+    # A sharded parameter is not compared by name and place as others are.
+    trainer.remove_callback(trainer.recorder)
+    trainer.train(resume_from_checkpoint=resume_from)
+    return trainer
+
+
+def whole_state(trainer):
+    state = trainer.model.state_dict()
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+def main(folder):
+    shard_on_a_cpu()
+    for method in json.loads((folder / "methods.json").read_text()):
+        trainer = train(method, folder / method)
+        trainer.save_model()
+        found = {
+            "log": log_of(trainer),
+            "evaluation": trainer.evaluate()["eval_loss"],
+            "state": whole_state(trainer),
+            "units": {type(m).__name__ for m in trainer.model.modules() if isinstance(m, FSDPModule)},
+            "is_sharded": is_sharded(trainer.model),
+            "is_sharded_whole": all(isinstance(parameter, DTensor) for parameter in trainer.model.parameters()),
+        }
+        resumed = train(method, folder / f"{method}-resumed", resume_from=str(folder / method / "checkpoint-2"))
+        found |= {"resumed_log": log_of(resumed), "resumed_state": whole_state(resumed)}
+        torch.save(found, folder / f"{method}-{os.environ['RANK']}.pt")
