@@ -1,4 +1,4 @@
-"""``hf-pretrain <method> [options]``: the programs of ``trainers/``, and how a program ends.
+"""``hf-pretrain <method> [options]``: the programs of ``trainers/``, the commands beside them, and how a program ends.
 
 Nothing heavy is imported here, so that ``hf-pretrain --help`` and a mistyped method are answered at once.
 """
@@ -49,13 +49,20 @@ RECIPES = {
 }
 """Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 
+COMMANDS = {
+    "statistics": ("hf_pretrain.commands.statistics", "lengths of a corpus' documents, and how they fill the blocks"),
+    "deduplicate": ("hf_pretrain.commands.deduplicate", "leave out documents that repeat another, nearly or exactly"),
+    "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
+}
+"""Programs that train nothing."""
+
 _EXIT_RUN = 1
 _EXIT_INPUT = 2
 _EXIT_INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the method that the first argument names, with the arguments after it.
+    """Run the method or command that the first argument names, with the arguments after it.
 
     Args:
         argv: The arguments, without the name of the program; those of the process if not given.
@@ -109,19 +116,20 @@ def _run_method(argv: list[str] | None) -> int | None:
     name, *options = argv or []
     if name in RECIPES:
         (name, _), options = RECIPES[name], ["--config", name, *options]
-    if name not in METHODS:
-        known = [*METHODS, *RECIPES]
+    programs = METHODS | COMMANDS
+    if name not in programs:
+        known = [*METHODS, *RECIPES, *COMMANDS]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
         raise InputError(f"unknown method {name!r}: {hint}")
-    return import_module(METHODS[name][0]).main(options)
+    return import_module(programs[name][0]).main(options)
 
 
 def _help() -> str:
-    width = max(map(len, [*METHODS, *RECIPES]))
+    width = max(map(len, [*METHODS, *RECIPES, *COMMANDS]))
     return "\n".join(
         [
-            "usage: hf-pretrain <method> [--config RECIPE] [options]",
+            "usage: hf-pretrain <method or command> [--config RECIPE] [options]",
             "",
             "Pre-train a text encoder on your own text.",
             "",
@@ -131,8 +139,11 @@ def _help() -> str:
             "recipes of encoder, called by name:",
             *(f"  {name:<{width}}  {line}" for name, (_, line) in RECIPES.items()),
             "",
+            "commands:",
+            *(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()),
+            "",
             "options:",
-            "  -h, --help  show this, or after a method: all of its options",
+            "  -h, --help  show this, or after a method or command: all of its options",
             "  --version   show the version",
             "",
             "  hf-pretrain rtd --train_file corpus.txt --output_dir my-electra",

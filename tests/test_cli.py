@@ -10,22 +10,28 @@ from hf_pretrain import cli
 from hf_pretrain.errors import InputError
 
 
-def test_help_lists_every_method_with_one_line(capsys):
+def test_help_lists_every_method_and_command_with_one_line(capsys):
     for argv in ([], ["-h"], ["--help"]):
         assert cli.main(argv) == 0
         lines = capsys.readouterr().out.splitlines()
-        for name, (_, summary) in (cli.METHODS | cli.RECIPES).items():
+        commands = lines[lines.index("commands:") + 1 :][: len(cli.COMMANDS)]
+        assert [line.split()[0] for line in commands] == list(cli.COMMANDS)
+        for name, (_, summary) in (cli.METHODS | cli.RECIPES | cli.COMMANDS).items():
             assert sum(line.split()[:1] == [name] and summary in line for line in lines) == 1
 
 
 def test_help_and_a_mistake_need_no_torch():
     program = (
         "import sys; from hf_pretrain import cli; cli.main(['--help']); cli.main(['--version']); cli.main(['rdt']); "
+        "cli.main(['statistic']); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stderr == "error: unknown method 'rdt': did you mean 'rtd'?\n"
+    assert run.stderr.splitlines() == [
+        "error: unknown method 'rdt': did you mean 'rtd'?",
+        "error: unknown method 'statistic': did you mean 'statistics'?",
+    ]
 
 
 def test_version_is_that_of_the_package(capsys):
@@ -35,7 +41,7 @@ def test_version_is_that_of_the_package(capsys):
 
 def test_a_method_without_a_near_name_is_answered_with_all(capsys):
     assert cli.main(["zzzz"]) == 2
-    assert f"choose from {', '.join([*cli.METHODS, *cli.RECIPES])}" in capsys.readouterr().err
+    assert f"choose from {', '.join([*cli.METHODS, *cli.RECIPES, *cli.COMMANDS])}" in capsys.readouterr().err
 
 
 def test_a_method_gets_the_arguments_after_its_name(monkeypatch):
@@ -110,3 +116,17 @@ def test_every_method_has_help(method, capsys):
     shown = capsys.readouterr().out
     assert f"hf-pretrain {method}" in shown
     assert "--learning_rate" in shown
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_has_help_and_refuses_a_mistyped_option(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"hf-pretrain {command}" in capsys.readouterr().out
+    assert cli.main([command, "--zzzz", "1"]) == 2
+    assert capsys.readouterr().err == f"error: unknown option '--zzzz': see `hf-pretrain {command} --help`\n"
+
+
+def test_no_command_has_the_name_of_a_method():
+    assert not cli.COMMANDS.keys() & (cli.METHODS | cli.RECIPES).keys()

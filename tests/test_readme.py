@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
 import hf_pretrain
-from hf_pretrain.cli import METHODS
+from hf_pretrain.cli import COMMANDS, METHODS
 from hf_pretrain.training.parsing import _OptionParser
 from method_matrix import build, log_of
 
@@ -21,8 +21,8 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.md")]
 )
-# Options in the documents that are not those of a program: of accelerate and of the example.
-OTHER_OPTIONS = {"config_file", "num_processes", "help"}
+# Options in the documents that are not those of a program: of accelerate, of hf and of the example.
+OTHER_OPTIONS = {"config_file", "num_processes", "cpu", "include", "local-dir", "help"}
 
 
 def text_of(name):
@@ -107,9 +107,9 @@ def test_links_lead_somewhere(name):
 
 @pytest.fixture(scope="module")
 def options():
-    """Names of the options of each method."""
+    """Names of the options of each method and command."""
     parsers = {}
-    for method, (module, _) in METHODS.items():
+    for method, (module, _) in (METHODS | COMMANDS).items():
         arguments = importlib.import_module(module).ARGUMENTS
         parser = _OptionParser(arguments, prog=method, description="")
         parsers[method] = {name for name in parser._option_string_actions if name.startswith("--")}
@@ -131,7 +131,7 @@ def test_options_exist(name, options):
             known |= {f"--{option}" for option in fields} | set(re.findall(r"add_argument\(\s*\"(--\w+)\"", code))
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
         assert option in known, option
-    for method, rest in re.findall(r"hf-pretrain ({})((?:[^\n`]|\\\n)*)".format("|".join(METHODS)), text):
+    for method, rest in re.findall(r"hf-pretrain ({})((?:[^\n`]|\\\n)*)".format("|".join(METHODS | COMMANDS)), text):
         for option in re.findall(r"(?<![\w-])--[a-z]\w*", rest):
             assert option in options[method] | {"--help"}, f"hf-pretrain {method} {option}"
 

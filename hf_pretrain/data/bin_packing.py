@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Rows are formed of pieces that lie no further apart than this, so that memory stays bounded and order local.
-_WINDOW_PIECES = 1 << 16
+WINDOW_PIECES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ def pack_rows(lengths: np.ndarray, *, capacity: int) -> PackedRows:
     """
     assert len(lengths) and lengths.min() >= 1 and lengths.max() <= capacity, "every piece fits into a row"
     orders, counts = [], []
-    for low in range(0, len(lengths), _WINDOW_PIECES):
-        rows = _rows_by_first_piece(_best_fit(lengths[low : low + _WINDOW_PIECES], capacity))
+    for low in range(0, len(lengths), WINDOW_PIECES):
+        rows = _rows_by_first_piece(_best_fit(lengths[low : low + WINDOW_PIECES], capacity))
         orders.append(np.argsort(rows, kind="stable") + low)
         counts.append(np.bincount(rows))
     bounds = np.concatenate([[0], np.cumsum(np.concatenate(counts))])

@@ -35,7 +35,7 @@ class MultilingualDataArguments(DataArguments):
         default=0.5,
         metadata={
             "help": "Languages are sampled proportionally to their share of the text to this power: 1 as they are, 0 "
-            "all equally (XLM: 0.5). The same holds for pairs of languages, and for a tokenizer to train."
+            "all equally. The same holds for pairs of languages, and for a tokenizer to train."
         },
     )
     bitext_share: float = field(

@@ -39,7 +39,7 @@ def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_
         num_warmup_steps: Steps of warm-up, w.
         num_training_steps: All steps, T.
 
-    Source: `create_optimizer` of the official ELECTRA code. (BERT's warms up to the full rate and decays from there on.)
+    Source: `create_optimizer` of the official ELECTRA code. (BERT's leaves the decay out while warming up.)
     """
     return LambdaLR(optimizer, partial(_linear_product, warmup=num_warmup_steps, total=num_training_steps))
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.hub.metric_names import is_bookkeeping
+from hf_pretrain.tables import print_table as print_table
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 
@@ -44,18 +45,6 @@ def held_out_rows(log_history: Sequence[dict[str, float]]) -> list[tuple[str, st
     )
     names = sorted(name for name in before | after if name.startswith("eval_") and not is_bookkeeping(name))
     return [(name.removeprefix("eval_"), _number(before.get(name)), _number(after.get(name))) for name in names]
-
-
-def print_table(rows: Iterable[Sequence[str]], *, header: Sequence[str]) -> None:
-    """Print rows of text in columns, the first to the left and the others to the right."""
-    table = [tuple(header), *map(tuple, rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    for row in table:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
-        ]
-        print("  " + "  ".join(cells).rstrip())
 
 
 def _number(value: float | None) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 from hf_pretrain.evaluation.students import comparison_rows
 from hf_pretrain.hub.card import Compute, ObjectiveDescription, PretrainingCard, render_card
 from hf_pretrain.hub.card_text import Row
+from hf_pretrain.hub.environment import Energy
+from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import plot_training
 from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.objectives.distillation.description import describe, describe_origin
@@ -40,6 +42,7 @@ ENCODER_WEIGHTS = {"mlm": 1.0, "pair": 1.0, "word_order": 0.5}
 DISTIL_WEIGHTS = {"prediction": 5.0, "mlm": 2.0, "cosine": 1.0}
 
 VERSIONS = {"python": "3.11", "transformers": "5.23.0", "torch": "2.13.0"}
+FINE_TUNING_CLASS = "AutoModelForSequenceClassification"
 LIMITS = (
     "The model reproduces what its text holds, biases included, and was checked on held-out text of the same kind"
     " only. It must be fine-tuned before it decides anything."
@@ -100,6 +103,7 @@ def _reference(
     common = {
         "model_name": f"reference-{objective.name}",
         "note": NOTE,
+        "fine_tuning_class": FINE_TUNING_CLASS,
         "language": "en",
         "data": {"sources": ["corpus.txt"], "documents": 1000, "tokens": 2_000_000, "held_out_documents": 50},
         "recipe": {"learning_rate": 5e-4, "max_steps": 500, "per_device_train_batch_size": 32, "seed": 0},
@@ -111,6 +115,29 @@ def _reference(
         "versions": VERSIONS,
     }
     return PretrainingCard(objective=objective, model_class=model_class, **(common | facts))
+
+
+TASKS = (
+    Evaluation(
+        task="SST-2",
+        dataset="nyu-mll/glue",
+        dataset_config="sst2",
+        split="validation",
+        metrics={"accuracy": 0.875},
+        method="fine-tuned for 3 epochs, one seed",
+        baseline={"accuracy": 0.5},
+        baseline_name="most frequent class",
+        num_examples=872,
+    ),
+    Evaluation(
+        task="Topics",
+        dataset="sentences of the handbook",
+        split="test",
+        metrics={"accuracy": 0.75, "f1": 0.625},
+        method="linear probe on mean-pooled states",
+        num_examples=400,
+    ),
+)
 
 
 def _comparison(**scores: float) -> list[Row]:
@@ -125,6 +152,7 @@ _CARDS = (
         model_class="ElectraForPreTraining",
         objective=RTD,
         note=NOTE,
+        fine_tuning_class=FINE_TUNING_CLASS,
         language="en",
         license="apache-2.0",
         data={
@@ -146,11 +174,14 @@ _CARDS = (
             parameters=5_000_000,
             trained_parameters=6_000_000,
             steps=500,
+            examples_per_step=32,
             tokens=2_000_000,
             seconds=200.0,
             hardware="Example CPU, 4 cores",
             precision="fp32",
+            energy=Energy(kwh=0.25, emissions_kg=0.0125, country="Iceland", scope="machine"),
         ),
+        evaluations=TASKS,
         parts={"pretraining/generator": ("ElectraForMaskedLM", "the generator, to go on with the pre-training")},
         limits=LIMITS,
         versions=VERSIONS,
@@ -160,6 +191,7 @@ _CARDS = (
         model_class="BertForMaskedLM",
         objective=MLM,
         note=NOTE,
+        fine_tuning_class=FINE_TUNING_CLASS,
         base_model="google-bert/bert-base-uncased",
         language="en",
         data={"sources": ["corpus.txt"], "documents": 1000, "tokens": 2_000_000, "blocks": 16_000},
@@ -227,6 +259,7 @@ _CARDS = (
     _reference(
         describe(TaskDistillationTrainer.objective, {"prediction": 1.0}, head="classification"),
         model_class="BertForSequenceClassification",
+        fine_tuning_class="",
         components={"prediction_loss": (0.7, 0.2), "accuracy": (0.5, 0.85)},
         origin=describe_origin(StudentArguments(hidden_size=312), teacher="textattack/bert-base-uncased-SST-2"),
         comparison=_comparison(student_accuracy=0.83, teacher_accuracy=0.92),

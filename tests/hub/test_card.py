@@ -20,12 +20,14 @@ from transformers import (
     ElectraConfig,
     ElectraForMaskedLM,
     ElectraForPreTraining,
+    ElectraForSequenceClassification,
     PreTrainedTokenizerFast,
     TrainingArguments,
 )
 
 from hf_pretrain.hub.card import Compute, PretrainingCard, recipe_options, render_card, snippets, write_card
-from hf_pretrain.hub.card_text import cell, compute_rows, duration, metric_table, number
+from hf_pretrain.hub.card_text import cell, compute_rows, duration, fine_tuning_snippet, metric_table, number
+from hf_pretrain.hub.environment import Energy
 
 MINIMAL = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
 UNKNOWN = PretrainingCard(
@@ -95,11 +97,8 @@ def test_the_model_index_holds_the_metrics_after_training_and_survives_a_round_t
     card = ModelCard(render_card(REFERENCE_CARDS["rtd"]))
     results = card.data.eval_results
     assert card.data.model_name == "reference-rtd"
-    assert {result.metric_type: result.metric_value for result in results} == {
-        "mlm_loss": 6.3,
-        "rtd_loss": 0.33,
-        "rtd_auc": 0.74,
-    }
+    held_out = {result.metric_type: result.metric_value for result in results if result.dataset_type == "text"}
+    assert held_out == {"mlm_loss": 6.3, "rtd_loss": 0.33, "rtd_auc": 0.74}
     assert ModelCard(card.content).data.eval_results == results
     assert "model-index" not in ModelCard(render_card(MINIMAL)).data.to_dict()
 
@@ -217,9 +216,10 @@ def test_the_snippets_of_the_rtd_card_run(tmp_path: Path, monkeypatch: pytest.Mo
     ElectraForPreTraining(config).save_pretrained(tmp_path)
     generator.save_pretrained(tmp_path / "pretraining" / "generator")
     _tokenizer().save_pretrained(tmp_path)
-    encoder, head, parts = _run_snippets(REFERENCE_CARDS["rtd"], tmp_path, monkeypatch)
+    encoder, head, parts, tuning = _run_snippets(REFERENCE_CARDS["rtd"], tmp_path, monkeypatch)
     assert encoder["hidden_states"].shape[-1] == 16
     assert head["replaced"].shape == (1, 8) and ((head["replaced"] > 0) & (head["replaced"] < 1)).all()
+    assert isinstance(tuning["model"], ElectraForSequenceClassification) and tuning["loss"].isfinite()
     assert isinstance(parts["generator"], ElectraForMaskedLM)
     for name, value in generator.state_dict().items():
         torch.testing.assert_close(parts["generator"].state_dict()[name], value, rtol=0, atol=0)
@@ -228,7 +228,7 @@ def test_the_snippets_of_the_rtd_card_run(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_snippets_of_the_mlm_card_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path)
     _tokenizer().save_pretrained(tmp_path)
-    encoder, head = _run_snippets(REFERENCE_CARDS["mlm"], tmp_path, monkeypatch)
+    encoder, head, _ = _run_snippets(REFERENCE_CARDS["mlm"], tmp_path, monkeypatch)
     assert encoder["hidden_states"].shape == (1, 7, 16)
     assert len(head["predictions"]) == 5
 
@@ -270,3 +270,77 @@ def test_the_code_names_the_class_of_the_discriminator_at_hand():
     used = snippets(render_card(card))[1]
     assert "BertForTokenClassification.from_pretrained" in used
     assert "Electra" not in used and "{" not in used
+
+
+@pytest.mark.parametrize(
+    ("model_class", "own_code", "options"),
+    [
+        ("BertForMaskedLM", False, "num_labels=2)"),
+        ("BertForTokenClassification", False, "num_labels=2, ignore_mismatched_sizes=True)"),
+        ("TransformerXLForCausalLM", True, "num_labels=2, trust_remote_code=True)"),
+    ],
+)
+def test_fine_tuning_opens_the_model_with_a_fresh_head(model_class: str, own_code: bool, options: str) -> None:
+    auto_class = "AutoModelForSequenceClassification"
+    code = fine_tuning_snippet("me/x", auto_class=auto_class, model_class=model_class, has_own_code=own_code)
+    assert f'{auto_class}.from_pretrained("me/x", {options}' in code
+    assert fine_tuning_snippet("me/x", auto_class="", model_class=model_class) == ""
+
+
+NEWS_AND_LAW = {"eval_news_mlm_loss": 2.0, "eval_news_runtime": 1.0, "eval_law_mlm_loss": 3.0, "eval_law_runtime": 1.0}
+
+
+def test_several_held_out_sets_have_their_names_in_the_table_and_results_of_their_own() -> None:
+    before = {key: value + 1 for key, value in NEWS_AND_LAW.items()}
+    card = dataclasses.replace(MINIMAL, metrics_before=before, metrics_after=NEWS_AND_LAW)
+    assert metric_table(before, NEWS_AND_LAW) == [
+        ("Held-out set", "Metric", "Before training", "After training"),
+        ("news", "MLM loss", "3", "2"),
+        ("law", "MLM loss", "4", "3"),
+    ]
+    results = ModelCard(render_card(card)).data.eval_results
+    assert [(result.dataset_config, result.metric_type, result.metric_value) for result in results] == [
+        ("news", "mlm_loss", 2.0),
+        ("law", "mlm_loss", 3.0),
+    ]
+    assert len({result.unique_identifier for result in results}) == 2
+
+
+def test_a_run_that_goes_on_and_a_measurement_before_its_end_are_called_so() -> None:
+    compute = Compute(steps=1500, planned_steps=3000)
+    card = dataclasses.replace(MINIMAL, compute=compute, metrics_after={"eval_mlm_loss": 2.0, "step": 1000})
+    text = render_card(card)
+    assert "this is the model after 1,500 of 3,000 steps" in text and "| Optimizer steps | 1,500 of 3,000 |" in text
+    assert "| Metric | At step 1,000 |" in text and "After training" not in text
+    done = render_card(dataclasses.replace(card, compute=Compute(steps=1000, planned_steps=1000)))
+    assert "Not the end" not in done and "| Metric | After training |" in done
+
+
+def test_the_time_of_a_resumed_run_is_that_of_its_last_part_and_so_is_the_speed() -> None:
+    rows = dict(compute_rows(Compute(tokens=9000, seconds=4.0, resumed_at_step=50, timed_tokens=1000)))
+    assert rows["Training time, since the resume at step 50"] == "4 s"
+    assert (rows["Tokens seen"], rows["Tokens per second"]) == ("9,000", "250")
+
+
+def test_several_processes_are_counted_and_memory_is_that_of_one() -> None:
+    rows = dict(compute_rows(Compute(processes=2, peak_memory_mib=512.0)))
+    assert rows == {"Processes": "2", "Peak memory of a process": "0.5 GiB"}
+
+
+def test_energy_is_told_where_it_was_measured() -> None:
+    energy = Energy(kwh=0.5, emissions_kg=0.2, country="Iceland", scope="machine", sessions=2)
+    compute = Compute(hardware="Example CPU", energy=energy)
+    assert compute_rows(compute)[1:] == [
+        ("Energy", "0.5 kWh of the whole machine, measured by CodeCarbon"),
+        ("Emissions", "200 g CO2 equivalent, with the electricity of Iceland"),
+    ]
+    assert "in 2 sessions" in dict(compute_rows(dataclasses.replace(compute, resumed_at_step=5)))["Energy"]
+    data = ModelCard(render_card(dataclasses.replace(MINIMAL, compute=compute))).data
+    assert data.co2_eq_emissions == {
+        "emissions": 200.0,
+        "source": "CodeCarbon",
+        "training_type": "pre-training",
+        "geographical_location": "Iceland",
+        "hardware_used": "Example CPU",
+    }
+    assert "co2" not in render_card(MINIMAL) and "Energy" not in render_card(MINIMAL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -52,3 +53,29 @@ def test_versions_are_those_installed_and_what_is_not_installed_is_absent(monkey
         "python": platform.python_version(),
         "torch": importlib.metadata.version("torch"),
     }
+
+
+EMISSIONS = """\
+timestamp,run_id,duration,emissions,energy_consumed,country_name,longitude,latitude,tracking_mode
+2026-01-01T00:00:00,a,10.0,0.1,0.25,Iceland,-21.9,64.1,machine
+2026-01-01T00:01:00,a,20.0,0.2,0.5,Iceland,-21.9,64.1,machine
+2026-01-02T00:00:00,b,30.0,0.4,1.0,Iceland,-21.9,64.1,machine
+"""
+
+
+def test_energy_is_the_sum_over_sessions_of_their_last_total(tmp_path: Path) -> None:
+    (tmp_path / "emissions.csv").write_text(EMISSIONS, encoding="utf-8")
+    energy = environment.measured_energy(tmp_path)
+    assert energy is not None
+    assert (energy.kwh, energy.sessions) == (1.5, 2)
+    assert energy.emissions_kg == pytest.approx(0.6)
+    assert (energy.country, energy.scope, energy.source) == ("Iceland", "machine", "CodeCarbon")
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "run_id\na\n", EMISSIONS.replace("0.25", "nan").replace("0.5,", "0,").replace("1.0,", "x,")]
+)
+def test_without_a_measurement_there_is_no_energy(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "emissions.csv").write_text(text, encoding="utf-8")
+    assert environment.measured_energy(tmp_path) is None

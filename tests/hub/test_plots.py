@@ -49,7 +49,7 @@ def test_a_log_is_sorted_into_figures_and_series() -> None:
         "learning_rate.png": ["learning_rate"],
     }
     assert figures["loss.png"]["loss"].train == {10: 40.0, 20: 30.0}, "the summary row is not a point of the curve"
-    assert figures["loss.png"]["mlm_loss"].evaluation == {0: 9.0, 20: 6.5}
+    assert figures["loss.png"]["mlm_loss"].held_out == {"": {0: 9.0, 20: 6.5}}
     assert figures["quality.png"]["rtd_auc"].train == {}
 
 
@@ -58,6 +58,24 @@ def test_a_total_with_one_component_is_drawn_once_but_a_weighted_one_stays() -> 
     weighted = [{"loss": 100.0, "rtd_loss": 2.0, "step": 1}]
     assert list(_curves(alone)["loss.png"]) == ["mlm_loss"]
     assert list(_curves(weighted)["loss.png"]) == ["loss", "rtd_loss"]
+
+
+def test_each_component_has_one_panel_with_all_held_out_sets(tmp_path: Path) -> None:
+    log: list[dict[str, Any]] = [{"loss": 6.0 / step, "mlm_loss": 6.0 / step, "step": step} for step in (1, 2, 3)]
+    for step in (0, 3):
+        for name, value in (("news", 5.0), ("news_old", 3.0)):
+            row = {
+                f"eval_{name}_loss": value - step,
+                f"eval_{name}_mlm_loss": value - step,
+                f"eval_{name}_runtime": 1.0,
+            }
+            log.append(row | {"step": step})
+    (figure,) = training_figures(log)
+    (curve,) = figure.curves
+    assert (curve.name, list(curve.train)) == ("mlm_loss", [1, 2, 3])
+    assert curve.held_out == {"news": {0: 5.0, 3: 2.0}, "news_old": {0: 3.0, 3: 0.0}}
+    pixels = _pixels(plot_training(log, tmp_path)[0])
+    assert all(_shows(pixels, colour) for colour in (plots._TRAIN_COLOUR, *plots._HELD_OUT_COLOURS[:2]))
 
 
 def test_steps_are_in_order_and_the_last_word_counts() -> None:
@@ -103,9 +121,9 @@ def test_the_pictures_are_small_and_show_training_light_and_held_out_dark(tmp_pa
     ]
     assert max(path.stat().st_size for path in paths) < 100_000
     loss, quality, rate = map(_pixels, paths)
-    assert _shows(loss, plots._TRAIN_COLOUR) and _shows(loss, plots._EVALUATION_COLOUR)
-    assert not _shows(quality, plots._TRAIN_COLOUR) and _shows(quality, plots._EVALUATION_COLOUR)
-    assert _shows(rate, plots._TRAIN_COLOUR) and not _shows(rate, plots._EVALUATION_COLOUR)
+    assert _shows(loss, plots._TRAIN_COLOUR) and _shows(loss, plots._HELD_OUT_COLOURS[0])
+    assert not _shows(quality, plots._TRAIN_COLOUR) and _shows(quality, plots._HELD_OUT_COLOURS[0])
+    assert _shows(rate, plots._TRAIN_COLOUR) and not _shows(rate, plots._HELD_OUT_COLOURS[0])
 
 
 def test_places_left_over_in_the_grid_stay_empty(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from reference_inputs import REFERENCE_CARDS, REFERENCE_DIR
 
 from hf_pretrain.cli import METHODS
 from hf_pretrain.hub.card import snippets, write_card
+from hf_pretrain.training.card import describe_run
 from method_matrix import build, programs
 
 
@@ -30,6 +31,7 @@ def test_the_code_of_the_card_runs(method, tmp_path, monkeypatch):
     write_card(dataclasses.replace(card, log_history=[]), tmp_path)
     monkeypatch.chdir(tmp_path)
     code = snippets((tmp_path / "README.md").read_text())
-    assert len(code) == (3 if card.parts else 2)
+    assert card.fine_tuning_class == describe_run(trainer).fine_tuning_class
+    assert len(code) == 2 + bool(card.parts) + bool(card.fine_tuning_class)
     for number, each in enumerate(code):
         exec(compile(each, f"{method}-{number}", "exec"), {})

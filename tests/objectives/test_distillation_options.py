@@ -4,9 +4,9 @@ from dataclasses import fields
 
 import pytest
 import torch
-from distilled import ALL, bert, collator, examples, pair
 from transformers import BertForMaskedLM, BertModel
 
+from distilled import ALL, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
 from hf_pretrain.objectives.distillation.configuration import RELATIONS

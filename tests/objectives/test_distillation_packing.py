@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distilled import ALL, SIZES, bert, pair
 from transformers import AutoModelForMaskedLM, DebertaV2Config, ModernBertConfig, RobertaConfig
 
+from distilled import ALL, SIZES, bert, pair
 from hf_pretrain.cli import main
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.objectives.distillation import DataCollatorForDistillation

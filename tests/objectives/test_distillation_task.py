@@ -5,9 +5,9 @@ import copy
 import datasets
 import pytest
 import torch
-from distilled import PREDICTION
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, RobertaConfig
 
+from distilled import PREDICTION
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import (
     DataCollatorForTask,

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from distilled import PREDICTION
 from transformers import BertConfig
 
+from distilled import PREDICTION
 from hf_pretrain.data.epochs import EPOCH_STRIDE, PLACE_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import TaskDataArguments

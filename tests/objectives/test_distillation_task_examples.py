@@ -4,10 +4,10 @@ import json
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
-from distilled_tasks import TAGS, question_rows, token_rows, write_rows
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerFast
 
+from distilled_tasks import TAGS, question_rows, token_rows, write_rows
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDataArguments
 from hf_pretrain.objectives.distillation.question_examples import encode_questions

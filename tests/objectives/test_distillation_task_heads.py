@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from distilled_tasks import AUTO_CLASSES, TASKS, build_task, model, token_rows
 from sklearn.metrics import f1_score
 from transformers import AutoTokenizer
 
+from distilled_tasks import AUTO_CLASSES, TASKS, build_task, model, token_rows
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.students import compare
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDistillationTrainingArguments, join

@@ -5,7 +5,6 @@ import itertools
 import datasets
 import pytest
 import torch
-from distilled_tasks import AUTO_CLASSES, TASKS, save_teacher, task_files
 from huggingface_hub import ModelCard
 from transformers import (
     AutoModelForMaskedLM,
@@ -15,6 +14,7 @@ from transformers import (
     BertTokenizer,
 )
 
+from distilled_tasks import AUTO_CLASSES, TASKS, save_teacher, task_files
 from hf_pretrain.cli import main
 from hf_pretrain.data import draws
 from hf_pretrain.hub.card import snippets

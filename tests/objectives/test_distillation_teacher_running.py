@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from distilled import arguments, bert, collator, examples, pair
 from transformers import BertModel
 
+from distilled import arguments, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import Teacher, join
 from hf_pretrain.objectives.distillation.capture import AttentionRecord

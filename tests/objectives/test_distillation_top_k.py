@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from distilled import UNCACHED, arguments, collator
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForMaskedLM
 
+from distilled import UNCACHED, arguments, collator
 from hf_pretrain.data.epochs import EPOCH_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForDistillation, DistillationTrainingArguments, cache

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from distilled import ALL, OF_STATES, OF_TEACHER, SIZES, bert, collator, examples, pair
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -16,6 +15,7 @@ from transformers import (
     ModernBertConfig,
 )
 
+from distilled import ALL, OF_STATES, OF_TEACHER, SIZES, bert, collator, examples, pair
 from hf_pretrain.trainers import distil
 from method_matrix import VOCAB_SIZE, build, collate, relative_difference
 

@@ -95,16 +95,13 @@ class DistillationArguments:
     )
     teacher_layer: int | None = field(
         default=None,
-        metadata={
-            "help": "Layer of the teacher that the relations are taken from; by default the last. MiniLM v2: 21 of "
-            "BERT-large's 24, 19 of RoBERTa-large's."
-        },
+        metadata={"help": "Layer of the teacher that the relations are taken from; by default the last."},
     )
     relation_heads: int | None = field(
         default=None,
         metadata={
             "help": "Parts that states are split into for the relations, a divisor of both widths; by default the teacher's "
-            "attention heads. MiniLM v2: 48 for base models, 64 for large ones."
+            "attention heads. MiniLM v2: 48 for BERT-base."
         },
     )
     attention_target: Literal["scores", "probs"] = field(

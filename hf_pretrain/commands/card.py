@@ -1,0 +1,108 @@
+"""Make the card of a model again from the record of its run, with evaluations and what only people know.
+
+    hf-pretrain card my-electra --evaluation results.json --license apache-2.0 --language en
+
+The folder is that of a run, or a copy from the Hub. A file of evaluations is one JSON object, or a list of them:
+
+    {"task": "SST-2", "dataset": "nyu-mll/glue", "dataset_config": "sst2", "split": "validation", "num_examples": 872,
+     "metrics": {"accuracy": 0.91}, "method": "fine-tuned for 3 epochs, one seed",
+     "baseline": {"accuracy": 0.51}, "baseline_name": "most frequent class"}
+
+An evaluation of the same task and split takes the place of the earlier one. What was changed by hand in README.md stays, in its
+front matter and in its sections.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_pretrain.cli import run_program
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.metadata import hub_id
+from hf_pretrain.hub.record import update_card
+from hf_pretrain.training.parsing import parse_arguments
+
+
+@dataclass
+class CardArguments:
+    """Options of ``hf-pretrain card``."""
+
+    model_folder: str = field(
+        metadata={"help": "Folder of the model; it may be given without the name of the option."}
+    )
+    evaluation: list[str] | None = field(
+        default=None,
+        metadata={"help": "JSON files of evaluations on tasks; one of the same task and split is replaced."},
+    )
+    license: str | None = field(default=None, metadata={"help": "The Hub's identifier of a license: apache-2.0."})
+    language: list[str] | None = field(default=None, metadata={"help": "Codes of the languages of the text: en de."})
+    datasets: list[str] | None = field(
+        default=None, metadata={"help": "Ids of the training data on the Hub: allenai/c4."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository that the code of the card is to name: me/my-electra."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check what the Hub would refuse."""
+        _check("license", [self.license], _is_license, "give the Hub's identifier, such as apache-2.0")
+        _check("language", self.language, _is_language, "give a code, such as en")
+        _check("datasets", self.datasets, hub_id, "give an id on the Hub, such as allenai/c4")
+        _check("hub_model_id", [self.hub_model_id], hub_id, "give a repository, such as me/my-electra")
+
+
+ARGUMENTS = (CardArguments,)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Make a card again from the command line; see the top of the file."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and not given[0].startswith("-"):
+        given.insert(0, "--model_folder")
+    (args,) = parse_arguments(ARGUMENTS, given, prog="hf-pretrain card", description=__doc__ or "")
+    evaluations = [evaluation for name in args.evaluation or () for evaluation in read_evaluations(name)]
+    changes: dict[str, Any] = {name: getattr(args, name) for name in ("license", "language", "datasets")}
+    if args.hub_model_id is not None:
+        changes |= {"repo": args.hub_model_id, "model_name": args.hub_model_id.rpartition("/")[2]}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    path = update_card(args.model_folder, evaluations=evaluations, **changes)
+    print(f"model card  {path}")
+
+
+def read_evaluations(path: str | Path) -> list[Evaluation]:
+    """Return the evaluations of a JSON file: one object with the names of the fields, or a list of them.
+
+    Raises:
+        InputError: If the file cannot be read, or an evaluation is not right.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"evaluation={str(path)!r} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"evaluation={str(path)!r} is no JSON: {error}") from error
+    entries = content if isinstance(content, list) else [content]
+    return [Evaluation.from_mapping(entry, source=str(path)) for entry in entries]
+
+
+def _check(option: str, values: Sequence[str | None] | None, is_right: Callable[[str], Any], advice: str) -> None:
+    for value in values or ():
+        if value is not None and not is_right(value):
+            raise InputError(f"{option}={value!r}: {advice}")
+
+
+def _is_license(text: str) -> bool:
+    return re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", text) is not None
+
+
+def _is_language(text: str) -> bool:
+    return text in ("code", "multilingual") or re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", text) is not None
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,172 @@
+"""Removing documents that repeat another: equal ones by a hash of the text, near ones by MinHash and LSH.
+
+A document is compared with those that were kept before it, so the first of several stays. What is near a removed document
+but not near a kept one is kept: a chain of small changes does not pull in what is far from its beginning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+from hf_pretrain.data.shingles import normalized, shingle_hashes
+from hf_pretrain.errors import InputError
+
+# Of documents as similar as the threshold, the share that is compared at all; of more similar ones it is more.
+_LEAST_RECALL = 0.99
+_SEED = 0
+_HASH_BYTES = 8
+_DIGEST_BYTES = 16
+
+
+class Verdict(NamedTuple):
+    """What a document is: kept, an equal of another or near to another, and the number of that one (its own if kept)."""
+
+    kind: Literal["kept", "exact", "near"]
+    original: int
+
+
+class Deduplicator:
+    """Tells of one document after the other whether it repeats one that was kept before.
+
+    Two texts are *equal* if they differ in nothing but letter case, white space and the composition of characters.
+    They are *near* if the sets of their shingles, runs of ``shingle_size`` words, have a Jaccard similarity of at least
+    ``similarity_threshold``, as estimated by MinHash: with ``n`` permutations the standard error of a similarity ``s``
+    is ``sqrt(s (1 - s) / n)``. LSH finds the candidates; it misses less than 1 % of those as similar as the threshold,
+    fewer of those more similar. A text of fewer words than a shingle is near to its equals only.
+
+    Documents are numbered from 0 in the order in which they come, references too. The same documents give the same
+    verdicts, however they are grouped into calls.
+
+    Args:
+        similarity_threshold: Least similarity of near texts, in ``(0, 1]``.
+        shingle_size: Words in a shingle.
+        num_permutations: Numbers in a sketch.
+
+    Raises:
+        InputError: If the package rensa is not installed, or an option is out of range.
+
+    Source:
+        Broder, "On the resemblance and containment of documents" (1997); Lee et al., "Deduplicating training data makes
+        language models better" (2022), section 4.2.
+    """
+
+    def __init__(
+        self, *, similarity_threshold: float = 0.8, shingle_size: int = 5, num_permutations: int = 128
+    ) -> None:
+        check_options(similarity_threshold, shingle_size, num_permutations)
+        self._rensa = _import_rensa()
+        bands = num_bands(similarity_threshold, num_permutations)
+        self.options: dict[str, Any] = {
+            "similarity_threshold": similarity_threshold,
+            "shingle_size": shingle_size,
+            "num_permutations": num_permutations,
+            "num_bands": bands,
+        }
+        """What decides the verdicts."""
+        self._candidates = self._rensa.RMinHashLSH(similarity_threshold, num_permutations, bands)
+        self._sketches: dict[int, Any] = {}
+        self._first_of_digest: dict[bytes, int] = {}
+        self._original_of_near: dict[int, int] = {}
+        self.num_documents = 0
+        """Documents that came so far, with references."""
+
+    def add_references(self, texts: Sequence[str]) -> None:
+        """Take in texts, all of which later documents are compared with."""
+        self._judge(texts, are_kept=True)
+
+    def judge(self, texts: Sequence[str]) -> list[Verdict]:
+        """Return what each text is, compared with all before it, in this call and in earlier ones."""
+        return self._judge(texts, are_kept=False)
+
+    def _judge(self, texts: Sequence[str], *, are_kept: bool) -> list[Verdict]:
+        begin = self.num_documents
+        self.num_documents += len(texts)
+        comparable = [normalized(text) for text in texts]
+        firsts = [
+            self._first_of_digest.setdefault(_digest(text), number) for number, text in enumerate(comparable, begin)
+        ]
+        fresh = [number for number, first in enumerate(firsts, begin) if number == first]
+        for number, sketch in zip(fresh, self._sketch([comparable[i - begin] for i in fresh]), strict=True):
+            if sketch is None:
+                continue
+            near = None if are_kept else self._nearest(sketch)
+            if near is None:
+                self._candidates.insert(number, sketch)
+                self._sketches[number] = sketch
+            else:
+                self._original_of_near[number] = near
+        return [self._verdict(number, first) for number, first in enumerate(firsts, begin)]
+
+    def _sketch(self, texts: Sequence[str]) -> Iterator[Any]:
+        """Yield the MinHash sketch of each text, None for one without words."""
+        hashes, bounds = shingle_hashes(texts, size=self.options["shingle_size"])
+        tokens = hashes.astype("<u8").view(f"V{_HASH_BYTES}").tolist()
+        for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            if low == high:
+                yield None
+                continue
+            sketch = self._rensa.RMinHash(self.options["num_permutations"], _SEED)
+            sketch.update(tokens[low:high])
+            yield sketch
+
+    def _nearest(self, sketch: Any) -> int | None:
+        """Return the first document that was kept and that a sketch is near to."""
+        candidates = self._candidates.query(sketch)
+        threshold = self.options["similarity_threshold"]
+        near = [number for number in candidates if sketch.jaccard(self._sketches[number]) >= threshold]
+        return min(near, default=None)
+
+    def _verdict(self, number: int, first: int) -> Verdict:
+        original = self._original_of_near.get(first, first)
+        if number != first:
+            return Verdict("exact", original)
+        return Verdict("kept" if number == original else "near", original)
+
+
+def check_options(similarity_threshold: float, shingle_size: int, num_permutations: int) -> None:
+    """Refuse numbers that make no sense.
+
+    Raises:
+        InputError: If one is out of range.
+    """
+    if not 0 < similarity_threshold <= 1:
+        raise InputError(f"similarity_threshold={similarity_threshold} must be in (0, 1]; 0.8 is usual")
+    if shingle_size < 1:
+        raise InputError(f"shingle_size={shingle_size} must be positive; 5 words are usual")
+    if num_permutations < 1:
+        raise InputError(f"num_permutations={num_permutations} must be positive; 128 is usual")
+    num_bands(similarity_threshold, num_permutations)
+
+
+def num_bands(similarity_threshold: float, num_permutations: int) -> int:
+    """Return the fewest bands in which documents as similar as the threshold agree with a probability of 0.99.
+
+    ``b`` bands of ``r`` numbers each find a pair of similarity ``s`` with the probability ``1 - (1 - s**r)**b``.
+
+    Raises:
+        InputError: If no number of bands does.
+    """
+    for bands in range(1, num_permutations + 1):
+        if num_permutations % bands == 0:
+            agrees = similarity_threshold ** (num_permutations // bands)
+            if 1 - (1 - agrees) ** bands >= _LEAST_RECALL:
+                return bands
+    raise InputError(
+        f"similarity_threshold={similarity_threshold} is too low for num_permutations={num_permutations}: use more of them"
+    )
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=_DIGEST_BYTES).digest()
+
+
+def _import_rensa() -> Any:
+    try:
+        import rensa
+    except ImportError as error:
+        raise InputError(
+            "deduplication needs the package rensa, which is not installed: pip install 'hf-pretrain[dedup]'"
+        ) from error
+    return rensa

@@ -1,0 +1,209 @@
+"""Counts of a corpus, against plain loops over all of it and against the blocks that a training gets."""
+
+import json
+
+import datasets
+import numpy as np
+import pytest
+
+from hf_pretrain.data import draws, packing_statistics, statistics
+from hf_pretrain.data.documents import tokenize_documents
+from hf_pretrain.data.length_histogram import LengthHistogram
+from hf_pretrain.data.numbered_documents import NumberedDocument, excerpt, in_groups, numbered_documents
+from hf_pretrain.data.packing import BlockDataset, BlockTemplate
+from hf_pretrain.data.packing_statistics import PackingCounter
+from hf_pretrain.data.sentences import sentence_starts
+from hf_pretrain.data.statistics import corpus_statistics
+from hf_pretrain.data.words import word_starts
+from hf_pretrain.errors import InputError
+
+MODES = ["full_sentences", "doc_sentences", "tokens", "isolated_documents"]
+
+
+def corpus(count=60, *, most_sentences=7, longest=12, seed=0):
+    """Documents of a few sentences; some words are in no vocabulary, and some documents have only such."""
+    keys = draws.row_keys(np.arange(count), seed=seed, stream="statistics")
+    texts = []
+    for numbers in draws.integers(keys, 1 + most_sentences * (longest + 1), high=1 << 20).tolist():
+        sentences = []
+        for k in range(1 + numbers[0] % most_sentences):
+            row = numbers[1 + k * (longest + 1) :][: 1 + numbers[1 + k * (longest + 1)] % longest]
+            sentences.append(" ".join(f"w{n % 80}" for n in row) + " .")
+        texts.append("\n".join(sentence.capitalize() if seed else sentence for sentence in sentences))
+    return texts
+
+
+def numbered(texts):
+    return [NumberedDocument("corpus.txt", number, text) for number, text in enumerate(texts)]
+
+
+def stored(texts, tokenizer):
+    return tokenize_documents(datasets.Dataset.from_dict({"text": texts}), tokenizer)
+
+
+def cut_sentences(blocks):
+    """Sentences that lie in more than one block, by looking at every token."""
+    store = blocks.store
+    sentence = np.zeros(store.num_tokens, dtype=np.int64)
+    sentence[store.sentence_starts(0, store.num_tokens)] = 1
+    sentence = np.cumsum(sentence)
+    holders = {}
+    for low, high in zip(blocks._bounds[:-1], blocks._bounds[1:], strict=True):
+        for number in set(sentence[low:high].tolist()):
+            holders[number] = holders.get(number, 0) + 1
+    return sum(count > 1 for count in holders.values())
+
+
+@pytest.mark.parametrize("group_characters", [1, 300, 1 << 20])
+@pytest.mark.parametrize("block_size", [5, 16, 64, 1000])
+def test_packing_has_the_numbers_of_the_blocks(block_size, group_characters, tokenizer, monkeypatch):
+    monkeypatch.setattr(statistics, "_GROUP_CHARACTERS", group_characters)
+    texts = corpus(40)
+    documents = stored(texts, tokenizer)
+    packing = corpus_statistics(numbered(texts), tokenizer, block_size=block_size)["packing"]
+    assert list(packing) == MODES
+    for mode in MODES:
+        blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode=mode)
+        counted = packing[mode]
+        assert counted["blocks"] == len(blocks)
+        assert counted["tokens"] == blocks.num_tokens
+        assert counted["fill"] == pytest.approx(blocks.fill)
+        used = counted["tokens"] + counted["separators"] + counted["special_tokens"]
+        assert used == blocks.lengths.sum() == sum(len(blocks[k]["input_ids"]) for k in range(len(blocks)))
+        special = [np.isin(blocks[k]["input_ids"], (2, 3)).sum() for k in range(len(blocks))]
+        assert counted["separators"] + counted["special_tokens"] == sum(special)
+        assert counted["sentences_cut"] == cut_sentences(blocks)
+        shares = [counted[f"{part}_share"] for part in ("text", "separator", "special_token", "padding")]
+        assert sum(shares) == pytest.approx(1) and min(shares) >= 0
+        assert 1 - counted["padding_share"] == pytest.approx(blocks.fill)
+    assert packing["doc_sentences"]["separators"] == packing["isolated_documents"]["separators"] == 0
+    assert packing["tokens"]["sentences_cut"] >= packing["full_sentences"]["sentences_cut"]
+
+
+def test_rows_of_isolated_documents_are_formed_window_by_window(tokenizer, monkeypatch):
+    monkeypatch.setattr("hf_pretrain.data.bin_packing.WINDOW_PIECES", 16)
+    monkeypatch.setattr(packing_statistics, "WINDOW_PIECES", 16)
+    texts = corpus(100)
+    blocks = BlockDataset(stored(texts, tokenizer), tokenizer=tokenizer, block_size=64, mode="isolated_documents")
+    assert (
+        len(blocks) == corpus_statistics(numbered(texts), tokenizer, block_size=64)["packing"][blocks.mode]["blocks"]
+    )
+
+
+def test_a_counter_keeps_no_more_than_a_block(tokenizer):
+    counter = PackingCounter(BlockTemplate.of(tokenizer), block_size=32, mode="full_sentences")
+    for _ in range(20):
+        counter.add(np.array([50, 0, 7]), np.arange(57) % 10 == 0)
+        assert len(counter._sent_starts) <= 30 and counter._lengths.sum() == len(counter._sent_starts)
+    assert counter.finish()["tokens"] == 20 * 57
+
+
+def test_lengths_are_those_of_a_plain_loop(tokenizer):
+    texts = [*corpus(), "nothing known here .", "w1", "Ein Satz. Noch einer! \u4e2d\u6587\u3002"]
+    result = corpus_statistics(numbered(texts), tokenizer, block_size=32)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    expected = {
+        "bytes": [len(text.encode()) for text in texts],
+        "characters": [len(text) for text in texts],
+        "words": [len(word_starts(text)) for text in texts],
+        "sentences": [len(sentence_starts(text)) for text in texts],
+        "tokens": [len(row) for row in ids],
+    }
+    assert result["documents"] == len(texts) and result["documents_without_tokens"] == 0
+    for unit, lengths in expected.items():
+        quantiles = np.percentile(lengths, [5, 25, 50, 75, 95, 99], method="inverted_cdf")
+        assert list(result["lengths"][unit].values()) == pytest.approx(
+            [sum(lengths), np.mean(lengths), min(lengths), *quantiles, max(lengths)]
+        )
+    tokens = sum(expected["tokens"])
+    assert result["tokens_per_word"] == tokens / sum(expected["words"])
+    assert result["unknown_share"] == sum(row.count(1) for row in ids) / tokens > 0
+    assert result["longer_than_block_share"] == np.mean([len(row) > 30 for row in ids])
+    assert sum(count for _, _, count in result["histogram"]) == len(texts)
+    for low, high, count in result["histogram"]:
+        assert count == sum(low <= length <= high for length in expected["tokens"])
+    order = sorted(range(len(texts)), key=lambda k: (-len(ids[k]), k))
+    assert [place["number"] for place in result["longest"]] == order[:5]
+    assert result["longest"][0]["tokens"] == max(expected["tokens"])
+    json.dumps(result)
+
+
+def test_the_groups_make_no_difference(tokenizer, monkeypatch):
+    texts = corpus()
+    whole = corpus_statistics(numbered(texts), tokenizer)
+    monkeypatch.setattr(statistics, "_GROUP_CHARACTERS", 100)
+    assert corpus_statistics(iter(numbered(texts)), tokenizer) == whole
+
+
+def test_documents_without_tokens(tokenizer):
+    result = corpus_statistics(numbered(["w1 w2 .", "\u200b", "w3"]), tokenizer, block_size=8)
+    assert result["documents"] == 3
+    assert result["packing"]["doc_sentences"]["blocks"] == 3 - result["documents_without_tokens"]
+
+
+def test_a_tokenizer_without_a_separator_leaves_two_modes_out():
+    from transformers import PreTrainedTokenizerFast
+
+    from method_matrix import tiny_tokenizer
+
+    backend = tiny_tokenizer().backend_tokenizer
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
+    packing = corpus_statistics(numbered(corpus()), bare)["packing"]
+    assert packing["full_sentences"] is packing["tokens"] is None
+    assert packing["doc_sentences"]["blocks"] > 0 and packing["isolated_documents"]["blocks"] > 0
+
+
+def test_a_block_without_room_is_refused(tokenizer):
+    with pytest.raises(InputError, match="block_size=2 leaves no room"):
+        corpus_statistics(numbered(corpus()), tokenizer, block_size=2)
+
+
+def test_a_histogram_is_exact_for_short_lengths_and_close_for_long_ones():
+    keys = draws.row_keys([0, 1, 2], seed=0, stream="lengths")
+    for high, error in ((4000, 0), (1 << 31, 2**-12)):
+        lengths = draws.integers(keys, 5000, high=high).ravel()
+        histogram = LengthHistogram()
+        for part in np.array_split(lengths, 7):
+            histogram.add(part)
+        histogram.add(lengths[:0])
+        assert (histogram.least, histogram.greatest) == (lengths.min(), lengths.max())
+        assert (histogram.total, histogram.num_lengths) == (lengths.sum(), len(lengths))
+        for percent in (0, 1, 5, 25, 50, 75, 95, 99, 100):
+            exact = np.percentile(lengths, percent, method="inverted_cdf")
+            assert histogram.quantile(percent) == pytest.approx(exact, rel=error, abs=0)
+
+
+def test_a_histogram_does_not_grow_with_what_it_counts():
+    histogram = LengthHistogram()
+    for exponent in range(40):
+        histogram.add(np.arange(1 << exponent, (1 << exponent) + 5000))
+    assert len(histogram._counts) < 4096 + 40 * 2048
+
+
+def test_an_empty_histogram():
+    histogram = LengthHistogram()
+    assert set(histogram.summary().values()) == {0} and histogram.doublings() == []
+
+
+def test_documents_have_their_place(tmp_path):
+    for name, texts in {"a.txt": ["one", "two"], "more/a.txt": ["three"]}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n\n".join(texts), encoding="utf-8")
+    assert list(numbered_documents(tmp_path)) == [
+        ("a.txt", 0, "one"),
+        ("a.txt", 1, "two"),
+        ("more/a.txt", 0, "three"),
+    ]
+    assert list(numbered_documents(tmp_path / "more" / "a.txt")) == [("a.txt", 0, "three")]
+
+
+def test_groups_end_where_they_are_large_enough():
+    sizes = [3, 4, 5, 20, 1, 1]
+    groups = in_groups(numbered(["x" * size for size in sizes]), num_characters=7)
+    assert [[len(document.text) for document in group] for group in groups] == [[3, 4], [5, 20], [1, 1]]
+
+
+def test_an_excerpt_is_one_line():
+    assert excerpt("one\n two") == "one two"
+    assert excerpt("word " * 100, num_characters=12) == "word word w…"
+    assert len(excerpt("x" * 10_000)) == 72

@@ -1,0 +1,329 @@
+"""The record of a run: every fact comes back, nothing of the machine goes out, and a card made again keeps what people wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+from reference_inputs import MLM, REFERENCE_CARDS, TASKS
+
+from hf_pretrain.commands import card as command
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.card import PretrainingCard, render_card, write_card
+from hf_pretrain.hub.readme import describe_written, merge
+from hf_pretrain.hub.record import RECORD, Evaluation, add_evaluation, read_record, write_record
+
+PLAIN = REFERENCE_CARDS["mlm"]
+BARE = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
+PROBE: dict[str, Any] = {
+    "task": "Tones",
+    "dataset": "my sentences",
+    "split": "test",
+    "metrics": {"accuracy": 0.75},
+    "method": "linear probe",
+}
+
+
+def _readme(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def _edit(folder: Path, *changes: tuple[str, str]) -> None:
+    text = _readme(folder)
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("name", REFERENCE_CARDS)
+    def test_every_fact_comes_back(self, name: str, tmp_path: Path) -> None:
+        card = REFERENCE_CARDS[name]
+        path = write_record(card, tmp_path)
+        back = read_record(tmp_path)
+        assert render_card(back) == render_card(card)
+        for entry in dataclasses.fields(PretrainingCard):
+            was, now = getattr(card, entry.name), getattr(back, entry.name)
+            assert list(now) == list(was) if isinstance(was, (list, tuple)) else now == was, entry.name
+        first = path.read_bytes()
+        write_record(back, tmp_path)
+        assert path.read_bytes() == first and read_record(tmp_path) == back
+        assert json.loads(first)["format"] == 1
+
+    def test_numbers_that_are_not_finite_come_back_and_the_file_is_strict_json(self, tmp_path: Path) -> None:
+        card = dataclasses.replace(
+            BARE, metrics_after={"eval_loss": math.inf}, log_history=[{"loss": math.nan, "step": 1}]
+        )
+        path = write_record(card, tmp_path)
+        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        back = read_record(tmp_path)
+        assert back.metrics_after == {"eval_loss": math.inf} and math.isnan(back.log_history[0]["loss"])
+
+    def test_no_path_of_the_machine_is_in_it(self, tmp_path: Path) -> None:
+        card = dataclasses.replace(
+            BARE,
+            base_model="/home/someone/bert",
+            datasets=["/home/someone/glue", "org/set"],
+            data={"source": "/home/someone/a.txt", "files": ["/home/someone/b.txt"]},
+            recipe={"train_file": ["/home/someone/c.txt"]},
+        )
+        text = write_record(card, tmp_path).read_text()
+        assert "someone" not in text
+        back = read_record(tmp_path)
+        assert render_card(back) == render_card(dataclasses.replace(card, data=back.data, recipe=back.recipe))
+        assert ModelCard(render_card(back)).data.base_model is None, "a local model must not look like one of the Hub"
+        assert back.datasets == ("org/set",)
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (None, "has no pretraining/run.json"),
+            ("{", "is no JSON"),
+            ("[]", "is no record"),
+            ('{"format": 2, "card": {}}', "install a newer"),
+            ('{"format": 1, "card": {"model_name": "x"}}', "damaged"),
+        ],
+    )
+    def test_what_is_no_record_is_refused(self, content: str | None, words: str, tmp_path: Path) -> None:
+        if content is not None:
+            (tmp_path / "pretraining").mkdir()
+            (tmp_path / RECORD).write_text(content)
+        with pytest.raises(InputError, match=words):
+            add_evaluation(tmp_path, TASKS[0])
+        assert not (tmp_path / "README.md").exists()
+
+
+class TestEvaluation:
+    def test_it_is_in_the_table_and_in_the_model_index(self, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path)
+        held_out = ModelCard(_readme(tmp_path)).data.eval_results
+        for evaluation in TASKS:
+            add_evaluation(tmp_path, evaluation)
+        text = _readme(tmp_path)
+        glue = "[nyu-mll/glue (sst2)](https://huggingface.co/datasets/nyu-mll/glue), validation, 872 examples"
+        method = "fine-tuned for 3 epochs, one seed"
+        assert f"| SST-2 | {glue} | {method} | Accuracy | 0.875 | 0.5 (most frequent class) |" in text
+        assert (
+            "| Topics | sentences of the handbook, test, 400 examples | linear probe on mean-pooled states | F1 | 0.625 |"
+            in text
+        )
+        data = ModelCard(text).data
+        assert data.eval_results[: len(held_out)] == held_out
+        on_tasks = data.eval_results[len(held_out) :]
+        assert on_tasks[0] == EvalResult(
+            task_type="text-classification",
+            task_name="Text classification",
+            dataset_type="nyu-mll/glue",
+            dataset_name="nyu-mll/glue (sst2)",
+            dataset_config="sst2",
+            dataset_split="validation",
+            metric_type="accuracy",
+            metric_name="SST-2: Accuracy",
+            metric_value=0.875,
+        )
+        assert [(result.dataset_type, result.metric_type) for result in on_tasks[1:]] == [
+            ("sentences-of-the-handbook", "accuracy"),
+            ("sentences-of-the-handbook", "f1"),
+        ]
+        assert data.metrics == ["accuracy", "f1"]
+        assert read_record(tmp_path).evaluations == TASKS
+        assert (tmp_path / "plots" / "loss.png").is_file()
+
+    def test_the_same_task_and_split_is_replaced_and_another_split_is_not(self, tmp_path: Path) -> None:
+        write_card(BARE, tmp_path)
+        for split, accuracy in (("test", 0.5), ("dev", 0.6), ("test", 0.7)):
+            add_evaluation(tmp_path, Evaluation(**PROBE | {"split": split, "metrics": {"accuracy": accuracy}}))
+        found = {(each.split, each.metrics["accuracy"]) for each in read_record(tmp_path).evaluations}
+        assert found == {("test", 0.7), ("dev", 0.6)}
+        results = ModelCard(_readme(tmp_path)).data.eval_results
+        assert {(result.dataset_split, result.metric_value) for result in results} == found
+
+    def test_two_methods_on_the_same_data_are_two_results(self, tmp_path: Path) -> None:
+        """The Hub's library puts them into one entry, and must not lose whose is whose."""
+        write_card(BARE, tmp_path)
+        for task in ("Tones, probe", "Tones, tuned"):
+            add_evaluation(tmp_path, Evaluation(**PROBE | {"task": task}))
+        results = ModelCard(_readme(tmp_path)).data.eval_results
+        assert [result.metric_name for result in results] == ["Tones, probe: Accuracy", "Tones, tuned: Accuracy"]
+        assert not results[0].is_equal_except_value(results[1])
+
+    def test_a_path_tells_its_last_part_only(self) -> None:
+        assert Evaluation(**PROBE | {"dataset": "/home/someone/a.tsv"}).dataset == "a.tsv"
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"task": " "}, "task=' ' of an evaluation"),
+            ({"metrics": {}}, "metrics of 'Tones' are empty"),
+            ({"metrics": {"accuracy": math.nan}}, "accuracy=nan is no finite number"),
+            ({"metrics": {"accuracy": "0.5"}}, "accuracy='0.5' is no finite number"),
+            ({"metrics": {"accuracy": True}}, "accuracy=True is no finite number"),
+            ({"baseline": {"f1": 0.5}}, "baseline of 'Tones' has 'f1'"),
+            ({"num_examples": 0}, "num_examples=0"),
+            ({"task_type": "Text Classification"}, "task_type='Text Classification'"),
+            (
+                {"metric": {"accuracy": 0.5}},
+                "results: unknown field 'metric' of an evaluation: did you mean 'metrics'",
+            ),
+        ],
+    )
+    def test_a_wrong_field_is_named(self, change: dict[str, Any], words: str) -> None:
+        with pytest.raises(InputError, match=re.escape(words)):
+            Evaluation.from_mapping(PROBE | change, source="results")
+
+    def test_a_missing_field_is_named(self) -> None:
+        with pytest.raises(InputError, match="results: an evaluation without 'method'"):
+            Evaluation.from_mapping({name: PROBE[name] for name in PROBE if name != "method"}, source="results")
+
+
+class TestEdits:
+    @pytest.mark.parametrize("name", REFERENCE_CARDS)
+    def test_without_edits_the_card_is_what_is_made(self, name: str) -> None:
+        text = render_card(REFERENCE_CARDS[name])
+        assert merge(text, text, describe_written(text)) == (text, [])
+
+    def test_the_users_front_matter_and_sections_stay(self, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path)
+        _edit(
+            tmp_path,
+            ("- generated_from_trainer\n", "- generated_from_trainer\n- medical\n"),
+            ("library_name: transformers\n", "library_name: transformers\nlicense: mit\nthumbnail: a.png\n"),
+            ("language:\n- en\n", "language:\n- de\n"),
+            (
+                "## Training data\n",
+                "## Intended use\n\nOur wards.\n\n```\n# no heading\n```\n\n### Not for\n\nDoses.\n\n## Training data\n",
+            ),
+            ("## Limits\n\n", "## Limits\n\nIt knows no drugs.\n\n"),
+        )
+        text = add_evaluation(tmp_path, TASKS[0]).read_text(encoding="utf-8")
+        data = ModelCard(text).data
+        assert (data.license, data.language, data.thumbnail) == ("mit", ["de"], "a.png")
+        assert data.tags == ["hf_pretrain", "mlm", "generated_from_trainer", "medical"]
+        assert (
+            "## Intended use\n\nOur wards.\n\n```\n# no heading\n```\n\n### Not for\n\nDoses.\n\n## Training data\n"
+            in text
+        )
+        assert "## Limits\n\nIt knows no drugs.\n\nThe model reproduces" in text
+        assert "| SST-2 |" in text
+        again = add_evaluation(tmp_path, TASKS[1]).read_text(encoding="utf-8")
+        assert all(
+            part in again for part in ("license: mit", "- medical", "Our wards.", "It knows no drugs.", "| Topics |")
+        )
+        assert again.count("## Intended use") == 1
+        assert not (tmp_path / "_README.before.md").exists()
+
+    def test_what_the_user_removed_stays_away(self, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path)
+        text = re.sub(r"## Framework versions.*\Z", "", _readme(tmp_path), flags=re.DOTALL)
+        (tmp_path / "README.md").write_text(text.replace("- generated_from_trainer\n", ""), encoding="utf-8")
+        add_evaluation(tmp_path, TASKS[0])
+        assert "Framework versions" not in _readme(tmp_path) and "generated_from" not in _readme(tmp_path)
+
+    def test_results_of_others_stay_and_ours_are_renewed(self, tmp_path: Path) -> None:
+        write_card(dataclasses.replace(BARE, metrics_after={"eval_mlm_loss": 3.0}), tmp_path)
+        card = ModelCard.load(tmp_path / "README.md")
+        theirs = EvalResult(
+            task_type="fill-mask", dataset_type="org/set", dataset_name="Set", metric_type="accuracy", metric_value=0.5
+        )
+        card.data.eval_results.append(theirs)
+        card.save(tmp_path / "README.md")
+        write_card(dataclasses.replace(BARE, metrics_after={"eval_mlm_loss": 2.0}), tmp_path)
+        results = ModelCard(_readme(tmp_path)).data.eval_results
+        assert [(result.metric_type, result.metric_value) for result in results] == [
+            ("mlm_loss", 2.0),
+            ("accuracy", 0.5),
+        ]
+
+    def test_a_section_that_both_changed_is_the_runs_and_the_users_words_are_set_aside(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        write_card(dataclasses.replace(PLAIN, limits="Old."), tmp_path)
+        _edit(tmp_path, ("Old.", "Mine."))
+        write_card(dataclasses.replace(PLAIN, limits="New."), tmp_path)
+        assert "New." in _readme(tmp_path) and "Mine." not in _readme(tmp_path)
+        assert "Mine." in (tmp_path / "_README.before.md").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize("text", ["# Of another origin\n", "---\nlicense: [\n---\n\n# Broken\n"])
+    def test_a_readme_that_cannot_be_followed_is_set_aside(self, text: str, tmp_path: Path) -> None:
+        if text.startswith("---"):
+            write_card(BARE, tmp_path)
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+        write_card(BARE, tmp_path)
+        assert _readme(tmp_path) == render_card(BARE)
+        assert (tmp_path / "_README.before.md").read_text(encoding="utf-8") == text
+
+    def test_a_new_name_is_no_second_title(self, tmp_path: Path) -> None:
+        write_card(BARE, tmp_path)
+        write_card(dataclasses.replace(BARE, model_name="renamed"), tmp_path)
+        assert re.findall(r"^# .*", _readme(tmp_path), flags=re.MULTILINE) == ["# renamed"]
+
+    def test_a_copy_in_the_cache_of_the_hub_is_not_written_through(self, tmp_path: Path) -> None:
+        """There the files are links to what other revisions share."""
+        write_card(PLAIN, tmp_path / "blobs")
+        snapshot = tmp_path / "snapshot"
+        for path in (tmp_path / "blobs").rglob("*.*"):
+            link = snapshot / path.relative_to(tmp_path / "blobs")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+        before = {path: path.read_bytes() for path in (tmp_path / "blobs").rglob("*.*")}
+        add_evaluation(snapshot, TASKS[0])
+        assert "| SST-2 |" in _readme(snapshot)
+        assert {path: path.read_bytes() for path in before} == before
+
+
+class TestCommand:
+    def test_it_adds_evaluations_and_facts(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_card(PLAIN, tmp_path / "model")
+        one, many = tmp_path / "one.json", tmp_path / "many.json"
+        one.write_text(json.dumps(PROBE))
+        many.write_text(json.dumps([PROBE | {"split": "dev"}, PROBE | {"task": "Topics"}]))
+        options = [
+            "--license",
+            "apache-2.0",
+            "--language",
+            "en",
+            "de",
+            "--datasets",
+            "org/set",
+            "--hub_model_id",
+            "me/new",
+        ]
+        command.main([str(tmp_path / "model"), "--evaluation", str(one), str(many), *options])
+        assert capsys.readouterr().out == f"model card  {tmp_path / 'model' / 'README.md'}\n"
+        card = ModelCard.load(tmp_path / "model" / "README.md")
+        assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", ["en", "de"], ["org/set"])
+        assert 'from_pretrained("me/new")' in card.text and card.text.lstrip().startswith("# new\n")
+        assert len(read_record(tmp_path / "model").evaluations) == 3
+        command.main([str(tmp_path / "model")])
+        assert ModelCard.load(tmp_path / "model" / "README.md").content == card.content
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (["--license", "Apache 2.0"], "license='Apache 2.0': give the Hub's identifier"),
+            (["--language", "English"], "language='English': give a code"),
+            (["--datasets", "/data/x"], "datasets='/data/x': give an id"),
+            (["--evaluation", "absent.json"], "evaluation='absent.json' cannot be read"),
+            (["--evaluations", "x"], "unknown option '--evaluations': did you mean '--evaluation'"),
+        ],
+    )
+    def test_bad_input_is_named_and_changes_nothing(self, options: list[str], words: str, tmp_path: Path) -> None:
+        write_card(BARE, tmp_path)
+        before = _readme(tmp_path)
+        with pytest.raises(InputError, match=re.escape(words)):
+            command.main([str(tmp_path), *options])
+        assert _readme(tmp_path) == before
+
+    def test_the_front_matter_is_yaml_that_others_read(self, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path)
+        command.main([str(tmp_path), "--language", "no"])
+        front = _readme(tmp_path).split("---\n")[1]
+        assert yaml.safe_load(front)["language"] == ["no"], "Norwegian, not false"
