@@ -57,6 +57,9 @@ class PretrainingModel(PreTrainedModel):
         """
         for folder, attribute in self.export_parts.items():
             part, state = self.stock_part(attribute, self.part_state_dict(attribute, state_dict))
+            if state is not None:
+                # Gathered one by one, tied parameters are copies, of which transformers would write each.
+                state = {name: value for name, value in state.items() if name not in part.all_tied_weights_keys}
             part.save_pretrained(Path(output_dir) / folder, state_dict=state)
 
     def stock_part(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
@@ -19,6 +20,7 @@ from hf_pretrain.training.parsing import parse_arguments, resolved_options
 from hf_pretrain.training.pushing import repository_of
 from hf_pretrain.training.recipes import write_recipe
 from hf_pretrain.training.report import print_report
+from hf_pretrain.training.sharding import is_sharded
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 RECIPE = "recipe.yaml"
@@ -93,13 +95,18 @@ def train_method(
             # Rights that are missing are told before hours of tokenizing.
             repository_of(args)
         data = load(data_args, model_args, args, special_tokens=special_tokens)
+        # At DeepSpeed's stage 3 transformers would divide each stock model as it is built, before they are joined; the Trainer
+        # sets its configuration again, and the whole is divided then.
+        unset_hf_deepspeed_config()
         # The Trainer seeds too, but the weights are drawn before it is there.
         set_seed(args.seed)
         trainer = build_trainer(data, model_args, args)
         run(trainer, options)
         if trainer.is_world_process_zero():
+            # The report opens the export, on this process alone.
+            unset_hf_deepspeed_config()
             print_report(trainer)
-            if demonstrate is not None:
+            if demonstrate is not None and not is_sharded(trainer.model):
                 demonstrate(trainer, data)
         trainer.end()
 

@@ -29,6 +29,7 @@ from hf_pretrain.training.faults import not_finite
 from hf_pretrain.training.memory import peak_memory_mib
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
 from hf_pretrain.training.pushing import PushingMixin
+from hf_pretrain.training.sharding import sharded_by_blocks
 from hf_pretrain.training.stream_training import StreamTrainingMixin
 
 
@@ -209,6 +210,11 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     # Training and logging
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """Wrap the model for distributed training; see `transformers.Trainer`."""
+        with sharded_by_blocks(self.model):
+            return super()._prepare_for_training(*args)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; see `transformers.Trainer.train`."""

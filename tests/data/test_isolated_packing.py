@@ -18,6 +18,7 @@ from hf_pretrain.data.prepare import prepare_data
 from hf_pretrain.data.streaming import StreamingBlocks
 from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
 from hf_pretrain.objectives.replaced_token_detection import DataCollatorForReplacedTokenDetection
+from sharded_text import Source
 
 CLS, SEP, FIRST_ID = 2, 3, 5
 MODE = "isolated_documents"

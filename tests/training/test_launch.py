@@ -120,15 +120,13 @@ def test_a_program_is_started_by_its_file_or_its_module(plan, program):
 
 STEPS = 4
 PROCESSES = {"single": 1, "cpu": 2}
-# Where DeepSpeed is installed; on a CPU it needs to be told.
+# Where DeepSpeed is installed.
 DEEPSPEED = {"zero2": 2, "zero3": 2}
 
 
 def start(name, home):
     """Start a program by `accelerate launch`, with the same global batch whatever the configuration."""
-    sizes = {key: str(value) for key, value in TINY.items()} | {
-        "per_device_train_batch_size": str(8 // PROCESSES[name])
-    }
+    processes = (PROCESSES | DEEPSPEED)[name]
     options = {
         "train_file": home / "corpus.txt",
         "tokenizer_name": home / "tokenizer",
@@ -142,13 +140,14 @@ def start(name, home):
         "logging_steps": "1",
         "save_steps": "2",
         "disable_tqdm": "true",
-        **sizes,
+        "per_device_train_batch_size": 8 // processes,
+        **TINY,
     }
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{name}.yaml")]
     program = ["--num_processes", str(processes), "--main_process_port", "0", "trainers/mlm.py"]
     given = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["DS_ACCELERATOR"] = "cpu"
+    environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed takes it for granted that there is a GPU
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*launcher, *program, *given], cwd=ROOT, env=environment, **streams)
 
