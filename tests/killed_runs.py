@@ -97,6 +97,7 @@ def _watched(watch):
     import torch
     from transformers import Trainer
 
+    from hf_pretrain.training import program
     from hf_pretrain.training.pushing import PushingMixin
 
     def halved(write, place):
@@ -128,6 +129,7 @@ def _watched(watch):
     torch.save = halved(torch.save, 1)
     safetensors.torch.serialize_file = halved(safetensors.torch.serialize_file, 1)
     PushingMixin._upload, PushingMixin.init_hf_repo = upload, open_repository
+    program.repository_of = lambda args: "tester/model"
     sys.addaudithook(watch.audit)
 
 

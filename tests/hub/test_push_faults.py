@@ -169,7 +169,8 @@ class TestWhileTraining:
         assert re.search(words, line)
         folder = trainer.args.output_dir
         assert line.endswith(
-            f"push by hand: hf upload tester/model {folder} . --exclude '_*' --exclude 'checkpoint-*'"
+            f"push by hand: hf upload tester/model {folder} . --exclude '_*' --exclude 'checkpoint-*' "
+            "--exclude 'emissions*.csv'"
         )
 
     def test_what_the_client_repeats_by_itself_is_not_told(self, hub, run, caplog):
