@@ -9,7 +9,7 @@ white space only; near are those whose runs of words (shingles) have a Jaccard s
 estimated by MinHash. A document is compared with those kept before it. With --against, what is equal or near to a document of
 other files is left out too, for example to keep the text of an evaluation out of that of the training.
 
-Memory: 4 to 5 KB a document that is kept, whatever its length, and about 200 bytes a document that is not.
+Memory: about 4 KB a document that is kept, whatever its length.
 Needs the package rensa: pip install 'hf-pretrain[dedup]'.
 """
 

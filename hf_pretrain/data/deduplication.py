@@ -67,8 +67,7 @@ def deduplicate_files(
 
     Returns:
         The options; how many documents and bytes there are by what became of them; the files written; and the documents
-        with the most repetitions. Memory grows with the number of documents that are kept, not with their length, except
-        for about 60 bytes a character of the longest document.
+        with the most repetitions. Memory grows with the number of documents that are kept, and with the longest one.
 
     Raises:
         InputError: As `read_documents` and `Deduplicator`, or if the folder is in use or ``against`` names a file of
