@@ -262,10 +262,12 @@ def stream_epoch(corpus: Corpus) -> list[list[object]]:
         if not batch.shards <= shards:
             shards |= batch.shards
             # The last mark is the end of the epoch: its shards have to be read, not only begun.
-            passed = sum(corpus.begun(shards) >= mark * corpus.num_bytes for mark in marks[:-1])
+            passed = sum(corpus.begun(shards) >= mark for mark in marks[:-1])
             if passed:
                 del marks[:passed]
                 add_row()
+            if limit < corpus.num_bytes and corpus.begun(shards) >= limit:
+                break
     add_row()
     return rows
 
