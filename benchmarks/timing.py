@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -44,11 +45,20 @@ def _turn(run: Callable[[], Any], turn_seconds: float) -> float:
 def print_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
     """Print a table in Markdown: floats with three significant digits, columns padded to one width."""
     cells = [list(headers), *([_show(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
+    _print_cells(cells, [max(len(row[column]) for row in cells) for column in range(len(headers))])
+
+
+def print_rows(rows: Iterable[Sequence[object]], headers: Sequence[str]) -> None:
+    """Print such a table row by row, each as soon as it is there; columns are as wide as their headers."""
+    cells = itertools.chain([list(headers)], ([_show(value) for value in row] for row in rows))
+    _print_cells(cells, [max(len(header), 6) for header in headers])
+
+
+def _print_cells(cells: Iterable[Sequence[str]], widths: Sequence[int]) -> None:
     for number, row in enumerate(cells):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
         if number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|", flush=True)
 
 
 def peak_memory(fn: Callable[[], Any]) -> float:

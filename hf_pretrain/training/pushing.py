@@ -101,20 +101,20 @@ class PushingMixin(SavingMixin, _Base):
             commit_message: What the commit says of itself.
             blocking: Wait for the upload; otherwise return its future.
             token: Token with write permission, instead of the arguments'.
-            revision: Branch to write to, instead of the arguments'.
+            revision: Branch to write to, instead of the arguments'; made if it is not there.
             private: Whether a new repository is private, instead of the arguments'.
             **facts: Facts for the card, as [`create_model_card`] takes them.
 
         Raises:
-            InputError: If there was no repository so far, and token, name or rights do not allow one.
+            InputError: If there was no repository or branch so far, and token, name or rights do not allow one.
             RunError: If the Hub does not answer or the upload fails; the message says how to repeat it.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        if self.hub_model_id is None:
-            self._open_late(token=token, private=private, facts=facts)
+        if self.hub_model_id is None or revision is not None:
+            self._open_late(token=token, private=private, revision=revision, facts=facts)
         self.create_model_card(**facts)
         options = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         command = self._command(self.args.output_dir, revision=options["revision"])
@@ -131,9 +131,11 @@ class PushingMixin(SavingMixin, _Base):
                 f"({reason(error)}): push it with `{command}`"
             ) from error
 
-    def _open_late(self, *, token: str | None, private: bool | None, facts: Mapping[str, Any]) -> None:
+    def _open_late(
+        self, *, token: str | None, private: bool | None, revision: str | None, facts: Mapping[str, Any]
+    ) -> None:
         try:
-            self.init_hf_repo(token=token, private=private)
+            self.hub_model_id = repository_of(self.args, token=token, private=private, revision=revision)
         except (InputError, RunError) as error:
             self.create_model_card(**facts)
             raise type(error)(f"{error}; the model lies whole in {self.args.output_dir}") from error
@@ -214,13 +216,16 @@ class PushingMixin(SavingMixin, _Base):
         )
 
 
-def repository_of(args: TrainingArguments, *, token: str | None = None, private: bool | None = None) -> str:
+def repository_of(
+    args: TrainingArguments, *, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
     """Create the repository that a run's arguments name, or find that what is there may be written to; return its whole name.
 
     Args:
         args: The arguments.
         token: Token with write permission, instead of the arguments'.
         private: Whether a new repository is private, instead of the arguments'.
+        revision: Branch that will be written to, instead of the arguments'.
 
     Raises:
         InputError: If token, name or rights do not allow it.
@@ -231,7 +236,7 @@ def repository_of(args: TrainingArguments, *, token: str | None = None, private:
         args.hub_model_id or Path(args.output_dir).absolute().name,
         token=token or args.hub_token,
         private=args.hub_private_repo if private is None else private,
-        revision=args.hub_revision,
+        revision=revision or args.hub_revision,
     )
 
 

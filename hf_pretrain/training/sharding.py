@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_pretrain.errors import InputError
 
 
 def sharded_blocks(model: nn.Module) -> set[str]:
@@ -47,6 +51,19 @@ def sharded_by_blocks(model: PreTrainedModel) -> Iterator[None]:
     finally:
         del model.get_input_embeddings
         model._no_split_modules = named
+
+
+def check_sharding(accelerator: Accelerator) -> None:
+    """Refuse a launch that asks for FSDP where accelerate leaves it out without a word: on a CPU, or for one process.
+
+    Raises:
+        InputError: If the parameters will not be shared out although that was asked for.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and getattr(accelerator.state, "fsdp_plugin", None) is None:
+        raise InputError(
+            "FSDP was asked for, but accelerate shares parameters out on several GPUs only, and here "
+            f"num_processes={accelerator.num_processes} on device={accelerator.device.type!r}: launch with cpu.yaml, single.yaml or ddp.yaml"
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from hf_pretrain.training.faults import not_finite
 from hf_pretrain.training.memory import peak_memory_mib
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
 from hf_pretrain.training.pushing import PushingMixin
-from hf_pretrain.training.sharding import sharded_by_blocks
+from hf_pretrain.training.sharding import check_sharding, sharded_by_blocks
 from hf_pretrain.training.stream_training import StreamTrainingMixin
 
 
@@ -104,6 +104,7 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             compute_metrics=self._reduce_statistics,
             **kwargs,
         )
+        check_sharding(self.accelerator)
         self._schedules = schedules
         self.data_description = dict(data_description or {})
         self.recipe: dict[str, Any] = {}

@@ -249,6 +249,12 @@ class TestAtTheEnd:
         assert {"README.md", "model.safetensors", "pretraining/generator/model.safetensors"} <= export.keys()
         assert (stored(hub, revision="trained"), stored(hub)) == (export, {})
 
+    def test_a_branch_that_is_named_late_is_made(self, hub, run, tmp_path):
+        trainer = run(hub_strategy="end", max_steps=1)
+        trainer.train()
+        trainer.push_to_hub(revision="late")
+        assert (stored(hub, revision="late"), stored(hub)) == (on_disk(tmp_path / "run"), {})
+
     def test_an_upload_that_breaks_off(self, hub, run):
         trainer = run(hub_strategy="end", max_steps=1)
         hub.cut_next("lfs_put", times=ALL_TRIES, after=1000)

@@ -14,6 +14,7 @@ from transformers import (
     ModernBertModel,
 )
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.encoder import EncoderForPreTraining
 from hf_pretrain.training.sharding import is_sharded, sharded_blocks, sharded_by_blocks
 from method_matrix import TINY, VOCAB_SIZE, build, log_of, programs, relative_difference
@@ -53,6 +54,12 @@ def test_a_model_is_as_it_was_afterwards():
         raise RuntimeError("inside")
     assert model._no_split_modules == named
     assert model.get_input_embeddings() is model.model.bert.embeddings.word_embeddings
+
+
+def test_fsdp_where_nothing_would_be_shared_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match=r"FSDP was asked for.* num_processes=1 on device='cpu': launch with cpu.yaml"):
+        build(PROGRAMS["mlm"], tmp_path)
 
 
 @pytest.fixture(scope="module")
