@@ -5,6 +5,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,11 @@ def plan(label, trainer, outputs):
     return {"repo": f"tester/{label}", "branch": branch, "parts": parts, "outputs": str(outputs), "tokens": tokens}
 
 
+def names(*folder):
+    """The files of a folder."""
+    return {path.name for path in Path(*folder).iterdir()}
+
+
 def push(program, folder, way):
     # The repository has the name of the folder.
     trainer = build(program, folder, push_to_hub=True, learning_rate=1e-2, **WAYS[way])
@@ -175,6 +181,8 @@ class TestEveryWay:
         weights = {f"{folder}/model.safetensors".removeprefix("/") for folder in trainer.model.export_parts}
         assert expected | weights <= files.keys()
         assert not [path for path in files if path.startswith(("checkpoint-", "_", "optimizer", "training_args"))]
+        last = {path.removeprefix("last-checkpoint/") for path in files if path.startswith("last-checkpoint/")}
+        assert last == (names(trainer.args.output_dir, "checkpoint-2") if way == "call" else set())
         assert f'from_pretrained("{repo}"' in files["README.md"].read_text(encoding="utf-8")
         assert [path.endswith(".py") for path in files].count(True) > 0 or not has_own_code(
             getattr(trainer.model, trainer.model.export_parts[""])

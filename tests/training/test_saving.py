@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -15,12 +13,10 @@ from safetensors.torch import load_file, save_file
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card_text import number
 from hf_pretrain.hub.metric_names import label
-from loopback_hub import LoopbackHub, hub_environment
 from method_matrix import build, programs, tiny_data
 
 PROGRAMS = programs()
 MLM, RTD = PROGRAMS["mlm"], PROGRAMS["rtd"]
-TESTS = Path(__file__).parents[1]
 CHECKPOINT_FILES = {
     *("model.safetensors", "config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
     *("training_args.bin", "tokenizer.json", "tokenizer_config.json", "complete.json"),
@@ -274,7 +270,7 @@ class Uploads:
 
 
 class TestPushWhileTraining:
-    """The uploads themselves are below, over the loopback Hub."""
+    """What is uploaded and when; the uploads themselves, of every method, are in tests/hub/test_round_trips.py."""
 
     def save(self, trainer, step):
         trainer.state.global_step = step
@@ -332,112 +328,3 @@ class TestPushWhileTraining:
         self.save(trainer, 3)
         assert len(uploads.asked) == 2
         assert (folder / "model.safetensors").read_bytes() != before["model.safetensors"]
-
-
-PUSH = """
-import sys
-from pathlib import Path
-import torch
-from method_matrix import build, programs
-
-work = Path(sys.argv[1])
-ids = torch.arange(5, 25).reshape(2, 10)
-for name, strategy in (("mlm", "every_save"), ("rtd", "every_save"), ("rtd", "checkpoint")):
-    label = f"{name}-{strategy}"
-    options = {"push_to_hub": True, "hub_model_id": f"tester/{label}", "hub_strategy": strategy}
-    trainer = build(
-        programs()[name], work / label, save_strategy="steps", save_steps=2, max_steps=2, learning_rate=1e-2, **options
-    )
-    trainer.train()
-    if label == "rtd-every_save":
-        trainer.push_to_hub()
-    parts = {attribute: getattr(trainer.model, attribute).eval() for attribute in trainer.model.export_parts.values()}
-    with torch.no_grad():
-        outputs = {attribute: part.base_model(ids).last_hidden_state for attribute, part in parts.items()}
-        outputs |= {f"{attribute} logits": part(ids).logits for attribute, part in parts.items()}
-    torch.save(outputs, work / f"{label}.pt")
-"""
-
-PULL = """
-import sys
-sys.modules["hf_pretrain"] = None  # importing it fails from here on
-from pathlib import Path
-import torch
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
-
-def check(output, expected):
-    torch.testing.assert_close(output, expected, atol=1e-6, rtol=0)
-
-work = Path(sys.argv[1])
-ids = torch.arange(5, 25).reshape(2, 10)
-with torch.no_grad():
-    expected = torch.load(work / "mlm-every_save.pt")
-    check(AutoModel.from_pretrained("tester/mlm-every_save").eval()(ids).last_hidden_state, expected["model"])
-    check(AutoModelForMaskedLM.from_pretrained("tester/mlm-every_save").eval()(ids).logits, expected["model logits"])
-    for repo in ("tester/rtd-every_save", "tester/rtd-checkpoint"):
-        expected = torch.load(work / f"{repo.split('/')[1]}.pt")
-        check(AutoModel.from_pretrained(repo).eval()(ids).last_hidden_state, expected["discriminator"])
-        check(AutoModelForPreTraining.from_pretrained(repo).eval()(ids).logits, expected["discriminator logits"])
-        generator = AutoModelForMaskedLM.from_pretrained(repo, subfolder="pretraining/generator").eval()
-        check(generator(ids).logits, expected["generator logits"])
-assert AutoTokenizer.from_pretrained("tester/mlm-every_save")("w1 w2")["input_ids"] == [2, 6, 7, 3]
-assert not [name for name in sys.modules if name.startswith("hf_pretrain.")]
-"""
-
-
-class TestPush:
-    """Three runs push while they train, in one process; another, without this library, opens what arrived."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def pushed(cls, tmp_path_factory):
-        work = tmp_path_factory.mktemp("push")
-        with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
-            environment = hub_environment(hub.url, work / "writer") | {
-                "PYTHONPATH": str(TESTS),
-                "OMP_NUM_THREADS": "1",
-            }
-            push = [sys.executable, "-c", PUSH, str(work)]
-            done = subprocess.run(push, env=environment, cwd=work, capture_output=True, text=True, timeout=600)
-            assert done.returncode == 0, done.stderr[-4000:]
-            yield hub, work
-
-    def test_it_opens_where_only_transformers_is(self, pushed):
-        hub, work = pushed
-        pull = [sys.executable, "-I", "-c", PULL, str(work)]
-        environment = hub_environment(hub.url, work / "reader") | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(pull, env=environment, cwd=work, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-4000:]
-        assert hub.unknown == []
-
-    @pytest.mark.parametrize("label", ["mlm-every_save", "rtd-every_save", "rtd-checkpoint"])
-    def test_the_repository_holds_the_export(self, pushed, label):
-        hub, _ = pushed
-        files = hub.files(f"tester/{label}")
-        assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "plots/loss.png"} <= files.keys()
-        assert not [path for path in files if path.startswith(("checkpoint-", "_", "optimizer", "training_args"))]
-        assert not prefixes(files["model.safetensors"]) & {"model", "generator", "discriminator"}
-        generator = {"pretraining/generator/config.json", "pretraining/generator/model.safetensors"}
-        assert (generator <= files.keys()) == label.startswith("rtd")
-        assert f'from_pretrained("tester/{label}")' in files["README.md"].read_text(encoding="utf-8")
-        in_last_checkpoint = {path for path in files if path.startswith("last-checkpoint/")}
-        if label == "rtd-checkpoint":
-            assert in_last_checkpoint == {f"last-checkpoint/{name}" for name in CHECKPOINT_FILES}
-            assert prefixes(files["last-checkpoint/model.safetensors"]) >= {"generator", "discriminator"}
-        else:
-            assert not in_last_checkpoint
-
-    def test_every_push_is_a_commit_that_says_when(self, pushed):
-        """One at step 2; and where it was pushed at the end, a second one if anything had changed since."""
-        hub, _ = pushed
-        assert len(hub.commits["tester/mlm-every_save"]) == 2  # the empty repository, step 2
-        assert len(hub.commits["tester/rtd-every_save"]) == 3
-
-    def test_the_checkpoint_keeps_the_composite_and_resumes(self, pushed, tmp_path):
-        _, work = pushed
-        checkpoint = work / "rtd-every_save" / "checkpoint-2"
-        assert contents(checkpoint) == CHECKPOINT_FILES
-        assert prefixes(checkpoint / "model.safetensors") == {"generator", "discriminator", "excluded_tokens"}
-        resumed = build(RTD, tmp_path, max_steps=3, learning_rate=1e-2)
-        resumed.train(resume_from_checkpoint=str(checkpoint))
-        assert resumed.state.global_step == 3

@@ -58,7 +58,9 @@ def test_a_model_is_as_it_was_afterwards():
 
 def test_fsdp_where_nothing_would_be_shared_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match=r"FSDP was asked for.* num_processes=1 on device='cpu': launch with cpu.yaml"):
+    with pytest.raises(
+        InputError, match=r"FSDP was asked for.* num_processes=1 on device='cpu': launch with cpu.yaml"
+    ):
         build(PROGRAMS["mlm"], tmp_path)
 
 
