@@ -23,7 +23,7 @@ from transformers import AutoModelForTokenClassification
 import two_rank_worker
 from hf_pretrain.cli import METHODS
 from hf_pretrain.corruption.rows import RowKeys, stack_column
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.configuration import ModelArguments, build_config
 from hf_pretrain.modeling.losses import IGNORED

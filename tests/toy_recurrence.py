@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, TrainerCallback
 
 from hf_pretrain.data.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.lanes import LaneDataset, LaneStream
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.memory import RecurrentMemory

@@ -5,153 +5,28 @@ A card holds numbers that were measured and nothing else: what is not known is l
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
 from hf_pretrain.hub import card_text, plots
-from hf_pretrain.hub.environment import Energy
+from hf_pretrain.hub.compute import compute_rows
 from hf_pretrain.hub.evaluation import Evaluation, evaluation_table
+from hf_pretrain.hub.facts import PretrainingCard
 from hf_pretrain.hub.files import write_text
 from hf_pretrain.hub.metadata import card_metadata, hub_id
-from hf_pretrain.hub.readme import Written, merge
+from hf_pretrain.hub.readme import Written, describe_written, merge
+from hf_pretrain.hub.record import read_record, read_written, write_record
 
 logger = logging.get_logger(__name__)
 
 _TEMPLATE = "pretraining.md.jinja"
 # A leading underscore keeps a file out of what is pushed to the Hub.
 _SET_ASIDE = "_README.before.md"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ObjectiveDescription:
-    """What a reader should know of a pre-training objective.
-
-    Attributes:
-        name: Name of the method on the command line and as a tag: "rtd".
-        title: Its name in the field: "Replaced token detection".
-        description: One paragraph, in Markdown.
-        formula: The loss in LaTeX, without delimiters.
-        citations: BibTeX entries.
-        pipeline_tag: The Hub's task for models of this objective: "fill-mask", "feature-extraction", ...
-        usage: Python code that uses the trained head, where "{repo}" stands for the repository and
-            "{model_class}" for the stock class that opens it.
-    """
-
-    name: str
-    title: str
-    description: str
-    formula: str = ""
-    citations: Sequence[str] = ()
-    pipeline_tag: str = "feature-extraction"
-    usage: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compute:
-    """What a run took; what was not measured stays `None` and is left out of the card.
-
-    Attributes:
-        parameters: Parameters of the model at the root of the repository.
-        trained_parameters: All that were trained, those of the auxiliary parts included.
-        steps: Optimizer steps.
-        planned_steps: Steps until the end of the run.
-        examples_per_step: Examples of a step, over all devices and accumulation steps.
-        tokens: Tokens seen, padding left out, over all devices.
-        seconds: Wall-clock time of the training, since its last resume if it was resumed.
-        resumed_at_step: Step of the last resume; `None` if there was none.
-        timed_tokens: Tokens seen in `seconds`, where that is not all of them.
-        hardware: See [`hf_pretrain.hub.environment.hardware`].
-        processes: Processes that trained together.
-        precision: "fp32", "bf16", ...
-        peak_memory_mib: The most memory in use at a time, in MiB: of one device, or of one process on a CPU.
-        energy: What was measured of it.
-    """
-
-    parameters: int | None = None
-    trained_parameters: int | None = None
-    steps: int | None = None
-    planned_steps: int | None = None
-    examples_per_step: int | None = None
-    tokens: int | None = None
-    seconds: float | None = None
-    resumed_at_step: int | None = None
-    timed_tokens: int | None = None
-    hardware: str | None = None
-    processes: int | None = None
-    precision: str | None = None
-    peak_memory_mib: float | None = None
-    energy: Energy | None = None
-
-    @property
-    def is_partial(self) -> bool:
-        """Whether the run had more steps to go."""
-        return bool(self.steps and self.planned_steps and self.steps < self.planned_steps)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainingCard:
-    """The facts of a card, as plain data.
-
-    Attributes:
-        model_name: Name of the model, the title of the card.
-        model_class: transformers class that opens the root of the repository with its head: "ElectraForPreTraining".
-        objective: What it was trained to do.
-        has_own_code: Whether that class is no stock one and its code lies in the repository.
-        fine_tuning_class: Auto class that opens the root with a fresh head for a task, "" if there is none.
-        repo: What the snippets load: the repository's id, or "." for the folder of the card.
-        note: A paragraph to put before all others.
-        origin: How the weights began, in Markdown, where `base_model` does not tell all of it: "Cut from ...".
-        base_model: Hub id of the model whose weights the run began with, or the absolute path of a local one, which is
-            not named in the card; `None` if the run began from scratch.
-        language: ISO code or codes of the text.
-        license: The Hub's identifier of a license: "apache-2.0".
-        datasets: Hub ids of data sets among the training data.
-        data: The training data, by what each entry is: {"sources": ["a.txt"], "documents": 1200, "tokens": 2_000_000,
-            "blocks": 16_000, "tokenizer": "WordPiece", "vocabulary_size": 8000, "held_out_documents": 60, ...}.
-        recipe: Options of the run; see [`recipe_options`].
-        log_history: `Trainer.state.log_history`.
-        metrics_before: Held-out metrics before the first step, keyed as `Trainer.evaluate` returns them; of several
-            held-out sets those of all.
-        metrics_after: The same after the last step.
-        evaluation_name: What they were measured on.
-        evaluations: What was measured on tasks.
-        comparison: Header and rows of a table of the model beside the one that taught it.
-        compute: What the run took.
-        parts: Sub-folder -> (class that opens it, what it is). The class is a name in transformers or a dotted path,
-            or "" where the folder is not a checkpoint.
-        limits: What the model should not be trusted with, in Markdown.
-        versions: See [`hf_pretrain.hub.environment.versions`].
-    """
-
-    model_name: str
-    model_class: str
-    objective: ObjectiveDescription
-    has_own_code: bool = False
-    fine_tuning_class: str = ""
-    repo: str = "."
-    note: str = ""
-    origin: str = ""
-    base_model: str | None = None
-    language: str | Sequence[str] | None = None
-    license: str | None = None
-    datasets: Sequence[str] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    log_history: Sequence[Mapping[str, Any]] = ()
-    metrics_before: Mapping[str, float] = field(default_factory=dict)
-    metrics_after: Mapping[str, float] = field(default_factory=dict)
-    evaluation_name: str = "held-out documents"
-    evaluations: Sequence[Evaluation] = ()
-    comparison: Sequence[card_text.Row] = ()
-    compute: Compute = Compute()
-    parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    limits: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER) -> str:
@@ -193,7 +68,7 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
             after_title=card_text.after_title(card.metrics_after, card.compute.steps),
         ),
         tasks=evaluation_table(tuple(card.evaluations)),
-        compute=card_text.compute_rows(card.compute),
+        compute=compute_rows(card.compute),
         figures=plots.training_figures(card.log_history),
         plots_folder=plots_folder,
         versions=card_text.rows(card.versions, as_is=True),
@@ -214,16 +89,53 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
     Returns:
         The path of README.md.
     """
-    from hf_pretrain.hub.record import read_written, write_record  # a record is made of a card
-
     path = Path(output_dir, "README.md")
     text = render_card(card)
+    written = describe_written(text)
     if path.is_file():
         text = _with_edits(path, text, read_written(output_dir))
     plots.plot_training(card.log_history, output_dir)
     write_text(path, text)
-    write_record(card, output_dir)
+    write_record(card, output_dir, written=written)
     return path
+
+
+def add_evaluation(folder: Path | str, evaluation: Evaluation) -> Path:
+    """Add what was measured on a task to the card of a model, and make the card again.
+
+    An evaluation of the same task and split takes the place of the earlier one.
+
+    Args:
+        folder: Folder of the model: what a run left, or a copy from the Hub.
+        evaluation: The scores.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        InputError: If the folder has no record of its run, or a damaged one.
+    """
+    return update_card(folder, evaluations=[evaluation])
+
+
+def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), **changes: Any) -> Path:
+    """Make the card of a model again, from the record of its run.
+
+    Args:
+        folder: Folder of the model.
+        evaluations: Evaluations to add; see [`add_evaluation`].
+        **changes: Other fields of [`PretrainingCard`] to change, such as `license`.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        InputError: If the folder has no record of its run, or a damaged one.
+    """
+    card = read_record(folder)
+    known = {(evaluation.task, evaluation.split): evaluation for evaluation in card.evaluations}
+    known |= {(evaluation.task, evaluation.split): evaluation for evaluation in evaluations}
+    return write_card(dataclasses.replace(card, evaluations=tuple(known.values()), **changes), folder)
 
 
 def _with_edits(path: Path, text: str, written: Written | None) -> str:

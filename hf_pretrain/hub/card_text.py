@@ -7,12 +7,9 @@ import re
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, label, split_by_held_out_set
-
-if TYPE_CHECKING:
-    from hf_pretrain.hub.card import Compute
 
 _MOST_ITEMS = 8  # of a list in a table cell
 
@@ -134,46 +131,6 @@ def after_title(metrics: Mapping[str, Any], steps: int | None) -> str:
     """Return when the last metrics were measured: at the end, or at an earlier step than the last."""
     step = plain(metrics.get("step"))
     return f"At step {step:,}" if isinstance(step, int) and steps and step < steps else "After training"
-
-
-def compute_rows(compute: Compute) -> list[Row]:
-    """Return (name, value) rows of what was measured; tokens a second follow from tokens and time."""
-    timed = compute.tokens if compute.timed_tokens is None else compute.timed_tokens
-    speed = timed / compute.seconds if timed and compute.seconds else None
-    memory = f"{compute.peak_memory_mib / 1024:.3g} GiB" if compute.peak_memory_mib else None
-    trained = compute.trained_parameters if compute.trained_parameters != compute.parameters else None
-    many = compute.processes if compute.processes and compute.processes > 1 else None
-    since = "" if compute.resumed_at_step is None else f", since the resume at step {compute.resumed_at_step:,}"
-    table = {
-        "Parameters": compute.parameters,
-        "Parameters trained, auxiliary parts included": trained,
-        "Optimizer steps": f"{compute.steps:,} of {compute.planned_steps:,}" if compute.is_partial else compute.steps,
-        "Examples per step": compute.examples_per_step,
-        "Tokens seen": compute.tokens,
-        f"Training time{since}": duration(compute.seconds) if compute.seconds else None,
-        "Tokens per second": round(speed) if speed else None,
-        "Hardware": compute.hardware,
-        "Processes": many,
-        "Precision": compute.precision,
-        "Peak memory of a process" if many else "Peak memory": memory,
-    }
-    return rows(table | _energy_rows(compute), as_is=True)
-
-
-def _energy_rows(compute: Compute) -> dict[str, str]:
-    energy = compute.energy
-    if energy is None:
-        return {}
-    scope = {"machine": " of the whole machine", "process": " of the run's processes"}.get(energy.scope or "", "")
-    sessions = ""
-    if compute.resumed_at_step is not None:
-        # A session that was killed has left no measurement.
-        sessions = f", in {energy.sessions} session{'s' if energy.sessions > 1 else ''} of the run"
-    table = {"Energy": f"{number(energy.kwh)} kWh{scope}, measured by {energy.source}{sessions}"}
-    if energy.emissions_kg is not None:
-        place = f", with the electricity of {cell(energy.country)}" if energy.country else ""
-        table["Emissions"] = f"{number(1000 * energy.emissions_kg)} g CO2 equivalent{place}"
-    return table
 
 
 def yaml_block(options: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from hf_pretrain.hub.metric_names import bare_name, label, split_by_held_out_set
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
-    from hf_pretrain.hub.card import PretrainingCard
+    from hf_pretrain.hub.facts import PretrainingCard
 
 # Names of huggingface.co/metrics; others are in the model-index alone.
 _METRICS_OF_THE_HUB = {

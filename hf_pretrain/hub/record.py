@@ -8,20 +8,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub import card_text
-from hf_pretrain.hub.card import Compute, ObjectiveDescription, PretrainingCard, render_card, write_card
+from hf_pretrain.hub.compute import Compute
 from hf_pretrain.hub.environment import Energy
 from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.facts import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.files import write_text
 from hf_pretrain.hub.metadata import hub_id
-from hf_pretrain.hub.readme import Written, describe_written
-
-__all__ = ["RECORD", "Evaluation", "add_evaluation", "read_record", "read_written", "update_card", "write_record"]
+from hf_pretrain.hub.readme import Written
 
 RECORD = "pretraining/run.json"
 _FORMAT = 1
@@ -29,12 +27,13 @@ _FORMAT = 1
 _NOT_FINITE = "not a finite number"
 
 
-def write_record(card: PretrainingCard, folder: Path | str) -> Path:
+def write_record(card: PretrainingCard, folder: Path | str, *, written: Written) -> Path:
     """Write the facts of a card into the folder of its model, without the paths of this machine.
 
     Args:
         card: The facts.
         folder: Folder of the model.
+        written: What the card consists of, without what the user changed in it.
 
     Returns:
         The path of the record.
@@ -45,7 +44,6 @@ def write_record(card: PretrainingCard, folder: Path | str) -> Path:
     # What is no id on the Hub would look like one without its folders.
     datasets = tuple(filter(hub_id, card.datasets))
     facts = dataclasses.replace(card, base_model=base_model, datasets=datasets)
-    written = describe_written(render_card(card))
     content = {"format": _FORMAT, "card": _encode(facts), "readme": written._asdict()}
     return write_text(Path(folder, RECORD), json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -72,44 +70,6 @@ def read_written(folder: Path | str) -> Written | None:
         return Written(dict(readme["metadata"]), dict(readme["sections"]))
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def add_evaluation(folder: Path | str, evaluation: Evaluation) -> Path:
-    """Add what was measured on a task to the card of a model, and make the card again.
-
-    An evaluation of the same task and split takes the place of the earlier one.
-
-    Args:
-        folder: Folder of the model: what a run left, or a copy from the Hub.
-        evaluation: The scores.
-
-    Returns:
-        The path of README.md.
-
-    Raises:
-        InputError: If the folder has no record of its run, or a damaged one.
-    """
-    return update_card(folder, evaluations=[evaluation])
-
-
-def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), **changes: Any) -> Path:
-    """Make the card of a model again, from the record of its run.
-
-    Args:
-        folder: Folder of the model.
-        evaluations: Evaluations to add; see [`add_evaluation`].
-        **changes: Other fields of [`PretrainingCard`] to change, such as `license`.
-
-    Returns:
-        The path of README.md.
-
-    Raises:
-        InputError: If the folder has no record of its run, or a damaged one.
-    """
-    card = read_record(folder)
-    known = {(evaluation.task, evaluation.split): evaluation for evaluation in card.evaluations}
-    known |= {(evaluation.task, evaluation.split): evaluation for evaluation in evaluations}
-    return write_card(dataclasses.replace(card, evaluations=tuple(known.values()), **changes), folder)
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 

@@ -12,8 +12,10 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.card import Compute, PretrainingCard, recipe_options
+from hf_pretrain.hub.card import recipe_options
+from hf_pretrain.hub.compute import Compute
 from hf_pretrain.hub.environment import hardware, measured_energy, versions
+from hf_pretrain.hub.facts import PretrainingCard
 from hf_pretrain.hub.metadata import hub_id
 from hf_pretrain.hub.metric_names import bare_name
 from hf_pretrain.hub.record import read_record

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_pretrain.hub.card import PretrainingCard, write_card
+from hf_pretrain.hub.card import write_card
+from hf_pretrain.hub.facts import PretrainingCard
 from hf_pretrain.training.card import describe_run
 from hf_pretrain.training.checkpoints import are_finite, begin_folder, remove_old_checkpoints, write_marker
 from hf_pretrain.training.faults import full_disk, is_full_disk, not_finite

@@ -62,7 +62,8 @@ def check_sharding(accelerator: Accelerator) -> None:
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and getattr(accelerator.state, "fsdp_plugin", None) is None:
         raise InputError(
             "FSDP was asked for, but accelerate shares parameters out on several GPUs only, and here "
-            f"num_processes={accelerator.num_processes} on device={accelerator.device.type!r}: launch with cpu.yaml, single.yaml or ddp.yaml"
+            f"num_processes={accelerator.num_processes} on device={accelerator.device.type!r}: launch with cpu.yaml, single.yaml "
+            "or ddp.yaml"
         )
 
 

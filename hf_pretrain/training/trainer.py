@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from hf_pretrain.data.epochs import EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.outputs import PretrainingOutput

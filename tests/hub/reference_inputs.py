@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hf_pretrain.evaluation.students import comparison_rows
-from hf_pretrain.hub.card import Compute, ObjectiveDescription, PretrainingCard, render_card
+from hf_pretrain.hub.card import render_card
 from hf_pretrain.hub.card_text import Row
+from hf_pretrain.hub.compute import Compute
 from hf_pretrain.hub.environment import Energy
 from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.facts import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.plots import plot_training
 from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.objectives.distillation.description import describe, describe_origin

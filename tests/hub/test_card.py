@@ -25,9 +25,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_pretrain.hub.card import Compute, PretrainingCard, recipe_options, render_card, snippets, write_card
-from hf_pretrain.hub.card_text import cell, compute_rows, duration, fine_tuning_snippet, metric_table, number
+from hf_pretrain.hub.card import recipe_options, render_card, snippets, write_card
+from hf_pretrain.hub.card_text import cell, duration, fine_tuning_snippet, metric_table, number
+from hf_pretrain.hub.compute import Compute, compute_rows
 from hf_pretrain.hub.environment import Energy
+from hf_pretrain.hub.facts import PretrainingCard
 
 MINIMAL = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
 UNKNOWN = PretrainingCard(

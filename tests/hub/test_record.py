@@ -16,9 +16,11 @@ from reference_inputs import MLM, REFERENCE_CARDS, TASKS
 
 from hf_pretrain.commands import card as command
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.card import PretrainingCard, render_card, write_card
+from hf_pretrain.hub.card import add_evaluation, render_card, write_card
+from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.facts import PretrainingCard
 from hf_pretrain.hub.readme import describe_written, merge
-from hf_pretrain.hub.record import RECORD, Evaluation, add_evaluation, read_record, write_record
+from hf_pretrain.hub.record import RECORD, read_record, write_record
 
 PLAIN = REFERENCE_CARDS["mlm"]
 BARE = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
@@ -43,18 +45,22 @@ def _edit(folder: Path, *changes: tuple[str, str]) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
+def _record(card: PretrainingCard, folder: Path) -> Path:
+    return write_record(card, folder, written=describe_written(render_card(card)))
+
+
 class TestRoundTrip:
     @pytest.mark.parametrize("name", REFERENCE_CARDS)
     def test_every_fact_comes_back(self, name: str, tmp_path: Path) -> None:
         card = REFERENCE_CARDS[name]
-        path = write_record(card, tmp_path)
+        path = _record(card, tmp_path)
         back = read_record(tmp_path)
         assert render_card(back) == render_card(card)
         for entry in dataclasses.fields(PretrainingCard):
             was, now = getattr(card, entry.name), getattr(back, entry.name)
             assert list(now) == list(was) if isinstance(was, (list, tuple)) else now == was, entry.name
         first = path.read_bytes()
-        write_record(back, tmp_path)
+        _record(back, tmp_path)
         assert path.read_bytes() == first and read_record(tmp_path) == back
         assert json.loads(first)["format"] == 1
 
@@ -62,7 +68,7 @@ class TestRoundTrip:
         card = dataclasses.replace(
             BARE, metrics_after={"eval_loss": math.inf}, log_history=[{"loss": math.nan, "step": 1}]
         )
-        path = write_record(card, tmp_path)
+        path = _record(card, tmp_path)
         json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
         back = read_record(tmp_path)
         assert back.metrics_after == {"eval_loss": math.inf} and math.isnan(back.log_history[0]["loss"])
@@ -75,7 +81,7 @@ class TestRoundTrip:
             data={"source": "/home/someone/a.txt", "files": ["/home/someone/b.txt"]},
             recipe={"train_file": ["/home/someone/c.txt"]},
         )
-        text = write_record(card, tmp_path).read_text()
+        text = _record(card, tmp_path).read_text()
         assert "someone" not in text
         back = read_record(tmp_path)
         assert render_card(back) == render_card(dataclasses.replace(card, data=back.data, recipe=back.recipe))

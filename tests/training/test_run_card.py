@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_pretrain.hub.card import render_card
-from hf_pretrain.hub.record import Evaluation, add_evaluation, read_record
+from hf_pretrain.hub.card import add_evaluation, render_card
+from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.record import read_record
 from hf_pretrain.training.card import describe_run
 from method_matrix import build, programs, tiny_data
 

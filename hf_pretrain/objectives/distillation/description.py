@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.objectives.distillation.student import StudentArguments
 
 TINYBERT = """\

@@ -12,8 +12,8 @@ from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.students import compare, comparison_rows
-from hf_pretrain.hub.card import ObjectiveDescription
 from hf_pretrain.hub.card_text import Row
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.modeling.outputs import PretrainingOutput
 from hf_pretrain.objectives.distillation.arguments import DistillationArguments
 from hf_pretrain.objectives.distillation.configuration import OF_PREDICTIONS

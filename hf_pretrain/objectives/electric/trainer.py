@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hf_pretrain.evaluation.detection import discrimination_gain
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 

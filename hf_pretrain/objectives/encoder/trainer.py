@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch.utils.data import Dataset, Sampler
 
 from hf_pretrain.data.epochs import EpochDataset, EpochSampler
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.objectives.encoder.arguments import EncoderTrainingArguments
 from hf_pretrain.objectives.encoder.description import describe
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainer

@@ -11,7 +11,7 @@ from hf_pretrain.data.lanes import LaneDataset, LaneStream
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.stream_evaluation import memory_lengths
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size

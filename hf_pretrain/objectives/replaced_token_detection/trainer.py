@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.detection import collapse_warning, detection_metrics, discrimination_gain
-from hf_pretrain.hub.card import ObjectiveDescription
+from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.modeling.outputs import PretrainingOutput
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection.training_modes import TRAINING_MODES, TrainingModesMixin
