@@ -7,8 +7,9 @@
     structbert          masked tokens, shuffled words, three kinds of pairs
     spanbert            masked spans, each also from its boundaries
     unilm               BERT's objectives, one-way and sequence to sequence in one mixture
-    tlm, mlm            sentences in two languages: with their translations beside half of them, and each alone. data_dir holds
-                        multi30k/train.en.gz and train.de.gz
+    tlm, mlm            sentences in two languages: with their translations beside half of them, and each alone (one batch of
+                        two hundred is of pairs, with weight 0, so that both arms have the same tokenizer and the same held-out
+                        sentences and pairs). data_dir holds multi30k/train.en.gz and train.de.gz
 
 Held-out documents. Of each loss, two baselines that know nothing of the context: the unigram of the training text (one added to
 each count) at the same targets, and the frequencies of the classes of pairs. Of shuffled words, also how often the token that is
@@ -59,9 +60,10 @@ ARMS: dict[str, dict[str, Any]] = {
         "ngram_shares": [0.8, 0.1, 0.1],
     },
     "tlm": {"objectives": ["mlm", "tlm"]},
-    "mlm": {"objectives": ["mlm"]},
+    "mlm": {"objectives": ["mlm", "tlm"], "tlm_weight": 0.0},
 }
-_BILINGUAL = ("tlm", "mlm")
+# Arms of two languages, with the share of translations among their examples.
+_BILINGUAL = {"tlm": 0.5, "mlm": 0.005}
 _NOT_SETTINGS = ("train_file", "data_dir", "results", "table", "arm", "seed")
 
 
@@ -94,7 +96,7 @@ class ObjectiveArguments:
         for name in self.arm:
             if name not in ARMS:
                 raise InputError(f"arm={name!r} is unknown; choose of {', '.join(ARMS)}")
-        if not self.table and not self.train_file and set(self.arm) - set(_BILINGUAL):
+        if not self.table and not self.train_file and set(self.arm) - _BILINGUAL.keys():
             raise InputError("train_file is missing: name the text to train on, or print what there is with --table")
 
     def settings(self) -> dict[str, Any]:
@@ -113,11 +115,13 @@ def data_arguments(arm: str, args: ObjectiveArguments) -> MultilingualDataArgume
             validation_fraction=0.04,
             **common,
         )
-    common |= {"document_separator": "line", "validation_fraction": 0.04, "bitext_share": 0.5, "lowercase": True}
+    common |= {"document_separator": "line", "validation_fraction": 0.04, "lowercase": True}
     paths = {language: str(sentences_of(args, language)) for language in ("en", "de")}
     languages = [f"{language}={path}" for language, path in paths.items()]
     pairs = [f"en-de={paths['en']},{paths['de']}"]
-    return MultilingualDataArguments(language_file=languages, parallel_file=pairs if arm == "tlm" else None, **common)
+    return MultilingualDataArguments(
+        language_file=languages, parallel_file=pairs, bitext_share=_BILINGUAL[arm], **common
+    )
 
 
 def sentences_of(args: ObjectiveArguments, language: str) -> Path:
