@@ -7,7 +7,7 @@ is begun. Memory is what is resident: of this process, and of the data loader's 
 count for each of them; the peak is this process's. Speed is that of the stretch since the row before; the first has the
 start of the workers and the first window in it, before which no block is given.
 
-A row is printed as soon as it is reached. ``--tokenizer words`` takes a vocabulary of whole words, which costs a third of
+A row is printed as soon as it is reached. ``--tokenizer words`` takes a vocabulary of whole words, which costs less than half of
 what WordPiece costs: for the passes that are long, where it is the stream that is looked at.
 
 ``--resume_at 0.5`` also reads that share of the epoch the way a training does, and times the first batch of a stream that
