@@ -392,16 +392,16 @@ def test_inputs_that_contradict_each_other_are_refused(transformer_xl):
     for options, message in (
         ({}, "give one of the two"),
         ({"input_ids": tokens, "inputs_embeds": torch.zeros(1, 4, 16)}, "give one of the two"),
-        ({"input_ids": tokens, "mems": mems, "use_cache": True}, "past_key_values, mems"),
+        ({"input_ids": tokens, "mems": mems, "use_cache": True}, "^cache, mems"),
         ({"input_ids": tokens, "mems": mems[:2]}, r"give \[3, batch, length, hidden\]"),
-        ({"input_ids": tokens, "past_key_values": StaticCache(model.config, 9)}, "static cache"),
+        ({"input_ids": tokens, "cache": StaticCache(model.config, 9)}, "static cache"),
         ({"input_ids": tokens, "attention_mask": tokens[:, :3]}, r"attention_mask has shape \(1, 3\)"),
     ):
         with pytest.raises(ValueError, match=message):
             model(**options)
-    cache = model(tokens, past_key_values=DynamicCache(config=model.config)).past_key_values
+    cache = model(tokens, cache=DynamicCache(config=model.config)).cache
     with pytest.raises(ValueError, match=r"give \(1, 8\)"):
-        model(tokens, torch.ones(1, 4), past_key_values=cache)
+        model(tokens, torch.ones(1, 4), cache=cache)
 
 
 def test_no_memory_at_all(transformer_xl):

@@ -113,6 +113,21 @@ def test_it_opens_here_without_further_ado(saved):
         assert type(auto_class.from_config(AutoConfig.from_pretrained(folder))) is cls
 
 
+def test_code_that_has_aged_is_renewed_by_opening_and_saving_here(saved):
+    """An export keeps the code of its day; where this library is imported, the library's own is taken instead."""
+    for auto_class, cls in MODELS.items():
+        folder = saved / auto_class.__name__
+        for path in folder.glob("*.py"):
+            path.write_text("raise RuntimeError('written for an older transformers')\n")
+        for trust in (None, False, True):
+            options = {} if trust is None else {"trust_remote_code": trust}
+            assert type(auto_class.from_pretrained(folder, **options)) is cls
+            assert type(AutoConfig.from_pretrained(folder, **options)) is cls.config_class
+        auto_class.from_pretrained(folder).save_pretrained(folder)
+        assert not [path for path in folder.glob("*.py") if "RuntimeError" in path.read_text()]
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_CLASSES
+
+
 def test_it_opens_where_this_library_is_not(saved):
     program = ELSEWHERE.format(root=str(saved), modules=str(saved / "modules"))
     assert run_fresh({"elsewhere": program}, saved)["elsewhere"] == "all is well\n"

@@ -46,7 +46,7 @@ def test_greedy_search_with_a_cache_is_that_without(transformer_xl, options, len
     )
     cached, recomputed = both_ways(model, inputs)
     assert torch.equal(cached.sequences, recomputed.sequences)
-    assert cached.past_key_values is not None and recomputed.past_key_values is None
+    assert cached.cache is not None and recomputed.cache is None
     for step, expected in zip(cached.logits, recomputed.logits, strict=True):
         torch.testing.assert_close(step, expected, atol=1e-5, rtol=0)
     assert len({tuple(row) for row in cached.sequences[:, -9:].tolist()}) == len(cached.sequences)
@@ -78,8 +78,8 @@ def test_reading_piece_by_piece_is_reading_at_once(transformer_xl, options):
     model, tokens = transformer_xl(**options), prompts(2, 16)
     whole, cache, parts = model(tokens).logits, DynamicCache(config=model.config), []
     for piece in tokens.split([7, 1, 1, 7], dim=1):
-        outputs = model(piece, past_key_values=cache)
-        assert outputs.past_key_values is cache
+        outputs = model(piece, cache=cache)
+        assert outputs.cache is cache
         parts.append(outputs.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=0)
     last = model(tokens, logits_to_keep=2).logits
@@ -91,22 +91,32 @@ def test_the_cache_is_bounded_with_same_length(transformer_xl):
     for same_length, kept in ((True, 5), (False, 28)):
         model = transformer_xl(same_length=same_length, mem_len=5)
         outputs = model.generate(prompts(1, 20), **GENERATE, return_dict_in_generate=True)
-        assert {layer.keys.shape[-2] for layer in outputs.past_key_values.layers} == {kept}
+        assert {layer.keys.shape[-2] for layer in outputs.cache.layers} == {kept}
 
 
 @torch.no_grad()
 def test_generation_goes_on_from_a_cache(transformer_xl):
     model, text = transformer_xl(same_length=True), prompts(1, 9)
     cache = DynamicCache(config=model.config)
-    first = model.generate(text, **GENERATE, past_key_values=cache)
+    first = model.generate(text, **GENERATE, cache=cache)
     question = torch.cat([first, prompts(1, 4, seed=2)], dim=1)
-    assert torch.equal(
-        model.generate(question, **GENERATE, past_key_values=cache), model.generate(question, **GENERATE)
-    )
+    assert torch.equal(model.generate(question, **GENERATE, cache=cache), model.generate(question, **GENERATE))
+
+
+@torch.no_grad()
+def test_the_cache_goes_by_its_older_name_too_with_a_warning(transformer_xl):
+    model, text = transformer_xl(), prompts(1, 9)
+    expected = model(text, use_cache=True)
+    for part in (model, model.model):
+        cache = DynamicCache(config=model.config)
+        with pytest.warns(FutureWarning, match="Use `cache` instead"):
+            outputs = part(text, past_key_values=cache)
+        assert outputs.cache is cache and outputs.past_key_values is cache
+        assert cache.get_seq_length() == expected.cache.get_seq_length() == 9
 
 
 def test_mems_are_not_mistaken_for_a_cache(transformer_xl):
     model = transformer_xl()
     mems, lengths = model.model.empty_mems(1)
-    with pytest.raises(ValueError, match="past_key_values, mems"):
+    with pytest.raises(ValueError, match="^cache, mems"):
         model.generate(prompts(1, 4), mems=mems, mem_lengths=lengths, **GENERATE)

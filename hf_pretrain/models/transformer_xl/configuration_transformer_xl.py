@@ -55,7 +55,7 @@ class TransformerXLConfig(PreTrainedConfig):
     """
 
     model_type = "transformer_xl"
-    keys_to_ignore_at_inference = ["past_key_values", "mems", "mem_lengths"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "mems", "mem_lengths"]  # noqa: RUF012
     # Makes `save_pretrained` write this file next to the weights.
     _auto_class: ClassVar[str | None] = "AutoConfig"
 

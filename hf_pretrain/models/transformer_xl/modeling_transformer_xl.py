@@ -5,7 +5,7 @@ Two ways lead from one segment of a text to the next:
 - The memory (`mems`), for training and for evaluation in a stream: what went into each layer at the last `mem_len` positions,
   without gradient. Its shape is fixed, `[layers, batch, length, hidden]`; it is filled from its end, and `mem_lengths` says how
   many positions are. What is not filled is not attended, so the first segment of a text sees the text alone.
-- The cache (`past_key_values`), for `generate`: the keys and values that the segment itself would hold, so that reading a text
+- The `cache`, for `generate`: the keys and values that the segment itself would hold, so that reading a text
   piece by piece is reading it whole. It grows with the text unless `same_length` bounds what a position sees.
 """
 
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .adaptive_softmax import AdaptiveEmbedding, AdaptiveLogSoftmax, tied_weights
 from .configuration_transformer_xl import TransformerXLConfig
@@ -67,11 +68,12 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         return mems, torch.zeros(batch_size, dtype=torch.int64, device=self.device)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mems: torch.Tensor | None = None,
         mem_lengths: torch.Tensor | None = None,
@@ -84,7 +86,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             input_ids: ``[B, S]``.
             attention_mask: ``[B, S]``, or ``[B, past + S]`` with a cache; 0 at padding. Padding before or after the tokens is as
                 if it were not there; what is read further with a cache needs it before them.
-            past_key_values: Cache of what came before.
+            cache: Cache of what came before.
             inputs_embeds: ``[B, S, hidden]``, unscaled embeddings instead of `input_ids`.
             mems: ``[layers, B, M, hidden]``, memory of what came before; M need not be the configuration's.
             mem_lengths: ``[B]``, how many of the last positions of `mems` are filled; all when not given.
@@ -96,9 +98,9 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: give one of the two")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        check_past(past_key_values, mems, num_layers=len(self.layers))
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        check_past(cache, mems, num_layers=len(self.layers))
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         hidden = embedded * self.config.hidden_size**0.5
         order = None
@@ -106,8 +108,8 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             # Padding goes to the end, lest it part the segment from the memory.
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
             hidden = hidden.take_along_dim(order[..., None], dim=1)
-        seen, num_keys = key_mask(hidden, attention_mask, past_key_values, mems, mem_lengths)
-        states = self._run_layers(hidden, seen, num_keys, mems, past_key_values)
+        seen, num_keys = key_mask(hidden, attention_mask, cache, mems, mem_lengths)
+        states = self._run_layers(hidden, seen, num_keys, mems, cache)
         if mems is not None:
             filled = filled_lengths(mems, mem_lengths)
             mems, mem_lengths = append_segment(mems, filled, torch.stack(states[:-1]), attention_mask)
@@ -116,7 +118,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
             states = [state.take_along_dim(back, dim=1) for state in states[0 if output_hidden_states else -1 :]]
         return TransformerXLModelOutput(
             last_hidden_state=self.dropout(states[-1]),
-            past_key_values=past_key_values,
+            cache=cache,
             hidden_states=tuple(states) if output_hidden_states else None,
             mems=mems,
             mem_lengths=None if mems is None else mem_lengths,
@@ -128,7 +130,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         seen: torch.Tensor | None,
         num_keys: int,
         mems: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> list[torch.Tensor]:
         """Return the input of each layer and the output of the last one."""
         visible = visible_keys(
@@ -145,7 +147,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
                 visible,
                 self.content_bias[biases],
                 self.position_bias[biases],
-                past_key_values=past_key_values,
+                cache=cache,
             )
             states.append(state)
         return states
@@ -225,11 +227,12 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         return self.token_losses(outputs.last_hidden_state, targets), outputs.mems, outputs.mem_lengths
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mems: torch.Tensor | None = None,
         mem_lengths: torch.Tensor | None = None,
@@ -244,7 +247,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         Args:
             input_ids: See [`TransformerXLModel`], as for the others not named here.
             attention_mask: See there.
-            past_key_values: See there.
+            cache: See there.
             inputs_embeds: See there.
             mems: See there.
             mem_lengths: See there.
@@ -258,7 +261,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids,
             attention_mask,
-            past_key_values,
+            cache,
             inputs_embeds,
             mems,
             mem_lengths,
@@ -277,7 +280,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         return TransformerXLCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             mems=outputs.mems,
             mem_lengths=outputs.mem_lengths,

@@ -20,14 +20,14 @@ class TransformerXLModelOutput(ModelOutput):
 
     Attributes:
         last_hidden_state: ``[B, S, hidden]``.
-        past_key_values: The cache, if one was used.
+        cache: The cache, if one was used.
         hidden_states: ``[B, S, hidden]`` of the embeddings and of each layer, if asked for.
         mems: ``[layers, B, M, hidden]``, the new memory, if one was given.
         mem_lengths: ``[B]``, how many of its last positions are filled.
     """
 
     last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     mems: torch.Tensor | None = None
     mem_lengths: torch.Tensor | None = None
@@ -39,7 +39,7 @@ class TransformerXLCausalLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     mems: torch.Tensor | None = None
     mem_lengths: torch.Tensor | None = None
@@ -52,7 +52,7 @@ class TransformerXLPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["TransformerXLLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache"]  # noqa: RUF012
     # The scores by distance are a bias of the attention, which the flash kernels do not take.
     _supports_sdpa = True
 

@@ -104,7 +104,7 @@ class RelativeAttention(nn.Module):
         visible: torch.Tensor,
         content_bias: torch.Tensor,
         position_bias: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Return what the segment reads, ``[B, S, D]``.
 
@@ -115,12 +115,12 @@ class RelativeAttention(nn.Module):
             visible: From `visible_keys`.
             content_bias: u, ``[H, head]``.
             position_bias: v, ``[H, head]``.
-            past_key_values: Keys and values of what came before the context; gets those of the context.
+            cache: Keys and values of what came before the context; gets those of the context.
         """
         query = self._heads(self.q_proj(context[:, -num_queries:]))
         key, value = self._heads(self.k_proj(context)), self._heads(self.v_proj(context))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         scale = self.head_dim**-0.5
         by_distance = self._distance_scores((query + position_bias[:, None]) * scale, table)
         by_position = distances_to_keys(by_distance).masked_fill(~visible, -torch.inf)
@@ -158,11 +158,11 @@ class TransformerXLLayer(GradientCheckpointingLayer):
         visible: torch.Tensor,
         content_bias: torch.Tensor,
         position_bias: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Return the layer's output ``[B, S, D]`` for the segment `hidden` after the `memory` ``[B, M, D]``."""
         # As positional arguments, for reentrant checkpointing; the memory has no gradient.
-        rest = (hidden.shape[1], table, visible, content_bias, position_bias, past_key_values)
+        rest = (hidden.shape[1], table, visible, content_bias, position_bias, cache)
         context = hidden if memory is None else torch.cat([memory.to(hidden.dtype), hidden], dim=1)
         if self.pre_layer_norm:
             hidden = hidden + self.dropout(self.attention(self.attention_norm(context), *rest))

@@ -9,12 +9,12 @@ import torch
 from transformers import Cache
 
 
-def check_past(past_key_values: Cache | None, mems: torch.Tensor | None, *, num_layers: int) -> None:
+def check_past(cache: Cache | None, mems: torch.Tensor | None, *, num_layers: int) -> None:
     """Raise ValueError where the past is given twice, or in a form that does not fit."""
-    if past_key_values is not None and mems is not None:
-        raise ValueError("past_key_values, mems: give one of the two, the cache in generation and mems in a stream")
-    if past_key_values is not None and past_key_values.is_compileable:
-        raise ValueError("past_key_values: a static cache does not fit; use the default cache_implementation")
+    if cache is not None and mems is not None:
+        raise ValueError("cache, mems: give one of the two, the cache in generation and mems in a stream")
+    if cache is not None and cache.is_compileable:
+        raise ValueError("cache: a static cache does not fit; use the default cache_implementation")
     if mems is not None and (mems.dim() != 4 or len(mems) != num_layers):
         raise ValueError(f"mems has shape {tuple(mems.shape)}: give [{num_layers}, batch, length, hidden]")
 
@@ -27,7 +27,7 @@ def filled_lengths(mems: torch.Tensor, mem_lengths: torch.Tensor | None) -> torc
 def key_mask(
     hidden: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     mems: torch.Tensor | None,
     mem_lengths: torch.Tensor | None,
 ) -> tuple[torch.Tensor | None, int]:
@@ -40,8 +40,8 @@ def key_mask(
         filled = slots >= length - filled_lengths(mems, mem_lengths)[:, None]
         return torch.cat([filled, filled.new_ones(batch, num_queries)], dim=1), length + num_queries
     seen, num_keys = 0, num_queries
-    if past_key_values is not None:
-        seen, num_keys = past_key_values.get_seq_length(), past_key_values.get_mask_sizes(num_queries, 0)[0]
+    if cache is not None:
+        seen, num_keys = cache.get_seq_length(), cache.get_mask_sizes(num_queries, 0)[0]
     if attention_mask is None:
         return None, num_keys
     if attention_mask.shape != (batch, seen + num_queries):
