@@ -1,8 +1,9 @@
 """Registers the custom architectures with the Auto classes of transformers, without importing transformers for it.
 
 What is imported already is registered with at once. Otherwise a finder at the head of `sys.meta_path` watches the modules of
-transformers being imported, and registers once the Auto classes are among them and no module of transformers is half done: its
-modules import each other in circles, and a model imports many of them. Then the finder is gone.
+transformers and of the architectures being imported. It registers once the Auto classes are among them and none of those modules
+is half done: transformers' modules import each other in circles, a model imports many of them, and a model that is half done
+itself has no class to register. Then the finder is gone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
+# No registration while a module of these is being imported.
+_WATCHED = ("transformers.", "hf_pretrain.models.")
 
 
 def register_architectures() -> None:
@@ -26,7 +29,7 @@ def register_architectures() -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find, and notes when the outermost import of a transformers module is done."""
+    """Lets the other finders find, and notes when the outermost import of a watched module is done."""
 
     def __init__(self) -> None:
         self.pending = {_CONFIGURATIONS, _MODELS}
@@ -34,7 +37,7 @@ class _Finder(MetaPathFinder):
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the spec that the other finders give, its loader wrapped."""
-        if fullname.partition(".")[0] != "transformers":
+        if not f"{fullname}.".startswith(_WATCHED):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)

@@ -1,10 +1,13 @@
 """What is installed: the files of the wheel, where programs and templates are found, and how light the import is."""
 
+import ast
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from importlib.resources import files
 from pathlib import Path
 
@@ -114,6 +117,17 @@ ORDERS = {
     "after": "from transformers import AutoConfig, AutoModel; import hf_pretrain",
     # In the middle of this one the Auto classes are imported, when a model could not be imported yet.
     "in_a_circle": "import hf_pretrain; import transformers.modeling_layers; from transformers import AutoConfig, AutoModel",
+    # In the middle of these they are imported too, when a model is half done.
+    "by_its_package": (
+        "from hf_pretrain.models.transformer_xl import TransformerXLModel; from transformers import AutoConfig, AutoModel"
+    ),
+    "by_its_module": (
+        "from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLModel; "
+        "from transformers import AutoConfig, AutoModel"
+    ),
+    "by_its_layers": (
+        "import hf_pretrain.models.transformer_xl.relative_attention; from transformers import AutoConfig, AutoModel"
+    ),
 }
 OPEN = """
 import sys
@@ -137,6 +151,79 @@ def opened(tmp_path_factory):
 @pytest.mark.parametrize("order", ORDERS)
 def test_custom_architectures_open_whatever_is_imported_first(opened, order):
     assert opened[order] == "TransformerXLModel\n"
+
+
+def modules_by_name():
+    """The library's modules, programs and templates included, by the names they are imported by."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in folder.rglob("*.py"):
+            parts = (*package.split("/"), *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def statements_of_an_import(body):
+    """The import statements that run when a module is imported: those outside of functions."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from statements_of_an_import(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from statements_of_an_import(ast.iter_child_nodes(node))
+
+
+def imported_by(name, path, known):
+    """The modules of the library whose code runs before a module's own import is done."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    found = set()
+    for node in statements_of_an_import(ast.parse(path.read_text()).body):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        else:
+            above = package.rsplit(".", node.level - 1)[0] if node.level else None
+            base = ".".join(filter(None, (above, node.module)))
+            # Of a package either a module is taken or something that its own code has made.
+            targets = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
+        for target in targets:
+            found.add(target)
+            while target := target.rpartition(".")[0]:
+                # A package is imported before its modules; that it waits for its own is no circle.
+                if not f"{name}.".startswith(f"{target}."):
+                    found.add(target)
+    return found & known.keys()
+
+
+def test_the_modules_import_each_other_in_no_circle():
+    """So any of them can be imported first."""
+    known = modules_by_name()
+    assert len(known) > 200
+    graph = {name: imported_by(name, path, known) for name, path in known.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(known)
+
+
+@pytest.mark.slow
+def test_every_module_can_be_imported_first(tmp_path):
+    program = f"""
+import importlib, sys
+import transformers.trainer
+for name in {sorted(modules_by_name())}:
+    for module in [module for module in sys.modules if module.partition(".")[0] == "hf_pretrain"]:
+        del sys.modules[module]
+    importlib.import_module(name)
+print("all of them")
+"""
+    assert run_fresh({"modules": program}, tmp_path)["modules"] == "all of them\n"
+
+
+def test_the_architectures_packages_have_the_names_of_their_classes():
+    package = importlib.import_module("hf_pretrain.models.transformer_xl")
+    for name in package.__all__:
+        assert getattr(package, name) is getattr(hf_pretrain, name)
+    assert set(package.__all__) == {name for name in hf_pretrain.__all__ if name.startswith("TransformerXL")}
+    with pytest.raises(ImportError):
+        from hf_pretrain.models.transformer_xl import Nothing  # noqa: F401
 
 
 @pytest.mark.parametrize("name", hf_pretrain.__all__)
