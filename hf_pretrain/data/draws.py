@@ -1,15 +1,20 @@
 """Keyed randomness: every draw is a pure function of (seed, epoch, example id, stream name, position).
 
 A draw does not depend on the batch, the worker, the rank or what was drawn before, so the same example in the same epoch
-gets the same bits however the run is cut up or resumed. The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable
+gets the same bits however the run is cut up or resumed. Seed, epoch and id are mixed in one after the other, each by itself:
+neighbouring seeds share no epoch. The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", OOPSLA 2014) used as a counter: the key of a row is its state, the position its step.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
+
+VERSION = 2
+"""Part of the identity of what is kept from draws: raised when a key comes out otherwise."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -27,8 +32,12 @@ def _mix(bits: np.ndarray) -> np.ndarray:
     return bits
 
 
-def _stream_number(stream: str) -> np.uint64:
-    return np.uint64(int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little"))
+@functools.lru_cache(maxsize=256)
+def _run_key(seed: int, stream: str) -> np.ndarray:
+    number = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
+    # An array, because the multiplication of NumPy's scalars warns when it wraps.
+    key = np.array([number], dtype=np.uint64)
+    return _mix(key + _GOLDEN + np.array([seed % 2**64], dtype=np.uint64))
 
 
 def row_keys(
@@ -38,17 +47,17 @@ def row_keys(
 
     Args:
         example_ids: Ids of the examples, integers of shape ``[B]``.
-        seed: Seed of the run.
+        seed: Seed of the run, any integer; seeds are alike modulo 2**64.
         epoch: Epoch of each example, ``[B]``, or one for all.
         stream: Name of what is drawn ("select", "replace", ...); streams are independent of each other.
 
     Returns:
         ``uint64`` keys of shape ``[B]``.
     """
-    ids = np.asarray(example_ids, dtype=np.int64).astype(np.uint64)
-    keys = np.full(ids.shape, np.uint64(seed % 2**64) ^ _stream_number(stream), dtype=np.uint64)
-    for part in (np.asarray(epoch, dtype=np.int64).astype(np.uint64), ids):
-        keys = _mix(keys + _GOLDEN + part)
+    # Each part passes through the mixer before the next one is added: a sum of parts would be the same for other parts.
+    keys = _run_key(int(seed), stream)
+    for part in (epoch, example_ids):
+        keys = _mix(keys + _GOLDEN + np.asarray(part, dtype=np.int64).astype(np.uint64))
     return keys
 
 
@@ -75,3 +84,17 @@ def permutation(num_items: int, *, seed: int, epoch: int = 0, stream: str = "ord
     """Return a keyed permutation of ``range(num_items)``: ``int64`` of shape ``[num_items]``."""
     key = int(row_keys([0], seed=seed, epoch=epoch, stream=stream)[0])
     return np.random.Generator(np.random.Philox(key=key)).permutation(num_items)
+
+
+def generator_seed(number: int = 0, *, seed: int, stream: str) -> int:
+    """Return a seed for a generator that draws in turn, such as torch's for dropout.
+
+    Args:
+        number: Which of several generators, such as the rank of its process.
+        seed: Seed of the run.
+        stream: Name of what is drawn.
+
+    Returns:
+        An integer in ``[0, 2**63)``; those of (seed, number) and (seed + 1, number - 1) have nothing in common.
+    """
+    return int(row_keys([number], seed=seed, stream=stream)[0] >> np.uint64(1))

@@ -133,7 +133,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
     def identity(self) -> str:
         """Return a digest of all that decides what comes at a place."""
         options = [self.block_size, self.mode, self.documents_per_buffer, self.shuffle_buffer_size, self.seed]
-        known = [*options, len(self.tokenizer), self.source.identity()]
+        known = [draws.VERSION, *options, len(self.tokenizer), self.source.identity()]
         return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
 
     def _order(self, num_blocks: int, *, epoch: int, window: str) -> np.ndarray:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
+from hf_pretrain.data import draws
 from hf_pretrain.data.epochs import EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.facts import ObjectiveDescription
@@ -223,7 +224,7 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         for wrapped in (self.model, self.model_wrapped):
             wrapped._is_accelerate_prepared = False
         # transformers seeds every rank alike, and so their dropout; a resume restores each rank's own state.
-        torch.manual_seed(self.args.seed + self.args.process_index)
+        torch.manual_seed(draws.generator_seed(self.args.process_index, seed=self.args.seed, stream="dropout"))
         self._clock = time.perf_counter()
         return super().train(*args, **kwargs)
 

@@ -229,6 +229,14 @@ class TestSeeds:
         assert losses[0] == losses[1]
         assert all(torch.equal(batches[0][0][name], batches[1][0][name]) for name in batches[0][0])
 
+    def test_no_rank_has_the_dropout_of_another_rank_of_another_seed(self, tmp_path, monkeypatch):
+        trainer, seeds = build(MLM, tmp_path), set()
+        monkeypatch.setattr("transformers.Trainer.train", lambda *_, **__: seeds.add(torch.initial_seed()))
+        for trainer.args.seed, rank in itertools.product(range(4), range(4)):
+            monkeypatch.setattr(PretrainingArguments, "process_index", property(lambda self, rank=rank: rank))
+            trainer.train()
+        assert len(seeds) == 16
+
     def test_the_data_seed_orders_and_the_seed_masks(self, tmp_path):
         def first_batch(**seeds):
             trainer = build(MLM, tmp_path, **seeds)

@@ -133,7 +133,7 @@ def augment(
             batched=True,
             batch_size=_CHUNK_ROWS,
             features=datasets.Features(dataset.features | {SOURCE_ID: datasets.Value("int64")}),
-            new_fingerprint=Hasher.hash((_VERSION, *sources, options, list(text_columns), seed)),
+            new_fingerprint=Hasher.hash((_VERSION, draws.VERSION, *sources, options, list(text_columns), seed)),
             desc="Augmenting",
         )
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.utils.data import IterableDataset
 
+from hf_pretrain.data import draws
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
@@ -110,7 +111,7 @@ def ask_for_top_k(
     dataset = EpochDataset.wrap(data.train_dataset).base
     folder = Path(args.output_dir) / _ANSWERS
     kept: dict[str, Any] = {"k": args.cache_top_k, "temperature": args.temperature, "num_epochs": args.static_masks}
-    masking = {"seed": args.seed, **asdict(args.masking)}
+    masking = {"draws": draws.VERSION, "seed": args.seed, **asdict(args.masking)}
     fingerprint = cache_fingerprint(model.teacher.model, dataset, data.tokenizer, masking=masking, kept=kept)
     with args.main_process_first(local=False, desc="the teacher's answers"):
         if args.process_index == 0 and not has_cache(folder):
