@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from accelerate.data_loader import prepare_data_loader
+from accelerate import PartialState, skip_first_batches
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModel
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.training.arguments import PretrainingArguments
 from method_matrix import (
     build,
     collate,
@@ -205,15 +205,18 @@ def test_bad_input_is_refused_in_one_line(problem, tmp_path, capsys):
         assert not list(output.glob("*.safetensors"))
 
 
-def batches_of_ranks(trainer, monkeypatch, world_size):
-    """Return the batches of an epoch that each of several ranks would train on."""
-    monkeypatch.setattr(PretrainingArguments, "world_size", property(lambda self: world_size))
-    loader = trainer.get_train_dataloader()
-    monkeypatch.undo()
-    return [
-        list(prepare_data_loader(loader, num_processes=world_size, process_index=rank, put_on_device=False))
-        for rank in range(world_size)
-    ]
+def batches_of_ranks(trainer, monkeypatch, world_size, *, epoch=0, skip=0):
+    """Yield the batches that each of several ranks would train on in an epoch, or in what a resume leaves of it."""
+    for rank in range(world_size):
+        with monkeypatch.context() as patch:
+            for state in (PartialState, AcceleratorState):
+                patch.setitem(state._shared_state, "num_processes", world_size)
+                patch.setitem(state._shared_state, "process_index", rank)
+            loader = trainer.get_train_dataloader()
+            # In the order of transformers' own loop.
+            loader = skip_first_batches(loader, skip) if skip else loader
+            loader.set_epoch(epoch)
+            yield list(loader)
 
 
 # Lanes of text are as many as the examples of a step, so there is nothing to fill.
@@ -237,6 +240,18 @@ def test_the_last_step_of_several_ranks_is_that_of_one(method, tmp_path, monkeyp
     found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
     assert relative_difference(alone.recorder.gradients[-1], found) < 1e-5
     assert sum(int(count) for count in totals.values()) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader_drop_last": True}])
+def test_several_ranks_go_on_in_the_middle_of_a_later_epoch(tmp_path, monkeypatch, options):
+    """accelerate leaves the sampler in epoch 0 where it skips batches on several processes."""
+    trainer = build(PROGRAMS["mlm"], tmp_path, tiny_data(train=13), per_device_train_batch_size=2, **options)
+    for epoch in (1, 2):
+        wholes, rests = (list(batches_of_ranks(trainer, monkeypatch, 2, epoch=epoch, skip=skip)) for skip in (0, 2))
+        assert [len(whole) for whole in wholes] == [3 if options else 4] * 2
+        for whole, rest in zip(wholes, rests, strict=True):
+            for batch, other in zip(whole[2:], rest, strict=True):
+                assert all(torch.equal(batch[name], other[name]) for name in batch)
 
 
 class TestTwoRanks:

@@ -215,17 +215,20 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
     def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
         """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
         load = partial(super()._get_dataloader, is_training=is_training)
-        is_even = self.args.world_size == 1 or self.args.dataloader_drop_last
-        if not is_training or is_even or isinstance(dataset, IterableDataset):
+        if not is_training or self.args.world_size == 1 or isinstance(dataset, IterableDataset):
             return load(dataset, **options)
-        sample = options["sampler_fn"]
-        multiple = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
-        options["sampler_fn"] = lambda filled: FilledSampler(sample(filled.base), multiple=multiple)
+        sampler = options["sampler_fn"](dataset)
+        if not self.args.dataloader_drop_last:
+            turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
+            dataset, sampler = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
         collate, self.data_collator = self.data_collator, CollatorOfFilled(self.data_collator)
         try:
-            return load(FilledDataset(dataset), **options)
+            loader = load(dataset, **(options | {"sampler_fn": lambda _: sampler}))
         finally:
             self.data_collator = collate
+        # Where batches are skipped after a resume, accelerate looks here for what has to be told the epoch.
+        loader.batch_sampler.sampler = sampler
+        return loader
 
     # Optimizer
 
