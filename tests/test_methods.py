@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState, skip_first_batches
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModel
 
@@ -18,6 +20,7 @@ from method_matrix import (
     tiny_data,
     tiny_tokenizer,
 )
+from two_rank_worker import UNEVEN_RUNS, build_uneven
 from two_ranks import run_on_two_ranks
 
 PROGRAMS = programs()
@@ -202,6 +205,55 @@ def test_bad_input_is_refused_in_one_line(problem, tmp_path, capsys):
         assert not list(output.glob("*.safetensors"))
 
 
+def batches_of_ranks(trainer, monkeypatch, world_size, *, epoch=0, skip=0):
+    """Yield the batches that each of several ranks would train on in an epoch, or in what a resume leaves of it."""
+    for rank in range(world_size):
+        with monkeypatch.context() as patch:
+            for state in (PartialState, AcceleratorState):
+                patch.setitem(state._shared_state, "num_processes", world_size)
+                patch.setitem(state._shared_state, "process_index", rank)
+            loader = trainer.get_train_dataloader()
+            # In the order of transformers' own loop.
+            loader = skip_first_batches(loader, skip) if skip else loader
+            loader.set_epoch(epoch)
+            yield list(loader)
+
+
+# Lanes of text are as many as the examples of a step, so there is nothing to fill.
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "recurrent-lm"])
+@pytest.mark.parametrize(("ranks", "batch", "examples"), [(2, 2, 13), (4, 2, 9), (3, 4, 2)])
+def test_the_last_step_of_several_ranks_is_that_of_one(method, tmp_path, monkeypatch, ranks, batch, examples):
+    """Also where the last turn leaves ranks without an example, and where an epoch is less than one turn."""
+    program, data = PROGRAMS[method], tiny_data(train=examples)
+    options = {"learning_rate": 0.0, "num_train_epochs": 1, "max_steps": -1}
+    options |= {"mem_len": 0} if method == "plm" else {}
+    sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 1}
+    alone = build(program, tmp_path / "alone", data, per_device_train_batch_size=ranks * batch, **options)
+    alone.train()
+    trainer = build(program, tmp_path / "ranks", data, **sizes, **options)
+    trainer.model.train()
+    last = [batches[-1] for batches in batches_of_ranks(trainer, monkeypatch, ranks)]
+    counts = [trainer._count_targets(inputs) for inputs in last]
+    totals = {name: sum(count[name] for count in counts) for name in counts[0]}
+    for inputs in last:
+        trainer.compute_loss(trainer.model, inputs, num_items_in_batch=totals).backward()
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    assert relative_difference(alone.recorder.gradients[-1], found) < 1e-5
+    assert sum(int(count) for count in totals.values()) > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"dataloader_drop_last": True}])
+def test_several_ranks_go_on_in_the_middle_of_a_later_epoch(tmp_path, monkeypatch, options):
+    """accelerate leaves the sampler in epoch 0 where it skips batches on several processes."""
+    trainer = build(PROGRAMS["mlm"], tmp_path, tiny_data(train=13), per_device_train_batch_size=2, **options)
+    for epoch in (1, 2):
+        wholes, rests = (list(batches_of_ranks(trainer, monkeypatch, 2, epoch=epoch, skip=skip)) for skip in (0, 2))
+        assert [len(whole) for whole in wholes] == [3 if options else 4] * 2
+        for whole, rest in zip(wholes, rests, strict=True):
+            for batch, other in zip(whole[2:], rest, strict=True):
+                assert all(torch.equal(batch[name], other[name]) for name in batch)
+
+
 class TestTwoRanks:
     """One run of two processes serves all the tests here."""
 
@@ -219,6 +271,21 @@ class TestTwoRanks:
         ranks = [torch.load(results / f"{method}-gradients-{rank}.pt") for rank in range(2)]
         for gradients in ranks:
             assert relative_difference(alone.recorder.gradients[0], gradients) < 1e-4
+
+    @pytest.mark.parametrize("run", ["whole", "resumed"])
+    @pytest.mark.parametrize("name", UNEVEN_RUNS)
+    def test_a_short_last_step_equals_one_process(self, results, tmp_path, name, run):
+        """Its gradient, and what it logs of losses and tokens: what fills the last turn counts nowhere."""
+        alone = build_uneven(name, tmp_path, per_device_train_batch_size=8)
+        alone.train()
+        for rank in range(2):
+            found = torch.load(results / f"{name}-{run}-{rank}.pt")
+            assert relative_difference(alone.recorder.gradients[-1], found["gradients"]) < 1e-5
+            for row, other in zip(log_of(alone), found["log"], strict=True):
+                assert row.keys() == other.keys()
+                for entry in row:
+                    if entry.endswith(("loss", "rate", "gain", "num_tokens")):
+                        assert other[entry] == pytest.approx(row[entry], rel=1e-5), entry
 
     @pytest.mark.parametrize("method", METHODS)
     def test_every_rank_logs_every_component(self, results, tmp_path, method):

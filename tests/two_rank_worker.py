@@ -5,10 +5,33 @@ import os
 
 import torch
 
-from method_matrix import build, log_of, programs, teacher_of
+from method_matrix import build, log_of, programs, teacher_of, tiny_data
 
 # Before the ranks are there, of which only the first could write.
 TEACHERS = [teacher_of(program) for program in programs().values()]
+# Of 13 examples an epoch's second step gets 5, in the second turn of which one rank has a single one and the other has none.
+UNEVEN = {"max_steps": -1, "num_train_epochs": 2, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 3}
+# By name: the method, and options. A model with a memory reads lanes, which are as many as the examples of a step.
+UNEVEN_RUNS = {name: (name, {}) for name in programs() if name not in ("recurrent-lm", "plm")} | {
+    "plm": ("plm", {"mem_len": 0}),
+    "rtd-decoupled": ("rtd", {"training_mode": "decoupled"}),
+}
+
+
+def build_uneven(name, folder, **sizes):
+    """Return a Trainer of two epochs of two steps, the second of which is short."""
+    method, options = UNEVEN_RUNS[name]
+    return build(programs()[method], folder, tiny_data(train=13), **UNEVEN, **options, **sizes)
+
+
+def train_uneven(name, folder, rank):
+    """Train in one run, and again from the middle of the second epoch."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    for run, resume_from in (("whole", None), ("resumed", str(folder / f"{name}-whole" / "checkpoint-3"))):
+        trainer = build_uneven(name, folder / f"{name}-{run}", **sizes)
+        trainer.train(resume_from_checkpoint=resume_from)
+        result = {"gradients": trainer.recorder.gradients[-1], "log": log_of(trainer)}
+        torch.save(result, folder / f"{name}-{run}-{rank}.pt")
 
 
 def main(folder):
@@ -25,3 +48,5 @@ def main(folder):
         torch.save(trainer.recorder.gradients[0], folder / f"{name}-gradients-{rank}.pt")
         torch.save(trainer.model.state_dict(), folder / f"{name}-weights-{rank}.pt")
         (folder / f"{name}-log-{rank}.json").write_text(json.dumps(log_of(trainer)))
+    for name in UNEVEN_RUNS:
+        train_uneven(name, folder, rank)

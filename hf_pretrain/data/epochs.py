@@ -6,10 +6,11 @@ So does an example's place in the order of its epoch, for what changes in the co
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, cast
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from hf_pretrain.data import draws
@@ -20,6 +21,9 @@ EPOCH_STRIDE = 1 << 40
 
 PLACE_STRIDE = 1 << 64
 """A sampler that knows the order adds (place + 1) * PLACE_STRIDE; Python's integers have no bound."""
+
+FILLER = "is_filler"
+"""Entry of a batch that only keeps a process in step with the others: nothing of it may count."""
 
 _YIELD_CHUNK = 1 << 16
 
@@ -137,3 +141,86 @@ class EpochSampler(Sampler[int]):
             indices = (rows[begin : begin + _YIELD_CHUNK] + epoch * EPOCH_STRIDE).tolist()
             for place, index in enumerate(indices, begin + 1):
                 yield place * PLACE_STRIDE + index
+
+
+class FilledSampler(Sampler[int]):
+    """Yields the indices of another sampler, then marked ones until their number is a multiple of the global micro-batch.
+
+    Processes take turns with batches, and each needs as many as the others. accelerate would fill the last turn with examples
+    of the epoch's beginning, which would then be trained on twice. A marked index is ``-1 - index`` of such an example;
+    :class:`FilledDataset` reads it as what it is.
+
+    Args:
+        sampler: Yields the indices of an epoch, none below zero.
+        multiple: Examples of a micro-batch over all processes.
+    """
+
+    def __init__(self, sampler: Sampler[int], *, multiple: int) -> None:
+        self.sampler = sampler
+        self.multiple = multiple
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration yields."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of indices that an epoch yields, marked ones included."""
+        return -(-len(cast(Sized, self.sampler)) // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the indices of the current epoch."""
+        count, first = 0, 0
+        for index in self.sampler:
+            first = index if count == 0 else first
+            count += 1
+            yield index
+        for _ in range(-count % self.multiple):
+            yield -1 - first
+
+
+class FilledDataset(Dataset[dict[str, Any]]):
+    """The examples of a dataset by the indices of a :class:`FilledSampler`: marked ones are left out of their batch.
+
+    A batch of marked indices alone becomes one example with the entry ``is_filler``, because a process cannot train on none.
+
+    Args:
+        base: The dataset, map-style.
+    """
+
+    def __init__(self, base: Any) -> None:  # noqa: ANN401 (as of EpochDataset)
+        self.base = base
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.base)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the examples of a batch of indices, or one that does not count."""
+        real = [index for index in indices if index >= 0]
+        if not real:
+            return [self[indices[0]]]
+        read_many = getattr(self.base, "__getitems__", None)
+        return [self.base[index] for index in real] if read_many is None else read_many(real)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the example of an index; that of a marked one has the entry ``is_filler``."""
+        return self.base[index] if index >= 0 else {**self.base[-1 - index], FILLER: True}
+
+
+class CollatorOfFilled:
+    """Collates the examples of a :class:`FilledDataset`; a batch that does not count has the entry ``is_filler`` too.
+
+    Args:
+        collate: Makes a batch of examples.
+    """
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch of some examples."""
+        if FILLER not in examples[0]:
+            return self.collate(list(examples))
+        rows = [{name: value for name, value in example.items() if name != FILLER} for example in examples]
+        return {**self.collate(rows), FILLER: torch.tensor(True)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sized
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -17,12 +18,19 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import EpochDataset, EpochSampler
+from hf_pretrain.data.epochs import (
+    FILLER,
+    CollatorOfFilled,
+    EpochDataset,
+    EpochSampler,
+    FilledDataset,
+    FilledSampler,
+)
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.accumulator import SumAccumulator
 from hf_pretrain.training.arguments import PretrainingArguments
@@ -78,6 +86,11 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             raise InputError(
                 f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
             )
+        if args.accelerator_config.split_batches:
+            raise InputError(
+                "accelerator_config: split_batches=True would make per_device_train_batch_size the batch of all processes "
+                "together, which nothing here counts with: leave it out, and divide that number by the processes"
+            )
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
         schedules = args.parse_schedules()
@@ -122,7 +135,8 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""
         batches, counts = super().get_batch_samples(*args)
         for batch in batches:
-            self._num_tokens += batch["attention_mask"].sum().to(self._num_tokens.device)
+            if FILLER not in batch:
+                self._num_tokens += batch["attention_mask"].sum().to(self._num_tokens.device)
         return batches, counts
 
     def _get_num_items_in_batch(
@@ -131,11 +145,16 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         """Count the targets of every loss over the step's micro-batches and all ranks."""
         if not batch_samples:
             return None
-        counts = [self.model.count_targets(batch) for batch in batch_samples]
+        counts = [self._count_targets(batch) for batch in batch_samples]
         names = sorted(counts[0])
         totals = torch.stack([torch.stack([count[name] for name in names]) for count in counts]).sum(dim=0)
         totals = self.accelerator.reduce(totals.to(device).double(), reduction="sum")
         return dict(zip(names, totals, strict=True))
+
+    def _count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the targets of each loss in a micro-batch; none where it only keeps this process in step."""
+        counts = self.model.count_targets({name: value for name, value in batch.items() if name != FILLER})
+        return {name: torch.zeros_like(count) for name, count in counts.items()} if FILLER in batch else counts
 
     def compute_loss(
         self,
@@ -148,7 +167,11 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         assert num_items_in_batch is not None, "there is a batch, so it was counted"
-        outputs = self.run_model(model, inputs)
+        is_filler = FILLER in inputs
+        outputs = self.run_model(model, {name: value for name, value in inputs.items() if name != FILLER})
+        if is_filler:
+            # The other processes wait for these gradients, which have to be zero.
+            outputs.losses, outputs.metrics = _nothing(outputs.losses), _nothing(outputs.metrics)
         total = torch.zeros((), device=self.args.device)
         for name, loss in outputs.losses.items():
             mean = loss.sum.sum() / num_items_in_batch[name].clamp(min=1.0).float()
@@ -189,6 +212,24 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         """Shuffle by the seed and the epoch alone, and send the epoch along with each index."""
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(cast(Sized, train_dataset)), seed=seed)
+
+    def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
+        """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
+        load = partial(super()._get_dataloader, is_training=is_training)
+        if not is_training or self.args.world_size == 1 or isinstance(dataset, IterableDataset):
+            return load(dataset, **options)
+        sampler = options["sampler_fn"](dataset)
+        if not self.args.dataloader_drop_last:
+            turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
+            dataset, sampler = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
+        collate, self.data_collator = self.data_collator, CollatorOfFilled(self.data_collator)
+        try:
+            loader = load(dataset, **(options | {"sampler_fn": lambda _: sampler}))
+        finally:
+            self.data_collator = collate
+        # Where batches are skipped after a resume, accelerate looks here for what has to be told the epoch.
+        loader.batch_sampler.sampler = sampler
+        return loader
 
     # Optimizer
 
@@ -331,6 +372,10 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             means: The means computed so far.
         """
         return {}
+
+
+def _nothing(sums: Mapping[str, ExampleSum]) -> dict[str, ExampleSum]:
+    return {name: ExampleSum(value.sum * 0, value.count * 0) for name, value in sums.items()}
 
 
 def _with_epochs(dataset: Dataset) -> Dataset:

@@ -8,7 +8,16 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.data.epochs import (
+    EPOCH_STRIDE,
+    FILLER,
+    PLACE_STRIDE,
+    CollatorOfFilled,
+    EpochDataset,
+    EpochSampler,
+    FilledDataset,
+    FilledSampler,
+)
 from hf_pretrain.errors import InputError
 
 NUM_ROWS = 23
@@ -228,3 +237,33 @@ def test_batch_sampler_and_pickle():
     sampler = pickle.loads(pickle.dumps(EpochSampler(6, seed=SEED)))
     assert [len(batch) for batch in BatchSampler(sampler, 4, drop_last=False)] == [4, 2]
     assert pickle.loads(pickle.dumps(EpochDataset(Rows())))[EPOCH_STRIDE]["epoch"] == 1
+
+
+class TestFilled:
+    """Several processes: each example once, equally many batches, in the order of one process."""
+
+    def shards(self, *, ranks, batch_size, num_rows=NUM_ROWS):
+        base = EpochDataset(Dataset.from_dict({"value": list(range(num_rows))}))
+        sampler = FilledSampler(EpochSampler(num_rows, seed=SEED), multiple=ranks * batch_size)
+        collate = CollatorOfFilled(lambda examples: {"examples": examples})
+        loader = DataLoader(FilledDataset(base), batch_size=batch_size, sampler=sampler, collate_fn=collate)
+        for rank in range(ranks):
+            shard = prepare_data_loader(loader, num_processes=ranks, process_index=rank, put_on_device=False)
+            yield len(shard), list(shard)
+
+    @pytest.mark.parametrize(
+        ("ranks", "batch_size", "num_rows"), [(2, 4, 23), (2, 4, 24), (3, 2, 1), (4, 3, 5), (2, 1, 7), (5, 2, 23)]
+    )
+    def test_each_example_counts_once(self, ranks, batch_size, num_rows):
+        lengths, batches = zip(*self.shards(ranks=ranks, batch_size=batch_size, num_rows=num_rows), strict=True)
+        assert {*lengths, *map(len, batches)} == {-(-num_rows // (ranks * batch_size))}
+        turns = [batch for turn in zip(*batches, strict=True) for batch in turn]
+        rows = [row["example_id"] for batch in turns if FILLER not in batch for row in batch["examples"]]
+        assert rows == order_of(0, num_rows)
+        assert all(len(batch["examples"]) == 1 for batch in turns if FILLER in batch)
+        assert not any(FILLER in row for batch in turns for row in batch["examples"])
+
+    def test_a_dataset_without_many_reads(self):
+        dataset = FilledDataset(Rows())
+        assert dataset.__getitems__([3, -1 - 5]) == [{"value": 30}]
+        assert dataset.__getitems__([-1 - 5]) == [{"value": 50, FILLER: True}]

@@ -99,6 +99,10 @@ class TestRefusals:
         with pytest.raises(InputError, match="2 GPUs: start with `accelerate launch`"):
             type(known)(known.model, known.args)
 
+    def test_batches_that_are_split(self, tmp_path):
+        with pytest.raises(InputError, match="split_batches=True would make per_device_train_batch_size"):
+            build(MLM, tmp_path, accelerator_config={"split_batches": True})
+
     def test_a_dataset_without_a_length(self, tmp_path):
         known = build(MLM, tmp_path)
         with pytest.raises(InputError, match="not map-style"):
