@@ -63,6 +63,15 @@ def _kind_table() -> np.ndarray:
     return table
 
 
+def encodable(text: str) -> str:
+    """Return a text that has a form in UTF-8: halves of surrogate pairs are joined, or replaced by U+FFFD if they are alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def character_kinds(text: str) -> np.ndarray:
     """Return the kind of each character, one of this module's constants: ``uint8 [len(text)]``."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
