@@ -68,7 +68,7 @@ class UnknownCount:
         return self.unknown_characters / max(self.characters, 1)
 
     def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Add what `tokenize_texts` returned."""
+        """Add the columns and numbers of texts."""
         self.tokens += sum(map(len, columns["input_ids"]))
         self.unknown_tokens += sum(columns["unknown_tokens"])
         self.characters += sum(columns["characters"])
@@ -89,7 +89,8 @@ def tokenize_texts(
     *,
     sentence_splitter: SentenceSplitter = sentence_starts,
     word_segmenter: Segmenter | None = None,
-) -> dict[str, list[Any]]:
+    unknown: UnknownCount | None = None,
+) -> dict[str, list[np.ndarray]]:
     """Tokenize texts without special tokens and mark the tokens that begin a word or a sentence of the text.
 
     A token belongs to the word (sentence) of its first visible character, or of the next one if it is all white
@@ -101,16 +102,29 @@ def tokenize_texts(
         tokenizer: A fast tokenizer, because the words are found by character offsets.
         sentence_splitter: Returns the offsets at which the sentences of a text start.
         word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
+        unknown: What is unknown in the texts is added to it.
 
     Returns:
         The columns ``input_ids`` (``int32 [n]`` a text), ``word_starts`` and ``sent_starts`` (``bool [n]``), with one
-        entry a text; one without tokens is empty. And the numbers ``characters``, ``unknown_characters`` and
-        ``unknown_tokens`` of each text, see `UnknownCount`.
+        entry a text; one without tokens is empty.
 
     Raises:
         InputError: If the tokenizer has no offsets.
     """
     check_offsets(tokenizer)
+    columns = _counted_columns(texts, tokenizer, sentence_splitter, word_segmenter)
+    if unknown is not None:
+        unknown.add(columns)
+    return {name: rows for name, rows in columns.items() if name not in _COUNTS}
+
+
+def _counted_columns(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sentence_splitter: SentenceSplitter,
+    word_segmenter: Segmenter | None,
+) -> dict[str, list[Any]]:
+    """Return the columns of the texts, and the numbers of `UnknownCount` of each but that of its tokens."""
     texts = [encodable(text) for text in texts]
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "word_starts", "sent_starts", *_COUNTS)}
     for text, tokens in zip(texts, _tokenize(texts, tokenizer), strict=True):
@@ -323,12 +337,8 @@ class _Worker:
 
     def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
         """Return the documents of the texts that are kept or counted; ``doc_id`` is the number of the text."""
-        columns = tokenize_texts(
-            [text or "" for text in table["text"].to_pylist()],
-            self.tokenizer,
-            sentence_splitter=self.sentence_splitter,
-            word_segmenter=self.word_segmenter,
-        )
+        texts = [text or "" for text in table["text"].to_pylist()]
+        columns = _counted_columns(texts, self.tokenizer, self.sentence_splitter, self.word_segmenter)
         has_tokens = np.array([len(ids) > 0 for ids in columns["input_ids"]], dtype=np.bool_)
         # A text of which nothing is known stays until it has been counted.
         kept = has_tokens | (np.array(columns["unknown_characters"]) > 0) | self.keep_empty
