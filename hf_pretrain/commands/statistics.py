@@ -12,6 +12,7 @@ The packing has the numbers of a training that streams nothing and holds nothing
 
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.cli import run_program
 from hf_pretrain.commands.options import of_data
 from hf_pretrain.data.numbered_documents import numbered_documents
-from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer
+from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
 from hf_pretrain.data.statistics import corpus_statistics
-from hf_pretrain.data.text_files import read_documents
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.text_files import read_documents, resolve_paths
+from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.tables import print_table
 from hf_pretrain.training.parsing import parse_arguments
 
@@ -39,29 +40,59 @@ class StatisticsArguments:
         metadata={"help": "Text to read: .txt, .jsonl or .parquet files (.gz, .xz and .bz2 too), folders or globs."}
     )
     output_file: str | None = field(default=None, metadata={"help": "JSON file to write all the numbers to as well."})
+    overwrite_output_file: bool = field(
+        default=False, metadata={"help": "Replace the output_file of an earlier count; never a file that is read."}
+    )
     text_column: str = of_data("text_column")
     document_separator: Literal["blank_line", "line", "file"] = of_data("document_separator")
     tokenizer_name: str | None = of_data("tokenizer_name")
-    tokenizer_type: Literal["wordpiece", "bpe", "unigram"] = of_data("tokenizer_type")
+    tokenizer_type: Literal["auto", "wordpiece", "bpe", "unigram"] = of_data("tokenizer_type")
     vocab_size: int = of_data("vocab_size")
-    lowercase: bool = of_data("lowercase")
+    lowercase: bool | None = of_data("lowercase")
+    strip_accents: bool = of_data("strip_accents")
+    word_segmenter: str | None = of_data("word_segmenter")
     block_size: int = of_data("block_size")
 
     def __post_init__(self) -> None:
         """Refuse what a training would refuse, and a file that cannot be written.
 
         Raises:
-            InputError: If a number is out of range, or there is no folder for ``output_file``.
+            InputError: If a number is out of range, there is no folder for ``output_file``, or a file would be lost.
         """
         self.data_arguments()
-        if self.output_file is not None:
-            path = Path(self.output_file)
-            if path.is_dir() or not path.parent.is_dir():
-                raise InputError(f"output_file={self.output_file!r} is no file in a folder that exists: name another")
+        if self.output_file is None:
+            if self.overwrite_output_file:
+                raise InputError("overwrite_output_file=True has no effect without an output_file: name one")
+            return
+        path = Path(self.output_file)
+        if path.is_dir() or not path.parent.is_dir():
+            raise InputError(f"output_file={self.output_file!r} is no file in a folder that exists: name another")
+        if path.exists() and not self.overwrite_output_file:
+            raise InputError(
+                f"output_file={self.output_file!r} exists: name another, or replace it with --overwrite_output_file true"
+            )
+
+    def check_output(self, files: Sequence[str]) -> None:
+        """Refuse an output file that is one of the files that are read, or of the tokenizer.
+
+        Args:
+            files: The files that are read.
+
+        Raises:
+            InputError: If it is.
+        """
+        if self.output_file is None or not Path(self.output_file).exists():
+            return
+        folder = Path(self.tokenizer_name or "")
+        others = (
+            [path for path in folder.iterdir() if path.is_file()] if self.tokenizer_name and folder.is_dir() else []
+        )
+        if any(Path(file).exists() and Path(self.output_file).samefile(file) for file in [*files, *others]):
+            raise InputError(f"output_file={self.output_file!r} is one of the files that are read: name another")
 
     def data_arguments(self) -> DataArguments:
         """Return the options as those of a training."""
-        own = {"train_file", "output_file"}
+        own = {"train_file", "output_file", "overwrite_output_file"}
         options = {name: value for name, value in vars(self).items() if name not in own}
         return DataArguments(train_file=self.train_file, **options)
 
@@ -73,15 +104,27 @@ def main(argv: list[str] | None = None) -> None:
     """Read, count, print and write; see the top of the file."""
     (args,) = parse_arguments(ARGUMENTS, argv, prog="hf-pretrain statistics", description=__doc__ or "")
     reading: dict[str, Any] = {"document_separator": args.document_separator, "text_column": args.text_column}
+    args.check_output(resolve_paths(args.train_file))
     tokenizer = _tokenizer(args, reading)
     documents = numbered_documents(args.train_file, **reading)
-    statistics = corpus_statistics(documents, tokenizer, block_size=args.block_size)
+    segmenter = word_segmenter(args.data_arguments())
+    statistics = corpus_statistics(documents, tokenizer, block_size=args.block_size, word_segmenter=segmenter)
     model = type(tokenizer.backend_tokenizer.model).__name__
     statistics = {"tokenizer": model, "vocab_size": len(tokenizer), "block_size": args.block_size} | statistics
     _print(statistics)
     if args.output_file is not None:
-        text = json.dumps(statistics, indent=2, ensure_ascii=False)
-        Path(args.output_file).write_text(text + "\n", encoding="utf-8")
+        _write(Path(args.output_file), json.dumps(statistics, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8", errors="replace")
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise RunError(f"output_file={str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _tokenizer(args: StatisticsArguments, reading: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -98,6 +141,7 @@ def _print(statistics: dict[str, Any]) -> None:
     print_table(rows, header=("length in", *columns))
     print(f"\ntokens a word           {statistics['tokens_per_word']:.3f}")
     print(f"unknown tokens          {statistics['unknown_share']:.3%}")
+    print(f"unknown characters      {statistics['unknown_character_share']:.3%}")
     size = f"longer than {statistics['block_size']} tokens"
     print(f"{size:<23} {statistics['longer_than_block_share']:.1%} of the documents, special tokens counted")
     _print_histogram(statistics["histogram"], statistics["documents"])

@@ -3,7 +3,18 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from hf_pretrain.data.words import NamedSegmenter
 from hf_pretrain.errors import InputError
+
+# Least and greatest value. A block has room for two special tokens and two of text; more than the greatest is a mistake.
+_RANGES = {
+    "max_corpus_bytes": (1, 1 << 62),
+    "preprocessing_num_workers": (1, 1024),
+    "block_size": (4, 1 << 20),
+    "vocab_size": (1, 1 << 24),
+    "shuffle_buffer_size": (0, 1 << 30),
+    "split_seed": (0, (1 << 63) - 1),
+}
 
 
 @dataclass
@@ -46,11 +57,36 @@ class DataArguments:
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Tokenizer of the Hub or a folder; without it, one is trained on the text."}
     )
-    tokenizer_type: Literal["wordpiece", "bpe", "unigram"] = field(
-        default="wordpiece", metadata={"help": "Kind of tokenizer to train: as BERT's, RoBERTa's or SentencePiece's."}
+    tokenizer_type: Literal["auto", "wordpiece", "bpe", "unigram"] = field(
+        default="auto",
+        metadata={
+            "help": "Kind of tokenizer to train: as BERT's, RoBERTa's or SentencePiece's; 'auto' takes the one that suits "
+            "the text."
+        },
     )
     vocab_size: int = field(default=30522, metadata={"help": "Vocabulary of a tokenizer to train, in tokens."})
-    lowercase: bool = field(default=True, metadata={"help": "Lower the case, in a tokenizer to train."})
+    lowercase: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Lower the case, in a tokenizer to train; by default, unless the text is program code or the like. "
+            "Accents stay."
+        },
+    )
+    strip_accents: bool = field(
+        default=False,
+        metadata={"help": "Strip accents, vowel signs and tones, in a tokenizer to train, as the uncased BERT does."},
+    )
+    max_unknown_share: float = field(
+        default=0.05,
+        metadata={"help": "Refuse text of which the tokenizer does not know a greater share of the characters."},
+    )
+    word_segmenter: str | None = field(
+        default=None,
+        metadata={
+            "help": "What finds words in text without spaces (Chinese, Japanese, Thai), for --masking_unit word: 'jieba', "
+            "or package.module:function, which returns the words of a text."
+        },
+    )
     block_size: int = field(default=128, metadata={"help": "Most tokens in an example, special tokens included."})
     block_mode: Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"] = field(
         default="full_sentences",
@@ -83,11 +119,16 @@ class DataArguments:
             raise InputError(f"dataset_config_name={self.dataset_config_name!r} needs a dataset_name")
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"validation_fraction={self.validation_fraction} must be in [0, 1); 0.02 is usual")
-        for name in ("max_corpus_bytes", "preprocessing_num_workers", "block_size", "vocab_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise InputError(f"{name}={value} must be positive")
+        if not 0 <= self.max_unknown_share <= 1:
+            raise InputError(f"max_unknown_share={self.max_unknown_share} must be in [0, 1]; 0.05 is usual")
+        for name, (least, greatest) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= greatest:
+                raise InputError(f"{name}={value} must be between {least} and {greatest}")
         if self.streaming and not (self.train_file or self.dataset_name):
             raise InputError("streaming=True needs a train_file or a dataset_name: the docstring corpus is stored")
+        if self.word_segmenter is not None:
+            NamedSegmenter(self.word_segmenter)
         if self.streaming and self.max_corpus_bytes is not None:
             raise InputError(
                 f"max_corpus_bytes={self.max_corpus_bytes} does not go with streaming: leave one of them out"

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data.sentences import SentenceSplitter, sentence_starts
-from hf_pretrain.data.words import Segmenter, character_kinds, next_visible, word_starts
+from hf_pretrain.data.words import (
+    IGNORED,
+    MARK,
+    SPACE,
+    Segmenter,
+    character_kinds,
+    encodable,
+    next_visible,
+    word_starts,
+)
 from hf_pretrain.errors import InputError
 
 DOCUMENT_FEATURES = datasets.Features(
@@ -31,7 +41,38 @@ DOCUMENT_FEATURES = datasets.Features(
 _PIECE_CHARACTERS = 1 << 20
 _GROUP_CHARACTERS = 1 << 21
 # Part of every fingerprint: raise it when the documents of the same text change.
-_VERSION = 1
+_VERSION = 2
+# Beside those of the schema, a stored document has what is counted of it.
+_COUNTS = ("characters", "unknown_characters", "unknown_tokens")
+
+
+@dataclass
+class UnknownCount:
+    """How much of a text the tokenizer cannot represent.
+
+    Attributes:
+        tokens: All tokens.
+        unknown_tokens: Those that are the unknown token.
+        characters: Characters of the text that are seen: no white space, no control characters, no combining marks.
+        unknown_characters: Those of them for which there is no token but the unknown one, or none at all.
+    """
+
+    tokens: int = 0
+    unknown_tokens: int = 0
+    characters: int = 0
+    unknown_characters: int = 0
+
+    @property
+    def share(self) -> float:
+        """Unknown share of the characters: one unknown token may stand for a whole document."""
+        return self.unknown_characters / max(self.characters, 1)
+
+    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Add the columns and numbers of texts."""
+        self.tokens += sum(map(len, columns["input_ids"]))
+        self.unknown_tokens += sum(columns["unknown_tokens"])
+        self.characters += sum(columns["characters"])
+        self.unknown_characters += sum(columns["unknown_characters"])
 
 
 class _Tokens(NamedTuple):
@@ -48,6 +89,7 @@ def tokenize_texts(
     *,
     sentence_splitter: SentenceSplitter = sentence_starts,
     word_segmenter: Segmenter | None = None,
+    unknown: UnknownCount | None = None,
 ) -> dict[str, list[np.ndarray]]:
     """Tokenize texts without special tokens and mark the tokens that begin a word or a sentence of the text.
 
@@ -59,7 +101,8 @@ def tokenize_texts(
         texts: The texts.
         tokenizer: A fast tokenizer, because the words are found by character offsets.
         sentence_splitter: Returns the offsets at which the sentences of a text start.
-        word_segmenter: Cuts runs of Chinese and Japanese characters into words, see `word_starts`.
+        word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
+        unknown: What is unknown in the texts is added to it.
 
     Returns:
         The columns ``input_ids`` (``int32 [n]`` a text), ``word_starts`` and ``sent_starts`` (``bool [n]``), with one
@@ -69,7 +112,21 @@ def tokenize_texts(
         InputError: If the tokenizer has no offsets.
     """
     check_offsets(tokenizer)
-    columns: dict[str, list[np.ndarray]] = {"input_ids": [], "word_starts": [], "sent_starts": []}
+    columns = _counted_columns(texts, tokenizer, sentence_splitter, word_segmenter)
+    if unknown is not None:
+        unknown.add(columns)
+    return {name: rows for name, rows in columns.items() if name not in _COUNTS}
+
+
+def _counted_columns(
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sentence_splitter: SentenceSplitter,
+    word_segmenter: Segmenter | None,
+) -> dict[str, list[Any]]:
+    """Return the columns of the texts, and the numbers of `UnknownCount` of each but that of its tokens."""
+    texts = [encodable(text) for text in texts]
+    columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "word_starts", "sent_starts", *_COUNTS)}
     for text, tokens in zip(texts, _tokenize(texts, tokenizer), strict=True):
         kinds = character_kinds(text)
         places = next_visible(kinds, tokens.starts)
@@ -78,7 +135,20 @@ def tokenize_texts(
         columns["input_ids"].append(tokens.ids)
         columns["word_starts"].append(_begins_unit(words, places))
         columns["sent_starts"].append(_begins_unit(sentences, places))
+        for name, count in zip(_COUNTS, _count_unknown(tokens, kinds, tokenizer.unk_token_id), strict=True):
+            columns[name].append(count)
     return columns
+
+
+def _count_unknown(tokens: _Tokens, kinds: np.ndarray, unknown_id: int | None) -> tuple[int, int, int]:
+    """Return the numbers of visible characters, of those without a known token, and of unknown tokens."""
+    is_known = np.ones(len(tokens.ids), dtype=np.bool_) if unknown_id is None else tokens.ids != unknown_id
+    # Tokens of bytes lie on one another where a character has several.
+    size = len(kinds) + 1
+    depth = np.bincount(tokens.starts[is_known], minlength=size) - np.bincount(tokens.ends[is_known], minlength=size)
+    is_visible = (kinds != SPACE) & (kinds != IGNORED) & (kinds != MARK)
+    lost = is_visible & (np.cumsum(depth)[:-1] == 0)
+    return int(is_visible.sum()), int(lost.sum()), int(len(is_known) - is_known.sum())
 
 
 def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -189,6 +259,7 @@ def tokenize_documents(
     num_proc: int | None = None,
     batch_size: int = 256,
     keep_empty: bool = False,
+    unknown: UnknownCount | None = None,
 ) -> datasets.Dataset:
     """Tokenize a dataset of texts into the document schema, once: the result is an Arrow file that is found again.
 
@@ -196,10 +267,11 @@ def tokenize_documents(
         texts: Dataset with a column ``text``, and ``lang`` where languages are told apart.
         tokenizer: A fast tokenizer.
         sentence_splitter: Returns the offsets at which the sentences of a text start.
-        word_segmenter: Cuts runs of Chinese and Japanese characters into words, see `word_starts`.
+        word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
         num_proc: Processes to work in; the tokenizer uses threads anyway where there is one process.
         batch_size: Texts in one call of the tokenizer.
         keep_empty: Whether texts without tokens stay, so that there is one document for each text.
+        unknown: What is unknown in the texts is added to it, also where the documents were made before.
 
     Returns:
         Dataset with ``input_ids``, ``word_starts``, ``sent_starts``, ``doc_id`` and, if given, ``lang``, in the order
@@ -211,7 +283,7 @@ def tokenize_documents(
     check_offsets(tokenizer)
     if "text" not in texts.column_names:
         raise InputError(f"texts has the columns {texts.column_names}, but none named 'text'; make it by text_dataset")
-    features = datasets.Features(DOCUMENT_FEATURES)
+    features = datasets.Features(DOCUMENT_FEATURES | dict.fromkeys(_COUNTS, datasets.Value("int64")))
     if "lang" in texts.column_names:
         features["lang"] = datasets.Value("string")
     worker = _Worker(tokenizer, sentence_splitter, word_segmenter, keep_empty)
@@ -227,10 +299,24 @@ def tokenize_documents(
         new_fingerprint=fingerprint,
         desc="Tokenizing",
     )
-    documents = documents.with_format(None)
+    table = documents.data.table
+    if unknown is not None:
+        _add_counts(unknown, table)
+    documents = documents.with_format(None).select_columns([name for name in features if name not in _COUNTS])
+    if not keep_empty:
+        filled = np.flatnonzero(pc.list_value_length(table["input_ids"]).to_numpy())
+        documents = documents if len(filled) == len(documents) else documents.select(filled)
     if not len(documents):
         raise InputError(f"texts have no tokens in {len(texts)} rows; check the text and the tokenizer")
     return documents if len(documents) == len(texts) else _renumbered(documents)
+
+
+def _add_counts(unknown: UnknownCount, table: pa.Table) -> None:
+    """Add up what was counted of the documents of a table."""
+    unknown.tokens += pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
+    unknown.unknown_tokens += pc.sum(table["unknown_tokens"]).as_py() or 0
+    unknown.characters += pc.sum(table["characters"]).as_py() or 0
+    unknown.unknown_characters += pc.sum(table["unknown_characters"]).as_py() or 0
 
 
 def _renumbered(documents: datasets.Dataset) -> datasets.Dataset:
@@ -250,17 +336,16 @@ class _Worker:
     keep_empty: bool
 
     def __call__(self, table: pa.Table, indices: list[int]) -> pa.Table:
-        """Return the documents of the texts that are kept; ``doc_id`` is the number of the text."""
-        columns = tokenize_texts(
-            [text or "" for text in table["text"].to_pylist()],
-            self.tokenizer,
-            sentence_splitter=self.sentence_splitter,
-            word_segmenter=self.word_segmenter,
-        )
-        kept = np.array([self.keep_empty or len(ids) > 0 for ids in columns["input_ids"]], dtype=np.bool_)
+        """Return the documents of the texts that are kept or counted; ``doc_id`` is the number of the text."""
+        texts = [text or "" for text in table["text"].to_pylist()]
+        columns = _counted_columns(texts, self.tokenizer, self.sentence_splitter, self.word_segmenter)
+        has_tokens = np.array([len(ids) > 0 for ids in columns["input_ids"]], dtype=np.bool_)
+        # A text of which nothing is known stays until it has been counted.
+        kept = has_tokens | (np.array(columns["unknown_characters"]) > 0) | self.keep_empty
         types = {"input_ids": pa.int32(), "word_starts": pa.bool_(), "sent_starts": pa.bool_()}
         arrays: dict[str, Any] = {name: _list_array(columns[name], kept, kind) for name, kind in types.items()}
         arrays["doc_id"] = pa.array(np.asarray(indices, dtype=np.int64)[kept])
+        arrays |= {name: pa.array(np.asarray(columns[name], dtype=np.int64)[kept]) for name in _COUNTS}
         if "lang" in table.column_names:
             arrays["lang"] = table["lang"].cast(pa.string()).filter(pa.array(kept))
         return pa.table(arrays)

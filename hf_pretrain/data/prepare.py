@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +16,12 @@ from typing import Any, NamedTuple
 import datasets
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.corpus import docstring_dataset, split_held_out
-from hf_pretrain.data.documents import check_offsets, tokenize_documents
+from hf_pretrain.data.documents import UnknownCount, check_offsets, tokenize_documents, tokenize_texts
 from hf_pretrain.data.packing import BlockDataset
 from hf_pretrain.data.streaming import StreamingBlocks
 from hf_pretrain.data.text import (
@@ -30,7 +33,8 @@ from hf_pretrain.data.text import (
     text_dataset,
     text_sizes,
 )
-from hf_pretrain.data.tokenizer_training import train_tokenizer
+from hf_pretrain.data.tokenizer_training import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
+from hf_pretrain.data.words import NamedSegmenter, Segmenter
 from hf_pretrain.errors import InputError
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
@@ -39,6 +43,13 @@ __all__ = ["DataArguments", "PreparedData", "prepare_data"]
 _TOKENIZER_CHARACTERS = 1 << 28
 # Says what the tokenizer in output_dir was trained on; the underscore keeps the file out of what is pushed to the Hub.
 _TOKENIZER_RECORD = "_tokenizer_training.json"
+# Of a stream, so many characters are looked at before training.
+_STREAM_CHARACTERS = 1 << 20
+# A share of unknown characters that is worth a warning, and how many of them are shown.
+_NOTABLE_SHARE, _SHOWN = 0.01, 5
+_SHOWN_TOKENS = 16
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -124,15 +135,22 @@ def _prepare_documents(
         sample = RepeatableTexts(lambda: first_texts(_shuffled(texts.train, seed=args.split_seed)))
         tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, texts.train._fingerprint)
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
-        documents = {
-            name: tokenize_documents(part, tokenizer, num_proc=args.preprocessing_num_workers)
-            for name, part in parts.items()
-        }
+        unknown, documents = {name: UnknownCount() for name in parts}, {}
+        for name, part in parts.items():
+            documents[name] = tokenize_documents(
+                part,
+                tokenizer,
+                word_segmenter=word_segmenter(args),
+                num_proc=args.preprocessing_num_workers,
+                unknown=unknown[name],
+            )
+            if not name:
+                check_unknown(args, tokenizer, unknown[name], sample)
     blocks = {
         name: BlockDataset(part, tokenizer=tokenizer, block_size=args.block_size, mode=args.block_mode)
         for name, part in documents.items()
     }
-    description = common_description(args, tokenizer, texts.source, texts.held_out_source)
+    description = common_description(args, tokenizer, texts.source, texts.held_out_source, output_dir)
     for name, part in parts.items():
         num_bytes, num_characters = text_sizes(part)
         description |= {
@@ -141,6 +159,7 @@ def _prepare_documents(
             f"{name}blocks": len(blocks[name]),
             f"{name}bytes": int(num_bytes.sum()),
             f"{name}characters": int(num_characters.sum()),
+            f"{name}unknown_share": unknown[name].share,
         }
     return PreparedData(
         tokenizer,
@@ -227,6 +246,7 @@ def run_tokenizer(
     """
     if tokenizer is None and args.tokenizer_name is not None:
         tokenizer = _load_tokenizer(args.tokenizer_name)
+        check_tokenizer(tokenizer, roles=())
     if tokenizer is not None:
         check_offsets(tokenizer)
         return tokenizer
@@ -234,18 +254,102 @@ def run_tokenizer(
         "kind": args.tokenizer_type,
         "vocab_size": args.vocab_size,
         "lowercase": args.lowercase,
+        "strip_accents": args.strip_accents,
         "model_max_length": args.block_size,
     }
-    record, key = output_dir / _TOKENIZER_RECORD, json.dumps(options | {"texts": texts_key})
-    if not record.is_file() or record.read_text(encoding="utf-8") != key:
-        trained = train_tokenizer(texts, **options)
+    wanted = json.loads(json.dumps(options | {"texts": texts_key}))
+    if _read_record(output_dir).get("wanted") != wanted:
+        choice = _choice(args, texts)
+        trained = train_tokenizer(texts, **(options | {"kind": choice.kind, "lowercase": choice.lowercase}))
         if finish is not None:
             finish(trained)
         # An old record beside a new tokenizer would tell of another text, should the run be cut off here.
+        record = output_dir / _TOKENIZER_RECORD
         record.unlink(missing_ok=True)
         trained.save_pretrained(output_dir)
-        record.write_text(key, encoding="utf-8")
+        record.write_text(json.dumps({"wanted": wanted, "choice": choice._asdict()}), encoding="utf-8")
+    choice = TokenizerChoice(**_read_record(output_dir)["choice"])
+    say(f"tokenizer: {choice.kind}, {'lower case' if choice.lowercase else 'case kept'}: {choice.reason}")
     return _load_tokenizer(str(output_dir))
+
+
+def _choice(args: DataArguments, texts: Iterable[str]) -> TokenizerChoice:
+    """Return which tokenizer to train: as the options say, and for the rest as it suits the text."""
+    if args.tokenizer_type != "auto" and args.lowercase is not None:
+        return TokenizerChoice(args.tokenizer_type, args.lowercase, "as the options say")
+    kind, lowercase, reason = choose_tokenizer(texts)
+    if args.tokenizer_type != "auto":
+        kind, reason = args.tokenizer_type, f"as tokenizer_type says; {reason}"
+    if args.lowercase is not None:
+        lowercase, reason = args.lowercase, f"{reason}; the case as lowercase says"
+    return TokenizerChoice(kind, lowercase, reason)
+
+
+def _read_record(output_dir: Path) -> dict[str, Any]:
+    """Return what is recorded of the tokenizer that was trained into a folder; empty if there is none."""
+    try:
+        record = json.loads((output_dir / _TOKENIZER_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and "choice" in record else {}
+
+
+def word_segmenter(args: DataArguments) -> Segmenter | None:
+    """Return what finds words in text without spaces, None where the options name none."""
+    return None if args.word_segmenter is None else NamedSegmenter(args.word_segmenter)
+
+
+def say(line: str) -> None:
+    """Print a line, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def check_unknown(
+    args: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    unknown: UnknownCount,
+    texts: Iterable[str],
+    where: str = "the text to train on",
+) -> None:
+    """Show how much of the text the tokenizer does not know, and refuse text of which it knows too little.
+
+    Args:
+        args: Options with ``max_unknown_share``.
+        tokenizer: The tokenizer.
+        unknown: What was counted.
+        texts: The texts, of which the first is shown in tokens, and the first that are unknown in parts.
+        where: Which text it is.
+
+    Raises:
+        InputError: If the share of unknown characters is greater than ``args.max_unknown_share``.
+    """
+    share = f"{unknown.share:.2%} of the characters"
+    say(f"unknown tokens: {unknown.unknown_tokens:,} of {unknown.tokens:,} in {where}, for {share}")
+    first = next((text for text in texts if text and text.strip()), "")
+    words = " ".join(tokenizer.tokenize(first[:1000])[:_SHOWN_TOKENS])
+    say(f"a text in tokens: {words}")
+    if unknown.share <= _NOTABLE_SHARE:
+        return
+    shown = ", ".join(repr(part) for part in _unknown_parts(texts, tokenizer))
+    what = f"{share} of {where} are unknown to the tokenizer ({shown})"
+    cure = "train another with --tokenizer_type bpe, which knows all, or unigram, or name one with --tokenizer_name"
+    if unknown.share > args.max_unknown_share:
+        raise InputError(f"{what}, more than max_unknown_share={args.max_unknown_share:g}: {cure}")
+    logger.warning(f"{what}: {cure}")
+
+
+def _unknown_parts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the beginnings of the first different parts of the texts that are unknown."""
+    found: dict[str, None] = {}
+    for text in itertools.islice(texts, 1000):
+        encoding = tokenizer(text[:10_000], add_special_tokens=False, return_offsets_mapping=True)
+        for token, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            if token == tokenizer.unk_token_id:
+                found[text[start : min(stop, start + 20)]] = None
+        if len(found) >= _SHOWN:
+            break
+    return list(found)[:_SHOWN]
 
 
 def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -271,10 +375,16 @@ def file_names(paths: list[str]) -> str:
 
 
 def common_description(
-    args: DataArguments, tokenizer: PreTrainedTokenizerBase, source: str, held_out_source: str | None
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    held_out_source: str | None,
+    output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Return what the description of any data begins with."""
+    """Return what the description of any data begins with; why the tokenizer is as it is, if it was trained into a folder."""
     model = type(tokenizer.backend_tokenizer.model).__name__
+    record = {} if output_dir is None else _read_record(Path(output_dir))
+    is_trained = bool(record) and tokenizer.name_or_path == str(output_dir)
     return {
         "source": source,
         "held_out_source": held_out_source,
@@ -282,6 +392,8 @@ def common_description(
         "vocab_size": len(tokenizer),
         "block_size": args.block_size,
         "block_mode": args.block_mode,
+        **({"tokenizer_reason": record["choice"]["reason"]} if is_trained else {}),
+        **({"word_segmenter": args.word_segmenter} if args.word_segmenter else {}),
     }
 
 
@@ -297,13 +409,18 @@ def _prepare_stream(
         source: Any = resolve_paths(args.train_file) if args.train_file else _hub_dataset(args, streaming=True)
         read = partial(read_documents, document_separator=args.document_separator, text_column=args.text_column)
         head = RepeatableTexts(
-            lambda: first_texts(read(source) if args.train_file else (row[args.text_column] for row in source))
+            lambda: first_texts(read(source) if args.train_file else (row[args.text_column] or "" for row in source))
         )
         key = file_stamps(source) if args.train_file else _source_name(args)
         tokenizer = run_tokenizer(args, output_dir, tokenizer, head, key)
-        held_out = None
+        unknown = _count_head(args, tokenizer, head)
+        check_unknown(args, tokenizer, unknown, head, f"the first {unknown.characters:,} characters of the stream")
+        held_out, held_out_unknown = None, UnknownCount()
         if args.validation_file:
-            held_out = tokenize_documents(_file_texts(args, args.validation_file), tokenizer)
+            texts = _file_texts(args, args.validation_file)
+            held_out = tokenize_documents(
+                texts, tokenizer, word_segmenter=word_segmenter(args), unknown=held_out_unknown
+            )
     options: dict[str, Any] = {"tokenizer": tokenizer, "block_size": args.block_size, "mode": args.block_mode}
     train_dataset = StreamingBlocks(
         source,
@@ -311,15 +428,55 @@ def _prepare_stream(
         text_column=args.text_column,
         shuffle_buffer_size=args.shuffle_buffer_size,
         seed=seed,
+        tokenize=StreamTokenizing(args, tokenizer),
         **options,
     )
     eval_dataset = None if held_out is None else BlockDataset(held_out, **options)
     held_out_source = file_names(args.validation_file) if args.validation_file else None
-    description = common_description(args, tokenizer, f"{_source_name(args)} (streamed)", held_out_source)
+    description = common_description(args, tokenizer, f"{_source_name(args)} (streamed)", held_out_source, output_dir)
+    description |= {"unknown_share": unknown.share, "unknown_counted_in": unknown.characters}
     if held_out is not None and eval_dataset is not None:
         description |= {"held_out_documents": len(held_out), "held_out_tokens": eval_dataset.num_tokens}
-        description |= {"held_out_blocks": len(eval_dataset)}
+        description |= {"held_out_blocks": len(eval_dataset), "held_out_unknown_share": held_out_unknown.share}
     return PreparedData(tokenizer, train_dataset, eval_dataset, description, args.block_size)
+
+
+def _count_head(args: DataArguments, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> UnknownCount:
+    """Count what is unknown in the first texts of a stream."""
+    tokenize, room = StreamTokenizing(args, tokenizer), _STREAM_CHARACTERS
+    for text in texts:
+        tokenize([text[:room]])
+        room -= len(text)
+        if room <= 0:
+            break
+    return tokenize.unknown
+
+
+class StreamTokenizing:
+    """Tokenizes the texts of a stream and goes on counting what is unknown; warns once in each process if it is too much.
+
+    Args:
+        args: Options with ``max_unknown_share`` and ``word_segmenter``.
+        tokenizer: The tokenizer.
+    """
+
+    def __init__(self, args: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenize = partial(tokenize_texts, tokenizer=tokenizer, word_segmenter=word_segmenter(args))
+        self._max_share = args.max_unknown_share
+        self.unknown = UnknownCount()
+        self._has_warned = False
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, list[Any]]:
+        """Return the columns of the texts, as `tokenize_texts` does."""
+        columns = self._tokenize(texts, unknown=self.unknown)
+        is_much = self.unknown.share > self._max_share and self.unknown.characters >= _STREAM_CHARACTERS
+        if is_much and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                f"{self.unknown.share:.1%} of the {self.unknown.characters:,} characters that were read so far are unknown "
+                f"to the tokenizer, more than max_unknown_share={self._max_share:g}: the stream is unlike its beginning"
+            )
+        return columns
 
 
 def first_texts(texts: Iterable[str]) -> Iterator[str]:

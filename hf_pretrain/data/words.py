@@ -6,8 +6,13 @@ What BERT's normalizer deletes (control and format characters, private use) neit
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -39,6 +44,16 @@ _KANA_RANGES = (
     (0x31F0, 0x31FF),
     (0xFF66, 0xFF9F),
 )
+# Scripts whose words are not separated either: Thai, Lao, Burmese, Khmer, and their small kin. Only a segmenter cuts them.
+_UNSPACED_RANGES = (
+    (0x0E00, 0x0EFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+    (0x1950, 0x19FF),
+    (0x1A20, 0x1AAF),
+    (0xA9E0, 0xA9FF),
+    (0xAA60, 0xAADF),
+)
 ASCII_SYMBOLS = "$+<=>^`|~"
 _NO_CHARACTERS_FROM, _TAGS, _PRIVATE_FROM = 0x33480, (0xE0000, 0xE01F0), 0xF0000
 
@@ -63,6 +78,15 @@ def _kind_table() -> np.ndarray:
     return table
 
 
+def encodable(text: str) -> str:
+    """Return a text that has a form in UTF-8: halves of surrogate pairs are joined, or replaced by U+FFFD if they are alone."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def character_kinds(text: str) -> np.ndarray:
     """Return the kind of each character, one of this module's constants: ``uint8 [len(text)]``."""
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
@@ -76,15 +100,15 @@ def word_starts(text: str, *, segmenter: Segmenter | None = None, kinds: np.ndar
 
     Args:
         text: Any text.
-        segmenter: Cuts a run of Chinese or Japanese characters (ideographs and kana) into words, for example
-            ``jieba.lcut``; the pieces must join to the run.
+        segmenter: Cuts a run of characters that are written without spaces (ideographs, kana, letters of Thai, Lao,
+            Burmese and Khmer) into words, for example ``jieba.lcut``; the pieces must join to the run.
         kinds: ``character_kinds(text)``, where the caller has it already.
 
     Returns:
         Ascending character offsets, ``int64 [num_words]``.
 
     Raises:
-        InputError: If the segmenter loses or changes characters.
+        InputError: If the segmenter fails, or loses or changes characters.
 
     Source:
         Devlin et al., "BERT" (2019), ``BasicTokenizer`` of the official code.
@@ -118,22 +142,95 @@ def _begins_word(kinds: np.ndarray) -> np.ndarray:
 
 
 def _segmented(text: str, starts: np.ndarray, segmenter: Segmenter) -> np.ndarray:
-    """Replace the starts inside runs of ideographs and kana by the segmenter's."""
+    """Replace the starts inside runs that are written without spaces by the segmenter's."""
     kinds = character_kinds(text)
-    in_run = np.concatenate([[False], (kinds == IDEOGRAPH) | (kinds == KANA), [False]])
+    in_run = (kinds == IDEOGRAPH) | (kinds == KANA)
+    if not text.isascii():
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        is_letter = (kinds == LETTER) | (kinds == MARK)
+        for low, high in _UNSPACED_RANGES:
+            in_run |= (points >= low) & (points <= high) & is_letter
+    in_run = np.concatenate([[False], in_run, [False]])
     edges = np.flatnonzero(in_run[1:] != in_run[:-1])
     begins = np.zeros(len(text) + 1, dtype=np.bool_)
     begins[starts] = True
     begins[:-1] &= ~in_run[1:-1]
     for low, high in edges.reshape(-1, 2).tolist():
-        pieces = list(segmenter(text[low:high]))
-        if "".join(pieces) != text[low:high]:
-            raise InputError(
-                f"word_segmenter turned {text[low:high]!r} into {pieces!r}; its pieces must join to the run"
-            )
-        begins[low + np.cumsum([0, *map(len, pieces)])[:-1]] = True
+        lengths = [len(piece) for piece in _pieces(text[low:high], segmenter) if piece]
+        begins[low + np.cumsum([0, *lengths])[:-1]] = True
         begins[high] |= high < len(text) and kinds[high] == LETTER
     return np.flatnonzero(begins[:-1])
+
+
+def _pieces(run: str, segmenter: Segmenter) -> list[str]:
+    name = getattr(segmenter, "name", None) or getattr(segmenter, "__qualname__", type(segmenter).__name__)
+    try:
+        pieces = list(segmenter(run))
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001 (somebody else's code)
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"word_segmenter={name!r} fails for {run[:40]!r}: {cause}") from error
+    if not all(isinstance(piece, str) for piece in pieces) or "".join(pieces) != run:
+        shown = str(pieces[:20])[:80]
+        raise InputError(
+            f"word_segmenter={name!r} turned {run[:40]!r} into {shown}; it must return strings that join to the run"
+        )
+    return pieces
+
+
+@dataclass(frozen=True)
+class NamedSegmenter:
+    """A segmenter by its name, so that other processes and caches know it: ``jieba``, or ``package.module:function``.
+
+    Args:
+        name: A known name, or where the function is.
+
+    Raises:
+        InputError: If it cannot be imported.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        """Import it, lest a mistake show after the text was read."""
+        _segmenter(self.name)
+
+    def __call__(self, run: str) -> Sequence[str]:
+        """Return the words of a run of characters."""
+        return _segmenter(self.name)(run)
+
+
+@cache
+def _segmenter(name: str) -> Segmenter:
+    if name == "jieba":
+        try:
+            jieba = importlib.import_module("jieba")
+        except ImportError as error:
+            raise InputError(
+                "word_segmenter='jieba' needs the package jieba: pip install 'hf-pretrain[chinese]'"
+            ) from error
+        jieba.setLogLevel(logging.WARNING)
+        return jieba.lcut
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise InputError(
+            f"word_segmenter={name!r} is unknown: name 'jieba', or a function that returns the words of a text as "
+            "package.module:function"
+        )
+    if os.getcwd() not in sys.path:
+        # As `python -m` does: a file of the user lies in the folder where the program was started.
+        sys.path.append(os.getcwd())
+    try:
+        found = importlib.import_module(module)
+        for part in function.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # noqa: BLE001 (importing somebody else's code)
+        cause = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"word_segmenter={name!r} cannot be imported: {cause}") from error
+    if not callable(found):
+        raise InputError(f"word_segmenter={name!r} is a {type(found).__name__}, not a function")
+    return found
 
 
 def next_visible(kinds: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -253,8 +253,8 @@ class TestDocuments:
         first = tokenize_documents(texts, tokenizer)
         tokenizer(["the cat", "sat"], padding=True, truncation=True, max_length=3)
         calls = []
-        original = module.tokenize_texts
-        monkeypatch.setattr(module, "tokenize_texts", lambda *a, **k: calls.append(1) or original(*a, **k))
+        original = module._counted_columns
+        monkeypatch.setattr(module, "_counted_columns", lambda *a, **k: calls.append(1) or original(*a, **k))
         assert tokenize_documents(texts, tokenizer)["input_ids"][:] == first["input_ids"][:]
         assert not calls
         other = bert()

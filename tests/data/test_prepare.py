@@ -138,7 +138,7 @@ def test_trained_tokenizer_is_saved_and_found_again(train_file, tmp_path, monkey
     assert first.tokenizer.model_max_length == args.block_size
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained twice"))
-        patch.setattr("hf_pretrain.data.documents.tokenize_texts", lambda *_, **__: pytest.fail("tokenized twice"))
+        patch.setattr("hf_pretrain.data.documents._counted_columns", lambda *_, **__: pytest.fail("tokenized twice"))
         again = prepare_data(args, seed=2, output_dir=tmp_path / "out")
         # A resumed run hands in the tokenizer of its checkpoint.
         first.tokenizer.save_pretrained(tmp_path / "checkpoint")
