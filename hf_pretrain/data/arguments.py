@@ -5,6 +5,9 @@ from typing import Literal
 
 from hf_pretrain.errors import InputError
 
+# Options of subclasses that name files of text.
+_OTHER_FILES = ("language_file", "parallel_file")
+
 
 @dataclass
 class DataArguments:
@@ -13,7 +16,8 @@ class DataArguments:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: .txt, .jsonl or .parquet files (.gz, .xz and .bz2 too), folders or globs."
+            "help": "Text to train on: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
+            "too), folders, globs, or - for the standard input."
         },
     )
     validation_file: list[str] | None = field(
@@ -28,6 +32,13 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column or JSON field that holds the text."})
     document_separator: Literal["blank_line", "line", "file"] = field(
         default="blank_line", metadata={"help": "What ends a document of a text file."}
+    )
+    on_bad_text: Literal["refuse", "skip"] | None = field(
+        default=None,
+        metadata={
+            "help": "Refuse files with a document that is not UTF-8 or a row that is not JSON, or skip such documents: up to "
+            "10, and of more than 1000 up to 1 %. By default skip while streaming, else refuse."
+        },
     )
     validation_fraction: float = field(
         default=0.02,
@@ -81,6 +92,9 @@ class DataArguments:
             )
         if self.dataset_config_name and not self.dataset_name:
             raise InputError(f"dataset_config_name={self.dataset_config_name!r} needs a dataset_name")
+        files = (self.train_file, self.validation_file, *(getattr(self, name, None) for name in _OTHER_FILES))
+        if self.on_bad_text and not any(files):
+            raise InputError(f"on_bad_text={self.on_bad_text!r} is of files, and none is given: leave it out")
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"validation_fraction={self.validation_fraction} must be in [0, 1); 0.02 is usual")
         for name in ("max_corpus_bytes", "preprocessing_num_workers", "block_size", "vocab_size"):
