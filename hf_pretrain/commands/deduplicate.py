@@ -41,7 +41,10 @@ class DeduplicateArguments:
     """What to read, what counts as a repetition and where to write."""
 
     train_file: list[str] = field(
-        metadata={"help": "Text to read: .txt, .jsonl or .parquet files (.gz, .xz and .bz2 too), folders or globs."}
+        metadata={
+            "help": "Text to read: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
+            "too), folders, globs, or - for the standard input."
+        }
     )
     output_dir: str = field(metadata={"help": "Folder to write to: documents/*.jsonl and deduplication.json."})
     against: list[str] | None = field(

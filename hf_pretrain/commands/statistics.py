@@ -37,7 +37,10 @@ class StatisticsArguments:
     """What to count, with which tokenizer, and for blocks of which size."""
 
     train_file: list[str] = field(
-        metadata={"help": "Text to read: .txt, .jsonl or .parquet files (.gz, .xz and .bz2 too), folders or globs."}
+        metadata={
+            "help": "Text to read: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
+            "too), folders, globs, or - for the standard input."
+        }
     )
     output_file: str | None = field(default=None, metadata={"help": "JSON file to write all the numbers to as well."})
     overwrite_output_file: bool = field(

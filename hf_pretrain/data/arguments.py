@@ -15,6 +15,8 @@ _RANGES = {
     "shuffle_buffer_size": (0, 1 << 30),
     "split_seed": (0, (1 << 63) - 1),
 }
+# Options of subclasses that name files of text.
+_OTHER_FILES = ("language_file", "parallel_file")
 
 
 @dataclass
@@ -24,7 +26,8 @@ class DataArguments:
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text to train on: .txt, .jsonl or .parquet files (.gz, .xz and .bz2 too), folders or globs."
+            "help": "Text to train on: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
+            "too), folders, globs, or - for the standard input."
         },
     )
     validation_file: list[str] | None = field(
@@ -39,6 +42,13 @@ class DataArguments:
     text_column: str = field(default="text", metadata={"help": "Column or JSON field that holds the text."})
     document_separator: Literal["blank_line", "line", "file"] = field(
         default="blank_line", metadata={"help": "What ends a document of a text file."}
+    )
+    on_bad_text: Literal["refuse", "skip"] | None = field(
+        default=None,
+        metadata={
+            "help": "Refuse files with a document that is not UTF-8 or a row that is not JSON, or skip such documents: up to "
+            "10, and of more than 1000 up to 1 %. By default skip while streaming, else refuse."
+        },
     )
     validation_fraction: float = field(
         default=0.02,
@@ -117,6 +127,9 @@ class DataArguments:
             )
         if self.dataset_config_name and not self.dataset_name:
             raise InputError(f"dataset_config_name={self.dataset_config_name!r} needs a dataset_name")
+        files = (self.train_file, self.validation_file, *(getattr(self, name, None) for name in _OTHER_FILES))
+        if self.on_bad_text and not any(files):
+            raise InputError(f"on_bad_text={self.on_bad_text!r} is of files, and none is given: leave it out")
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"validation_fraction={self.validation_fraction} must be in [0, 1); 0.02 is usual")
         if not 0 <= self.max_unknown_share <= 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,28 +17,34 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents import tokenize_documents
 from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.file_kinds import file_kind
+from hf_pretrain.data.file_search import copied_pipe, is_pipe
 from hf_pretrain.data.packing import BlockTemplate
 from hf_pretrain.data.pair_template import PairTemplate
 from hf_pretrain.data.text import file_stamps, generate_dataset, with_language
-from hf_pretrain.data.text_files import read_rows
+from hf_pretrain.data.text_files import BadTextCount, OnBadText, read_rows
+from hf_pretrain.data.text_lines import BadText
 from hf_pretrain.data.token_store import TokenStore
 from hf_pretrain.errors import InputError
 
 BitextFrame = Literal["each", "pair"]
 
+# What has fields that are named; a table may have a header or none.
+_ROW_FORMATS = ("json", "json_lines", "parquet", "arrow")
 BITEXT_FEATURES = datasets.Features({"first": datasets.Value("string"), "second": datasets.Value("string")})
-_COMPRESSED = (".gz", ".xz", ".bz2")
-_COLUMNS = (".jsonl", ".ndjson", ".json", ".parquet")
 
 
-def read_bitext(paths: Sequence[str | Path], *, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
+def read_bitext(
+    paths: Sequence[str | Path], *, languages: tuple[str, str], on_bad_text: OnBadText = "refuse"
+) -> Iterator[tuple[str, str]]:
     """Read sentences with their translations, one pair after the other.
 
     Args:
         paths: Two files whose n-th lines are translations of each other; or one: text with the two in its first two columns,
-            separated by a tab, or JSON lines or Parquet with a field for each language. ``.gz``, ``.xz`` and ``.bz2`` are
-            decompressed on the fly.
+            separated by a tab, or JSON, Parquet, Arrow, or a table whose header has both languages, with a field for each.
+            Compressed files are decompressed on the fly, and pipes are read. Only line feeds end lines.
         languages: Names of the first and the second language.
+        on_bad_text: What becomes of a pair of which a side is no text, see `hf_pretrain.data.text_files.BadTextCount`.
 
     Yields:
         Pairs of texts, without those of which one is blank.
@@ -46,63 +53,88 @@ def read_bitext(paths: Sequence[str | Path], *, languages: tuple[str, str]) -> I
         InputError: If files differ in their numbers of lines, a line has no second column, there is no pair, or a file
             cannot be read.
     """
-    missing = [str(path) for path in paths if not Path(path).is_file()]
-    if missing or not 1 <= len(paths) <= 2:
-        problem = f"{missing[0]} is no file" if missing else f"{len(paths)} files are given"
+    files = [copied_pipe(path) if is_pipe(path) else str(path) for path in paths]
+    missing = [str(path) for path in files if not Path(path).is_file()]
+    if missing or not 1 <= len(files) <= 2:
+        problem = f"{missing[0]} is no file" if missing else f"{len(files)} files are given"
         raise InputError(f"parallel text of {'-'.join(languages)}: {problem}; give two files, or one with two columns")
-    is_empty = True
-    for pair in _rows_of_two(*paths) if len(paths) == 2 else _rows_of_one(paths[0], languages):
-        if all(pair):
+    for file in files:
+        if (kind := file_kind(file)).reason:
+            raise InputError(f"{file} is {kind.reason}, not text: {kind.advice}")
+    is_empty, bad = True, BadTextCount(on_bad_text)
+    for pair in _rows_of_two(*files) if len(files) == 2 else _rows_of_one(files[0], languages):
+        error = next((side for side in pair if isinstance(side, BadText)), None)
+        if error is not None:
+            bad.skip(error)
+            continue
+        first, second = (str(side).strip() for side in pair)
+        if first and second:
             is_empty = False
-            yield pair
+            bad.num_documents += 1
+            yield first, second
     if is_empty:
         names = ", ".join(map(str, paths))
         raise InputError(f"{names}: no line has text in both of {' and '.join(languages)}; give translations")
 
 
-def _rows_of_two(first: str | Path, second: str | Path) -> Iterator[tuple[str, str]]:
+def _rows_of_two(*paths: str) -> Iterator[tuple[str | BadText, str | BadText]]:
+    # Text of translations has no columns, whatever its suffix says; the fields of other formats are called "text".
+    columns = ["text" if file_kind(path).format in _ROW_FORMATS else None for path in paths]
+    sides = [read_rows(path, text_column=column) for path, column in zip(paths, columns, strict=True)]
     counts = [0, 0]
-    for pair in itertools.zip_longest(read_rows(first), read_rows(second)):
+    for pair in itertools.zip_longest(*sides):
         for side, text in enumerate(pair):
             counts[side] += text is not None
         if None not in pair:
-            yield pair[0].strip(), pair[1].strip()
+            yield pair
     if counts[0] != counts[1]:
         raise InputError(
-            f"{first} has {counts[0]} lines, but {second} has {counts[1]}: translations must be in lines of the same number"
+            f"{paths[0]} has {counts[0]} lines, but {paths[1]} has {counts[1]}: translations must be in lines of the same "
+            "number"
         )
 
 
-def _rows_of_one(path: str | Path, languages: tuple[str, str]) -> Iterator[tuple[str, str]]:
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    if suffixes and suffixes[-1] in _COLUMNS:
+def _rows_of_one(path: str, languages: tuple[str, str]) -> Iterator[tuple[str | BadText, str | BadText]]:
+    form = file_kind(path).format
+    if form in _ROW_FORMATS or (form == "csv" and _has_columns(path, languages)):
         columns = (read_rows(path, text_column=language) for language in languages)
-        yield from ((first.strip(), second.strip()) for first, second in zip(*columns, strict=True))
+        yield from zip(*columns, strict=True)
         return
     for number, line in enumerate(read_rows(path), start=1):
-        if not line.strip():
-            continue
-        first, tab, rest = line.partition("\t")
-        if not tab:
-            raise InputError(f"{path}, line {number} has no tab: put one between a sentence and its translation")
-        yield first.strip(), rest.partition("\t")[0].strip()
+        if isinstance(line, BadText):
+            yield line, line
+        elif line.strip():
+            first, tab, rest = line.partition("\t")
+            if not tab:
+                raise InputError(f"{path}, line {number} has no tab: put one between a sentence and its translation")
+            yield first, rest.partition("\t")[0]
+
+
+def _has_columns(path: str, languages: tuple[str, str]) -> bool:
+    """Return whether a table has a header with both languages."""
+    header = next(read_rows(path), "")
+    fields = {field.strip(' "\n') for field in re.split("[,;\t|]", str(header))}
+    return fields.issuperset(languages)
 
 
 def bitext_dataset(
-    paths: Sequence[str | Path], *, languages: tuple[str, str], cache_dir: str | None = None
+    paths: Sequence[str | Path],
+    *,
+    languages: tuple[str, str],
+    on_bad_text: OnBadText = "refuse",
+    cache_dir: str | None = None,
 ) -> datasets.Dataset:
     """Return the pairs of `read_bitext` as a dataset with the columns ``first`` and ``second``, read once."""
     # No list: 🤗 datasets would take it for shards, and hand over one file at a time.
-    names = tuple(str(path) for path in paths)
+    names = tuple(copied_pipe(path) if is_pipe(path) else str(path) for path in paths)
     stamps = file_stamps([name for name in names if Path(name).is_file()])
-    options = {"paths": names, "languages": languages}
-    return generate_dataset(_rows, options, key=(stamps, languages), features=BITEXT_FEATURES, cache_dir=cache_dir)
+    options = {"paths": names, "languages": languages, "on_bad_text": on_bad_text}
+    key = (stamps, languages, on_bad_text)
+    return generate_dataset(_rows, options, key=key, features=BITEXT_FEATURES, cache_dir=cache_dir)
 
 
-def _rows(paths: tuple[str, ...], languages: tuple[str, str]) -> Iterator[dict[str, str]]:
-    for first, second in read_bitext(paths, languages=languages):
+def _rows(paths: tuple[str, ...], languages: tuple[str, str], on_bad_text: OnBadText) -> Iterator[dict[str, str]]:
+    for first, second in read_bitext(paths, languages=languages, on_bad_text=on_bad_text):
         yield {"first": first, "second": second}
 
 

@@ -151,13 +151,14 @@ def _numbered(languages: Sequence[str], lang2id: Mapping[str, int] | None) -> di
 
 def _read(args: MultilingualDataArguments) -> tuple[_Corpus, _Corpus]:
     """Return the text to train on, and what is held out of it."""
-    options: dict[str, Any] = {"text_column": args.text_column, "document_separator": args.document_separator}
+    bad: dict[str, Any] = {"on_bad_text": args.on_bad_text or "refuse"}
+    options: dict[str, Any] = {"text_column": args.text_column, "document_separator": args.document_separator} | bad
     corpus = {
         language: text_dataset(paths, language=language, **options)
         for language, paths in args.language_files().items()
     }
     for name, entries in args.parallel_files().items():
-        bitexts = [bitext_dataset(paths, languages=_pair(name)) for paths in entries]
+        bitexts = [bitext_dataset(paths, languages=_pair(name), **bad) for paths in entries]
         corpus[name] = datasets.concatenate_datasets(bitexts)
     train, held_out = {}, {}
     for name, texts in corpus.items():
@@ -224,7 +225,7 @@ def _again_and_again(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
     for epoch in itertools.count():
         order = draws.permutation(len(texts), seed=seed, epoch=epoch, stream="tokenizer sample")
         for batch in texts.select(order).iter(batch_size=_BATCH_ROWS):
-            yield from batch["text"]
+            yield from (text for text in batch["text"] if text)
 
 
 def _tokenized(args: MultilingualDataArguments, corpus: _Corpus, tokenizer: PreTrainedTokenizerBase) -> _Documents:

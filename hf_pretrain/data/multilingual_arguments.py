@@ -27,8 +27,8 @@ class MultilingualDataArguments(DataArguments):
         default=None,
         metadata={
             "help": "Sentences and their translations: FIRST-SECOND=FILE,FILE for files of parallel lines, such as "
-            "'en-de=a.en,a.de', or FIRST-SECOND=FILE for tab-separated columns, or fields (.jsonl, .parquet) named by "
-            "the languages; .gz, .xz and .bz2 too."
+            "'en-de=a.en,a.de', or FIRST-SECOND=FILE for tab-separated columns, or fields (JSON, tables, "
+            "Parquet) named by the languages; compressed files too."
         },
     )
     language_sampling_alpha: float = field(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_pretrain.data.file_search import pipe_digest
 from hf_pretrain.data.text_files import DocumentSeparator, read_documents, resolve_paths
 
 
@@ -38,9 +39,11 @@ def numbered_documents(
         InputError: As `read_documents`.
     """
     files = resolve_paths(paths)
-    root = os.path.commonpath([Path(file).resolve().parent for file in files])
+    places = [Path(file).resolve() for file in files if pipe_digest(file) is None]
+    root = os.path.commonpath([place.parent for place in places]) if places else ""
     for file in files:
-        source = Path(file).resolve().relative_to(root).as_posix()
+        is_piped = pipe_digest(file) is not None
+        source = Path(file).name if is_piped else Path(file).resolve().relative_to(root).as_posix()
         texts = read_documents(file, document_separator=document_separator, text_column=text_column)
         for number, text in enumerate(texts):
             yield NumberedDocument(source, number, text)

@@ -193,7 +193,12 @@ def _read_texts(args: DataArguments) -> _Texts:
 
 
 def _file_texts(args: DataArguments, paths: list[str]) -> datasets.Dataset:
-    return text_dataset(paths, text_column=args.text_column, document_separator=args.document_separator)
+    return text_dataset(
+        paths,
+        text_column=args.text_column,
+        document_separator=args.document_separator,
+        on_bad_text=args.on_bad_text or "refuse",
+    )
 
 
 def _hub_dataset(args: DataArguments, *, streaming: bool) -> Any:
@@ -408,6 +413,7 @@ def _prepare_stream(
     with first:
         source: Any = resolve_paths(args.train_file) if args.train_file else _hub_dataset(args, streaming=True)
         read = partial(read_documents, document_separator=args.document_separator, text_column=args.text_column)
+        read = partial(read, on_bad_text=args.on_bad_text or "skip")
         head = RepeatableTexts(
             lambda: first_texts(read(source) if args.train_file else (row[args.text_column] or "" for row in source))
         )
@@ -427,6 +433,7 @@ def _prepare_stream(
         document_separator=args.document_separator,
         text_column=args.text_column,
         shuffle_buffer_size=args.shuffle_buffer_size,
+        on_bad_text=args.on_bad_text or "skip",
         seed=seed,
         tokenize=StreamTokenizing(args, tokenizer),
         **options,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hf_pretrain.data.file_kinds import file_kind
 from hf_pretrain.data.text_files import (
-    JSON_FORMATS,
+    BadTextCount,
     DocumentSeparator,
     check_separator,
-    file_format,
+    open_arrow,
     open_parquet,
     read_part,
     resolve_paths,
 )
-from hf_pretrain.data.text_lines import is_compressed
 from hf_pretrain.errors import InputError
 
 _NUM_SHARDS = 256
@@ -30,8 +30,8 @@ class Shard:
     Args:
         path: The file.
         start: First byte of the part, which may be inside of a document or a character; of a Parquet file, its first
-            row group.
-        stop: First byte, or row group, behind the part; None for the end of the file.
+            row group; of an Arrow file, its first batch.
+        stop: First byte, row group or batch behind the part; None for the end of the file.
     """
 
     path: str
@@ -50,7 +50,8 @@ def list_shards(
     Args:
         paths: Files, folders or globs, see `hf_pretrain.data.text_files.read_documents`.
         most_bytes: Size of a part; by default a 256th of all the files, but from 1 to 64 MB. Text, JSON lines and, between
-            row groups, Parquet files are cut; compressed ones are a part each.
+            row groups or batches, Parquet and Arrow files are cut; a file that is compressed, or a table with commas or
+            tabs, or JSON that is not JSON lines, is one part.
         document_separator: What ends a document of a text file; with ``"file"`` it is not cut.
 
     Returns:
@@ -75,6 +76,7 @@ def read_shard(
     start: int = 0,
     document_separator: DocumentSeparator = "blank_line",
     text_column: str = "text",
+    bad: BadTextCount | None = None,
 ) -> Iterator[tuple[str, int]]:
     """Read the documents that begin in a shard, the last one to its end.
 
@@ -84,7 +86,8 @@ def read_shard(
             before is not read again, but decompressed if the file is compressed, and a Parquet file is read from the row
             group on that the position lies in.
         document_separator: What ends a document of a text file.
-        text_column: Name of the field (JSON) or column (Parquet) that holds the text.
+        text_column: Name of the field or column that holds the text.
+        bad: What becomes of a document that is no text; by default, it is refused.
 
     Yields:
         Each document as `hf_pretrain.data.text_files.read_documents` yields it, with the position behind it.
@@ -100,30 +103,44 @@ def read_shard(
         position=start,
         document_separator=document_separator,
         text_column=text_column,
+        bad=bad,
     )
 
 
 def _parts(file: str, most_bytes: int, document_separator: DocumentSeparator) -> Iterator[tuple[int, int | None]]:
     """Yield start and stop of each part of a file."""
-    kind = file_format(file)
-    if is_compressed(file):
-        return iter([(0, None)])
-    if kind == ".parquet":
-        return _row_group_parts(file, most_bytes)
-    if document_separator == "file" and kind not in JSON_FORMATS:
+    kind = file_kind(file)
+    if kind.format in ("parquet", "arrow") and not kind.reason:
+        return _joined_groups(_parquet_groups(file) if kind.format == "parquet" else _arrow_groups(file), most_bytes)
+    if (
+        kind.is_compressed
+        or kind.format in ("csv", "json")
+        or (kind.format == "text" and document_separator == "file")
+    ):
         return iter([(0, None)])
     size = Path(file).stat().st_size
     num_parts = max(-(-size // most_bytes), 1)
     return itertools.pairwise(size * part // num_parts for part in range(num_parts + 1))
 
 
-def _row_group_parts(file: str, most_bytes: int) -> Iterator[tuple[int, int]]:
-    start = size = 0
+def _joined_groups(sizes: Iterable[int], most_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield neighbouring groups of rows together, as long as they have at most so many bytes."""
+    start = size = number = 0
+    for number, group_size in enumerate(sizes, start=1):
+        if size and size + group_size > most_bytes:
+            yield start, number - 1
+            start, size = number - 1, 0
+        size += group_size
+    yield start, number
+
+
+def _parquet_groups(file: str) -> Iterator[int]:
     with open_parquet(file) as parquet:
         for group in range(parquet.num_row_groups):
-            group_size = parquet.metadata.row_group(group).total_byte_size
-            if size and size + group_size > most_bytes:
-                yield start, group
-                start, size = group, 0
-            size += group_size
-        yield start, parquet.num_row_groups
+            yield parquet.metadata.row_group(group).total_byte_size
+
+
+def _arrow_groups(file: str) -> Iterator[int]:
+    with open_arrow(file) as (_, batches):
+        for batch in batches:
+            yield batch.nbytes

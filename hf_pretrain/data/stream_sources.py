@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
 
-from hf_pretrain.data.shards import list_shards, read_shard
-from hf_pretrain.data.text_files import DocumentSeparator
+from hf_pretrain.data.file_kinds import file_kind
+from hf_pretrain.data.shards import Shard, list_shards, read_shard
+from hf_pretrain.data.text_files import BadTextCount, DocumentSeparator, OnBadText, missing_column
 from hf_pretrain.errors import InputError
 
 _BATCH_ROWS = 256
@@ -42,7 +44,8 @@ class FileShards:
     Args:
         paths: Files, folders or globs, as `hf_pretrain.data.text.read_documents` takes them.
         document_separator: What ends a document of a text file.
-        text_column: Field or column that holds the text of JSON lines and Parquet.
+        text_column: Field or column that holds the text of JSON, tables, Parquet and Arrow.
+        on_bad_text: What becomes of a document that is no text, see `hf_pretrain.data.text_files.BadTextCount`.
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class FileShards:
         *,
         document_separator: DocumentSeparator = "blank_line",
         text_column: str = "text",
+        on_bad_text: OnBadText = "skip",
     ) -> None:
         self.shards = list_shards(paths, document_separator=document_separator)
         self.document_separator = document_separator
         self.text_column = text_column
+        self.bad = BadTextCount(on_bad_text)
 
     @property
     def num_shards(self) -> int:
@@ -64,12 +69,58 @@ class FileShards:
     def read(self, shard: int, *, start: int = 0, epoch: int = 0) -> Iterator[tuple[str, int]]:
         """Yield the documents of a part; see [`ShardSource`]."""
         return read_shard(
-            self.shards[shard], start=start, document_separator=self.document_separator, text_column=self.text_column
+            self.shards[shard],
+            start=start,
+            document_separator=self.document_separator,
+            text_column=self.text_column,
+            bad=self.bad,
         )
 
     def identity(self) -> Any:
-        """Return the names of the files, without their folders, and how they are cut."""
-        return [(Path(shard.path).name, shard.start, shard.stop) for shard in self.shards]
+        """Return the names of the files, without their folders, and how they are read."""
+        return [[name for name, *_ in self.cuts()], self.document_separator, self.text_column]
+
+    def cuts(self) -> Any:
+        """Return how each file is cut, as plain data: its name, format and size, and start and stop of each part."""
+        return [
+            [
+                Path(path).name,
+                file_kind(path).format,
+                Path(path).stat().st_size,
+                [[part.start, part.stop] for part in parts],
+            ]
+            for path, parts in itertools.groupby(self.shards, attrgetter("path"))
+        ]
+
+    def cut_like(self, cuts: Any) -> list[str]:
+        """Cut the files as they were cut before, also if some of them have been changed since.
+
+        Args:
+            cuts: What `cuts` returned then, of files of the same names.
+
+        Returns:
+            The names of the files that are longer or shorter now.
+
+        Raises:
+            InputError: If a file is of another format now.
+        """
+        shards, changed = [], []
+        paths = dict.fromkeys(shard.path for shard in self.shards)
+        for path, (name, form, size, _), (_, form_before, size_before, spans) in zip(
+            paths, self.cuts(), cuts, strict=True
+        ):
+            if form != form_before:
+                raise InputError(
+                    f"{path} was {form_before} when the checkpoint was made and is {form} now: bring it back"
+                )
+            parts = [Shard(path, start, stop) for start, stop in spans]
+            if size != size_before:
+                changed.append(name)
+                # The last part takes what is behind its end now.
+                parts[-1] = Shard(path, parts[-1].start, None)
+            shards += parts
+        self.shards = shards
+        return changed
 
 
 class DatasetShards:
@@ -83,7 +134,7 @@ class DatasetShards:
     def __init__(self, dataset: datasets.IterableDataset, *, text_column: str = "text") -> None:
         names = dataset.column_names
         if names is not None and text_column not in names:
-            raise InputError(f"text_column={text_column!r} is not in the dataset; its columns are {', '.join(names)}")
+            raise missing_column(text_column, "the dataset", names)
         self.dataset = dataset
         self.text_column = text_column
 
@@ -99,14 +150,22 @@ class DatasetShards:
         # iter(batch_size), unlike plain iteration, does not share the shard out among the workers once more.
         batches = (rows.skip(start) if start else rows).iter(batch_size=_BATCH_ROWS)
         texts = itertools.chain.from_iterable(batch[self.text_column] for batch in batches)
-        return ((text or "", number) for number, text in enumerate(texts, start + 1))  # a row without text is null
+        for number, text in enumerate(texts, start + 1):
+            if not isinstance(text, str | None):
+                raise InputError(
+                    f"text_column={self.text_column!r} of the dataset is a {type(text).__name__}, not text; name another"
+                )
+            if text:  # a row without text is null
+                yield text, number
 
     def identity(self) -> Any:
         """Return the number of shards and the column: a streamed dataset tells no more of itself."""
         return [self.num_shards, self.text_column]
 
 
-def as_source(source: Any, *, document_separator: DocumentSeparator, text_column: str) -> ShardSource:
+def as_source(
+    source: Any, *, document_separator: DocumentSeparator, text_column: str, on_bad_text: OnBadText = "skip"
+) -> ShardSource:
     """Return a source of what a user gives: paths, a `datasets.IterableDataset`, or a source.
 
     Raises:
@@ -118,4 +177,4 @@ def as_source(source: Any, *, document_separator: DocumentSeparator, text_column
         return source
     if isinstance(source, str | Path) or not isinstance(source, Sequence) or not source:
         raise InputError(f"source={source!r} must be a list of at least one path, or a datasets.IterableDataset")
-    return FileShards(source, document_separator=document_separator, text_column=text_column)
+    return FileShards(source, document_separator=document_separator, text_column=text_column, on_bad_text=on_bad_text)

@@ -21,8 +21,8 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.documents import tokenize_texts
 from hf_pretrain.data.packing import BlockDataset, BlockTemplate, PackingMode, check_mode
 from hf_pretrain.data.stream_progress import Place, ShardSampler, Stop, StreamProgress
-from hf_pretrain.data.stream_sources import ShardSource, as_source
-from hf_pretrain.data.text_files import DocumentSeparator
+from hf_pretrain.data.stream_sources import FileShards, ShardSource, as_source
+from hf_pretrain.data.text_files import DocumentSeparator, OnBadText
 from hf_pretrain.errors import InputError
 
 _SHARD_BITS = 32
@@ -54,6 +54,8 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
             the shards is drawn each epoch too. 0 keeps the order, and a window is a buffer of documents.
         seed: Key of the shuffle.
         tokenize: Maps texts to columns of the document schema; default `hf_pretrain.data.documents.tokenize_texts`.
+        on_bad_text: What becomes of a document of a file that is no text: ``"skip"`` or ``"refuse"``, see
+            `hf_pretrain.data.text_files.BadTextCount`.
 
     Raises:
         InputError: If there is no shard, the column is not there, or ``block_size`` leaves no room for text.
@@ -72,12 +74,15 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         shuffle_buffer_size: int = 0,
         seed: int = 0,
         tokenize: Tokenize | None = None,
+        on_bad_text: OnBadText = "skip",
     ) -> None:
         if documents_per_buffer < 1:
             raise InputError(f"documents_per_buffer={documents_per_buffer} must be positive; 1000 is usual")
         check_mode(mode)
         room = BlockTemplate.of(tokenizer).budget(block_size)
-        self.source = as_source(source, document_separator=document_separator, text_column=text_column)
+        self.source = as_source(
+            source, document_separator=document_separator, text_column=text_column, on_bad_text=on_bad_text
+        )
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.mode = mode
@@ -85,7 +90,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         self.shuffle_buffer_size = shuffle_buffer_size
         self.seed = seed
         self.tokenize = tokenize if tokenize is not None else partial(tokenize_texts, tokenizer=tokenizer)
-        self.sampler = ShardSampler(self.source.num_shards, seed=seed, shuffle=shuffle_buffer_size > 0)
+        self.sampler = self._sampler()
         self._window_tokens = shuffle_buffer_size * room
         # In shared memory, because persistent workers keep the copy of this object that they were started with.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -135,6 +140,28 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         options = [self.block_size, self.mode, self.documents_per_buffer, self.shuffle_buffer_size, self.seed]
         known = [draws.VERSION, *options, len(self.tokenizer), self.source.identity()]
         return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+
+    def cuts(self) -> Any:
+        """Return how the files are cut, as plain data; None of a source that has no files."""
+        return self.source.cuts() if isinstance(self.source, FileShards) else None
+
+    def cut_like(self, cuts: Any) -> list[str]:
+        """Cut the files as they were when a checkpoint was made, so that places in them still hold.
+
+        Args:
+            cuts: What `cuts` returned then; the stream must have the same `identity`.
+
+        Returns:
+            The names of the files that are longer or shorter now.
+        """
+        if cuts is None or not isinstance(self.source, FileShards):
+            return []
+        changed = self.source.cut_like(cuts)
+        self.sampler = self._sampler()
+        return changed
+
+    def _sampler(self) -> ShardSampler:
+        return ShardSampler(self.source.num_shards, seed=self.seed, shuffle=self.shuffle_buffer_size > 0)
 
     def _order(self, num_blocks: int, *, epoch: int, window: str) -> np.ndarray:
         if self.shuffle_buffer_size == 0:

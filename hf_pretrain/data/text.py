@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from hf_pretrain.data import draws
+from hf_pretrain.data.file_search import pipe_digest
 from hf_pretrain.data.text_files import (
     DocumentSeparator,
+    OnBadText,
     check_text_column,
     missing_column,
     read_documents,
@@ -38,8 +42,10 @@ __all__ = [
 
 TEXT_FEATURES = datasets.Features({"text": datasets.Value("string")})
 # Part of every fingerprint: raise it when the documents of the same files change.
-_VERSION = 1
+_VERSION = 2
 _BATCH_ROWS = 1000
+_STREAM_SHARDS = 64
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def text_dataset(
@@ -47,6 +53,7 @@ def text_dataset(
     *,
     text_column: str = "text",
     document_separator: DocumentSeparator = "blank_line",
+    on_bad_text: OnBadText = "refuse",
     language: str | None = None,
     cache_dir: str | None = None,
 ) -> datasets.Dataset:
@@ -56,6 +63,7 @@ def text_dataset(
         source: Files, folders or globs as in `read_documents`, or a dataset with a column of text.
         text_column: Name of the column that holds the text.
         document_separator: What ends a document of a text file.
+        on_bad_text: What becomes of a document of a file that is no text, see `read_documents`.
         language: Language of all the documents, to be told in a column ``lang``; by default there is none.
         cache_dir: Folder of the Arrow files; the cache of 🤗 datasets by default. The same files, unchanged, and the
             same options are read once.
@@ -67,19 +75,39 @@ def text_dataset(
         check_text_column(source.data.table.schema, text_column, "the dataset")
         if not len(source):
             raise InputError("the dataset has no rows; name another split")
-        texts = source.select_columns([text_column]).with_format(None)
-        if text_column != "text":
-            texts = texts.rename_column(text_column, "text")
+        texts = _column(source, text_column)
         return texts if language is None else with_language(texts, language)
     if isinstance(source, datasets.DatasetDict | datasets.IterableDataset):
         raise InputError(
             f"source is a {type(source).__name__}, not a datasets.Dataset; pick a split that is not streamed"
         )
     paths = resolve_paths(source)
-    options = {"document_separator": document_separator, "text_column": text_column}
+    options = {"document_separator": document_separator, "text_column": text_column, "on_bad_text": on_bad_text}
     key = (file_stamps(paths), options)
     texts = generate_dataset(_rows, {"paths": paths, **options}, key=key, cache_dir=cache_dir)
     return texts if language is None else with_language(texts, language)
+
+
+def _column(source: datasets.Dataset, text_column: str) -> datasets.Dataset:
+    """Return the one column of text, without rows that have none."""
+    texts = source.select_columns([text_column]).with_format(None)
+    if text_column != "text":
+        texts = texts.rename_column(text_column, "text")
+    is_null = [
+        pc.is_null(batch["text"]).to_numpy(zero_copy_only=False)
+        for batch in texts.with_format("arrow").iter(batch_size=_BATCH_ROWS)
+    ]
+    rows = np.flatnonzero(~np.concatenate(is_null))
+    if not len(rows):
+        raise InputError(f"text_column={text_column!r} of the dataset has no text; name another column or split")
+    kind = texts.data.table.schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        texts = texts.with_format("arrow").map(_as_strings, batched=True, features=TEXT_FEATURES).with_format(None)
+    return texts if len(rows) == len(texts) else texts.select(rows)
+
+
+def _as_strings(batch: pa.Table) -> pa.Table:
+    return pa.table({"text": pa.array(batch.column("text").to_pylist(), pa.string())})
 
 
 def with_language(texts: datasets.Dataset, language: str) -> datasets.Dataset:
@@ -88,14 +116,30 @@ def with_language(texts: datasets.Dataset, language: str) -> datasets.Dataset:
     return texts.add_column("lang", [language] * len(texts), new_fingerprint=fingerprint)
 
 
-def file_stamps(paths: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return place, time of the last change (ns) and size (bytes) of each file: what a cache is keyed by."""
-    status = [(str(Path(path).resolve()), Path(path).stat()) for path in paths]
-    return [(path, stat.st_mtime_ns, stat.st_size) for path, stat in status]
+def file_stamps(paths: Sequence[str]) -> list[tuple[str | int, ...]]:
+    """Return what a cache is keyed by.
+
+    Args:
+        paths: Files.
+
+    Returns:
+        Of each file its place, the times (ns) of the last change of its text and of its status, which can not be set back,
+        and its size (bytes); of a pipe, a digest of what came through it.
+    """
+    stamps: list[tuple[str | int, ...]] = []
+    for path in paths:
+        digest = pipe_digest(path)
+        stat = Path(path).stat()
+        place = (str(Path(path).resolve()), stat.st_mtime_ns, stat.st_ctime_ns) if digest is None else ("pipe", digest)
+        stamps.append((*place, stat.st_size))
+    return stamps
 
 
-def _rows(paths: list[str], document_separator: DocumentSeparator, text_column: str) -> Iterator[dict[str, str]]:
-    for text in read_documents(paths, document_separator=document_separator, text_column=text_column):
+def _rows(
+    paths: list[str], document_separator: DocumentSeparator, text_column: str, on_bad_text: OnBadText
+) -> Iterator[dict[str, str]]:
+    options: dict[str, Any] = {"document_separator": document_separator, "on_bad_text": on_bad_text}
+    for text in read_documents(paths, text_column=text_column, **options):
         yield {"text": text}
 
 
@@ -128,6 +172,9 @@ def generate_dataset(
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
         raise
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+        folder = cache_dir or datasets.config.HF_DATASETS_CACHE
+        raise InputError(f"the cache {folder} can not be written ({error.strerror}): set HF_DATASETS_CACHE") from error
 
 
 def load_text_dataset(
@@ -148,15 +195,65 @@ def load_text_dataset(
         InputError: If there is no such dataset, configuration or split within reach, or no such column of text.
     """
     try:
-        loaded = datasets.load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"dataset_name={name!r} ({config_name=}, {split=}) can not be loaded: {reason}") from error
-    if streaming:
-        if loaded.column_names is not None and text_column not in loaded.column_names:
-            raise missing_column(text_column, f"dataset_name={name!r}", loaded.column_names)
-        return loaded
-    return text_dataset(loaded, text_column=text_column)
+        if _is_saved(name):
+            loaded = _load_saved(name, split)
+            loaded = loaded.to_iterable_dataset(num_shards=_num_shards(loaded)) if streaming else loaded
+        else:
+            loaded = datasets.load_dataset(name, config_name, split=split, streaming=streaming, cache_dir=cache_dir)
+    except InputError:
+        raise
+    except Exception as error:
+        # Builders raise whatever the code inside of them does.
+        if getattr(error, "errno", None) in _DISK_FULL:
+            raise
+        raise InputError(
+            f"dataset_name={name!r} ({config_name=}, {split=}) can not be loaded: {_reason(error)}"
+        ) from error
+    if not streaming:
+        return text_dataset(loaded, text_column=text_column)
+    if loaded.column_names is not None and text_column not in loaded.column_names:
+        raise missing_column(text_column, f"dataset_name={name!r}", loaded.column_names)
+    if loaded.features is not None:
+        check_text_column(loaded.features.arrow_schema, text_column, f"dataset_name={name!r}")
+    return loaded.filter(_is_text, input_columns=[text_column])
+
+
+def _is_text(text: str | None) -> bool:
+    return text is not None
+
+
+def _reason(error: BaseException) -> str:
+    """Return the first line of the error that another one came from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _is_saved(name: str) -> bool:
+    """Return whether a name is that of a folder that ``save_to_disk`` wrote."""
+    return Path(name, "dataset_dict.json").is_file() or (
+        Path(name, "state.json").is_file() and Path(name, "dataset_info.json").is_file()
+    )
+
+
+def _load_saved(name: str, split: str) -> datasets.Dataset:
+    """Return a split, or a slice of one, of what was saved to a folder."""
+    loaded = datasets.load_from_disk(name)
+    if isinstance(loaded, datasets.Dataset):
+        # What was saved by itself may have no name of its split.
+        own = str(loaded.split or split.partition("[")[0])
+        loaded = datasets.DatasetDict({own: loaded})
+    lengths = {own: len(rows) for own, rows in loaded.items()}
+    parts = [
+        loaded[part.splitname].select(range(part.from_, part.to))
+        for part in datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    ]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _num_shards(rows: datasets.Dataset) -> int:
+    """Return in how many parts stored rows are streamed."""
+    return max(1, min(_STREAM_SHARDS, len(rows) // _BATCH_ROWS))
 
 
 def text_sizes(texts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:

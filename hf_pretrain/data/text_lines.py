@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import bz2
-import codecs
+import errno
 import gzip
 import itertools
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,30 +17,66 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import pyarrow as pa
+
 from hf_pretrain.errors import InputError
 
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+# Suffixes of compressed files; what a file is compressed with is told by its first bytes.
+COMPRESSED_SUFFIXES = (".gz", ".gzip", ".xz", ".bz2", ".zst", ".zstd", ".lz4")
 # Bytes read at a time: little against a part of a file, because as much is read in vain behind its end.
 CHUNK = 1 << 16
+_MAGIC_BYTES = 16
+_MAGIC: dict[str, re.Pattern[bytes]] = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
+    # A zstd file may begin with a frame that is to be skipped.
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "lz4": re.compile(rb"\x04\x22\x4d\x18"),
+}
+_OPENERS: dict[str, Callable[..., Any]] = {
+    "": partial(open, mode="rb", buffering=0),
+    "gzip": gzip.open,
+    "xz": lzma.open,
+    "bz2": bz2.open,
+    "zstd": partial(pa.input_stream, compression="zstd"),
+    "lz4": partial(pa.input_stream, compression="lz4"),
+}
+_MARK = b"\xef\xbb\xbf"
+_MARKS_AT_LINE_STARTS = re.compile("^\ufeff+", re.MULTILINE)
 # First bytes of the characters that are white space to Unicode.
 _BLANKS = frozenset(blank.encode()[0] for blank in "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\u1680\u2000\u3000")
+_TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
+_NOT_PERMITTED = (errno.EACCES, errno.EPERM)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def is_compressed(path: str | Path) -> bool:
-    """Return whether a file is decompressed as a whole."""
-    return Path(path).suffix.lower() in OPENERS
+class BadText(InputError):
+    """Raised for a document that is no text, where the documents around it can still be read."""
+
+
+def has_compressed_name(path: str | Path) -> bool:
+    """Return whether the suffix of a file says that it is compressed."""
+    return Path(path).suffix.lower() in COMPRESSED_SUFFIXES
+
+
+def compression_of(head: bytes) -> str:
+    """Return with what a file is compressed that begins with these bytes; empty if it is not."""
+    return next((name for name, magic in _MAGIC.items() if magic.match(head)), "")
 
 
 def is_blank(line: bytes) -> bool:
-    """Return whether a line is white space, of any kind that Unicode knows."""
-    return line[0] in _BLANKS and line.decode(errors="replace").isspace()
+    """Return whether a line is white space, of any kind that Unicode knows, or a byte order mark."""
+    while line.startswith(_MARK):
+        line = line[len(_MARK) :]
+    return not line or (line[0] in _BLANKS and line.decode(errors="replace").isspace())
 
 
 def decode_lines(path: str, text: bytes, begin: int) -> str:
-    """Return text, which begins at byte ``begin`` of a file, with a line feed at the end of each line, whichever it had.
+    """Return text, which begins at byte ``begin`` of a file, with line feeds at its lines' ends and no byte order mark.
 
     Raises:
-        InputError: If it is not UTF-8 or holds a NUL.
+        BadText: If it is not UTF-8 or holds a NUL.
     """
     try:
         decoded = text.decode()
@@ -48,30 +85,64 @@ def decode_lines(path: str, text: bytes, begin: int) -> str:
         raise _not_text(path, begin + (error.start if nul < 0 else nul)) from error
     if "\0" in decoded:
         raise _not_text(path, begin + text.index(b"\0"))
-    return decoded.replace("\r\n", "\n").replace("\r", "\n") if "\r" in decoded else decoded
+    return normalized_lines(decoded)
 
 
-def _not_text(path: str, byte: int) -> InputError:
-    return InputError(f"{path} is not text in UTF-8: byte {byte} is not; convert it, e.g. with iconv, or leave it out")
+def normalized_lines(text: str) -> str:
+    """Return text with a line feed at the end of each line, and without byte order marks at their starts."""
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _MARKS_AT_LINE_STARTS.sub("", text) if "\ufeff" in text else text
+
+
+def _not_text(path: str, byte: int) -> BadText:
+    return BadText(f"{path} is not text in UTF-8: byte {byte} is not; convert it, e.g. with iconv, or leave it out")
 
 
 def open_bytes(path: str) -> IO[bytes]:
-    """Open a file to read what is in it, or in what was compressed."""
-    opener: Callable[..., IO[bytes]] = OPENERS.get(Path(path).suffix.lower(), partial(open, buffering=0))
-    return opener(path, "rb")
+    """Open a file to read what is in it, or in what was compressed, whatever its suffix says.
+
+    Raises:
+        InputError: If its suffix says that it is compressed, and it is not.
+        OSError: If it can not be opened.
+    """
+    with open(path, "rb", buffering=0) as file:
+        head = file.read(_MAGIC_BYTES)
+    compression = compression_of(head)
+    if head and not compression and has_compressed_name(path):
+        raise InputError(
+            f"{path} can not be read: it is not compressed, as its suffix says; is it whole? Or give it its right name"
+        )
+    return _OPENERS[compression](path)
 
 
 @contextmanager
-def readable(path: str) -> Iterator[None]:
+def readable(path: str | Path) -> Iterator[None]:
     """Turn what the system and the decompressors say about a file into an InputError."""
     try:
         yield
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+        number = getattr(error, "errno", None)
+        if number in _DISK_FULL:
+            raise  # what was read is being written: not the fault of the file
+        if number in _TOO_MANY_FILES:
+            raise InputError(
+                f"{path} can not be read: too many files are open; raise the limit (ulimit -n) or lower "
+                "dataloader_num_workers"
+            ) from error
+        if number in _NOT_PERMITTED:
+            raise InputError(f"{path} can not be read: there is no permission; change its mode or owner") from error
         raise InputError(f"{path} can not be read: {' '.join(str(error).split())}; is it whole?") from error
 
 
-def read_lines(path: str, start: int, stop: float) -> Iterator[tuple[list[bytes], int]]:
+def read_lines(path: str, start: int, stop: float, *, end: bytes = b"\n") -> Iterator[tuple[list[bytes], int]]:
     """Yield the lines that begin at byte ``start`` or later, with their ends, and not yet decoded.
+
+    Args:
+        path: The file.
+        start: First byte.
+        stop: Lines that begin here or later are not wanted; some come too.
+        end: What ends a line: a line feed, or a carriage return in a file that has no line feeds.
 
     Yields:
         A few lines at a time, with the byte at which the first of them begins. Those that begin at byte ``stop`` or later
@@ -80,43 +151,52 @@ def read_lines(path: str, start: int, stop: float) -> Iterator[tuple[list[bytes]
     Raises:
         InputError: If the file is missing or damaged.
     """
-    mark = codecs.BOM_UTF8
     with readable(path), open_bytes(path) as stream:
-        head = stream.read(len(mark)) if start <= len(mark) else b""
-        if head == mark:
-            yield from _split(stream, b"", len(mark))
-        elif start:
-            stream.seek(start - 1)
-            rest, begin = _behind_line(stream, start - 1, stop)
-            if begin < stop:
-                yield from _split(stream, rest, begin)
-        else:
-            yield from _split(stream, head, 0)
+        rest, begin = b"", 0
+        if start:
+            _skip_to(stream, start - 1)
+            rest, begin = _behind_line(stream, start - 1, stop, end)
+        if begin < stop:
+            yield from _split(stream, rest, begin, end)
 
 
-def _behind_line(stream: IO[bytes], offset: int, stop: float) -> tuple[bytes, int]:
+def _skip_to(stream: IO[bytes], offset: int) -> None:
+    if stream.seekable():
+        stream.seek(offset)
+        return
+    while offset and (data := stream.read(min(offset, 1 << 20))):
+        offset -= len(data)
+
+
+def _behind_line(stream: IO[bytes], offset: int, stop: float, end: bytes) -> tuple[bytes, int]:
     """Return what was read behind the line that byte ``offset`` is in, and where it begins, if that is before ``stop``."""
-    data = stream.read(CHUNK)
-    while len(lines := data.splitlines(keepends=True)) == 1 and offset < stop and (more := stream.read(CHUNK)):
-        # A carriage return may be half of a line's end.
-        offset += len(data) - 1
-        data = data[-1:] + more
-    behind = len(lines[0]) if lines else 0
-    return data[behind:], offset + behind
+    while offset < stop and (data := stream.read(CHUNK)):
+        behind = data.find(end) + 1
+        if behind:
+            return data[behind:], offset + behind
+        offset += len(data)
+    return b"", offset
 
 
-def _split(stream: IO[bytes], rest: bytes, offset: int) -> Iterator[tuple[list[bytes], int]]:
+def _split(stream: IO[bytes], rest: bytes, offset: int, end: bytes) -> Iterator[tuple[list[bytes], int]]:
     """Yield the lines of ``rest``, which begins at byte ``offset``, and of what follows in the stream."""
     # As much again as there is of a line, so that a very long one is not copied over and over.
     while data := stream.read(max(CHUNK, len(rest))):
         data = rest + data
-        # Where it finds the same lines, readlines is faster on long ones.
-        lines = data.splitlines(keepends=True) if b"\r" in data else BytesIO(data).readlines()
-        rest = b"" if lines[-1].endswith(b"\n") else lines.pop()
+        lines = _cut(data, end)
+        rest = b"" if lines[-1].endswith(end) else lines.pop()
         yield lines, offset
         offset += len(data) - len(rest)
     if rest:
-        yield rest.splitlines(keepends=True), offset
+        yield _cut(rest, end), offset
+
+
+def _cut(data: bytes, end: bytes) -> list[bytes]:
+    if end == b"\n":
+        return BytesIO(data).readlines()
+    lines = [line + end for line in data.split(end)]
+    last = lines.pop()[: -len(end)]
+    return [*lines, last] if last else lines
 
 
 class LineBefore(NamedTuple):
@@ -124,12 +204,23 @@ class LineBefore(NamedTuple):
 
     path: str
     byte: int
+    end: bytes = b"\n"
 
     def __str__(self) -> str:
         number = 0
-        for lines, begin in read_lines(self.path, 0, self.byte):
+        for lines, begin in read_lines(self.path, 0, self.byte, end=self.end):
             if begin >= self.byte:
                 break
             begins = list(itertools.accumulate(map(len, lines[:-1]), initial=begin))
             number += bisect.bisect_left(begins, self.byte) if lines else 0
         return f"{self.path}, line {number}"
+
+
+class AtLine(NamedTuple):
+    """What is wrong with the line that ends before a byte of a file; the message of an error that may never be shown."""
+
+    where: Any
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.problem}"

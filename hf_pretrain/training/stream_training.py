@@ -94,7 +94,10 @@ class StreamTrainingMixin(_Base):
         if not isinstance(self.train_dataset, StreamingBlocks):
             return epochs, steps
         *_, checkpoint, _ = args
-        self._stream.progress = None if checkpoint is None else _read_progress(checkpoint, self.train_dataset)
+        shows = self.args.process_index == 0
+        self._stream.progress = (
+            None if checkpoint is None else _read_progress(checkpoint, self.train_dataset, shows=shows)
+        )
         # The stream goes on by itself: there is nothing for the Trainer to skip.
         return epochs, 0
 
@@ -118,12 +121,13 @@ class StreamTrainingMixin(_Base):
             stops={**(dealt.stops or {}), **stops},
         )
         if self.args.should_save:
-            state = {"stream": self.train_dataset.identity(), "progress": progress.to_json()}
+            stream = self.train_dataset
+            state = {"stream": stream.identity(), "cuts": stream.cuts(), "progress": progress.to_json()}
             (folder / STREAM_STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-def _read_progress(checkpoint: str, stream: StreamingBlocks) -> StreamProgress:
-    """Return where a checkpoint left a stream.
+def _read_progress(checkpoint: str, stream: StreamingBlocks, *, shows: bool = True) -> StreamProgress:
+    """Return where a checkpoint left a stream, and say which files have been changed since.
 
     Raises:
         InputError: If it was trained on none, or on another one.
@@ -136,5 +140,12 @@ def _read_progress(checkpoint: str, stream: StreamingBlocks) -> StreamProgress:
         raise InputError(
             f"resume_from_checkpoint={checkpoint!r} was trained on another text, or with other options of its stream: "
             "give the files and options that it was made with"
+        )
+    changed = stream.cut_like(state.get("cuts"))
+    if changed and shows:
+        print(
+            f"changed since {checkpoint} was made: {', '.join(changed)}; the run goes on at the same places, where a document "
+            "may be cut, read twice or left out once",
+            flush=True,
         )
     return StreamProgress.from_json(state["progress"])

@@ -8,6 +8,7 @@ import itertools
 import json
 import lzma
 import os
+import re
 import tracemalloc
 
 import pyarrow as pa
@@ -95,18 +96,21 @@ def test_every_cut_however_much_is_read_at_a_time(tmp_path, small_chunks, name, 
 
 
 @pytest.mark.parametrize("separator", SEPARATORS)
-@pytest.mark.parametrize("name", TEXTS)
-def test_documents_are_those_of_python_s_text_files(tmp_path, name, separator):
-    """The lines of a file are those that ``open`` finds: an independent reader of the same text."""
-    path = write(tmp_path / "a.txt", TEXTS[name])
-    with path.open(encoding="utf-8-sig") as text:
-        lines = list(text)
+@pytest.mark.parametrize("name", [*TEXTS, "old_mac"])
+def test_documents_are_those_of_the_decoded_text(tmp_path, name, separator):
+    """An independent reader of the same text: line feeds end lines, carriage returns only where there are none."""
+    text = {**TEXTS, "old_mac": "one\rone\r\rtwo\r\ufeff\rthree\r"}[name]
+    path = write(tmp_path / "a.txt", text)
+    end = "\n" if "\n" in text else "\r"
+    lines = [re.sub("^\ufeff+", "", line) for line in re.findall(f"[^{end}]*{end}|[^{end}]+", text)]
     if separator == "blank_line":
-        paragraphs = ["".join(group) for blank, group in itertools.groupby(lines, str.isspace) if not blank]
+        groups = itertools.groupby(lines, lambda line: not line.strip())
+        paragraphs = ["".join(group) for blank, group in groups if not blank]
     else:
         paragraphs = lines if separator == "line" else ["".join(lines)]
-    expected = [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+    expected = [re.sub("\r\n?", "\n", paragraph).strip() for paragraph in paragraphs if paragraph.strip()]
     assert list(read_documents(path, document_separator=separator)) == expected
+    check_every_cut(path, separator)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "ndjson", "json"])

@@ -54,7 +54,7 @@ def refused(*args, **options):
     ("separator", "expected"),
     [
         ("blank_line", DOCUMENTS),
-        ("line", ["First line", "second é", "third \U0001f600", "fourth"]),
+        ("line", ["First line", "second é", "third \U0001f600\nfourth"]),
         ("file", ["First line\nsecond é\n \t\n\n  third \U0001f600\nfourth"]),
     ],
 )
