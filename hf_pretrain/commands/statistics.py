@@ -25,6 +25,7 @@ from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts
 from hf_pretrain.data.statistics import corpus_statistics
 from hf_pretrain.data.text_files import read_documents
 from hf_pretrain.errors import InputError
+from hf_pretrain.hub.files import write_text
 from hf_pretrain.tables import print_table
 from hf_pretrain.training.parsing import parse_arguments
 
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     _print(statistics)
     if args.output_file is not None:
         text = json.dumps(statistics, indent=2, ensure_ascii=False)
-        Path(args.output_file).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(args.output_file), text + "\n")
 
 
 def _tokenizer(args: StatisticsArguments, reading: dict[str, Any]) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ A card holds numbers that were measured and nothing else: what is not known is l
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -13,13 +14,14 @@ from typing import Any
 
 from transformers.utils import logging
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.hub import card_text, plots
 from hf_pretrain.hub.compute import compute_rows
 from hf_pretrain.hub.evaluation import Evaluation, evaluation_table
 from hf_pretrain.hub.facts import PretrainingCard
-from hf_pretrain.hub.files import write_text
+from hf_pretrain.hub.files import write_bytes, write_text
 from hf_pretrain.hub.metadata import card_metadata, hub_id
-from hf_pretrain.hub.readme import Written, describe_written, merge
+from hf_pretrain.hub.readme import Written, describe_written, merge, was_cut_off
 from hf_pretrain.hub.record import read_record, read_written, write_record
 
 logger = logging.get_logger(__name__)
@@ -139,21 +141,49 @@ def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), *
 
 
 def _with_edits(path: Path, text: str, written: Written | None) -> str:
-    old = path.read_text(encoding="utf-8-sig", errors="replace")
+    """Return a card with what the user changed in the one that is there, which is kept if words of it would be lost."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        old, reason = content.decode(encoding), ""
+    except UnicodeDecodeError:
+        # Any byte has a meaning there, so nothing is lost.
+        old, reason = content.decode("latin-1"), "it is not UTF-8, and was read as Latin-1"
+    old = re.sub(r"\r\n?", "\n", old)
     if written is None:
         reason = "it was not written here"
     else:
+        is_cut_off = was_cut_off(old, written, made=_made_before(path.parent))
         try:
-            text, replaced = merge(old, text, written)
+            text, replaced = merge(old, text, written, is_cut_off=is_cut_off)
         except ValueError as error:
             reason = str(error)
         else:
-            if not replaced:
+            if is_cut_off and replaced:
+                reason = "it was cut off, and what it lacked is made again"
+            elif replaced:
+                reason = f"the run has changed what you did: {', '.join(replaced)}"
+            if not reason:
                 return text
-            reason = f"the run has changed what you did: {', '.join(replaced)}"
-    write_text(path.with_name(_SET_ASIDE), old)
-    logger.warning(f"{path} is replaced, and kept as {_SET_ASIDE}: {reason}")
+    logger.warning(f"{path} is replaced, and kept as {_set_aside(path, content)}: {reason}")
     return text
+
+
+def _made_before(folder: Path) -> str | None:
+    try:
+        return render_card(read_record(folder))
+    except InputError:
+        return None
+
+
+def _set_aside(path: Path, content: bytes) -> str:
+    """Keep the bytes of a card under a name that no other one has; return the name."""
+    number, name = 1, _SET_ASIDE
+    while (kept := path.with_name(name)).exists() and kept.read_bytes() != content:
+        number += 1
+        name = _SET_ASIDE.replace(".before", f".before.{number}")
+    write_bytes(path.with_name(name), content)
+    return name
 
 
 def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any]:

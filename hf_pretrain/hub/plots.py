@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.hub.card_text import plain
-from hf_pretrain.hub.files import make_room
+from hf_pretrain.hub.files import write_bytes
 from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, is_quality, label, split_by_held_out_set
 
 if TYPE_CHECKING:
@@ -152,9 +152,9 @@ def _draw(figure: TrainingFigure, path: Path) -> Path:
         panel.remove()
     pixels = io.BytesIO()
     picture.savefig(pixels, format="png")
-    make_room(path)
-    Image.open(pixels).convert("RGB").quantize(_PALETTE).save(path, optimize=True)  # a third of the size
-    return path
+    small = io.BytesIO()
+    Image.open(pixels).convert("RGB").quantize(_PALETTE).save(small, format="png", optimize=True)  # a third of the size
+    return write_bytes(path, small.getvalue())
 
 
 def _draw_curve(panel: Axes, curve: Curve) -> None:
