@@ -21,8 +21,9 @@ from hf_pretrain.hub.evaluation import Evaluation, evaluation_table
 from hf_pretrain.hub.facts import PretrainingCard
 from hf_pretrain.hub.files import write_bytes, write_text
 from hf_pretrain.hub.metadata import card_metadata, hub_id
+from hf_pretrain.hub.metric_names import label
 from hf_pretrain.hub.readme import Written, describe_written, merge, was_cut_off
-from hf_pretrain.hub.record import read_record, read_written, write_record
+from hf_pretrain.hub.record import check_weights, read_record, read_written, write_record
 
 logger = logging.get_logger(__name__)
 
@@ -46,14 +47,21 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
     from jinja2 import Environment, StrictUndefined
 
     source = files("hf_pretrain.model_cards").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    # Markdown, not HTML: what users name is escaped for it in `card_text`, and code blocks must stay as they are.
+    template = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    ).from_string(source)
     text = template.render(
         card=card,
+        title=card_text.escaped(card.model_name),
+        evaluation_name=card_text.escaped(card.evaluation_name),
         metadata=card_metadata(card).to_yaml(),
         origin=card.origin or card_text.origin(card.base_model, hub_id=hub_id(card.base_model)),
-        snippets=card_text.loading_snippets(
-            card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
+        fresh=f"; {card_text.cell(card.fresh_parameters)} began anew" if card.fresh_parameters else "",
+        root=card_text.root_sentence(
+            model_class=card.model_class, has_own_code=card.has_own_code, adapter=card_text.cell(card.adapter)
         ),
+        snippets=_loading_snippets(card),
         fine_tuning=card_text.fine_tuning_snippet(
             card.repo,
             auto_class=card.fine_tuning_class,
@@ -69,6 +77,7 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
             card.metrics_after,
             after_title=card_text.after_title(card.metrics_after, card.compute.steps),
         ),
+        chosen_by=label(card.chosen_by) if card.chosen_by else "",
         tasks=evaluation_table(tuple(card.evaluations)),
         compute=compute_rows(card.compute),
         figures=plots.training_figures(card.log_history),
@@ -76,6 +85,14 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         versions=card_text.rows(card.versions, as_is=True),
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _loading_snippets(card: PretrainingCard) -> list[str]:
+    if card.adapter:
+        return [card_text.adapter_snippet(card.repo, model_class=card.model_class, base_model=hub_id(card.base_model))]
+    return card_text.loading_snippets(
+        card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
+    )
 
 
 def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
@@ -96,7 +113,7 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
     written = describe_written(text)
     if path.is_file():
         text = _with_edits(path, text, read_written(output_dir))
-    plots.plot_training(card.log_history, output_dir)
+    plots.plot_training(card.log_history, output_dir, exported_step=card.weights_step)
     write_text(path, text)
     write_record(card, output_dir, written=written)
     return path
@@ -132,9 +149,10 @@ def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), *
         The path of README.md.
 
     Raises:
-        InputError: If the folder has no record of its run, or a damaged one.
+        InputError: If the folder has no record of its run, or a damaged one, or weights that the record does not tell of.
     """
     card = read_record(folder)
+    check_weights(folder)
     known = {(evaluation.task, evaluation.split): evaluation for evaluation in card.evaluations}
     known |= {(evaluation.task, evaluation.split): evaluation for evaluation in evaluations}
     return write_card(dataclasses.replace(card, evaluations=tuple(known.values()), **changes), folder)
