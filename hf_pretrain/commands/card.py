@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_pretrain.cli import run_program
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.hub.card import update_card
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.metadata import hub_id
@@ -70,7 +70,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.hub_model_id is not None:
         changes |= {"repo": args.hub_model_id, "model_name": args.hub_model_id.rpartition("/")[2]}
     changes = {name: value for name, value in changes.items() if value is not None}
-    path = update_card(args.model_folder, evaluations=evaluations, **changes)
+    try:
+        path = update_card(args.model_folder, evaluations=evaluations, **changes)
+    except OSError as error:
+        where = error.filename or args.model_folder
+        raise RunError(
+            f"{where} cannot be written ({error.strerror or error}): what was there is as it was"
+        ) from error
     print(f"model card  {path}")
 
 
@@ -84,7 +90,7 @@ def read_evaluations(path: str | Path) -> list[Evaluation]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"evaluation={str(path)!r} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"evaluation={str(path)!r} is no JSON: {error}") from error
     entries = content if isinstance(content, list) else [content]
     return [Evaluation.from_mapping(entry, source=str(path)) for entry in entries]

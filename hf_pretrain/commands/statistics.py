@@ -25,7 +25,8 @@ from hf_pretrain.data.numbered_documents import numbered_documents
 from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
 from hf_pretrain.data.statistics import corpus_statistics
 from hf_pretrain.data.text_files import read_documents, resolve_paths
-from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.files import write_text
 from hf_pretrain.tables import print_table
 from hf_pretrain.training.parsing import parse_arguments
 
@@ -116,18 +117,8 @@ def main(argv: list[str] | None = None) -> None:
     statistics = {"tokenizer": model, "vocab_size": len(tokenizer), "block_size": args.block_size} | statistics
     _print(statistics)
     if args.output_file is not None:
-        _write(Path(args.output_file), json.dumps(statistics, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8", errors="replace")
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise RunError(f"output_file={str(path)!r} cannot be written: {error.strerror or error}") from error
+        text = json.dumps(statistics, indent=2, ensure_ascii=False)
+        write_text(Path(args.output_file), text + "\n")
 
 
 def _tokenizer(args: StatisticsArguments, reading: dict[str, Any]) -> PreTrainedTokenizerBase:

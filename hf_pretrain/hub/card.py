@@ -5,6 +5,7 @@ A card holds numbers that were measured and nothing else: what is not known is l
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,16 @@ from typing import Any
 
 from transformers.utils import logging
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.hub import card_text, plots
 from hf_pretrain.hub.compute import compute_rows
 from hf_pretrain.hub.evaluation import Evaluation, evaluation_table
 from hf_pretrain.hub.facts import PretrainingCard
-from hf_pretrain.hub.files import write_text
+from hf_pretrain.hub.files import write_bytes, write_text
 from hf_pretrain.hub.metadata import card_metadata, hub_id
-from hf_pretrain.hub.readme import Written, describe_written, merge
-from hf_pretrain.hub.record import read_record, read_written, write_record
+from hf_pretrain.hub.metric_names import label
+from hf_pretrain.hub.readme import Written, describe_written, merge, was_cut_off
+from hf_pretrain.hub.record import check_weights, read_record, read_written, write_record
 
 logger = logging.get_logger(__name__)
 
@@ -44,14 +47,21 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
     from jinja2 import Environment, StrictUndefined
 
     source = files("hf_pretrain.model_cards").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    template = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(source)
+    # Markdown, not HTML: what users name is escaped for it in `card_text`, and code blocks must stay as they are.
+    template = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+    ).from_string(source)
     text = template.render(
         card=card,
+        title=card_text.escaped(card.model_name),
+        evaluation_name=card_text.escaped(card.evaluation_name),
         metadata=card_metadata(card).to_yaml(),
         origin=card.origin or card_text.origin(card.base_model, hub_id=hub_id(card.base_model)),
-        snippets=card_text.loading_snippets(
-            card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
+        fresh=f"; {card_text.cell(card.fresh_parameters)} began anew" if card.fresh_parameters else "",
+        root=card_text.root_sentence(
+            model_class=card.model_class, has_own_code=card.has_own_code, adapter=card_text.cell(card.adapter)
         ),
+        snippets=_loading_snippets(card),
         fine_tuning=card_text.fine_tuning_snippet(
             card.repo,
             auto_class=card.fine_tuning_class,
@@ -67,6 +77,7 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
             card.metrics_after,
             after_title=card_text.after_title(card.metrics_after, card.compute.steps),
         ),
+        chosen_by=label(card.chosen_by) if card.chosen_by else "",
         tasks=evaluation_table(tuple(card.evaluations)),
         compute=compute_rows(card.compute),
         figures=plots.training_figures(card.log_history),
@@ -74,6 +85,14 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         versions=card_text.rows(card.versions, as_is=True),
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+
+
+def _loading_snippets(card: PretrainingCard) -> list[str]:
+    if card.adapter:
+        return [card_text.adapter_snippet(card.repo, model_class=card.model_class, base_model=hub_id(card.base_model))]
+    return card_text.loading_snippets(
+        card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
+    )
 
 
 def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
@@ -94,7 +113,7 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
     written = describe_written(text)
     if path.is_file():
         text = _with_edits(path, text, read_written(output_dir))
-    plots.plot_training(card.log_history, output_dir)
+    plots.plot_training(card.log_history, output_dir, exported_step=card.weights_step)
     write_text(path, text)
     write_record(card, output_dir, written=written)
     return path
@@ -130,30 +149,59 @@ def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), *
         The path of README.md.
 
     Raises:
-        InputError: If the folder has no record of its run, or a damaged one.
+        InputError: If the folder has no record of its run, or a damaged one, or weights that the record does not tell of.
     """
     card = read_record(folder)
+    check_weights(folder)
     known = {(evaluation.task, evaluation.split): evaluation for evaluation in card.evaluations}
     known |= {(evaluation.task, evaluation.split): evaluation for evaluation in evaluations}
     return write_card(dataclasses.replace(card, evaluations=tuple(known.values()), **changes), folder)
 
 
 def _with_edits(path: Path, text: str, written: Written | None) -> str:
-    old = path.read_text(encoding="utf-8-sig", errors="replace")
+    """Return a card with what the user changed in the one that is there, which is kept if words of it would be lost."""
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        old, reason = content.decode(encoding), ""
+    except UnicodeDecodeError:
+        # Any byte has a meaning there, so nothing is lost.
+        old, reason = content.decode("latin-1"), "it is not UTF-8, and was read as Latin-1"
+    old = re.sub(r"\r\n?", "\n", old)
     if written is None:
         reason = "it was not written here"
     else:
+        is_cut_off = was_cut_off(old, written, made=_made_before(path.parent))
         try:
-            text, replaced = merge(old, text, written)
+            text, replaced = merge(old, text, written, is_cut_off=is_cut_off)
         except ValueError as error:
             reason = str(error)
         else:
-            if not replaced:
+            if is_cut_off and replaced:
+                reason = "it was cut off, and what it lacked is made again"
+            elif replaced:
+                reason = f"the run has changed what you did: {', '.join(replaced)}"
+            if not reason:
                 return text
-            reason = f"the run has changed what you did: {', '.join(replaced)}"
-    write_text(path.with_name(_SET_ASIDE), old)
-    logger.warning(f"{path} is replaced, and kept as {_SET_ASIDE}: {reason}")
+    logger.warning(f"{path} is replaced, and kept as {_set_aside(path, content)}: {reason}")
     return text
+
+
+def _made_before(folder: Path) -> str | None:
+    try:
+        return render_card(read_record(folder))
+    except InputError:
+        return None
+
+
+def _set_aside(path: Path, content: bytes) -> str:
+    """Keep the bytes of a card under a name that no other one has; return the name."""
+    number, name = 1, _SET_ASIDE
+    while (kept := path.with_name(name)).exists() and kept.read_bytes() != content:
+        number += 1
+        name = _SET_ASIDE.replace(".before", f".before.{number}")
+    write_bytes(path.with_name(name), content)
+    return name
 
 
 def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any]:

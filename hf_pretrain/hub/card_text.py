@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 
-from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, label, split_by_held_out_set
+from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, label, split_by_held_out_set, with_perplexity
 
 _MOST_ITEMS = 8  # of a list in a table cell
 
@@ -72,7 +72,36 @@ def cell(value: Any) -> str:
     if isinstance(value, list):
         shown = [text for text in map(cell, value[:_MOST_ITEMS]) if text]
         return ", ".join(shown) + (f" and {len(value) - _MOST_ITEMS} more" if len(value) > _MOST_ITEMS else "")
-    return re.sub(r"\s+", " ", str(value)).strip().replace("|", r"\|")
+    return escaped(str(value))
+
+
+# What Markdown or HTML would take for a mark in the middle of a line.
+_MARKS = re.compile(r"([\\`*_\[\]<>|~$&!])")
+
+
+def escaped(text: str) -> str:
+    """Return a text of the user as Markdown that shows it letter by letter, in one line of a table, a list or a sentence."""
+    line = re.sub(r"[\s\x00-\x1f\x7f\u2028\u2029]+", " ", text).strip()
+    line = _MARKS.sub(_as_shown, line)
+    # A line that begins like a heading, a list or a quote would be one where the text stands first.
+    return re.sub(r"^(\d*)([#+.)-])(?=\s)", r"\1\\\2", line)
+
+
+def _as_shown(mark: re.Match[str]) -> str:
+    character = mark[1]
+    # Letters on both sides leave an underscore alone, as in the names of files; GitHub's and the Hub's Markdown agree.
+    if character == "_" and _between_letters(mark):
+        return character
+    if character in "<>&":
+        return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[character]
+    if character == "!":
+        return "\\!" if mark.string[mark.end() : mark.end() + 1] == "[" else "!"
+    return f"\\{character}"
+
+
+def _between_letters(mark: re.Match[str]) -> bool:
+    before, after = mark.string[: mark.start()], mark.string[mark.end() :]
+    return bool(re.search(r"[^\W_]$", before) and re.match(r"[^\W_]", after))
 
 
 def origin(base_model: str | None, *, hub_id: str | None) -> str:
@@ -84,7 +113,7 @@ def origin(base_model: str | None, *, hub_id: str | None) -> str:
 
 def rows(table: Mapping[str, Any], *, as_is: bool = False) -> list[Row]:
     """Return (name, value) rows of what has a value; names are made readable unless they are to stay as they are."""
-    pairs = [(name if as_is else _readable(name), cell(value)) for name, value in table.items()]
+    pairs = [(cell(name if as_is else _readable(name)), cell(value)) for name, value in table.items()]
     return [(name, text) for name, text in pairs if text]
 
 
@@ -113,7 +142,7 @@ def metric_table(
     body = [
         (
             *((cell(name),) if has_sets else ()),
-            label(key),
+            cell(label(key)),
             *(number(side[name, key]) if (name, key) in side else "not measured" for side in sides.values()),
         )
         for name, key in keys
@@ -124,7 +153,7 @@ def metric_table(
 def _by_set(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     """Return the value of each metric of each held-out set, "" being the name of a single one."""
     sets = split_by_held_out_set(metrics)
-    return {(name, key): value for name, row in sets.items() for key, value in measured(row).items()}
+    return {(name, key): value for name, row in sets.items() for key, value in with_perplexity(measured(row)).items()}
 
 
 def after_title(metrics: Mapping[str, Any], steps: int | None) -> str:
@@ -138,7 +167,8 @@ def yaml_block(options: Mapping[str, Any]) -> str:
     import yaml
 
     chosen = {name: value for name, value in plain(options).items() if value is not None}
-    return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True).strip() if chosen else ""
+    # Unbroken lines: one that a long text is broken into might begin like the end of the block.
+    return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=10**6).strip() if chosen else ""
 
 
 def loading_snippets(repo: str, *, model_class: str, usage: str, has_own_code: bool = False) -> list[str]:
@@ -153,6 +183,35 @@ inputs = tokenizer("A sentence to encode.", return_tensors="pt")
 hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
     used = usage.replace("{repo}", repo).replace("{model_class}", model_class).strip()
     return [encoder, used or "\n".join(_load("model", repo, class_name=model_class))]
+
+
+def adapter_snippet(repo: str, *, model_class: str, base_model: str | None) -> str:
+    """Return code that opens the model below an adapter, and then the adapter; a base that is not on the Hub is not named."""
+    base = base_model or "the-model-that-was-trained-further"
+    return f"""\
+from transformers import AutoTokenizer, {model_class}
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = {model_class}.from_pretrained("{base}")
+model.load_adapter("{repo}")  # needs the package peft"""
+
+
+def root_sentence(*, model_class: str, has_own_code: bool, adapter: str) -> str:
+    """Return what lies at the root of the repository, and what is needed to open it."""
+    if adapter:
+        return (
+            f"The root of this repository is an adapter ({adapter}) for a `{model_class}`, and **not a whole model**: the model "
+            "below it and the package `peft` are needed to use it."
+        )
+    if has_own_code:
+        return (
+            f"The root of this repository is a 🤗 transformers checkpoint of class `{model_class}` with its code: "
+            "`trust_remote_code=True` opens it without any other library."
+        )
+    return (
+        f"The root of this repository is a stock 🤗 transformers checkpoint of class `{model_class}`: no other library is needed "
+        "to use it."
+    )
 
 
 def fine_tuning_snippet(repo: str, *, auto_class: str, model_class: str, has_own_code: bool = False) -> str:

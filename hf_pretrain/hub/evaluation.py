@@ -114,7 +114,7 @@ def evaluation_table(evaluations: tuple[Evaluation, ...]) -> list[card_text.Row]
             card_text.cell(evaluation.task),
             _data_cell(evaluation),
             card_text.cell(evaluation.method),
-            label(name),
+            card_text.cell(label(name)),
             card_text.number(value),
             *((_baseline_cell(evaluation, name),) if has_baseline else ()),
         )

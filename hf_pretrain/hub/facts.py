@@ -44,6 +44,8 @@ class PretrainingCard:
         model_class: transformers class that opens the root of the repository with its head: "ElectraForPreTraining".
         objective: What it was trained to do.
         has_own_code: Whether that class is no stock one and its code lies in the repository.
+        adapter: Kind of adapter, such as "LORA", where the root holds one alone, without the model below it; "" for a model.
+        fresh_parameters: What of the model did not come from `base_model` and began anew, in words: "the head cls".
         fine_tuning_class: Auto class that opens the root with a fresh head for a task, "" if there is none.
         repo: What the snippets load: the repository's id, or "." for the folder of the card.
         note: A paragraph to put before all others.
@@ -59,7 +61,9 @@ class PretrainingCard:
         log_history: `Trainer.state.log_history`.
         metrics_before: Held-out metrics before the first step, keyed as `Trainer.evaluate` returns them; of several
             held-out sets those of all.
-        metrics_after: The same after the last step.
+        metrics_after: The same of the weights that are exported.
+        weights_step: Step of these weights, where it is not the last one of the run.
+        chosen_by: Key of the metric that they were the best by: "mlm_accuracy".
         evaluation_name: What they were measured on.
         evaluations: What was measured on tasks.
         comparison: Header and rows of a table of the model beside the one that taught it.
@@ -74,6 +78,8 @@ class PretrainingCard:
     model_class: str
     objective: ObjectiveDescription
     has_own_code: bool = False
+    adapter: str = ""
+    fresh_parameters: str = ""
     fine_tuning_class: str = ""
     repo: str = "."
     note: str = ""
@@ -87,6 +93,8 @@ class PretrainingCard:
     log_history: Sequence[Mapping[str, Any]] = ()
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)
+    weights_step: int | None = None
+    chosen_by: str = ""
     evaluation_name: str = "held-out documents"
     evaluations: Sequence[Evaluation] = ()
     comparison: Sequence[Row] = ()

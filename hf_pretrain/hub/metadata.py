@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.hub import card_text
-from hf_pretrain.hub.metric_names import bare_name, label, split_by_held_out_set
+from hf_pretrain.hub.metric_names import bare_name, is_loss, label, split_by_held_out_set
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -20,6 +20,10 @@ _METRICS_OF_THE_HUB = {
     *("accuracy", "exact_match", "f1", "mae", "matthews_correlation", "mse", "pearsonr", "perplexity", "precision"),
     *("recall", "roc_auc", "spearmanr"),
 }
+
+# Of what was measured on held-out text, the best known first.
+_SCORES = ("perplexity", "accuracy", "f1", "auc", "correlation", "exact_match", "energy")
+_MOST_LOSSES, _MOST_SCORES = 3, 2
 
 
 def card_metadata(card: PretrainingCard) -> ModelCardData:
@@ -33,7 +37,7 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     return ModelCardData(
         language=language or None,
         license=card.license or None,
-        library_name="transformers",
+        library_name="peft" if card.adapter else "transformers",
         pipeline_tag=card.objective.pipeline_tag,
         tags=["hf_pretrain", card.objective.name, "generated_from_trainer"],
         base_model=hub_id(card.base_model),
@@ -68,12 +72,29 @@ def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult
             dataset_name=f"{card.evaluation_name}: {name}" if name else card.evaluation_name,
             metric_type=bare_name(key),
             metric_name=label(key),
-            metric_value=value,
+            metric_value=rounded(value),
         )
         for name, metrics in split_by_held_out_set(card.metrics_after).items()
-        for key, value in card_text.measured(metrics).items()
-        if math.isfinite(value)
+        for key, value in _chosen(card_text.measured(metrics)).items()
     ]
+
+
+def rounded(value: float) -> float:
+    """Return a number with four significant digits: more are noise to a reader of the Hub."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the few metrics that tell the model's quality: losses that have a meaning of their own, and scores.
+
+    The total loss depends on the weights of a method, and rates and gains on its options; they stay in the card's table.
+    """
+    finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+    components = [key for key in finite if is_loss(key) and bare_name(key) != "loss"]
+    losses = components or [key for key in finite if is_loss(key)]
+    scores = [key for order in _SCORES for key in finite if bare_name(key).endswith(order)]
+    kept = {*losses[:_MOST_LOSSES], *scores[:_MOST_SCORES]}
+    return {key: value for key, value in finite.items() if key in kept}
 
 
 def _task_results(card: PretrainingCard) -> Sequence[EvalResult]:

@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.hub.card_text import plain
-from hf_pretrain.hub.files import make_room
-from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, is_quality, label, split_by_held_out_set
+from hf_pretrain.hub.files import write_bytes
+from hf_pretrain.hub.metric_names import (
+    is_bookkeeping,
+    is_foreign,
+    is_loss,
+    is_quality,
+    label,
+    split_by_held_out_set,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,11 +28,14 @@ PLOTS_FOLDER = "plots"
 
 _TRAIN_COLOUR = "#8fb8de"
 _HELD_OUT_COLOURS = ("#12355b", "#c4622d", "#3f7d4e", "#7b4b94", "#8a6d1c")
+_EXPORTED_COLOUR = "#555555"
 _MOST_COLUMNS = 3
 _PANEL_SIZE = (3.9, 2.9)  # inches
 _DOTS_PER_INCH = 110
 _PALETTE = 64  # colours of a PNG
 _FEW_POINTS = 12  # a series this short shows its points as marks
+# In training the total is a mean over steps, a component one over targets; so a lone component is only nearly the total.
+_ALIKE = 0.05
 
 Series = dict[int, float]
 
@@ -85,7 +95,11 @@ def training_figures(log_history: Sequence[Mapping[str, Any]]) -> list[TrainingF
 
 
 def plot_training(
-    log_history: Sequence[Mapping[str, Any]], output_dir: Path | str, *, folder: str = PLOTS_FOLDER
+    log_history: Sequence[Mapping[str, Any]],
+    output_dir: Path | str,
+    *,
+    folder: str = PLOTS_FOLDER,
+    exported_step: int | None = None,
 ) -> list[Path]:
     """Draw the training curves of a run.
 
@@ -93,17 +107,21 @@ def plot_training(
         log_history: Rows as in `Trainer.state.log_history`; see [`training_figures`].
         output_dir: Folder of the card.
         folder: Folder of the pictures in it.
+        exported_step: Step of the weights that are exported, to be marked where it is not the last one.
 
     Returns:
         The PNG files written, of well under 100 kB each; none if the log has nothing to show.
     """
-    return [_draw(figure, Path(output_dir, folder, figure.file)) for figure in training_figures(log_history)]
+    figures = training_figures(log_history)
+    return [_draw(figure, Path(output_dir, folder, figure.file), exported_step=exported_step) for figure in figures]
 
 
 def _curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """Sort the log by quantity, the total loss first; the summary row that ends a training has "train_" keys."""
     curves: dict[str, Curve] = {"loss": Curve("loss", {}, {})}
     for row in log_history:
+        if is_foreign(row):
+            continue
         for held_out_set, values in split_by_held_out_set(row).items():
             for key, value in values.items():
                 value = plain(value)
@@ -126,7 +144,8 @@ def _same(one: Curve, other: Curve) -> bool:
         return False
     pairs = [(one.train, other.train), *((one.held_out[name], other.held_out[name]) for name in one.held_out)]
     return all(
-        first.keys() == second.keys() and all(math.isclose(first[step], second[step], rel_tol=1e-4) for step in first)
+        first.keys() == second.keys()
+        and all(math.isclose(first[step], second[step], rel_tol=_ALIKE) for step in first)
         for first, second in pairs
     )
 
@@ -135,7 +154,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _draw(figure: TrainingFigure, path: Path) -> Path:
+def _draw(figure: TrainingFigure, path: Path, *, exported_step: int | None) -> Path:
     from matplotlib.figure import Figure  # the object interface: no global state, no display, always Agg
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from PIL import Image
@@ -147,17 +166,19 @@ def _draw(figure: TrainingFigure, path: Path) -> Path:
     picture = Figure(figsize=size, dpi=_DOTS_PER_INCH, layout=layout, facecolor="white")
     panels = list(picture.subplots(rows, columns, squeeze=False).flat)
     for panel, curve in zip(panels, figure.curves, strict=False):
-        _draw_curve(panel, curve)
+        _draw_curve(panel, curve, exported_step=exported_step)
     for panel in panels[len(figure.curves) :]:
         panel.remove()
     pixels = io.BytesIO()
     picture.savefig(pixels, format="png")
-    make_room(path)
-    Image.open(pixels).convert("RGB").quantize(_PALETTE).save(path, optimize=True)  # a third of the size
-    return path
+    small = io.BytesIO()
+    Image.open(pixels).convert("RGB").quantize(_PALETTE).save(
+        small, format="png", optimize=True
+    )  # a third of the size
+    return write_bytes(path, small.getvalue())
 
 
-def _draw_curve(panel: Axes, curve: Curve) -> None:
+def _draw_curve(panel: Axes, curve: Curve, *, exported_step: int | None) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     lines = [(curve.train, "training", _TRAIN_COLOUR, 1.4)] if curve.train else []
@@ -167,6 +188,8 @@ def _draw_curve(panel: Axes, curve: Curve) -> None:
         marker = "o" if len(values) <= _FEW_POINTS or name != "training" else None
         steps, heights = list(values), list(values.values())
         panel.plot(steps, heights, label=name, color=colour, linewidth=width, marker=marker, markersize=3.5)
+    if exported_step is not None:
+        panel.axvline(exported_step, label="exported", color=_EXPORTED_COLOUR, linestyle="--", linewidth=1.0)
     panel.set_title(label(curve.name), fontsize=11)
     panel.set_xlabel("optimizer step", fontsize=9)
     panel.set_ylabel(_axis_title(curve.name), fontsize=9)
@@ -175,7 +198,7 @@ def _draw_curve(panel: Axes, curve: Curve) -> None:
     panel.tick_params(labelsize=8)
     panel.grid(True, color="#e6e6e6", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
-    if len(lines) > 1:
+    if len(lines) > 1 or exported_step is not None:
         panel.legend(fontsize=8, frameon=False)
 
 

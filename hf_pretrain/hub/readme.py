@@ -1,7 +1,8 @@
 """Cards that people have edited: what they changed in a README.md stays when the card is made again.
 
 A card is taken apart into the entries of its front matter and its sections, and each is compared with what was written last: what
-the user changed or added stays, unless the run changed the same thing since; what the user removed stays away.
+the user changed or added stays, unless the run changed the same thing since; what the user removed stays away. A card that was
+cut off, by a full disk or a kill, has nothing removed: what it lacks is made again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 _TITLE = "#"
 _TOP = ""
+_FRONT_MATTER = r"---\n(.*?)^---[ \t]*\n(.*)\Z"
+_DOT_AND_LINES = re.DOTALL | re.MULTILINE
 
 
 class Written(NamedTuple):
@@ -45,29 +48,78 @@ def describe_written(text: str) -> Written:
     return Written(metadata, {heading: _fingerprint(section) for heading, section in sections.items()})
 
 
-def merge(old: str, new: str, written: Written) -> Merged:
+def merge(old: str, new: str, written: Written, *, is_cut_off: bool = False) -> Merged:
     """Return a card made anew, with what the user changed in the old one.
 
     Args:
         old: The README.md that is there.
         new: The card as it is made from the facts.
         written: What was written last.
+        is_cut_off: Whether the old one lacks its end, see [`was_cut_off`]; its last section is then replaced, and so is what
+            should stand behind it.
 
     Raises:
         ValueError: If the old front matter cannot be read.
     """
+    if is_cut_off and _front_matter_is_open(old):
+        return Merged(new, ["all of it"] if old.strip() else [])
     old_metadata, old_sections = _take_apart(old)
     new_metadata, new_sections = _take_apart(new)
+    if is_cut_off:
+        missing, last = _missing_at_the_end(old_sections, written), list(old_sections)[-1]
+        lost = {*missing, last}
+        if last not in written.sections and any(heading.startswith(last) for heading in missing):
+            del old_sections[last]  # half of a heading
+        kept = {heading: mark for heading, mark in written.sections.items() if heading not in lost}
+        written = Written(written.metadata, kept)
     metadata, replaced = _merge_metadata(old_metadata, new_metadata, written.metadata)
     sections, replaced_sections = _merge_sections(old_sections, new_sections, written.sections)
     return Merged(_put_together(metadata, sections), replaced + replaced_sections)
+
+
+def was_cut_off(old: str, written: Written, *, made: str | None) -> bool:
+    """Return whether a card ends before its end, which is no wish of the user.
+
+    Args:
+        old: The README.md that is there.
+        written: What was written last.
+        made: The text that was made last, without what the user changed, if it is known.
+
+    Returns:
+        True if nothing but white space or an open front matter is left; or if all sections from some place on are missing and the
+        last one that is there breaks off: in a line, in code, or before the end of what was made; or if the last of all does.
+    """
+    if not old.strip() or (written.metadata and _front_matter_is_open(old)):
+        return True
+    try:
+        _, sections = _take_apart(old)
+        _, made_sections = _take_apart(made or "")
+    except ValueError:
+        return False
+    heading, last = list(sections.items())[-1]
+    whole, rest = made_sections.get(heading, "").strip(), last.strip()
+    is_part, in_a_line = rest != whole and whole.startswith(rest), not old.endswith("\n")
+    if not _missing_at_the_end(sections, written):
+        return is_part and in_a_line
+    return is_part or in_a_line or last.count("\n```") % 2 == 1
+
+
+def _front_matter_is_open(text: str) -> bool:
+    return not text.strip() or (text.startswith("---") and not re.match(_FRONT_MATTER, text, flags=_DOT_AND_LINES))
+
+
+def _missing_at_the_end(sections: Mapping[str, str], written: Written) -> list[str]:
+    """Return the sections that were written behind the last one that is still there."""
+    order = list(written.sections)
+    last = max((order.index(heading) for heading in sections if heading in written.sections), default=-1)
+    return order[last + 1 :]
 
 
 def _take_apart(text: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the front matter and the sections by heading, those of each level alike; text before a heading is the top."""
     import yaml
 
-    found = re.match(r"---\n(.*?)^---[ \t]*\n(.*)\Z", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.match(_FRONT_MATTER, text, flags=_DOT_AND_LINES)
     front, body = found.groups() if found else ("", text)
     try:
         metadata = yaml.safe_load(front) or {}

@@ -17,12 +17,12 @@ from hf_pretrain.hub.compute import Compute
 from hf_pretrain.hub.environment import Energy
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.facts import ObjectiveDescription, PretrainingCard
-from hf_pretrain.hub.files import write_text
+from hf_pretrain.hub.files import weights_digest, write_text
 from hf_pretrain.hub.metadata import hub_id
 from hf_pretrain.hub.readme import Written
 
 RECORD = "pretraining/run.json"
-_FORMAT = 1
+_FORMAT = 2
 # JSON has no such numbers, but the log of a run may.
 _NOT_FINITE = "not a finite number"
 
@@ -44,7 +44,9 @@ def write_record(card: PretrainingCard, folder: Path | str, *, written: Written)
     # What is no id on the Hub would look like one without its folders.
     datasets = tuple(filter(hub_id, card.datasets))
     facts = dataclasses.replace(card, base_model=base_model, datasets=datasets)
-    content = {"format": _FORMAT, "card": _encode(facts), "readme": written._asdict()}
+    # Of a copy without its weights, those that it was made with.
+    weights = weights_digest(folder) or read_weights(folder)
+    content = {"format": _FORMAT, "weights": weights, "card": _encode(facts), "readme": written._asdict()}
     return write_text(Path(folder, RECORD), json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -61,6 +63,29 @@ def read_record(folder: Path | str) -> PretrainingCard:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is damaged ({error!r}): copy it again from where the model comes from") from error
+
+
+def read_weights(folder: Path | str) -> str | None:
+    """Return the digest of the weights that the record of a folder tells of; None if that is not known."""
+    try:
+        weights = _content(Path(folder, RECORD)).get("weights")
+    except InputError:
+        return None
+    return weights if isinstance(weights, str) else None
+
+
+def check_weights(folder: Path | str) -> None:
+    """Refuse a folder whose weights are others than those that its record tells of.
+
+    Raises:
+        InputError: If they are.
+    """
+    known, found = read_weights(folder), weights_digest(folder)
+    if None not in (known, found) and known != found:
+        raise InputError(
+            f"the weights in {folder} are not those that {RECORD} tells of, so its numbers are not theirs: put the weights back, "
+            "or remove the record and write a card of your own"
+        )
 
 
 def read_written(folder: Path | str) -> Written | None:

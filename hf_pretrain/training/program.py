@@ -128,9 +128,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...]) -> None:
     if not trainer.num_steps_trained and trainer.is_world_process_zero():
         print(f"all {trainer.state.max_steps} steps are done already: exporting what they trained", flush=True)
     trainer.check_finite()
-    evaluations = [row["step"] for row in trainer.state.log_history if any(name.startswith("eval_") for name in row)]
-    if trainer.eval_dataset is not None and max(evaluations, default=-1) < trainer.state.global_step:
-        trainer.evaluate()
+    trainer.evaluate_export()
     trainer.save_state()
     if args.should_save:
         write_recipe(trainer.recipe, Path(args.output_dir) / RECIPE, program=f"hf-pretrain {trainer.objective.name}")

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.hub.files import write_text
 
 
 def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
@@ -94,4 +95,4 @@ def write_recipe(options: Mapping[str, Any], path: str | Path, *, program: str) 
         program: The program that the recipe is for, such as "hf-pretrain rtd".
     """
     text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(f"# {program}\n{text}", encoding="utf-8")
+    write_text(Path(path), f"# {program}\n{text}")

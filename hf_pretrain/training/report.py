@@ -5,50 +5,89 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from huggingface_hub import constants
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_pretrain.hub.metric_names import is_bookkeeping
+from hf_pretrain.hub.card_text import measured
+from hf_pretrain.hub.metric_names import (
+    bare_name,
+    evaluated_steps,
+    evaluation_at,
+    split_by_held_out_set,
+    with_perplexity,
+)
 from hf_pretrain.tables import print_table as print_table
+from hf_pretrain.training.card import adapter_names
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 
 def print_report(trainer: PretrainingTrainer) -> None:
-    """Open the export as a stranger would and print the held-out numbers before and after training."""
+    """Open the export as anybody would, print the held-out numbers before and after training, and where everything is."""
     output_dir = Path(trainer.args.output_dir)
-    print(f"\nThe export in {output_dir} opens with stock transformers:")
-    for model_class in (AutoModel, type(getattr(trainer.model, trainer.model.export_parts[""]))):
+    root = getattr(trainer.model, trainer.model.export_parts[""])
+    print(f"\nThe export in {output_dir} {_how_it_opens(root, output_dir)}:")
+    adapters = adapter_names(root)
+    for model_class in () if adapters else (AutoModel, type(root)):
         print(f"  {_loading_line(model_class, output_dir)}")
-    rows = held_out_rows(trainer.state.log_history)
+    weights_step = trainer.weights_step
+    rows = held_out_rows(trainer.state.log_history, weights_step=weights_step)
     if rows:
-        print("\nHeld-out text, before and after training:")
+        is_earlier = weights_step is not None and weights_step < trainer.state.global_step
+        when = f"at step {weights_step:,}, which is exported" if is_earlier else "after training"
+        print(f"\nHeld-out text, before and {when}:")
         print_table(rows, header=("", "before", "after"))
     print(f"\nmodel card  {output_dir / 'README.md'}")
     for plot in sorted((output_dir / "plots").glob("*.png")):
         print(f"plot        {plot}")
+    if trainer.args.push_to_hub and trainer.hub_model_id:
+        print(f"model page  {constants.ENDPOINT}/{trainer.hub_model_id}")
 
 
-def held_out_rows(log_history: Sequence[dict[str, float]]) -> list[tuple[str, str, str]]:
+def held_out_rows(
+    log_history: Sequence[dict[str, float]], *, weights_step: int | None = None
+) -> list[tuple[str, str, str]]:
     """Return name, value before and value after training of every held-out quantity in the log, but speeds.
 
-    A value is empty where it was not measured: before training is step 0 and no later one.
+    A value is empty where it was not measured: before training is step 0 and no later one. A total that is its only component is
+    left out, and language models have their perplexity.
+
+    Args:
+        log_history: Rows as in `Trainer.state.log_history`.
+        weights_step: Step of the weights that are exported; by default the last one that was evaluated.
     """
-    evaluations = [row for row in log_history if any(name.startswith("eval_") for name in row)]
-    last_step = max((row["step"] for row in evaluations), default=0)
-    before, after = (
-        # Each of several held-out sets has a row of its own.
-        {name: value for row in evaluations if is_of(row["step"]) for name, value in row.items()}
-        for is_of in (lambda step: step == 0, lambda step: step == last_step > 0)
-    )
-    names = sorted(name for name in before | after if name.startswith("eval_") and not is_bookkeeping(name))
-    return [(name.removeprefix("eval_"), _number(before.get(name)), _number(after.get(name))) for name in names]
+    if weights_step is None:
+        weights_step = max(evaluated_steps(log_history), default=0)
+    before, after = (_by_name(evaluation_at(log_history, step)) for step in (0, weights_step or None))
+    return [(name, _number(before.get(name)), _number(after.get(name))) for name in sorted(before | after)]
+
+
+def _by_name(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the value of each metric by its name, with that of its held-out set in front where there are several."""
+    return {
+        f"{held_out_set}_{bare_name(key)}" if held_out_set else bare_name(key): value
+        for held_out_set, row in split_by_held_out_set(metrics).items()
+        for key, value in with_perplexity(measured(row)).items()
+    }
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _how_it_opens(root: PreTrainedModel, folder: Path) -> str:
+    """Return how the export is opened by somebody who has only transformers."""
+    if adapters := adapter_names(root):
+        return (
+            f"is the adapter {', '.join(adapters)} alone, without the model below it: open that with transformers, and then "
+            f"model.load_adapter({str(folder)!r})"
+        )
+    if type(root).__module__.startswith("transformers."):
+        return "opens with stock transformers"
+    return "opens with transformers and the code beside it, where trust_remote_code=True is given"
 
 
 def _loading_line(model_class: type[PreTrainedModel] | type[AutoModel], folder: Path) -> str:

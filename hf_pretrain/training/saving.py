@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.facts import PretrainingCard
-from hf_pretrain.training.card import describe_run
+from hf_pretrain.training.card import HeldOutMixin, describe_run
 from hf_pretrain.training.checkpoints import are_finite, begin_folder, remove_old_checkpoints, write_marker
 from hf_pretrain.training.faults import full_disk, is_full_disk, not_finite
 from hf_pretrain.training.resuming import ResumingMixin
@@ -26,7 +26,7 @@ else:
     _Base = object
 
 
-class SavingMixin(ResumingMixin, _Base):
+class SavingMixin(HeldOutMixin, ResumingMixin, _Base):
     """Saving for a Trainer of composites.
 
     `checkpoint-*` holds the composite as it is trained, so that a resume is strict; `save_model` and `push_to_hub` write the

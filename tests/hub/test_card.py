@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from reference_inputs import MLM, REFERENCE_CARDS, REFERENCE_DIR, RTD, render_reference
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -29,6 +31,7 @@ from hf_pretrain.hub.card import recipe_options, render_card, snippets, write_ca
 from hf_pretrain.hub.card_text import cell, duration, fine_tuning_snippet, metric_table, number
 from hf_pretrain.hub.compute import Compute, compute_rows
 from hf_pretrain.hub.environment import Energy
+from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.facts import PretrainingCard
 
 MINIMAL = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
@@ -148,8 +151,8 @@ def test_what_was_measured_of_the_compute_is_told_and_speed_follows_from_it() ->
 def test_a_total_that_is_its_only_component_is_told_once() -> None:
     alone = {"eval_loss": 2.0, "eval_mlm_loss": 2.0}
     weighted = {"eval_loss": 52.0, "eval_mlm_loss": 2.0}
-    assert [row[0] for row in metric_table({}, alone)] == ["Metric", "MLM loss"]
-    assert [row[0] for row in metric_table({}, weighted)] == ["Metric", "Total loss", "MLM loss"]
+    assert [row[0] for row in metric_table({}, alone)] == ["Metric", "MLM loss", "MLM perplexity"]
+    assert [row[0] for row in metric_table({}, weighted)] == ["Metric", "Total loss", "MLM loss", "MLM perplexity"]
 
 
 def test_a_side_that_was_not_measured_has_no_column_and_a_missing_value_is_named() -> None:
@@ -168,6 +171,90 @@ def test_no_local_path_reaches_the_card() -> None:
     assert "someone" not in text and "Pre-trained further from a local checkpoint" in text
     data = ModelCard(text).data
     assert data.base_model is None and data.datasets == ["org/set"]
+
+
+ODD_NAMES = [
+    *("a|b.txt", "<b>x</b>.txt", "<script>alert(1)</script>", "![x](http://t/p.png)", "[x](javascript:alert(1))"),
+    *("*bold* ~~no~~ `code` $x$", "a_b __init__ _x_.py", "&lt;b&gt; &copy;", "# title", "1. x", "- y", "<!-- c"),
+    *("back\\slash\\|", "two\nlines", 'it\'s "{x}" {{ y }} {% z %}', "```", "ünï 语.txt"),
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_what_users_name_is_shown_letter_by_letter(name: str) -> None:
+    """Rendered with HTML allowed, as the Hub does: text, and no mark-up that the card has not."""
+    markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    shown = " ".join(name.split())
+    row = {"eval_mlm_loss": 2.0, "eval_runtime": 1.0}
+    sets = {f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in row.items()}
+    probe = Evaluation(
+        task=name, dataset=name, split=name, metrics={name: 0.5}, method=name, baseline={name: 0.1}, baseline_name=name
+    )
+    facts = {
+        "model_name": name,
+        "data": {"sources": [name, name], name: name},
+        "metrics_after": sets,
+        "evaluations": [probe],
+        "evaluation_name": name,
+        "fresh_parameters": name,
+        "recipe": {"train_file": [name, f"{name} " * 40]},
+    }
+    card = ModelCard(render_card(dataclasses.replace(MINIMAL, **facts)))
+    odd = markdown.render(card.text)
+    plain = markdown.render(ModelCard(render_card(dataclasses.replace(MINIMAL, **_renamed(facts, name)))).text)
+    assert re.findall(r"<[^>]*>", odd) == re.findall(r"<[^>]*>", plain)
+    text = html.unescape(re.sub(r"<[^>]*>", "", odd))
+    assert text.count(shown) >= 10 and card.data.model_name == name
+
+
+def _renamed(value: Any, name: str) -> Any:
+    """Return facts in which a harmless name stands for an odd one."""
+    if isinstance(value, dict):
+        return {_renamed(key, name): _renamed(item, name) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, name) for item in value]
+    if isinstance(value, Evaluation):
+        return Evaluation(
+            **{field.name: _renamed(getattr(value, field.name), name) for field in dataclasses.fields(value)}
+        )
+    return value.replace(name, "harmless") if isinstance(value, str) and value != "text-classification" else value
+
+
+def test_the_hub_gets_a_few_rounded_numbers() -> None:
+    quality = {f"eval_disc_{name}": 0.123456789 for name in ("accuracy", "precision", "recall", "auc", "gain")}
+    losses = {"eval_loss": 56.123456789, "eval_mlm_loss": 6.123456789, "eval_rtd_loss": 1.0}
+    card = dataclasses.replace(MINIMAL, metrics_after={**losses, **quality, "eval_fake_rate": 0.1})
+    results = {each.metric_type: each.metric_value for each in ModelCard(render_card(card)).data.eval_results}
+    assert results == {"mlm_loss": 6.123, "rtd_loss": 1.0, "disc_accuracy": 0.1235, "disc_auc": 0.1235}
+    assert "| Total loss | 56.12 |" in render_card(card), "the table of the card has all of them"
+    alone = dataclasses.replace(MINIMAL, metrics_after={"eval_loss": 2.0})
+    assert [each.metric_type for each in ModelCard(render_card(alone)).data.eval_results] == ["loss"]
+
+
+def test_an_adapter_is_not_called_a_model() -> None:
+    text = render_card(dataclasses.replace(MINIMAL, adapter="LORA", base_model="org/base", fine_tuning_class=""))
+    assert "is an adapter (LORA) for a `BertForMaskedLM`, and **not a whole model**" in text
+    assert "stock" not in text and "no other library" not in text
+    assert 'BertForMaskedLM.from_pretrained("org/base")\nmodel.load_adapter(".")' in text
+    assert ModelCard(text).data.library_name == "peft"
+
+
+def test_what_began_anew_is_told() -> None:
+    text = render_card(dataclasses.replace(MINIMAL, base_model="org/base", fresh_parameters="the head cls"))
+    assert "with `hf_pretrain`; the head cls began anew." in text
+
+
+def test_weights_that_are_not_the_last_ones_are_called_so(tmp_path: Path) -> None:
+    compute = Compute(steps=1500, planned_steps=3000)
+    card = dataclasses.replace(
+        REFERENCE_CARDS["mlm"], compute=compute, weights_step=1000, chosen_by="eval_mlm_accuracy"
+    )
+    text = render_card(card)
+    assert "these are those of step 1,000 of 1,500, the best by MLM accuracy." in text
+    assert "Not the end of the run" not in text
+    picture = write_card(card, tmp_path / "a").with_name("plots") / "loss.png"
+    last = write_card(REFERENCE_CARDS["mlm"], tmp_path / "b").with_name("plots") / "loss.png"
+    assert picture.read_bytes() != last.read_bytes(), "the step is marked in the curves"
 
 
 def test_text_of_the_user_does_not_break_a_table() -> None:
@@ -298,7 +385,9 @@ def test_several_held_out_sets_have_their_names_in_the_table_and_results_of_thei
     assert metric_table(before, NEWS_AND_LAW) == [
         ("Held-out set", "Metric", "Before training", "After training"),
         ("news", "MLM loss", "3", "2"),
+        ("news", "MLM perplexity", "20.09", "7.389"),
         ("law", "MLM loss", "4", "3"),
+        ("law", "MLM perplexity", "54.6", "20.09"),
     ]
     results = ModelCard(render_card(card)).data.eval_results
     assert [(result.dataset_config, result.metric_type, result.metric_value) for result in results] == [

@@ -5,20 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 from reference_inputs import MLM, REFERENCE_CARDS, TASKS
+from safetensors.torch import save_file
 
 from hf_pretrain.commands import card as command
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import add_evaluation, render_card, write_card
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.facts import PretrainingCard
+from hf_pretrain.hub.files import share_weights, write_text
 from hf_pretrain.hub.readme import describe_written, merge
 from hf_pretrain.hub.record import RECORD, read_record, write_record
 
@@ -62,7 +70,16 @@ class TestRoundTrip:
         first = path.read_bytes()
         _record(back, tmp_path)
         assert path.read_bytes() == first and read_record(tmp_path) == back
-        assert json.loads(first)["format"] == 1
+        assert json.loads(first)["format"] == 2
+
+    def test_a_record_of_the_first_format_is_read(self, tmp_path: Path) -> None:
+        path = _record(PLAIN, tmp_path)
+        content = json.loads(path.read_text()) | {"format": 1}
+        for name in ("weights_step", "chosen_by", "adapter", "fresh_parameters"):
+            del content["card"][name]
+        del content["weights"]
+        path.write_text(json.dumps(content))
+        assert render_card(read_record(tmp_path)) == render_card(PLAIN)
 
     def test_numbers_that_are_not_finite_come_back_and_the_file_is_strict_json(self, tmp_path: Path) -> None:
         card = dataclasses.replace(
@@ -94,7 +111,7 @@ class TestRoundTrip:
             (None, "has no pretraining/run.json"),
             ("{", "is no JSON"),
             ("[]", "is no record"),
-            ('{"format": 2, "card": {}}', "install a newer"),
+            ('{"format": 3, "card": {}}', "install a newer"),
             ('{"format": 1, "card": {"model_name": "x"}}', "damaged"),
         ],
     )
@@ -266,6 +283,45 @@ class TestEdits:
         assert _readme(tmp_path) == render_card(BARE)
         assert (tmp_path / "_README.before.md").read_text(encoding="utf-8") == text
 
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 0.999])
+    def test_a_card_that_was_cut_off_is_made_whole(self, share: float, tmp_path: Path) -> None:
+        """Whatever its length: nothing counts as removed by the user, neither now nor later."""
+        whole = write_card(PLAIN, tmp_path).read_bytes()
+        cut = whole[: int(share * len(whole))]
+        (tmp_path / "README.md").write_bytes(cut)
+        write_card(PLAIN, tmp_path)
+        assert (tmp_path / "README.md").read_bytes() == whole
+        add_evaluation(tmp_path, TASKS[0])
+        assert all(heading in _readme(tmp_path) for heading in ("## Limits", "## Citation", "## Framework versions"))
+
+    def test_the_users_sections_survive_a_cut(self, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path)
+        _edit(tmp_path, ("## Training data\n", "## Mine\n\nWords.\n\n## Training data\n"))
+        content = (tmp_path / "README.md").read_bytes()
+        (tmp_path / "README.md").write_bytes(content[: content.index(b"## Limits") + 12])
+        write_card(PLAIN, tmp_path)
+        assert "## Mine\n\nWords." in _readme(tmp_path) and "## Citation" in _readme(tmp_path)
+
+    @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+    def test_the_words_of_a_card_in_another_encoding_stay(self, encoding: str, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path)
+        _edit(tmp_path, ("## Training data\n", "## Zweck\n\nFür Ärzte.\n\n## Training data\n"))
+        content = _readme(tmp_path).replace("🤗", "HF").encode(encoding)
+        (tmp_path / "README.md").write_bytes(content)
+        write_card(PLAIN, tmp_path)
+        assert "Für Ärzte." in _readme(tmp_path)
+        # What is not known to be right is kept byte by byte too.
+        kept = [path.read_bytes() for path in tmp_path.glob("_README*")]
+        assert kept == ([content] if encoding == "latin-1" else [])
+
+    def test_nothing_that_was_set_aside_is_written_over(self, tmp_path: Path) -> None:
+        for words in ("first", "second", "second"):
+            (tmp_path / "README.md").write_text(f"# {words}\n")
+            shutil.rmtree(tmp_path / "pretraining", ignore_errors=True)
+            write_card(BARE, tmp_path)
+        kept = {path.name: path.read_text() for path in tmp_path.glob("_README*")}
+        assert kept == {"_README.before.md": "# first\n", "_README.before.2.md": "# second\n"}
+
     def test_a_new_name_is_no_second_title(self, tmp_path: Path) -> None:
         write_card(BARE, tmp_path)
         write_card(dataclasses.replace(BARE, model_name="renamed"), tmp_path)
@@ -283,6 +339,53 @@ class TestEdits:
         add_evaluation(snapshot, TASKS[0])
         assert "| SST-2 |" in _readme(snapshot)
         assert {path: path.read_bytes() for path in before} == before
+
+
+class TestFiles:
+    def test_a_full_disk_leaves_every_old_file_whole(self, tmp_path: Path) -> None:
+        """In a process of its own, whose files may not grow beyond a size, as on a disk without room."""
+        write_card(PLAIN, tmp_path)
+        _edit(tmp_path, ("## Training data\n", "## Notes\n\n" + "My words. " * 6000 + "\n\n## Training data\n"))
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+        code = (
+            "import resource, sys; from hf_pretrain.commands.card import main; from hf_pretrain.cli import run_program\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+            f"sys.exit(run_program(main, [{str(tmp_path)!r}, '--license', 'mit']))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+    def test_permissions_stay_and_weights_get_those_of_other_files(self, tmp_path: Path) -> None:
+        path = write_text(tmp_path / "a" / "x.txt", "one")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()
+        path.chmod(0o640)
+        assert write_text(path, "two").read_text() == "two" and stat.S_IMODE(path.stat().st_mode) == 0o640
+        weights = tmp_path / "model.safetensors"
+        save_file({"x": torch.zeros(1)}, weights)
+        share_weights(tmp_path)
+        assert stat.S_IMODE(weights.stat().st_mode) == 0o666 & ~_umask()
+
+    def test_numbers_do_not_stay_where_the_weights_have_changed(self, tmp_path: Path) -> None:
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        write_card(PLAIN, tmp_path)
+        add_evaluation(tmp_path, TASKS[0])
+        save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+        before = _readme(tmp_path)
+        with pytest.raises(InputError, match="the weights in .* are not those that pretraining/run.json tells of"):
+            add_evaluation(tmp_path, TASKS[1])
+        assert _readme(tmp_path) == before
+        (tmp_path / "model.safetensors").unlink()
+        add_evaluation(tmp_path, TASKS[1])  # a copy of the card alone
+        save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+        assert len(read_record(add_evaluation(tmp_path, TASKS[1]).parent).evaluations) == 2
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class TestCommand:

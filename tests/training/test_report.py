@@ -89,8 +89,8 @@ class TestHeldOutRows:
     def test_first_and_last(self):
         assert held_out_rows([self.BEFORE, self.STEP, self.DURING, self.AFTER]) == [
             ("disc_auc", "", "0.9877"),
-            ("loss", "4.0000", "2.0000"),
             ("mlm_loss", "4.0000", "2.0000"),
+            ("mlm_perplexity", "54.5982", "7.3891"),
         ]
 
     def test_nothing_was_measured(self):
@@ -101,13 +101,29 @@ class TestHeldOutRows:
         """A number after training, or from its middle, is none from before."""
         assert held_out_rows([self.STEP, *earlier, self.AFTER]) == [
             ("disc_auc", "", "0.9877"),
-            ("loss", "", "2.0000"),
             ("mlm_loss", "", "2.0000"),
+            ("mlm_perplexity", "", "7.3891"),
         ]
 
     def test_after_stays_empty_where_it_was_not_measured(self):
         """Evaluated at the start only."""
-        assert held_out_rows([self.BEFORE, self.STEP]) == [("loss", "4.0000", ""), ("mlm_loss", "4.0000", "")]
+        assert held_out_rows([self.BEFORE, self.STEP]) == [
+            ("mlm_loss", "4.0000", ""),
+            ("mlm_perplexity", "54.5982", ""),
+        ]
+
+    def test_the_values_are_those_of_the_exported_step(self):
+        rows = held_out_rows([self.BEFORE, self.DURING, self.AFTER], weights_step=5)
+        assert rows == [("mlm_loss", "4.0000", "3.0000"), ("mlm_perplexity", "54.5982", "20.0855")]
+
+    def test_a_total_of_several_losses_is_shown(self):
+        row = {"eval_loss": 52.0, "eval_mlm_loss": 2.0, "eval_rtd_loss": 1.0, "step": 9}
+        assert [name for name, *_ in held_out_rows([row])] == ["loss", "mlm_loss", "mlm_perplexity", "rtd_loss"]
+
+    @pytest.mark.parametrize("mark", ["other_data", "other_weights"])
+    def test_numbers_of_other_data_or_weights_are_left_out(self, mark):
+        other = self.AFTER | {"eval_mlm_loss": 0.1, mark: True}
+        assert held_out_rows([self.BEFORE, self.AFTER, other]) == held_out_rows([self.BEFORE, self.AFTER])
 
     def test_every_one_of_several_sets_is_shown(self):
         def rows(step, value):

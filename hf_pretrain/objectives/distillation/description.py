@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_pretrain.hub.facts import ObjectiveDescription
+from hf_pretrain.hub.metadata import hub_id
 from hf_pretrain.objectives.distillation.student import StudentArguments
 
 TINYBERT = """\
@@ -151,7 +152,7 @@ def describe_origin(args: StudentArguments, *, teacher: str, layers: Sequence[in
 
 def _linked(name: str) -> str | None:
     """Return a link to a model of the Hub; None of a local one, whose path would tell nothing."""
-    return None if Path(name).exists() else f"[{name}](https://huggingface.co/{name})"
+    return None if Path(name).exists() or hub_id(name) is None else f"[{name}](https://huggingface.co/{name})"
 
 
 def _enumerate(parts: Sequence[str]) -> str:

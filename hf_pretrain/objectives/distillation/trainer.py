@@ -52,6 +52,7 @@ class DistillationTrainer(PretrainingTrainer):
             )
         super().__init__(model, args, **kwargs)
         self._comparison: dict[str, float] | None = None
+        self._compared_at: tuple[int, int | None] | None = None
 
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
         """Run the model, at this step's temperature where it is scheduled; see `PretrainingTrainer.run_model`."""
@@ -102,8 +103,10 @@ class DistillationTrainer(PretrainingTrainer):
 
     def comparison_rows(self) -> list[Row]:
         """Return the header and the rows of a table of the student beside its teacher, measured once training has ended."""
-        if self._comparison is None:
-            self._comparison = self.compare()
+        # A card that is pushed while training has measured other weights.
+        now = (self.state.global_step, self.weights_step)
+        if self._comparison is None or self._compared_at != now or now[1] is None:
+            self._comparison, self._compared_at = self.compare(), now
         return comparison_rows(self._comparison) if self._comparison else []
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
