@@ -110,7 +110,7 @@ def build_config(
         InputError: If the architecture or a value is unknown to transformers, or the sizes do not fit together.
     """
     _check_type(args.model_type, auto_class)
-    _check_sizes(args)
+    check_sizes(args)
     values: dict[str, Any] = {
         name: getattr(args, name)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
@@ -174,8 +174,8 @@ def _check_type(model_type: str, auto_class: Any) -> None:
         raise refuse_type(model_type, auto_class)
 
 
-def _check_sizes(args: ModelArguments) -> None:
-    """Refuse sizes that no model can have."""
+def check_sizes(args: ModelArguments) -> None:
+    """Refuse sizes that no model can have; raise InputError."""
     names = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
         *("embedding_size", "max_position_embeddings"),

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.gathered import begin_in_column_0
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.objectives.distillation import losses as between
 from hf_pretrain.objectives.distillation import predictions
@@ -169,6 +170,10 @@ class DistillationModel(PretrainingModel):
             The losses that the configuration names; in evaluation also metrics of the predictions.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        if self.config.head in ("classification", "regression"):
+            # The stock heads of sequences read column 0.
+            inputs, _ = begin_in_column_0(inputs, [])
+            attention_mask = inputs["attention_mask"]
         positions = self._positions(attention_mask, target_positions)
         teacher = Observation(logits=teacher_logits)
         if teacher_ids is not None and teacher_log_probs is not None:

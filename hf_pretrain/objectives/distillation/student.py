@@ -13,6 +13,7 @@ from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
+    check_sizes,
     feed_forward_name,
     from_config,
     from_pretrained,
@@ -220,12 +221,14 @@ def fresh_student(
             "no student is named: cut one from the teacher with --student_layers every_other, give the sizes of a new one "
             "(--num_hidden_layers 4 --hidden_size 312 ...), or --model_name_or_path of a checkpoint"
         )
+    check_sizes(args)
     if args.model_type in (None, teacher.config.model_type):
         config = _resized_config(teacher, sizes, parse_overrides(args.config_overrides))
     else:
         config = build_config(
             dataclasses.replace(args, **(_sizes_of(teacher) | sizes)),
             tokenizer,
+            auto_class=auto_class,
             vocab_size=teacher.config.vocab_size,
             **_labels(teacher),
         )
