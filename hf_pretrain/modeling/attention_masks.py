@@ -78,6 +78,45 @@ def first_position(body: PreTrainedModel) -> int:
     return 0
 
 
+def row_position_inputs(model: PreTrainedModel, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the positions of rows that may begin with padding, for a model that would count it.
+
+    A stock model with a table of positions numbers the columns, so that the same text has other positions in a longer batch with
+    padding on the left. RoBERTa and its kin leave padding out by themselves, and distances are the same on either side.
+
+    Args:
+        model: A stock model, with or without a head.
+        attention_mask: ``[B, L]``, 0 at padding.
+
+    Returns:
+        `position_ids` ``[B, L]``, 0 at the first token of each row, where the model has to be given them; else nothing. Rows that
+        begin with a token have the positions that the model gives them by itself.
+    """
+    counts_columns: bool | None = getattr(model, "_counts_columns", None)
+    if counts_columns is None:
+        counts_columns = _find_out_what_is_counted(model)
+    if not counts_columns:
+        return {}
+    columns_L = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    first_B1 = (attention_mask != 0).to(torch.int8).argmax(dim=1, keepdim=True)
+    return {"position_ids": (columns_L - first_B1).clamp(min=0)}
+
+
+@torch.compiler.disable
+def _find_out_what_is_counted(model: PreTrainedModel) -> bool:
+    """Return, and remember, whether a model numbers the columns of its input and can be given other numbers."""
+    tables = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
+    ]
+    # DeBERTa's mask decoder has a table that is not part of the model.
+    has_table = bool(tables) or model.config.model_type in _DISENTANGLED
+    counts = has_table and first_position(model) == 0 and "position_ids" in inspect.signature(model.forward).parameters
+    setattr(model, "_counts_columns", counts)  # noqa: B010 (no attribute that the type knows)
+    return counts
+
+
 def position_inputs(plan: AttentionPlan, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return places ``[B, L]``, counted from 0, as the backbone takes them."""
     return {"position_ids": position_ids + plan.first_position} if plan.takes_positions else {}
@@ -147,6 +186,8 @@ def try_out(backbone: PreTrainedModel, trial: Callable[[PreTrainedModel, Attenti
     body = backbone.base_model
     _let_embeddings_take_square_masks(body)
     plan = AttentionPlan.of(body)
+    if body.device.type == "meta":
+        return plan  # There are no states to compare.
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
     try:

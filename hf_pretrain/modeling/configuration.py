@@ -1,20 +1,35 @@
-"""Stock configurations: nested in a composite's, or built for a model from scratch."""
+"""Stock configurations: nested in a composite's, or built for a model from scratch; and how stock models are opened."""
 
+import difflib
 import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.loading import (
+    MODEL_DTYPES,
+    from_config,
+    from_pretrained,
+    one_line,
+    refuse_type,
+)
+
+__all__ = ["from_config", "from_pretrained"]
 
 SubModelConfig = PreTrainedConfig | dict[str, Any] | None
 
 
 class CompositeConfig(PreTrainedConfig):
     """Configuration of a composite: its fields named in `sub_configs` are stock configurations."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let AutoConfig know the composite, or transformers would warn of each checkpoint that a run goes on from."""
+        super().__init_subclass__(**kwargs)
+        if cls.model_type:
+            AutoConfig.register(cls.model_type, cls, exist_ok=True)
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Turn saved dictionaries back into stock configurations and keep each one's attention backend."""
@@ -60,18 +75,32 @@ class ModelArguments:
         default=None,
         metadata={"help": "Attention backend (sdpa, eager, flash_attention_2, ...); None = the model's own."},
     )
+    model_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Number format of the trained weights, float32 or bfloat16, whatever a checkpoint is stored in. Steps of a "
+            "usual learning rate are lost in bfloat16 weights; --bf16 computes in bfloat16 and keeps the weights in float32."
+        },
+    )
     config_overrides: str | None = field(
         default=None,
         metadata={"help": 'JSON object of further configuration values, e.g. {"hidden_dropout_prob": 0.0}.'},
     )
 
 
-def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedConfig:
+def build_config(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    auto_class: Any = AutoModelForMaskedLM,
+    **changes: Any,
+) -> PreTrainedConfig:
     """Build the configuration of a model from scratch.
 
     Args:
         args: Sizes of the model.
         tokenizer: Gives the vocabulary size and the special ids.
+        auto_class: The Auto class that has to know the architecture.
         **changes: Values that go before those of `args`.
 
     Returns:
@@ -80,10 +109,8 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
     Raises:
         InputError: If the architecture or a value is unknown to transformers, or the sizes do not fit together.
     """
-    if args.model_type not in CONFIG_MAPPING:
-        raise InputError(
-            f"model_type={args.model_type!r} is not an architecture of transformers: see its list of models"
-        )
+    _check_type(args.model_type, auto_class)
+    check_sizes(args)
     values: dict[str, Any] = {
         name: getattr(args, name)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
@@ -104,7 +131,8 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
     values |= {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")
     }
-    values |= parse_overrides(args.config_overrides) | changes
+    overrides = parse_overrides(args.config_overrides)
+    values |= overrides | changes
     known = CONFIG_MAPPING[args.model_type]()
     further = _READ_WITHOUT_DEFAULT.get(args.model_type, frozenset())
     unknown = sorted(
@@ -114,17 +142,48 @@ def build_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **cha
         raise InputError(
             f"embedding_size={args.embedding_size}: {args.model_type} embeds at its full width; leave it out"
         )
-    if unknown:
+    if set(unknown) & set(overrides):
         raise InputError(f"config_overrides: {args.model_type} has no option {', '.join(unknown)}")
+    if unknown:
+        raise InputError(
+            f"model_type={args.model_type!r} cannot be built from these sizes, it has no {', '.join(unknown)}: continue one of "
+            f"its checkpoints, or choose a model_type such as {_USUAL}"
+        )
     if args.model_type in _POSITIONS_AFTER_PADDING:
         values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
     # Under its own names: what is set under another comes too late for sizes that follow from it, such as XLNet's d_head.
     values = {known.attribute_map.get(name, name): value for name, value in values.items()}
     try:
         return AutoConfig.for_model(args.model_type, **values)
-    except (ValueError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"{args.model_type} cannot be built: {reason}") from error
+    except Exception as error:  # each architecture checks in its own way
+        raise InputError(f"{args.model_type} cannot be built: {one_line(error)}") from error
+
+
+# The architectures that most people want.
+_USUAL = "bert, roberta, electra, albert, deberta-v2, modernbert, distilbert"
+
+
+def _check_type(model_type: str, auto_class: Any) -> None:
+    """Refuse an architecture that is unknown or none that a class opens."""
+    mapping = auto_class._model_mapping
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(mapping._model_mapping), n=1, cutoff=0.7)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one such as {_USUAL}"
+        raise InputError(f"model_type={model_type!r} is not an architecture of transformers: {hint}")
+    if CONFIG_MAPPING[model_type] not in mapping:
+        raise refuse_type(model_type, auto_class)
+
+
+def check_sizes(args: ModelArguments) -> None:
+    """Refuse sizes that no model can have; raise InputError."""
+    names = (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        *("embedding_size", "max_position_embeddings"),
+    )
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 1 <= value < 2**31:
+            raise InputError(f"{name}={value} must be at least 1" if value < 1 else f"{name}={value} is too large")
 
 
 def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -161,6 +220,10 @@ _POSITIONS_AFTER_PADDING = frozenset(
         "data2vec-text",
         "longformer",
         "roberta-prelayernorm",
+        "esm",
+        "ibert",
+        "luke",
+        "xmod",
     }
 )
 
@@ -208,21 +271,8 @@ def attention_options(args: ModelArguments) -> dict[str, str]:
     return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
 
 
-def from_pretrained(auto_class: Any, name_or_path: str, **options: Any) -> Any:
-    """Load through one of the Auto classes; raise InputError, in one line, for a checkpoint that is not there."""
-    try:
-        return auto_class.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name_or_path!r} cannot be loaded with {auto_class.__name__}: {reason}") from error
-
-
-def from_config(auto_class: Any, config: PreTrainedConfig, **options: Any) -> Any:
-    """Build through one of the Auto classes; raise InputError, in one line, for what cannot be built."""
-    try:
-        return auto_class.from_config(config, **options)
-    except ValueError as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"model_type={config.model_type!r} cannot be built with {auto_class.__name__}: {reason}"
-        ) from error
+def dtype_option(args: ModelArguments) -> dict[str, str]:
+    """Return the keyword that chooses the number format of a composite's weights; raise InputError for an unknown one."""
+    if args.model_dtype not in MODEL_DTYPES:
+        raise InputError(f"model_dtype={args.model_dtype!r} must be one of {', '.join(MODEL_DTYPES)}")
+    return {"dtype": args.model_dtype}

@@ -162,10 +162,27 @@ def factorize_embeddings(model: PreTrainedModel, width: int, *, table: torch.Ten
         leave = _projection_of(table, decoder.weight).T.contiguous()
     _replace(model, words, FactorizedEmbedding(new_table, enter, words.padding_idx))
     _replace(model, decoder, FactorizedDecoder(new_table, leave, decoder.bias))
+    _tie_again(model)
+
+
+@torch.no_grad()
+def _tie_again(model: PreTrainedModel) -> None:
+    """Tie what an export had to untie: a bias beside the output layer's would have no gradient."""
+    if model.config.tie_word_embeddings:
+        return
+    model.config.tie_word_embeddings = True
+    tied = model.get_expanded_tied_weights_keys(all_submodels=False)
+    for used, source in tied.items():
+        if used.endswith("bias"):
+            model.get_parameter(source).copy_(model.get_parameter(used))
+    model.all_tied_weights_keys = tied
+    model.tie_weights()
 
 
 def _projection_of(table: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
     """Return `[D, E]` P with ``table @ P.T = projected``."""
+    if table.is_meta:
+        return torch.empty(projected.shape[1], table.shape[1], device="meta")
     table, projected = table.detach().double(), projected.detach().double()
     solution = torch.linalg.lstsq(table, projected).solution
     if (table @ solution - projected).norm() > _TIED_TOLERANCE * projected.norm():

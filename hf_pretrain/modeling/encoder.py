@@ -25,6 +25,7 @@ from hf_pretrain.modeling.configuration import (
     SubModelConfig,
     attention_options,
     build_config,
+    dtype_option,
     from_config,
     from_pretrained,
 )
@@ -38,10 +39,11 @@ from hf_pretrain.modeling.heads import (
     takes_pair_labels,
 )
 from hf_pretrain.modeling.isolation import isolated_inputs
-from hf_pretrain.modeling.languages import language_inputs
+from hf_pretrain.modeling.languages import language_input, language_inputs
 from hf_pretrain.modeling.lm_modes import lm_mode_inputs
 from hf_pretrain.modeling.losses import IGNORED, masked_lm_accuracy, masked_lm_loss
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
+from hf_pretrain.modeling.trial import TRIAL_ROWS, masked_trial_batch
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
 
@@ -128,8 +130,14 @@ class EncoderForPreTraining(PretrainingModel):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, **options: Any) -> EncoderForPreTraining:
-        """Wrap a stock model; it is trained in place. `options` are fields of [`EncoderForPreTrainingConfig`]."""
-        return cls(EncoderForPreTrainingConfig(model=model.config, **options), model)
+        """Wrap a stock model; it is trained in place. `options` are fields of [`EncoderForPreTrainingConfig`].
+
+        Raises:
+            InputError: If a step on a few tokens fails; see [`PretrainingModel.try_out`].
+        """
+        composite = cls(EncoderForPreTrainingConfig(model=model.config, **options), model)
+        composite.try_out()
+        return composite
 
     @classmethod
     def from_arguments(
@@ -154,6 +162,7 @@ class EncoderForPreTraining(PretrainingModel):
             InputError: If the model cannot be loaded or built.
         """
         name, classes = args.model_name_or_path, options.get("pair_classes", 2)
+        options |= dtype_option(args)
         if name is None:
             config = build_config(args, tokenizer, **(changes or {}))
             auto_class = stock_class(config, heads=heads, pair_classes=classes)
@@ -172,6 +181,21 @@ class EncoderForPreTraining(PretrainingModel):
     def get_input_embeddings(self) -> torch.nn.Module:
         """Return the word embeddings of the stock model."""
         return self.model.get_input_embeddings()
+
+    def trial_batch(self) -> dict[str, torch.Tensor]:
+        """Return a few tokens with targets of every head; see [`PretrainingModel.trial_batch`]."""
+        batch = masked_trial_batch(self.model)
+        some, zeros = batch["target_positions"], torch.zeros_like(batch["target_positions"])
+        words = batch["input_ids"].flatten()[some]
+        if "pair" in self.config.heads:
+            batch["pair_labels"] = zeros[:TRIAL_ROWS]
+        if "word_order" in self.config.heads:
+            batch |= {"order_positions": some, "order_labels": words}
+        if "span_boundary" in self.config.heads:
+            batch |= {"span_left": some, "span_right": some, "span_offsets": zeros, "span_labels": words}
+        if language_input(self.model.config) is not None:
+            batch["langs"] = torch.zeros_like(batch["input_ids"])
+        return batch
 
     def count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """Return the number of targets of each loss; what a batch does not ask for counts as none."""

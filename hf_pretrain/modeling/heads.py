@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from huggingface_hub.dataclasses import strict
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
 from transformers.utils import ModelOutput, cached_file
+
+from hf_pretrain.modeling.loading import read_safetensors
 
 # What the stock classes with a second head call its labels.
 _PAIR_LABELS = frozenset({"next_sentence_label", "sentence_order_label"})
@@ -82,7 +83,7 @@ def load_head(head: PreTrainedModel, name: str, *, folder: str) -> bool:
     path = cached_file(name, "model.safetensors", subfolder=folder, **quiet)
     if path is None:
         return False
-    state = load_file(path)
+    state = read_safetensors(path)
     shapes = {key: value.shape for key, value in state.items()}
     if shapes != {key: value.shape for key, value in head.state_dict().items()}:
         return False

@@ -41,14 +41,18 @@ def isolated_inputs(
         **inputs: Further inputs, handed through.
 
     Returns:
-        Keyword arguments for the backbone. Without `document_ids`, the arguments as they came. Padding sees only padding.
+        Keyword arguments for the backbone. Without `document_ids`, the arguments as they came, and positions that do not count
+        padding on the left where the backbone would. Padding sees only padding.
 
     Raises:
         InputError: If the backbone cannot isolate documents.
     """
     batch: dict[str, Any] = {"input_ids": input_ids, **inputs}
     if document_ids is None:
-        positions = {} if position_ids is None else {"position_ids": position_ids}
+        if position_ids is not None:
+            positions = {"position_ids": position_ids}
+        else:
+            positions = attention_masks.row_position_inputs(backbone, attention_mask)
         return batch | {"attention_mask": attention_mask} | positions
     assert position_ids is not None, "the collator gives position_ids along with document_ids"
     plan: AttentionPlan | None = getattr(backbone, "_isolation_plan", None)

@@ -28,7 +28,7 @@ from hf_pretrain.data.epochs import (
 )
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.facts import ObjectiveDescription
-from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.base import PretrainingModel, check_trainable
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.schedules import TrainingSteps
@@ -110,6 +110,8 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             eval_dataset = {name: _with_epochs(dataset) for name, dataset in eval_dataset.items()}
         else:
             eval_dataset = _with_epochs(eval_dataset)
+        if model is not None:
+            check_trainable(model, gradient_checkpointing=bool(args.activation_checkpointing))
         super().__init__(
             model,
             args,

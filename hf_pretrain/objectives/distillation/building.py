@@ -12,11 +12,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import check_model_fits
-from hf_pretrain.modeling.configuration import from_pretrained
+from hf_pretrain.modeling.configuration import dtype_option, from_pretrained
 from hf_pretrain.modeling.head_kinds import head_kind
 from hf_pretrain.objectives.distillation.arguments import DistillationArguments
 from hf_pretrain.objectives.distillation.capture import check_capture
@@ -52,12 +51,7 @@ def load_teacher(args: StudentArguments, *, auto_class: Any, tokenizer: PreTrain
         InputError: If no teacher is named, or it cannot be loaded, or has no trained head, or does not know a token.
     """
     name = teacher_name(args)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        teacher, info = from_pretrained(auto_class, name, dtype=torch.float32, output_loading_info=True)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    teacher, info = from_pretrained(auto_class, name, output_loading_info=True)
     untrained = {key for key in info["missing_keys"] if auto_class is not AutoModel or not key.startswith("pooler.")}
     if untrained:
         raise InputError(
@@ -102,7 +96,7 @@ def build_model(
     student = build_student(model_args, teacher=teacher, tokenizer=tokenizer, auto_class=auto_class)
     for model in (student, teacher):
         check_model_fits(model, tokenizer, block_size=block_size)
-    model = join(student, teacher, args)
+    model = join(student, teacher, args, **dtype_option(model_args))
     model.origin = _origin(model_args, teacher)
     return model
 
@@ -115,13 +109,16 @@ def _origin(args: StudentArguments, teacher: PreTrainedModel) -> str:
     return describe_origin(args, teacher=teacher_name(args), layers=layers, last_layer=depth - 1)
 
 
-def join(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> DistillationModel:
+def join(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments, *, dtype: str = "float32"
+) -> DistillationModel:
     """Let a student learn from a teacher; the student is trained in place, the teacher is frozen.
 
     Args:
         student: A stock model: an encoder, a masked language model, a classifier of sequences or tokens, or one of questions.
         teacher: Another, of the same kind and with the same vocabulary.
         args: The losses between them. What no loss reaches is frozen too, such as a head without a loss of predictions.
+        dtype: Type of the student's weights.
 
     Raises:
         InputError: If a loss cannot be computed between the two.
@@ -129,6 +126,7 @@ def join(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationA
     if student is teacher:
         raise InputError("student and teacher are one model: give the student a copy, or weights of its own")
     config = _config(student, teacher, args)
+    config.dtype = dtype
     check_fit(student, teacher, config)
     if config.head == "none":
         for model in (student, teacher):
@@ -144,7 +142,7 @@ def join(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationA
         compiles=args.teacher_compile,
     )
     model = DistillationModel(config, student, asked)
-    freeze_unreached(model)
+    model.try_out()
     return model
 
 
@@ -218,40 +216,3 @@ def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: Distil
     if names & (set(RELATIONS) - {"value_relation"}):
         widths = {"student_width": student.config.hidden_size, "teacher_width": teacher.config.hidden_size}
         check_relation_heads(config.relation_heads, **widths)
-
-
-@torch.enable_grad()
-def freeze_unreached(model: DistillationModel) -> None:
-    """Freeze the student's parameters that no loss reaches, found by a backward pass of a few tokens.
-
-    They keep their values: such are a head without a loss of predictions, and what lies behind the queries, keys and values of a
-    last layer of which only those are compared. Distributed training waits for the gradient of whatever is not frozen.
-    """
-    batch = _trial_batch(model)
-    was_training = model.training
-    output = model.eval()(**batch)
-    total = torch.stack([loss.sum.sum() for loss in output.losses.values()]).sum()
-    total.backward()
-    model.train(was_training)
-    for parameter in model.parameters():
-        if parameter.grad is None:
-            parameter.requires_grad_(False)
-        parameter.grad = None
-
-
-def _trial_batch(model: DistillationModel) -> dict[str, torch.Tensor]:
-    config = model.config.student_config
-    ids = 5 + torch.arange(8, device=model.device)[None] % max(1, min(config.vocab_size, 100) - 5)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.head == "masked_lm":
-        batch |= {"labels": ids, "target_positions": torch.arange(2, device=model.device)}
-        batch["labels"] = torch.where(torch.arange(8, device=model.device)[None] < 2, ids, -100)
-    elif model.config.head == "token_classification":
-        batch |= {"labels": torch.zeros_like(ids), "target_positions": torch.arange(8, device=model.device)}
-    elif model.config.head == "question_answering":
-        batch |= {"labels": ids[:, :2] * 0 + 1, "target_positions": torch.arange(8, device=model.device)}
-    elif model.config.head == "regression":
-        batch["labels"] = torch.zeros(1, device=model.device)
-    elif model.config.head == "classification":
-        batch["labels"] = torch.zeros(1, dtype=torch.long, device=model.device)
-    return batch

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.gathered import begin_in_column_0
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.objectives.distillation import losses as between
 from hf_pretrain.objectives.distillation import predictions
@@ -76,6 +77,35 @@ class DistillationModel(PretrainingModel):
         """Return the word embeddings of the student."""
         return self.student.get_input_embeddings()
 
+    def try_out(self, *, gradient_checkpointing: bool = False) -> None:
+        """Run one step on a few tokens, and freeze what no loss reaches; see [`PretrainingModel.try_out`].
+
+        Such are a head without a loss of predictions, and what lies behind the queries, keys and values of a last layer of which
+        only those are compared. Without a teacher nothing is tried: a batch would have to bring what it predicts.
+        """
+        if self.teacher is not None:
+            super().try_out(gradient_checkpointing=gradient_checkpointing)
+        elif gradient_checkpointing:
+            self.check_gradient_checkpointing()
+
+    def trial_batch(self) -> dict[str, torch.Tensor]:
+        """Return a few tokens with labels of the student's head; see [`PretrainingModel.trial_batch`]."""
+        config = self.config.student_config
+        ids = 5 + torch.arange(8, device=self.device)[None] % max(1, min(config.vocab_size, 100) - 5)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.config.head == "masked_lm":
+            batch |= {"labels": ids, "target_positions": torch.arange(2, device=self.device)}
+            batch["labels"] = torch.where(torch.arange(8, device=self.device)[None] < 2, ids, -100)
+        elif self.config.head == "token_classification":
+            batch |= {"labels": torch.zeros_like(ids), "target_positions": torch.arange(8, device=self.device)}
+        elif self.config.head == "question_answering":
+            batch |= {"labels": ids[:, :2] * 0 + 1, "target_positions": torch.arange(8, device=self.device)}
+        elif self.config.head == "regression":
+            batch["labels"] = torch.zeros(1, device=self.device)
+        elif self.config.head == "classification":
+            batch["labels"] = torch.zeros(1, dtype=torch.long, device=self.device)
+        return batch
+
     def stock_models(self) -> list[PreTrainedModel]:
         """Return the student, and the teacher if it is there."""
         return [self.student] if self.teacher is None else [self.student, self.teacher.model]
@@ -140,6 +170,10 @@ class DistillationModel(PretrainingModel):
             The losses that the configuration names; in evaluation also metrics of the predictions.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        if self.config.head in ("classification", "regression"):
+            # The stock heads of sequences read column 0.
+            inputs, _ = begin_in_column_0(inputs, [])
+            attention_mask = inputs["attention_mask"]
         positions = self._positions(attention_mask, target_positions)
         teacher = Observation(logits=teacher_logits)
         if teacher_ids is not None and teacher_log_probs is not None:

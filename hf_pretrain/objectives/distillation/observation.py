@@ -98,9 +98,8 @@ class Observer:
         """
         if not self.takes_types:
             inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-        if "document_ids" in inputs:
-            # Before anything is recorded: the first time, the model is tried out.
-            inputs = isolated_inputs(model, **inputs)
+        # Before anything is recorded: the first time, a model is tried out for documents in one row.
+        inputs = isolated_inputs(model, **inputs)
         seen = Observation()
         with ExitStack() as stack:
             if self.wanted.hidden:

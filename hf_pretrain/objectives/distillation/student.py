@@ -4,7 +4,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,10 +13,13 @@ from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
+    check_sizes,
     feed_forward_name,
+    from_config,
     from_pretrained,
     parse_overrides,
 )
+from hf_pretrain.modeling.loading import ShapesDiffer
 from hf_pretrain.objectives.distillation.cutting import changed_config, check_layers, cut_student, per_layer_values
 from hf_pretrain.objectives.distillation.layer_map import layer_map
 
@@ -135,8 +137,8 @@ def _load_student(args: StudentArguments, teacher: PreTrainedModel, auto_class: 
     assert args.model_name_or_path is not None
     options = attention_options(args) | _labels(teacher)
     try:
-        student: PreTrainedModel = from_pretrained(auto_class, args.model_name_or_path, dtype=torch.float32, **options)
-    except RuntimeError as error:
+        student: PreTrainedModel = from_pretrained(auto_class, args.model_name_or_path, **options)
+    except ShapesDiffer as error:
         # The number of labels is all that can make the sizes differ from the checkpoint's own.
         raise InputError(
             f"model_name_or_path={args.model_name_or_path!r} has other labels than the teacher's "
@@ -219,12 +221,14 @@ def fresh_student(
             "no student is named: cut one from the teacher with --student_layers every_other, give the sizes of a new one "
             "(--num_hidden_layers 4 --hidden_size 312 ...), or --model_name_or_path of a checkpoint"
         )
+    check_sizes(args)
     if args.model_type in (None, teacher.config.model_type):
         config = _resized_config(teacher, sizes, parse_overrides(args.config_overrides))
     else:
         config = build_config(
             dataclasses.replace(args, **(_sizes_of(teacher) | sizes)),
             tokenizer,
+            auto_class=auto_class,
             vocab_size=teacher.config.vocab_size,
             **_labels(teacher),
         )
@@ -233,7 +237,7 @@ def fresh_student(
             f"hidden_size={config.hidden_size} does not divide into num_attention_heads={config.num_attention_heads}: "
             "give both, such as 312 and 12"
         )
-    student: PreTrainedModel = auto_class.from_config(config, dtype=torch.float32, **attention_options(args))
+    student: PreTrainedModel = from_config(auto_class, config, **attention_options(args))
     return student.eval()
 
 

@@ -1,5 +1,6 @@
 """Build the pair of models that a program trains."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,7 @@ from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
+    dtype_option,
     from_pretrained,
     scaled_config,
 )
@@ -71,8 +73,8 @@ class ElectricModelArguments(ModelArguments):
                 f"embedding_sharing={self.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
             )
         for name in ("generator_size", "generator_layers"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)} must be above 0 and finite")
 
 
 def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase) -> ElectricForPreTraining:
@@ -96,7 +98,10 @@ def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase
         if args.model_name_or_path is not None and args.embedding_sharing == "tied":
             # Of two tied models the generator keeps its parameters, and the discriminator is the one that has learned.
             _copy_embeddings(discriminator, generator.left_tower)
-    return ElectricForPreTraining.from_models(generator, discriminator, embedding_sharing=args.embedding_sharing)
+    options = dtype_option(args)
+    return ElectricForPreTraining.from_models(
+        generator, discriminator, embedding_sharing=args.embedding_sharing, **options
+    )
 
 
 def excluded_token_ids(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> list[int]:

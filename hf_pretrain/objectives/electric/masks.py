@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.attention_masks import row_position_inputs
 
 # Without a backend of transformers' own: they read a mask as truth values, and want one of two dimensions for the embeddings.
 MASKS_OF_TRUTH_VALUES = frozenset({"deberta", "deberta-v2"})
@@ -68,7 +69,9 @@ def given_positions(
     if position_ids is not None:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         return {"position_ids": position_ids + (0 if padding is None else padding + 1)} if takes_positions else {}
-    return {} if padding is None else {"position_ids": attention_mask.cumsum(dim=1) * attention_mask + padding}
+    if padding is None:
+        return row_position_inputs(model, attention_mask)
+    return {"position_ids": attention_mask.cumsum(dim=1) * attention_mask + padding}
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from hf_pretrain.modeling.isolation import isolated_inputs
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput, sum_by_example
 from hf_pretrain.modeling.sharing import shared_embedding_names
+from hf_pretrain.modeling.trial import masked_trial_batch
 from hf_pretrain.objectives.electric.masks import given_positions
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
 from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
@@ -116,7 +117,26 @@ class ElectricForPreTraining(PretrainingModel):
     ) -> ElectricForPreTraining:
         """Pair two models; both are trained in place. `options` are fields of [`ElectricConfig`]."""
         config = ElectricConfig(generator=generator.config, discriminator=discriminator.config, **options)
-        return cls(config, generator, discriminator)
+        model = cls(config, generator, discriminator)
+        model.try_out()
+        return model
+
+    @property
+    def backbones(self) -> dict[str, PreTrainedModel]:
+        """The discriminator and both towers; see [`PretrainingModel.backbones`]."""
+        towers = {f"generator.{side}_tower": getattr(self.generator, f"{side}_tower") for side in ("left", "right")}
+        return {"discriminator": self.discriminator} | towers
+
+    def trial_batch(self) -> dict[str, torch.Tensor]:
+        """Return a few tokens, all of them candidates, two a row with noise; see [`PretrainingModel.trial_batch`]."""
+        batch = masked_trial_batch(self.discriminator)
+        ordinary = (~self.generator.excluded_tokens).long().argmax()
+        batch["input_ids"] = torch.where(
+            self.generator.excluded_tokens[batch["input_ids"]], ordinary, batch["input_ids"]
+        )
+        candidates = torch.arange(batch["input_ids"].numel(), device=self.device)
+        uniforms = torch.full(batch["target_positions"].shape, 0.5, device=self.device)
+        return batch | {"candidate_positions": candidates, "sample_uniforms": uniforms}
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """Return the word embeddings of the generator, which the discriminator shares unless told otherwise."""

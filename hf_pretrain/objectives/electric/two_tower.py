@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
 
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, from_config
 from hf_pretrain.modeling.sampling import sample_tokens
 from hf_pretrain.modeling.sharing import shared_embedding_names
 from hf_pretrain.objectives.electric.masks import (
@@ -102,6 +102,8 @@ class TwoTowerClozeModel(PreTrainedModel):
         Raises:
             InputError: Naming the architecture and what went wrong.
         """
+        if self.bias.device.type == "meta":
+            return
         was_training = self.training
         self.eval()
         try:
@@ -206,7 +208,7 @@ class TwoTowerClozeModel(PreTrainedModel):
 
 
 def _build_body(config: PreTrainedConfig) -> PreTrainedModel:
-    body = AutoModel.from_config(config)
+    body: PreTrainedModel = from_config(AutoModel, config, dtype=config.dtype)
     if getattr(body, "pooler", None) is not None:
         # Nothing asks for it, and distributed training waits for the gradients of all parameters.
         body.pooler = None

@@ -73,6 +73,8 @@ def build_model(
         check_isolation(model.model, length=data.block_size)
     if args.has_modes:
         check_lm_modes(model.model)
+    # Once more: which parameters are reached depends on the languages.
+    model.try_out()
     return model
 
 

@@ -50,7 +50,8 @@ def build_stock_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     if args.model_name_or_path is not None:
         config = from_pretrained(AutoConfig, args.model_name_or_path)
     else:
-        config = build_config(args, tokenizer)
+        auto_class = AutoModelForCausalLM if args.model_type == "xlnet" else AutoModelForMaskedLM
+        config = build_config(args, tokenizer, auto_class=auto_class)
     # XLNet's attention is replaced, so that its own class need not know the backend.
     options = {} if config.model_type == "xlnet" else attention_options(args)
     if args.model_name_or_path is not None:

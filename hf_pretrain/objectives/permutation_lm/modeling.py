@@ -11,10 +11,11 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, X
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.modeling.configuration import CompositeConfig, ModelArguments, SubModelConfig
+from hf_pretrain.modeling.configuration import CompositeConfig, ModelArguments, SubModelConfig, dtype_option
 from hf_pretrain.modeling.losses import IGNORED, masked_lm_accuracy, masked_lm_loss
 from hf_pretrain.modeling.memory import RecurrentMemory
 from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.modeling.trial import trial_tokens
 from hf_pretrain.modeling.two_stream import PermutedBatch, TwoStreams
 from hf_pretrain.modeling.two_stream_positions import PositionTwoStreams
 from hf_pretrain.modeling.two_stream_xlnet import XLNetTwoStreams
@@ -76,6 +77,7 @@ class PermutationLMForPreTraining(PretrainingModel):
         composite = cls(PermutationLMConfig(model=model.config, **options), model)
         if isinstance(composite.two_streams, PositionTwoStreams):
             composite.two_streams.check()
+        composite.try_out()
         return composite
 
     @classmethod
@@ -86,7 +88,25 @@ class PermutationLMForPreTraining(PretrainingModel):
         model = build_stock_model(args, tokenizer)
         if isinstance(model, XLNetLMHeadModel) and args.attn_implementation is not None:
             options["two_stream_attention"] = args.attn_implementation
-        return cls.from_model(model, mask_token_id=tokenizer.mask_token_id, **options)
+        return cls.from_model(model, mask_token_id=tokenizer.mask_token_id, **options, **dtype_option(args))
+
+    def trial_batch(self) -> dict[str, torch.Tensor]:
+        """Return a few tokens, the last two of each row as targets; see [`PretrainingModel.trial_batch`]."""
+        ids = trial_tokens(self.model)
+        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "key_ranks": columns,
+            "thresholds": columns,
+            "target_columns": columns[:, -2:],
+            "labels": ids[:, -2:],
+        }
+
+    def check_gradient_checkpointing(self) -> None:
+        """Refuse nothing for XLNet, whose layers are run here; see [`PretrainingModel.check_gradient_checkpointing`]."""
+        if not isinstance(self.model, XLNetLMHeadModel):
+            super().check_gradient_checkpointing()
 
     @property
     def memory_size(self) -> int:

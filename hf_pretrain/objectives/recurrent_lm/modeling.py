@@ -15,6 +15,7 @@ from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.memory import RecurrentMemory
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
+from hf_pretrain.modeling.trial import trial_tokens
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 
 
@@ -47,7 +48,14 @@ class RecurrentLMForPreTraining(PretrainingModel):
     @classmethod
     def from_model(cls, model: TransformerXLForCausalLM) -> RecurrentLMForPreTraining:
         """Wrap a Transformer-XL; it is trained in place."""
-        return cls(RecurrentLMConfig(model=model.config), model)
+        composite = cls(RecurrentLMConfig(model=model.config), model)
+        composite.try_out()
+        return composite
+
+    def trial_batch(self) -> dict[str, torch.Tensor]:
+        """Return a few tokens, each the target of the one before; see [`PretrainingModel.trial_batch`]."""
+        ids = trial_tokens(self.model)
+        return {"input_ids": ids, "labels": ids}
 
     @property
     def memory_size(self) -> int:

@@ -1,12 +1,16 @@
 """Build the pair of models that a program trains."""
 
 import dataclasses
+import logging
+import math
+import os
 from dataclasses import dataclass, field
 
 import torch
 from transformers import (
     AutoModelForMaskedLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -15,10 +19,12 @@ from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
+    dtype_option,
     from_config,
+    from_pretrained,
     scaled_config,
 )
-from hf_pretrain.modeling.embeddings import factorize_embeddings
+from hf_pretrain.modeling.embeddings import factorize_embeddings, is_factorized
 from hf_pretrain.modeling.sharing import shared_embedding_names, shared_table_names
 from hf_pretrain.objectives.replaced_token_detection.heads import DISCRIMINATOR_HEADS
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
@@ -27,6 +33,8 @@ from hf_pretrain.objectives.replaced_token_detection.modeling import (
     build_discriminator,
 )
 from hf_pretrain.objectives.replaced_token_detection.pairs import Pair, load_pair
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -91,8 +99,8 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
             if getattr(self, name) not in (*known, None):
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
         for name in ("generator_size", "generator_layers", "temperature"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)} must be above 0 and finite")
 
 
 def build_model(
@@ -112,12 +120,16 @@ def build_model(
     else:
         name, generator_name = args.model_name_or_path, args.generator_name_or_path
         pair = load_pair(name, generator_name, head=args.discriminator_head, **attention_options(args))
+    is_fresh, has_generator = args.model_name_or_path is None, pair.generator is not None
+    if not has_generator:
+        pair = pair._replace(generator=_generator_for(pair.discriminator, args))
     options = pair.options | {
         name: getattr(args, name)
         for name in ("embedding_sharing", "enhanced_mask_decoder", "temperature", "disallow_correct")
         if getattr(args, name) is not None
     }
-    options["generator_embedding_size"] = _prepare_tables(pair, args, is_fresh=args.model_name_or_path is None)
+    options["generator_embedding_size"] = _prepare_tables(pair, args, is_fresh=is_fresh, is_new=not has_generator)
+    options |= dtype_option(args)
     vocab_size = pair.generator.config.vocab_size
     never_sampled = {*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)}
     options["excluded_token_ids"] = sorted(token for token in never_sampled if token < vocab_size)
@@ -141,6 +153,29 @@ def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTraine
     return Pair(generator, discriminator, {"discriminator_head": head}, {})
 
 
+def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionModelArguments) -> PreTrainedModel:
+    """Return a generator for a checkpoint that has none: smaller and new, or, to share all, its own weights."""
+    name = args.model_name_or_path
+    assert name is not None, "a checkpoint was opened"
+    if args.generator_type not in (None, discriminator.config.model_type):
+        raise InputError(
+            f"generator_type={args.generator_type!r}: {name!r} has no generator, and the new one is of its own architecture; "
+            "leave it out, or name a generator with --generator_name_or_path"
+        )
+    if args.embedding_sharing == "full":
+        generator: PreTrainedModel = from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
+        return generator
+    config = generator_config(discriminator.config, args)
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning(
+            "%r has no generator: a fresh one of generator_size=%s is trained beside it; --generator_name_or_path names another",
+            name,
+            args.generator_size,
+        )
+    generator = from_config(AutoModelForMaskedLM, config, **attention_options(args))
+    return generator
+
+
 def _default_width(args: ReplacedTokenDetectionModelArguments, model_type: str) -> dict[str, int]:
     return {"embedding_size": 128} if model_type == "electra" and args.embedding_size is None else {}
 
@@ -156,24 +191,35 @@ def generator_config(config: PreTrainedConfig, args: ReplacedTokenDetectionModel
     return scaled
 
 
-def _prepare_tables(pair: Pair, args: ReplacedTokenDetectionModelArguments, *, is_fresh: bool) -> int | None:
+def _prepare_tables(
+    pair: Pair, args: ReplacedTokenDetectionModelArguments, *, is_fresh: bool, is_new: bool
+) -> int | None:
     """Make the two models' tables ready to be shared.
+
+    Args:
+        pair: The models.
+        args: How they share.
+        is_fresh: Whether both have new weights.
+        is_new: Whether the generator alone has: it then takes the discriminator's tables.
 
     Returns:
         The width of the generator's word table, where it had to be changed to the discriminator's.
     """
     generator, discriminator, sharing = pair.generator, pair.discriminator, args.embedding_sharing
+    assert generator is not None, "one was opened or built"
     if sharing in ("none", "full"):
         return None
     ours, theirs = discriminator.get_input_embeddings(), generator.get_input_embeddings()
     is_wider = ours.embedding_dim != theirs.embedding_dim
     if is_wider:
-        factorize_embeddings(generator, ours.embedding_dim, table=None if is_fresh else ours.weight)
+        factorize_embeddings(generator, ours.embedding_dim, table=None if is_fresh or is_new else ours.weight)
     if sharing == "gdes" and is_fresh:
         for own, other in shared_table_names(discriminator, generator).items():
             # Then the difference is zero at the start.
             discriminator.get_submodule(own).load_state_dict({"weight": generator.get_submodule(other).weight})
-    if sharing == "tied" and not is_fresh:
+    if is_new:
+        _take_tables(generator, discriminator, sharing)
+    elif sharing == "tied" and not is_fresh and not ours.weight.is_meta:
         for own, other in shared_embedding_names(discriminator, generator).items():
             if not torch.allclose(discriminator.get_parameter(own), generator.get_parameter(other), atol=1e-4):
                 raise InputError(
@@ -181,3 +227,18 @@ def _prepare_tables(pair: Pair, args: ReplacedTokenDetectionModelArguments, *, i
                     "trained as one: 'gdes' keeps both, 'none' keeps them apart"
                 )
     return ours.embedding_dim if is_wider else None
+
+
+@torch.no_grad()
+def _take_tables(generator: PreTrainedModel, discriminator: PreTrainedModel, sharing: str) -> None:
+    """Let a new generator start from the discriminator's tables, of which the trained one is to lose nothing."""
+    if sharing == "tied":
+        names = shared_embedding_names(discriminator, generator)
+    elif is_factorized(generator):
+        generator.get_input_embeddings().weight.copy_(discriminator.get_input_embeddings().weight)
+        return
+    else:
+        tables = shared_table_names(discriminator, generator)
+        names = {f"{own}.weight": f"{other}.weight" for own, other in tables.items()}
+    for own, other in names.items():
+        generator.get_parameter(other).copy_(discriminator.get_parameter(own))

@@ -27,6 +27,7 @@ from hf_pretrain.modeling.losses import IGNORED, binary_token_loss, masked_lm_ac
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.modeling.sampling import sample_tokens
 from hf_pretrain.modeling.sharing import shared_body_names, shared_embedding_names, shared_table_names
+from hf_pretrain.modeling.trial import masked_trial_batch
 from hf_pretrain.objectives.replaced_token_detection.enhanced_mask_decoder import EnhancedMaskDecoder
 from hf_pretrain.objectives.replaced_token_detection.heads import DISCRIMINATOR_HEADS, DiscriminatorHead
 
@@ -88,7 +89,7 @@ def build_discriminator(config: PreTrainedConfig, head: str = "stock", **options
     label. For another head it is the encoder alone, without a pooler.
     """
     if config.model_type == "electra" and head != "deberta_v3":
-        return ElectraForPreTraining._from_config(config, **options)
+        return from_config(ElectraForPreTraining, config, **options)
     config.num_labels = 1
     classifier = from_config(AutoModelForTokenClassification, config, **options)
     return classifier if head == "stock" else classifier.base_model
@@ -176,7 +177,14 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         config = ReplacedTokenDetectionConfig(
             generator=generator.config, discriminator=discriminator.config, **options
         )
-        return cls(config, generator, discriminator)
+        model = cls(config, generator, discriminator)
+        model.try_out()
+        return model
+
+    def trial_batch(self) -> dict[str, torch.Tensor]:
+        """Return a few tokens with targets of both models; see [`PretrainingModel.trial_batch`]."""
+        batch = masked_trial_batch(self.generator)
+        return batch | {"sample_uniforms": torch.full(batch["target_positions"].shape, 0.5, device=self.device)}
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """Return the word embeddings of the generator, which the discriminator shares unless told otherwise."""

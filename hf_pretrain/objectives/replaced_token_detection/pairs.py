@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -19,9 +18,11 @@ from transformers import (
 from transformers.utils import cached_file
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.configuration import from_pretrained
+from hf_pretrain.modeling.configuration import from_config, from_pretrained
+from hf_pretrain.modeling.loading import one_line, read_safetensors
 from hf_pretrain.objectives.replaced_token_detection.heads import DiscriminatorHeadConfig
 
+_GENERATOR = "pretraining/generator"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DEBERTA_GENERATOR = "pytorch_model.generator.bin"
 _DEBERTA_TABLE = "deberta.embeddings.word_embeddings"
@@ -33,13 +34,13 @@ class Pair(NamedTuple):
     """What was found.
 
     Attributes:
-        generator: Stock masked language model.
+        generator: Stock masked language model; None where the checkpoint has none.
         discriminator: Stock model with one logit a token, or the encoder below another head.
         options: Options of the composite that the checkpoint tells: `discriminator_head`, `enhanced_mask_decoder`.
         parts: Names of further modules of the composite -> their state.
     """
 
-    generator: PreTrainedModel
+    generator: PreTrainedModel | None
     discriminator: PreTrainedModel
     options: dict[str, Any]
     parts: dict[str, dict[str, torch.Tensor]]
@@ -75,8 +76,10 @@ def load_pair(name: str, generator_name: str | None, *, head: str | None = None,
     decoder = _file(name, "model.safetensors", subfolder="pretraining/generator_decoder")
     if decoder is not None:
         chosen["enhanced_mask_decoder"] = True
-        parts["generator_decoder"] = load_file(decoder)
-    where = {} if generator_name is not None else {"subfolder": "pretraining/generator"}
+        parts["generator_decoder"] = read_safetensors(decoder)
+    where = {} if generator_name is not None else {"subfolder": _GENERATOR}
+    if generator_name is None and _file(name, "config.json", **where) is None:
+        return Pair(None, discriminator, chosen, parts)
     generator = from_pretrained(AutoModelForMaskedLM, generator_name or name, **where, **options)
     return Pair(generator, discriminator, chosen, parts)
 
@@ -95,11 +98,14 @@ def _weights(name: str) -> dict[str, torch.Tensor]:
     path = next(filter(None, (_file(name, weights) for weights in _WEIGHTS)), None)
     if path is None:
         raise InputError(f"{name!r} holds none of {', '.join(_WEIGHTS)}: name a checkpoint in one piece")
-    return load_file(path) if path.endswith("safetensors") else _load(path)
+    return read_safetensors(path) if path.endswith("safetensors") else _load(path)
 
 
 def _load(path: str) -> dict[str, torch.Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        raise InputError(f"{path!r} cannot be read ({one_line(error)}): copy it again") from error
 
 
 def _head(name: str, *, is_published: bool) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
@@ -108,7 +114,7 @@ def _head(name: str, *, is_published: bool) -> tuple[str, dict[str, dict[str, to
     weights = _file(name, "model.safetensors", subfolder=where)
     if weights is not None:
         config = from_pretrained(DiscriminatorHeadConfig, name, subfolder=where)
-        return config.kind, {"discriminator_head": load_file(weights)}
+        return config.kind, {"discriminator_head": read_safetensors(weights)}
     if not is_published:
         return "stock", {}
     state = {
@@ -123,7 +129,10 @@ def _head(name: str, *, is_published: bool) -> tuple[str, dict[str, dict[str, to
 def _discriminator(name: str, head: str, options: Mapping[str, Any]) -> PreTrainedModel:
     if from_pretrained(AutoConfig, name).model_type == "electra" and head != "deberta_v3":
         return from_pretrained(ElectraForPreTraining, name, **options)
-    classifier = from_pretrained(AutoModelForTokenClassification, name, num_labels=1, **options)
+    # The head of a token classifier is new with every checkpoint that had another one; one that is dropped is not worth a line.
+    classifier = from_pretrained(
+        AutoModelForTokenClassification, name, num_labels=1, announce=head == "stock", **options
+    )
     return classifier if head == "stock" else classifier.base_model
 
 
@@ -133,7 +142,7 @@ def _published_generator(name: str, path: str, options: Mapping[str, Any]) -> tu
     depth = 1 + max(int(match[1]) for key in state if (match := re.match(r"deberta\.encoder\.layer\.(\d+)\.", key)))
     # Not legacy: the head has the names and the form of the official code.
     config = from_pretrained(AutoConfig, name, num_hidden_layers=depth, legacy=False)
-    generator = AutoModelForMaskedLM.from_config(config, **options)
+    generator = from_config(AutoModelForMaskedLM, config, **options)
     missing = generator.load_state_dict(state, strict=False).missing_keys
     if missing or _DEBERTA_POSITIONS not in state:
         raise InputError(

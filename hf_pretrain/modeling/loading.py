@@ -1,0 +1,345 @@
+"""Open stock configurations, tokenizers and models; whatever fails arrives as one line that names the file and the way on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from hf_pretrain.errors import InputError
+
+MODEL_DTYPES = ("float32", "bfloat16")
+"""Number formats that weights are trained in."""
+
+_COMPOSITE_PREFIX = "hf_pretrain_"
+# Composites that are exported, and opened again, as they are.
+_EXPORTED_COMPOSITES = frozenset(
+    {
+        "hf_pretrain_two_tower_cloze",
+        "hf_pretrain_pair_head",
+        "hf_pretrain_span_boundary_head",
+        "hf_pretrain_discriminator_head",
+        "hf_pretrain_enhanced_mask_decoder",
+    }
+)
+_LFS = b"version https://git-lfs"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Parts of the names of files that hold a vocabulary or say how it is made.
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*merges*", "*.model", "*spiece*", "*.bpe")
+_SENTENCEPIECE_FILES = ("*.model",)
+_KINDS = {
+    "AutoModelForMaskedLM": "masked language model",
+    "AutoModelForTokenClassification": "token classifier",
+    "AutoModelForSequenceClassification": "classifier",
+    "AutoModelForQuestionAnswering": "model for questions",
+    "AutoModelForCausalLM": "causal language model",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says in one line: all of a configuration's check, the first line of any other."""
+    text = str(error).strip()
+    if isinstance(error, StrictDataclassError):
+        return " ".join(text.split())
+    return text.splitlines()[0].strip() if text else type(error).__name__
+
+
+def refuse_type(model_type: str, auto_class: Any) -> InputError:
+    """Return the error for an architecture that an Auto class does not open."""
+    kind = _KINDS.get(auto_class.__name__, auto_class.__name__)
+    return InputError(
+        f"model_type={model_type!r} is no {kind}: choose one such as bert, roberta, electra, albert, deberta-v2 or modernbert"
+    )
+
+
+def from_pretrained(auto_class: Any, name_or_path: str, *, announce: bool = True, **options: Any) -> Any:
+    """Open a configuration, a tokenizer or a model.
+
+    A model has float32 weights unless `dtype` is given, whatever the checkpoint is stored in. Parameters that the checkpoint
+    does not have are drawn anew; their names are kept as `fresh_parameters` of the model, and said in one line. Where the default
+    device is "meta", a model is built without its weights.
+
+    Args:
+        auto_class: One of the Auto classes, or a class of transformers.
+        name_or_path: Folder or repository.
+        announce: Whether to say what was drawn anew.
+        **options: Passed on to transformers.
+
+    Raises:
+        InputError: In one line, if it cannot be opened; a file that is damaged is named.
+    """
+    if not _is_tokenizer(auto_class):
+        _refuse_checkpoint_of_a_run(name_or_path, options)
+    try:
+        if not _is_model(auto_class):
+            found = auto_class.from_pretrained(name_or_path, **options)
+            if _is_tokenizer(auto_class):
+                _check_has_tokenizer(name_or_path)
+            return found
+        if torch.empty(0).device.type == "meta":
+            return _without_weights(auto_class, name_or_path, **options)
+        return _load_model(auto_class, name_or_path, announce=announce, **options)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise _refusal(auto_class, name_or_path, options, error) from error
+
+
+def from_config(auto_class: Any, config: PreTrainedConfig, **options: Any) -> Any:
+    """Build through one of the Auto classes, in float32 unless `dtype` is given; raise InputError for what cannot be built."""
+    options = {"dtype": torch.float32} | options
+    build = auto_class._from_config if not _is_auto(auto_class) else auto_class.from_config
+    if _is_auto(auto_class) and type(config) not in auto_class._model_mapping:
+        raise refuse_type(config.model_type, auto_class)
+    try:
+        return build(config, **options)
+    except InputError:
+        raise
+    except Exception as error:  # each architecture fails in its own way
+        raise InputError(
+            f"model_type={config.model_type!r} cannot be built with {auto_class.__name__}: {_cause(error)}"
+        ) from error
+
+
+def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a file; raise InputError if it is damaged."""
+    try:
+        return load_file(path)
+    except Exception as error:  # a damaged file may raise anything
+        damage = _damage_of(Path(path)) or f"cannot be read ({one_line(error)})"
+        raise InputError(f"{str(path)!r} {damage}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """Return one line that can be understood without the kind of the error."""
+    text = one_line(error)
+    speaks = isinstance(error, ValueError | ImportError | OSError | StrictDataclassError)
+    return text if speaks else f"{type(error).__name__}: {text}"
+
+
+def _is_auto(auto_class: Any) -> bool:
+    return isinstance(auto_class, type) and issubclass(auto_class, _BaseAutoModelClass)
+
+
+def _is_model(auto_class: Any) -> bool:
+    return _is_auto(auto_class) or (isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel))
+
+
+def _is_tokenizer(auto_class: Any) -> bool:
+    return "Tokenizer" in auto_class.__name__
+
+
+def _load_model(auto_class: Any, name: str, *, announce: bool, **options: Any) -> Any:
+    wants_info = options.pop("output_loading_info", False)
+    options = {"dtype": torch.float32} | options
+    with _own_report():
+        model, info = auto_class.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        key, found, expected = mismatched[0]
+        raise ShapesDiffer(
+            f"{name!r} cannot be loaded with {auto_class.__name__}: {key} has the shape {tuple(found)} in its weights, and "
+            f"{tuple(expected)} by its config.json"
+        )
+    model.fresh_parameters = tuple(sorted(info["missing_keys"]))
+    if wants_info:
+        return model, info
+    _check_body(model, name)
+    if announce and model.fresh_parameters and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s", _fresh(model, name))
+    return model
+
+
+def _check_body(model: PreTrainedModel, name: str) -> None:
+    """Refuse a checkpoint that holds no weight of the encoder."""
+    body = model.base_model
+    if body is model:
+        prefix = ""
+    else:
+        prefix = next((f"{part}." for part, module in model.named_modules() if module is body), "")
+    names = {key for key, _ in model.named_parameters() if key.startswith(prefix)}
+    if names and names <= set(model.fresh_parameters):
+        raise InputError(
+            f"{name!r} holds no weights of a {type(body).__name__}, such as {min(names)}: name the checkpoint of that "
+            "architecture, or mend model_type in its config.json"
+        )
+
+
+def _fresh(model: PreTrainedModel, name: str) -> str:
+    """Return the line that says what was drawn anew."""
+    fresh, body = model.fresh_parameters, model.base_model
+    own = {id(parameter) for parameter in body.parameters()} if body is not model else set()
+    in_body = [key for key, parameter in model.named_parameters() if key in fresh and id(parameter) in own]
+    what = "these weights" if in_body else "a fresh head"
+    shown = ", ".join(fresh[:3]) + (f" and {len(fresh) - 3} more" if len(fresh) > 3 else "")
+    return f"{name!r} has no {shown}: {type(model).__name__} begins with {what}, drawn at random"
+
+
+class ShapesDiffer(InputError):
+    """Raised where a weight of a checkpoint has another shape than its configuration, or an option, asks for."""
+
+
+class _WithoutReport(logging.Filter):
+    """Drops transformers' table of missing and unexpected weights, for which this module has one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+
+@contextmanager
+def _own_report() -> Iterator[None]:
+    report, shown = logging.getLogger("transformers.modeling_utils"), _WithoutReport()
+    report.addFilter(shown)
+    try:
+        yield
+    finally:
+        report.removeFilter(shown)
+
+
+def _without_weights(auto_class: Any, name: str, **options: Any) -> Any:
+    """Build the model of a checkpoint on the meta device."""
+    wants_info = options.pop("output_loading_info", False)
+    given = {key: options.pop(key) for key in ("attn_implementation", "dtype") if key in options}
+    folder = Path(name, options.get("subfolder") or "")
+    damage = _damage(folder) if folder.is_dir() else None
+    if damage is not None:
+        raise InputError(f"{name!r} cannot be loaded with {auto_class.__name__}: {damage}")
+    config_class = AutoConfig if _is_auto(auto_class) else auto_class.config_class
+    config = config_class.from_pretrained(name, **options)
+    model = from_config(auto_class, config, **given)
+    model.fresh_parameters = ()
+    return (model, {"missing_keys": set(), "unexpected_keys": set()}) if wants_info else model
+
+
+def _refuse_checkpoint_of_a_run(name: str, options: dict[str, Any]) -> None:
+    """Refuse the folder in which a run keeps its state: it holds a composite, which no stock class opens."""
+    folder = Path(name, options.get("subfolder") or "")
+    model_type = _model_type(folder / "config.json")
+    if not model_type.startswith(_COMPOSITE_PREFIX) or model_type in _EXPORTED_COMPOSITES:
+        return
+    raise InputError(
+        f"{str(folder)!r} is a checkpoint of a run, from which its models have to be exported: write them with "
+        f"`hf-pretrain export {folder}`, or go on with that run by --resume_from_checkpoint {folder}"
+    )
+
+
+def _model_type(path: Path) -> str:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(values.get("model_type", "")) if isinstance(values, dict) else ""
+
+
+def _check_has_tokenizer(name: str) -> None:
+    """Refuse a folder without any file of a tokenizer, for which transformers makes up a vocabulary of special tokens."""
+    folder = Path(name)
+    if folder.is_dir() and not _any_file(folder, _TOKENIZER_FILES):
+        raise InputError(
+            f"{name!r} holds no tokenizer (tokenizer.json, vocab.txt, spm.model, ...): copy the model's tokenizer into it, or "
+            "name one with --tokenizer_name"
+        )
+
+
+def _any_file(folder: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.is_file() for pattern in patterns for path in folder.glob(pattern))
+
+
+def _refusal(auto_class: Any, name: str, options: dict[str, Any], error: Exception) -> InputError:
+    """Return the line for whatever opening a checkpoint raised."""
+    folder = Path(name, options.get("subfolder") or "")
+    what = f"{name!r} cannot be loaded with {auto_class.__name__}"
+    if _is_tokenizer(auto_class):
+        missing = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
+        if missing and (_any_file(folder, _SENTENCEPIECE_FILES) or not folder.is_dir()):
+            reason = (
+                "its SentencePiece model needs" if folder.is_dir() else f"{_cause(error)}; a SentencePiece model needs"
+            )
+            return InputError(
+                f"{what}: {reason} the packages sentencepiece and protobuf: pip install 'hf-pretrain[sentencepiece]'"
+            )
+        if folder.is_dir() and not _any_file(folder, _TOKENIZER_FILES):
+            _check_has_tokenizer(name)
+    if folder.is_file():
+        return InputError(f"{what}: it is a file; name the folder that holds it, or a repository")
+    damage = _damage(folder) if folder.is_dir() else None
+    if damage is not None:
+        return InputError(f"{what}: {damage}")
+    if "Unrecognized configuration class" in str(error):
+        return InputError(f"{what}: {refuse_type(_model_type(folder / 'config.json') or name, auto_class)}")
+    return InputError(f"{what}: {_cause(error)}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _damage(folder: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint in a folder, None if they can be read."""
+    paths = [
+        folder / "config.json",
+        *(path for pattern in ("*.json", *_WEIGHTS) for path in sorted(folder.glob(pattern))),
+    ]
+    for path in paths:
+        if path.is_file() and (damage := _damage_of(path)) is not None:
+            return f"{path.name} {damage}"
+    return None
+
+
+def _damage_of(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_LFS))
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    if not begin:
+        return "is empty: copy it again"
+    if begin == _LFS:
+        return "is a pointer of git-lfs, not the file: fetch it with `git lfs pull`, or download the repository anew"
+    if path.suffix == ".json":
+        return _damage_of_json(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):
+                pass
+        else:
+            torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # a damaged file may raise anything
+        why = (
+            "it is cut off or damaged"
+            if path.suffix == ".safetensors"
+            else "it is damaged, or holds more than weights"
+        )
+        return f"cannot be read, {why} ({one_line(error)[:80]}): copy it again"
+    return None
+
+
+def _damage_of_json(path: Path) -> str | None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"is not JSON ({one_line(error)})"
+    except RecursionError:
+        return "is not JSON that can be read: it is nested too deep"
+    if path.name == "config.json" and not isinstance(values, dict):
+        return f"holds a {type(values).__name__}, not the JSON object of a configuration"
+    return None
