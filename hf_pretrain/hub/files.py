@@ -12,8 +12,8 @@ PART = ".part"
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file as UTF-8; see [`write_bytes`]."""
-    return write_bytes(path, text.encode("utf-8"))
+    """Write a text file as UTF-8, with a question mark for half of a surrogate pair; see [`write_bytes`]."""
+    return write_bytes(path, text.encode("utf-8", errors="replace"))
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
