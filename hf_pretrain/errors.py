@@ -62,9 +62,9 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         """Return the range in words, to follow "a number"."""
+        if self.least <= _ANY.least:
+            return "that is finite" if self.least == -math.inf else "of at most 63 bits"
         least, most = (f"{int(end)}" if math.isfinite(end) and end == int(end) else f"{end:g}" for end in self[:2])
-        if self.least == -math.inf:
-            return "that is finite"
         if self.most == math.inf:
             return f"{'above' if self.above else 'of at least'} {least}"
         if not self.above:
@@ -78,7 +78,7 @@ _RANGES_OF_NAMES = {
     re.compile(pattern): Range.parse(text)
     for pattern, text in {
         r"(\w+_)?(weight|decay)": "[0, inf)",
-        r"\w+_(probability|share|shares|fraction)": "[0, 1]",
+        r"\w+_(probability|share|fraction)": "[0, 1]",
         r"\w+_dropout(_prob)?": "[0, 1)",
         r"temperature": "(0, inf)",
         r"(\w+_)?learning_rate": "[0, inf)",
@@ -123,10 +123,12 @@ def check_numbers(options: Any) -> None:
         value, kinds = getattr(options, field.name), _kinds(field.type)
         if isinstance(value, bool) or not (kinds & {int, float} or isinstance(value, (int, float, list, dict))):
             continue
-        allowed = range_of(options, field.name) or _ANY
+        allowed = range_of(options, field.name) or (Range() if float in kinds else _ANY)
         if kinds & {int, float}:
             is_number = isinstance(value, Real) and (float in kinds or isinstance(value, Integral))
-            if not (is_number and allowed.holds(value)) and not (value is None and NoneType in kinds):
+            # A parser of transformers takes the None out of the annotation.
+            may_be_none = NoneType in kinds or field.default is None
+            if not (is_number and allowed.holds(value)) and not (value is None and may_be_none):
                 kind = "a number" if float in kinds else "a whole number"
                 usual = "" if field.default in (MISSING, None, value) else f"; the default is {field.default}"
                 raise InputError(f"{field.name}={value!r} must be {kind} {allowed}{usual}")

@@ -169,9 +169,9 @@ def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:
         for need in needs.get(name, ()):
             if any(_holds(part, values) for part in need.split(" or ")):
                 continue
-            message = f"{name}={_shown(value)} has no effect: {_reason(need, values)}"
+            message = f"{name}={_shown(value)} has no effect {_reason(need, values)}"
             if name not in _ONLY_NOTED:
-                raise InputError(f"{message}; leave one of them out" if "!" in need else message)
+                raise InputError(message)
             logger.warning(message)
 
 
@@ -207,21 +207,21 @@ def _holds(need: str, values: Mapping[str, Any]) -> bool:
 
 
 def _reason(need: str, values: Mapping[str, Any]) -> str:
-    """Return why, in the words of a message."""
+    """Return beside or without what, and the way on, in the words of a message."""
     said = []
     for part in need.split(" or "):
         name, relation, choices = _parts(part)
         value, one_of = _shown(values[name]), " or ".join(choices)
         said.append(
             {
-                "": f"it needs {name}",
-                "!": f"{name}={value} leaves nothing to it",
-                "=": f"it needs {name}={one_of}, not {value}",
-                "!=": f"{name}={value} has no use for it",
-                "~": f"it needs {one_of} in {name}, which is {value}",
+                "": f"without {name}: set it too, or leave this out",
+                "!": f"beside {name}={value}: leave one of them out",
+                "=": f"with {name}={value}: it is for {name}={one_of}",
+                "!=": f"with {name}={value}: leave one of them out",
+                "~": f"with {name}={value}: it is for {one_of}",
             }[relation]
         )
-    return ", or ".join(said)
+    return ", and ".join(said)
 
 
 def _text(value: Any) -> str:
