@@ -1,4 +1,14 @@
-"""The exceptions whose message is all that a user needs."""
+"""The exceptions whose message is all that a user needs, and the check of numbers that most options share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
 
 class InputError(ValueError):
@@ -14,3 +24,136 @@ class RunError(RuntimeError):
     The message is one line that says what happened, what is left of the run and how it goes on; the programs print it and
     exit with status 1.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's own words as one line, with its type where they are few."""
+    text = " ".join(str(error).split())
+    return text if len(text.split()) > 3 else f"{type(error).__name__} {text}".strip()
+
+
+class Range(NamedTuple):
+    """The numbers that an option takes.
+
+    Attributes:
+        least: Smallest.
+        most: Greatest.
+        above: Whether `least` itself is out of range.
+        below: Whether `most` itself is out of range.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Range:
+        """Read a range such as "[0, 1)"; a bracket includes its end, a parenthesis does not."""
+        least, most = text[1:-1].split(",")
+        return cls(float(least), float(most), above=text[0] == "(", below=text[-1] == ")")
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is finite and in the range."""
+        if isinstance(value, float) and not math.isfinite(value):
+            return False
+        above = self.least < value if self.above else self.least <= value
+        return above and (value < self.most if self.below else value <= self.most)
+
+    def __str__(self) -> str:
+        """Return the range in words, to follow "a number"."""
+        if self.least <= _ANY.least:
+            return "that is finite" if self.least == -math.inf else "of at most 63 bits"
+        least, most = (f"{int(end)}" if math.isfinite(end) and end == int(end) else f"{end:g}" for end in self[:2])
+        if self.most == math.inf:
+            return f"{'above' if self.above else 'of at least'} {least}"
+        if not self.above:
+            return f"from {least} to {'below ' if self.below else ''}{most}"
+        return f"above {least} and {'below' if self.below else 'at most'} {most}"
+
+
+_ANY = Range(-(2.0**63), 2.0**63, below=True)
+# The ranges of options by their names, which mean the same in every dataclass.
+_RANGES_OF_NAMES = {
+    re.compile(pattern): Range.parse(text)
+    for pattern, text in {
+        r"(\w+_)?(weight|decay)": "[0, inf)",
+        r"\w+_(probability|share|fraction)": "[0, 1]",
+        r"\w+_dropout(_prob)?": "[0, 1)",
+        r"temperature": "(0, inf)",
+        r"(\w+_)?learning_rate": "[0, inf)",
+        # What NumPy takes.
+        r"(\w+_)?seed": "[0, 4294967295]",
+        r"hidden_size|embedding_size|num_attention_heads|(eval_)?lanes": "[1, 65536]",
+        r"num_hidden_layers": "[1, 4096]",
+        r"intermediate_size": "[1, 1048576]",
+        r"max_position_embeddings|block_size": "[1, 16777216]",
+        r"(eval_)?mem_len": "[0, 65536]",
+        r"(eval_)?tgt_len": "[1, 65536]",
+    }.items()
+}
+
+
+def declared(options: Any, name: str) -> dict[str, str]:
+    """Return what the classes of a dataclass of options say of options by name, in their class variable of that name."""
+    return {
+        option: text for cls in reversed(type(options).__mro__) for option, text in vars(cls).get(name, {}).items()
+    }
+
+
+def range_of(options: Any, name: str) -> Range | None:
+    """Return the range of an option: as the class variable `ranges` of its dataclass says, or that of its name, if any."""
+    text = declared(options, "ranges").get(name)
+    if text is not None:
+        return Range.parse(text)
+    return next((found for pattern, found in _RANGES_OF_NAMES.items() if pattern.fullmatch(name)), None)
+
+
+def check_numbers(options: Any) -> None:
+    """Refuse numbers that are out of their option's range, not finite, or no numbers.
+
+    Args:
+        options: Instance of a dataclass of options. Its classes may say ranges, as `Range.parse` reads them, by option in the
+            class variable `ranges`.
+
+    Raises:
+        InputError: Naming the option, its value and what it takes.
+    """
+    for field in fields(options):
+        value, kinds = getattr(options, field.name), _kinds(field.type)
+        if isinstance(value, bool) or not (kinds & {int, float} or isinstance(value, (int, float, list, dict))):
+            continue
+        allowed = range_of(options, field.name) or (Range() if float in kinds else _ANY)
+        if kinds & {int, float}:
+            is_number = isinstance(value, Real) and (float in kinds or isinstance(value, Integral))
+            # A parser of transformers takes the None out of the annotation.
+            may_be_none = NoneType in kinds or field.default is None
+            if not (is_number and allowed.holds(value)) and not (value is None and may_be_none):
+                kind = "a number" if float in kinds else "a whole number"
+                usual = "" if field.default in (MISSING, None, value) else f"; the default is {field.default}"
+                raise InputError(f"{field.name}={value!r} must be {kind} {allowed}{usual}")
+        elif not all(allowed.holds(number) for number in _numbers_in(value)):
+            raise InputError(f"{field.name}={value!r}: each number in it must be one {allowed}")
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """Return the members of an annotation, which is text where annotations are not evaluated."""
+    if isinstance(annotation, str):
+        names = {"int": int, "float": float, "bool": bool, "None": NoneType}
+        return {names.get(part.strip(), part) for part in annotation.split("|")}
+    members = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
+    # An option that may be a flag or a word too is no number.
+    return set() if str in members else members
+
+
+def _numbers_in(value: Any) -> Iterator[float]:
+    """Yield the numbers of nested lists and mappings."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, (list, tuple)):
+            waiting.extend(item)
+        elif isinstance(item, Mapping):
+            waiting.extend(item.values())
+        elif isinstance(item, Real) and not isinstance(item, bool):
+            yield item

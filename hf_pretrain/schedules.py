@@ -8,7 +8,7 @@ from typing import NamedTuple, overload
 
 import numpy as np
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, Range
 
 _FORM = "give pairs PLACE:VALUE with rising places, all steps ('0:0.3, 10000:0.15') or all shares ('0%:0.3, 50%:0.15')"
 
@@ -28,7 +28,9 @@ class Schedule:
     is_share: bool
 
     @classmethod
-    def parse(cls, text: str, *, name: str, least: float = 0.0, most: float = math.inf) -> Schedule:
+    def parse(
+        cls, text: str, *, name: str, least: float = 0.0, most: float = math.inf, allowed: Range | None = None
+    ) -> Schedule:
         """Read a schedule such as "0:0.3, 10000:0.15" (steps) or "0%:50, 50%:25" (shares of all steps).
 
         Args:
@@ -36,6 +38,7 @@ class Schedule:
             name: Name of the option, for messages.
             least: Smallest value that the schedule may take.
             most: Greatest.
+            allowed: Instead of both, the range of the option that the schedule changes.
 
         Returns:
             The schedule.
@@ -51,12 +54,13 @@ class Schedule:
         except ValueError:
             raise InputError(f"{name}={text!r} is no schedule: {_FORM}") from None
         rises = all(a < b for a, b in zip(places, places[1:], strict=False))
-        if len(shares) > 1 or not rises or not 0 <= places[0] <= places[-1] <= (1 if True in shares else math.inf):
+        last = 1 if True in shares else 2**63
+        if len(shares) > 1 or not rises or not 0 <= places[0] <= places[-1] <= last:
             raise InputError(f"{name}={text!r} has places that mix, fall or lie outside of training: {_FORM}")
-        wrong = [value for value in values if not (least <= value <= most and math.isfinite(value))]
+        allowed = Range(least, most) if allowed is None else allowed
+        wrong = [value for value in values if not allowed.holds(value)]
         if wrong:
-            bound = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
-            raise InputError(f"{name}={text!r} goes to {wrong[0]:g}: values must be finite numbers {bound}")
+            raise InputError(f"{name}={text!r} goes to {wrong[0]:g}: values must be finite numbers {allowed}")
         return cls(places=places, values=values, is_share=True in shares)
 
     @overload

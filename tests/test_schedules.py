@@ -62,7 +62,7 @@ class TestRefusals:
         assert parse("0:1, 1:0", most=1.0).at(1, 2) == 0
 
     def test_values_without_an_upper_bound(self):
-        with pytest.raises(InputError, match="goes to inf: values must be finite numbers at least 0"):
+        with pytest.raises(InputError, match="goes to inf: values must be finite numbers of at least 0"):
             parse("0:inf")
         assert math.isfinite(parse("0:1e9").at(0, 1))
 

@@ -1,9 +1,9 @@
 """The options of masking, as a dataclass to be mixed into training arguments."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.schedules import Schedule
 
 MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
@@ -36,6 +36,17 @@ class MaskingArguments:
         ALBERT (Lan et al. 2020, section 4.1, n-grams), SpanBERT (Joshi et al. 2020, section 3.1, spans), UniLM (Dong et al.
         2019, n-grams of tokens).
     """
+
+    ranges: ClassVar[dict[str, str]] = {
+        "max_ngram": "[1, 4096]",
+        "max_span_length": "[1, 65536]",
+        "span_geometric_p": "(0, 1]",
+        "static_masks": "[0, 2147483647]",
+    }
+    needs: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("max_ngram", "ngram_shares", "ngram_unit"), "masking_unit=ngram"),
+        **dict.fromkeys(("max_span_length", "span_geometric_p", "span_length_mode"), "masking_unit=span"),
+    }
 
     mlm_probability: float = field(
         default=0.15, metadata={"help": "Share of the tokens of each example that are selected as targets, 0 to 1."}
@@ -130,15 +141,7 @@ class MaskingArguments:
         """
         for name, choices in _CHOICES.items():
             _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
-        for name in ("mlm_probability", "mask_share", "random_share"):
-            value = getattr(self, name)
-            _require(_is_number(value) and 0 <= value <= 1, name, value, "a number from 0 to 1")
-        geometric = self.span_geometric_p
-        _require(_is_number(geometric) and 0 < geometric <= 1, "span_geometric_p", geometric, "above 0 and at most 1")
-        for name, least in (("max_ngram", 1), ("max_span_length", 1), ("static_masks", 0)):
-            value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole and value >= least, name, value, f"a whole number, at least {least}")
+        check_numbers(self)
         if self.ngram_shares is not None:
             self._check_ngram_shares(self.ngram_shares)
         self.parse_mask_rates()

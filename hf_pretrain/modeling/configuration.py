@@ -8,7 +8,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.modeling.loading import (
     MODEL_DTYPES,
     from_config,
@@ -86,6 +86,11 @@ class ModelArguments:
         default=None,
         metadata={"help": 'JSON object of further configuration values, e.g. {"hidden_dropout_prob": 0.0}.'},
     )
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and overrides that are no JSON object."""
+        check_numbers(self)
+        check_overrides(self.config_overrides)
 
 
 def build_config(
@@ -264,6 +269,18 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f'config_overrides={text!r} is not a JSON object: write {{"name": value}}')
     return values
+
+
+def check_overrides(text: str | None) -> None:
+    """Refuse a `config_overrides` that is no JSON object, or holds numbers that are not finite."""
+    try:
+        values = parse_overrides(text)
+        json.dumps(values, allow_nan=False)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"config_overrides={text[:200]!r} is not JSON that can be used: {reason}") from error
 
 
 def attention_options(args: ModelArguments) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from hf_pretrain.corruption.arguments import MaskingArguments
+from hf_pretrain.errors import InputError
 from hf_pretrain.hub.facts import ObjectiveDescription
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -11,6 +12,12 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 @dataclass
 class MaskedLMTrainingArguments(MaskingArguments, PretrainingArguments):
     """Options of [`MaskedLMTrainer`]: those of masking and of every pre-training."""
+
+    def __post_init__(self) -> None:
+        """Refuse to learn from masks where nothing is masked."""
+        super().__post_init__()
+        if not self.mlm_probability and self.mlm_probability_schedule is None and getattr(self, "mlm_weight", 1):
+            raise InputError("mlm_probability=0.0 leaves no target: set it to 0.15, or as much as the tokens to find")
 
     @property
     def masking(self) -> MaskingArguments:

@@ -1,18 +1,67 @@
-"""Options that every method has."""
+"""Options that every method has, and what can be known of them before any text is read."""
 
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, ClassVar
 
 import torch
-from transformers import TrainingArguments
+from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers, one_line, range_of
 from hf_pretrain.schedules import Schedule
+from hf_pretrain.training.effects import check_refused
+from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection
 from hf_pretrain.training.precision import bf16_is_fast
+
+_COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 
 @dataclass
 class PretrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with what pre-training needs and the defaults that suit it."""
+    """`transformers.TrainingArguments` with what pre-training needs and the defaults that suit it.
+
+    Raises:
+        InputError: If a number is out of its range, an option would have no effect, or two contradict each other.
+    """
+
+    ranges: ClassVar[dict[str, str]] = {
+        "per_device_train_batch_size": _COUNT,
+        "per_device_eval_batch_size": _COUNT,
+        "gradient_accumulation_steps": _COUNT,
+        "num_train_epochs": "(0, 1000000000]",
+        "max_steps": "[-1, 2147483647]",
+        "warmup_steps": _STEPS,
+        "adam_beta1": "[0, 1)",
+        "adam_beta2": "[0, 1)",
+        "adam_epsilon": "(0, 1]",
+        "max_grad_norm": "[0, inf)",
+        "neftune_noise_alpha": "(0, inf)",
+        "torch_empty_cache_steps": _COUNT,
+        "logging_steps": _STEPS,
+        "eval_steps": _STEPS,
+        "eval_delay": _STEPS,
+        "eval_accumulation_steps": _COUNT,
+        "save_steps": "(0, 2147483647]",
+        "save_total_limit": _COUNT,
+        "dataloader_num_workers": "[0, 1024]",
+        "dataloader_prefetch_factor": "[1, 1024]",
+        "ddp_bucket_cap_mb": _COUNT,
+        "ddp_timeout": "[1, 2147483647]",
+    }
+    """Of options of transformers; others follow from their names, see `hf_pretrain.errors.check_numbers`."""
+
+    also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {}
+    """Values that a method honours of options that others refuse, by option; see `hf_pretrain.training.effects.REFUSED`."""
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Remove what an earlier run left in output_dir instead of refusing to start."}
@@ -60,10 +109,12 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Choose the precision, then let transformers check the rest."""
-        if self.remove_unused_columns:
-            raise InputError("remove_unused_columns=True would drop example ids and word boundaries: leave it False")
-        if self.include_num_input_tokens_seen not in (False, "no"):
-            raise InputError("include_num_input_tokens_seen is not needed: num_tokens is in every log row")
+        check_refused(self, self.also_honoured)
+        check_numbers(self)
+        if self.max_steps == 0:
+            raise InputError("max_steps=0 trains nothing: give a number of steps, or -1 for num_train_epochs")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")
         if self.decay_during_warmup and self.lr_scheduler_type != "linear":
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
@@ -80,8 +131,26 @@ class PretrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         super().__post_init__()
+        self._check_mappings()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
+
+    def _check_mappings(self) -> None:
+        """Refuse mappings that are none, and what they hold without effect."""
+        for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise InputError(f'{name}={value!r} is no JSON object: write {{"name": value}}')
+        check_numbers(self)
+        if self.accelerator_config.dispatch_batches:
+            raise InputError(
+                "accelerator_config: dispatch_batches=True would cut the targets of a batch: leave it out, every process reads "
+                "its own share"
+            )
+        if not self.accelerator_config.use_seedable_sampler:
+            raise InputError(
+                "accelerator_config: use_seedable_sampler=False has no effect: the order follows from the seed and the epoch"
+            )
 
     def parse_schedules(self) -> dict[str, Schedule]:
         """Return the schedules that are set, by the option that they change: `x_schedule` is that of `x`.
@@ -89,9 +158,118 @@ class PretrainingArguments(TrainingArguments):
         Raises:
             InputError: If the value of one is no schedule.
         """
-        texts = {field.name: getattr(self, field.name) for field in fields(self) if field.name.endswith("_schedule")}
-        return {
-            name.removesuffix("_schedule"): Schedule.parse(text, name=name)
-            for name, text in texts.items()
-            if text is not None
-        }
+        schedules = {}
+        for name in (known.name for known in fields(self) if known.name.endswith("_schedule")):
+            text, option = getattr(self, name), name.removesuffix("_schedule")
+            if text is not None:
+                schedules[option] = Schedule.parse(text, name=name, allowed=range_of(self, option))
+        return schedules
+
+
+def check_training_options(args: PretrainingArguments) -> None:
+    """Try what transformers, accelerate and torch would refuse only once there is a Trainer: before any text is read.
+
+    Optimizer and schedule are made for a few numbers, and thrown away.
+
+    Args:
+        args: The options of a training.
+
+    Raises:
+        InputError: If one of them cannot be used, or has no effect.
+    """
+    if args.learning_rate == 0:
+        raise InputError("learning_rate=0.0 trains nothing: give it a value, such as 5e-4")
+    if args.fp16 and args.device.type == "cpu":
+        raise InputError("fp16=True needs a GPU: leave it out, or set bf16 on a CPU that computes fast in it")
+    if args.fsdp and args.world_size == 1:
+        raise InputError(f"fsdp={args.fsdp!r} divides a model over processes, but there is one: use accelerate launch")
+    for name in args.report_to:
+        _check_report(name)
+    with _in_one_line("accelerator_config"):
+        GradientAccumulationPlugin(**{"num_steps": 1} | (args.accelerator_config.gradient_accumulation_kwargs or {}))
+    with _in_one_line(f"optim={args.optim.value}"):
+        optimizer = _try_optimizer(args)
+    if optimizer is not None:
+        _try_schedule(args, optimizer)
+    if args.torch_compile:
+        with _in_one_line(f"torch_compile_backend={args.torch_compile_backend}, mode={args.torch_compile_mode}"):
+            torch.compile(nn.Linear(1, 1), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+@contextmanager
+def _in_one_line(options: str) -> Iterator[None]:
+    """Turn any error into an InputError that begins with the options."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{options}: {one_line(error)}") from error
+
+
+def _check_report(name: str) -> None:
+    if name not in INTEGRATION_TO_CALLBACK:
+        near = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(INTEGRATION_TO_CALLBACK)}, none and all"
+        )
+        raise InputError(f"report_to={name!r} is unknown: {hint}")
+    if name in ("azure_ml", "flyte"):
+        # They are not always listed where they are installed.
+        with _in_one_line(f"report_to={name!r}"):
+            INTEGRATION_TO_CALLBACK[name]()
+    elif name not in get_available_reporting_integrations():
+        package = name.replace("_", "-")
+        raise InputError(f"report_to={name!r} needs the package {package}: pip install {package}, or leave it out")
+
+
+def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
+    """Return the optimizer of the options for a tiny module, None where that needs the model itself."""
+    model = nn.Linear(2, 2)
+
+    def choose(options: PretrainingArguments) -> tuple[Any, dict[str, Any]]:
+        if not options.adam_bias_correction:
+            return AdamWithoutBiasCorrection, {"lr": options.learning_rate, "eps": options.adam_epsilon}
+        return Trainer.get_optimizer_cls_and_kwargs(options, model)
+
+    try:
+        kind, kwargs = choose(args)
+    except ValueError:
+        if args.optim_target_modules is not None and args.optim.value.startswith(("galore", "apollo")):
+            # Its modules are the model's.
+            return None
+        raise
+    for name in ("optim_args", "optim_target_modules"):
+        if getattr(args, name) is None:
+            continue
+        without = copy(args)
+        setattr(without, name, None)
+        if choose(without) == (kind, kwargs):
+            raise InputError(
+                f"{name}={getattr(args, name)!r} has no effect with optim={args.optim.value}: leave it out"
+            )
+    if {"params", "model", "optimizer_dict"} & kwargs.keys():
+        return None
+    return kind(model.parameters(), **kwargs)
+
+
+def _try_schedule(args: PretrainingArguments, optimizer: Optimizer) -> None:
+    kwargs = args.lr_scheduler_kwargs
+    if args.decay_during_warmup:
+        if kwargs:
+            raise InputError(
+                f"lr_scheduler_kwargs={kwargs} has no effect with decay_during_warmup=True: drop one of the two"
+            )
+        return
+    # Of a run that is counted in epochs, some number of steps.
+    steps = args.max_steps if args.max_steps > 0 else 1000
+    with _in_one_line(
+        f"lr_scheduler_type={args.lr_scheduler_type.value}" + (f", lr_scheduler_kwargs={kwargs}" if kwargs else "")
+    ):
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=None if kwargs is None else dict(kwargs),
+        )

@@ -16,17 +16,19 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
+import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers, one_line
+from hf_pretrain.training.effects import check_needs, check_together
 from hf_pretrain.training.recipes import read_recipe
 
 # Never written to a recipe: a secret, what the launcher and the machine decide, and the deprecated twins of
 # activation_checkpointing.
 _NOT_SAVED = {"hub_token", "local_rank", "use_cpu", "dataloader_pin_memory"}
-# Of one start of a run, which is none of the recipe's business.
-_NOT_SAVED |= {"resume_from_checkpoint"}
+# Of one start of a run, which is none of the recipe's business, and what follows from eval_strategy.
+_NOT_SAVED |= {"resume_from_checkpoint", "do_eval"}
 _NOT_SAVED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 # What TrainingArguments makes of an option that nobody set.
 _UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}
@@ -54,7 +56,8 @@ def parse_arguments(
         The instances, in the order of ``dataclass_types``.
 
     Raises:
-        InputError: If a recipe cannot be read, or an option is unknown, missing or of the wrong type.
+        InputError: If a recipe cannot be read, or an option is unknown, missing, of the wrong type or out of range, or one on the
+            command line has no effect beside the others.
     """
     given = list(sys.argv[1:] if argv is None else argv)
     parser = _OptionParser(dataclass_types, prog=prog, description=description)
@@ -149,16 +152,27 @@ class _OptionParser(HfArgumentParser):
         namespace, leftover = self.parse_known_args(argv)
         if leftover:
             raise InputError(f"unexpected argument {leftover[0]!r}: options are given as --name value")
-        return tuple(self._construct(cls, vars(namespace)) for cls in self.dataclass_types)
+        instances = tuple(self._construct(cls, vars(namespace)) for cls in self.dataclass_types)
+        check_together(instances)
+        check_needs(instances, self._typed(argv))
+        return instances
+
+    def _typed(self, argv: list[str]) -> list[str]:
+        """Return the names of the options on the command line, in order."""
+        options = (token.partition("=")[0] for token in argv)
+        return [self._option_string_actions[name].dest for name in options if name in self._option_string_actions]
 
     def _construct(self, cls: type, values: Mapping[str, Any]) -> Any:
         chosen = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.init}
         try:
-            return cls(**chosen)
-        except InputError:
+            instance = cls(**chosen)
+            check_numbers(instance)
+        except (InputError, torch.distributed.DistError):
             raise
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{error} (see `{self.prog} --help`)") from error
+        except Exception as error:
+            # transformers and accelerate raise what they like: a missing package, a file that is not there, a wrong key.
+            raise InputError(f"{one_line(error)} (see `{self.prog} --help`)") from error
+        return instance
 
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.options, n=1)
@@ -179,7 +193,10 @@ def _flag_or_word(text: str) -> bool | str:
 
 
 def _json_mapping(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"a JSON object is needed, not {text!r}")
     return value

@@ -15,8 +15,11 @@ from typing import Any
 
 import yaml
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.hub.files import write_text
+
+# A recipe is flat; a mapping among its values has some depth, never this.
+_DEEPEST, _MOST_VALUES = 16, 100_000
 
 
 def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
@@ -36,6 +39,10 @@ def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
+    except RecursionError as error:
+        raise InputError(
+            f"--config {path}: nested too deeply: a recipe is flat, one `option: value` a line"
+        ) from error
     except UnicodeDecodeError as error:
         raise InputError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
@@ -48,8 +55,26 @@ def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
     for key, value in root.value:
         if key.value in recipe:
             raise InputError(f"--config {path}: {key.value} is given twice")
-        recipe[key.value] = _node_value(loader, value)
+        where = f"--config {path}: {key.value}"
+        _check_size(value, where)
+        try:
+            recipe[key.value] = _node_value(loader, value)
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise InputError(f"{where} cannot be read: {one_line(error)}") from error
     return path, recipe
+
+
+def _check_size(root: yaml.Node, where: str) -> None:
+    """Refuse what is nested too deeply or without end, as an alias within its own anchor is, or is too much."""
+    waiting, found = [(root, 1)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        found += 1
+        if depth > _DEEPEST or found > _MOST_VALUES:
+            raise InputError(f"{where} is nested too deeply, or without end: give a value, a list or a mapping")
+        if not isinstance(node, yaml.ScalarNode):
+            parts = (part for child in node.value for part in (child if isinstance(child, tuple) else (child,)))
+            waiting.extend((part, depth + 1) for part in parts)
 
 
 def _find_recipe(name: str) -> Path:

@@ -22,7 +22,8 @@ def corpus(tmp_path_factory):
 def plm(corpus, folder, **options):
     values = {"train_file": corpus, "output_dir": folder, "vocab_size": 150, "max_steps": 3, "report_to": "none"}
     values |= {"block_size": 32, "per_device_train_batch_size": 4, "save_steps": 2, "validation_fraction": 0.1}
-    return main(["plm", *(f"--{name}={value}" for name, value in (values | SIZES | options).items())])
+    sizes = {} if "model_name_or_path" in options else SIZES
+    return main(["plm", *(f"--{name}={value}" for name, value in (values | sizes | options).items())])
 
 
 def test_a_fresh_xlnet_has_the_sizes_of_the_command_line_and_goes_on(corpus, tmp_path, capsys):
@@ -39,8 +40,11 @@ def test_a_fresh_xlnet_has_the_sizes_of_the_command_line_and_goes_on(corpus, tmp
     assert "Permutation language modelling" in (tmp_path / "out" / "README.md").read_text()
     scores = log_likelihood(model, tokenizer, ["Sentence 3 has more words."], order="random", num_orders=3)
     assert torch.isfinite(scores).all() and scores < 0
-    # What was exported goes on with its own sizes, whatever the command line says.
-    other = memory | {"model_name_or_path": tmp_path / "out", "hidden_size": 48}
+    # What was exported goes on with its own sizes; others on the command line are refused.
+    del memory["config_overrides"]
+    other = memory | {"model_name_or_path": tmp_path / "out"}
+    assert plm(corpus, tmp_path / "further", **other, hidden_size=48) == 2
+    assert "hidden_size=48 has no effect beside model_name_or_path=" in capsys.readouterr().err
     assert plm(corpus, tmp_path / "further", **other) == 0
     assert json.loads((tmp_path / "further" / "config.json").read_text())["d_model"] == 24
 

@@ -290,8 +290,8 @@ def test_the_program_runs_from_text_to_export(tmp_path, capsys):
     corpus.write_text("\n\n".join(f"Sentence number {i} has some more words than the last one." for i in range(300)))
     options = ["--train_file", str(corpus), "--vocab_size", "150", "--max_steps", "3", "--report_to", "none"]
     options += ["--tgt_len", "8", "--mem_len", "16", "--eval_mem_len", "16", "--save_steps", "2"]
-    options += [f"--{name}={value}" for name, value in SMALL.items()]
-    assert main(["recurrent-lm", *options, "--output_dir", str(tmp_path / "out")]) == 0
+    sizes = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert main(["recurrent-lm", *options, *sizes, "--output_dir", str(tmp_path / "out")]) == 0
     assert "perplexity" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "config.json").read_text())["mem_len"] == 16
     card = (tmp_path / "out" / "README.md").read_text()
@@ -300,7 +300,7 @@ def test_the_program_runs_from_text_to_export(tmp_path, capsys):
     further = ["--model_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "further")]
     assert main(["recurrent-lm", *options, *further]) == 0
     again = ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")]
-    assert main(["recurrent-lm", *options, *again]) == 0
+    assert main(["recurrent-lm", *options, *sizes, *again]) == 0
 
 
 def test_checkpoints_of_another_kind_are_refused(tmp_path):

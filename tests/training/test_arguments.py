@@ -63,7 +63,7 @@ def test_with_an_accelerator_the_cpu_is_not_forced(make, monkeypatch):
 
 def test_columns_are_kept(make):
     assert make().remove_unused_columns is False
-    with pytest.raises(InputError, match="remove_unused_columns=True would drop example ids"):
+    with pytest.raises(InputError, match="remove_unused_columns=True is not supported: it would drop example ids"):
         make(remove_unused_columns=True)
 
 

@@ -1,12 +1,12 @@
 """The options of distillation: which losses, between which layers, and how the teacher runs."""
 
-import math
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.training.arguments import PretrainingArguments
 
 Method = Literal["distilbert", "tinybert", "minilm", "minilmv2"]
@@ -33,6 +33,9 @@ def _schedule(option: str, *, form: str = "") -> Any:
     return field(default=None, metadata={"help": f"How {option} changes in training{': ' * bool(form)}{form}."})
 
 
+_OF_RELATIONS = "losses~relation_qq|relation_kk|relation_vv"
+
+
 @dataclass
 class DistillationArguments:
     """What every distillation chooses: the weights of its losses, the layers, and how the teacher runs.
@@ -55,6 +58,16 @@ class DistillationArguments:
         "attention_distribution",
         "value_relation",
     )
+
+    ranges: ClassVar[dict[str, str]] = {"teacher_layer": "[1, 4096]", "relation_heads": "[1, 65536]"}
+    needs: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("temperature", "temperature_schedule"), "losses~prediction"),
+        "layer_map": "losses~hidden|attention",
+        "teacher_layer": f"{_OF_RELATIONS}|attention_distribution|value_relation",
+        "relation_heads": _OF_RELATIONS,
+        "attention_target": "losses~attention",
+        "projection": "losses~embedding|hidden",
+    }
 
     prediction_weight: float | None = _weight(
         "the divergence of the student's predictions from the teacher's; of a regression, the squared difference"
@@ -155,20 +168,17 @@ class DistillationArguments:
             preset: Weights by name; 0 if it does not name a loss.
             temperature: That of the preset.
         """
+        check_numbers(self)
         for name in self.loss_names:
             option = f"{name}_weight"
             if getattr(self, option) is None:
                 setattr(self, option, preset.get(name, 0.0))
-            if not (math.isfinite(getattr(self, option)) and getattr(self, option) >= 0):
-                raise InputError(f"{option}={getattr(self, option)} must be 0 or more")
         if self.temperature is None:
             self.temperature = temperature
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"temperature={self.temperature} must be above 0")
-        for name in ("relation_heads", "teacher_layer"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
+        if isinstance(self.layer_map, str) and not re.fullmatch(r"uniform|last|[\d\s]+(,[\d\s]+)*", self.layer_map):
+            raise InputError(
+                f"layer_map={self.layer_map!r} is unknown: use 'uniform', 'last' or teacher layers such as '3,6,9,12'"
+            )
         if not self.weights():
             raise InputError("all losses have weight 0: give one of them a weight, such as --prediction_weight 1")
 
@@ -178,6 +188,8 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
     """Options of [`DistillationTrainer`]: general distillation, on text alone."""
 
     loss_names: ClassVar[tuple[str, ...]] = ("prediction", "mlm", *DistillationArguments.loss_names[1:])
+    ranges: ClassVar[dict[str, str]] = {"cache_top_k": "[0, 65536]"}
+    needs: ClassVar[dict[str, str]] = {"prediction_positions": "losses~prediction"}
 
     distillation_method: Method = field(
         default="distilbert",
@@ -230,8 +242,6 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
 
     def _check_cache(self) -> None:
         """Refuse to cache what changes in training, or more of the teacher than its predictions at masked positions."""
-        if self.cache_top_k < 0:
-            raise InputError(f"cache_top_k={self.cache_top_k} must be 0 (no cache) or more")
         if not self.cache_top_k:
             return
         asked, weights = f"cache_top_k={self.cache_top_k}", self.weights()
@@ -267,6 +277,7 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
     """Options of [`TaskDistillationTrainer`]: a fine-tuned teacher on the examples of its task."""
 
     loss_names: ClassVar[tuple[str, ...]] = ("prediction", "labels", *DistillationArguments.loss_names[1:])
+    also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {"train_sampling_strategy": ("group_by_length",)}
 
     task: Task = field(
         default="sequence-classification",

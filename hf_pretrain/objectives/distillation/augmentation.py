@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents import check_offsets
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.evaluation.batches import evaluating
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.objectives.distillation.fingerprints import tokenizer_fingerprint, weights_fingerprint
@@ -33,6 +33,22 @@ _VERSION = 1
 @dataclass
 class AugmentationArguments:
     """How training sentences are multiplied; the defaults are TinyBERT's."""
+
+    ranges: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("augmentation_rows", "augmentation_candidates", "augmentation_batch_size"), "[1, 65536]"),
+        "augmentation_probability": "(0, 1]",
+    }
+    needs: ClassVar[dict[str, str]] = dict.fromkeys(
+        (
+            "augmentation_vectors",
+            "augmentation_rows",
+            "augmentation_probability",
+            "augmentation_candidates",
+            "augmentation_stop_words",
+            "augmentation_batch_size",
+        ),
+        "augmentation_model",
+    )
 
     augmentation_model: str | None = field(
         default=None,
@@ -67,13 +83,7 @@ class AugmentationArguments:
         Raises:
             InputError: If one is.
         """
-        for name in ("augmentation_rows", "augmentation_candidates", "augmentation_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.augmentation_probability <= 1:
-            raise InputError(
-                f"augmentation_probability={self.augmentation_probability} must be in (0, 1]; 0.4 is usual"
-            )
+        check_numbers(self)
 
 
 def augment(

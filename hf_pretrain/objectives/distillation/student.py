@@ -76,6 +76,7 @@ class StudentArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
+        super().__post_init__()
         ways = {"model_name_or_path": (), "student_layers": ("num_hidden_layers", "config_overrides")}
         for way, fitting in ways.items():
             if getattr(self, way) is None:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import datasets
 import torch
@@ -50,6 +50,9 @@ _NUM_TEXTS: dict[Task, tuple[int, ...]] = {
 @dataclass
 class TaskDataArguments(AugmentationArguments):
     """Which examples are learned from, and how they are multiplied."""
+
+    ranges: ClassVar[dict[str, str]] = {"max_length": "[3, 16777216]", "doc_stride": "[0, 16777216]"}
+    needs: ClassVar[dict[str, str]] = {"doc_stride": "task=question-answering"}
 
     train_file: list[str] | None = field(
         default=None,
@@ -103,10 +106,6 @@ class TaskDataArguments(AugmentationArguments):
             )
         if self.text_columns is not None and len(self.text_columns) not in (1, 2):
             raise InputError(f"text_columns={self.text_columns} must be one column, or two of pairs")
-        if self.max_length < 3:
-            raise InputError(f"max_length={self.max_length} must be at least 3")
-        if self.doc_stride < 0:
-            raise InputError(f"doc_stride={self.doc_stride} must not be negative")
         super().__post_init__()
 
 

@@ -1,7 +1,7 @@
 """Build the pair of models that a program trains."""
 
-import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import (
@@ -38,6 +38,9 @@ logger = logging.get_logger(__name__)
 class ElectricModelArguments(ModelArguments):
     """The discriminator, given as in [`ModelArguments`], and its generator. The defaults are ELECTRA-Small's."""
 
+    ranges: ClassVar[dict[str, str]] = {"generator_size": "(0, 16]", "generator_layers": "(0, 16]"}
+    needs: ClassVar[dict[str, str]] = dict.fromkeys(("generator_size", "generator_layers"), "!generator_name_or_path")
+
     model_type: str = field(
         default="electra", metadata={"help": "Architecture of both models when built from scratch."}
     )
@@ -72,9 +75,7 @@ class ElectricModelArguments(ModelArguments):
             raise InputError(
                 f"embedding_sharing={self.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
             )
-        for name in ("generator_size", "generator_layers"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)} must be above 0 and finite")
+        super().__post_init__()
 
 
 def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase) -> ElectricForPreTraining:

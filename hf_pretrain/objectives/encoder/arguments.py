@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import ClassVar
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
@@ -20,6 +21,19 @@ the data has for them (translations)."""
 
 OBJECTIVES = (*VIEWS, "tlm", "span_boundary", "word_order")
 
+_OPTIONS_OF = {
+    "tlm": ("tlm_weight", "tlm_weight_schedule"),
+    "|".join(PAIR_OBJECTIVES): ("pair_weight", "pair_weight_schedule", "short_pair_probability", "balanced_pairs"),
+    "span_boundary": ("span_boundary_weight", "span_boundary_weight_schedule", "span_positions"),
+    "word_order": (
+        "word_order_weight",
+        "word_order_weight_schedule",
+        "word_order_probability",
+        "word_order_size",
+        "keep_identity_order",
+    ),
+}
+
 
 @dataclass
 class EncoderTrainingArguments(MaskedLMTrainingArguments):
@@ -28,6 +42,11 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
     Raises:
         InputError: If an objective is unknown, or two cannot go together, or shares are wrong.
     """
+
+    ranges: ClassVar[dict[str, str]] = {"span_positions": "[1, 65536]", "word_order_size": "[2, 65536]"}
+    needs: ClassVar[dict[str, str]] = {
+        option: f"objectives~{objective}" for objective, options in _OPTIONS_OF.items() for option in options
+    }
 
     objectives: list[str] = field(
         default_factory=lambda: ["mlm"],
@@ -82,17 +101,12 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained together."""
-        self.objectives = list(dict.fromkeys(self.objectives))
+        twice = next((name for name in self.objectives if self.objectives.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(
+                f"objectives={' '.join(self.objectives)} names {twice} twice: name each once, and weigh it"
+            )
         check_objectives(self.objectives, masking_unit=self.masking_unit)
-        for name in ("mlm", "tlm", "pair", "span_boundary", "word_order"):
-            if not getattr(self, f"{name}_weight") >= 0:
-                raise InputError(f"{name}_weight={getattr(self, f'{name}_weight')} must be 0 or more")
-        for name in ("word_order_probability", "short_pair_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must be a number from 0 to 1")
-        for name, least in (("span_positions", 1), ("word_order_size", 2)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
         self.shares()
         super().__post_init__()
 

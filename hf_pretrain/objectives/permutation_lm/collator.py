@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from hf_pretrain.corruption.permutation import (
 )
 from hf_pretrain.corruption.permutation_targets import given_ranks, given_targets, sample_targets
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.objectives.masking_collator import IGNORED, PaddedLayout
 
 TargetUnit = Literal["official", "word", "given"]
@@ -36,6 +36,11 @@ class PermutationArguments:
     Source:
         XLNet (Yang et al. 2019, sections 2.2, 2.3 and 3.1) and its repository.
     """
+
+    ranges: ClassVar[dict[str, str]] = {
+        "context_factor": "[1, 65536]",
+        **dict.fromkeys(("max_span_length", "reuse_len", "perm_size"), "[1, 16777216]"),
+    }
 
     context_factor: float = field(
         default=6.0, metadata={"help": "K of XLNet, from 1: one of K tokens of each example is predicted."}
@@ -88,14 +93,7 @@ class PermutationArguments:
         """
         if self.target_unit not in get_args(TargetUnit):
             raise InputError(f"target_unit={self.target_unit!r} must be one of {', '.join(get_args(TargetUnit))}")
-        if not (isinstance(self.context_factor, (int, float)) and self.context_factor >= 1):
-            raise InputError(f"context_factor={self.context_factor!r} must be a number from 1; XLNet's is 6")
-        for name in ("max_span_length", "reuse_len", "perm_size"):
-            value = getattr(self, name)
-            if value is None and name != "max_span_length":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"{name}={value!r} must be a whole number, at least 1")
+        check_numbers(self)
         if self.reuse_len is not None and not self.halves:
             raise InputError(
                 f"reuse_len={self.reuse_len} has no meaning for halves=False, where no half is kept: drop one"

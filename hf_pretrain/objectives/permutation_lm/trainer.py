@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_pretrain.data.lanes import LaneStream
 from hf_pretrain.data.prepare import PreparedData
@@ -20,6 +20,8 @@ class PermutationLMTrainingArguments(PermutationArguments, PretrainingArguments)
 
     Source: Yang et al. 2019, appendix A.4; `model_utils.py` and `train.py` of the official code.
     """
+
+    needs: ClassVar[dict[str, str]] = {"bidirectional": "mem_len", "eval_lanes": "mem_len"}
 
     mem_len: int = field(
         default=0,
@@ -45,9 +47,6 @@ class PermutationLMTrainingArguments(PermutationArguments, PretrainingArguments)
 
     def __post_init__(self) -> None:
         """Refuse options of a memory that do not go together."""
-        for name, least in (("mem_len", 0), ("eval_lanes", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.bidirectional and not self.mem_len:
             raise InputError(
                 "bidirectional=True is an option of the memory, but mem_len=0: set mem_len or leave it out"

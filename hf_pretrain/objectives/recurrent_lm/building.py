@@ -1,13 +1,14 @@
 """Build or load the Transformer-XL that a program trains."""
 
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.modeling.base import check_model_fits
-from hf_pretrain.modeling.configuration import from_pretrained, parse_overrides
+from hf_pretrain.modeling.configuration import check_overrides, from_pretrained, parse_overrides
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 from hf_pretrain.objectives.recurrent_lm.modeling import RecurrentLMForPreTraining
@@ -16,6 +17,9 @@ from hf_pretrain.objectives.recurrent_lm.modeling import RecurrentLMForPreTraini
 @dataclass
 class TransformerXLModelArguments:
     """Which Transformer-XL is trained: a checkpoint to continue, or sizes, by default those of the base model."""
+
+    ranges: ClassVar[dict[str, str]] = {"cutoffs": "[1, 2147483647]", "div_val": "[1, 65536]"}
+    needs: ClassVar[dict[str, str]] = {"div_val": "cutoffs"}
 
     model_name_or_path: str | None = field(
         default=None,
@@ -46,6 +50,11 @@ class TransformerXLModelArguments:
         default=None,
         metadata={"help": 'JSON object of further configuration values, e.g. {"tie_word_embeddings": false}.'},
     )
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, and overrides that are no JSON object."""
+        check_numbers(self)
+        check_overrides(self.config_overrides)
 
 
 def build_model(

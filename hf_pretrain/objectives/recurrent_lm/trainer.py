@@ -61,15 +61,6 @@ class RecurrentLMTrainingArguments(PretrainingArguments):
 
     def __post_init__(self) -> None:
         """Refuse lengths out of range."""
-        for name, least in (
-            ("tgt_len", 1),
-            ("mem_len", 0),
-            ("eval_tgt_len", 1),
-            ("eval_mem_len", 0),
-            ("eval_lanes", 1),
-        ):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}={getattr(self, name)} must be at least {least}")
         for prefix in ("", "eval_"):
             clamp_len = getattr(self, f"{prefix}clamp_len")
             if clamp_len != -1 and clamp_len < 1:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import logging
-import math
 import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import (
@@ -40,6 +40,12 @@ logger = logging.getLogger(__name__)
 @dataclass
 class ReplacedTokenDetectionModelArguments(ModelArguments):
     """The discriminator, given as in [`ModelArguments`], and its generator. The defaults are ELECTRA-Small's."""
+
+    ranges: ClassVar[dict[str, str]] = {"generator_size": "(0, 16]", "generator_layers": "(0, 16]"}
+    needs: ClassVar[dict[str, str]] = {
+        "generator_name_or_path": "model_name_or_path",
+        **dict.fromkeys(("generator_type", "generator_size", "generator_layers"), "!model_name_or_path"),
+    }
 
     model_type: str = field(
         default="electra", metadata={"help": "Architecture of both models when built from scratch."}
@@ -98,9 +104,7 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
         for name, known in (("embedding_sharing", EMBEDDING_SHARING), ("discriminator_head", DISCRIMINATOR_HEADS)):
             if getattr(self, name) not in (*known, None):
                 raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
-        for name in ("generator_size", "generator_layers", "temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name}={getattr(self, name)} must be above 0 and finite")
+        super().__post_init__()
 
 
 def build_model(

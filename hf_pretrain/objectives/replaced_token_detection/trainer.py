@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
 
     Source: the paper's table 6 and `configure_pretraining.py` of the official code.
     """
+
+    ranges: ClassVar[dict[str, str]] = {"generator_steps": "(0, 2147483647]"}
+    needs: ClassVar[dict[str, str]] = {"generator_steps": "training_mode=two_stage"}
 
     mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
     rtd_weight: float = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
@@ -74,8 +77,6 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
         """Check the training mode, then everything else."""
         if self.training_mode not in TRAINING_MODES:
             raise InputError(f"training_mode={self.training_mode!r} must be one of {', '.join(TRAINING_MODES)}")
-        if self.generator_steps <= 0:
-            raise InputError(f"generator_steps={self.generator_steps} must be above 0")
         if self.training_mode != "joint":
             # A backward pass reaches one of the two models only.
             self.ddp_find_unused_parameters = True
