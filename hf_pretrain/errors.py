@@ -14,3 +14,11 @@ class RunError(RuntimeError):
     The message is one line that says what happened, what is left of the run and how it goes on; the programs print it and
     exit with status 1.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where a program is to end at once because of SIGTERM; as after an interrupt, what is open is closed."""
+
+
+class StoppedError(RunError):
+    """Raised when training has stopped early because of SIGTERM, with a whole checkpoint; the programs exit with status 143."""

@@ -1,5 +1,6 @@
 """Options that every method has."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -8,6 +9,7 @@ from transformers import TrainingArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.schedules import Schedule
 from hf_pretrain.training.precision import bf16_is_fast
+from hf_pretrain.training.processes import first_process_first
 
 
 @dataclass
@@ -83,6 +85,10 @@ class PretrainingArguments(TrainingArguments):
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
 
+    def main_process_first(self, local: bool = True, desc: str = "work") -> AbstractContextManager[None]:
+        """Let one process work while the others wait, however long it takes; see `transformers.TrainingArguments`."""
+        return super().main_process_first(local=local, desc=desc) if local else first_process_first(self)
+
     def parse_schedules(self) -> dict[str, Schedule]:
         """Return the schedules that are set, by the option that they change: `x_schedule` is that of `x`.
 
@@ -95,3 +101,7 @@ class PretrainingArguments(TrainingArguments):
             for name, text in texts.items()
             if text is not None
         }
+
+
+def check_training_options(args: PretrainingArguments) -> None:
+    """Refuse options of training that cannot work, before anything else is done."""
