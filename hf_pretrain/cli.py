@@ -6,11 +6,13 @@ Nothing heavy is imported here, so that ``hf-pretrain --help`` and a mistyped me
 from __future__ import annotations
 
 import difflib
+import os
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 
-from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated
 
 METHODS = {
     "mlm": ("hf_pretrain.trainers.mlm", "masked language modelling: hide tokens, words or spans and find them again"),
@@ -59,6 +61,9 @@ COMMANDS = {
 _EXIT_RUN = 1
 _EXIT_INPUT = 2
 _EXIT_INTERRUPTED = 130
+_EXIT_TERMINATED = 143
+# Where the first process leaves its last line for the others, and how long these wait for it.
+_SAID, _SECONDS_TO_SAY = "hf_pretrain/last_line", 3.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: The arguments, without the name of the program; those of the process if not given.
 
     Returns:
-        The exit status: 0, 2 for input to mend, 130 after an interrupt.
+        The exit status; see [`run_program`].
     """
     given = sys.argv[1:] if argv is None else argv
     if not given or given[0] in ("-h", "--help"):
@@ -83,26 +88,62 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_program(program: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Run a program; bad input and a run that cannot go on end it with one line, any other error with its traceback.
+    """Run a program; bad input, a path that cannot be read or written, a full disk and a run that cannot go on end it with one
+    line, any other error with its traceback.
 
     Args:
         program: The program's ``main``, which takes its arguments and returns its exit status, None for 0.
         argv: The arguments, without the name of the program; those of the process if not given.
 
     Returns:
-        The exit status: the program's own, 1 after a `RunError`, 2 after an `InputError`, 130 after an interrupt.
+        The exit status: the program's own, 1 after a `RunError`, 2 after an `InputError`, 130 after an interrupt, 143 after
+        SIGTERM.
     """
     try:
         return program(argv) or 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return _EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        _say("stopped by SIGTERM" if isinstance(error, Terminated) else "interrupted")
+        return _EXIT_TERMINATED if isinstance(error, Terminated) else _EXIT_INTERRUPTED
     except Exception as error:
-        known = _known_error_within(error)
+        known = _known_error_within(error) or _system_fault(error)
         if known is None:
             raise
-        print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(known).split())}")
+        if isinstance(known, StoppedError):
+            return _EXIT_TERMINATED
         return _EXIT_INPUT if isinstance(known, InputError) else _EXIT_RUN
+
+
+def _say(line: str) -> None:
+    """Print a line of an end; of several processes that end alike, the first alone does."""
+    if not _was_said_by_first(line):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _was_said_by_first(line: str) -> bool:
+    rank = os.environ.get("RANK", "0")
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        # Options are the same for all.
+        return rank != "0"
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        if rank == "0":
+            store.set(_SAID, line)
+            return False
+        deadline = time.monotonic() + _SECONDS_TO_SAY
+        while not store.check([_SAID]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return bool(store.check([_SAID]) and store.get(_SAID).decode() == line)
+    except Exception:
+        # The first process, which holds the store, is gone.
+        return False
+
+
+def _system_fault(error: BaseException) -> InputError | RunError | None:
+    from hf_pretrain.training.faults import system_fault
+
+    return system_fault(error)
 
 
 def _known_error_within(error: BaseException | None) -> InputError | RunError | None:

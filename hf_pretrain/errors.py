@@ -157,3 +157,11 @@ def _numbers_in(value: Any) -> Iterator[float]:
             waiting.extend(item.values())
         elif isinstance(item, Real) and not isinstance(item, bool):
             yield item
+
+
+class Terminated(KeyboardInterrupt):
+    """Raised where a program is to end at once because of SIGTERM; as after an interrupt, what is open is closed."""
+
+
+class StoppedError(RunError):
+    """Raised when training has stopped early because of SIGTERM, with a whole checkpoint; the programs exit with status 143."""

@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         build_trainer=build_trainer,
         load=load_text,
         demonstrate=print_comparison,
+        left_out={"cache_top_k": 0},
     )
 
 

@@ -13,14 +13,20 @@ of words (`tokens`) with their classes (`labels`); with `--task question-answeri
 
 from __future__ import annotations
 
+from typing import Any
+
+import datasets
 from transformers import (
+    AutoConfig,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedTokenizerBase,
 )
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.modeling.configuration import from_pretrained
 from hf_pretrain.objectives.distillation import (
     DataCollatorForTask,
     StudentArguments,
@@ -34,6 +40,7 @@ from hf_pretrain.objectives.distillation import (
     print_comparison,
     report_label_agreement,
 )
+from hf_pretrain.objectives.distillation.building import teacher_name
 from hf_pretrain.training.program import train_method
 
 ARGUMENTS = (TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments)
@@ -65,6 +72,32 @@ def build_trainer(
     )
 
 
+def made_up_examples(
+    data_args: TaskDataArguments,
+    model_args: StudentArguments,
+    args: TaskDistillationTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PreparedData:
+    """Return examples of the task for the rehearsal: a few tokens, with the first label of the teacher."""
+    config = from_pretrained(AutoConfig, teacher_name(model_args))
+    assert tokenizer is not None, "there is a teacher, so there is a tokenizer"
+    words = [number for number in range(min(len(tokenizer), 200)) if number not in tokenizer.all_special_ids] or [0]
+    ids = tokenizer.build_inputs_with_special_tokens((words * 8)[:8])
+    row: dict[str, Any] = {"input_ids": ids[: data_args.max_length]}
+    row["labels"] = 0.0 if config.num_labels == 1 else 0
+    if args.task == "token-classification":
+        row["is_target"] = [True] * len(row["input_ids"])
+        row["labels"] = [0] * len(row["input_ids"])
+    elif args.task == "question-answering":
+        row["is_target"] = [True] * len(row["input_ids"])
+        row["labels"] = [0, 0]
+    examples = datasets.Dataset.from_list([row] * 8)
+    holds_out = data_args.validation_file or data_args.validation_split or data_args.validation_fraction
+    return PreparedData(
+        tokenizer, examples, examples if holds_out else None, {"source": "made up"}, data_args.max_length
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train from the command line; see the top of the file."""
     train_method(
@@ -76,6 +109,8 @@ def main(argv: list[str] | None = None) -> None:
         load=load_task,
         demonstrate=print_comparison,
         special_tokens=("pad",),
+        made_up=made_up_examples,
+        left_out={"cache_teacher": False},
     )
 
 

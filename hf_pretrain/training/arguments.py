@@ -1,7 +1,7 @@
 """Options that every method has, and what can be known of them before any text is read."""
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -22,6 +22,7 @@ from hf_pretrain.schedules import Schedule
 from hf_pretrain.training.effects import check_refused
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection
 from hf_pretrain.training.precision import bf16_is_fast
+from hf_pretrain.training.processes import first_process_first
 
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
@@ -151,6 +152,10 @@ class PretrainingArguments(TrainingArguments):
             raise InputError(
                 "accelerator_config: use_seedable_sampler=False has no effect: the order follows from the seed and the epoch"
             )
+
+    def main_process_first(self, local: bool = True, desc: str = "work") -> AbstractContextManager[None]:
+        """Let one process work while the others wait, however long it takes; see `transformers.TrainingArguments`."""
+        return super().main_process_first(local=local, desc=desc) if local else first_process_first(self)
 
     def parse_schedules(self) -> dict[str, Schedule]:
         """Return the schedules that are set, by the option that they change: `x_schedule` is that of `x`.

@@ -1,4 +1,4 @@
-"""Checkpoints that can be told from those that were cut off: a marker, written last, names every file with its size."""
+"""Checkpoints that can be told from those that were cut off: a marker, written last, names every file, its size and hash."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
@@ -23,6 +24,7 @@ _PART = ".part"
 _STATE = "trainer_state.json"
 # What only training needs: the learning rate, or with DeepSpeed, which keeps it with the rest, the name of that.
 _FOR_TRAINING = ("scheduler.pt", "latest")
+_HASH_BYTES = 1 << 22
 # Of file systems that have no such call.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
@@ -36,7 +38,7 @@ def begin_folder(folder: str | Path, *, name: str = MARKER) -> None:
     (folder / (name + _PART)).touch()
 
 
-def write_marker(folder: str | Path, *, name: str = MARKER, **facts: Any) -> None:
+def write_marker(folder: str | Path, *, name: str = MARKER, has_hashes: bool = False, **facts: Any) -> None:
     """Mark a folder as whole, when all that belongs in it has been written.
 
     The files are on the disk before the marker is, and the marker appears at once, so a folder that has it is whole whenever
@@ -45,6 +47,7 @@ def write_marker(folder: str | Path, *, name: str = MARKER, **facts: Any) -> Non
     Args:
         folder: The folder.
         name: Name of the marker.
+        has_hashes: Whether the marker has the hash of every file too, for [`damaged_file`]; each is read once.
         **facts: What the marker tells besides; of a checkpoint its `step` and `world_size`.
     """
     folder = Path(folder)
@@ -53,6 +56,8 @@ def write_marker(folder: str | Path, *, name: str = MARKER, **facts: Any) -> Non
     for path in paths:
         _flush(path)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    if has_hashes:
+        facts["hashes"] = {path.relative_to(folder).as_posix(): _hash(path) for path in paths}
     part.write_text(json.dumps(facts | {"files": files}, indent=1), encoding="utf-8")
     _flush(part)
     os.replace(part, folder / name)
@@ -70,6 +75,20 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damaged_file(folder: str | Path, *, name: str = MARKER) -> str | None:
+    """Return the first file of a folder that is not as it was when it was marked; None if there is none, or no hash."""
+    facts = read_marker(folder, name=name) or {}
+    return next((file for file, known in facts.get("hashes", {}).items() if _hash(Path(folder, file)) != known), None)
 
 
 def read_marker(folder: str | Path, *, name: str = MARKER) -> Mapping[str, Any] | None:
@@ -119,17 +138,18 @@ def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
     return next(filter(is_whole, list_checkpoints(output_dir)), None)
 
 
-def check_checkpoint(folder: str | Path) -> int:
+def check_checkpoint(folder: str | Path, *, reads_files: bool = True) -> int:
     """Refuse a checkpoint that a run cannot go on from.
 
     Args:
         folder: The checkpoint; one without a marker, of an earlier version, must have files that open.
+        reads_files: Whether to compare the files with their hashes.
 
     Returns:
         Its step.
 
     Raises:
-        InputError: If it is incomplete, or holds weights alone.
+        InputError: If it is incomplete or damaged, or holds weights alone.
     """
     folder = Path(folder)
     asked = f"resume_from_checkpoint={str(folder)!r}"
@@ -140,6 +160,10 @@ def check_checkpoint(folder: str | Path) -> int:
         _check_files(folder, asked)
     elif (difference := _first_difference(folder, facts["files"])) is not None:
         raise InputError(f"{asked} is incomplete ({difference}): name another, or `true` for the last that is whole")
+    elif reads_files and (damaged := damaged_file(folder)) is not None:
+        raise InputError(
+            f"{asked} is damaged ({damaged} is not as it was saved): name another, or `true` for the last that is whole"
+        )
     if not any((folder / name).is_file() for name in _FOR_TRAINING):
         raise InputError(
             f"{asked} holds the weights alone (made with save_only_model?), which a run cannot go on from: name another"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.errors import InputError, RunError, StoppedError
 from hf_pretrain.training.checkpoints import last_whole_checkpoint
 
 # The disk, the quota of a user, the largest file that is allowed: one thing to whoever writes.
@@ -17,6 +19,27 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 # What torch.save raises when a write fell short; it does not say why.
 _TORCH_WRITE = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc:\d+\] \. unexpected pos")
+# How gloo, NCCL and their store tell that a process is gone, or silent.
+_DEAD_PROCESS = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe.*(?:gloo|TCPStore|socket)|gloo/transport"
+    r"|NCCL (?:error|communicator was aborted)|ncclRemoteError|failed to recv|Socket Timeout|Timed out (?:waiting|after) "
+    r"|DistNetworkError|DistStoreError"
+)
+_TIMED_OUT = re.compile(r"[Tt]ime(?:d )?out")
+_TOO_MANY_FILES = re.compile(r"Too many open files|received 0 items of ancdata")
+_READ = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_PATHS = (*_READ, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENODEV, errno.EIO, errno.ESTALE)
+_LIBRARIES = re.compile(r"/(?:transformers|accelerate|peft|torch|safetensors|huggingface_hub)/")
+_REFUSALS = (
+    ValueError,
+    ImportError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    RuntimeError,
+)
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?(.*?)(?:\.|$)")
 # torch makes the error anew, of the same type, from the whole traceback.
 _WORKERS_OWN = re.compile(r"^hf_pretrain\.errors\.(InputError|RunError): (.*)$", re.MULTILINE)
@@ -43,6 +66,11 @@ def _known_fault(error: Exception, output_dir: str | Path) -> RunError | None:
         return None
     if is_full_disk(error):
         return full_disk(output_dir, error)
+    fault = system_fault(error)
+    if isinstance(fault, RunError):
+        return fault
+    if _DEAD_PROCESS.search(str(error)):
+        return _dead_process(output_dir, error)
     died = _DEAD_WORKER.search(" ".join(str(error).split()))
     if isinstance(error, RuntimeError) and died:
         # torch speaks of it where the signal is that of a bus error.
@@ -51,6 +79,43 @@ def _known_fault(error: Exception, output_dir: str | Path) -> RunError | None:
             f"a worker of the data loader died ({died[1]}), most often because {memory} ran out: "
             + how_to_go_on(output_dir, f"lower dataloader_num_workers or give more {memory}")
         )
+    return None
+
+
+def _dead_process(output_dir: str | Path, error: Exception) -> RunError:
+    if _TIMED_OUT.search(str(error)):
+        what = "another process of the run did not answer for ddp_timeout seconds: if it is alive and at work, raise --ddp_timeout"
+    else:
+        what = "another process of the run has ended: its own message says why"
+    return RunError(f"{what}; {how_to_go_on(output_dir, 'mend that')}")
+
+
+def system_fault(error: BaseException | None) -> InputError | RunError | None:
+    """Return what the operating system refused: a path, a full disk, or too many open files.
+
+    Args:
+        error: An error; what it came from is looked at too.
+
+    Returns:
+        An `InputError` for a path, a `RunError` for a limit; None if it is neither.
+    """
+    while error is not None:
+        if _TOO_MANY_FILES.search(str(error)) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+            return RunError(
+                "too many files are open for the limit of this machine: raise it (ulimit -n 4096), or lower "
+                "dataloader_num_workers"
+            )
+        if isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None:
+            name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+            return InputError(
+                f"{name} cannot be {'read or ' if error.errno in _READ else ''}written: {error.strerror}"
+            )
+        if isinstance(error, OSError) and error.errno in _FULL:
+            place = error.filename or "what was being written"
+            return RunError(
+                f"the disk of {place} is full, or its quota or the largest size of a file is reached: free space, and start again"
+            )
+        error = error.__cause__
     return None
 
 
@@ -84,6 +149,22 @@ def full_disk(output_dir: str | Path, error: BaseException | None) -> RunError:
     )
 
 
+def stopped(output_dir: str | Path, step: int) -> StoppedError:
+    """Return the error of a run that SIGTERM has stopped after a step."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    how = "auto" if checkpoint is None else f"true (the last whole checkpoint is {checkpoint})"
+    return StoppedError(f"stopped by SIGTERM after step {step}: start again with --resume_from_checkpoint {how}")
+
+
+def nothing_trained(num_examples: int | None) -> RunError:
+    """Return the error of a run that came to its end without a step."""
+    examples = "the text" if num_examples is None else f"the text of {num_examples} examples"
+    return RunError(
+        f"no step was trained on {examples}, so nothing is exported: give more text, lower per_device_train_batch_size or "
+        "gradient_accumulation_steps, or raise max_steps"
+    )
+
+
 def not_finite(output_dir: str | Path, what: str) -> RunError:
     """Return the error of numbers that are not finite.
 
@@ -100,3 +181,35 @@ def how_to_go_on(output_dir: str | Path, remedy: str) -> str:
     if checkpoint is None:
         return f"{remedy}, and start again with --resume_from_checkpoint auto (there is no whole checkpoint in {output_dir})"
     return f"{remedy}, and start again with --resume_from_checkpoint true (the last whole checkpoint is {checkpoint})"
+
+
+def is_refused_by_a_library(error: BaseException) -> bool:
+    """Whether transformers, accelerate, peft or torch refused something in their own code, as they refuse options."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        isinstance(error, _REFUSALS)
+        and bool(frames)
+        and bool(_LIBRARIES.search(frames[-1].filename.replace(os.sep, "/")))
+    )
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return what an error of a library says, in one line, with its type where it says little."""
+    text = " ".join(str(error).split())
+    return text if " " in text else f"{type(error).__name__}: {text}"
+
+
+@contextmanager
+def refused_by_libraries(*, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn what a library refuses while a model or a Trainer is made into an [`InputError`] with its sentence.
+
+    Args:
+        unless: Asked after an error, whether it is too late for it to be about options.
+    """
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, InputError | RunError) or is_full_disk(error)
+        if known or unless() or not is_refused_by_a_library(error):
+            raise
+        raise InputError(in_one_line(error)) from error

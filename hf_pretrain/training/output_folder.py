@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import glob
+import os
+import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +18,253 @@ from filelock import FileLock, Timeout
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.checkpoints import check_checkpoint, is_whole, list_checkpoints, was_cut_off
+from hf_pretrain.training.checkpoints import (
+    check_checkpoint,
+    damaged_file,
+    is_whole,
+    list_checkpoints,
+    was_cut_off,
+)
 
 # A leading underscore keeps a file out of what is pushed to the Hub.
 _LOCK = "_lock"
 # There from the start of a run to its end: what a folder holds without a checkpoint is then what a killed run has left.
 _UNFINISHED = "_unfinished"
+# What an earlier run left, until the new one begins to train; and until it is gone.
+_REPLACED, _REMOVED = "_replaced", "_removed"
 _AUTO, _LAST = "auto", "true"
+# What a run writes before it trains: it is made again from the same text and options.
+_BEFORE_TRAINING = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "spiece.model", "spm.model", "sentencepiece*.model", "tokenizer.model"),
+    *("chat_template.jinja", "_tokenizer_training.json", "_teacher_top_k", "_teacher_logits"),
+)
+_OF_A_RUN = (
+    *(*_BEFORE_TRAINING, _LOCK, _UNFINISHED, _REMOVED, "checkpoint-*", "last-checkpoint", "pretraining", "plots"),
+    *("config.json", "generation_config.json", "model*.safetensors", "*.index.json", "pytorch_model*.bin"),
+    *("adapter_config.json", "adapter_model.*", "configuration_*.py", "modeling_*.py", "__init__.py"),
+    *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
+    *("all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),
+)
+# The files below the folders of a run.
+_BELOW = (
+    *(*_OF_A_RUN, "*.safetensors", "*.pt", "*.pth", "*.bin", "*.distcp", ".metadata", "latest", "*.png", "*.npy"),
+    *("complete.json*", "stream_state.json", "run.json", "zero_to_fp32.py", "events.out.tfevents.*"),
+)
+# Options that may have the name of a file without being one that is read.
+_NOT_READ = ("output_dir", "logging_dir", "run_name", "project", "resume_from_checkpoint", "hub_model_id", "hub_token")
+_MARKS = ("checkpoint-*", "trainer_state.json", "recipe.yaml", "pretraining", _UNFINISHED)
+
+
+class OutputFolder:
+    """The output folder of a run, as long as it is claimed.
+
+    Args:
+        args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide what happens to what is there.
+        inputs: Files and folders that the run reads.
+    """
+
+    def __init__(self, args: PretrainingArguments, inputs: Iterable[str] = ()) -> None:
+        self.args = args
+        self.path = Path(args.output_dir)
+        self.inputs = tuple(inputs)
+        self.lock = FileLock(self.path / _LOCK)
+        self._is_new = False
+
+    def claim(self) -> str | None:
+        """Lock the folder, set aside what is to be replaced, and return the checkpoint to go on from.
+
+        Raises:
+            InputError: As [`output_directory`].
+        """
+        try:
+            self._lock()
+            self._restore()
+            return self._checkpoint()
+        except OSError as error:
+            raise InputError(
+                f"output_dir={str(self.path)!r} cannot be written: {error.strerror or error}; name another"
+            ) from error
+
+    def _lock(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"output_dir={str(self.path)!r} is a file: name a folder")
+        self._is_new = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        in_use = f"output_dir={str(self.path)!r} is in use by another process: wait for it or name another"
+        try:
+            self.lock.acquire(blocking=False)
+        except Timeout as error:
+            raise InputError(in_use) from error
+        if not (self.path / _LOCK).exists():
+            # It ended between the opening of the file and its lock, which then is that of a file that is gone.
+            self.lock.release()
+            raise InputError(in_use)
+
+    def _checkpoint(self) -> str | None:
+        args, asked = self.args, self.args.resume_from_checkpoint
+        if args.overwrite_output_dir and asked is not None and asked.lower() != _AUTO:
+            raise InputError(
+                f"overwrite_output_dir=True would remove what resume_from_checkpoint={asked} goes on from: leave out one "
+                "of the two"
+            )
+        checkpoint = None if asked is None else _checkpoint_to_resume(self.path, asked)
+        if checkpoint is None and self._is_used():
+            if args.overwrite_output_dir:
+                self._set_aside()
+            elif asked is None or not (self.path / _UNFINISHED).exists():
+                raise InputError(
+                    f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if asked else ''}: name another, go "
+                    "on with --resume_from_checkpoint true (auto if a run may have been cut off before its first checkpoint), "
+                    "or replace the run that is there with --overwrite_output_dir"
+                )
+            else:
+                print(
+                    f"{self.path} holds a run that was cut off before its first checkpoint: starting anew", flush=True
+                )
+        (self.path / _UNFINISHED).touch()
+        return checkpoint
+
+    def _is_used(self) -> bool:
+        """Whether there is more than a try leaves that never came to train."""
+        names = {path.name for path in self.path.iterdir()} - {_LOCK, _REMOVED}
+        free: tuple[str, ...] = (_UNFINISHED, *_BEFORE_TRAINING) if _UNFINISHED in names else ()
+        return any(not _is_named(name, free) for name in names)
+
+    def _set_aside(self) -> None:
+        self._check_replaceable()
+        shutil.rmtree(self.path / _REMOVED, ignore_errors=True)
+        aside = self.path / _REPLACED
+        aside.mkdir()
+        for path in list(self.path.iterdir()):
+            if path.name not in (_LOCK, _REPLACED):
+                os.replace(path, aside / path.name)
+
+    def _check_replaceable(self) -> None:
+        folder = self.path.resolve()
+        what = f"overwrite_output_dir=True would remove what output_dir={str(self.path)!r} holds"
+        if folder == Path.home().resolve() or Path.cwd().resolve().is_relative_to(folder):
+            raise InputError(f"{what}, the home folder or the one that you are in: name another")
+        for name in self.inputs:
+            if Path(name).resolve().is_relative_to(folder):
+                raise InputError(f"{what}, and this run reads {name}: move it or name another output_dir")
+        found = _first_foreign(self.path)
+        if found is not None:
+            raise InputError(f"{what}, and {found} is not of a run: move it or name another output_dir")
+        if not any(_is_named(path.name, _MARKS) for path in self.path.iterdir()):
+            raise InputError(f"{what}, which is no run: remove it yourself or name another output_dir")
+
+    def _restore(self) -> None:
+        """Bring back what was set aside by a run that never came to train."""
+        aside = self.path / _REPLACED
+        if not aside.is_dir():
+            return
+        for path in list(self.path.iterdir()):
+            if path.name != _LOCK and (_is_named(path.name, (*_BEFORE_TRAINING, _UNFINISHED))):
+                _remove(path)
+        for path in list(aside.iterdir()):
+            os.replace(path, self.path / path.name)
+        aside.rmdir()
+
+    def training_begins(self) -> None:
+        """Remove the run that is replaced: all is read and checked."""
+        aside = self.path / _REPLACED
+        if self.lock.is_locked and aside.is_dir():
+            # What is half removed must not come back.
+            os.replace(aside, self.path / _REMOVED)
+            shutil.rmtree(self.path / _REMOVED, ignore_errors=True)
+
+    def ended(self) -> None:
+        """Note that the run has come to its end."""
+        if self.lock.is_locked:
+            (self.path / _UNFINISHED).unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let go of the folder, and leave nothing in one that nothing was written to."""
+        # Not held where the folder was refused: then the file is another process's.
+        if not self.lock.is_locked:
+            if self._is_new:
+                with suppress(OSError):
+                    self.path.rmdir()
+            return
+        self._restore()
+        is_empty = all(path.name in (_LOCK, _UNFINISHED) for path in self.path.iterdir())
+        if is_empty:
+            (self.path / _UNFINISHED).unlink(missing_ok=True)
+        # Before it is free: a start in between would hold the lock of a file that is gone.
+        (self.path / _LOCK).unlink(missing_ok=True)
+        self.lock.release()
+        if is_empty and self._is_new:
+            with suppress(OSError):
+                self.path.rmdir()
 
 
 @contextmanager
-def output_directory(args: PretrainingArguments) -> Iterator[Path]:
+def output_directory(args: PretrainingArguments, *, inputs: Iterable[str] = ()) -> Iterator[OutputFolder]:
     """Claim the output folder for this run, from its emptiness to its last file.
+
+    What an earlier run left is only set aside where it is to be replaced, until `training_begins` of the folder is called; it is
+    brought back if that never comes.
 
     Args:
         args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide. The last becomes the path of the last
             whole checkpoint if it is "true", and that or None if it is "auto"; where the run goes on is printed.
+        inputs: Files and folders that the run reads, which are never replaced; see [`paths_in`].
 
     Raises:
-        InputError: If the folder holds an earlier run, another process writes to it, or there is nothing to resume from.
+        InputError: If the folder holds an earlier run, or what is not of a run or read by this one is to be replaced, another
+            process writes to it, it cannot be written, or there is nothing to resume from.
     """
-    folder = Path(args.output_dir)
-    lock = FileLock(folder / _LOCK)
+    folder = OutputFolder(args, inputs)
     try:
-        args.resume_from_checkpoint = _decided_by_first(args, lambda: _claim(folder, lock, args))
+        args.resume_from_checkpoint = _decided_by_first(args, folder.claim)
         yield folder
-        if lock.is_locked:
-            (folder / _UNFINISHED).unlink(missing_ok=True)
+        folder.ended()
     finally:
-        # Not held where the folder was refused: then the file is another process's.
-        if lock.is_locked:
-            lock.release()
-            (folder / _LOCK).unlink(missing_ok=True)
-            if not _is_used(folder):
-                (folder / _UNFINISHED).unlink(missing_ok=True)
+        folder.release()
+
+
+def paths_in(options: Iterable[Any], argv: Sequence[str] = ()) -> list[str]:
+    """Return every file or folder that a command reads.
+
+    Args:
+        options: Dataclasses; values may be paths, patterns of paths, or text such as ``en-de=a.en,a.de``.
+        argv: The words of the command, for its recipes.
+    """
+    words = [second for first, second in zip(argv, argv[1:], strict=False) if first == "--config"]
+    words += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    for instance in options:
+        assert is_dataclass(instance)
+        values = [getattr(instance, field.name) for field in fields(instance) if field.name not in _NOT_READ]
+        for value in values:
+            words += [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    found = []
+    for word in filter(lambda word: isinstance(word, str), words):
+        for part in {word, *re.split(r"[=,]", word)} - {""}:
+            with suppress(OSError, ValueError):
+                found += [part] if Path(part).exists() else glob.glob(part) if glob.has_magic(part) else []
+    return found
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _first_foreign(folder: Path) -> Path | None:
+    """Return the first file in a folder that no run writes."""
+    for path in sorted(folder.iterdir()):
+        if not _is_named(path.name, _OF_A_RUN):
+            return path
+        below = [] if path.is_symlink() else sorted(path.rglob("*"))
+        found = next((file for file in below if not file.is_dir() and not _is_named(file.name, _BELOW)), None)
+        if found is not None:
+            return found
+    return None
+
+
+def _remove(path: Path) -> None:
+    # A link is removed, never what it points to.
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _decided_by_first(args: PretrainingArguments, decide: Callable[[], str | None]) -> str | None:
@@ -64,57 +282,28 @@ def _decided_by_first(args: PretrainingArguments, decide: Callable[[], str | Non
     return outcome[0]
 
 
-def _claim(folder: Path, lock: FileLock, args: PretrainingArguments) -> str | None:
-    """Lock the folder, empty it if that was asked for, and return the checkpoint to go on from."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir={str(folder)!r} is a file: name a folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(
-            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
-        ) from error
-    asked = args.resume_from_checkpoint
-    checkpoint = None if asked is None else _checkpoint_to_resume(folder, asked)
-    if checkpoint is None and _is_used(folder):
-        if args.overwrite_output_dir:
-            _clear(folder)
-        elif asked is None or not (folder / _UNFINISHED).exists():
-            raise InputError(
-                f"output_dir={str(folder)!r} is in use{' and holds no checkpoint' if asked else ''}: name another, go on with "
-                "--resume_from_checkpoint true (auto if a run may have been cut off before its first checkpoint), or remove what "
-                "is there with --overwrite_output_dir"
-            )
-        else:
-            print(f"{folder} holds a run that was cut off before its first checkpoint: starting anew", flush=True)
-    (folder / _UNFINISHED).touch()
-    return checkpoint
-
-
-def _is_used(folder: Path) -> bool:
-    return any(path.name not in (_LOCK, _UNFINISHED) for path in folder.iterdir())
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name != _LOCK:
-            # A link is removed, never what it points to.
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
 def _checkpoint_to_resume(folder: Path, asked: str) -> str | None:
     """Return the checkpoint that is asked for, and say so; None if there need not be one."""
     if asked.lower() not in (_AUTO, _LAST):
         print(f"going on from step {check_checkpoint(asked)}: {asked}", flush=True)
         return asked
     skipped: list[Path] = []
+    damaged: list[str] = []
     for checkpoint in list_checkpoints(folder):
-        if is_whole(checkpoint):
-            step = check_checkpoint(checkpoint)
-            print(f"{_incomplete(skipped)}going on from step {step}: {checkpoint}", flush=True)
+        if not is_whole(checkpoint):
+            skipped.append(checkpoint)
+        elif (file := damaged_file(checkpoint)) is not None:
+            damaged.append(f"{checkpoint.name} is damaged ({file} is not as it was saved)")
+        else:
+            step = check_checkpoint(checkpoint, reads_files=False)
+            said = "".join(f"{text}: " for text in damaged)
+            print(f"{_incomplete(skipped)}{said}going on from step {step}: {checkpoint}", flush=True)
             return str(checkpoint)
-        skipped.append(checkpoint)
+    if damaged:
+        raise InputError(
+            f"resume_from_checkpoint={asked}, but {'; '.join(damaged)} in output_dir={str(folder)!r}, and no other checkpoint "
+            "is whole: name another output_dir and start anew"
+        )
     earlier = next((checkpoint for checkpoint in skipped if not was_cut_off(checkpoint)), None)
     if asked.lower() == _AUTO and earlier is None:
         return None

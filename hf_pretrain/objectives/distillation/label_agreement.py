@@ -32,10 +32,10 @@ def report_label_agreement(model: DistillationModel, data: PreparedData, args: P
     rows = EpochDataset.wrap(data.train_dataset).base
     if model.teacher is None or model.config.head != "classification" or args.process_index:
         return
-    teacher = AskedModel(model.teacher.model.to(model.teacher.device or args.device))
     variants = labelled_variants(rows, most=_MOST_ROWS)
     if not len(variants):
         return
+    teacher = AskedModel(model.teacher.model.to(model.teacher.device or args.device))
     share = agreement(
         teacher,
         rows.select(variants),

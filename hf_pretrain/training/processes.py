@@ -1,0 +1,162 @@
+"""What the processes of a run have in common: who prepares first, how long one waits, and when all stop."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_pretrain.errors import Terminated
+
+_POLL_SECONDS = 0.5
+
+
+# Waiting
+
+
+@contextmanager
+def first_process_first(args: TrainingArguments) -> Iterator[None]:
+    """Let the first process do something while the others wait, however long it takes; then these do it too.
+
+    A barrier would end the run after `ddp_timeout` seconds. Here the others only look now and then whether it is done.
+
+    Args:
+        args: Those of the run; all processes must come here equally often.
+    """
+    if args.world_size <= 1 or not dist.is_initialized():
+        yield
+        return
+    store = distributed_c10d._get_default_store()
+    turn = getattr(args, "_turns_waited", 0)
+    args._turns_waited = turn + 1  # type: ignore[attr-defined]
+    key = f"hf_pretrain/first_process_first/{turn}"
+    if args.process_index:
+        while not store.check([key]):
+            time.sleep(_POLL_SECONDS)
+    try:
+        yield
+    finally:
+        if not args.process_index:
+            store.set(key, "done")
+
+
+def set_timeout(args: TrainingArguments) -> None:
+    """Let the processes wait for one another as long as `ddp_timeout` says, on a CPU too, where transformers forgets it."""
+    if args.world_size > 1 and dist.is_initialized() and args.device.type == "cpu":
+        distributed_c10d._set_pg_timeout(args.ddp_timeout_delta)
+
+
+# Stopping
+
+
+class Stopping:
+    """What is done about SIGTERM: in training, a checkpoint and an end; before and after, an end at once."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self.is_training = False
+        self._process = os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Take the signal."""
+        if os.getpid() != self._process:
+            # A worker, forked from this process.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif self.is_training and not self.is_asked:
+            self.is_asked = True
+            print("SIGTERM: saving a checkpoint after this step, then ending", file=sys.stderr, flush=True)
+        else:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise Terminated
+
+
+@contextmanager
+def stopping_on_sigterm() -> Iterator[Stopping]:
+    """Take SIGTERM for a while, see [`Stopping`]; the handler that was there comes back."""
+    stopping = Stopping()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+    before = signal.signal(signal.SIGTERM, stopping)
+    try:
+        yield stopping
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class StopWhenAsked(TrainerCallback):
+    """Ends training with a checkpoint after the step in which SIGTERM came, on all processes after the same step.
+
+    Several processes tell each other at each step, beside the training: what was sent at one step is read at the next, so no
+    step waits.
+
+    Args:
+        stopping: Notes the signal.
+    """
+
+    def __init__(self, stopping: Stopping) -> None:
+        self.stopping = stopping
+        self.has_begun = False
+        self.has_stopped = False
+        self._group: Any = None
+        self._sent: tuple[Any, torch.Tensor] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the signal from now on."""
+        self.stopping.is_training = True
+        if args.world_size > 1 and dist.is_initialized() and dist.is_gloo_available():
+            self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note that there is a first step."""
+        self.has_begun = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop if any process was asked to."""
+        if self._any_asked():
+            control.should_save = True
+            control.should_training_stop = True
+            self.has_stopped = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the signal to what comes after."""
+        self.stopping.is_training = False
+        self.has_stopped = self.has_stopped or self._received() or self.stopping.is_asked
+        self._sent = None
+
+    def _any_asked(self) -> bool:
+        if self._group is None:
+            return self.stopping.is_asked
+        asked = self._received()
+        flag = torch.tensor(int(self.stopping.is_asked))
+        self._sent = (dist.all_reduce(flag, group=self._group, async_op=True), flag)
+        return asked
+
+    def _received(self) -> bool:
+        """Return whether any process was asked at the step before."""
+        if self._sent is None:
+            return False
+        self._sent[0].wait()
+        return bool(self._sent[1])

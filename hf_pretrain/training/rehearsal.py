@@ -1,0 +1,276 @@
+"""A rehearsal of a run: model and Trainer are made on a made-up text, so that mistakes are found before the real one is read.
+
+Parameters are on the `meta` device, which knows shapes and holds no numbers: it takes a moment and no memory. What cannot be done
+there is tried once more on the CPU, for models that are small. Nothing is written, printed or left changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import random
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules import module as hooks
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, masking_utils
+from transformers.utils import logging as transformers_logging
+
+from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.errors import InputError
+from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.faults import in_one_line, is_refused_by_a_library
+from hf_pretrain.training.trainer import PretrainingTrainer
+
+# Parameters of a model that is quickly made for real: 0.2 GB.
+_MOST_PARAMETERS = 50_000_000
+_OF_META = re.compile(
+    r"\bmeta (?:tensor|device)|register_meta|device meta\b|data-independent|\bmeta\b.*\bcpu\b|\bcpu\b.*\bmeta\b"
+)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+# The keys that `transformers.Trainer.evaluate` adds by itself.
+_OF_EVERY_EVALUATION = ("runtime", "samples_per_second", "steps_per_second")
+
+
+def rehearse(
+    options: tuple[Any, Any, PretrainingArguments],
+    *,
+    build_trainer: Callable[..., PretrainingTrainer],
+    tokenizer: PreTrainedTokenizerBase | None,
+    made_up: Callable[..., PreparedData],
+    left_out: Mapping[str, Any],
+) -> None:
+    """Refuse what a run would refuse after its text was read.
+
+    Args:
+        options: Those of data, model and training.
+        build_trainer: Puts the method's model, collator and Trainer together.
+        tokenizer: The tokenizer of the run; None if it is to be trained.
+        made_up: Makes examples of a text that is none, called as [`made_up_data`] is.
+        left_out: Options of training that only cost time here, such as that a teacher is asked beforehand.
+
+    Raises:
+        InputError: If the model cannot be built, does not fit the options, or the Trainer refuses these.
+    """
+    data_args, model_args, args = options
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        # DeepSpeed's configuration is one for the whole process, and decides how models are built.
+        return
+    if getattr(options[0], "streaming", False):
+        left_out = {}
+
+    def build(rehearsed: PretrainingArguments, device: str, counted: list[int]) -> None:
+        data = made_up(data_args, copy.copy(model_args), rehearsed, tokenizer)
+        with _without_numbers(device, counted):
+            trainer = build_trainer(data, copy.copy(model_args), rehearsed)
+            _try_optimizer(trainer)
+            names = _try_forward(trainer, device)
+        _check_metric(trainer, names)
+
+    failure, parameters = _attempt(build, args, left_out, device="meta")
+    if failure is not None and parameters <= _MOST_PARAMETERS:
+        failure, _ = _attempt(build, args, left_out, device="cpu")
+    if failure is None or _is_of_meta(failure):
+        return
+    if isinstance(failure, InputError):
+        raise failure
+    if is_refused_by_a_library(failure):
+        raise InputError(in_one_line(failure)) from failure
+
+
+def _attempt(
+    build: Callable[[PretrainingArguments, str, list[int]], None],
+    args: PretrainingArguments,
+    left_out: Mapping[str, Any],
+    *,
+    device: str,
+) -> tuple[Exception | None, int]:
+    """Return what went wrong, and how many parameters there were until then."""
+    counted = [0]
+    with _leaving_no_trace() as folder:
+        try:
+            build(_smaller(args, folder, left_out), device, counted)
+        except Exception as error:
+            return error, counted[0]
+    return None, counted[0]
+
+
+def _smaller(args: PretrainingArguments, folder: str, left_out: Mapping[str, Any]) -> PretrainingArguments:
+    """Return the options of a rehearsal: another folder, small batches, nothing that reaches out of the process."""
+    smaller = copy.copy(args)
+    for name, value in vars(args).items():
+        if isinstance(value, dict | list):
+            setattr(smaller, name, copy.copy(value))
+    smaller.accelerator_config = copy.deepcopy(args.accelerator_config)
+    changes: dict[str, Any] = {
+        "output_dir": folder,
+        "push_to_hub": False,
+        "enable_jit_checkpoint": False,
+        "full_determinism": False,
+        "resume_from_checkpoint": None,
+        "torch_compile": False,
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+    }
+    for name, value in (changes | {name: value for name, value in left_out.items() if hasattr(args, name)}).items():
+        setattr(smaller, name, value)
+    return smaller
+
+
+@contextmanager
+def _leaving_no_trace() -> Iterator[str]:
+    """Yield a folder that goes again, while nothing is printed and random numbers stay as they are."""
+    # The Trainer seeds them all.
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    verbosity = transformers_logging.get_verbosity()
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        warnings.simplefilter("ignore")
+        transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+        try:
+            yield folder
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+@contextmanager
+def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
+    """Let models be built on a device, from configurations alone; their parameters are counted."""
+    seen: set[int] = set()
+
+    def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or id(parameter) in seen:
+            return None
+        counted[0] += parameter.numel()
+        on_device = nn.Parameter(parameter.to(device), parameter.requires_grad)
+        seen.add(id(on_device))
+        alive.append(on_device)
+        return on_device
+
+    def moved_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
+        return None if buffer is None else buffer.to(device)
+
+    # A number of an object is only its own as long as it is there.
+    alive: list[nn.Parameter] = []
+    handles = [
+        hooks.register_module_parameter_registration_hook(moved),
+        hooks.register_module_buffer_registration_hook(moved_buffer),
+    ]
+    try:
+        with (
+            patch.object(PreTrainedModel, "from_pretrained", classmethod(_from_configuration)),
+            # The device of the run is for the run.
+            patch.object(Trainer, "_move_model_to_device", lambda self, model, device: None),
+        ):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+_from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+
+def _from_configuration(
+    cls: type[PreTrainedModel], name_or_path: str, *args: Any, config: Any = None, **options: Any
+) -> Any:
+    """Build what `from_pretrained` loads, without its weights; where these are missing or damaged, it is to say so."""
+    if not _has_weights(name_or_path):
+        return _from_pretrained(cls, name_or_path, *args, config=config, **options)
+    if config is None:
+        assert cls.config_class is not None
+        config = cls.config_class.from_pretrained(name_or_path)
+    attention = {name: options[name] for name in ("attn_implementation",) if name in options}
+    model = cls._from_config(copy.deepcopy(config), dtype=torch.float32, **attention).eval()
+    info: dict[str, Any] = {
+        "missing_keys": set(),
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+        "error_msgs": [],
+    }
+    return (model, info) if options.get("output_loading_info") else model
+
+
+def _has_weights(name_or_path: str) -> bool:
+    """Whether a local folder has weights whose files open; of a repository on the Hub that is not known."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return True
+    files = [path for pattern in _WEIGHTS for path in folder.glob(pattern)]
+    for path in files:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (OSError, SafetensorError):
+            return False
+    return bool(files)
+
+
+def _try_optimizer(trainer: PretrainingTrainer) -> None:
+    """Make optimizer and schedule for a model of one parameter."""
+    args = trainer.args
+    made, options = trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(2, 2))
+    if made.__module__.split(".")[0] not in ("torch", "hf_pretrain"):
+        return  # Others want the groups of a real model.
+    optimizer = made([torch.zeros(2, 2, requires_grad=True)], **options)
+    trainer.create_scheduler(max(args.max_steps, 2), optimizer)
+
+
+def _try_forward(trainer: PretrainingTrainer, device: str) -> set[str] | None:
+    """Let the model see two examples; return the names of what an evaluation would measure, None if that is not known."""
+    dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
+    if isinstance(dataset, dict):
+        dataset = next(iter(dataset.values()))
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return None
+    batch = trainer.data_collator([dataset[row] for row in range(min(2, len(dataset)))])
+    # Lanes are the Trainer's affair.
+    batch = {name: value.to(device) for name, value in batch.items() if name != "lanes"}
+    # As when a graph is recorded, transformers then looks at no number of a mask.
+    with torch.no_grad(), patch.object(masking_utils, "is_tracing", lambda *args, **options: device == "meta"):
+        output = trainer.model.eval()(**batch)
+    means = {f"{name}_loss": 1.0 for name in output.losses} | dict.fromkeys(output.metrics, 1.0) | {"loss": 1.0}
+    names = {*means, *_OF_EVERY_EVALUATION}
+    if output.scores is not None:
+        names |= trainer.evaluation_metrics(np.array([0.5, -0.5]), np.array([1, 0]), means).keys()
+    else:
+        names |= trainer.evaluation_metrics(np.empty(0), np.empty(0), means).keys()
+    return names
+
+
+def _check_metric(trainer: PretrainingTrainer, names: set[str] | None) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation has."""
+    asked = trainer.args.metric_for_best_model
+    if asked is None or names is None or trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+        return
+    if asked.removeprefix("eval_") not in names:
+        known = ", ".join(sorted(names - set(_OF_EVERY_EVALUATION)))
+        raise InputError(f"metric_for_best_model={asked!r} is not measured: choose one of {known}")
+
+
+def _is_of_meta(error: BaseException | None) -> bool:
+    """Whether something went wrong only because the parameters had no numbers."""
+    while error is not None:
+        if isinstance(error, NotImplementedError) or _OF_META.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
