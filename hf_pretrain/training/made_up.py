@@ -70,7 +70,7 @@ def made_up_tokenizer(args: DataArguments) -> PreTrainedTokenizerBase:
     kind: Any = args.tokenizer_type if args.tokenizer_type in get_args(TokenizerKind) else "wordpiece"
     size = min(args.vocab_size, 320)
     tokenizer = train_tokenizer(
-        _TEXTS, kind=kind, vocab_size=size, lowercase=args.lowercase, model_max_length=args.block_size
+        _TEXTS, kind=kind, vocab_size=size, lowercase=bool(args.lowercase), model_max_length=args.block_size
     )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = backend["model"]["vocab"]
