@@ -14,13 +14,14 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.documents import tokenize_documents
+from hf_pretrain.data.documents import UnknownCount, tokenize_documents
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.packing import BlockTemplate
 from hf_pretrain.data.pair_template import PairTemplate
 from hf_pretrain.data.text import file_stamps, generate_dataset, with_language
 from hf_pretrain.data.text_files import read_rows
 from hf_pretrain.data.token_store import TokenStore
+from hf_pretrain.data.words import Segmenter
 from hf_pretrain.errors import InputError
 
 BitextFrame = Literal["each", "pair"]
@@ -111,7 +112,9 @@ def tokenize_bitext(
     tokenizer: PreTrainedTokenizerBase,
     *,
     languages: tuple[str, str],
+    word_segmenter: Segmenter | None = None,
     num_proc: int | None = None,
+    unknown: UnknownCount | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Tokenize both sides of a bitext into the document schema, once.
 
@@ -119,7 +122,9 @@ def tokenize_bitext(
         texts: Dataset with the columns ``first`` and ``second``.
         tokenizer: A fast tokenizer.
         languages: Names of the two languages, for the column ``lang``.
+        word_segmenter: Finds words in text without spaces, see `word_starts`.
         num_proc: Processes to work in.
+        unknown: What is unknown in the texts is added to it.
 
     Returns:
         Two datasets of documents whose n-th rows are translations of each other; none is without tokens.
@@ -130,7 +135,8 @@ def tokenize_bitext(
     sides = []
     for column, language in zip(BITEXT_FEATURES, languages, strict=True):
         side = with_language(texts.select_columns([column]).rename_column(column, "text"), language)
-        sides.append(tokenize_documents(side, tokenizer, num_proc=num_proc, keep_empty=True))
+        options: dict[str, Any] = {"word_segmenter": word_segmenter, "num_proc": num_proc, "unknown": unknown}
+        sides.append(tokenize_documents(side, tokenizer, keep_empty=True, **options))
     filled = [pc.list_value_length(side.data.column("input_ids")).to_numpy() > 0 for side in sides]
     kept = np.flatnonzero(filled[0] & filled[1])
     if not len(kept):

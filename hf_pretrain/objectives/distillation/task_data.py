@@ -1,6 +1,6 @@
 """The examples of a task: sentences, pairs, words or questions, with or without labels, from files or a dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.data.corpus import split_held_out
-from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.data.prepare import PreparedData, RepeatableTexts, check_unknown, count_unknown
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import from_pretrained
 from hf_pretrain.objectives.distillation.arguments import Task
@@ -94,6 +94,10 @@ class TaskDataArguments(AugmentationArguments):
         default=None,
         metadata={"help": "Tokenizer of the Hub or a folder; by default the student's, or the teacher's."},
     )
+    max_unknown_share: float = field(
+        default=0.05,
+        metadata={"help": "Refuse text of which the tokenizer does not know a greater share of the characters."},
+    )
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
@@ -105,6 +109,8 @@ class TaskDataArguments(AugmentationArguments):
             raise InputError(f"text_columns={self.text_columns} must be one column, or two of pairs")
         if self.max_length < 3:
             raise InputError(f"max_length={self.max_length} must be at least 3")
+        if not 0 <= self.max_unknown_share <= 1:
+            raise InputError(f"max_unknown_share={self.max_unknown_share} must be in [0, 1]; 0.05 is usual")
         if self.doc_stride < 0:
             raise InputError(f"doc_stride={self.doc_stride} must not be negative")
         super().__post_init__()
@@ -143,6 +149,9 @@ def prepare_task(
         labels = _label_column(train, args, task)
         _check_held_out(held_out, [*columns, *filter(None, [labels])])
         description = {"source": _source(args), "examples": len(train), "text_columns": list(columns)}
+        texts = RepeatableTexts(partial(_texts_of, train, columns))
+        unknown = count_unknown(texts, tokenizer)
+        check_unknown(args, tokenizer, unknown, texts, "the examples to train on")
         if args.augmentation_model is not None:
             _check_augmentable(train, task, columns=columns)
             train = _multiply(train, args, columns=columns, seed=seed)
@@ -160,8 +169,16 @@ def prepare_task(
         "tokenizer": type(tokenizer.backend_tokenizer.model).__name__,
         "vocab_size": len(tokenizer),
         "max_length": args.max_length,
+        "unknown_share": unknown.share,
     }
     return PreparedData(tokenizer, examples, held_out_examples, description, args.max_length, train_documents=examples)
+
+
+def _texts_of(examples: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the texts of examples; lists of words are joined by spaces."""
+    for row in examples.select_columns(list(columns)):
+        for text in row.values():
+            yield " ".join(map(str, text)) if isinstance(text, list) else str(text or "")
 
 
 def _encode(
