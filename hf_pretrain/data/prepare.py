@@ -333,7 +333,7 @@ def check_unknown(
         return
     shown = ", ".join(repr(part) for part in _unknown_parts(texts, tokenizer))
     what = f"{share} of {where} are unknown to the tokenizer ({shown})"
-    cure = "train another with --tokenizer_type bpe, which knows all, or unigram, or name one with --tokenizer_name"
+    cure = "name a tokenizer that knows them with --tokenizer_name, or train one with --tokenizer_type bpe or unigram"
     if unknown.share > args.max_unknown_share:
         raise InputError(f"{what}, more than max_unknown_share={args.max_unknown_share:g}: {cure}")
     logger.warning(f"{what}: {cure}")

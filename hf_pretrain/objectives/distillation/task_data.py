@@ -95,8 +95,8 @@ class TaskDataArguments(AugmentationArguments):
         metadata={"help": "Tokenizer of the Hub or a folder; by default the student's, or the teacher's."},
     )
     max_unknown_share: float = field(
-        default=0.05,
-        metadata={"help": "Refuse text of which the tokenizer does not know a greater share of the characters."},
+        default=0.5,
+        metadata={"help": "Refuse examples of which the tokenizer does not know a greater share of the characters."},
     )
 
     def __post_init__(self) -> None:
@@ -110,7 +110,7 @@ class TaskDataArguments(AugmentationArguments):
         if self.max_length < 3:
             raise InputError(f"max_length={self.max_length} must be at least 3")
         if not 0 <= self.max_unknown_share <= 1:
-            raise InputError(f"max_unknown_share={self.max_unknown_share} must be in [0, 1]; 0.05 is usual")
+            raise InputError(f"max_unknown_share={self.max_unknown_share} must be in [0, 1]; 0.5 is usual")
         if self.doc_stride < 0:
             raise InputError(f"doc_stride={self.doc_stride} must not be negative")
         super().__post_init__()
