@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.documents import tokenize_documents
+from hf_pretrain.data.documents import UnknownCount, tokenize_documents
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.file_kinds import file_kind
 from hf_pretrain.data.file_search import copied_pipe, is_pipe
@@ -25,6 +25,7 @@ from hf_pretrain.data.text import file_stamps, generate_dataset, with_language
 from hf_pretrain.data.text_files import BadTextCount, OnBadText, read_rows
 from hf_pretrain.data.text_lines import BadText
 from hf_pretrain.data.token_store import TokenStore
+from hf_pretrain.data.words import Segmenter
 from hf_pretrain.errors import InputError
 
 BitextFrame = Literal["each", "pair"]
@@ -143,7 +144,9 @@ def tokenize_bitext(
     tokenizer: PreTrainedTokenizerBase,
     *,
     languages: tuple[str, str],
+    word_segmenter: Segmenter | None = None,
     num_proc: int | None = None,
+    unknown: UnknownCount | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Tokenize both sides of a bitext into the document schema, once.
 
@@ -151,7 +154,9 @@ def tokenize_bitext(
         texts: Dataset with the columns ``first`` and ``second``.
         tokenizer: A fast tokenizer.
         languages: Names of the two languages, for the column ``lang``.
+        word_segmenter: Finds words in text without spaces, see `word_starts`.
         num_proc: Processes to work in.
+        unknown: What is unknown in the texts is added to it.
 
     Returns:
         Two datasets of documents whose n-th rows are translations of each other; none is without tokens.
@@ -162,7 +167,8 @@ def tokenize_bitext(
     sides = []
     for column, language in zip(BITEXT_FEATURES, languages, strict=True):
         side = with_language(texts.select_columns([column]).rename_column(column, "text"), language)
-        sides.append(tokenize_documents(side, tokenizer, num_proc=num_proc, keep_empty=True))
+        options: dict[str, Any] = {"word_segmenter": word_segmenter, "num_proc": num_proc, "unknown": unknown}
+        sides.append(tokenize_documents(side, tokenizer, keep_empty=True, **options))
     filled = [pc.list_value_length(side.data.column("input_ids")).to_numpy() > 0 for side in sides]
     kept = np.flatnonzero(filled[0] & filled[1])
     if not len(kept):

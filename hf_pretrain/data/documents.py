@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ _GROUP_CHARACTERS = 1 << 21
 _VERSION = 2
 # Beside those of the schema, a stored document has what is counted of it.
 _COUNTS = ("characters", "unknown_characters", "unknown_tokens")
+_MOST_WEIGHT = 1000
 
 
 @dataclass
@@ -55,24 +56,49 @@ class UnknownCount:
         unknown_tokens: Those that are the unknown token.
         characters: Characters of the text that are seen: no white space, no control characters, no combining marks.
         unknown_characters: Those of them for which there is no token but the unknown one, or none at all.
+        weight: The sum of the weights of the documents: their characters, but at most 1000 of each.
+        unknown_weight: The same of the unknown characters.
     """
 
     tokens: int = 0
     unknown_tokens: int = 0
     characters: int = 0
     unknown_characters: int = 0
+    weight: float = 0.0
+    unknown_weight: float = 0.0
 
     @property
     def share(self) -> float:
-        """Unknown share of the characters: one unknown token may stand for a whole document."""
-        return self.unknown_characters / max(self.characters, 1)
+        """Unknown share of the characters. It is not a share of the tokens: one of them may stand for a whole document.
 
-    def add(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Add the columns and numbers of texts."""
-        self.tokens += sum(map(len, columns["input_ids"]))
-        self.unknown_tokens += sum(columns["unknown_tokens"])
-        self.characters += sum(columns["characters"])
-        self.unknown_characters += sum(columns["unknown_characters"])
+        No document counts for more than 1000 characters, so that a huge one does not outweigh all others.
+        """
+        return self.unknown_weight / max(self.weight, 1.0)
+
+    def add(
+        self,
+        *,
+        num_tokens: int,
+        unknown_tokens: Sequence[int] | np.ndarray,
+        characters: Sequence[int] | np.ndarray,
+        unknown_characters: Sequence[int] | np.ndarray,
+    ) -> None:
+        """Add texts.
+
+        Args:
+            num_tokens: Tokens of all of them.
+            unknown_tokens: Unknown tokens of each.
+            characters: Visible characters of each.
+            unknown_characters: Those without a known token.
+        """
+        seen, lost = (np.asarray(numbers, dtype=np.int64) for numbers in (characters, unknown_characters))
+        weights = np.minimum(seen, _MOST_WEIGHT)
+        self.tokens += num_tokens
+        self.unknown_tokens += int(np.sum(unknown_tokens))
+        self.characters += int(seen.sum())
+        self.unknown_characters += int(lost.sum())
+        self.weight += float(weights.sum())
+        self.unknown_weight += float((weights * (lost / np.maximum(seen, 1))).sum())
 
 
 class _Tokens(NamedTuple):
@@ -114,7 +140,8 @@ def tokenize_texts(
     check_offsets(tokenizer)
     columns = _counted_columns(texts, tokenizer, sentence_splitter, word_segmenter)
     if unknown is not None:
-        unknown.add(columns)
+        num_tokens = sum(map(len, columns["input_ids"]))
+        unknown.add(num_tokens=num_tokens, **{name: columns[name] for name in _COUNTS})
     return {name: rows for name, rows in columns.items() if name not in _COUNTS}
 
 
@@ -301,7 +328,8 @@ def tokenize_documents(
     )
     table = documents.data.table
     if unknown is not None:
-        _add_counts(unknown, table)
+        num_tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
+        unknown.add(num_tokens=num_tokens, **{name: table[name].to_numpy() for name in _COUNTS})
     documents = documents.with_format(None).select_columns([name for name in features if name not in _COUNTS])
     if not keep_empty:
         filled = np.flatnonzero(pc.list_value_length(table["input_ids"]).to_numpy())
@@ -309,14 +337,6 @@ def tokenize_documents(
     if not len(documents):
         raise InputError(f"texts have no tokens in {len(texts)} rows; check the text and the tokenizer")
     return documents if len(documents) == len(texts) else _renumbered(documents)
-
-
-def _add_counts(unknown: UnknownCount, table: pa.Table) -> None:
-    """Add up what was counted of the documents of a table."""
-    unknown.tokens += pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
-    unknown.unknown_tokens += pc.sum(table["unknown_tokens"]).as_py() or 0
-    unknown.characters += pc.sum(table["characters"]).as_py() or 0
-    unknown.unknown_characters += pc.sum(table["unknown_characters"]).as_py() or 0
 
 
 def _renumbered(documents: datasets.Dataset) -> datasets.Dataset:

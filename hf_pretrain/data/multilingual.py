@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.bitext import BITEXT_FEATURES, BitextDataset, bitext_dataset, tokenize_bitext
 from hf_pretrain.data.corpus import split_held_out
-from hf_pretrain.data.documents import tokenize_documents
+from hf_pretrain.data.documents import UnknownCount, tokenize_documents
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.mixture import MixtureDataset, language_shares
 from hf_pretrain.data.multilingual_arguments import MultilingualDataArguments
@@ -24,11 +24,13 @@ from hf_pretrain.data.packing import BlockDataset
 from hf_pretrain.data.prepare import (
     PreparedData,
     RepeatableTexts,
+    check_unknown,
     common_description,
     file_names,
     first_texts,
     prepare_data,
     run_tokenizer,
+    word_segmenter,
 )
 from hf_pretrain.data.text import text_dataset, text_sizes
 from hf_pretrain.data.token_store import TokenStore
@@ -108,7 +110,11 @@ def prepare_multilingual(
     with nullcontext() if first is None else first:
         train, held_out = _read(args)
         tokenizer = _tokenizer(args, Path(output_dir), tokenizer, train)
-        documents, held_out_documents = (_tokenized(args, corpus, tokenizer) for corpus in (train, held_out))
+        documents, unknown = _tokenized(args, train, tokenizer)
+        for name, count in unknown.items():
+            texts = partial(_texts_of, train[name])
+            check_unknown(args, tokenizer, count, RepeatableTexts(texts), f"the text of {name} to train on")
+        held_out_documents, held_out_unknown = _tokenized(args, held_out, tokenizer)
     examples = partial(_examples, args=args, tokenizer=tokenizer, languages=languages, seed=seed)
     parts, held_out_parts = examples(documents), examples(held_out_documents)
     shares = _shares(args, documents)
@@ -118,7 +124,9 @@ def prepare_multilingual(
         tokenizer,
         MixtureDataset({name: parts[name] for name in shares}, shares=shares, group_size=group_size, seed=seed),
         MixtureDataset(held_out_parts, shares=lengths, seed=seed) if held_out_parts else None,
-        _description(args, tokenizer, shares)
+        _description(args, tokenizer, shares, output_dir)
+        | _unknown_shares("", unknown)
+        | _unknown_shares("held_out_", held_out_unknown)
         | _sizes("", train, documents, parts)
         | _sizes("held_out_", held_out, held_out_documents, held_out_parts),
         args.block_size,
@@ -228,13 +236,36 @@ def _again_and_again(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
             yield from (text for text in batch["text"] if text)
 
 
-def _tokenized(args: MultilingualDataArguments, corpus: _Corpus, tokenizer: PreTrainedTokenizerBase) -> _Documents:
-    num_proc = args.preprocessing_num_workers
-    return {
-        name: tokenize_bitext(texts, tokenizer, languages=_pair(name), num_proc=num_proc)
+def _tokenized(
+    args: MultilingualDataArguments, corpus: _Corpus, tokenizer: PreTrainedTokenizerBase
+) -> tuple[_Documents, dict[str, UnknownCount]]:
+    """Return the documents of each part, and what the tokenizer does not know in it."""
+    unknown = {name: UnknownCount() for name in corpus}
+    options: dict[str, Any] = {"num_proc": args.preprocessing_num_workers, "word_segmenter": word_segmenter(args)}
+    documents = {
+        name: tokenize_bitext(texts, tokenizer, languages=_pair(name), unknown=unknown[name], **options)
         if _is_pair(name)
-        else (tokenize_documents(texts, tokenizer, num_proc=num_proc),)
+        else (tokenize_documents(texts, tokenizer, unknown=unknown[name], **options),)
         for name, texts in corpus.items()
+    }
+    return documents, unknown
+
+
+def _texts_of(texts: datasets.Dataset) -> Iterator[str]:
+    """Yield the texts of a language, or of both sides of a pair."""
+    for batch in texts.iter(_BATCH_ROWS):
+        for name in ("text", *BITEXT_FEATURES):
+            yield from (text or "" for text in batch.get(name, []))
+
+
+def _unknown_shares(prefix: str, unknown: Mapping[str, UnknownCount]) -> dict[str, Any]:
+    """Return the unknown share of all characters, and those of the parts."""
+    if not unknown:
+        return {}
+    total = sum(count.weight for count in unknown.values())
+    return {
+        f"{prefix}unknown_share": sum(count.unknown_weight for count in unknown.values()) / max(total, 1),
+        f"{prefix}unknown_shares": {name: count.share for name, count in unknown.items()},
     }
 
 
@@ -274,7 +305,10 @@ def _shares(args: MultilingualDataArguments, documents: _Documents) -> dict[str,
 
 
 def _description(
-    args: MultilingualDataArguments, tokenizer: PreTrainedTokenizerBase, shares: Mapping[str, float]
+    args: MultilingualDataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    shares: Mapping[str, float],
+    output_dir: str | Path,
 ) -> dict[str, Any]:
     sources = [f"{language}: {file_names(paths)}" for language, paths in args.language_files().items()]
     for name, entries in args.parallel_files().items():
@@ -282,7 +316,7 @@ def _description(
     held_out = (
         f"{args.validation_fraction:.3g} of the documents and translations" if args.validation_fraction else None
     )
-    return common_description(args, tokenizer, "; ".join(sources), held_out) | {
+    return common_description(args, tokenizer, "; ".join(sources), held_out, output_dir) | {
         "languages": args.languages(),
         "sampling_shares": {name: round(share, 4) for name, share in shares.items()},
     }

@@ -338,7 +338,7 @@ def check_unknown(
         return
     shown = ", ".join(repr(part) for part in _unknown_parts(texts, tokenizer))
     what = f"{share} of {where} are unknown to the tokenizer ({shown})"
-    cure = "train another with --tokenizer_type bpe, which knows all, or unigram, or name one with --tokenizer_name"
+    cure = "name a tokenizer that knows them with --tokenizer_name, or train one with --tokenizer_type bpe or unigram"
     if unknown.share > args.max_unknown_share:
         raise InputError(f"{what}, more than max_unknown_share={args.max_unknown_share:g}: {cure}")
     logger.warning(f"{what}: {cure}")
@@ -419,7 +419,7 @@ def _prepare_stream(
         )
         key = file_stamps(source) if args.train_file else _source_name(args)
         tokenizer = run_tokenizer(args, output_dir, tokenizer, head, key)
-        unknown = _count_head(args, tokenizer, head)
+        unknown = count_unknown(head, tokenizer)
         check_unknown(args, tokenizer, unknown, head, f"the first {unknown.characters:,} characters of the stream")
         held_out, held_out_unknown = None, UnknownCount()
         if args.validation_file:
@@ -448,15 +448,14 @@ def _prepare_stream(
     return PreparedData(tokenizer, train_dataset, eval_dataset, description, args.block_size)
 
 
-def _count_head(args: DataArguments, tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> UnknownCount:
-    """Count what is unknown in the first texts of a stream."""
-    tokenize, room = StreamTokenizing(args, tokenizer), _STREAM_CHARACTERS
-    for text in texts:
-        tokenize([text[:room]])
-        room -= len(text)
-        if room <= 0:
-            break
-    return tokenize.unknown
+def count_unknown(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> UnknownCount:
+    """Count what a tokenizer does not know in the first million characters of texts."""
+    unknown, room = UnknownCount(), _STREAM_CHARACTERS
+    texts = iter(texts)
+    while room > 0 and (batch := [(text or "")[:room] for text in itertools.islice(texts, 256)]):
+        tokenize_texts(batch, tokenizer, unknown=unknown)
+        room -= sum(map(len, batch))
+    return unknown
 
 
 class StreamTokenizing:

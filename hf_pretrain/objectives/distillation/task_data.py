@@ -1,6 +1,6 @@
 """The examples of a task: sentences, pairs, words or questions, with or without labels, from files or a dataset."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.data.corpus import split_held_out
-from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.data.prepare import PreparedData, RepeatableTexts, check_unknown, count_unknown
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import from_pretrained
 from hf_pretrain.objectives.distillation.arguments import Task
@@ -97,6 +97,10 @@ class TaskDataArguments(AugmentationArguments):
         default=None,
         metadata={"help": "Tokenizer of the Hub or a folder; by default the student's, or the teacher's."},
     )
+    max_unknown_share: float = field(
+        default=0.5,
+        metadata={"help": "Refuse examples of which the tokenizer does not know a greater share of the characters."},
+    )
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
@@ -142,6 +146,9 @@ def prepare_task(
         labels = _label_column(train, args, task)
         _check_held_out(held_out, [*columns, *filter(None, [labels])])
         description = {"source": _source(args), "examples": len(train), "text_columns": list(columns)}
+        texts = RepeatableTexts(partial(_texts_of, train, columns))
+        unknown = count_unknown(texts, tokenizer)
+        check_unknown(args, tokenizer, unknown, texts, "the examples to train on")
         if args.augmentation_model is not None:
             _check_augmentable(train, task, columns=columns)
             train = _multiply(train, args, columns=columns, seed=seed)
@@ -159,8 +166,16 @@ def prepare_task(
         "tokenizer": type(tokenizer.backend_tokenizer.model).__name__,
         "vocab_size": len(tokenizer),
         "max_length": args.max_length,
+        "unknown_share": unknown.share,
     }
     return PreparedData(tokenizer, examples, held_out_examples, description, args.max_length, train_documents=examples)
+
+
+def _texts_of(examples: datasets.Dataset, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the texts of examples; lists of words are joined by spaces."""
+    for row in examples.select_columns(list(columns)):
+        for text in row.values():
+            yield " ".join(map(str, text)) if isinstance(text, list) else str(text or "")
 
 
 def _encode(
