@@ -88,8 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_program(program: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Run a program; bad input, a path that cannot be read or written, a full disk and a run that cannot go on end it with one
-    line, any other error with its traceback.
+    """Run a program; what is not a mistake of the library ends it with one line, any other error with its traceback.
+
+    That is bad input, a path that cannot be read or written, a full disk, or a run that cannot go on.
 
     Args:
         program: The program's ``main``, which takes its arguments and returns its exit status, None for 0.

@@ -84,7 +84,9 @@ def _known_fault(error: Exception, output_dir: str | Path) -> RunError | None:
 
 def _dead_process(output_dir: str | Path, error: Exception) -> RunError:
     if _TIMED_OUT.search(str(error)):
-        what = "another process of the run did not answer for ddp_timeout seconds: if it is alive and at work, raise --ddp_timeout"
+        what = (
+            "another process of the run did not answer for ddp_timeout seconds: raise --ddp_timeout if it is at work"
+        )
     else:
         what = "another process of the run has ended: its own message says why"
     return RunError(f"{what}; {how_to_go_on(output_dir, 'mend that')}")

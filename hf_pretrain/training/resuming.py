@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import datasets
+import numpy as np
+import xxhash
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.training.checkpoints import last_whole_checkpoint
+from hf_pretrain.training.checkpoints import check_checkpoint, last_whole_checkpoint, read_marker
 from hf_pretrain.training.faults import reported_faults
+from hf_pretrain.training.parsing import resolved_options
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
+
+
+# Options that change nothing of what is learned, or that are compared in another way; by how their names begin.
+_NOT_COMPARED = (
+    *("output_dir", "overwrite_", "logging_", "log_", "report_to", "run_name", "project", "save_", "eval_", "hub_"),
+    *("push_to_hub", "disable_tqdm", "dataloader_num_", "dataloader_p", "preprocessing_num_", "ddp_", "enable_jit_"),
+    *("per_device_", "gradient_accumulation_", "seed", "train_file", "validation_", "language_file", "parallel_file"),
+    *("dataset_", "tokenizer_name", "metric_for_", "greater_is_", "load_best_", "torch_compile", "activation_check"),
+    *("fsdp", "deepspeed", "accelerator_config", "full_determinism", "teacher_name", "teacher_device", "trackio_"),
+    *("model_name", "generator_name", "use_cpu", "include_"),
+)
+# Of a larger text, evenly spread parts are hashed.
+_MOST_HASHED, _PARTS, _PART_BYTES = 1 << 30, 4096, 1 << 16
 
 
 class ResumingMixin(_Base):
@@ -42,8 +62,56 @@ class ResumingMixin(_Base):
             if found is None:
                 raise InputError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no whole checkpoint")
             resume_from_checkpoint = str(found)
+        if isinstance(resume_from_checkpoint, str):
+            if resume_from_checkpoint != self.args.resume_from_checkpoint:
+                # Otherwise the program has looked at it.
+                check_checkpoint(resume_from_checkpoint)
+            self._compare(resume_from_checkpoint)
         with reported_faults(self.args.output_dir):
             return super().train(resume_from_checkpoint, **kwargs)
+
+    def run_facts(self) -> dict[str, Any]:
+        """Return what a checkpoint tells of its run, so that a resume can say what has changed."""
+        args = self.args
+        options = getattr(self, "recipe", None) or resolved_options([args])
+        return {
+            "seed": args.seed,
+            "model": self._model_types(),
+            "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "text": self._text_fingerprint,
+            "options": {name: value for name, value in options.items() if not name.startswith(_NOT_COMPARED)},
+        }
+
+    def _model_types(self) -> list[str]:
+        config = self.model.config
+        parts = [getattr(config, name, None) for name in config.sub_configs]
+        return [part.model_type for part in parts if part is not None]
+
+    @cached_property
+    def _text_fingerprint(self) -> str | None:
+        return text_fingerprint(self.train_dataset)
+
+    def _compare(self, checkpoint: str) -> None:
+        """Refuse the checkpoint of another model or seed, and say what else has changed since it was made.
+
+        Raises:
+            InputError: If it is of another model or seed.
+        """
+        facts = (read_marker(checkpoint) or {}).get("run")
+        if facts is None:
+            return
+        for name, now in (("seed", self.args.seed), ("model", self._model_types())):
+            was = facts[name]
+            if was != now:
+                raise InputError(
+                    f"resume_from_checkpoint={checkpoint!r} was made with the {name} {was}, and this run has {now}: give that of "
+                    "the checkpoint, or start anew in another output_dir"
+                )
+        if not self.is_world_process_zero():
+            return
+        changes = list(_changes(facts, self.run_facts()))
+        if changes:
+            print(f"this run differs from {checkpoint}: {'; '.join(changes)}", flush=True)
 
     @property
     def num_steps_trained(self) -> int:
@@ -92,3 +160,63 @@ class ResumingMixin(_Base):
                 f"{sorted(load_result.unexpected_keys)[:3]}): resume with the options it was made with"
             )
         self.model.tie_weights()
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what differs between the facts of two runs, a phrase each."""
+    if None not in (before["text"], now["text"]) and before["text"] != now["text"]:
+        yield "the text has changed, so the examples that come are others"
+    was, is_now = before["examples_per_step"], now["examples_per_step"]
+    if was != is_now:
+        yield f"a step had {was} examples, and has {is_now}"
+    for name in sorted(before["options"].keys() | now["options"].keys()):
+        was, is_now = (facts["options"].get(name, "its default") for facts in (before, now))
+        if was != is_now:
+            yield f"{name} was {was}, and is {is_now}"
+
+
+def text_fingerprint(dataset: Any) -> str | None:
+    """Return a hash of the tokens that a dataset is made from; None where there are none that are stored.
+
+    Args:
+        dataset: Examples, or views of them, down to the `datasets.Dataset` that holds the tokens. A stream has an identity of
+            its own.
+    """
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return None
+    digest, is_empty = xxhash.xxh3_128(), True
+    for table in _stored_tables(dataset, set()):
+        if "input_ids" in table.column_names:
+            is_empty = False
+            columns = [table.data.table.column("input_ids")]
+            columns += [] if table._indices is None else [table._indices.column(0)]
+            for chunk in (chunk for column in columns for chunk in column.chunks):
+                values = chunk.flatten() if hasattr(chunk, "flatten") and hasattr(chunk, "offsets") else chunk
+                if hasattr(chunk, "offsets"):
+                    _add(digest, chunk.offsets.to_numpy(zero_copy_only=False))
+                _add(digest, values.to_numpy(zero_copy_only=False))
+    return None if is_empty else digest.hexdigest()
+
+
+def _stored_tables(value: Any, seen: set[int]) -> Iterator[datasets.Dataset]:
+    """Yield the tables that are found behind a dataset, each once."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, datasets.Dataset):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _stored_tables(part, seen)
+    elif type(value).__module__.startswith("hf_pretrain."):
+        yield from _stored_tables(getattr(value, "__dict__", {}), seen)
+
+
+def _add(digest: Any, array: np.ndarray) -> None:
+    flat = np.ascontiguousarray(array).view(np.uint8)
+    digest.update(str(len(flat)).encode())
+    if len(flat) <= _MOST_HASHED:
+        digest.update(flat.data)
+    else:
+        for start in np.linspace(0, len(flat) - _PART_BYTES, _PARTS).astype(np.int64).tolist():
+            digest.update(flat[start : start + _PART_BYTES].data)

@@ -73,7 +73,7 @@ class SavingMixin(HeldOutMixin, ResumingMixin, _Base):
                 with self._together(remove=folder):
                     self._save_progress(folder)
             with self._together(remove=folder):
-                self._if_writer(write_marker, folder, step=self.state.global_step, world_size=self.args.world_size)
+                self._if_writer(self._mark, folder)
             if self.args.push_to_hub:
                 with self._together():
                     self._push_from_checkpoint(str(folder))
@@ -81,6 +81,10 @@ class SavingMixin(HeldOutMixin, ResumingMixin, _Base):
             self._in_checkpoint = False
         best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
         self._if_writer(remove_old_checkpoints, folder.parent, limit=limit, keep=(folder, best))
+
+    def _mark(self, folder: Path) -> None:
+        facts = {"step": self.state.global_step, "world_size": self.args.world_size, "run": self.run_facts()}
+        write_marker(folder, has_hashes=True, **facts)
 
     def _if_writer(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if self.args.should_save:

@@ -1,6 +1,7 @@
 """What every program does around its training: the output folder is claimed, the run leaves its recipe and export."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -11,12 +12,14 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from hf_pretrain.data.multilingual_arguments import MultilingualDataArguments
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.checkpoints import begin_folder, write_marker
-from hf_pretrain.training.output_folder import output_directory
+from hf_pretrain.training.output_folder import OutputFolder, output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import run
 from method_matrix import TINY_TRAINING, data_for, known_options, programs, tiny_data, tiny_model_options
@@ -51,7 +54,7 @@ def checkpoint(folder, *, step, whole=True):
     torch.save({}, folder / "scheduler.pt")
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     if whole:
-        write_marker(folder, step=step, world_size=1)
+        write_marker(folder, step=step, world_size=1, has_hashes=True)
     return folder
 
 
@@ -68,7 +71,7 @@ def contents(folder):
 
 def test_a_folder_is_made_and_only_locked_while_it_is_used(make, folder):
     with output_directory(make()) as claimed:
-        assert claimed == folder and folder.is_dir()
+        assert claimed.path == folder and folder.is_dir()
         with pytest.raises(Timeout):
             FileLock(folder / "_lock").acquire(blocking=False)
         (folder / "model").write_text("new")
@@ -91,17 +94,118 @@ def test_a_used_folder_is_refused_and_left_alone(make, used):
     assert contents(used) == before
 
 
-def test_overwriting_clears_the_folder_and_nothing_else(make, used):
-    neighbour = used.parent / "other"
-    neighbour.mkdir()
-    (neighbour / "corpus.txt").write_text("precious")
-    (used / "link").symlink_to(neighbour)
-    (used / "file_link").symlink_to(neighbour / "corpus.txt")
-    (used / ".hidden").write_text("old")
-    with output_directory(make(overwrite_output_dir=True)):
-        assert contents(used) == {"_lock", "_unfinished"}
-    assert contents(used) == set()
-    assert (neighbour / "corpus.txt").read_text() == "precious"
+@pytest.fixture
+def earlier(folder):
+    """A folder with nothing but what an earlier run left."""
+    for step in (2, 10):
+        checkpoint(folder / f"checkpoint-{step}", step=step)
+    for name in ("tokenizer.json", "_tokenizer_training.json", "model.safetensors", "README.md", "trainer_state.json"):
+        (folder / name).write_text("old")
+    (folder / "plots").mkdir()
+    (folder / "plots" / "loss.png").write_text("old")
+    return folder
+
+
+class TestOverwriting:
+    def test_the_earlier_run_goes_when_training_begins(self, make, earlier):
+        neighbour = earlier.parent / "other"
+        neighbour.mkdir()
+        (neighbour / "corpus.txt").write_text("precious")
+        (earlier / "runs").symlink_to(neighbour)
+        (earlier / "config.json").symlink_to(neighbour / "corpus.txt")
+        before = contents(earlier)
+        with output_directory(make(overwrite_output_dir=True)) as claimed:
+            # Nothing of it is seen, and all of it is there.
+            assert {path.name for path in earlier.iterdir()} == {"_lock", "_unfinished", "_replaced"}
+            assert contents(earlier / "_replaced") == before
+            (earlier / "tokenizer.json").write_text("new")
+            claimed.training_begins()
+            assert contents(earlier) == {"_lock", "_unfinished", "tokenizer.json"}
+        assert contents(earlier) == {"tokenizer.json"}
+        assert (neighbour / "corpus.txt").read_text() == "precious"
+
+    def test_it_is_back_if_training_never_begins(self, make, earlier):
+        before = {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()}
+        (earlier / "_tokenizer_training.json").unlink()
+        del before[earlier / "_tokenizer_training.json"]
+        with pytest.raises(InputError, match="cannot be read"), output_directory(make(overwrite_output_dir=True)):
+            (earlier / "tokenizer.json").write_text("new")
+            (earlier / "_tokenizer_training.json").write_text("new")
+            raise InputError("the text cannot be read")
+        assert {path: path.read_bytes() for path in earlier.rglob("*") if path.is_file()} == before
+
+    def test_it_is_back_after_a_kill(self, make, earlier):
+        before = contents(earlier)
+        claimed = OutputFolder(make(overwrite_output_dir=True))
+        claimed.claim()
+        (earlier / "tokenizer.json").write_text("new")
+        claimed.lock.release()
+        with pytest.raises(InputError, match="is in use"), output_directory(make()):
+            raise AssertionError("the program must not run")
+        assert contents(earlier) == before and (earlier / "tokenizer.json").read_text() == "old"
+
+    @pytest.mark.parametrize(
+        "name", ["thesis.tex", "src/main.py", ".git/HEAD", "plots/data.csv", "checkpoint-2/notes.txt", "data.json"]
+    )
+    def test_what_is_not_of_a_run_is_named_and_nothing_goes(self, make, earlier, name):
+        (earlier / name).parent.mkdir(exist_ok=True)
+        (earlier / name).write_text("precious")
+        before = contents(earlier)
+        with (
+            pytest.raises(InputError, match=f"{name.split('/')[0]}.* is not of a run"),
+            output_directory(make(overwrite_output_dir=True)),
+        ):
+            raise AssertionError("the program must not run")
+        assert contents(earlier) == before and (earlier / name).read_text() == "precious"
+
+    def test_a_folder_without_a_run_stays(self, make, folder):
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("precious")
+        with pytest.raises(InputError, match="is no run"), output_directory(make(overwrite_output_dir=True)):
+            raise AssertionError("the program must not run")
+        assert contents(folder) == {"README.md"}
+
+    @pytest.mark.parametrize("below", ["", "deeper"])
+    def test_the_home_folder_and_the_one_that_one_is_in_stay(self, make, earlier, below, monkeypatch):
+        (earlier / "checkpoint-2" / below).mkdir(exist_ok=True)
+        monkeypatch.chdir(earlier / "checkpoint-2" / below)
+        with (
+            pytest.raises(InputError, match="the one that you are in"),
+            output_directory(make(overwrite_output_dir=True)),
+        ):
+            raise AssertionError("the program must not run")
+        monkeypatch.chdir("/")
+        monkeypatch.setenv("HOME", str(earlier))
+        with pytest.raises(InputError, match="the home folder"), output_directory(make(overwrite_output_dir=True)):
+            raise AssertionError("the program must not run")
+        assert (earlier / "model.safetensors").exists()
+
+    @pytest.mark.parametrize("read", ["", "checkpoint-10", "tokenizer.json"])
+    def test_what_the_same_command_reads_stays(self, make, earlier, read):
+        before = contents(earlier)
+        with (
+            pytest.raises(InputError, match=f"this run reads {earlier / read}"),
+            output_directory(make(overwrite_output_dir=True), inputs=[str(earlier / read)]),
+        ):
+            raise AssertionError("the program must not run")
+        assert contents(earlier) == before
+
+    def test_an_empty_folder_needs_no_marks(self, make, folder):
+        with output_directory(make(overwrite_output_dir=True)) as claimed:
+            claimed.training_begins()
+
+
+def test_every_way_to_name_a_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "c.en", "c.de", "recipe.yaml", "vectors.txt", "out"):
+        (tmp_path / name).write_text("text")
+    data = MultilingualDataArguments(language_file=["en=a.txt,b.txt"], parallel_file=["de-en=c.de,c.en"])
+    model = StudentArguments(teacher_name_or_path="vectors.txt", student_layers="first")
+    args = PretrainingArguments("out", bf16=False, run_name="out")
+    argv = ["--config", "recipe.yaml", "--config=recipe.yaml", "--output_dir", "out"]
+    found = set(paths_in((data, model, args), argv))
+    assert found == {"a.txt", "b.txt", "c.en", "c.de", "vectors.txt", "recipe.yaml"}
+    assert set(paths_in((DataArguments(train_file=["?.txt"]),))) == {"a.txt", "b.txt"}
 
 
 def test_overwriting_waits_for_no_one(make, used):
@@ -139,10 +243,46 @@ def test_resume_passes_over_what_was_cut_off(make, used, word, capsys):
     assert capsys.readouterr().out == f"{said}{used / 'checkpoint-10'}\n"
 
 
-def test_resume_wins_over_overwriting(make, used):
-    args = make(resume_from_checkpoint="true", overwrite_output_dir=True)
+def test_resume_and_overwriting_exclude_each_other(make, used):
+    for asked in ("true", str(used / "checkpoint-10")):
+        args = make(resume_from_checkpoint=asked, overwrite_output_dir=True)
+        with pytest.raises(InputError, match="leave out one of the two"), output_directory(args):
+            raise AssertionError("the program must not run")
+    # For the same command at every start.
+    args = make(resume_from_checkpoint="auto", overwrite_output_dir=True)
     with output_directory(args):
-        assert (used / "checkpoint-10" / "model.safetensors").exists()
+        assert args.resume_from_checkpoint == str(used / "checkpoint-10")
+    assert (used / "notes.txt").read_text() == "precious"
+
+
+def test_a_damaged_checkpoint_is_passed_over(make, used, capsys):
+    flip(used / "checkpoint-10" / "scheduler.pt")
+    args = make(resume_from_checkpoint="auto")
+    with output_directory(args):
+        assert args.resume_from_checkpoint == str(used / "checkpoint-2")
+    assert (
+        "checkpoint-10 is damaged (scheduler.pt is not as it was saved): going on from step 2"
+        in capsys.readouterr().out
+    )
+    flip(used / "checkpoint-2" / "model.safetensors")
+    for asked in ("auto", "true"):
+        with (
+            pytest.raises(InputError, match="checkpoint-10 is damaged .*checkpoint-2 is damaged"),
+            output_directory(make(resume_from_checkpoint=asked)),
+        ):
+            raise AssertionError("the program must not run")
+    with (
+        pytest.raises(InputError, match=r"is damaged \(model.safetensors is not as it was saved\)"),
+        output_directory(make(resume_from_checkpoint=str(used / "checkpoint-2"))),
+    ):
+        raise AssertionError("the program must not run")
+
+
+def flip(path):
+    """Change a bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("make_checkpoint", [checkpoint, of_an_earlier_version])
@@ -204,6 +344,7 @@ class TestAuto:
     def test_it_starts_anew_after_a_run_that_failed(self, make, folder):
         with pytest.raises(ZeroDivisionError), output_directory(make()):
             (folder / "tokenizer.json").write_text("new")
+            (folder / "checkpoint-2").mkdir()
             raise ZeroDivisionError
         with pytest.raises(InputError, match="in use"), output_directory(make()):
             raise AssertionError("the program must not run")
@@ -227,6 +368,66 @@ def test_what_is_refused_does_not_stay_locked(make, folder):
     assert not (folder / "_lock").exists()
     with output_directory(make()):
         pass
+
+
+def test_a_try_that_was_refused_leaves_the_folder_free(make, folder):
+    with pytest.raises(InputError, match="model_type"), output_directory(make()):
+        (folder / "tokenizer.json").write_text("new")
+        (folder / "_tokenizer_training.json").write_text("of which text")
+        raise InputError("model_type is wrong")
+    with output_directory(make()):
+        # What took a while is not made again.
+        assert (folder / "tokenizer.json").read_text() == "new"
+    # A run that has ended is no try.
+    with pytest.raises(InputError, match="in use"), output_directory(make()):
+        raise AssertionError("the program must not run")
+
+
+def test_a_folder_that_nothing_was_written_to_is_not_left(make, folder):
+    with pytest.raises(InputError), output_directory(make()):
+        raise InputError("model_type is wrong")
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["file/out", "locked/out", "/proc/none/out"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, name):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    place = str(tmp_path / name)
+    if os.access(tmp_path / "locked", os.W_OK) and "locked" in name:
+        place = "/sys/none"  # The superuser may write where others may not.
+    with (
+        pytest.raises(InputError, match=f"output_dir='{place}' cannot be written: "),
+        output_directory(PretrainingArguments(place, bf16=False)),
+    ):
+        raise AssertionError("the program must not run")
+
+
+def test_the_lock_is_gone_before_it_is_free(make, folder, monkeypatch):
+    """A start in between would hold the lock of a file that is gone."""
+    seen = []
+    release = FileLock.release
+
+    def released(lock, **options):
+        seen.append((folder / "_lock").exists())
+        release(lock, **options)
+
+    monkeypatch.setattr(FileLock, "release", released)
+    with output_directory(make()):
+        pass
+    assert seen[0] is False
+
+
+def test_the_lock_of_a_file_that_is_gone_does_not_count(make, folder, monkeypatch):
+    acquire = FileLock.acquire
+
+    def acquired(lock, **options):
+        acquire(lock, **options)
+        (folder / "_lock").unlink()
+
+    monkeypatch.setattr(FileLock, "acquire", acquired)
+    with pytest.raises(InputError, match="in use by another process"), output_directory(make()):
+        raise AssertionError("the program must not run")
 
 
 def test_a_file_is_refused(make, folder):
