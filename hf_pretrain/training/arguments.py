@@ -192,13 +192,14 @@ def check_training_options(args: PretrainingArguments) -> None:
         _check_report(name)
     with _in_one_line("accelerator_config"):
         GradientAccumulationPlugin(**{"num_steps": 1} | (args.accelerator_config.gradient_accumulation_kwargs or {}))
-    with _in_one_line(f"optim={args.optim.value}"):
+    # The module's numbers are drawn; a run draws its own as if there were none.
+    with torch.random.fork_rng(devices=[]), _in_one_line(f"optim={args.optim.value}"):
         optimizer = _try_optimizer(args)
     if optimizer is not None:
         _try_schedule(args, optimizer)
     if args.torch_compile:
         with _in_one_line(f"torch_compile_backend={args.torch_compile_backend}, mode={args.torch_compile_mode}"):
-            torch.compile(nn.Linear(1, 1), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+            torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
 
 
 @contextmanager

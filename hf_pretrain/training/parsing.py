@@ -171,7 +171,7 @@ class _OptionParser(HfArgumentParser):
             raise
         except Exception as error:
             # transformers and accelerate raise what they like: a missing package, a file that is not there, a wrong key.
-            raise InputError(f"{one_line(error)} (see `{self.prog} --help`)") from error
+            raise InputError(f"{one_line(error)[:500]} (see `{self.prog} --help`)") from error
         return instance
 
     def _nearest(self, name: str) -> str:

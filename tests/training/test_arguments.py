@@ -1,13 +1,18 @@
 """The options that every method has: what is chosen for the user, what is refused."""
 
+from dataclasses import fields
+
 import pytest
 import torch
+from transformers import TrainingArguments
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.cli import METHODS
+from hf_pretrain.errors import InputError, _kinds
 from hf_pretrain.training import arguments as arguments_module
-from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
+from hf_pretrain.training.effects import HONOURED, REFUSED
 from hf_pretrain.training.parsing import parse_arguments
-from method_matrix import programs
+from method_matrix import build, programs
 
 
 @pytest.fixture
@@ -106,3 +111,211 @@ def test_defaults_suit_pre_training(make):
     assert args.adam_bias_correction and not args.decay_during_warmup
     assert not args.overwrite_output_dir
     assert args.eval_on_start
+
+
+# What is honoured, and refused
+
+
+HONOURED_NAMES = [name for names in HONOURED.values() for name in names.split()]
+
+
+def test_every_option_of_transformers_is_honoured_or_refused():
+    """One that a newer transformers adds fails here until somebody has looked who reads it."""
+    names = [known.name for known in fields(TrainingArguments)]
+    assert sorted([*HONOURED_NAMES, *REFUSED]) == sorted(names)
+
+
+# Read in `__post_init__`, by a launcher, on another device, or where a run is pushed or reported.
+NOT_READ_HERE = (
+    "hub_model_id hub_strategy hub_always_push hub_revision hub_token hub_private_repo run_name project trackio_space_id "
+    "trackio_bucket_id trackio_static_space_id ddp_backend deepspeed local_rank use_cpu tf32 gradient_checkpointing "
+    "gradient_checkpointing_kwargs do_eval torch_compile_mode activation_checkpointing_kwargs optim_target_modules "
+    "log_level_replica bf16 fp16 torch_compile ddp_timeout fsdp_config"
+).split()
+
+
+def test_what_is_called_honoured_is_read(tmp_path, data):
+    """Not in `__post_init__`, but by the Trainer while it trains, evaluates, saves and goes on."""
+    read = set()
+
+    def recording(self, name):
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    def trainer(**options):
+        options |= {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        return build(programs()["mlm"], tmp_path, data, load_best_model_at_end=True, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        args_class = programs()["mlm"].ARGUMENTS[2]
+        made = args_class.__post_init__
+        patch.setattr(args_class, "__post_init__", lambda self: (made(self), read.clear())[0])
+        patch.setattr(args_class, "__getattribute__", recording)
+        read_by_first = set()
+        for options in ({"max_steps": 1}, {"resume_from_checkpoint": "true"}):
+            run = trainer(**options)
+            run.train(resume_from_checkpoint=run.args.resume_from_checkpoint is not None)
+            read_by_first |= read
+    unread = set(HONOURED_NAMES) - read_by_first - set(NOT_READ_HERE)
+    assert not unread
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_effect_is_refused_by_name(make, name):
+    only = REFUSED[name][0]
+    other = {bool: not only, str: f"{only}x", float: 0.25, list: ["inputs"]}.get(type(only), ["labels"])
+    with pytest.raises(InputError, match=f"^{name}=.* is not supported: .*leave it out$"):
+        make(**{name: other})
+    assert getattr(make(**{name: only}), name) == only
+
+
+def test_the_task_distillation_groups_by_length_and_nothing_else(make, tmp_path):
+    args_class = programs()["distil-task"].ARGUMENTS[2]
+    for strategy in ("random", "group_by_length"):
+        assert args_class(output_dir=str(tmp_path), train_sampling_strategy=strategy)
+    with pytest.raises(InputError, match="train_sampling_strategy='sequential' is not supported"):
+        args_class(output_dir=str(tmp_path), train_sampling_strategy="sequential")
+    with pytest.raises(InputError, match="train_sampling_strategy='group_by_length' is not supported"):
+        make(train_sampling_strategy="group_by_length")
+
+
+@pytest.mark.parametrize("config", [{"dispatch_batches": True}, {"use_seedable_sampler": False}])
+def test_settings_of_accelerate_without_effect_are_refused(make, config):
+    with pytest.raises(InputError, match=f"accelerator_config: {next(iter(config))}"):
+        make(accelerator_config=config)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_number_of_any_method_may_be_nan_or_infinite(method, tmp_path):
+    """Whatever the option: the check is one, and a new option has it."""
+    for options_class in programs()[method].ARGUMENTS:
+        given = {"output_dir": str(tmp_path)} if issubclass(options_class, TrainingArguments) else {}
+        for known in fields(options_class):
+            kinds = _kinds(known.type)
+            for value in ("nan", "inf", "-inf") if float in kinds else ():
+                with pytest.raises(InputError, match=f"^{known.name}={value} "):
+                    parse_arguments([options_class], argv(given | {known.name: value}), prog="toy", description="")
+            if int in kinds:
+                with pytest.raises(InputError, match=known.name):
+                    parse_arguments([options_class], argv(given | {known.name: 10**30}), prog="toy", description="")
+
+
+def argv(options):
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"per_device_train_batch_size": 0}, "a whole number from 1 to"),
+        ({"per_device_eval_batch_size": -1}, "a whole number from 1 to"),
+        ({"gradient_accumulation_steps": -1}, "a whole number from 1 to"),
+        ({"learning_rate": -1.0}, "a number of at least 0"),
+        ({"weight_decay": -0.1}, "a number of at least 0"),
+        ({"max_grad_norm": -1.0}, "a number of at least 0"),
+        ({"adam_beta1": 1.0}, "a number from 0 to below 1; the default is 0.9"),
+        ({"adam_beta2": -0.1}, "a number from 0 to below 1; the default is 0.999"),
+        ({"adam_epsilon": 0.0}, "a number above 0 and at most 1"),
+        ({"seed": -1}, "a whole number from 0 to 4294967295; the default is 42"),
+        ({"seed": 2**64}, "a whole number from 0 to 4294967295"),
+        ({"data_seed": -1}, "a whole number from 0 to 4294967295"),
+        ({"dataloader_num_workers": -1}, "a whole number from 0 to 1024"),
+        ({"neftune_noise_alpha": -1.0}, "a number above 0"),
+        ({"num_train_epochs": 0}, "a number above 0 and at most"),
+        ({"max_steps": -5}, "a whole number from -1 to"),
+        ({"max_steps": 0}, "-1 for num_train_epochs"),
+        ({"max_steps": 2.5}, "a whole number"),
+        ({"warmup_steps": -0.1}, "a number from 0 to"),
+        ({"save_steps": 0}, "a number above 0 and at most"),
+        ({"logging_steps": -1}, "a number from 0 to"),
+        ({"ddp_timeout": 0}, "a whole number from 1 to"),
+        ({"learning_rate": "5e-4"}, "a number of at least 0"),
+        ({"lr_scheduler_kwargs": {"min_lr": [float("nan")]}}, "each number in it"),
+        ({"dataloader_persistent_workers": True}, "set dataloader_num_workers too"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_in_python_too(make, options, said):
+    name, value = next(iter(options.items()))
+    with pytest.raises(InputError) as refused:
+        make(**options)
+    assert str(refused.value).startswith(f"{name}={value!r}") and said in str(refused.value)
+
+
+def test_the_values_of_a_schedule_lie_where_those_of_its_option_do(tmp_path):
+    def rtd(**options):
+        return programs()["rtd"].ARGUMENTS[2](output_dir=str(tmp_path), **options)
+
+    assert rtd(temperature_schedule="0:1, 10:0.5", rtd_weight_schedule="0:0, 10:50")
+    for name, text in (
+        ("temperature_schedule", "0:0"),
+        ("rtd_weight_schedule", "0:-1"),
+        ("mlm_probability_schedule", "0:1.1"),
+        ("temperature_schedule", "0:inf"),
+        ("temperature_schedule", "inf:1"),
+    ):
+        with pytest.raises(InputError, match=f"{name}='{text}'"):
+            rtd(**{name: text})
+
+
+def test_masks_of_nothing_are_refused(tmp_path):
+    mlm, encoder = programs()["mlm"].ARGUMENTS[2], programs()["encoder"].ARGUMENTS[2]
+    with pytest.raises(InputError, match="mlm_probability=0.0 leaves no target"):
+        mlm(output_dir=str(tmp_path), mlm_probability=0.0)
+    assert mlm(output_dir=str(tmp_path), mlm_probability=0.0, mlm_probability_schedule="0:0.1, 9:0.2")
+    assert encoder(output_dir=str(tmp_path), mlm_probability=0.0, mlm_weight=0.0, objectives=["mlm", "sop"])
+
+
+# What only transformers, accelerate and torch know
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr: "),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type=warmup_stable_decay: "),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_kwargs={'x': 1}: "),
+        ({"lr_scheduler_kwargs": {"x": 1}, "decay_during_warmup": True}, "has no effect with decay_during_warmup"),
+        ({"optim": "adamw_8bit"}, "pip install -U bitsandbytes"),
+        ({"optim": "galore_adamw", "optim_target_modules": ["attn"]}, "pip install"),
+        ({"optim": "lomo"}, "pip install"),
+        ({"optim": "sgd", "optim_args": "nesterov"}, "optim=sgd: "),
+        ({"optim_args": "a=1"}, "optim_args='a=1' has no effect with optim=adamw_torch"),
+        ({"optim_args": "a=1", "adam_bias_correction": False}, "optim_args='a=1' has no effect"),
+        ({"optim_target_modules": ["x"]}, "optim_target_modules=['x'] has no effect"),
+        ({"report_to": "tensorbord"}, "report_to='tensorbord' is unknown: did you mean 'tensorboard'?"),
+        ({"report_to": ["nonsense"]}, "choose of "),
+        ({"report_to": "comet_ml"}, "report_to='comet_ml' needs the package comet-ml: pip install comet-ml"),
+        ({"report_to": "flyte"}, "report_to='flyte': "),
+        ({"torch_compile_backend": "nonsense"}, "torch_compile_backend=nonsense"),
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"x": 1}}}, "accelerator_config: "),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 trains nothing"),
+        ({"fp16": True, "use_cpu": True}, "fp16=True needs a GPU"),
+    ],
+)
+def test_what_would_end_a_run_late_is_refused_at_once(make, options, said):
+    with pytest.raises(InputError) as refused:
+        check_training_options(make(**options))
+    assert said in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optim": "adafactor"},
+        {"optim": "sgd", "max_steps": 5},
+        {"optim": "rmsprop", "optim_args": "momentum=0.5"},
+        {"adam_bias_correction": False, "decay_during_warmup": True},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": 10},
+        {"report_to": "all"},
+    ],
+)
+def test_what_can_be_used_passes_and_leaves_nothing_behind(make, options):
+    args, state = make(**options), torch.random.get_rng_state()
+    before = args.to_dict()
+    check_training_options(args)
+    assert args.to_dict() == before and torch.equal(torch.random.get_rng_state(), state)

@@ -8,11 +8,12 @@ from typing import Literal
 
 import pytest
 import yaml
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError
+from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import parse_arguments, resolved_options
 from hf_pretrain.training.recipes import write_recipe
 
@@ -313,3 +314,178 @@ def test_every_recipe_parses_by_path_and_by_name(path, tmp_path):
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text(text if "learning_rat:" in text else text + "\nlearning_rat: 1\n", encoding="utf-8")
     assert "did you mean 'learning_rate'?" in refusal("--config", str(wrong), types=arguments)
+
+
+# Options without effect beside others
+
+
+def program(method, *argv, config=None):
+    recipe_option = [] if config is None else ["--config", config]
+    arguments = importlib.import_module(METHODS[method][0]).ARGUMENTS
+    return parse_arguments(arguments, [*recipe_option, *argv], prog=f"hf-pretrain {method}", description="")
+
+
+@pytest.mark.parametrize(
+    ("method", "argv", "said"),
+    [
+        (
+            "mlm",
+            "--model_name_or_path x --hidden_size 32",
+            "hidden_size=32 has no effect beside model_name_or_path='x'",
+        ),
+        ("mlm", "--model_name_or_path x --model_type bert", "model_type='bert' has no effect"),
+        ("plm", "--model_name_or_path x --config_overrides {}", "config_overrides='{}' has no effect"),
+        ("recurrent-lm", "--model_name_or_path x --hidden_dropout_prob 0.2", "hidden_dropout_prob=0.2 has no effect"),
+        (
+            "mlm",
+            "--tokenizer_name x --tokenizer_type bpe",
+            "tokenizer_type='bpe' has no effect beside tokenizer_name='x'",
+        ),
+        ("mlm", "--tokenizer_name x --lowercase true", "lowercase=True has no effect beside tokenizer_name='x'"),
+        ("mlm", "--shuffle_buffer_size 5", "has no effect without streaming: set it too, or leave this out"),
+        ("mlm", "--dataset_split test", "has no effect without dataset_name"),
+        ("mlm", "--overwrite_output_dir --resume_from_checkpoint auto", "overwrite_output_dir=True has no effect"),
+        ("mlm", "--num_train_epochs 2 --max_steps 9", "num_train_epochs=2.0 has no effect with max_steps=9"),
+        (
+            "mlm",
+            "--eval_steps 5",
+            "eval_steps=5.0 has no effect with eval_strategy='no': it is for eval_strategy=steps",
+        ),
+        ("mlm", "--save_steps 5 --save_strategy epoch", "save_steps=5.0 has no effect with save_strategy='epoch'"),
+        (
+            "mlm",
+            "--metric_for_best_model loss",
+            "metric_for_best_model='loss' has no effect without load_best_model_at_end",
+        ),
+        ("mlm", "--hub_strategy end", "hub_strategy='end' has no effect without push_to_hub"),
+        ("mlm", "--do_eval", "do_eval=True has no effect with eval_strategy='no'"),
+        ("mlm", "--max_span_length 5", "max_span_length=5 has no effect with masking_unit='token'"),
+        ("mlm", "--ngram_unit token --masking_unit span", "ngram_unit='token' has no effect with masking_unit='span'"),
+        (
+            "rtd",
+            "--generator_name_or_path /nope",
+            "generator_name_or_path='/nope' has no effect without model_name_or_path",
+        ),
+        ("rtd", "--model_name_or_path x --generator_size 0.5", "generator_size=0.5 has no effect"),
+        ("rtd", "--generator_steps 5", "generator_steps=5.0 has no effect with training_mode='joint'"),
+        ("electric", "--generator_name_or_path x --generator_layers 0.5", "generator_layers=0.5 has no effect"),
+        ("encoder", "--word_order_size 4", "word_order_size=4 has no effect with objectives=['mlm']"),
+        ("encoder", "--objectives mlm nsp --tlm_weight 2", "tlm_weight=2.0 has no effect"),
+        ("encoder", "--language_sampling_alpha 0.7", "has no effect without language_file"),
+        ("plm", "--bidirectional true", "mem_len=0"),
+        ("plm", "--eval_lanes 4", "eval_lanes=4 has no effect without mem_len"),
+        ("recurrent-lm", "--div_val 2", "div_val=2 has no effect without cutoffs"),
+        ("distil", "--distillation_method minilmv2 --temperature 4", "temperature=4.0 has no effect with losses="),
+        ("distil", "--layer_map last", "layer_map='last' has no effect"),
+        ("distil", "--layer_map bogus", "layer_map='bogus' is unknown"),
+        ("distil", "--relation_heads 4", "relation_heads=4 has no effect"),
+        ("distil-task", "--augmentation_vectors /nope", "has no effect without augmentation_model"),
+        ("distil-task", "--doc_stride 8", "doc_stride=8 has no effect with task='sequence-classification'"),
+        ("encoder", "--objectives mlm mlm", "objectives=mlm mlm names mlm twice"),
+        ("mlm", "--streaming true --train_file x", "a stream has no known end"),
+        (
+            "recurrent-lm",
+            "--streaming true --train_file x --max_steps 5",
+            "streaming=True: a memory needs stored text",
+        ),
+        ("mlm", "--masking_unit given", "masking_unit='given' needs examples with the column spans"),
+        ("rtd", "--training_mode two_stage", "set embedding_sharing='none'"),
+        ("mlm", "--eval_strategy epoch --validation_fraction 0", "eval_strategy='epoch' without held-out text"),
+    ],
+)
+def test_an_option_without_effect_is_refused_by_name(method, argv, said, tmp_path):
+    with pytest.raises(InputError) as refused:
+        program(method, *argv.split(), "--output_dir", str(tmp_path))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "config", "argv"),
+    [
+        ("rtd", "electra_base", "--model_name_or_path x --tokenizer_name y"),
+        ("rtd", "deberta_v3_small", "--model_name_or_path microsoft/deberta-v3-small"),
+        ("encoder", "unilm", "--model_name_or_path x"),
+        ("mlm", "bert_base", "--eval_strategy no --save_strategy no"),
+        ("mlm", "bert_base", "--max_steps -1 --num_train_epochs 2"),
+        ("distil", "minilmv2", "--prediction_weight 1 --mlm_probability 0.15 --temperature 3"),
+        ("mlm", None, "--do_eval --eval_strategy steps --eval_steps 5"),
+        ("mlm", None, "--hub_private_repo true --report_to trackio"),
+        ("mlm", None, "--overwrite_output_dir false --resume_from_checkpoint auto"),
+        ("mlm", None, "--model_name_or_path x --vocab_size 100 --block_size 32 --warmup_steps 3"),
+    ],
+)
+def test_what_a_recipe_says_beside_the_command_line_is_not(method, config, argv, tmp_path):
+    assert program(method, *argv.split(), "--output_dir", str(tmp_path), config=config)
+
+
+def test_what_many_command_lines_share_is_noted_only(tmp_path, caplog):
+    program("mlm", "--tokenizer_name", "x", "--vocab_size", "100", "--output_dir", str(tmp_path))
+    assert "vocab_size=100 has no effect beside tokenizer_name='x': leave one of them out" in caplog.text
+
+
+def test_a_run_without_eval_strategy_starts_from_its_own_recipe(tmp_path):
+    """transformers sets do_eval by itself, which is no choice to be kept."""
+    options = resolved_options(program("mlm", "--eval_strategy", "epoch", "--output_dir", str(tmp_path)))
+    assert "do_eval" not in options
+    write_recipe(options, tmp_path / "r.yaml", program="toy")
+    assert program("mlm", "--eval_strategy", "no", config=str(tmp_path / "r.yaml"))
+
+
+# What cannot be read, or no constructor takes
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train_file: &a [*a]",
+        "lr_scheduler_kwargs: &a {x: *a}",
+        "train_file: " + "[" * 3000 + "]" * 3000,
+        "lr_scheduler_kwargs: " + "{a: " * 50 + "1" + "}" * 50,
+        "lr_scheduler_kwargs: {a: !!python/object:os.system x}",
+        "lr_scheduler_kwargs: {a: !!int x}",
+        "lr_scheduler_kwargs: {[1]: 2}",
+        "lr_scheduler_kwargs: {a: .nan}",
+        "learning_rate: .inf",
+        "seed: 1e3",
+        "\n".join([f"a{i}: &b{i} [*b{i - 1}, *b{i - 1}]" if i else "a0: &b0 [x, x]" for i in range(40)]),
+    ],
+)
+def test_a_recipe_that_ends_nowhere_is_refused_in_one_line(recipe, text):
+    message = refusal("--config", recipe(text), types=(DataArguments, PretrainingArguments))
+    assert "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--accelerator_config", "/nope.json"],
+        ["--deepspeed", "/nope.json"],
+        ["--fsdp_config", "/nope.json", "--fsdp", "full_shard"],
+        ["--lr_scheduler_kwargs", "[]"],
+        ["--lr_scheduler_kwargs", "{"],
+        ["--lr_scheduler_kwargs", '{"a": NaN}'],
+        ["--lr_scheduler_kwargs", '{"a":' * 3000],
+        ["--activation_checkpointing_kwargs", "word"],
+        ["--config_overrides", "[]"],
+        ["--config_overrides", '{"a": Infinity}'],
+        ["--config_overrides", '{"a": ' + "1" * 5000 + "}"],
+        ["--config_overrides", '{"a": ' + "[" * 100_000],
+        ["--eval_strategy", "sometimes"],
+        ["--debug", "everything"],
+        ["--load_best_model_at_end", "true"],
+        ["--parallelism_config", "x"],
+        ["--liger_kernel_config", "{}"],
+        ["--tf32", "true"],
+    ],
+)
+def test_what_transformers_refuses_is_one_line_too(argv, tmp_path):
+    with pytest.raises(InputError) as refused:
+        program("mlm", *argv, "--output_dir", str(tmp_path))
+    assert len(" ".join(str(refused.value).split())) < 1000
+
+
+def test_a_parser_of_transformers_takes_the_options_too(tmp_path):
+    """Scripts use it: no field may carry what argparse does not know."""
+    for method in METHODS:
+        for cls in importlib.import_module(METHODS[method][0]).ARGUMENTS:
+            assert HfArgumentParser(cls).format_help
