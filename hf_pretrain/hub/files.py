@@ -20,8 +20,8 @@ def write_bytes(path: Path, content: bytes) -> Path:
     """Write a file whole or not at all.
 
     The content goes to another file of the same folder, is flushed to the disk, and then takes the place of what was there. So a
-    full disk, a kill or a power cut leaves the old file as it was. A link is replaced, never what it points to: in the cache of the
-    Hub several revisions share that.
+    full disk, a kill or a power cut leaves the old file as it was. A link is replaced, never what it points to: in the cache of
+    the Hub several revisions share that.
 
     Args:
         path: The file; its folder is made if need be. The permissions of a file that is replaced stay.

@@ -46,8 +46,8 @@ _TASKS = {"text-classification", "token-classification", "question-answering"}
 class HeldOutMixin(_Base):
     """Knows of which weights each held-out number of a Trainer is, so that none stands beside others.
 
-    A row of the log keeps the step of the weights that it measured. A row of other data than the Trainer's own, or of weights that
-    were changed by hand, is marked, and is no part of the card.
+    A row of the log keeps the step of the weights that it measured. A row of other data than the Trainer's own, or of weights
+    that were changed by hand, is marked, and is no part of the card.
     """
 
     _loaded_step: int | None = None
@@ -87,8 +87,8 @@ class HeldOutMixin(_Base):
         best, held = self.state.best_global_step, self._loaded_step or self.state.global_step
         if self.args.load_best_model_at_end and best not in (None, held):
             logger.warning(
-                f"step {best} was the best by {self.args.metric_for_best_model}, but has no checkpoint: the weights are those of step "
-                f"{held}; set save_steps to eval_steps to keep the best"
+                f"step {best} was the best by {self.args.metric_for_best_model}, but has no checkpoint: the weights are those of "
+                f"step {held}; set save_steps to eval_steps to keep the best"
             )
         return output
 

@@ -1,14 +1,19 @@
 """The facts of a card, as they are gathered from real runs of tiny models."""
 
 import dataclasses
+import logging
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 
 from hf_pretrain.hub.card import add_evaluation, render_card
 from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.plots import training_figures
 from hf_pretrain.hub.record import read_record
 from hf_pretrain.training.card import describe_run
+from hf_pretrain.training.report import print_report
 from method_matrix import build, programs, tiny_data
 
 MLM = programs()["mlm"]
@@ -63,6 +68,144 @@ def test_what_people_added_stays_and_evaluations_stay_with_the_weights(tmp_path)
     assert describe_run(trainer, license="apache-2.0").license == "apache-2.0"
     trainer.state.global_step = 1
     assert describe_run(trainer).evaluations == (), "other weights than were measured"
+
+
+def measured(facts, name="loss"):
+    return {key: value for key, value in facts.items() if key.startswith("eval_") and key.endswith(name)}
+
+
+BEST = {
+    **{"max_steps": 4, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1},
+    **{"load_best_model_at_end": True, "eval_on_start": True, "learning_rate": 1e-2},
+    # The loss falls, so that the "best" is the first: neither the last step nor the last evaluation.
+    **{"metric_for_best_model": "loss", "greater_is_better": True},
+}
+
+
+@pytest.mark.parametrize("method", sorted(programs()))
+def test_the_numbers_are_those_of_the_best_weights(method, tmp_path, capsys):
+    """In the card, its record, its model-index and the report, where these are loaded at the end."""
+    trainer = build(programs()[method], tmp_path, **BEST)
+    trainer.train()
+    first = next(row for row in trainer.state.log_history if row["step"] == 1 and "eval_loss" in row)
+    assert (trainer.weights_step, trainer.state.global_step) == (1, 4)
+    assert describe_run(trainer).metrics_after == first, "even before they are evaluated again"
+    trainer.evaluate_export()
+    again = trainer.state.log_history[-1]
+    assert measured(again) == pytest.approx(measured(first), rel=1e-6)
+    assert (again["step"], again["epoch"]) == (1, pytest.approx(first["epoch"]))
+    num_rows = len(trainer.state.log_history)
+    trainer.save_model()
+    trainer.create_model_card()
+    capsys.readouterr()
+    print_report(trainer)
+    out = capsys.readouterr().out
+    assert len(trainer.state.log_history) == num_rows
+    record, text = read_record(tmp_path), (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert record.metrics_after == again and (record.weights_step, record.compute.steps) == (1, 4)
+    assert "those of step 1 of 4, the best by" in text and "| At step 1 |" in text
+    index = {each.metric_type: each.metric_value for each in ModelCard(text).data.eval_results}
+    assert index and all(value == pytest.approx(again[f"eval_{name}"], rel=1e-3) for name, value in index.items())
+    assert "before and at step 1, which is exported" in out
+    total = next((line.split() for line in out.splitlines() if line.split()[:1] == ["loss"]), None)
+    assert total is None or total[2] == f"{again['eval_loss']:.4f}"
+
+
+def test_a_run_that_is_done_and_started_again_tells_the_same(tmp_path):
+    first = build(MLM, tmp_path, **BEST)
+    first.train()
+    again = build(MLM, tmp_path, **BEST)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    one, other = describe_run(first), describe_run(again)
+    assert again.weights_step == 1 and measured(other.metrics_after) == measured(one.metrics_after)
+    assert measured(other.metrics_before) == measured(one.metrics_before) != {}
+
+
+def test_the_best_without_a_checkpoint_is_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_pretrain"), "propagate", True)
+    trainer = build(MLM, tmp_path, **BEST | {"save_steps": 4})
+    trainer.train()
+    assert trainer.weights_step == 4 and "step 1 was the best by loss, but has no checkpoint" in caplog.text
+    assert describe_run(trainer).metrics_after["step"] == 4
+
+
+def test_numbers_of_other_data_are_not_in_the_card(finished):
+    trainer, _ = finished
+    before, rows = describe_run(trainer), len(trainer.state.log_history)
+    trainer.evaluate(trainer.train_dataset)
+    trainer.evaluate({"a": trainer.train_dataset, "b": trainer.train_dataset})
+    trainer.evaluate(metric_key_prefix="test")
+    after = describe_run(trainer)
+    assert (after.metrics_before, after.metrics_after) == (before.metrics_before, before.metrics_after)
+    assert training_figures(after.log_history) == training_figures(before.log_history)
+    del trainer.state.log_history[rows:]
+
+
+def test_weights_that_were_changed_by_hand_have_numbers_of_their_own_or_none(tmp_path):
+    trainer = build(MLM, tmp_path, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trained = trainer.evaluate()
+    assert describe_run(trainer).metrics_after["eval_loss"] == trained["eval_loss"]
+    with torch.no_grad():
+        trainer.model.get_parameter(next(name for name, _ in trainer.model.named_parameters())).mul_(1.5)
+    assert describe_run(trainer).metrics_after == {} and trainer.weights_step is None
+    changed = trainer.evaluate()
+    assert describe_run(trainer).metrics_after["eval_loss"] == changed["eval_loss"] != trained["eval_loss"]
+
+
+def test_a_second_training_leaves_nothing_of_the_first(tmp_path):
+    trainer = build(MLM, tmp_path, max_steps=2, learning_rate=1e-2)
+    trainer.train()
+    trainer.evaluate()
+    trainer.train()
+    assert describe_run(trainer).metrics_after == {}
+    trainer.evaluate_export()
+    assert describe_run(trainer).metrics_after["step"] == 2
+
+
+def test_a_card_in_the_middle_has_no_numbers_of_an_earlier_step(tmp_path):
+    trainer = build(MLM, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    trainer.state.log_history = [row for row in trainer.state.log_history if row["step"] < 2 or "loss" in row]
+    assert describe_run(trainer).metrics_after == {}
+
+
+def test_evaluations_of_another_run_of_the_folder_are_dropped(tmp_path):
+    """As many steps, another seed: the steps alone do not tell whose they are."""
+    for seed in (1, 2):
+        trainer = build(MLM, tmp_path, max_steps=1, seed=seed)
+        trainer.train()
+        trainer.save_model()
+        assert describe_run(trainer).evaluations == ()
+        trainer.create_model_card()
+        add_evaluation(tmp_path, PROBE)
+        assert describe_run(trainer).evaluations == (PROBE,)
+
+
+def test_a_student_is_compared_anew_when_it_has_learned_more(tmp_path, monkeypatch):
+    """A card that is pushed while training compares what the student is then."""
+    trainer, compared = build(programs()["distil"], tmp_path, max_steps=2), []
+    monkeypatch.setattr(trainer, "compare", lambda: compared.append(trainer.state.global_step) or {})
+    for step in (1, 1, 2, 2):
+        trainer.state.global_step = step
+        trainer.comparison_rows()
+    assert compared == [1, 2]
+
+
+def test_an_adapter_is_called_one(tmp_path, capsys, monkeypatch):
+    """A stock model with an adapter saves the adapter alone, which no stock class opens by itself."""
+    # transformers may ask for a newer peft than there is; what it saves is the same.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
+    trainer = build(MLM, tmp_path, max_steps=1)
+    trainer.model.model.add_adapter(LoraConfig(r=2, target_modules=["query"]))
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    print_report(trainer)
+    out, text = capsys.readouterr().out, (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
+    assert "is the adapter default alone, without the model below it" in out and "stock" not in out
+    assert "an adapter (LORA)" in text and "stock" not in text and "## How to fine-tune" not in text
 
 
 def test_several_held_out_sets_are_measured_before_and_after(tmp_path):
