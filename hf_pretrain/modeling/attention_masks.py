@@ -186,7 +186,7 @@ def try_out(backbone: PreTrainedModel, trial: Callable[[PreTrainedModel, Attenti
     body = backbone.base_model
     _let_embeddings_take_square_masks(body)
     plan = AttentionPlan.of(body)
-    if body.device.type == "meta":
+    if any(parameter.is_meta for parameter in body.parameters()):
         return plan  # There are no states to compare.
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()
