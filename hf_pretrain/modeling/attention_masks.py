@@ -111,7 +111,8 @@ def _find_out_what_is_counted(model: PreTrainedModel) -> bool:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
     ]
     # DeBERTa's mask decoder has a table that is not part of the model.
-    has_table = bool(tables) or model.config.model_type in _DISENTANGLED
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    has_table = bool(tables) or model_type in _DISENTANGLED
     counts = has_table and first_position(model) == 0 and "position_ids" in inspect.signature(model.forward).parameters
     setattr(model, "_counts_columns", counts)  # noqa: B010 (no attribute that the type knows)
     return counts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ def unused_parameters(model: PreTrainedModel, batch: Mapping[str, Any], *, name:
     """
     named = {key: value for key, value in model.named_parameters() if value.requires_grad}
     try:
-        with _untouched(model), torch.random.fork_rng(devices=[]), torch.enable_grad(), _ValuesOnMeta():
+        values = _ValuesOnMeta() if is_on_meta(model) else nullcontext()
+        with _untouched(model), torch.random.fork_rng(devices=[]), torch.enable_grad(), values:
             output: PretrainingOutput = model(**batch)
             total = torch.stack([loss.sum.float().sum() for loss in output.losses.values()]).sum()
             if not total.requires_grad:
