@@ -111,7 +111,8 @@ def _find_out_what_is_counted(model: PreTrainedModel) -> bool:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding)
     ]
     # DeBERTa's mask decoder has a table that is not part of the model.
-    has_table = bool(tables) or model.config.model_type in _DISENTANGLED
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    has_table = bool(tables) or model_type in _DISENTANGLED
     counts = has_table and first_position(model) == 0 and "position_ids" in inspect.signature(model.forward).parameters
     setattr(model, "_counts_columns", counts)  # noqa: B010 (no attribute that the type knows)
     return counts
@@ -186,7 +187,7 @@ def try_out(backbone: PreTrainedModel, trial: Callable[[PreTrainedModel, Attenti
     body = backbone.base_model
     _let_embeddings_take_square_masks(body)
     plan = AttentionPlan.of(body)
-    if body.device.type == "meta":
+    if any(parameter.is_meta for parameter in body.parameters()):
         return plan  # There are no states to compare.
     training = [module for module in backbone.modules() if module.training]
     backbone.eval()

@@ -229,7 +229,7 @@ def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         InputError: If an id has no embedding, or a position has none.
     """
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab_size:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} embeds only {vocab_size}: "

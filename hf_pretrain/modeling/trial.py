@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ def trial_tokens(model: PreTrainedModel) -> torch.Tensor:
     tokens = [(vocab_size - 1) * place // (count - 1) for place in range(count)]
     other = next((token for token in range(vocab_size - 1, -1, -1) if token != padding), 0)
     tokens = [other if token == padding else token for token in tokens]
-    return torch.tensor(tokens, device=model.device).view(TRIAL_ROWS, TRIAL_LENGTH)
+    device = model.get_input_embeddings().weight.device
+    return torch.tensor(tokens, device=device).view(TRIAL_ROWS, TRIAL_LENGTH)
 
 
 def masked_trial_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -44,6 +45,11 @@ def masked_trial_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         "labels": labels,
         "target_positions": positions,
     }
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a model has parameters without values; some of a stock model's may have values all the same."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def unused_parameters(model: PreTrainedModel, batch: Mapping[str, Any], *, name: str) -> list[str]:
@@ -66,7 +72,8 @@ def unused_parameters(model: PreTrainedModel, batch: Mapping[str, Any], *, name:
     """
     named = {key: value for key, value in model.named_parameters() if value.requires_grad}
     try:
-        with _untouched(model), torch.enable_grad(), _ValuesOnMeta():
+        values = _ValuesOnMeta() if is_on_meta(model) else nullcontext()
+        with _untouched(model), torch.random.fork_rng(devices=[]), torch.enable_grad(), values:
             output: PretrainingOutput = model(**batch)
             total = torch.stack([loss.sum.float().sum() for loss in output.losses.values()]).sum()
             if not total.requires_grad:
@@ -75,12 +82,20 @@ def unused_parameters(model: PreTrainedModel, batch: Mapping[str, Any], *, name:
     except InputError:
         raise
     except Exception as error:  # a stock model may trip over a size anywhere
-        if model.device.type == "meta" and (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
+        if is_on_meta(model) and not _is_of_sizes(error):
             return []
         raise InputError(f"{name} cannot be trained with these options: {_reason(model, error)}") from error
     found = [key for key, gradient in zip(named, gradients, strict=True) if gradient is None]
     experts = {_kind_of_expert(key) for key in named.keys() - set(found)} - {None}
     return [key for key in found if _kind_of_expert(key) not in experts]
+
+
+def _is_of_sizes(error: Exception) -> bool:
+    """Whether an error on the meta device would come with values too; what only lacks values, or a kernel, would not."""
+    text = str(error).lower()
+    if isinstance(error, NotImplementedError) or "meta" in text:
+        return False
+    return isinstance(error, ValueError | AssertionError) or any(word in text for word in ("shape", "size", "dim"))
 
 
 def _reason(model: PreTrainedModel, error: Exception) -> str:

@@ -66,7 +66,11 @@ class TestBuildConfig:
 
     def test_xlnet(self, tokenizer):
         """So do its own, one of its sizes follows from two others, and it will not hear of a longest sequence."""
-        config = build_config(arguments("xlnet", config_overrides='{"dropout": 0.3, "n_layer": 3}'), tokenizer)
+        config = build_config(
+            arguments("xlnet", config_overrides='{"dropout": 0.3, "n_layer": 3}'),
+            tokenizer,
+            auto_class=AutoModelForCausalLM,
+        )
         sizes = (config.d_model, config.d_inner, config.n_layer, config.n_head, config.d_head, config.vocab_size)
         assert sizes == (32, 64, 3, 2, 16, VOCAB_SIZE)
         assert (config.dropout, config.pad_token_id, config.sep_token_id) == (0.3, 0, 3)
@@ -85,14 +89,27 @@ class TestBuildConfig:
     @pytest.mark.parametrize(
         ("model_type", "sizes", "message"),
         [
-            ("xlnet", {"num_attention_heads": 3}, "xlnet cannot be built: .*should be equal to 0"),
+            ("gpt2", {}, "model_type='gpt2' is no masked language model"),
+            ("vit", {}, "model_type='vit' is no masked language model"),
+            ("modernbrt", {}, "model_type='modernbrt' is not .*did you mean 'modernbert'"),
+            ("funnel", {}, "model_type='funnel' cannot be built from these sizes, it has no intermediate_size"),
+            ("bert", {"hidden_size": 0}, "hidden_size=0 must be at least 1"),
+            ("bert", {"hidden_size": -4}, "hidden_size=-4 must be at least 1"),
+            ("bert", {"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
+            ("bert", {"num_hidden_layers": -1}, "num_hidden_layers=-1 must be at least 1"),
+            ("bert", {"max_position_embeddings": 10**20}, "max_position_embeddings=1.* is too large"),
+            ("bert", {"config_overrides": '{"hidden_act": "bogus"}'}, "model_type='bert' cannot be built .*bogus"),
+            ("mobilebert", {}, "model_type='mobilebert' cannot be built with AutoModelForMaskedLM: .*dimension"),
+            ("squeezebert", {}, "model_type='squeezebert' cannot be built with AutoModelForMaskedLM"),
+            ("bert", {"attn_implementation": "flash_attention_2"}, "flash_attn|FlashAttention"),
+            ("bert", {"model_dtype": "float16"}, "model_dtype='float16' must be one of float32, bfloat16"),
             (
                 "bert",
                 {"num_attention_heads": 3},
                 "model_type='bert' cannot be built with AutoModelForMaskedLM: .*multiple",
             ),
             ("bert", {"config_overrides": '{"hidden_size": "wide"}'}, "bert cannot be built: .*expected int"),
-            ("xlnet", {}, "model_type='xlnet' cannot be built with AutoModelForMaskedLM: Unrecognized"),
+            ("xlnet", {}, "model_type='xlnet' is no masked language model"),
         ],
     )
     def test_what_does_not_fit_together_is_refused_in_one_line(self, tokenizer, model_type, sizes, message):

@@ -33,8 +33,8 @@ class Table(nn.Module):
         return TokenClassifierOutput(logits=self.logits[input_ids][..., None])
 
 
-def configuration():
-    return BertConfig(**SIZES, max_position_embeddings=512)
+def configuration(**options):
+    return BertConfig(**SIZES, max_position_embeddings=512, **options)
 
 
 def batch_of(*selected_quarters):
@@ -84,7 +84,7 @@ def test_electra_learns_which_share_of_a_token_is_false(probabilities):
         nn.init.zeros_(parameter)
     with torch.no_grad():
         generator.get_output_embeddings().bias[1:] = q.log()
-    discriminator = BertForTokenClassification(configuration())
+    discriminator = BertForTokenClassification(configuration(num_labels=1))
     options = {"embedding_sharing": "none", "excluded_token_ids": [0]}
     model = ReplacedTokenDetectionForPreTraining.from_models(generator, discriminator, **options).eval()
     model.discriminator = Table()
@@ -100,7 +100,7 @@ def test_electric_learns_the_negative_log_probability_of_the_text(probabilities,
     nn.init.zeros_(generator.norm.weight)
     with torch.no_grad():
         generator.bias[1:] = q.log()
-    discriminator = BertForTokenClassification(configuration())
+    discriminator = BertForTokenClassification(configuration(num_labels=1))
     model = ElectricForPreTraining.from_models(generator, discriminator, embedding_sharing="none").eval()
     model.discriminator = Table()
     batch = batch_of(*quarters)

@@ -7,6 +7,8 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForTokenClassification,
+    BertConfig,
+    BertForMaskedLM,
     BertForTokenClassification,
     ElectraForMaskedLM,
     ElectraForPreTraining,
@@ -125,12 +127,33 @@ class TestExport:
         model = build_model(args, tokenizer)
         assert {part.config._attn_implementation for part in (model.generator, model.discriminator)} == {"eager"}
 
-    def test_a_checkpoint_without_its_generator_is_refused(self, trainer, tmp_path, tokenizer):
-        trainer.model.discriminator.save_pretrained(tmp_path / "alone")
-        args = ReplacedTokenDetectionModelArguments(model_name_or_path=str(tmp_path / "alone"))
-        with pytest.raises(InputError) as caught:
-            build_model(args, tokenizer)
-        assert "\n" not in str(caught.value)
+    @pytest.mark.parametrize("size", [0.25, 1.0])
+    @pytest.mark.parametrize("sharing", ["tied", "gdes", "none"])
+    def test_a_checkpoint_without_a_generator_gets_a_fresh_one(self, sharing, size, tmp_path, tokenizer, caplog):
+        """What the checkpoint has learned is kept: a new generator takes its tables, not the reverse."""
+        torch.manual_seed(0)
+        known = BertForMaskedLM(BertConfig(**TINY, vocab_size=len(tokenizer), initializer_range=0.3))
+        known.save_pretrained(tmp_path)
+        args = ReplacedTokenDetectionModelArguments(
+            model_name_or_path=str(tmp_path), embedding_sharing=sharing, generator_size=size
+        )
+        model = build_model(args, tokenizer).eval()
+        assert "has no generator: a fresh one" in caplog.text and "fresh head" in caplog.text
+        assert model.generator.config.hidden_size == TINY["hidden_size"] * size
+        ids = torch.arange(5, 25).reshape(2, 10)
+        with torch.no_grad():
+            expected = known.eval().bert(ids).last_hidden_state
+            torch.testing.assert_close(model.discriminator.bert(ids).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+    def test_one_encoder_for_both_is_the_checkpoints(self, tmp_path, tokenizer):
+        known = BertForMaskedLM(BertConfig(**TINY, vocab_size=len(tokenizer)))
+        known.save_pretrained(tmp_path)
+        args = ReplacedTokenDetectionModelArguments(model_name_or_path=str(tmp_path), embedding_sharing="full")
+        model = build_model(args, tokenizer)
+        assert model.generator.base_model.encoder.layer[0].output.dense.weight.equal(
+            known.bert.encoder.layer[0].output.dense.weight
+        )
+        assert_tied(model)
 
 
 class TestBertDiscriminator:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,8 @@ class Teacher:
         inputs = {name: values.to(device) for name, values in inputs.items()}
         positions = None if positions is None else positions.to(device)
         # The student's autocast is not the teacher's: it has a type of its own.
-        with torch.no_grad(), torch.autocast(device.type, enabled=False), self._running_compiled():
+        autocast = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+        with torch.no_grad(), autocast, self._running_compiled():
             return self.observer(self.model, inputs, positions).to(home)
 
     @contextmanager

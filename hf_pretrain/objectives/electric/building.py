@@ -126,7 +126,9 @@ def _build_discriminator(args: ElectricModelArguments, tokenizer: PreTrainedToke
     options, name = attention_options(args), args.model_name_or_path
     if name is None:
         width = {"embedding_size": 128} if args.model_type == "electra" and args.embedding_size is None else {}
-        return build_discriminator(build_config(args, tokenizer, **width), **options)
+        return build_discriminator(
+            build_config(args, tokenizer, auto_class=AutoModelForTokenClassification, **width), **options
+        )
     if from_pretrained(AutoConfig, name).model_type == "electra":
         return from_pretrained(ElectraForPreTraining, name, **options)
     return from_pretrained(AutoModelForTokenClassification, name, num_labels=1, **options)
