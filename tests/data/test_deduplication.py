@@ -360,7 +360,7 @@ class TestFolder:
         monkeypatch.setattr(deduplication, "in_groups", groups)
 
     def test_a_second_program_is_refused_and_harms_nothing(self, tmp_path, monkeypatch):
-        source, output = write(tmp_path / "in.txt", [words(n, 9) for n in range(5)]), tmp_path / "out"
+        source, output = write(tmp_path / "in.txt", [" ".join(words(n, 9)) for n in range(5)]), tmp_path / "out"
         original, refusals = deduplication.in_groups, []
 
         def meanwhile(*args, **kwargs):
@@ -432,7 +432,7 @@ class TestFolder:
 
     def test_what_is_written_into_the_folder_that_is_read_is_not_read(self, tmp_path):
         for number in range(3):
-            write(tmp_path / f"{number}.txt", [words(number, 9)])
+            write(tmp_path / f"{number}.txt", [" ".join(words(number, 9))])
         report = deduplicate_files(tmp_path, output_dir=tmp_path / "clean", shard_bytes=1)
         assert report["counts"]["read"]["documents"] == report["counts"]["kept"]["documents"] == 3
 
