@@ -105,6 +105,8 @@ def _read_rows(path: str) -> list[tuple[str, str]]:
     for number, row in rows:
         if len(row) != 2:
             raise InputError(f'{path}, line {number}: a line is "sentence<TAB>label", but here is no tab')
+    if rows and tuple(cell.strip().lower() for cell in rows[0][1]) in (("sentence", "label"), ("text", "label")):
+        del rows[0]  # the header
     if not rows:
         raise InputError(f"{path} holds no sentence")
     return [(sentence, label.strip()) for _, (sentence, label) in rows]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,7 +59,8 @@ def mask_rows(
         probability: Share of the tokens to select, one for all rows or `[B]`; `arguments.mlm_probability` by default.
 
     Returns:
-        The masked rows. They depend on each row alone: neither padding nor the other rows change them.
+        The masked rows. They depend on each row alone: neither padding nor the other rows change them. A word, an n-gram or a
+        span lies in one isolated document, also where no special token parts it from the next.
     """
     maskable = rows.valid & ~vocabulary.is_protected(rows.input_ids)
     if rows.also_maskable is not None:
@@ -67,9 +68,13 @@ def mask_rows(
     words = None
     if arguments.needs_word_starts:
         assert rows.word_starts is not None, "the rows were stacked without words"
-        words = partition_words(rows.word_starts, maskable=maskable)
+        words = partition_words(rows.word_starts, maskable=maskable, borders=rows.document_starts())
     probability = arguments.mlm_probability if probability is None else probability
     selection = select_targets(rows, maskable=maskable, words=words, arguments=arguments, probability=probability)
+    borders = rows.document_starts()
+    if borders is not None:
+        # Units that touch at the border of two documents are two.
+        selection = replace(selection, unit_starts=selection.unit_starts | (selection.mask & borders))
     positions = np.flatnonzero(selection.mask)
     input_ids = replace_tokens(
         rows.input_ids,
@@ -107,7 +112,7 @@ def select_targets(
     if unit == "given":
         return _select_given(rows, maskable=maskable, count=arguments.masking_count, probability=probability)
     if unit == "ngram" and arguments.ngram_unit == "token":
-        words = partition_words(np.ones_like(maskable), maskable=maskable)
+        words = partition_words(np.ones_like(maskable), maskable=maskable, borders=rows.document_starts())
     bits = rows.bits("select")
     if arguments.masking_count == "bernoulli":
         if unit == "token":
@@ -142,10 +147,19 @@ def _select_given(
     assert rows.spans is not None, "the rows were stacked without spans"
     most = np.bincount(rows.spans[:, 0], minlength=1).max()
     bits = rows.keys.bits("select", length=int(most))
+    spans = _in_one_document(rows, rows.spans)
     if count == "bernoulli":
-        return select_given_independently(bits, spans=rows.spans, maskable=maskable, probability=probability)
+        return select_given_independently(bits, spans=spans, maskable=maskable, probability=probability)
     budgets = token_budgets(maskable, lengths=np.count_nonzero(rows.valid, axis=1), probability=probability)
-    return select_given(bits, spans=rows.spans, maskable=maskable, budgets=budgets)
+    return select_given(bits, spans=spans, maskable=maskable, budgets=budgets)
+
+
+def _in_one_document(rows: ExampleRows, spans: np.ndarray) -> np.ndarray:
+    """Return given spans, `[S, 3]`, without those that lie in several isolated documents."""
+    if rows.document_ids is None:
+        return spans
+    row, start, end = spans.T
+    return spans[rows.document_ids[row, start] == rows.document_ids[row, end - 1]]
 
 
 def _deciders(positions: np.ndarray, *, selection: Selection, words: WordTable | None, unit: str) -> np.ndarray:

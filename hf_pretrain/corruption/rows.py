@@ -95,10 +95,14 @@ class ExampleRows:
         """Return 64 random bits a position, `uint64` `[B, L]`."""
         return self.keys.bits(stream, length=self.input_ids.shape[1])
 
+    def document_starts(self) -> np.ndarray | None:
+        """Return whether an isolated document, or padding, begins at a token: `[B, L]` bool; None if there are none."""
+        return None if self.document_ids is None else np.diff(self.document_ids, axis=1, prepend=-2) != 0
+
     def document_positions(self) -> np.ndarray:
         """Return the place of each token in its isolated document, from 0: `[B, L]` int64, 0 at padding."""
-        assert self.document_ids is not None, "the examples have no document_ids"
-        begins = np.diff(self.document_ids, axis=1, prepend=-2) != 0
+        begins = self.document_starts()
+        assert begins is not None, "the examples have no document_ids"
         columns = np.arange(begins.shape[1])
         return (columns - np.maximum.accumulate(columns * begins, axis=1)) * self.valid
 

@@ -33,8 +33,9 @@ def docstring_documents(*, max_bytes: int | None = None, seed: int = 0) -> Itera
     docstrings or repeat the documents of another are left out. The same environment gives the same documents.
 
     Args:
-        max_bytes: Stop before the documents have more bytes than that in UTF-8; because of the order, what comes
-            before is a fair sample of all.
+        max_bytes: Most bytes of all documents together in UTF-8. One that does not fit any more is passed over until
+            nine tenths are filled; then the first that does not fit is the end. What comes before is a sample of all
+            in which documents are rarer that are long beside this number.
         seed: Key of the order.
 
     Raises:
@@ -49,9 +50,12 @@ def docstring_documents(*, max_bytes: int | None = None, seed: int = 0) -> Itera
         digest = hashlib.blake2b(document.encode(), digest_size=16).digest()
         if len(document) < _LEAST_CHARACTERS or digest in seen:
             continue
-        num_bytes += len(document.encode())
-        if max_bytes is not None and num_bytes > max_bytes:
-            break
+        size = len(document.encode())
+        if max_bytes is not None and num_bytes + size > max_bytes:
+            if num_bytes >= 0.9 * max_bytes:
+                break
+            continue
+        num_bytes += size
         seen.add(digest)
         yield document
     if not seen:

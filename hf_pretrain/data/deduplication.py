@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from hf_pretrain.data.near_duplicates import Deduplicator
@@ -22,7 +24,10 @@ DOCUMENTS = "documents"
 """Folder of the documents that were kept, in the output folder: apart from the report, which is JSON too."""
 REPORT = "deduplication.json"
 
+# Written while the documents are; renamed in the end.
 _UNFINISHED = "documents.unfinished"
+_LOCK = "_lock"
+_SHARD = re.compile(r"\d{5,}\.jsonl")
 _GROUP_CHARACTERS = 1 << 18
 _MOST_CLUSTERS = 10
 
@@ -70,47 +75,99 @@ def deduplicate_files(
         with the most repetitions. Memory grows with the number of documents that are kept, and with the longest one.
 
     Raises:
-        InputError: As `read_documents` and `Deduplicator`, or if the folder is in use or ``against`` names a file of
-            ``train_file``.
+        InputError: As `read_documents` and `Deduplicator`, or if the folder is in use, a file lies in it, or ``against``
+            names a file of ``train_file``. What was written by then is removed.
     """
     deduplicator = Deduplicator(**options)
-    _check_files(train_file, against)
-    folder = _unused_folder(Path(output_dir))
+    folder = Path(output_dir)
+    # Once, before anything is written: the output folder may lie in a folder that is read.
+    files = resolve_paths(train_file)
+    references = [] if against is None else resolve_paths(against)
+    _check_files(files, references, folder)
     reading: dict[str, Any] = {"document_separator": document_separator, "text_column": text_column}
     collector = _Collector(deduplicator)
-    with _Writer(folder / _UNFINISHED, text_column, shard_bytes) as writer:
-        for group in _groups(against, "Reading what to hold against", reading) if against is not None else ():
-            collector.add_references(group)
-        for group in _groups(train_file, "Comparing", reading):
-            writer.write(collector.kept(group))
-    report = {
-        "options": deduplicator.options | reading,
-        "counts": {name: asdict(counts) for name, counts in collector.counts.items()},
-        "files": writer.files,
-        "clusters": collector.largest_clusters(),
-    }
-    (folder / _UNFINISHED).rename(folder / DOCUMENTS)
-    (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with _claimed(folder):
+        with _Writer(folder / _UNFINISHED, text_column, shard_bytes) as writer:
+            for group in _groups(references, "Reading what to hold against", reading) if references else ():
+                collector.add_references(group)
+            for group in _groups(files, "Comparing", reading):
+                writer.write(collector.kept(group))
+        report = {
+            "options": deduplicator.options | reading,
+            "counts": {name: asdict(counts) for name, counts in collector.counts.items()},
+            "files": writer.files,
+            "clusters": collector.largest_clusters(),
+        }
+        (folder / _UNFINISHED).rename(folder / DOCUMENTS)
+        (folder / REPORT).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return report
 
 
-def _check_files(train_file: Any, against: Any) -> None:
-    files = {str(Path(path).resolve()) for path in resolve_paths(train_file)}
-    others = set() if against is None else {str(Path(path).resolve()) for path in resolve_paths(against)}
+def _check_files(train_file: Sequence[str], against: Sequence[str], folder: Path) -> None:
+    files, others = ({Path(path).resolve() for path in paths} for paths in (train_file, against))
     if both := files & others:
         raise InputError(
-            f"against={min(both)!r} is in train_file too: nothing of it would be left; take it out of one"
+            f"against={str(min(both))!r} is in train_file too: nothing of it would be left; take it out of one"
         )
+    for name, paths in (("train_file", files), ("against", others)):
+        inside = [path for path in sorted(paths) if folder.resolve() in path.parents]
+        if inside:
+            raise InputError(
+                f"{name}={str(inside[0])!r} lies in output_dir={str(folder)!r}: name a folder to write to that is not read"
+            )
 
 
-def _unused_folder(folder: Path) -> Path:
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Hold an empty folder for this process alone; where what is done in it fails, leave none of its files behind.
+
+    Raises:
+        InputError: If the folder is no folder or not empty, or another process holds it.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir={str(folder)!r} is a file: name a folder")
-    if folder.is_dir() and any(path.name != _UNFINISHED for path in folder.iterdir()):
-        raise InputError(f"output_dir={str(folder)!r} is in use: name another, or remove what is there")
-    # What is there was left by a run that did not come to its end.
-    shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
-    return folder
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
+        ) from error
+    try:
+        if any(path.name not in (_UNFINISHED, _LOCK) for path in folder.iterdir()):
+            raise InputError(f"output_dir={str(folder)!r} is in use, for it is not empty: name another")
+        # Left by a process that was killed: it would hold the lock if it still ran.
+        _remove_unfinished(folder / _UNFINISHED)
+        yield
+    except BaseException:
+        if (folder / DOCUMENTS).is_dir() and not (folder / REPORT).is_file():
+            (folder / DOCUMENTS).rename(folder / _UNFINISHED)
+        _remove_unfinished(folder / _UNFINISHED)
+        raise
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what was written by a run that did not come to its end, and nothing else.
+
+    Raises:
+        InputError: If there is anything else.
+    """
+    if not folder.is_dir():
+        return
+    paths = sorted(folder.iterdir())
+    other = next((path for path in paths if not (_SHARD.fullmatch(path.name) and path.is_file())), None)
+    if other is not None:
+        raise InputError(f"output_dir={str(folder.parent)!r} holds {other}, which is not of deduplicate: name another")
+    for path in paths:
+        path.unlink()
+    folder.rmdir()
 
 
 def _groups(paths: Any, what: str, reading: dict[str, Any]) -> Iterator[list[NumberedDocument]]:

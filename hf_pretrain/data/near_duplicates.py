@@ -18,6 +18,8 @@ _LEAST_RECALL = 0.99
 _SEED = 0
 _HASH_BYTES = 8
 _DIGEST_BYTES = 16
+# A sketch of 4096 numbers is 16 KB a document, and its standard error below 0.008.
+_MOST_PERMUTATIONS = 4096
 
 
 class Verdict(NamedTuple):
@@ -133,10 +135,11 @@ def check_options(similarity_threshold: float, shingle_size: int, num_permutatio
     """
     if not 0 < similarity_threshold <= 1:
         raise InputError(f"similarity_threshold={similarity_threshold} must be in (0, 1]; 0.8 is usual")
-    if shingle_size < 1:
-        raise InputError(f"shingle_size={shingle_size} must be positive; 5 words are usual")
-    if num_permutations < 1:
-        raise InputError(f"num_permutations={num_permutations} must be positive; 128 is usual")
+    for name, value, usual in (("shingle_size", shingle_size, 5), ("num_permutations", num_permutations, 128)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{name}={value} must be positive and a whole number; {usual} is usual")
+    if num_permutations > _MOST_PERMUTATIONS:
+        raise InputError(f"num_permutations={num_permutations} must be at most {_MOST_PERMUTATIONS}; 128 is usual")
     num_bands(similarity_threshold, num_permutations)
 
 

@@ -92,7 +92,7 @@ class RecurrentTrainer(PretrainingTrainer):
         InputError: If lanes and batches do not fit, or an option would tear the lanes apart.
     """
 
-    def __init__(self, model: PretrainingModel, args: PretrainingArguments, **kwargs: Any) -> None:
+    def __init__(self, model: PretrainingModel | None, args: PretrainingArguments, **kwargs: Any) -> None:
         train_lanes = _num_lanes(kwargs.get("train_dataset"))
         if train_lanes is not None:
             _check_lanes(train_lanes, args)
@@ -130,6 +130,13 @@ class RecurrentTrainer(PretrainingTrainer):
         """Train from empty memories, or from those of the checkpoint; see `transformers.Trainer.train`."""
         self._lane_memory = self._fresh_memory(self.train_dataset, self.args.train_batch_size)
         return super().train(*args, **kwargs)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set the options of a trial, whose steps must have as many examples as there are lanes."""
+        super()._hp_search_setup(trial)
+        num_lanes = _num_lanes(self.train_dataset)
+        if num_lanes is not None:
+            _check_lanes(num_lanes, self.args)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
         """Evaluate with a memory of its own; that of training is put aside. See `transformers.Trainer.evaluation_loop`."""

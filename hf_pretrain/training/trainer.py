@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sized
+from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -41,6 +42,13 @@ from hf_pretrain.training.pushing import PushingMixin
 from hf_pretrain.training.sharding import check_sharding, sharded_by_blocks
 from hf_pretrain.training.stream_training import StreamTrainingMixin
 
+# Options beside those of every method that are read at each step.
+_READ_IN_TRAINING = {"generator_learning_rate", "generator_steps"}
+_MADE_BEFORE = (
+    "the data, the collator or the model was made with it; train with each value in turn, or search over options of the "
+    "optimizer, the schedule or the losses' weights"
+)
+
 
 class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
     """Trains a [`PretrainingModel`], dividing each of its losses by that loss's own global count.
@@ -53,7 +61,8 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
     to `y` itself, so that totals can be compared.
 
     Args:
-        model: The composite to train.
+        model: The composite to train; None if `model_init`, a function that makes one, is among the other arguments, as
+            `hyperparameter_search` needs it.
         args: Options.
         train_dataset: Examples; a map-style dataset is wrapped in [`EpochDataset`], so that collators know ids and epochs.
         eval_dataset: Held-out examples, or a dictionary of several sets.
@@ -70,7 +79,7 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
 
     def __init__(
         self,
-        model: PretrainingModel,
+        model: PretrainingModel | None,
         args: PretrainingArguments,
         *,
         train_dataset: Dataset | None = None,
@@ -265,11 +274,47 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         """Train; see `transformers.Trainer.train`."""
         # An evaluation before training marks the model as prepared, and accelerate would then leave it out of DDP.
         for wrapped in (self.model, self.model_wrapped):
-            wrapped._is_accelerate_prepared = False
-        # transformers seeds every rank alike, and so their dropout; a resume restores each rank's own state.
-        torch.manual_seed(draws.generator_seed(self.args.process_index, seed=self.args.seed, stream="dropout"))
+            # Between two trials of a search there is none.
+            if wrapped is not None:
+                wrapped._is_accelerate_prepared = False
+        self._seed_dropout()
+        # What an earlier training counted after its last row of the log belongs to no row of this one.
+        self._components = SumAccumulator()
+        self._num_tokens.zero_()
+        self._tokens_since_row = 0
         self._clock = time.perf_counter()
         return super().train(*args, **kwargs)
+
+    def _seed_dropout(self) -> None:
+        """Give each rank dropout of its own: transformers seeds all alike. A resume restores each rank's own state."""
+        torch.manual_seed(draws.generator_seed(self.args.process_index, seed=self.args.seed, stream="dropout"))
+
+    # Search of hyper-parameters
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a fresh model from `model_init`; see `transformers.Trainer.call_model_init`."""
+        model = super().call_model_init(trial)
+        # transformers sets the seed before each.
+        self._seed_dropout()
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Set the options of a trial.
+
+        Raises:
+            InputError: If one of them cannot change any more, because the data, the collator or the model was made with it.
+        """
+        before = dict(vars(self.args))
+        super()._hp_search_setup(trial)
+        known = {field.name for field in fields(PretrainingArguments)} | _READ_IN_TRAINING
+        for name in (name for name, value in vars(self.args).items() if value != before.get(name)):
+            if name not in known and not name.endswith(("_weight", "_schedule")):
+                raise InputError(f"{name}={getattr(self.args, name)!r} cannot be searched over: {_MADE_BEFORE}")
+            if name.endswith("batch_size") and getattr(self.train_dataset, "group_size", 1) > 1:
+                raise InputError(
+                    f"{name} cannot be searched over: all examples of a step are of one kind; {_MADE_BEFORE}"
+                )
+        self._schedules = self.args.parse_schedules()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the mean of every component, throughput and peak memory to a training step's log line."""
@@ -324,7 +369,19 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             metrics = super().evaluate(*args, **kwargs)
         # Not a sum: with several held-out sets this call contains one for each.
         self._clock = time.perf_counter() - trained
+        # Of several sets each is evaluated with a prefix of its own, and then all together.
+        if self.is_in_train and kwargs.get("metric_key_prefix", "eval") == "eval":
+            self._check_best_metric(metrics)
         return metrics
+
+    def _check_best_metric(self, metrics: Mapping[str, float]) -> None:
+        """Refuse a `metric_for_best_model` that an evaluation has not measured, at the first one and not with a checkpoint."""
+        name = self.args.metric_for_best_model
+        if name is None or f"eval_{name.removeprefix('eval_')}" in metrics:
+            return
+        about_speed = ("_runtime", "_per_second", "_time")
+        found = sorted(key.removeprefix("eval_") for key in metrics if not key.endswith(about_speed))
+        raise InputError(f"metric_for_best_model={name!r} is not measured here: take one of {', '.join(found)}")
 
     def prediction_step(
         self,

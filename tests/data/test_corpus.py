@@ -127,14 +127,23 @@ def test_each_module_once_and_only_good_ones(environment):
     assert all(len(document) >= 200 for document in documents)
 
 
-def test_order_is_keyed_and_a_subset_is_its_beginning(environment):
+def test_order_is_keyed_and_a_subset_passes_over_what_does_not_fit(environment):
     documents = list(docstring_documents(seed=1))
     assert list(docstring_documents(seed=1)) == documents
     other = list(docstring_documents(seed=2))
     assert sorted(other) == sorted(documents) and other != documents
     sizes = np.cumsum([len(document.encode()) for document in documents])
-    for max_bytes in (int(sizes[3]), int(sizes[4]) - 1):
-        assert list(docstring_documents(max_bytes=max_bytes, seed=1)) == documents[:4]
+    assert list(docstring_documents(max_bytes=int(sizes[3]), seed=1)) == documents[:4]
+    for max_bytes in range(2_000, int(sizes[-1]), 700):
+        expected, filled = [], 0
+        for document in documents:
+            size = len(document.encode())
+            if filled + size <= max_bytes:
+                expected.append(document)
+                filled += size
+            elif filled >= 0.9 * max_bytes:
+                break
+        assert list(docstring_documents(max_bytes=max_bytes, seed=1)) == expected
     with pytest.raises(InputError, match="max_corpus_bytes=10 "):
         list(docstring_documents(max_bytes=10))
 

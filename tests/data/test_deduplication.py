@@ -1,6 +1,7 @@
 """Removing repeated documents, against exact Jaccard similarities and by the files that are written."""
 
 import gzip
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_pretrain.data import draws
+from hf_pretrain.data import deduplication, draws
 from hf_pretrain.data.deduplication import DOCUMENTS, REPORT, deduplicate_files
 from hf_pretrain.data.near_duplicates import Deduplicator, Verdict, num_bands
 from hf_pretrain.data.shingles import jaccard, normalized, shingle_hashes
@@ -345,6 +346,107 @@ def test_a_folder_in_use_is_refused_and_an_unfinished_one_is_taken(tmp_path):
         deduplicate_files(source, output_dir=source)
 
 
+class TestFolder:
+    """One process at a time, nothing of anybody else's removed, nothing left of a run that failed."""
+
+    def failing_after_a_file(self, monkeypatch, error):
+        """Let the second group of documents fail, when a file has been begun."""
+        original = deduplication.in_groups
+
+        def groups(documents, *, num_characters):
+            yield from itertools.islice(original(documents, num_characters=1), 1)
+            raise error
+
+        monkeypatch.setattr(deduplication, "in_groups", groups)
+
+    def test_a_second_program_is_refused_and_harms_nothing(self, tmp_path, monkeypatch):
+        source, output = write(tmp_path / "in.txt", [" ".join(words(n, 9)) for n in range(5)]), tmp_path / "out"
+        original, refusals = deduplication.in_groups, []
+
+        def meanwhile(*args, **kwargs):
+            for number, group in enumerate(original(*args, **kwargs)):
+                if number == 0:
+                    yield group
+                    command = [sys.executable, "-c", _START, str(source), str(output)]
+                    refusals.append(subprocess.run(command, capture_output=True, text=True, timeout=120).stdout)
+                else:
+                    yield group
+
+        monkeypatch.setattr(deduplication, "in_groups", meanwhile)
+        deduplicate_files(source, output_dir=output)
+        assert "is in use by another process" in refusals[0]
+        assert len(kept_texts(output)) == 5
+        assert sorted(path.name for path in output.iterdir()) == [REPORT, DOCUMENTS]
+
+    @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("is_new", [True, False])
+    def test_a_run_that_fails_leaves_nothing(self, tmp_path, monkeypatch, error, is_new):
+        source, output = write(tmp_path / "in.txt", ["one text", "another"]), tmp_path / "out"
+        if not is_new:
+            output.mkdir()
+        self.failing_after_a_file(monkeypatch, error)
+        with pytest.raises(type(error)):
+            deduplicate_files(source, output_dir=output)
+        assert output.exists() != is_new
+        assert is_new or not list(output.iterdir())
+
+    def test_a_report_that_cannot_be_written_leaves_nothing(self, tmp_path, monkeypatch):
+        source, output = write(tmp_path / "in.txt", ["one text"]), tmp_path / "out"
+        original = Path.write_text
+
+        def full(path, *args, **kwargs):
+            if path.name == REPORT:
+                raise OSError(28, "No space left on device")
+            return original(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            deduplicate_files(source, output_dir=output)
+        assert not output.exists()
+
+    def test_what_a_killed_run_left_is_removed_and_nothing_else(self, tmp_path):
+        source, output = write(tmp_path / "in.txt", ["one text"]), tmp_path / "out"
+        left = output / "documents.unfinished"
+        left.mkdir(parents=True)
+        (left / "00000.jsonl").write_text("{}")
+        (output / "_lock").touch()
+        own = left / "thesis.tex"
+        own.write_text("precious")
+        with pytest.raises(InputError, match="thesis.tex, which is not of deduplicate"):
+            deduplicate_files(source, output_dir=output)
+        assert own.read_text() == "precious" and (left / "00000.jsonl").exists()
+        own.unlink()
+        deduplicate_files(source, output_dir=output)
+        assert kept_texts(output) == ["one text"]
+
+    @pytest.mark.parametrize("name", ["train_file", "against"])
+    def test_a_file_in_the_output_folder_is_refused(self, tmp_path, name):
+        outside, inside = tmp_path / "in.txt", tmp_path / "out" / "more.txt"
+        inside.parent.mkdir()
+        write(outside, ["one text"])
+        write(inside, ["another text"])
+        files = {"train_file": outside, "against": None} | {name: inside}
+        with pytest.raises(InputError, match=f"{name}='.*more.txt' lies in output_dir"):
+            deduplicate_files(files["train_file"], output_dir=tmp_path / "out", against=files["against"])
+        assert inside.read_text() == "another text"
+
+    def test_what_is_written_into_the_folder_that_is_read_is_not_read(self, tmp_path):
+        for number in range(3):
+            write(tmp_path / f"{number}.txt", [" ".join(words(number, 9))])
+        report = deduplicate_files(tmp_path, output_dir=tmp_path / "clean", shard_bytes=1)
+        assert report["counts"]["read"]["documents"] == report["counts"]["kept"]["documents"] == 3
+
+
+_START = """
+import sys
+from hf_pretrain.data.deduplication import deduplicate_files
+try:
+    deduplicate_files(sys.argv[1], output_dir=sys.argv[2])
+except Exception as error:
+    print(error)
+"""
+
+
 def test_a_file_held_against_itself_is_refused(tmp_path):
     source = write(tmp_path / "in.txt", ["one text"])
     with pytest.raises(InputError, match="in train_file too"):
@@ -365,7 +467,10 @@ def test_without_the_library_the_message_says_what_to_install(monkeypatch, tmp_p
         ({"similarity_threshold": 1.1}, r"similarity_threshold=1.1 must be in \(0, 1\]"),
         ({"similarity_threshold": 0.02}, "too low for num_permutations=128"),
         ({"shingle_size": 0}, "shingle_size=0 must be positive"),
+        ({"similarity_threshold": float("nan")}, r"similarity_threshold=nan must be in \(0, 1\]"),
         ({"num_permutations": 0}, "num_permutations=0 must be positive"),
+        ({"num_permutations": float("nan")}, "num_permutations=nan must be positive"),
+        ({"num_permutations": 10**7}, "num_permutations=10000000 must be at most 4096"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(options, message):

@@ -8,6 +8,7 @@ import os
 import tracemalloc
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -235,6 +236,34 @@ def test_sizes_and_random_subset():
     assert random_subset(texts, max_bytes=10_100, seed=1) is texts
     with pytest.raises(InputError, match="max_corpus_bytes=1 "):
         random_subset(texts.select(range(50, 90)), max_bytes=1, seed=1)
+
+
+def lengths_of_subset(lengths, **options):
+    texts = datasets.Dataset.from_dict({"text": ["x" * length for length in lengths]})
+    return [len(text) for text in random_subset(texts, **options)["text"]]
+
+
+def test_a_random_subset_passes_over_what_does_not_fit():
+    """One book among small texts ends nothing, and is never taken; the texts that fit are as likely as one another."""
+    lengths = [100_000, *range(20, 80)]
+    taken = np.zeros(len(lengths))
+    for seed in range(200):
+        subset = lengths_of_subset(lengths, max_bytes=1_000, seed=seed)
+        assert 900 < sum(subset) <= 1_000 and subset == sorted(subset)
+        taken[[lengths.index(length) for length in subset]] += 1
+    assert taken[0] == 0
+    # About a third of 2970 bytes; long ones are a little rarer.
+    assert 0.2 < taken[1:].min() / 200 and taken[1:].max() / 200 < 0.5
+    assert 0.8 < taken[31:].sum() / taken[1:31].sum() < 1
+
+
+def test_a_random_subset_of_texts_of_any_size_is_half_full_if_small_ones_suffice():
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        lengths = np.concatenate([np.exp(rng.uniform(0, 12, 40)).astype(int) + 1, np.full(60, 10)]).tolist()
+        assert 300 <= sum(lengths_of_subset(lengths, max_bytes=600, seed=seed)) <= 600
+    with pytest.raises(InputError, match="max_corpus_bytes=9 is less than the 10 bytes of the shortest document"):
+        lengths_of_subset([50, 10, 0, 20], max_bytes=9, seed=0)
 
 
 def test_resolve_paths_keeps_order_and_drops_repeats(write, tmp_path):

@@ -1,5 +1,10 @@
 """The examples of a task: files, columns and labels as they come; and batches of one length."""
 
+import bz2
+import gzip
+import json
+import lzma
+
 import numpy as np
 import pytest
 from transformers import BertConfig
@@ -18,6 +23,9 @@ class TestReading:
     def prepare(self, folder, text, *, name="train.tsv", config=None, **options):
         path = folder / name
         path.write_text(text)
+        return self.prepare_file(path, config=config, **options)
+
+    def prepare_file(self, path, *, config=None, **options):
         args = TaskDataArguments(
             **{"train_file": [str(path)], "validation_fraction": 0.0, "max_length": 12, **options}
         )
@@ -51,6 +59,50 @@ class TestReading:
         rows = self.prepare(tmp_path, text, name="x.jsonl", config=config, **options).train_dataset
         assert np.isnan(rows["labels"][1]) and rows["labels"][0] == 2.5
 
+    @pytest.mark.parametrize("labels", [("good", "bad"), ("1", "0")])
+    @pytest.mark.parametrize("suffix", ["tsv", "csv", "tsv.gz", "csv.bz2", "tsv.xz"])
+    def test_a_table_without_a_header(self, tmp_path, capsys, labels, suffix):
+        """The sentences that follow, with a class each, are all examples, and what was made of it is said."""
+        good, bad = labels
+        rows = [("w1 w2", good), ("w3", bad), ("w4 w5 w6", good)]
+        text = "".join(f"{row}{',' if 'csv' in suffix else chr(9)}{label}\n" for row, label in rows)
+        kind, _, compression = suffix.partition(".")
+        path = tmp_path / f"train.{suffix}"
+        opened = {"": open, "gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}[compression]
+        with opened(path, "wt") as stream:
+            stream.write(text)
+        data = self.prepare_file(path)
+        assert data.train_dataset["labels"] == [1, 0, 1]
+        assert [len(ids) for ids in data.train_dataset["input_ids"]] == [4, 3, 5]
+        assert f"train.{suffix} without a header, taken for sentence, label" in capsys.readouterr().out
+
+    def test_a_table_of_pairs_without_a_header(self, tmp_path):
+        data = self.prepare(tmp_path, "w1\tw2 w3\t1\nw4\tw5\t0\n")
+        assert data.train_dataset["token_type_ids"][0] == [0, 0, 0, 1, 1, 1]
+        assert data.train_dataset["labels"] == [1, 0]
+
+    @pytest.mark.parametrize("header", ["review\tstars", "0\t1"])
+    def test_a_header_that_is_asked_for_is_one(self, tmp_path, header):
+        """Also where its names are numbers, as pandas writes them."""
+        text, label = header.split("\t")
+        options = {"text_columns": [text], "label_column": label}
+        data = self.prepare(tmp_path, f"{header}\nw1\t1\nw2\t0\n", **options)
+        assert data.train_dataset["labels"] == [1, 0]
+
+    def test_files_that_disagree_about_the_header_are_refused(self, tmp_path):
+        for name, header in (("a.tsv", ""), ("b.tsv", "sentence\tlabel\n")):
+            (tmp_path / name).write_text(f"{header}w1\t1\nw2\t0\n")
+        with pytest.raises(InputError, match="b.tsv has another header than .*a.tsv"):
+            self.prepare(tmp_path, "", train_file=[str(tmp_path / "a.tsv"), str(tmp_path / "b.tsv")])
+
+    @pytest.mark.parametrize("name", ["train.json", "train.jsonl.gz", "train.json.gz"])
+    def test_arrays_and_compressed_json(self, tmp_path, name):
+        rows = [{"sentence": "w1 w2", "label": 1}, {"sentence": "w3", "label": 0}]
+        lines = "\n".join(map(json.dumps, rows)) if "jsonl" in name else json.dumps(rows)
+        with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wt") as stream:
+            stream.write(lines)
+        assert self.prepare_file(tmp_path / name).train_dataset["labels"] == [1, 0]
+
     def test_examples_are_held_out_by_a_key(self, tmp_path):
         text = "sentence\n" + "".join(f"w{i}\n" for i in range(40))
         parts = [self.prepare(tmp_path, text, validation_fraction=0.25) for _ in range(2)]
@@ -64,8 +116,15 @@ class TestReading:
         [
             ("sentence\tlabel\nw1\tugly\n", {}, "holds 'ugly', but the teacher's labels are bad, good"),
             ("sentence\tlabel\nw1\t2\n", {}, "holds 2, but"),
-            ("words\tlabel\nw1\t1\n", {}, "no column of a usual name: the examples have words, label"),
-            ("sentence\nw1\n", {"text_columns": ["text"]}, r"text_columns=\['text'\]: the examples have sentence"),
+            ("words\tlabel\nw1\t1\n", {}, "no column of a usual name: the first line names words, label"),
+            ("w1 w2\tugly\nw1\tgood\n", {}, "the first line names w1 w2, ugly; .* put a header above it"),
+            ("a1\t1\t\tw1 w2\na2\t0\t\tw3 w4\n", {}, "the first line names a1, 1, .* put a header above it"),
+            ("sentence\nw1\n", {"text_columns": ["text"]}, r"text_columns=\['text'\]: the first line names sentence"),
+            (
+                '{"a": "w1"}\n',
+                {"name": "x.jsonl"},
+                "no column of a usual name: the examples have a; choose with --text",
+            ),
             ("sentence\nw1\n", {"label_column": "y"}, "label_column='y': the examples have sentence"),
             ("sentence\tlabel\n", {}, "cannot be read as csv: there is no example in it"),
             ("", {}, "cannot be read as csv"),

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from test_masking_collator import make_examples, make_tokenizer, rows_of
+from test_masking_collator import isolated_examples, make_examples, make_tokenizer, rows_of
 
 from hf_pretrain.corruption import MaskingArguments
 from hf_pretrain.errors import InputError
@@ -207,3 +207,20 @@ def test_what_cannot_be_is_refused():
             collator_of(**{name: value})
     with pytest.raises(InputError, match="langs is not as long as input_ids"):
         collator_of()([make_examples(1)[0] | {"langs": [0]}])
+
+
+@pytest.mark.parametrize("with_sentences", [False, True])
+def test_isolated_documents_are_kept_apart_without_special_tokens(with_sentences):
+    """A shuffled run, and a span with the tokens around it, lie in one document."""
+    examples = isolated_examples(64)
+    if with_sentences:
+        for example in examples:
+            example["sent_starts"] = np.arange(len(example["input_ids"])) % 5 == 0
+    collator = collator_of(("mlm", "span_boundary", "word_order"), word_order_probability=0.4)
+    batch = collator(examples)
+    documents = batch["document_ids"].flatten()
+    runs = batch["order_positions"].reshape(-1, 3)
+    assert len(runs) > 50
+    assert (documents[runs] == documents[runs[:, :1]]).all()
+    assert len(batch["span_left"]) > 50
+    assert torch.equal(documents[batch["span_left"]], documents[batch["span_right"]])

@@ -370,3 +370,68 @@ class TestMaskRatesThatChange:
             MaskingArguments(mlm_probability_schedule="0:2")
         with pytest.raises(InputError, match="static_masks=10 freezes the masks"):
             MaskingArguments(mlm_probability_schedule="0:0.2", static_masks=10)
+
+
+def isolated_examples(num_examples: int) -> list[dict]:
+    """Rows of several documents without a special token between them; some begin with what is no start of a word."""
+    examples = []
+    for example in make_examples(num_examples, least=12):
+        rng = np.random.default_rng(1000 + example["example_id"])
+        length = len(example["input_ids"])
+        example["input_ids"] = rng.integers(5, NUM_TOKENS, length).astype(np.int32)
+        begins = rng.random(length) < 0.15
+        begins[0] = True
+        example["document_ids"] = np.cumsum(begins) - 1
+        example["word_starts"] = rng.random(length) < 0.5
+        example["spans"] = [(start, min(start + 4, length)) for start in range(0, length - 1, 3)]
+        examples.append(example)
+    return examples
+
+
+class TestIsolatedDocuments:
+    """With a tokenizer that adds no special tokens, nothing but `document_ids` tells where a document ends."""
+
+    OPTIONS = [*({"masking_unit": unit} for unit in UNITS), {"masking_unit": "ngram", "ngram_unit": "token"}]
+
+    @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options.values()))
+    @pytest.mark.parametrize("count", ["exact", "bernoulli"])
+    def test_a_unit_lies_in_one_document(self, small_tokenizer, options, count):
+        if count == "bernoulli" and options["masking_unit"] in ("ngram", "span"):
+            count = "exact"
+        masking = MaskingArguments(mlm_probability=0.4, masking_count=count, **options)
+        collator = DataCollatorForMaskedLM(small_tokenizer, masking=masking)
+        rows = collator.read(isolated_examples(64))
+        selection = collator.corrupt(rows).selection
+        units = selection.spans()
+        assert len(units) > 100
+        row, start, end = units.T
+        assert (rows.document_ids[row, start] == rows.document_ids[row, end - 1]).all()
+        # There is something to keep apart: hidden tokens on both sides of borders.
+        touching = selection.mask[:, 1:] & selection.mask[:, :-1] & (np.diff(rows.document_ids, axis=1) > 0)
+        assert touching.sum() > 20
+
+    def test_a_word_does_not_begin_in_the_document_before(self, small_tokenizer):
+        """Also where its first token is no start of a word: the piece of a cut word is a word."""
+        collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit="word"))
+        rows = collator.read(isolated_examples(64))
+        selection = collator.corrupt(rows).selection
+        begins = rows.word_starts | rows.document_starts()
+        begins[:, 0] = True
+        for row, start, end in selection.spans():
+            assert begins[row, start] and not begins[row, start + 1 : end].any()
+            assert end == rows.valid[row].sum() or begins[row, end]
+
+    @pytest.mark.parametrize("unit", ["span", "given"])
+    def test_what_replaces_is_decided_in_each_document(self, small_tokenizer, unit):
+        """Of hidden tokens on both sides of a border, some are masked on one side only."""
+        masking = MaskingArguments(masking_unit=unit, replacement_unit="unit", mlm_probability=0.5, mask_share=0.5)
+        collator = DataCollatorForMaskedLM(small_tokenizer, masking=masking)
+        rows = collator.read(isolated_examples(64))
+        masked = collator.corrupt(rows)
+        touching = masked.selection.mask[:, 1:] & masked.selection.mask[:, :-1]
+        is_masked = masked.input_ids == small_tokenizer.mask_token_id
+        differs = is_masked[:, 1:] != is_masked[:, :-1]
+        borders = rows.document_starts()[:, 1:]
+        assert (touching & borders & differs).sum() > 5
+        if unit == "span":
+            assert not (touching & ~borders & differs).any()

@@ -11,8 +11,8 @@ from hf_pretrain.modeling.lm_modes import lm_mode_inputs
 from hf_pretrain.objectives.encoder.generation import generate
 from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 
-CLS, SEP, MASK = 2, 3, 4
-ALLOWED = [1, SEP, *range(5, VOCAB_SIZE)]  # the unknown token, the end, and all words
+UNKNOWN, CLS, SEP, MASK = 1, 2, 3, 4
+ALLOWED = [SEP, *range(5, VOCAB_SIZE)]  # the end, and all words
 SOURCES = ["w1 w2 w3", "w4", "w30 w31 w32 w33 w34 w35 w36", "w7 w8", "w50 w1 w50 w1", "w9 w9 w10"]
 
 
@@ -156,15 +156,26 @@ def test_samples_follow_the_distribution_and_the_seed(tokenizer):
 def test_what_is_written_is_no_special_token_and_the_model_is_left_as_it_was(tokenizer):
     model = tiny_model()
     with torch.no_grad():
-        model.cls.predictions.bias[[0, CLS, MASK]] = 50.0
+        model.cls.predictions.bias[[0, UNKNOWN, CLS, MASK]] = 50.0
     model.train()
     ids = torch.tensor([[CLS, 9, 10, SEP]])
     state = torch.get_rng_state()
     for options in ({}, {"num_beams": 4}, {"do_sample": True, "temperature": 5.0}):
         for one in generate(model, tokenizer, SOURCES, max_new_tokens=6, **options):
-            assert not {0, CLS, SEP, MASK} & set(one.token_ids)
+            assert not {0, UNKNOWN, CLS, SEP, MASK} & set(one.token_ids)
+            assert len(one.text.split()) == len(one.token_ids)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert model(input_ids=ids).logits.shape == (1, 4, VOCAB_SIZE)
+
+
+def test_numbers_that_are_no_token_are_not_written():
+    """Of a table longer than the vocabulary, and of a vocabulary with a gap."""
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    tokenizer.get_vocab = lambda: {f"w{i}": i for i in range(VOCAB_SIZE - 5) if i != 9}
+    with torch.no_grad():
+        model.cls.predictions.bias[[9, VOCAB_SIZE - 5, VOCAB_SIZE - 1]] = 50.0
+    for one in generate(model, tokenizer, SOURCES, max_new_tokens=6):
+        assert not {9, *range(VOCAB_SIZE - 5, VOCAB_SIZE)} & set(one.token_ids)
 
 
 def test_bad_input_is_refused(tokenizer):

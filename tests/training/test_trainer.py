@@ -1,11 +1,16 @@
 """The base Trainer: what it refuses, what it logs, how it seeds, streams and evaluates."""
 
 import itertools
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.memory import release_memory
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, integrations
+from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.streaming import StreamingBlocks
@@ -402,3 +407,127 @@ class TestStreaming:
         losses = [[(row["step"], row["loss"]) for row in step_rows(run)] for run in (straight, resumed)]
         assert losses[0] == losses[1]
         assert log_of(straight)[-1]["step"] == log_of(resumed)[-1]["step"] == 6
+
+
+class Trials:
+    """Stands for Optuna: goes through given trials as transformers' own loop does, which forgets the model after each."""
+
+    trials: list = []
+
+    @staticmethod
+    def ensure_available():
+        pass
+
+    def run(self, trainer, n_trials, direction, **kwargs):
+        results = []
+        for number, params in enumerate(self.trials[:n_trials]):
+            trainer.objective = None
+            trainer.train(trial=SimpleNamespace(number=number, params=params))
+            if trainer.objective is None:
+                trainer.objective = trainer.compute_objective(trainer.evaluate())
+            trainer.model_wrapped, trainer.model = release_memory(trainer.model_wrapped, trainer.model)
+            trainer.accelerator.clear()
+            results.append((trainer.objective, trainer.state.log_history))
+        return results
+
+
+class TestSearch:
+    def search(self, monkeypatch, folder, trials, program=MLM, **options):
+        """Return what each trial came to, and its log."""
+        known = build(program, folder, **options)
+        stage = type("Stage", (Trials,), {"trials": trials})
+        monkeypatch.setitem(ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, stage)
+        monkeypatch.setitem(sys.modules, "optuna", ModuleType("optuna"))
+        monkeypatch.setattr(integrations, "hp_params", lambda trial: trial.params)
+        state = {name: value.clone() for name, value in known.model.state_dict().items()}
+
+        def model_init():
+            known.model.load_state_dict(state)
+            return known.model
+
+        trainer = type(known)(
+            None,
+            known.args,
+            model_init=model_init,
+            train_dataset=known.train_dataset,
+            eval_dataset=known.eval_dataset,
+            data_collator=known.data_collator,
+        )
+        return trainer.hyperparameter_search(
+            lambda trial: trial.params, lambda metrics: metrics["eval_loss"], len(trials), backend="optuna"
+        )
+
+    @pytest.mark.parametrize("program", [MLM, RTD, PROGRAMS["distil"]])
+    def test_trials_begin_anew_with_their_own_options(self, monkeypatch, tmp_path, program):
+        """Two equal trials come to the same, with dropout; another learning rate comes to something else."""
+        trials = [{"learning_rate": rate} for rate in (1e-3, 1e-2, 1e-3)]
+        options = {"max_steps": 2, "model_options": DROPOUT}
+        (first, log), (second, _), (third, last) = self.search(monkeypatch, tmp_path, trials, program, **options)
+        assert first == third != second
+        tokens = [[row["num_tokens"] for row in rows if "num_tokens" in row] for rows in (log, last)]
+        assert tokens[0] == tokens[1] and len(tokens[0]) == 2
+
+    def test_a_weight_of_a_loss_counts(self, monkeypatch, tmp_path):
+        results = self.search(monkeypatch, tmp_path, [{"rtd_weight": 50.0}, {"rtd_weight": 1.0}], RTD)
+        (first, _), (second, _) = results
+        assert first > 5 * second
+
+    def test_checkpoints_of_trials_have_folders_of_their_own(self, monkeypatch, tmp_path):
+        trials = [{"learning_rate": 1e-3}, {"learning_rate": 1e-2}]
+        self.search(monkeypatch, tmp_path, trials, save_strategy="steps", save_steps=1)
+        assert [path.parent.name for path in sorted(tmp_path.glob("*/checkpoint-1"))] == ["run-0", "run-1"]
+
+    @pytest.mark.parametrize(
+        ("program", "params"),
+        [
+            (MLM, {"mlm_probability": 0.4}),
+            (RTD, {"training_mode": "decoupled"}),
+            (PROGRAMS["encoder"], {"per_device_train_batch_size": 4}),
+        ],
+    )
+    def test_what_a_trial_cannot_change_is_named(self, monkeypatch, tmp_path, program, params):
+        options = {"per_device_train_batch_size": 8}
+        if program is PROGRAMS["encoder"]:
+            options |= {"objectives": ["mlm", "sop"], "objective_shares": "mlm:0.5, sop:0.5"}
+        name = next(iter(params))
+        with pytest.raises(InputError, match=f"^{name}.*cannot be searched over"):
+            self.search(monkeypatch, tmp_path, [params], program, **options)
+
+
+class TestBestMetric:
+    def options(self, name, **changes):
+        return {
+            "max_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": name,
+        } | changes
+
+    @pytest.mark.parametrize("changes", [{"eval_on_start": True}, {"lr_scheduler_type": "reduce_lr_on_plateau"}])
+    def test_a_wrong_name_is_refused_before_a_checkpoint(self, tmp_path, changes):
+        """With the first evaluation: that before training, or else that after the first step."""
+        trainer = build(MLM, tmp_path, **self.options("accuracy", **changes))
+        with pytest.raises(InputError) as refused:
+            trainer.train()
+        message = str(refused.value)
+        assert message.startswith("metric_for_best_model='accuracy' is not measured here: take one of ")
+        assert "mlm_accuracy" in message and "runtime" not in message and "\n" not in message
+        assert trainer.state.global_step == (0 if changes.get("eval_on_start") else 1)
+        assert not list(tmp_path.glob("checkpoint-*"))
+
+    @pytest.mark.parametrize("name", ["mlm_accuracy", "eval_mlm_accuracy"])
+    def test_a_right_name_with_and_without_its_prefix(self, tmp_path, name):
+        trainer = build(MLM, tmp_path, **self.options(name))
+        trainer.train()
+        values = [row["eval_mlm_accuracy"] for row in eval_rows(trainer)]
+        assert trainer.state.best_metric == max(values)
+
+    def test_of_several_sets_each_has_its_own(self, tmp_path):
+        data = tiny_data()
+        data.eval_dataset = {"a": data.eval_dataset, "b": data.eval_dataset}
+        build(MLM, tmp_path / "right", data, **self.options("b_mlm_loss")).train()
+        with pytest.raises(InputError, match="take one of a_loss.*b_mlm_loss"):
+            build(MLM, tmp_path / "wrong", data, **self.options("mlm_loss")).train()

@@ -19,7 +19,7 @@ from hf_pretrain.objectives.distillation.arguments import Task
 from hf_pretrain.objectives.distillation.augmentation import TEXT, AugmentationArguments, augment
 from hf_pretrain.objectives.distillation.question_examples import encode_questions
 from hf_pretrain.objectives.distillation.task_examples import encode
-from hf_pretrain.objectives.distillation.task_files import load_split, read_files
+from hf_pretrain.objectives.distillation.task_files import kind_of, load_split, read_files
 from hf_pretrain.objectives.distillation.token_examples import encode_tokens
 from hf_pretrain.objectives.distillation.word_neighbours import WordNeighbours
 
@@ -56,7 +56,10 @@ class TaskDataArguments(AugmentationArguments):
 
     train_file: list[str] | None = field(
         default=None,
-        metadata={"help": "Examples to train on: .tsv or .csv with a header, .jsonl, .parquet, or .json as of SQuAD."},
+        metadata={
+            "help": "Examples to train on: .tsv or .csv, .jsonl, .json, .parquet (.gz, .bz2 and .xz too), or .json as of SQuAD. A "
+            "table of sentences and classes, sentence<TAB>label, needs no header."
+        },
     )
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "Examples to evaluate on; without them, some are held out from training."}
@@ -207,15 +210,22 @@ def _read(args: TaskDataArguments, task: Task) -> tuple[datasets.Dataset, datase
     if args.train_file is None and args.dataset_name is None:
         raise InputError("train_file and dataset_name are both missing: name the examples of the task")
     if args.train_file is not None:
-        train = read_files(args.train_file, task, option="train_file")
+        train = read_files(args.train_file, task, option="train_file", names=_known_names(args, task))
     else:
         train = load_split(str(args.dataset_name), args.dataset_config_name, split=args.dataset_split)
     if args.validation_file is not None:
-        return train, read_files(args.validation_file, task, option="validation_file")
+        names = _known_names(args, task)
+        return train, read_files(args.validation_file, task, option="validation_file", names=names)
     if args.validation_split is not None and args.dataset_name is not None:
         return train, load_split(args.dataset_name, args.dataset_config_name, split=args.validation_split)
     train_rows, held_out_rows = split_held_out(len(train), args.validation_fraction, seed=args.split_seed)
     return train.select(train_rows), train.select(held_out_rows) if len(held_out_rows) else None
+
+
+def _known_names(args: TaskDataArguments, task: Task) -> list[str]:
+    """Return the names of columns by which the first line of a table is seen to be a header."""
+    usual = [name for names in _KNOWN_TEXTS[task] for name in names] + list(_KNOWN_LABELS[task])
+    return [*usual, *(args.text_columns or []), *filter(None, [args.label_column])]
 
 
 def _source(args: TaskDataArguments) -> str:
@@ -233,7 +243,12 @@ def _text_columns(examples: datasets.Dataset, args: TaskDataArguments, task: Tas
     found = next((names for names in wanted if set(names) <= set(examples.column_names)), None)
     if found is None:
         asked = f"text_columns={args.text_columns}" if args.text_columns is not None else "no column of a usual name"
-        raise InputError(f"{asked}: the examples have {', '.join(examples.column_names)}; choose with --text_columns")
+        is_table = args.train_file is not None and kind_of(args.train_file[0]) in (".tsv", ".csv")
+        which = "the first line names" if is_table else "the examples have"
+        advice = "choose with --text_columns"
+        if is_table:
+            advice += ", or if that line is an example, put a header above it, such as sentence<TAB>label"
+        raise InputError(f"{asked}: {which} {', '.join(examples.column_names)}; {advice}")
     return found
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import itertools
+import lzma
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +27,24 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
 }
+_COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_HEADERS = {2: ["sentence", "label"], 3: ["sentence1", "sentence2", "label"]}
+# Enough to see a class come again.
+_ROWS_TO_LOOK_AT = 1000
 
 
-def read_files(paths: Sequence[str], task: Task, *, option: str) -> datasets.Dataset:
+def read_files(paths: Sequence[str], task: Task, *, option: str, names: Sequence[str] = ()) -> datasets.Dataset:
     """Read the rows of files of one kind.
 
+    A table begins with a header. One of sentences, or of pairs, with a class behind them may do without: then its columns are
+    called `sentence`, or `sentence1` and `sentence2`, and `label`, which is printed.
+
     Args:
-        paths: Tables with a header, JSON lines or Parquet; of questions also files of SQuAD's form.
+        paths: Tables, JSON lines, JSON arrays or Parquet, also compressed by gzip, bzip2 or xz; of questions also files of
+            SQuAD's form.
         task: What the rows are examples of.
         option: The option that names them, for messages.
+        names: Columns that may be asked for; a first line with one of these is a header.
 
     Raises:
         InputError: If one is missing, or they cannot be read.
@@ -38,14 +52,18 @@ def read_files(paths: Sequence[str], task: Task, *, option: str) -> datasets.Dat
     missing = next((path for path in paths if not Path(path).is_file()), None)
     if missing is not None:
         raise InputError(f"{option}={missing!r} is no file")
-    kinds = {Path(path).suffix.lower() for path in paths}
+    kinds = {kind_of(path) for path in paths}
     if len(kinds) != 1 or not kinds <= _READERS.keys():
-        raise InputError(f"{option}={list(paths)} must be files of one kind: {', '.join(_READERS)}")
+        raise InputError(
+            f"{option}={list(paths)} must be files of one kind: {', '.join(_READERS)}, also with .gz, .bz2, .xz"
+        )
     if task == "question-answering" and kinds == {".json"}:
         parts = [part for path in paths if (part := read_squad(path)) is not None]
         if len(parts) == len(paths):
             return datasets.concatenate_datasets(parts)
     reader, options = _READERS[kinds.pop()]
+    if reader == "csv" and task == "sequence-classification":
+        options = options | _names_of_columns(paths, option=option, names=names, **options)
     try:
         return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
@@ -56,6 +74,59 @@ def read_files(paths: Sequence[str], task: Task, *, option: str) -> datasets.Dat
         if "corresponds to no data" in reason:
             reason = "there is no example in it"
         raise InputError(f"{option}={list(paths)} cannot be read as {reader}: {reason}") from error
+
+
+def kind_of(path: str) -> str:
+    """Return the suffix that says what a file holds, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _names_of_columns(paths: Sequence[str], *, option: str, names: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Return names for the columns of tables without a header, nothing for tables with one.
+
+    Raises:
+        InputError: If some have a header and others not.
+    """
+    headers = [_header_of(path, names, **options) for path in paths]
+    if all(header is None for header in headers):
+        return {}
+    for path, header in zip(paths, headers, strict=True):
+        if header != headers[0]:
+            raise InputError(
+                f"{option}={list(paths)}: {path} has another header than {paths[0]}; give all the same one"
+            )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{option}: {', '.join(paths)} without a header, taken for {', '.join(headers[0] or [])}", flush=True)
+    return {"names": headers[0]}
+
+
+def _header_of(path: str, names: Sequence[str], *, delimiter: str = ",", **options: Any) -> list[str] | None:
+    """Return the header that a table of sentences lacks, None if it has one or cannot be read."""
+    begin = _COMPRESSED.get(Path(path).suffix.lower(), open)
+    quoting = options.get("quoting", csv.QUOTE_MINIMAL)
+    try:
+        with begin(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            rows = list(itertools.islice(csv.reader(stream, delimiter=delimiter, quoting=quoting), _ROWS_TO_LOOK_AT))
+    except (OSError, ValueError, EOFError, lzma.LZMAError, csv.Error):
+        return None  # The reader says what is wrong.
+    rows = [row for row in rows if row]
+    if not rows or set(rows[0]) & set(names) or any(len(row) != len(rows[0]) for row in rows):
+        return None
+    *texts, label = rows[0]
+    has_text = all(any(character.isalpha() for character in text) for text in texts)
+    is_label = _is_number(label) or label in (row[-1] for row in rows[1:])
+    return _HEADERS.get(len(rows[0])) if has_text and is_label else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def load_split(name: str, config_name: str | None, *, split: str) -> datasets.Dataset:

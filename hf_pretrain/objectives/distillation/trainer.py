@@ -44,13 +44,13 @@ class DistillationTrainer(PretrainingTrainer):
         citations=(DISTILBERT,),
     )
 
-    def __init__(self, model: DistillationModel, args: Any, **kwargs: Any) -> None:
-        missing = set(model.config.losses or ()) - set(args.loss_names)
+    def __init__(self, model: DistillationModel | None, args: Any, **kwargs: Any) -> None:
+        super().__init__(model, args, **kwargs)
+        missing = set(self.model.config.losses or ()) - set(args.loss_names)
         if missing:
             raise InputError(
                 f"{type(self).__name__} has no {sorted(missing)[0]} loss: build the model with its options"
             )
-        super().__init__(model, args, **kwargs)
         self._comparison: dict[str, float] | None = None
         self._compared_at: tuple[int, int | None] | None = None
 

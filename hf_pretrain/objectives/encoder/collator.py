@@ -28,8 +28,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
     To the batch of [`DataCollatorForMaskedLM`] it adds what the heads need:
 
     - "word_order": `order_positions`, `order_labels`, `[O]` int64: flat positions of shuffled tokens, and the token that stood
-      there. The runs that are shuffled hold no target of another kind and no special token; if the examples have `sent_starts`,
-      they lie in one sentence;
+      there. The runs that are shuffled hold no target of another kind and no special token, and lie in one isolated document;
+      if the examples have `sent_starts`, in one sentence;
     - "span_boundary": `span_left`, `span_right`, `span_offsets`, `span_labels`, `[S]` int64: the flat positions of the tokens
       around a hidden span, and of each token in it its place, from 0, and itself;
     - "pair": `pair_labels`, `[B]` int64 from the column `pair_label`, -100 for an example without one;
@@ -123,9 +123,10 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
     def _shuffle(
         self, examples: Sequence[Mapping[str, Any]], rows: ExampleRows, masked: MaskedRows, *, free: np.ndarray
     ) -> ShuffledRows:
-        breaks = None
+        breaks = rows.document_starts()
         if all("sent_starts" in example for example in examples):
-            breaks = _stack(examples, "sent_starts", valid=rows.valid).astype(np.bool_)
+            sentences = _stack(examples, "sent_starts", valid=rows.valid).astype(np.bool_)
+            breaks = sentences if breaks is None else sentences | breaks
         return shuffle_runs(
             masked.input_ids,
             free=free,

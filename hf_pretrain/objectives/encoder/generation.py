@@ -150,14 +150,19 @@ class _Frame:
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Frame:
-        template, vocabulary = PairTemplate.of(tokenizer), Vocabulary.from_tokenizer(tokenizer)
+        template = PairTemplate.of(tokenizer)
+        # The unknown token stands for text that nobody could read.
+        vocabulary = Vocabulary.from_tokenizer(tokenizer, mask_unknown=False)
         if not template.suffix:
             raise InputError(
                 f"tokenizer={type(tokenizer).__name__} puts nothing behind the second sequence of a pair, so no target "
                 "could end; give it a post-processor with such a template, such as '[CLS] $A [SEP] $B:1 [SEP]:1'"
             )
-        barred = torch.ones(model.config.vocab_size, dtype=torch.bool)
-        barred[torch.from_numpy(np.flatnonzero(~vocabulary.protected[: len(barred)]))] = False
+        known = np.zeros(model.config.vocab_size, dtype=np.bool_)
+        # Some vocabularies leave numbers out.
+        known[[index for index in tokenizer.get_vocab().values() if index < len(known)]] = True
+        known[: len(vocabulary.protected)] &= ~vocabulary.protected[: len(known)]
+        barred = torch.from_numpy(~known)
         barred[template.suffix[-1]] = False
         type_vocab_size = getattr(model.config, "type_vocab_size", 0)
         types = mode_token_types(LMMode.SEQUENCE_TO_SEQUENCE, np.arange(2), type_vocab_size=type_vocab_size)

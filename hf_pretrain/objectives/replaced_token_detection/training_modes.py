@@ -56,6 +56,12 @@ class TrainingModesMixin(_Base):
         share: float = self.args.generator_steps
         return round(share * self.state.max_steps) if share < 1 else int(share)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`."""
+        # Of an earlier training, which may have been of another model.
+        self._handed_over, self._waiting, self._replaced_ids = False, [], None
+        return super().train(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run one micro-batch forward and backward."""
         step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
