@@ -47,7 +47,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Refuse files with a document that is not UTF-8 or a row that is not JSON, or skip such documents: up to "
-            "10, and of more than 1000 up to 1 %. By default skip while streaming, else refuse."
+            "10, and of more than 1000 up to one in a hundred. By default skip while streaming, else refuse."
         },
     )
     validation_fraction: float = field(

@@ -329,8 +329,19 @@ def _arrow_rows(path: str, text_column: str, part: tuple[int, int | None], posit
         row = 0
         for batch in itertools.islice(batches, *part):
             if row + len(batch) > position:
-                yield from _batch_rows(path, batch.column(text_column), row, position)
+                column = batch.column(text_column)
+                _check_whole(column)
+                yield from _batch_rows(path, column, row, position)
             row += len(batch)
+
+
+def _check_whole(column: pa.Array) -> None:
+    """Raise ArrowInvalid if a column of a file points to where there is nothing: reading it would end the process."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
 
 
 def _batch_rows(path: str, column: pa.Array, row: int, position: int) -> Iterator[Row]:
