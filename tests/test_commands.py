@@ -84,3 +84,20 @@ def test_statistics_refuses_a_file_that_cannot_be_written_before_reading(tmp_pat
     assert "output_file=" in capsys.readouterr().err
     assert cli.main([*argv[:3], "--block_size", "0"]) == 2
     assert "block_size=0 must be positive" in capsys.readouterr().err
+
+
+def test_statistics_overwrites_no_file_that_it_reads_or_was_not_told_to(corpus, tmp_path, capsys, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = ["statistics", "--train_file", str(corpus), "--tokenizer_name", str(tmp_path / "tokenizer")]
+    text, file = next(path for path in [corpus, *corpus.rglob("*")] if path.is_file()), tmp_path / "statistics.json"
+    before = text.read_bytes()
+    for output in (text, tmp_path / "tokenizer" / "tokenizer.json"):
+        for flags in ([], ["--overwrite_output_file", "true"]):
+            assert cli.main([*options, "--output_file", str(output), *flags]) == 2
+            assert f"output_file='{output}'" in capsys.readouterr().err
+    assert text.read_bytes() == before
+    file.write_text("mine")
+    assert cli.main([*options, "--output_file", str(file)]) == 2
+    assert "--overwrite_output_file true" in capsys.readouterr().err and file.read_text() == "mine"
+    assert not cli.main([*options, "--output_file", str(file), "--overwrite_output_file", "true"])
+    assert json.loads(file.read_text())["unknown_character_share"] == 1

@@ -137,7 +137,9 @@ class DataArguments:
         for name, (least, greatest) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= greatest:
-                raise InputError(f"{name}={value} must be between {least} and {greatest}")
+                if value > 0:
+                    raise InputError(f"{name}={value} must be between {least} and {greatest}")
+                raise InputError(f"{name}={value} must {'be positive' if least else 'not be negative'}")
         if self.streaming and not (self.train_file or self.dataset_name):
             raise InputError("streaming=True needs a train_file or a dataset_name: the docstring corpus is stored")
         if self.word_segmenter is not None:

@@ -5,13 +5,16 @@ import warnings
 import datasets
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, T5Tokenizer
 from transformers.tokenization_python import PythonBackend
 
 from hf_pretrain.data import documents as module
-from hf_pretrain.data.documents import DOCUMENT_FEATURES, tokenize_documents, tokenize_texts
+from hf_pretrain.data.documents import DOCUMENT_FEATURES, UnknownCount, tokenize_documents, tokenize_texts
 from hf_pretrain.data.sentences import one_per_line
+from hf_pretrain.data.tokenizer_training import train_tokenizer
 from hf_pretrain.errors import InputError
 
 BERT_VOCAB = [
@@ -283,3 +286,89 @@ def test_untrimmed_processor_really_includes_the_space():
     tokenizer = byte_level(trim_offsets=False)
     assert isinstance(tokenizer.backend_tokenizer.post_processor, processors.RobertaProcessing)
     assert tokenizer("the cat", return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"][1] == (3, 7)
+
+
+def count(texts, tokenizer):
+    unknown = UnknownCount()
+    tokenize_texts(texts, tokenizer, unknown=unknown)
+    return unknown
+
+
+class TestUnknown:
+    def test_characters_are_counted_not_tokens(self):
+        # 4 + 3 letters of "cats" and "the" are known; one token stands for the 12 letters of "unknownwords".
+        unknown = count(["the cats \u200b", "unknownwords  the"], bert())
+        assert (unknown.characters, unknown.unknown_characters, unknown.unknown_tokens) == (22, 12, 1)
+        assert unknown.share == 12 / 22 and unknown.tokens == 5
+
+    def test_a_text_that_is_one_unknown_token_is_wholly_unknown(self):
+        assert count(["x" * 400, "y" * 3000], bert()).share == 1
+
+    def test_what_is_dropped_without_a_token_is_unknown(self):
+        backend = Tokenizer(models.BPE({"a": 0, "b": 1, "é": 2}, []))
+        assert count(["ab é", "abc中中"], PreTrainedTokenizerFast(tokenizer_object=backend)).share == 3 / 8
+
+    def test_bytes_accents_and_control_characters_are_not_unknown(self):
+        byte_level = train_tokenizer(["plain text"], kind="bpe", vocab_size=270)
+        assert count(["é中 😀 हिन्दी \x00\u200d"], byte_level).share == 0
+        assert count(["the\u0301 ca\u0301ts"], bert()).share == 0
+
+    def test_one_huge_document_does_not_outweigh_the_others(self):
+        unknown = count(["the cats"] * 500 + ["x" * 100_000], bert())
+        assert unknown.unknown_characters / unknown.characters > 0.9
+        assert unknown.share == pytest.approx(1000 / (1000 + 500 * 7))
+
+    def test_documents_that_are_found_again_tell_it_too(self, tmp_path):
+        texts = datasets.Dataset.from_dict({"text": ["the cats", "unknownwords", None, "\u200b", "cats xy"]})
+        texts.save_to_disk(tmp_path / "texts")
+        texts = datasets.load_from_disk(tmp_path / "texts")
+        expected = count(["the cats", "unknownwords", "cats xy"], bert())
+        for _ in range(2):
+            unknown = UnknownCount()
+            documents = tokenize_documents(texts, bert(), unknown=unknown)
+            assert unknown == expected and documents.column_names == list(DOCUMENT_FEATURES)
+
+    def test_texts_that_vanish_are_counted(self):
+        backend = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+        texts, unknown = datasets.Dataset.from_dict({"text": ["ab", "中文", "a", " "]}), UnknownCount()
+        documents = tokenize_documents(texts, PreTrainedTokenizerFast(tokenizer_object=backend), unknown=unknown)
+        assert documents["input_ids"][:] == [[0, 1], [0]] and documents["doc_id"][:] == [0, 1]
+        assert (unknown.unknown_characters, unknown.characters) == (2, 5)
+
+
+def pairs_of_characters(run):
+    return [run[k : k + 2] for k in range(0, len(run), 2)]
+
+
+def test_a_segmenter_reaches_every_kind_of_tokenizer_and_process(tmp_path):
+    texts = datasets.Dataset.from_dict({"text": ["自然语言处理", "人工智能，语言"] * 20})
+    for kind in ("wordpiece", "bpe", "unigram"):
+        tokenizer = train_tokenizer(texts["text"], kind=kind, vocab_size=500)
+        starts = {}
+        for num_proc, segmenter in ((None, None), (None, pairs_of_characters), (2, pairs_of_characters)):
+            documents = tokenize_documents(texts, tokenizer, word_segmenter=segmenter, num_proc=num_proc)
+            starts[num_proc, segmenter is None] = [sum(row) for row in documents["word_starts"]]
+        assert starts[None, True][:2] == [6, 7] and starts[None, False][:2] == [3, 4]
+        assert starts[2, False] == starts[None, False]
+
+
+@settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(texts=st.lists(st.text(st.characters(), max_size=30), min_size=1, max_size=4))
+def test_tokenizing_any_text_never_raises(texts, any_kind):
+    columns = tokenize_texts(texts, any_kind, word_segmenter=pairs_of_characters)
+    for name, rows in columns.items():
+        assert [len(row) for row in rows] == [len(row) for row in columns["input_ids"]], name
+    for row in range(len(texts)):
+        # What begins a document begins a word and a sentence.
+        assert all(columns[name][row][0] for name in ("word_starts", "sent_starts") if len(columns[name][row]))
+
+
+def test_halves_of_surrogate_pairs_are_text_or_replaced():
+    tokenizer = train_tokenizer(["a b 😀"], kind="bpe", vocab_size=270)
+    whole, halves, alone = tokenize_texts(["a 😀", "a \ud83d\ude00", "a \ud83d"], tokenizer)["input_ids"]
+    assert halves.tolist() == whole.tolist() and tokenizer.decode(alone) == "a \ufffd"
+
+
+@pytest.fixture(scope="module", params=["wordpiece", "bpe", "unigram"])
+def any_kind(request):
+    return train_tokenizer([TEXT, "中文 हिन्दी é"] * 3, kind=request.param, vocab_size=420)

@@ -4,6 +4,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, T5Tokenizer
@@ -416,3 +418,50 @@ def test_documents_that_break_the_schema_are_refused(tokenizer):
     two = {name: [*column, None] for name, column in rows.items()}
     with pytest.raises(InputError, match="null"):
         blocks_of(**two)
+
+
+@st.composite
+def corpora(draw):
+    """Documents of sentences of tokens that never repeat; some are empty, some longer than any block."""
+    lengths = draw(st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=8).filter(any))
+    token, corpus = FIRST_ID + 2, []
+    for document in lengths:
+        corpus.append([])
+        for length in document:
+            corpus[-1].append([(token + k, k == 0 or draw(st.booleans())) for k in range(length)])
+            token += length
+    return corpus
+
+
+@settings(derandomize=True, max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    corpus=corpora(),
+    block_size=st.integers(3, 50),
+    mode=st.sampled_from([*MODES, "isolated_documents"]),
+    template=st.sampled_from(["[CLS] $A [SEP]", None]),
+)
+def test_every_token_is_in_one_block_once_with_its_word(corpus, block_size, mode, template):
+    blocks = BlockDataset(to_documents(corpus), tokenizer=make_tokenizer(template), block_size=block_size, mode=mode)
+    expected = {token: begins for document in corpus for sentence in document for token, begins in sentence}
+    of_document = {
+        token: number for number, document in enumerate(corpus) for sentence in document for token, _ in sentence
+    }
+    seen = []
+    for index in range(len(blocks)):
+        block = blocks[index]
+        assert 0 < len(block["input_ids"]) == len(block["word_starts"]) == blocks.lengths[index] <= block_size
+        text = np.flatnonzero(block["input_ids"] >= FIRST_ID)
+        ids = block["input_ids"][text].tolist()
+        seen += ids
+        pieces = block.get("document_ids", np.zeros(len(block["input_ids"]), dtype=np.int32))
+        begins_piece = np.concatenate([[True], pieces[1:] != pieces[:-1]])
+        for place, token in zip(text, ids, strict=True):
+            assert block["word_starts"][place] == expected[token] or begins_piece[place]
+        if mode in ("doc_sentences", "isolated_documents"):
+            for piece in set(pieces[text].tolist()):
+                assert (
+                    len({of_document[token] for token, at in zip(ids, pieces[text], strict=True) if at == piece}) == 1
+                )
+    assert sorted(seen) == sorted(expected)
+    # Only the rows of isolated documents are put together out of order.
+    assert mode == "isolated_documents" or seen == list(expected)

@@ -3,17 +3,22 @@
 import contextlib
 import dataclasses
 import json
+import math
 
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, BertTokenizer, HfArgumentParser, TrainingArguments
+from transformers import AutoTokenizer, BertConfig, BertTokenizer, HfArgumentParser, TrainingArguments
+from transformers.utils import logging
 
 from hf_pretrain.data import corpus, draws, prepare
+from hf_pretrain.data.epochs import EpochDataset
 from hf_pretrain.data.packing import BlockDataset
 from hf_pretrain.data.prepare import DataArguments, prepare_data
 from hf_pretrain.data.streaming import StreamingBlocks
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
 
 WORDS = (
     "the a model reader text corpus learns reads writes long short new old good word sentence quickly slowly".split()
@@ -280,6 +285,16 @@ class TestArguments:
             {"max_corpus_bytes": 0},
             {"preprocessing_num_workers": 0},
             {"streaming": True},
+            {"block_size": 3},
+            {"block_size": 10**20},
+            {"vocab_size": 10**20},
+            {"shuffle_buffer_size": -1},
+            {"preprocessing_num_workers": 10**6},
+            {"validation_fraction": math.nan},
+            {"max_unknown_share": math.nan},
+            {"max_unknown_share": -0.1},
+            {"max_unknown_share": 5.0},
+            {"word_segmenter": "no_such_module:function"},
             {"streaming": True, "train_file": ["a"], "max_corpus_bytes": 5},
         ],
     )
@@ -316,3 +331,133 @@ def test_blocks_have_the_arrays_that_collators_take(train_file, tmp_path):
     example = data.train_dataset[3]
     assert example["input_ids"].dtype == np.int32 and example["word_starts"].dtype == np.bool_
     assert len(numbers_in([example], data.tokenizer)) == 1
+
+
+DNA = ["".join("ACGT"[(i * k + k // 7) % 4] for k in range(1, 400)) for i in range(60)]
+CYRILLIC = [
+    text.translate({ord("a") + k: 0x430 + k for k in range(26)}).lower() for text in make_documents(60, seed=2)
+]
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(texts, name="text.txt"):
+        (tmp_path / name).write_text("\n\n".join(texts), encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+class TestTokenizerThatSuits:
+    def test_prose_has_what_it_had(self, train_file, tmp_path, capsys):
+        data = prepare_data(arguments(train_file), seed=1, output_dir=tmp_path / "out")
+        named = arguments(train_file, tokenizer_type="wordpiece", lowercase=True)
+        same = prepare_data(named, seed=1, output_dir=tmp_path / "named").tokenizer
+        assert data.tokenizer.backend_tokenizer.to_str() == same.backend_tokenizer.to_str()
+        assert data.description["tokenizer_reason"] in capsys.readouterr().out
+
+    @pytest.mark.parametrize(
+        ("texts", "kind"), [(DNA, "BPE"), (["ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอน"] * 30, "Unigram")]
+    )
+    def test_text_without_spaces_is_known(self, texts, kind, written, tmp_path, capsys):
+        data = prepare_data(arguments(written(texts), vocab_size=300), seed=1, output_dir=tmp_path / "out")
+        shown = capsys.readouterr().out
+        assert data.description["tokenizer"] == kind
+        assert data.description["unknown_share"] == 0 == data.description["held_out_unknown_share"]
+        assert (
+            f"tokenizer: {kind.lower()}," in shown and "without a space" in shown and "unknown tokens: 0 of" in shown
+        )
+        assert "without a space" in data.description["tokenizer_reason"]
+        again = prepare_data(arguments(written(texts), vocab_size=300), seed=1, output_dir=tmp_path / "out")
+        assert again.description == data.description
+
+    def test_options_that_are_given_are_kept(self, written, tmp_path):
+        args = arguments(written(DNA), tokenizer_type="unigram", lowercase=True)
+        data = prepare_data(args, seed=1, output_dir=tmp_path / "out")
+        assert data.description["tokenizer"] == "Unigram" and data.tokenizer.tokenize("A") == data.tokenizer.tokenize(
+            "a"
+        )
+
+    def test_accents_stay_unless_stripped(self, written, tmp_path):
+        path = written(["Die Bären hören schöne Bücher."] * 40)
+        for strip, expected in ((False, "die bären hören schöne bücher."), (True, "die baren horen schone bucher.")):
+            data = prepare_data(arguments(path, strip_accents=strip), seed=1, output_dir=tmp_path / "out")
+            ids = data.train_documents["input_ids"][0]
+            assert data.tokenizer.decode(ids).replace(" .", ".") == expected
+
+
+class TestUnknown:
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_text_that_the_tokenizer_does_not_know_is_refused(self, streaming, written, tmp_path, train_file):
+        english = prepare_data(arguments(train_file), seed=1, output_dir=tmp_path / "english").tokenizer
+        for texts, options in (
+            (DNA, {"tokenizer_type": "wordpiece"}),
+            (CYRILLIC, {"tokenizer_name": str(tmp_path / "english")}),
+            (CYRILLIC, {"tokenizer": english}),
+        ):
+            tokenizer = options.pop("tokenizer", None)
+            args = arguments(written(texts), streaming=streaming, **options)
+            with pytest.raises(InputError, match=r"unknown to the tokenizer.*max_unknown_share=0.05.*bpe") as error:
+                prepare_data(args, seed=1, output_dir=tmp_path / "out", tokenizer=tokenizer)
+            assert "\n" not in str(error.value) and float(str(error.value).split("%")[0]) > 80
+            args.max_unknown_share = 1.0
+            data = prepare_data(args, seed=1, output_dir=tmp_path / "out", tokenizer=tokenizer)
+            assert data.description["unknown_share"] > 0.8
+
+    def test_a_little_is_warned_of_and_shown(self, written, tmp_path, train_file, capsys, caplog, monkeypatch):
+        monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+        english = prepare_data(arguments(train_file), seed=1, output_dir=tmp_path / "english").tokenizer
+        path = written([*make_documents(120, seed=1), *CYRILLIC[:4]])
+        data = prepare_data(
+            arguments(path, validation_fraction=0), seed=1, output_dir=tmp_path / "o", tokenizer=english
+        )
+        assert 0.01 < data.description["unknown_share"] < 0.05
+        assert "unknown to the tokenizer" in caplog.text and CYRILLIC[0].split()[0] in caplog.text
+        assert f"for {data.description['unknown_share']:.2%} of the characters" in capsys.readouterr().out
+
+    def test_a_folder_without_a_tokenizer_is_refused(self, train_file, tmp_path):
+        BertConfig().save_pretrained(tmp_path / "model")
+        with pytest.raises(InputError, match="holds no tokenizer"):
+            prepare_data(arguments(train_file, tokenizer_name=str(tmp_path / "model")), seed=1, output_dir=tmp_path)
+
+    def test_a_stream_goes_on_counting(self, train_file, written, tmp_path, caplog, monkeypatch):
+        monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+        monkeypatch.setattr(prepare, "_STREAM_CHARACTERS", 1000)
+        english = prepare_data(arguments(train_file), seed=1, output_dir=tmp_path / "english").tokenizer
+        path = written([*make_documents(30, seed=1), *CYRILLIC])
+        args = arguments(path, streaming=True)
+        data = prepare_data(args, seed=1, output_dir=tmp_path / "out", tokenizer=english)
+        assert data.description["unknown_share"] == 0 and 800 <= data.description["unknown_counted_in"] <= 1000
+        list(data.train_dataset)
+        assert caplog.text.count("unlike its beginning") == 1
+
+
+def test_null_rows_of_a_stream_are_no_text(tmp_path):
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"text": text}) for text in [None, *make_documents(30, seed=1), None]]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    args = arguments(dataset_name=str(tmp_path / "data"), streaming=True)
+    assert len(prepare_data(args, seed=1, output_dir=tmp_path / "out").tokenizer) > 50
+
+
+def test_whole_words_of_chinese_are_masked_together(written, tmp_path, monkeypatch):
+    path = written(["自然语言处理是人工智能的重要方向。我们训练语言模型。"] * 40)
+    data = prepare_data(arguments(path, word_segmenter="jieba"), seed=1, output_dir=tmp_path / "out")
+    assert data.description["word_segmenter"] == "jieba"
+    blocks = EpochDataset.wrap(data.train_dataset)
+    masking = MaskedLMTrainingArguments(output_dir=str(tmp_path / "run"), report_to=[], masking_unit="word").masking
+    batch = DataCollatorForMaskedLM(data.tokenizer, masking=masking, seed=0)([blocks[k] for k in range(8)])
+    hidden, lengths = (batch["labels"] != -100).numpy(), []
+    for row in range(8):
+        starts = np.flatnonzero(blocks[row]["word_starts"])
+        for low, high in zip(starts, [*starts[1:], len(blocks[row]["word_starts"])], strict=True):
+            assert hidden[row, low:high].all() or not hidden[row, low:high].any()
+            lengths += [high - low] * bool(hidden[row, low])
+    assert max(lengths) >= 2
+    streamed = prepare_data(
+        arguments(path, word_segmenter="jieba", streaming=True, shuffle_buffer_size=0),
+        seed=1,
+        output_dir=tmp_path / "s",
+    )
+    example = next(iter(streamed.train_dataset))
+    assert 0 < example["word_starts"].sum() < len(example["input_ids"]) - 5

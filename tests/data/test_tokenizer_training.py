@@ -2,16 +2,26 @@
 
 import hashlib
 import json
+import string
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
+from hf_pretrain.data import draws, tokenizer_training
 from hf_pretrain.data.documents import tokenize_texts
-from hf_pretrain.data.tokenizer_training import check_tokenizer, train_tokenizer
+from hf_pretrain.data.tokenizer_training import (
+    _LearnedTexts,
+    _too_long,
+    check_tokenizer,
+    choose_tokenizer,
+    train_tokenizer,
+)
 from hf_pretrain.data.words import character_kinds, next_visible, word_starts
 from hf_pretrain.errors import InputError
 
@@ -285,3 +295,137 @@ def test_check_tokenizer_names_what_is_missing(trained, role, tmp_path):
         with pytest.raises(InputError, match=f"no {role}_token.*add_special_tokens") as error:
             check_tokenizer(broken)
         assert "\n" not in str(error.value)
+
+
+# Text in lower case, one of each script; nothing of it may be lost.
+SCRIPTS = {
+    "german": "die bären hören schöne bücher und mögen äpfel in der straße",
+    "hindi": "में हूँ हिन्दी भारत की एक प्रमुख भाषा है",
+    "thai": "ภาษาไทยเป็นภาษาที่มีระดับเสียง น้ำในแม่น้ำใสสะอาด ทำ",
+    "vietnamese": "tiếng việt là ngôn ngữ có thanh điệu",
+    "arabic": "اللُّغَةُ العَرَبِيَّةُ جَمِيلَةٌ",
+    "hebrew": "שָׁלוֹם עוֹלָם",
+    "japanese": "データベースからがぎぐを取り出す。ｶﾞ",
+    "korean": "한국어는 아름답다",
+    "decomposed": unicodedata.normalize("NFD", "tiếng việt über"),
+}
+JOINED = {"persian": "من می‌خواهم کتاب‌های خوبی بخوانم", "sinhala": "ශ්‍රී ලංකා ශ්‍රී"}
+
+
+def read_back(text, kind, folder, **options):
+    """A tokenizer that is trained, saved and opened again, and the text as it gives it back, without spaces, in NFC."""
+    tokenizer = train_tokenizer([*SCRIPTS.values(), *JOINED.values()] * 3, kind=kind, vocab_size=1200, **options)
+    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    decoded = tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return unicodedata.normalize("NFC", "".join(decoded.split()))
+
+
+def test_nothing_of_any_script_is_lost(kind, tmp_path):
+    for text in (*SCRIPTS.values(), *(JOINED.values() if kind != "wordpiece" else ())):
+        expected = unicodedata.normalize("NFC", "".join(text.split()))
+        assert read_back(text.upper() if text.isascii() else text, kind, tmp_path) == expected
+
+
+def test_accents_are_stripped_only_if_asked_for(kind, tmp_path):
+    stripped = {name: read_back(SCRIPTS[name], kind, tmp_path, strip_accents=True) for name in ("german", "korean")}
+    assert stripped["german"] == "diebarenhorenschonebucherundmogenapfelinderstraße"
+    if kind != "wordpiece":  # BERT's normalizer leaves syllables of Hangul in their parts
+        assert stripped["korean"] == SCRIPTS["korean"].replace(" ", "")
+
+
+def keyed_letters(alphabet, count, *, seed=0):
+    numbers = draws.integers(draws.row_keys([seed], seed=0, stream="letters"), count, high=len(alphabet))[0]
+    return "".join(alphabet[n] for n in numbers)
+
+
+PROSE = [f"The {a}{b} reads; it is {c}." for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES]
+BASE64 = string.ascii_letters + string.digits + "+/"
+CODE = (
+    "def read(path, *, size=0):\n    if size > 0:\n        return open(path)[:size]\n    return {k: v for k, v in x}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "lowercase"),
+    [
+        ("The quick readers of the state-of-the-art model don't pay $5.00 (or so).", "wordpiece", True),
+        (SCRIPTS["german"], "wordpiece", True),
+        (SCRIPTS["hindi"], "wordpiece", True),
+        (SCRIPTS["arabic"], "wordpiece", True),
+        ("自然语言处理是人工智能的重要方向。", "wordpiece", True),
+        ("ภาษาไทยเป็นภาษาที่มีระดับเสียงของคำแน่นอนหรือวรรณยุกต์", "unigram", True),
+        ("ភាសាខ្មែរជាភាសាផ្លូវការរបស់ព្រះរាជាណាចក្រកម្ពុជា", "unigram", True),
+        ("データベースから情報を取り出すことができます。", "unigram", True),
+        (JOINED["persian"], "unigram", True),
+        (JOINED["sinhala"], "unigram", True),
+        (keyed_letters("ACGT", 400), "bpe", False),
+        (keyed_letters("ACDEFGHIKLMNPQRSTVWY", 300), "bpe", False),
+        ("\n".join(keyed_letters(BASE64, 76, seed=k) for k in range(20)), "bpe", False),
+        (CODE, "bpe", False),
+        ("for (int i = 0; i < n; ++i) { total += values[i]; }\n", "bpe", False),
+        ("CC(=O)OC1=CC=CC=C1C(=O)O CN1C=NC2=C1C(=O)N(C(=O)N2C)C", "bpe", False),
+    ],
+)
+def test_choice_suits_the_text(text, kind, lowercase):
+    choice = choose_tokenizer([None, "", text] * 3)
+    assert (choice.kind, choice.lowercase) == (kind, lowercase), choice.reason
+    assert choice.reason and choose_tokenizer([None, "", text] * 3) == choice
+
+
+def test_one_odd_document_does_not_decide_the_choice():
+    assert choose_tokenizer([*PROSE * 20, keyed_letters(BASE64, 2_000_000)]).kind == "wordpiece"
+    assert choose_tokenizer([CODE, *PROSE * 20]).kind == "wordpiece"
+
+
+def test_no_word_that_a_trainer_gets_is_longer_than_it_bears(kind):
+    """The trainers need the square of the longest word: 20 s for 200,000 hexadecimal digits."""
+    for word in (keyed_letters("0123456789abcdef", 3000), "x" * 150_000, keyed_letters(BASE64, 2_000_000)):
+        for texts in ([*PROSE * 20, f"see {word}"], [word, None, "x y z"]):
+            learned = list(_LearnedTexts.of(texts, kind))
+            assert max(len(part) for text in learned for part in text.split()) <= 1000
+            assert len(learned[-1]) <= 100_200
+    train_tokenizer([*PROSE, "x" * 150_000], kind=kind, vocab_size=400)
+
+
+def test_unigram_learns_from_a_part_of_text_without_spaces(monkeypatch):
+    monkeypatch.setattr(tokenizer_training, "_UNBROKEN_CHARACTERS", 1000)
+    lines = [keyed_letters("ACGT", 100, seed=k) for k in range(50)]
+    assert "".join(_LearnedTexts.of(lines, "unigram")) == "".join(lines[:10])
+    assert list(_LearnedTexts.of(lines, "bpe")) == lines and list(_LearnedTexts.of(PROSE, "unigram")) == PROSE
+
+
+def test_long_words_are_left_out_and_said_or_cut_where_they_are_the_text(kind, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    word = keyed_letters("ACGT", 3000) + "zq" * 1000
+    size = {"wordpiece": 90, "bpe": 420, "unigram": 90}[kind]
+    tokenizer = train_tokenizer([*PROSE, f"{word} {word}"], kind=kind, vocab_size=size)
+    assert not any("zqzq" in token for token in tokenizer.get_vocab())
+    assert "2 words of more than 1,000 characters (10,000 of" in caplog.text and "left out" in caplog.text
+    # Its characters are known all the same.
+    assert tokenizer.unk_token_id not in tokenizer("zq acgt", add_special_tokens=False)["input_ids"]
+    tokenizer = train_tokenizer([word] * 4, kind=kind, vocab_size=size)
+    assert any("zqzq" in token for token in tokenizer.get_vocab()) and "are cut" in caplog.text
+
+
+def test_ideographs_and_wide_punctuation_end_a_long_word():
+    chinese = "自然语言处理，" * 500
+    assert _too_long(chinese) == []
+    assert _too_long(f"{chinese}{'x' * 1001}，{'y' * 1000} z") == [(3500, 4501)]
+
+
+def test_missing_texts_are_no_text(kind):
+    whole = train_tokenizer(TEXTS, kind=kind, vocab_size=420)
+    holed = train_tokenizer([text for some in TEXTS for text in (None, some, "")], kind=kind, vocab_size=420)
+    assert holed.backend_tokenizer.to_str() == whole.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize(
+    "model_type", ["bert", "roberta", "deberta-v2", "xlm-roberta", "albert", "mpnet", "xlnet", "t5"]
+)
+def test_a_folder_without_a_tokenizer_is_refused(model_type, tmp_path):
+    """transformers makes one up whose vocabulary is special tokens."""
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"'.*' holds no tokenizer") as error:
+        check_tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)

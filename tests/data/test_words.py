@@ -1,12 +1,15 @@
 """Words come from the text by BERT's rule."""
 
+import pickle
+import sys
 import unicodedata
 
 import numpy as np
 import pytest
 from tokenizers import normalizers, pre_tokenizers
 
-from hf_pretrain.data.words import SPACE, character_kinds, next_visible, word_starts
+from hf_pretrain.data import words as words_module
+from hf_pretrain.data.words import SPACE, NamedSegmenter, character_kinds, next_visible, word_starts
 from hf_pretrain.errors import InputError
 
 
@@ -85,9 +88,50 @@ def test_segmenter_cuts_runs_only():
     assert words("no run", segmenter=pairs) == ["no", "run"]
 
 
-def test_segmenter_that_loses_text_is_refused():
-    with pytest.raises(InputError, match="word_segmenter"):
-        word_starts("中文", segmenter=lambda run: [run[0]])
+def test_segmenter_gets_other_scripts_without_spaces():
+    text = "ภาษาไทย 12 ກິນເຂົ້າ, abc မြန်မာ"
+
+    def halves(run):
+        return [run[:3], "", run[3:]]
+
+    assert words(text, segmenter=halves) == ["ภาษ", "าไทย", "12", "ກິນ", "ເຂົ້າ", ",", "abc", "မြန", "်မာ"]
+
+
+def loses(run):
+    return [run[0]]
+
+
+def fails(run):
+    raise ValueError("no\ndictionary")
+
+
+@pytest.mark.parametrize(
+    ("segmenter", "message"),
+    [(loses, "turned"), (lambda run: [1], "strings"), (lambda run: None, "fails"), (fails, "fails")],
+)
+def test_a_wrong_segmenter_is_refused_by_name(segmenter, message):
+    with pytest.raises(InputError, match=f"word_segmenter='.*{segmenter.__name__.strip('<>')}.*{message}") as error:
+        word_starts("中文", segmenter=segmenter)
+    assert "\n" not in str(error.value)
+
+
+def test_a_segmenter_by_its_name(tmp_path, monkeypatch):
+    (tmp_path / "my_words.py").write_text("def halves(run):\n    return [run[:1], run[1:]]\nnumber = 5\n")
+    monkeypatch.chdir(tmp_path)
+    segmenter = pickle.loads(pickle.dumps(NamedSegmenter("my_words:halves")))
+    assert words("中文字", segmenter=segmenter) == ["中", "文字"]
+    for name in ("my_words:none", "my_words:number", "my_words", "no.such:function", "", ":", "json:"):
+        with pytest.raises(InputError, match=f"word_segmenter='{name}'") as error:
+            NamedSegmenter(name)
+        assert "\n" not in str(error.value)
+
+
+def test_jieba_finds_chinese_words(monkeypatch):
+    assert words("我们训练语言模型。", segmenter=NamedSegmenter("jieba")) == ["我们", "训练", "语言", "模型", "。"]
+    words_module._segmenter.cache_clear()
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(InputError, match=r"pip install 'hf-pretrain\[chinese\]'"):
+        NamedSegmenter("jieba")
 
 
 def test_next_visible():
