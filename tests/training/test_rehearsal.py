@@ -1,6 +1,7 @@
 """What can be known without the text is refused before any is read, in one line; what works is not refused."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -101,7 +102,7 @@ def argv_of(method, folder, words):
     argv = []
     for name, value in options.items():
         if name in fields or name == "config":
-            argv += [f"--{name}", *(value.split(",") if name in lists else [value])]
+            argv += [f"--{name}", *(value.split(",") if name in lists else [str(value)])]
     return [method, *argv]
 
 
@@ -112,8 +113,6 @@ def test_it_is_refused_before_the_text_is_read(method, words, message, tmp_path,
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
     assert NOWHERE not in said.err
-    import re
-
     assert re.search(message, said.err), said.err
     # The next try may have the folder.
     assert list(tmp_path.iterdir()) == []
@@ -145,7 +144,8 @@ def test_nothing_is_changed_by_it(tmp_path, capsys, monkeypatch):
 
     def watched(options, **inputs):
         def state():
-            return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+            # What transformers seeds.
+            return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
         before, args = state(), dict(vars(options[-1]))
         rehearse(options, **inputs)
