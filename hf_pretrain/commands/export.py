@@ -2,9 +2,9 @@
 
     hf-pretrain export my-electra/checkpoint-1000 --output_dir my-electra-1000
 
-A checkpoint holds everything as it is trained, for a resume. This command writes the model that is shared, with its tokenizer, and
-in pretraining/ what only training needs. Without --output_dir it goes to export-1000 beside the checkpoint. A folder that holds
-something is refused. The model card is the run's own affair: it is written at its end.
+A checkpoint holds everything as it is trained, for a resume. This command writes the model that is shared, with its tokenizer,
+and in pretraining/ what only training needs. Without --output_dir it goes to export-1000 beside the checkpoint. A folder that
+holds something is refused. There is no model card: the run itself writes one at its end.
 """
 
 from __future__ import annotations
