@@ -175,7 +175,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     trainer.recipe = resolved_options(options)
     stop = StopWhenAsked(Stopping() if stopping is None else stopping)
     trainer.add_callback(stop)
-    with refused_by_libraries(unless=lambda: stop.has_begun):
+    with refused_by_libraries((ValueError, ImportError), unless=lambda: stop.has_begun):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.has_stopped:
         raise stopped(args.output_dir, trainer.state.global_step)
