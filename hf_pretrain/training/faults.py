@@ -34,14 +34,8 @@ _READ = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, er
 _PATHS = (*_READ, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENODEV, errno.EIO, errno.ESTALE)
 _LIBRARIES = re.compile(r"/(?:transformers|accelerate|peft|torch|safetensors|huggingface_hub)/")
 _REFUSALS = (
-    ValueError,
-    ImportError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    RuntimeError,
+    *(ValueError, ImportError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError),
+    *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
 )
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?(.*?)(?:\.|$)")
 # torch makes the error anew, of the same type, from the whole traceback.
