@@ -54,6 +54,7 @@ RECIPES = {
 COMMANDS = {
     "statistics": ("hf_pretrain.commands.statistics", "lengths of a corpus' documents, and how they fill the blocks"),
     "deduplicate": ("hf_pretrain.commands.deduplicate", "leave out documents that repeat another, nearly or exactly"),
+    "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
 }
 """Programs that train nothing."""

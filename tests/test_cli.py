@@ -1,5 +1,7 @@
 """The command line: what it lists, how it finds a method, and how a program ends."""
 
+import errno
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -7,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from hf_pretrain import cli
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, StoppedError, Terminated
 
 
 def test_help_lists_every_method_and_command_with_one_line(capsys):
@@ -90,6 +92,50 @@ def test_what_merely_happened_after_bad_input_is_still_a_bug():
 def test_an_interrupt_is_status_130(capsys):
     assert cli.run_program(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_sigterm_is_status_143(capsys):
+    assert cli.run_program(raising(Terminated())) == 143
+    assert cli.run_program(raising(StoppedError("stopped after step 3"))) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM\nerror: stopped after step 3\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/home/x/out"),
+            2,
+            "/home/x/out cannot be .*Permission denied",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "a.txt/out"), 2, "a.txt/out cannot be"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/proc/none"), 2, "/proc/none cannot be"),
+        (OSError(errno.EROFS, "Read-only file system", "/mnt/x"), 2, "/mnt/x cannot be written: Read-only"),
+        (OSError(errno.ENOSPC, "No space left on device", "/mnt/x"), 1, "the disk of /mnt/x is full"),
+        (OSError(errno.EFBIG, "File too large"), 1, "the disk of .* is full"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, r"too many files are open .*ulimit -n"),
+        (RuntimeError("received 0 items of ancdata"), 1, "too many files are open"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(error, status, said, capsys):
+    for raised in (error, wrapping(error)):
+        assert cli.run_program(raising(raised)) == status
+        err = capsys.readouterr().err
+        assert re.match(f"error: {said}", err) and err.count("\n") == 1
+
+
+def wrapping(error):
+    wrapped = RuntimeError("generating the dataset failed")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no number"), ConnectionError("refused"), OSError(errno.EPIPE, "Broken pipe")]
+)
+def test_other_errors_of_the_system_keep_their_traceback(error):
+    with pytest.raises(OSError):
+        cli.run_program(raising(error))
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3)])

@@ -1,11 +1,20 @@
 """The commands from their command line to what they print and write."""
 
 import json
+import resource
+import shutil
+import signal
+from contextlib import contextmanager
 
 import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
 
 from hf_pretrain import cli
+from hf_pretrain.commands.export import export_checkpoint, load_composite
 from hf_pretrain.data.text import read_documents
+from hf_pretrain.errors import InputError
+from method_matrix import build, programs
 
 
 def run(capsys, *argv):
@@ -101,3 +110,108 @@ def test_statistics_overwrites_no_file_that_it_reads_or_was_not_told_to(corpus, 
     assert "--overwrite_output_file true" in capsys.readouterr().err and file.read_text() == "mine"
     assert not cli.main([*options, "--output_file", str(file), "--overwrite_output_file", "true"])
     assert json.loads(file.read_text())["unknown_character_share"] == 1
+
+
+class TestExport:
+    @pytest.fixture(scope="class", params=sorted(programs()))
+    @classmethod
+    def finished(cls, request, tmp_path_factory):
+        """A run with a checkpoint of its last step, and its own export."""
+        folder = tmp_path_factory.mktemp("export") / "out"
+        trainer = build(programs()[request.param], folder, max_steps=2, save_strategy="steps", save_steps=2)
+        trainer.train()
+        trainer.save_model()
+        return trainer, folder
+
+    def test_it_is_what_the_run_exports(self, finished, capsys):
+        trainer, folder = finished
+        shown = run(capsys, "export", folder / "checkpoint-2")
+        exported = folder / "export-2"
+        assert f"{exported}  (opens with stock transformers)" in shown
+        names = {str(path.relative_to(exported)) for path in exported.rglob("*") if path.is_file()}
+        own = [path for path in folder.rglob("*") if path.is_file() and not path.is_relative_to(exported)]
+        own = {str(path.relative_to(folder)) for path in own if "checkpoint" not in str(path.relative_to(folder))}
+        # The arguments of the run are not of the model.
+        assert names == own - {"training_args.bin"}
+        for name in (name for name in names if name.endswith("model.safetensors")):
+            assert (exported / name).read_bytes() == (folder / name).read_bytes(), name
+        assert len(AutoTokenizer.from_pretrained(exported)) == len(trainer.processing_class)
+        assert not list(folder.glob("*.part"))
+
+    def test_stock_transformers_open_it_with_the_same_outputs(self, finished, tmp_path):
+        trainer, folder = finished
+        if trainer.objective.name == "recurrent-lm":
+            return  # It brings a class of its own.
+        export_checkpoint(folder / "checkpoint-2", tmp_path / "new" / "model")
+        model = AutoModel.from_pretrained(tmp_path / "new" / "model").eval()
+        trained = getattr(trainer.model, trainer.model.export_parts[""]).eval().base_model
+        ids = torch.tensor([[2, 7, 8, 9, 3]])
+        with torch.no_grad():
+            assert torch.allclose(model(ids)[0], trained(ids)[0], atol=1e-6)
+
+
+class TestExportRefuses:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("refused")
+        build(programs()["mlm"], folder, max_steps=1, save_strategy="steps", save_steps=1).train()
+        return folder / "checkpoint-1"
+
+    def test_a_place_that_is_in_use(self, checkpoint, tmp_path, capsys):
+        (tmp_path / "thesis.tex").write_text("precious")
+        assert cli.main(["export", str(checkpoint), "--output_dir", str(tmp_path)]) == 2
+        assert "in use" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_what_is_no_checkpoint(self, checkpoint, tmp_path):
+        with pytest.raises(InputError, match="is no folder"):
+            load_composite(tmp_path / "nowhere")
+        with pytest.raises(InputError, match="is no checkpoint of a run"):
+            load_composite(tmp_path)
+        exported = tmp_path / "exported"
+        export_checkpoint(checkpoint, exported)
+        with pytest.raises(InputError, match="is no checkpoint of a run"):
+            load_composite(exported)
+
+    def test_what_is_damaged_or_incomplete(self, checkpoint, tmp_path):
+        copy = tmp_path / "checkpoint-1"
+        shutil.copytree(checkpoint, copy)
+        content = bytearray((copy / "model.safetensors").read_bytes())
+        content[-3] ^= 1
+        (copy / "model.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="is damaged .model.safetensors"):
+            export_checkpoint(copy, tmp_path / "exported")
+        (copy / "model.safetensors").unlink()
+        with pytest.raises(InputError, match="is incomplete"):
+            export_checkpoint(copy, tmp_path / "exported")
+        assert not (tmp_path / "exported").exists()
+
+
+@contextmanager
+def full_disk():
+    """Let no file grow over a few bytes."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+class TestFaultsOfTheSystem:
+    @pytest.mark.parametrize("place", ["file/out", "/proc/none/out"])
+    def test_deduplicate_where_nothing_can_be_written(self, corpus, tmp_path, capsys, place):
+        (tmp_path / "file").write_text("precious")
+        assert cli.main(["deduplicate", "--train_file", str(corpus), "--output_dir", str(tmp_path / place)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and place.split("/")[-2] in said
+
+    def test_a_full_disk(self, corpus, tmp_path, capsys, tokenizer):
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        argv = ["statistics", "--train_file", str(corpus), "--tokenizer_name", str(tmp_path / "tokenizer")]
+        with full_disk():
+            status = cli.main([*argv, "--block_size", "16", "--output_file", str(tmp_path / "statistics.json")])
+        said = capsys.readouterr().err
+        assert status == 1 and said.startswith("error: the disk of ") and said.count("\n") == 1

@@ -65,7 +65,7 @@ class PretrainingArguments(TrainingArguments):
     """Values that a method honours of options that others refuse, by option; see `hf_pretrain.training.effects.REFUSED`."""
 
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove what an earlier run left in output_dir instead of refusing to start."}
+        default=False, metadata={"help": "Replace the earlier run in output_dir, once all is read and checked."}
     )
     resume_from_checkpoint: str | None = field(
         default=None,

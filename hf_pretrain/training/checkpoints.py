@@ -88,7 +88,11 @@ def _hash(path: Path) -> str:
 def damaged_file(folder: str | Path, *, name: str = MARKER) -> str | None:
     """Return the first file of a folder that is not as it was when it was marked; None if there is none, or no hash."""
     facts = read_marker(folder, name=name) or {}
-    return next((file for file, known in facts.get("hashes", {}).items() if _hash(Path(folder, file)) != known), None)
+    for file, known in facts.get("hashes", {}).items():
+        path = Path(folder, file)
+        if not path.is_file() or _hash(path) != known:
+            return str(file)
+    return None
 
 
 def read_marker(folder: str | Path, *, name: str = MARKER) -> Mapping[str, Any] | None:
@@ -160,10 +164,8 @@ def check_checkpoint(folder: str | Path, *, reads_files: bool = True) -> int:
         _check_files(folder, asked)
     elif (difference := _first_difference(folder, facts["files"])) is not None:
         raise InputError(f"{asked} is incomplete ({difference}): name another, or `true` for the last that is whole")
-    elif reads_files and (damaged := damaged_file(folder)) is not None:
-        raise InputError(
-            f"{asked} is damaged ({damaged} is not as it was saved): name another, or `true` for the last that is whole"
-        )
+    elif reads_files:
+        check_hashes(folder)
     if not any((folder / name).is_file() for name in _FOR_TRAINING):
         raise InputError(
             f"{asked} holds the weights alone (made with save_only_model?), which a run cannot go on from: name another"
@@ -172,6 +174,20 @@ def check_checkpoint(folder: str | Path, *, reads_files: bool = True) -> int:
         return int(json.loads((folder / _STATE).read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{asked} has no readable {_STATE}: name a checkpoint-* folder that is whole") from error
+
+
+def check_hashes(folder: str | Path) -> None:
+    """Refuse a checkpoint of which a file is not as it was saved.
+
+    Raises:
+        InputError: Naming the file.
+    """
+    damaged = damaged_file(folder)
+    if damaged is not None:
+        raise InputError(
+            f"resume_from_checkpoint={str(folder)!r} is damaged ({damaged} is not as it was saved): name another, or `true` for "
+            "the last that is whole"
+        )
 
 
 def _check_files(folder: Path, asked: str) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from hf_pretrain.errors import InputError, RunError, StoppedError
 from hf_pretrain.training.checkpoints import last_whole_checkpoint
@@ -31,14 +34,8 @@ _READ = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ELOOP, er
 _PATHS = (*_READ, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY, errno.ENODEV, errno.EIO, errno.ESTALE)
 _LIBRARIES = re.compile(r"/(?:transformers|accelerate|peft|torch|safetensors|huggingface_hub)/")
 _REFUSALS = (
-    ValueError,
-    ImportError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    RuntimeError,
+    *(ValueError, ImportError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError),
+    *(OSError, EOFError, SafetensorError, pickle.UnpicklingError),
 )
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\) (?:is )?(.*?)(?:\.|$)")
 # torch makes the error anew, of the same type, from the whole traceback.
@@ -202,16 +199,19 @@ def in_one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def refused_by_libraries(*, unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def refused_by_libraries(
+    kinds: tuple[type[Exception], ...] = _REFUSALS, *, unless: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Turn what a library refuses while a model or a Trainer is made into an [`InputError`] with its sentence.
 
     Args:
+        kinds: Errors that are taken for a refusal.
         unless: Asked after an error, whether it is too late for it to be about options.
     """
     try:
         yield
     except Exception as error:
         known = isinstance(error, InputError | RunError) or is_full_disk(error)
-        if known or unless() or not is_refused_by_a_library(error):
+        if known or not isinstance(error, kinds) or unless() or not is_refused_by_a_library(error):
             raise
         raise InputError(in_one_line(error)) from error

@@ -163,6 +163,8 @@ class OutputFolder:
             if path.name != _LOCK and (_is_named(path.name, (*_BEFORE_TRAINING, _UNFINISHED))):
                 _remove(path)
         for path in list(aside.iterdir()):
+            if os.path.lexists(self.path / path.name):
+                _remove(self.path / path.name)
             os.replace(path, self.path / path.name)
         aside.rmdir()
 
@@ -176,6 +178,7 @@ class OutputFolder:
 
     def ended(self) -> None:
         """Note that the run has come to its end."""
+        self.training_begins()
         if self.lock.is_locked:
             (self.path / _UNFINISHED).unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_pretrain.errors import Terminated
 
 _POLL_SECONDS = 0.5
+# All processes come to the same places in the same order.
+_TURNS = itertools.count()
 
 
 # Waiting
@@ -39,9 +42,7 @@ def first_process_first(args: TrainingArguments) -> Iterator[None]:
         yield
         return
     store = distributed_c10d._get_default_store()
-    turn = getattr(args, "_turns_waited", 0)
-    args._turns_waited = turn + 1  # type: ignore[attr-defined]
-    key = f"hf_pretrain/first_process_first/{turn}"
+    key = f"hf_pretrain/first_process_first/{next(_TURNS)}"
     if args.process_index:
         while not store.check([key]):
             time.sleep(_POLL_SECONDS)
@@ -119,9 +120,11 @@ class StopWhenAsked(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the signal from now on."""
-        self.stopping.is_training = True
-        if args.world_size > 1 and dist.is_initialized() and dist.is_gloo_available():
+        if args.world_size > 1:
+            if not (dist.is_initialized() and dist.is_gloo_available()):
+                return  # They could not stop together: SIGTERM ends each at once.
             self._group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
+        self.stopping.is_training = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,24 @@ def _known_tokenizer(
     data_args: Any, model_args: ModelArguments, args: PretrainingArguments
 ) -> PreTrainedTokenizerBase | None:
     if args.resume_from_checkpoint is not None:
-        return from_pretrained(AutoTokenizer, args.resume_from_checkpoint)
+        with quiet():
+            # transformers would warn of the composite's configuration, which it does not know.
+            return from_pretrained(AutoTokenizer, args.resume_from_checkpoint)
     name = (
         data_args.tokenizer_name or model_args.model_name_or_path or getattr(model_args, "teacher_name_or_path", None)
     )
     return None if name is None else from_pretrained(AutoTokenizer, name)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers say nothing but errors for a while."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def train_method(
@@ -161,7 +175,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     trainer.recipe = resolved_options(options)
     stop = StopWhenAsked(Stopping() if stopping is None else stopping)
     trainer.add_callback(stop)
-    with refused_by_libraries(unless=lambda: stop.has_begun):
+    with refused_by_libraries((ValueError, ImportError), unless=lambda: stop.has_begun):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.has_stopped:
         raise stopped(args.output_dir, trainer.state.global_step)

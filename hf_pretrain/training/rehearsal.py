@@ -34,6 +34,8 @@ from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.faults import in_one_line, is_refused_by_a_library
 from hf_pretrain.training.trainer import PretrainingTrainer
 
+logger = transformers_logging.get_logger(__name__)
+
 # Parameters of a model that is quickly made for real: 0.2 GB.
 _MOST_PARAMETERS = 50_000_000
 _OF_META = re.compile(
@@ -72,7 +74,13 @@ def rehearse(
         left_out = {}
 
     def build(rehearsed: PretrainingArguments, device: str, counted: list[int]) -> None:
-        data = made_up(data_args, copy.copy(model_args), rehearsed, tokenizer)
+        try:
+            data = made_up(data_args, copy.copy(model_args), rehearsed, tokenizer)
+        except InputError:
+            raise
+        except Exception:
+            logger.debug("the rehearsal is left out", exc_info=True)
+            return
         with _without_numbers(device, counted):
             trainer = build_trainer(data, copy.copy(model_args), rehearsed)
             _try_optimizer(trainer)
@@ -245,9 +253,15 @@ def _try_forward(trainer: PretrainingTrainer, device: str) -> set[str] | None:
     batch = trainer.data_collator([dataset[row] for row in range(min(2, len(dataset)))])
     # Lanes are the Trainer's affair.
     batch = {name: value.to(device) for name, value in batch.items() if name != "lanes"}
-    # As when a graph is recorded, transformers then looks at no number of a mask.
-    with torch.no_grad(), patch.object(masking_utils, "is_tracing", lambda *args, **options: device == "meta"):
-        output = trainer.model.eval()(**batch)
+    try:
+        # As when a graph is recorded, transformers then looks at no number of a mask.
+        with torch.no_grad(), patch.object(masking_utils, "is_tracing", lambda *args, **options: device == "meta"):
+            output = trainer.model.eval()(**batch)
+    except (InputError, RuntimeError):
+        raise  # Of sizes that do not go together.
+    except Exception:
+        logger.debug("the forward pass is left out of the rehearsal", exc_info=True)
+        return None
     means = {f"{name}_loss": 1.0 for name in output.losses} | dict.fromkeys(output.metrics, 1.0) | {"loss": 1.0}
     names = {*means, *_OF_EVERY_EVALUATION}
     if output.scores is not None:

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.training.checkpoints import check_checkpoint, last_whole_checkpoint, read_marker
+from hf_pretrain.training.checkpoints import check_hashes, last_whole_checkpoint, read_marker
 from hf_pretrain.training.faults import reported_faults
 from hf_pretrain.training.parsing import resolved_options
 
@@ -65,7 +65,7 @@ class ResumingMixin(_Base):
         if isinstance(resume_from_checkpoint, str):
             if resume_from_checkpoint != self.args.resume_from_checkpoint:
                 # Otherwise the program has looked at it.
-                check_checkpoint(resume_from_checkpoint)
+                check_hashes(resume_from_checkpoint)
             self._compare(resume_from_checkpoint)
         with reported_faults(self.args.output_dir):
             return super().train(resume_from_checkpoint, **kwargs)

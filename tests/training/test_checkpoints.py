@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.packing import BlockDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.checkpoints import (
     begin_folder,
     check_checkpoint,
+    damaged_file,
     is_whole,
     last_whole_checkpoint,
     read_marker,
@@ -18,7 +22,8 @@ from hf_pretrain.training.checkpoints import (
     was_cut_off,
     write_marker,
 )
-from method_matrix import build, programs
+from hf_pretrain.training.resuming import text_fingerprint
+from method_matrix import build, programs, tiny_data, tiny_documents, tiny_tokenizer
 from toy_recurrence import build_toy
 
 MLM = programs()["mlm"]
@@ -273,3 +278,94 @@ class TestGoingOn:
         again = build(MLM, tmp_path, **options)
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         assert [row["step"] for row in again.state.log_history if "eval_loss" in row] == [0]
+
+
+class TestAnotherRun:
+    """A resume says what is not as it was, and refuses what makes another run."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("first")
+        build(MLM, folder, **SAVING).train()
+        return folder / "checkpoint-2"
+
+    def going_on(self, checkpoint, folder, capsys, data=None, **options):
+        build(MLM, folder, data, **SAVING, **options).train(resume_from_checkpoint=str(checkpoint))
+        return [line for line in capsys.readouterr().out.splitlines() if "differs" in line]
+
+    def test_nothing_is_said_of_the_same_run(self, checkpoint, tmp_path, capsys):
+        same = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "logging_steps": 5}
+        assert self.going_on(checkpoint, tmp_path, capsys, **same) == []
+
+    def test_options_and_the_size_of_a_step(self, checkpoint, tmp_path, capsys):
+        (line,) = self.going_on(
+            *(checkpoint, tmp_path, capsys), learning_rate=1e-2, per_device_train_batch_size=4, mlm_probability=0.3
+        )
+        assert line == (
+            f"this run differs from {checkpoint}: a step had 8 examples, and has 4; learning_rate was its default, and is 0.01; "
+            "mlm_probability was its default, and is 0.3"
+        )
+
+    @pytest.mark.parametrize("train", [95, 97])
+    def test_a_text_that_was_edited(self, checkpoint, tmp_path, capsys, train):
+        (line,) = self.going_on(checkpoint, tmp_path, capsys, tiny_data(train=train))
+        assert "the text has changed" in line
+
+    def test_another_seed_or_model_is_refused(self, checkpoint, tmp_path, capsys):
+        with pytest.raises(InputError, match="with the seed 42, and this run has 43"):
+            self.going_on(checkpoint, tmp_path, capsys, seed=43)
+        trainer = build(MLM, tmp_path, model_options={"model_type": "electra"}, **SAVING)
+        with pytest.raises(InputError, match=r"with the model \['bert'\], and this run has \['electra'\]"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+
+    def test_a_file_that_has_changed_is_noticed(self, checkpoint, tmp_path, capsys):
+        copy = tmp_path / "checkpoint-2"
+        shutil.copytree(checkpoint, copy)
+        content = bytearray((copy / "optimizer.pt").read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / "optimizer.pt").write_bytes(content)
+        assert is_whole(copy) and damaged_file(copy) == "optimizer.pt" and damaged_file(checkpoint) is None
+        with pytest.raises(InputError, match=r"is damaged \(optimizer.pt is not as it was saved\)"):
+            self.going_on(copy, tmp_path, capsys)
+
+    def test_one_of_an_earlier_version_is_taken(self, checkpoint, tmp_path, capsys):
+        copy = tmp_path / "checkpoint-2"
+        shutil.copytree(checkpoint, copy)
+        marker = json.loads((copy / "complete.json").read_text())
+        (copy / "complete.json").write_text(
+            json.dumps({name: marker[name] for name in ("step", "world_size", "files")})
+        )
+        assert self.going_on(copy, tmp_path, capsys, learning_rate=1e-2) == []
+
+
+class TestTextFingerprint:
+    def test_one_token_that_is_another_changes_it(self):
+        def fingerprint(edited, wrap=lambda documents: documents):
+            rows = [[7, 8, 9], [10, 11], [12]]
+            rows[1][0] += edited
+            return text_fingerprint(wrap(tiny_documents({"input_ids": [[2, *row, 3] for row in rows]})))
+
+        assert fingerprint(0) == fingerprint(0) != fingerprint(1)
+        # Through whatever the examples are made by.
+        for wrap in (
+            EpochDataset,
+            lambda documents: BlockDataset(documents, tokenizer=tiny_tokenizer(), block_size=8),
+        ):
+            assert fingerprint(0, wrap) == fingerprint(0, wrap) != fingerprint(1, wrap)
+
+    def test_borders_and_the_choice_of_rows_count(self):
+        one = tiny_documents({"input_ids": [[2, 7, 8, 3], [2, 9, 3]]})
+        other = tiny_documents({"input_ids": [[2, 7, 3], [2, 8, 9, 3]]})
+        assert len({text_fingerprint(part) for part in (one, other, one.select([1, 0]))}) == 3
+
+    def test_a_large_text_is_looked_at_in_parts(self, monkeypatch):
+        monkeypatch.setattr("hf_pretrain.training.resuming._MOST_HASHED", 100)
+        monkeypatch.setattr("hf_pretrain.training.resuming._PART_BYTES", 16)
+        rows = [[2, *range(1000), 3]]
+        whole = text_fingerprint(tiny_documents({"input_ids": rows}))
+        rows[0][500] += 1
+        assert text_fingerprint(tiny_documents({"input_ids": rows})) != whole
+
+    def test_what_is_not_stored_has_none(self):
+        assert text_fingerprint(None) is None and text_fingerprint([]) is None

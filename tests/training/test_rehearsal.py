@@ -1,6 +1,7 @@
 """What can be known without the text is refused before any is read, in one line; what works is not refused."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_pretrain import cli
-from hf_pretrain.training import rehearsal
+from hf_pretrain.training import program, rehearsal
 from method_matrix import programs, teacher_of
 
 PROGRAMS = programs()
@@ -22,7 +23,7 @@ SIZES = {
 }
 # None is read: were a mistake found later, this would be found first.
 NOWHERE = "nowhere.txt"
-HEADS = ("num_attention_heads=3", "num_attention_heads|multiple|heads|shapes|divisible")
+HEADS = ("num_attention_heads=3", "num_attention_heads|multiple|heads|shapes|divisible|n_head")
 WRONG = {
     "mlm": [
         ("model_type=modernbrt", "model_type='modernbrt'"),
@@ -66,7 +67,7 @@ WRONG = {
         ("distillation_method=minilmv2 teacher_layer=12 student_layers=first", "the teacher has 6 layers"),
         ("student_layers=0,9", "student_layers|layers"),
         ("", "no student is named"),
-        ("student_layers=first cache_top_k=4 streaming=true max_steps=3", "cache_top_k"),
+        ("student_layers=first cosine_weight=0 cache_top_k=4 streaming=true max_steps=3", "cache_top_k"),
     ],
     "distil-task": [("student_layers=first num_hidden_layers=9", "num_hidden_layers=9"), ("", "no student is named")],
 }
@@ -80,7 +81,7 @@ RIGHT = {
     "electric": [""],
     "plm": ["", "mem_len=16", "model_type=modernbert"],
     "recurrent-lm": ["cutoffs=100", "per_device_train_batch_size=64"],
-    "distil": ["student_layers=first", "student_layers=first cache_top_k=4",
+    "distil": ["student_layers=first", "student_layers=first cosine_weight=0 cache_top_k=4",
                "distillation_method=minilmv2 num_hidden_layers=3"],
     "distil-task": ["student_layers=first", "student_layers=first labels_weight=1"],
 }  # fmt: skip
@@ -91,7 +92,7 @@ def argv_of(method, folder, words):
     options = {"train_file": NOWHERE, "output_dir": str(folder), "report_to": "none", "bf16": "false"}
     fields = set().union(*(cls.__dataclass_fields__ for cls in program.ARGUMENTS))
     teacher = teacher_of(program)
-    options |= {"teacher_name_or_path": teacher} if teacher else SIZES
+    options |= {"teacher_name_or_path": teacher, "block_size": 24} if teacher else SIZES
     for word in filter(None, words.split(" ") if "{" not in words else words.replace(": ", ":").split(" ")):
         name, _, value = word.partition("=")
         options[name] = value
@@ -101,7 +102,7 @@ def argv_of(method, folder, words):
     argv = []
     for name, value in options.items():
         if name in fields or name == "config":
-            argv += [f"--{name}", *(value.split(",") if name in lists else [value])]
+            argv += [f"--{name}", *(value.split(",") if name in lists else [str(value)])]
     return [method, *argv]
 
 
@@ -112,8 +113,6 @@ def test_it_is_refused_before_the_text_is_read(method, words, message, tmp_path,
     said = capsys.readouterr()
     assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
     assert NOWHERE not in said.err
-    import re
-
     assert re.search(message, said.err), said.err
     # The next try may have the folder.
     assert list(tmp_path.iterdir()) == []
@@ -145,7 +144,8 @@ def test_nothing_is_changed_by_it(tmp_path, capsys, monkeypatch):
 
     def watched(options, **inputs):
         def state():
-            return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+            # What transformers seeds.
+            return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
         before, args = state(), dict(vars(options[-1]))
         rehearse(options, **inputs)
@@ -175,6 +175,20 @@ def test_a_checkpoint_is_tried_without_its_weights(tmp_path, capsys, monkeypatch
     (tmp_path / "model" / "model.safetensors").write_bytes(b"version https://git-lfs")
     assert cli.main([*argv, "--block_size", "24"]) == 2
     assert "no file" not in capsys.readouterr().err
+
+
+def test_a_rehearsal_that_is_itself_wrong_refuses_nothing(tmp_path, capsys, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*args):
+        # Found in a library, as a refusal would be.
+        return tokenizer.no_such_method()
+
+    argv = argv_of("mlm", tmp_path / "out", "")[1:]
+    mlm = PROGRAMS["mlm"]
+    options = {"name": "mlm", "description": "", "arguments": mlm.ARGUMENTS, "build_trainer": mlm.build_trainer}
+    assert cli.run_program(lambda argv: program.train_method(argv, **options, made_up=broken), argv) == 2
+    assert "no file" in capsys.readouterr().err
 
 
 def test_a_large_model_takes_no_memory():

@@ -1,0 +1,180 @@
+"""Export a checkpoint of a run, as the run itself does with its last step: a stock checkpoint that transformers opens.
+
+    hf-pretrain export my-electra/checkpoint-1000 --output_dir my-electra-1000
+
+A checkpoint holds everything as it is trained, for a resume. This command writes the model that is shared, with its tokenizer,
+and in pretraining/ what only training needs. Without --output_dir it goes to export-1000 beside the checkpoint. A folder that
+holds something is refused. There is no model card: the run itself writes one at its end.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from hf_pretrain.cli import run_program
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.training.checkpoints import MARKER, damaged_file, is_whole, was_cut_off
+from hf_pretrain.training.parsing import parse_arguments
+
+# The composites by the type that their checkpoints name.
+_COMPOSITES = {
+    "hf_pretrain_encoder": ("hf_pretrain.modeling.encoder", "EncoderForPreTraining"),
+    "hf_pretrain_replaced_token_detection": (
+        "hf_pretrain.objectives.replaced_token_detection.modeling",
+        "ReplacedTokenDetectionForPreTraining",
+    ),
+    "hf_pretrain_electric": ("hf_pretrain.objectives.electric.modeling", "ElectricForPreTraining"),
+    "hf_pretrain_permutation_lm": ("hf_pretrain.objectives.permutation_lm.modeling", "PermutationLMForPreTraining"),
+    "hf_pretrain_recurrent_lm": ("hf_pretrain.objectives.recurrent_lm.modeling", "RecurrentLMForPreTraining"),
+    "hf_pretrain_distillation": ("hf_pretrain.objectives.distillation.modeling", "DistillationModel"),
+}
+_HEADS = {
+    "masked_lm": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "token_classification": AutoModelForTokenClassification,
+    "question_answering": AutoModelForQuestionAnswering,
+    "none": AutoModel,
+}
+
+
+@dataclass
+class ExportArguments:
+    """Options of ``hf-pretrain export``."""
+
+    checkpoint: str = field(
+        metadata={"help": "A checkpoint-* folder of a run; it may be given without the name of the option."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder to write to; by default export-STEP beside the checkpoint."}
+    )
+
+
+ARGUMENTS = (ExportArguments,)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Export from the command line; see the top of the file."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and not given[0].startswith("-"):
+        given.insert(0, "--checkpoint")
+    (args,) = parse_arguments(ARGUMENTS, given, prog="hf-pretrain export", description=__doc__ or "")
+    checkpoint = Path(os.path.abspath(args.checkpoint))
+    folder = checkpoint.with_name(f"export-{checkpoint.name.removeprefix('checkpoint-')}")
+    if args.output_dir is not None:
+        folder = Path(args.output_dir)
+    name = export_checkpoint(checkpoint, folder)
+    print(f"{name}  {folder}  (opens with stock transformers)")
+
+
+def export_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> str:
+    """Write the export of a checkpoint into a new folder, all of it or nothing.
+
+    Args:
+        checkpoint: Folder of the checkpoint, of any method.
+        output_dir: Folder to write to; it does not exist, or is empty.
+
+    Returns:
+        The name of the class of the exported model.
+
+    Raises:
+        InputError: If the folder is no checkpoint, or not whole, or there is something at the place to write to.
+    """
+    checkpoint, output_dir = Path(checkpoint), Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise InputError(f"output_dir={str(output_dir)!r} is in use: name a folder that is empty or does not exist")
+    model = load_composite(checkpoint)
+    part = output_dir.with_name(output_dir.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        model.export(part)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(part)
+        os.replace(part, output_dir)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return type(getattr(model, model.export_parts[""])).__name__
+
+
+def load_composite(checkpoint: str | Path) -> PretrainingModel:
+    """Return the composite of a checkpoint, in fp32 and evaluation mode; of a distillation, without its teacher.
+
+    Raises:
+        InputError: If the folder is no checkpoint, or not whole.
+    """
+    checkpoint = Path(checkpoint)
+    asked = f"checkpoint={str(checkpoint)!r}"
+    if not checkpoint.is_dir():
+        raise InputError(f"{asked} is no folder: name a checkpoint-* folder of a run")
+    values, _ = PreTrainedConfig.get_config_dict(checkpoint) if (checkpoint / "config.json").is_file() else ({}, None)
+    kind = _COMPOSITES.get(values.get("model_type", ""))
+    if kind is None:
+        raise InputError(f"{asked} is no checkpoint of a run of hf-pretrain: name one of its checkpoint-* folders")
+    is_marked = (checkpoint / MARKER).exists()
+    if was_cut_off(checkpoint) or (is_marked and not is_whole(checkpoint)):
+        raise InputError(f"{asked} is incomplete (killed while saving?): name another")
+    if (damaged := damaged_file(checkpoint)) is not None:
+        raise InputError(f"{asked} is damaged ({damaged} is not as it was saved): name another")
+    transformers_logging.disable_progress_bar()
+    model_class = getattr(import_module(kind[0]), kind[1])
+    config = model_class.config_class.from_pretrained(checkpoint)
+    model = _build(model_class, config)
+    found = model.load_state_dict(_state(checkpoint, asked), strict=False)
+    missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
+    if missing or found.unexpected_keys:
+        first = sorted(missing or found.unexpected_keys)[0]
+        raise InputError(f"{asked} does not fit its own configuration ({first}): it is of another version, or damaged")
+    model.tie_weights()
+    return model.eval()
+
+
+def _build(model_class: Any, config: Any) -> PretrainingModel:
+    if "student" not in config.sub_configs:
+        built: PretrainingModel = model_class(config)
+        return built
+    student = _HEADS[config.head].from_config(config.student, dtype=torch.float32)
+    if config.head == "none" and getattr(student, "pooler", None) is not None:
+        student.pooler = None
+    built = model_class(config, student)
+    return built
+
+
+def _state(checkpoint: Path, asked: str) -> dict[str, torch.Tensor]:
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    if not files:
+        raise InputError(
+            f"{asked} has no model.safetensors: it was written in shards (FSDP, DeepSpeed); go on with the run to its last step, "
+            "which exports"
+        )
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{asked}: {file.name} cannot be read ({error}): name another checkpoint") from error
+    return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_program(main))

@@ -1,0 +1,66 @@
+"""Two ranks wait for each other, stop together, and end with one line."""
+
+import contextlib
+import io
+import json
+import os
+import time
+
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from hf_pretrain.cli import run_program
+from hf_pretrain.errors import InputError, StoppedError
+from hf_pretrain.training.processes import Stopping, first_process_first, set_timeout
+from hf_pretrain.training.program import run
+from method_matrix import build, programs
+
+
+class AskOne(TrainerCallback):
+    """Asks the second process alone to stop."""
+
+    def __init__(self, stopping):
+        self.stopping = stopping
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 3:
+            self.stopping.is_asked = True
+
+
+def said(error):
+    def program(argv):
+        raise error
+
+    stream = io.StringIO()
+    with contextlib.redirect_stderr(stream):
+        assert run_program(program) == 2
+    return stream.getvalue().splitlines()
+
+
+def main(folder):
+    rank = int(os.environ["RANK"])
+    # Shorter than what the first process takes to prepare.
+    trainer = build(programs()["mlm"], folder / "out", per_device_train_batch_size=4, max_steps=8, ddp_timeout=2)
+    set_timeout(trainer.args)
+    with first_process_first(trainer.args):
+        if not rank:
+            time.sleep(4)
+        order = time.time()
+    found = {"order": order}
+    stopping = Stopping()
+    trainer.add_callback(AskOne(stopping))
+    try:
+        run(trainer, (trainer.args,), stopping=stopping)
+    except StoppedError:
+        found["stopped"] = trainer.state.global_step
+    found["said"] = said(InputError("of all ranks"))
+    found["own"] = said(InputError("of rank 1")) if rank else []
+    started = time.time()
+    # Longer than the others wait.
+    time.sleep(6 * rank)
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        found["timeout"] = str(error)
+    found["waited"] = time.time() - started
+    (folder / f"rank-{rank}.json").write_text(json.dumps(found))
