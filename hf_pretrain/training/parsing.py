@@ -63,7 +63,6 @@ _SYNONYMS = {
     "max_length": "block_size",
     "context_length": "block_size",
     "line_by_line": "document_separator",
-    "pad_to_max_length": "block_mode",
     "whole_word_mask": "masking_unit",
     "wwm": "masking_unit",
     "mlm_prob": "mlm_probability",
@@ -93,22 +92,26 @@ _SYNONYMS = {
     "num_heads": "num_attention_heads",
     "dim": "hidden_size",
     "output": "output_dir",
-    "overwrite_cache": "overwrite_output_dir",
     "resume": "resume_from_checkpoint",
     "num_workers": "dataloader_num_workers",
     "num_proc": "preprocessing_num_workers",
     "no_cuda": "use_cpu",
     "no_gpu": "use_cpu",
     "fp16_backend": "fp16",
-    "half_precision_backend": "bf16",
     "mixed_precision": "bf16",
     "gradient_clipping": "max_grad_norm",
     "token": "hub_token",
     "use_auth_token": "hub_token",
     "push_to_hub_model_id": "hub_model_id",
     "group_by_length": "train_sampling_strategy",
-    "save_safetensors": "save_strategy",
     "wandb_project": "report_to",
+}
+# What no option here is for.
+_WITHOUT_OPTION = {
+    "cache_dir": "set the environment variables HF_HOME and HF_DATASETS_CACHE",
+    "overwrite_cache": "what a cache holds is found by its text and options, and HF_DATASETS_CACHE says where it lies",
+    "pad_to_max_length": "batches are padded to their longest example alone",
+    "save_safetensors": "weights are always saved as safetensors",
 }
 
 
@@ -254,9 +257,9 @@ class _OptionParser(HfArgumentParser):
     def _nearest(self, name: str) -> str:
         dashes, plain = "--" if name.startswith("--") else "", name.lstrip("-").replace("-", "_")
         known = _SYNONYMS.get(plain)
+        if plain in _WITHOUT_OPTION:
+            return _WITHOUT_OPTION[plain]
         near = [known] if known in self.options else difflib.get_close_matches(plain, self.options, n=1)
-        if plain == "cache_dir":
-            return "set the environment variables HF_HOME and HF_DATASETS_CACHE"
         return f"did you mean {dashes + near[0]!r}?" if near else f"see `{self.prog} --help`"
 
 
