@@ -83,7 +83,7 @@ _RANGES_OF_NAMES = {
         r"temperature": "(0, inf)",
         r"(\w+_)?learning_rate": "[0, inf)",
         # What NumPy takes.
-        r"(\w+_)?seed": "[0, 4294967295]",
+        r"(data_)?seed": "[0, 4294967295]",
         r"hidden_size|embedding_size|num_attention_heads|(eval_)?lanes": "[1, 65536]",
         r"num_hidden_layers": "[1, 4096]",
         r"intermediate_size": "[1, 1048576]",

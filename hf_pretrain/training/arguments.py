@@ -39,7 +39,7 @@ class PretrainingArguments(TrainingArguments):
         "per_device_train_batch_size": _COUNT,
         "per_device_eval_batch_size": _COUNT,
         "gradient_accumulation_steps": _COUNT,
-        "num_train_epochs": "(0, 1000000000]",
+        "num_train_epochs": "[0, 1000000000]",
         "max_steps": "[-1, 2147483647]",
         "warmup_steps": _STEPS,
         "adam_beta1": "[0, 1)",
@@ -112,8 +112,6 @@ class PretrainingArguments(TrainingArguments):
         """Choose the precision, then let transformers check the rest."""
         check_refused(self, self.also_honoured)
         check_numbers(self)
-        if self.max_steps == 0:
-            raise InputError("max_steps=0 trains nothing: give a number of steps, or -1 for num_train_epochs")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")
         if self.decay_during_warmup and self.lr_scheduler_type != "linear":
@@ -182,6 +180,9 @@ def check_training_options(args: PretrainingArguments) -> None:
     Raises:
         InputError: If one of them cannot be used, or has no effect.
     """
+    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs):
+        name = "num_train_epochs" if args.max_steps else "max_steps"
+        raise InputError(f"{name}=0 trains nothing: give a positive number of steps or epochs")
     if args.learning_rate == 0:
         raise InputError("learning_rate=0.0 trains nothing: give it a value, such as 5e-4")
     if args.fp16 and args.device.type == "cpu":

@@ -161,10 +161,12 @@ def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:
     Raises:
         InputError: Naming the option, its value and what it needs.
     """
+    instances = list(instances)
     values, needs = _values(instances)
+    switched_off = {known.name for instance in instances for known in fields(instance) if known.default is False}
     for name in dict.fromkeys(typed):
         value = values.get(name)
-        if value is None or value is False:
+        if value is None or (value is False and name in switched_off):
             continue
         for need in needs.get(name, ()):
             if any(_holds(part, values) for part in need.split(" or ")):

@@ -34,6 +34,86 @@ _NOT_SAVED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
 _UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}
 _UNSET |= {"report_to": [], "debug": [], "accelerator_config": {"dispatch_batches": False}}
 
+# What options are called elsewhere: by earlier versions of transformers, in its examples, and in everyday speech.
+_SYNONYMS = {
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "bs": "per_device_train_batch_size",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "num_train_steps": "max_steps",
+    "max_train_steps": "max_steps",
+    "warmup": "warmup_steps",
+    "warmup_ratio": "warmup_steps",
+    "num_warmup_steps": "warmup_steps",
+    "scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "max_seq_length": "block_size",
+    "max_sequence_length": "block_size",
+    "max_seq_len": "block_size",
+    "seq_length": "block_size",
+    "seq_len": "block_size",
+    "max_length": "block_size",
+    "context_length": "block_size",
+    "line_by_line": "document_separator",
+    "whole_word_mask": "masking_unit",
+    "wwm": "masking_unit",
+    "mlm_prob": "mlm_probability",
+    "mask_probability": "mlm_probability",
+    "masking_probability": "mlm_probability",
+    "evaluation_strategy": "eval_strategy",
+    "eval_accumulation": "eval_accumulation_steps",
+    "validation_split_percentage": "validation_fraction",
+    "train_data_file": "train_file",
+    "data": "train_file",
+    "dataset": "dataset_name",
+    "eval_data_file": "validation_file",
+    "eval_file": "validation_file",
+    "max_train_samples": "max_corpus_bytes",
+    "max_eval_samples": "validation_fraction",
+    "model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "teacher": "teacher_name_or_path",
+    "teacher_model": "teacher_name_or_path",
+    "tokenizer": "tokenizer_name",
+    "tokenizer_name_or_path": "tokenizer_name",
+    "do_lower_case": "lowercase",
+    "uncased": "lowercase",
+    "config_name": "model_type",
+    "architecture": "model_type",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "dim": "hidden_size",
+    "output": "output_dir",
+    "resume": "resume_from_checkpoint",
+    "num_workers": "dataloader_num_workers",
+    "num_proc": "preprocessing_num_workers",
+    "no_cuda": "use_cpu",
+    "no_gpu": "use_cpu",
+    "fp16_backend": "fp16",
+    "mixed_precision": "bf16",
+    "gradient_clipping": "max_grad_norm",
+    "token": "hub_token",
+    "use_auth_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    "group_by_length": "train_sampling_strategy",
+    "wandb_project": "report_to",
+}
+# What no option here is for.
+_WITHOUT_OPTION = {
+    "cache_dir": "set the environment variables HF_HOME and HF_DATASETS_CACHE",
+    "overwrite_cache": "what a cache holds is found by its text and options, and HF_DATASETS_CACHE says where it lies",
+    "pad_to_max_length": "batches are padded to their longest example alone",
+    "save_safetensors": "weights are always saved as safetensors",
+}
+
 
 def parse_arguments(
     dataclass_types: Sequence[type],
@@ -175,8 +255,11 @@ class _OptionParser(HfArgumentParser):
         return instance
 
     def _nearest(self, name: str) -> str:
-        near = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), self.options, n=1)
-        dashes = "--" if name.startswith("--") else ""
+        dashes, plain = "--" if name.startswith("--") else "", name.lstrip("-").replace("-", "_")
+        known = _SYNONYMS.get(plain)
+        if plain in _WITHOUT_OPTION:
+            return _WITHOUT_OPTION[plain]
+        near = [known] if known in self.options else difflib.get_close_matches(plain, self.options, n=1)
         return f"did you mean {dashes + near[0]!r}?" if near else f"see `{self.prog} --help`"
 
 

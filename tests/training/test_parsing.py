@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import parse_arguments, resolved_options
+from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments, resolved_options
 from hf_pretrain.training.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -366,7 +367,11 @@ def program(method, *argv, config=None):
             "--generator_name_or_path /nope",
             "generator_name_or_path='/nope' has no effect without model_name_or_path",
         ),
-        ("rtd", "--model_name_or_path x --generator_size 0.5", "generator_size=0.5 has no effect"),
+        (
+            "rtd",
+            "--model_name_or_path x --generator_name_or_path y --generator_size 0.5",
+            "generator_size=0.5 has no effect beside generator_name_or_path='y'",
+        ),
         ("rtd", "--generator_steps 5", "generator_steps=5.0 has no effect with training_mode='joint'"),
         ("electric", "--generator_name_or_path x --generator_layers 0.5", "generator_layers=0.5 has no effect"),
         ("encoder", "--word_order_size 4", "word_order_size=4 has no effect with objectives=['mlm']"),
@@ -489,3 +494,30 @@ def test_a_parser_of_transformers_takes_the_options_too(tmp_path):
     for method in METHODS:
         for cls in importlib.import_module(METHODS[method][0]).ARGUMENTS:
             assert HfArgumentParser(cls).format_help
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--batch_size", "--per_device_train_batch_size"),
+        ("--lr", "--learning_rate"),
+        ("--epochs", "--num_train_epochs"),
+        ("--max-seq-length", "--block_size"),
+        ("--whole_word_mask", "--masking_unit"),
+        ("--evaluation_strategy", "--eval_strategy"),
+        ("--cache_dir", "HF_DATASETS_CACHE"),
+    ],
+)
+def test_names_of_other_programs_lead_to_the_option_here(typed, meant):
+    with pytest.raises(InputError, match=f"unknown option '{typed}': .*{meant}"):
+        program("mlm", typed, "8")
+
+
+def test_every_synonym_leads_to_an_option():
+    options = {
+        field.name
+        for method in METHODS
+        for cls in importlib.import_module(METHODS[method][0]).ARGUMENTS
+        for field in dataclass_fields(cls)
+    }
+    assert set(_SYNONYMS.values()) <= options and not set(_SYNONYMS) & options - {"max_length"}

@@ -44,7 +44,7 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
     ranges: ClassVar[dict[str, str]] = {"generator_size": "(0, 16]", "generator_layers": "(0, 16]"}
     needs: ClassVar[dict[str, str]] = {
         "generator_name_or_path": "model_name_or_path",
-        **dict.fromkeys(("generator_type", "generator_size", "generator_layers"), "!model_name_or_path"),
+        **dict.fromkeys(("generator_type", "generator_size", "generator_layers"), "!generator_name_or_path"),
     }
 
     model_type: str = field(
