@@ -2,12 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Of torch `test-newest` takes this one: a newer one from PyPI brings gigabytes of CUDA libraries along. TORCH=torch asks for it.
+TORCH ?= torch==2.13.0
+NEWEST := .venv-newest/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean distclean
+.PHONY: help demo test test-all test-newest newest lint format bench clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.installed ## pre-train a small ELECTRA on text found on this machine
 	$(BIN)/hf-pretrain rtd --config trainers/recipes/demo.yaml --output_dir demo-output --overwrite_output_dir true
@@ -17,6 +20,14 @@ test: lint ## lint, then run the tests
 
 test-all: lint ## lint, then run every test, the slow ones and those for a GPU too
 	$(BIN)/python -m pytest -n 2 -m ""
+
+test-newest: newest ## run the tests on the newest versions that pyproject.toml allows, in an environment of their own
+	$(NEWEST) -m pytest -n 2
+
+# Not a file: what was newest last week need not be so today. With nothing newer this takes seconds.
+newest: | $(NEWEST)
+	$(NEWEST) -m pip --disable-pip-version-check install --upgrade --upgrade-strategy eager '$(TORCH)' setuptools
+	$(NEWEST) -m pip --disable-pip-version-check install --upgrade --upgrade-strategy eager --no-build-isolation -e '.[test]' '$(TORCH)'
 
 lint: .venv/.installed ## style, types and spelling
 	$(BIN)/ruff check .
@@ -31,12 +42,12 @@ format: .venv/.installed ## rewrite the code in the style that lint asks for
 bench: .venv/.installed ## run the benchmarks, one after the other
 	@for program in benchmarks/collators.py benchmarks/packing.py benchmarks/training_steps.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
 
-clean: ## remove what runs and builds have left, but not the environment
+clean: ## remove what runs and builds have left, but not the environments
 	rm -rf build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache
-	find . -path ./.venv -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
-distclean: clean ## remove the environment too
-	rm -rf .venv
+distclean: clean ## remove the environments too
+	rm -rf .venv .venv-newest
 
 # Written last, so that an installation that was cut short is taken up again and a whole one is never repeated.
 .venv/.installed: pyproject.toml setup.py constraints.txt | .venv/bin/python
@@ -45,6 +56,6 @@ distclean: clean ## remove the environment too
 	@touch $@
 
 # Debian ships a venv that cannot install pip: then the pip beside $(PYTHON) installs one into the environment.
-.venv/bin/python:
+.venv/bin/python $(NEWEST):
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; name one: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv .venv || { $(PYTHON) -m venv --without-pip .venv && $(PYTHON) -m pip --python $@ install pip; }
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@) || { $(PYTHON) -m venv --without-pip $(patsubst %/bin/python,%,$@) && $(PYTHON) -m pip --python $@ install pip; }

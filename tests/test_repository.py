@@ -103,6 +103,40 @@ def test_a_second_run_installs_nothing(tmp_path):
     assert " install " in plan()
 
 
+def test_the_newest_versions_have_an_environment_of_their_own(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+
+    def plan(*options):
+        command = ["make", "-n", "test-newest", *options]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    assert ".venv/" not in plan() and "constraints" not in plan() and "torch==2.13.0" in plan()
+    assert "-m venv .venv-newest" in plan() and ".venv-newest/bin/python -m pytest" in plan()
+    assert "torch==" not in plan("TORCH=torch")
+    (tmp_path / ".venv-newest" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv-newest" / "bin" / "python").touch()
+    # What is newest is asked at each call.
+    assert "-m venv" not in plan() and "install --upgrade --upgrade-strategy eager" in plan()
+
+
+def test_the_other_environment_is_nobodys_concern():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    assert ".venv-newest" in settings["ruff"]["extend-exclude"]
+    assert ".venv-newest" in settings["codespell"]["skip"].split(",")
+    assert ".venv-newest/" in (ROOT / ".gitignore").read_text(encoding="utf-8").splitlines()
+    assert "-path './.venv*' -prune" in MAKEFILE and "rm -rf .venv .venv-newest" in MAKEFILE
+
+
+@pytest.mark.parametrize("name", ["accelerate", "datasets", "huggingface_hub", "peft", "torch", "transformers"])
+def test_what_we_override_parts_of_is_asked_for_as_it_was_tested(name):
+    (floor,) = (s.version for r in wanted() if r.name == name for s in r.specifier if s.operator == ">=")
+    (pin,) = (
+        next(iter(pin.specifier)).version for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(name)
+    )
+    assert pin.split(".")[:2] == floor.split(".")[:2]
+
+
 def test_the_objectives_table_has_every_method():
     rows = [line for line in README.splitlines() if line.startswith("|")]
     for method in METHODS:

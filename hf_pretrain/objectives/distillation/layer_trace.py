@@ -81,7 +81,7 @@ class LayerTrace:
         if self._has_graph and not torch.is_grad_enabled():
             raise InputError(
                 "gradient checkpointing with use_reentrant=True hides the attention from the loss: "
-                "set gradient_checkpointing_kwargs={'use_reentrant': False}"
+                "set activation_checkpointing_kwargs={'use_reentrant': False}"
             )
         self.records[self.layer] = make_record()
         if self.outputs is not None:
