@@ -177,7 +177,7 @@ def loading_snippets(repo: str, *, model_class: str, usage: str, has_own_code: b
     encoder = f"""\
 from transformers import AutoModel, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
 model = AutoModel.from_pretrained("{repo}"{trust})
 inputs = tokenizer("A sentence to encode.", return_tensors="pt")
 hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
@@ -219,6 +219,7 @@ def fine_tuning_snippet(repo: str, *, auto_class: str, model_class: str, has_own
     if not auto_class:
         return ""
     options = ["num_labels=2"]
+    trust = ", trust_remote_code=True" if has_own_code else ""
     if has_own_code:
         options.append("trust_remote_code=True")
     if model_class.endswith("ForTokenClassification"):
@@ -227,7 +228,7 @@ def fine_tuning_snippet(repo: str, *, auto_class: str, model_class: str, has_own
 import torch
 from transformers import {auto_class}, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
 model = {auto_class}.from_pretrained("{repo}", {", ".join(options)})
 batch = tokenizer(["A fine meal.", "A dull one, and cold."], padding=True, return_tensors="pt")
 loss = model(**batch, labels=torch.tensor([1, 0])).loss

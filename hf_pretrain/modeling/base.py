@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.hub.files import share_weights
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.trial import unused_parameters
 
@@ -152,6 +155,7 @@ class PretrainingModel(PreTrainedModel):
                 # Gathered one by one, tied parameters are copies, of which transformers would write each.
                 state = {name: value for name, value in state.items() if name not in part.all_tied_weights_keys}
             part.save_pretrained(Path(output_dir) / folder, state_dict=state)
+            share_weights(Path(output_dir) / folder)
 
     def stock_part(
         self, attribute: str, state: Mapping[str, torch.Tensor] | None
@@ -242,3 +246,32 @@ def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             f"block_size={block_size} is longer than the {longest} positions of {type(model).__name__}: "
             f"set --block_size {longest} or less, or raise --max_position_embeddings when training from scratch"
         )
+
+
+def input_names(model: PreTrainedModel) -> set[str]:
+    """Return the inputs that a stock model takes by name, with its head and without; types of segments only where it has two."""
+    parts = {type(model), type(model.base_model)}
+    names = set.intersection(*(set(inspect.signature(part.forward).parameters) for part in parts))
+    # A table of one type has no row for a second segment, and one of none is never read.
+    return names - ({"token_type_ids"} if getattr(model.config, "type_vocab_size", 2) < 2 else set())
+
+
+@contextmanager
+def tokenizer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrainedTokenizerBase]:
+    """Let a tokenizer make, and name when it is saved, no input that a stock model does not take.
+
+    Args:
+        model: The stock model that is to read what the tokenizer makes.
+        tokenizer: The tokenizer; behind the block it is as it was.
+
+    Yields:
+        The tokenizer.
+    """
+    names, options = tokenizer.model_input_names, tokenizer.init_kwargs
+    taken = [name for name in names if name in input_names(model)]
+    try:
+        if taken != list(names):
+            tokenizer.model_input_names, tokenizer.init_kwargs = taken, options | {"model_input_names": taken}
+        yield tokenizer
+    finally:
+        tokenizer.model_input_names, tokenizer.init_kwargs = names, options

@@ -15,6 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.facts import PretrainingCard
+from hf_pretrain.hub.files import share_weights
+from hf_pretrain.modeling.base import tokenizer_for
 from hf_pretrain.training.card import HeldOutMixin, describe_run
 from hf_pretrain.training.checkpoints import are_finite, begin_folder, remove_old_checkpoints, write_marker
 from hf_pretrain.training.faults import full_disk, is_full_disk, not_finite
@@ -72,6 +74,7 @@ class SavingMixin(HeldOutMixin, ResumingMixin, _Base):
             if not self.args.save_only_model:
                 with self._together(remove=folder):
                     self._save_progress(folder)
+            self._if_writer(share_weights, folder)
             with self._together(remove=folder):
                 self._if_writer(self._mark, folder)
             if self.args.push_to_hub:
@@ -144,7 +147,10 @@ class SavingMixin(HeldOutMixin, ResumingMixin, _Base):
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
             self.model.export(folder, state_dict=state_dict)
             if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+                with tokenizer_for(
+                    getattr(self.model, self.model.export_parts[""]), self.processing_class
+                ) as tokenizer:
+                    tokenizer.save_pretrained(folder)
 
     def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
         """Write the model card and its plots into the output folder, from what was logged.

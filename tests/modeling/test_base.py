@@ -1,11 +1,13 @@
 """What every composite has: the checks of a stock model, and the export of its parts."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import check_model_fits, longest_sequence
+from hf_pretrain.modeling.base import check_model_fits, longest_sequence, tokenizer_for
 from hf_pretrain.modeling.encoder import EncoderForPreTraining
 from method_matrix import TINY, VOCAB_SIZE
 
@@ -108,3 +110,39 @@ class TestExport:
         with torch.no_grad():
             expected = model.base_model(ids).last_hidden_state
             torch.testing.assert_close(encoder.eval()(ids).last_hidden_state, expected, atol=1e-6, rtol=0)
+
+
+class TestTokenizerFor:
+    """What a tokenizer makes, its model takes: `model(**tokenizer(text))` works for everybody who opens an export."""
+
+    SIZES = {
+        **{"vocab_size": 60, "hidden_size": 16, "dim": 16, "num_hidden_layers": 1, "n_layers": 1},
+        **{"num_attention_heads": 2, "n_heads": 2, "intermediate_size": 16, "hidden_dim": 16},
+        **{"embedding_size": 16, "d_model": 16, "n_head": 2, "n_layer": 1, "d_inner": 16, "pad_token_id": 0},
+    }
+
+    @pytest.mark.parametrize(
+        ("model_type", "options", "dropped"),
+        [
+            ("bert", {}, set()),
+            ("xlnet", {}, set()),
+            ("modernbert", {}, {"token_type_ids"}),
+            ("distilbert", {}, {"token_type_ids"}),
+            ("esm", {}, {"token_type_ids"}),
+            ("fnet", {}, {"attention_mask"}),
+            ("roberta", {"type_vocab_size": 1}, {"token_type_ids"}),
+            ("deberta-v2", {"type_vocab_size": 0}, {"token_type_ids"}),
+        ],
+    )
+    def test_it_makes_no_input_that_the_model_does_not_take(self, model_type, options, dropped, tokenizer, tmp_path):
+        tokenizer = copy.deepcopy(tokenizer)
+        names = tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        config = AutoConfig.for_model(model_type, **self.SIZES | options)
+        model = AutoModel.from_config(config)
+        with tokenizer_for(model, tokenizer):
+            tokenizer.save_pretrained(tmp_path)
+        opened = AutoTokenizer.from_pretrained(tmp_path)
+        encoded = opened(["w1 w2", "w3"], ["w4", "w5 w6"], return_tensors="pt", padding=True)
+        assert set(names) - set(encoded) == dropped
+        model.eval()(**encoded)
+        assert tokenizer.model_input_names == names and "token_type_ids" in tokenizer("w1")

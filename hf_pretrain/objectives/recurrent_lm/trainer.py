@@ -119,7 +119,7 @@ class RecurrentLMTrainer(RecurrentTrainer):
         usage="""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
 inputs = tokenizer("The chef ate", return_tensors="pt", add_special_tokens=False)
 outputs = model.generate(inputs.input_ids, max_new_tokens=20)
