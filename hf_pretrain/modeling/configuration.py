@@ -240,17 +240,27 @@ def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> Pr
         config: Configuration to scale.
         width: Share of the hidden width, of the heads and of the feed-forward width that is kept.
         depth: Share of the layers that is kept.
+
+    Raises:
+        InputError: If the architecture has no such sizes.
     """
-    names = ("hidden_size", "num_attention_heads", feed_forward_name(config.model_type))
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", feed_forward_name(config.model_type))
     changes = dict.fromkeys(names, width)
     values = config.to_dict()
     for name, share in (changes | {"num_hidden_layers": depth}).items():
         own_name = config.attribute_map.get(name, name)
-        values[own_name] = max(1, round(values[own_name] * share))
+        # Not every architecture names the width of its feed-forward layers, and few have keys of fewer heads.
+        if values.get(own_name) is not None:
+            values[own_name] = max(1, round(values[own_name] * share))
     layers = values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
     if values.get("layer_types") is not None:
         values["layer_types"] = values["layer_types"][:layers]
-    return AutoConfig.for_model(**values)
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # each architecture checks in its own way
+        raise InputError(
+            f"a {config.model_type} of {width} of the width and {depth} of the layers cannot be built: {one_line(error)}"
+        ) from error
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

@@ -210,9 +210,10 @@ def _prepare_tables(
     if sharing in ("none", "full"):
         return None
     ours, theirs = discriminator.get_input_embeddings(), generator.get_input_embeddings()
-    is_wider = ours.embedding_dim != theirs.embedding_dim
+    width = ours.weight.shape[1]
+    is_wider = width != theirs.weight.shape[1]
     if is_wider:
-        factorize_embeddings(generator, ours.embedding_dim, table=None if is_fresh or is_new else ours.weight)
+        factorize_embeddings(generator, width, table=None if is_fresh or is_new else ours.weight)
     if sharing == "gdes" and is_fresh:
         for own, other in shared_table_names(discriminator, generator).items():
             # Then the difference is zero at the start.
@@ -226,7 +227,7 @@ def _prepare_tables(
                     f"embedding_sharing='tied': the discriminator's {own} is not the generator's {other}, so they were not "
                     "trained as one: 'gdes' keeps both, 'none' keeps them apart"
                 )
-    return ours.embedding_dim if is_wider else None
+    return width if is_wider else None
 
 
 @torch.no_grad()
