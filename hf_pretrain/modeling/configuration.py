@@ -174,14 +174,14 @@ def _check_type(model_type: str, auto_class: Any) -> None:
         raise refuse_type(model_type, auto_class)
 
 
-def check_sizes(args: ModelArguments) -> None:
+def check_sizes(args: Any) -> None:
     """Refuse sizes that no model can have; raise InputError."""
     names = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
         *("embedding_size", "max_position_embeddings"),
     )
     for name in names:
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not 1 <= value < 2**31:
             raise InputError(f"{name}={value} must be at least 1" if value < 1 else f"{name}={value} is too large")
 
