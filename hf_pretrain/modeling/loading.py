@@ -50,6 +50,12 @@ _KINDS = {
 logger = logging.getLogger(__name__)
 
 
+def say_once(message: str) -> None:
+    """Say something of a model that is built: on the first process alone, and not where a model is built without values."""
+    if os.environ.get("RANK", "0") == "0" and torch.empty(0).device.type != "meta":
+        logger.warning("%s", message)
+
+
 def one_line(error: BaseException) -> str:
     """Return what an error says in one line: all of a configuration's check, the first line of any other."""
     text = str(error).strip()
@@ -161,8 +167,8 @@ def _load_model(auto_class: Any, name: str, *, announce: bool, **options: Any) -
     if wants_info:
         return model, info
     _check_body(model, name)
-    if announce and model.fresh_parameters and os.environ.get("RANK", "0") == "0":
-        logger.warning("%s", _fresh(model, name))
+    if announce and model.fresh_parameters:
+        say_once(_fresh(model, name))
     return model
 
 

@@ -1,9 +1,7 @@
 """Build the pair of models that a program trains."""
 
 import dataclasses
-import logging
 import math
-import os
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +23,7 @@ from hf_pretrain.modeling.configuration import (
     scaled_config,
 )
 from hf_pretrain.modeling.embeddings import factorize_embeddings, is_factorized
+from hf_pretrain.modeling.loading import say_once
 from hf_pretrain.modeling.sharing import shared_embedding_names, shared_table_names
 from hf_pretrain.objectives.replaced_token_detection.heads import DISCRIMINATOR_HEADS
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
@@ -33,8 +32,6 @@ from hf_pretrain.objectives.replaced_token_detection.modeling import (
     build_discriminator,
 )
 from hf_pretrain.objectives.replaced_token_detection.pairs import Pair, load_pair
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -166,12 +163,10 @@ def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionM
         generator: PreTrainedModel = from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
         return generator
     config = generator_config(discriminator.config, args)
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            "%r has no generator: a fresh one of generator_size=%s is trained beside it; --generator_name_or_path names another",
-            name,
-            args.generator_size,
-        )
+    say_once(
+        f"{name!r} has no generator: a fresh one of generator_size={args.generator_size} is trained beside it; "
+        "--generator_name_or_path names another"
+    )
     generator = from_config(AutoModelForMaskedLM, config, **attention_options(args))
     return generator
 
