@@ -133,7 +133,24 @@ def build_config(
     }
     overrides = parse_overrides(args.config_overrides)
     values |= overrides | changes
-    known = CONFIG_MAPPING[args.model_type]()
+    try:
+        known = CONFIG_MAPPING[args.model_type]()
+        _check_options(args, values, overrides=overrides, known=known)
+        if args.model_type in _POSITIONS_AFTER_PADDING:
+            values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
+        # Under its own names: what is set under another comes too late for sizes that follow from it, such as XLNet's d_head.
+        values = {known.attribute_map.get(name, name): value for name, value in values.items()}
+        return AutoConfig.for_model(args.model_type, **values)
+    except InputError:
+        raise
+    except Exception as error:  # each architecture checks in its own way
+        raise InputError(f"{args.model_type} cannot be built: {one_line(error)}") from error
+
+
+def _check_options(
+    args: ModelArguments, values: dict[str, Any], *, overrides: dict[str, Any], known: PreTrainedConfig
+) -> None:
+    """Refuse what an architecture has no option for: one that was given, or one of the usual sizes."""
     further = _READ_WITHOUT_DEFAULT.get(args.model_type, frozenset())
     unknown = sorted(
         name for name in values if not hasattr(known, name) and not name.endswith("_token_id") and name not in further
@@ -149,14 +166,6 @@ def build_config(
             f"model_type={args.model_type!r} cannot be built from these sizes, it has no {', '.join(unknown)}: continue one of "
             f"its checkpoints, or choose a model_type such as {_USUAL}"
         )
-    if args.model_type in _POSITIONS_AFTER_PADDING:
-        values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
-    # Under its own names: what is set under another comes too late for sizes that follow from it, such as XLNet's d_head.
-    values = {known.attribute_map.get(name, name): value for name, value in values.items()}
-    try:
-        return AutoConfig.for_model(args.model_type, **values)
-    except Exception as error:  # each architecture checks in its own way
-        raise InputError(f"{args.model_type} cannot be built: {one_line(error)}") from error
 
 
 # The architectures that most people want.
