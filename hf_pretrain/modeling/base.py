@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,11 +181,23 @@ def refuse_adapters(model: nn.Module) -> None:
     Raises:
         InputError: Saying what to do.
     """
-    if getattr(model, "peft_config", None) is None and not getattr(model, "_hf_peft_config_loaded", False):
+    if not _has_adapters(model):
         return
     raise InputError(
         f"{type(model).__name__} has adapters of PEFT, which pre-training does not export: train the model itself "
         "(model.merge_and_unload() gives one with the adapters in its weights), and adapt it afterwards"
+    )
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return True
+    # Without importing it: where it has not been imported, nobody has used it. A merged model still has its configuration.
+    peft, tuners = sys.modules.get("peft"), sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None or tuners is None or getattr(model, "peft_config", None) is None:
+        return False
+    return isinstance(model, peft.PeftModel) or any(
+        isinstance(part, tuners.BaseTunerLayer) for part in model.modules()
     )
 
 

@@ -138,7 +138,24 @@ def build_config(
     }
     overrides = parse_overrides(args.config_overrides)
     values |= overrides | changes
-    known = CONFIG_MAPPING[args.model_type]()
+    try:
+        known = CONFIG_MAPPING[args.model_type]()
+        _check_options(args, values, overrides=overrides, known=known)
+        if args.model_type in _POSITIONS_AFTER_PADDING:
+            values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
+        # Under its own names: what is set under another comes too late for sizes that follow from it, such as XLNet's d_head.
+        values = {known.attribute_map.get(name, name): value for name, value in values.items()}
+        return AutoConfig.for_model(args.model_type, **values)
+    except InputError:
+        raise
+    except Exception as error:  # each architecture checks in its own way
+        raise InputError(f"{args.model_type} cannot be built: {one_line(error)}") from error
+
+
+def _check_options(
+    args: ModelArguments, values: dict[str, Any], *, overrides: dict[str, Any], known: PreTrainedConfig
+) -> None:
+    """Refuse what an architecture has no option for: one that was given, or one of the usual sizes."""
     further = _READ_WITHOUT_DEFAULT.get(args.model_type, frozenset())
     unknown = sorted(
         name for name in values if not hasattr(known, name) and not name.endswith("_token_id") and name not in further
@@ -154,14 +171,6 @@ def build_config(
             f"model_type={args.model_type!r} cannot be built from these sizes, it has no {', '.join(unknown)}: continue one of "
             f"its checkpoints, or choose a model_type such as {_USUAL}"
         )
-    if args.model_type in _POSITIONS_AFTER_PADDING:
-        values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
-    # Under its own names: what is set under another comes too late for sizes that follow from it, such as XLNet's d_head.
-    values = {known.attribute_map.get(name, name): value for name, value in values.items()}
-    try:
-        return AutoConfig.for_model(args.model_type, **values)
-    except Exception as error:  # each architecture checks in its own way
-        raise InputError(f"{args.model_type} cannot be built: {one_line(error)}") from error
 
 
 # The architectures that most people want.
@@ -179,14 +188,14 @@ def _check_type(model_type: str, auto_class: Any) -> None:
         raise refuse_type(model_type, auto_class)
 
 
-def check_sizes(args: ModelArguments) -> None:
+def check_sizes(args: Any) -> None:
     """Refuse sizes that no model can have; raise InputError."""
     names = (
         *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
         *("embedding_size", "max_position_embeddings"),
     )
     for name in names:
-        value = getattr(args, name)
+        value = getattr(args, name, None)
         if value is not None and not 1 <= value < 2**31:
             raise InputError(f"{name}={value} must be at least 1" if value < 1 else f"{name}={value} is too large")
 
@@ -245,17 +254,27 @@ def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> Pr
         config: Configuration to scale.
         width: Share of the hidden width, of the heads and of the feed-forward width that is kept.
         depth: Share of the layers that is kept.
+
+    Raises:
+        InputError: If the architecture has no such sizes.
     """
-    names = ("hidden_size", "num_attention_heads", feed_forward_name(config.model_type))
+    names = ("hidden_size", "num_attention_heads", "num_key_value_heads", feed_forward_name(config.model_type))
     changes = dict.fromkeys(names, width)
     values = config.to_dict()
     for name, share in (changes | {"num_hidden_layers": depth}).items():
         own_name = config.attribute_map.get(name, name)
-        values[own_name] = max(1, round(values[own_name] * share))
+        # Not every architecture names the width of its feed-forward layers, and few have keys of fewer heads.
+        if values.get(own_name) is not None:
+            values[own_name] = max(1, round(values[own_name] * share))
     layers = values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
     if values.get("layer_types") is not None:
         values["layer_types"] = values["layer_types"][:layers]
-    return AutoConfig.for_model(**values)
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # each architecture checks in its own way
+        raise InputError(
+            f"a {config.model_type} of {width} of the width and {depth} of the layers cannot be built: {one_line(error)}"
+        ) from error
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

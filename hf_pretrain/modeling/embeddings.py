@@ -145,7 +145,8 @@ def factorize_embeddings(model: PreTrainedModel, width: int, *, table: torch.Ten
         InputError: If the output layer is none over the vocabulary, or the model's table is no projection of `table`.
     """
     words, decoder = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(decoder, nn.Linear) or decoder.out_features != words.num_embeddings:
+    fits = isinstance(words, nn.Embedding) and isinstance(decoder, nn.Linear)
+    if not fits or decoder.out_features != words.num_embeddings:
         raise InputError(
             f"{type(model).__name__} has no output layer that a table of another width could stand in for: "
             "give both models the same width, or set embedding_sharing='none'"
@@ -204,6 +205,11 @@ def disentangle_embedding(model: PreTrainedModel, name: str, base: nn.Parameter,
             otherwise as zero.
     """
     old: nn.Embedding = model.get_submodule(name)
+    if not isinstance(old, nn.Embedding):
+        raise InputError(
+            f"embedding_sharing='gdes': {type(model).__name__} has a {type(old).__name__} for its table, which takes no "
+            "difference: set embedding_sharing='none'"
+        )
     difference = old.weight.detach() - base.detach() if is_trained else torch.zeros_like(base)
     _replace(model, old, DisentangledEmbedding(base, difference, old.padding_idx))
 

@@ -50,6 +50,12 @@ _KINDS = {
 logger = logging.getLogger(__name__)
 
 
+def say_once(message: str) -> None:
+    """Say something of a model that is built: on the first process alone, and not where a model is built without values."""
+    if os.environ.get("RANK", "0") == "0" and torch.empty(0).device.type != "meta":
+        logger.warning("%s", message)
+
+
 def one_line(error: BaseException) -> str:
     """Return what an error says in one line: all of a configuration's check, the first line of any other."""
     text = str(error).strip()
@@ -161,8 +167,8 @@ def _load_model(auto_class: Any, name: str, *, announce: bool, **options: Any) -
     if wants_info:
         return model, info
     _check_body(model, name)
-    if announce and model.fresh_parameters and os.environ.get("RANK", "0") == "0":
-        logger.warning("%s", _fresh(model, name))
+    if announce and model.fresh_parameters:
+        say_once(_fresh(model, name))
     return model
 
 
@@ -217,7 +223,7 @@ def _without_weights(auto_class: Any, name: str, **options: Any) -> Any:
     wants_info = options.pop("output_loading_info", False)
     given = {key: options.pop(key) for key in ("attn_implementation", "dtype") if key in options}
     folder = Path(name, options.get("subfolder") or "")
-    damage = _damage(folder) if folder.is_dir() else None
+    damage = _damage(folder) if _is_folder(folder) else None
     if damage is not None:
         raise InputError(f"{name!r} cannot be loaded with {auto_class.__name__}: {damage}")
     config_class = AutoConfig if _is_auto(auto_class) else auto_class.config_class
@@ -250,11 +256,16 @@ def _model_type(path: Path) -> str:
 def _check_has_tokenizer(name: str) -> None:
     """Refuse a folder without any file of a tokenizer, for which transformers makes up a vocabulary of special tokens."""
     folder = Path(name)
-    if folder.is_dir() and not _any_file(folder, _TOKENIZER_FILES):
+    if _is_folder(folder) and not _any_file(folder, _TOKENIZER_FILES):
         raise InputError(
             f"{name!r} holds no tokenizer (tokenizer.json, vocab.txt, spm.model, ...): copy the model's tokenizer into it, or "
             "name one with --tokenizer_name"
         )
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether there is a folder that can be looked into; a name that is none, or one too long, is no error here."""
+    return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
 
 
 def _any_file(folder: Path, patterns: tuple[str, ...]) -> bool:
@@ -267,18 +278,20 @@ def _refusal(auto_class: Any, name: str, options: dict[str, Any], error: Excepti
     what = f"{name!r} cannot be loaded with {auto_class.__name__}"
     if _is_tokenizer(auto_class):
         missing = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
-        if missing and (_any_file(folder, _SENTENCEPIECE_FILES) or not folder.is_dir()):
+        if missing and (_any_file(folder, _SENTENCEPIECE_FILES) or not _is_folder(folder)):
             reason = (
-                "its SentencePiece model needs" if folder.is_dir() else f"{_cause(error)}; a SentencePiece model needs"
+                "its SentencePiece model needs"
+                if _is_folder(folder)
+                else f"{_cause(error)}; a SentencePiece model needs"
             )
             return InputError(
                 f"{what}: {reason} the packages sentencepiece and protobuf: pip install 'hf-pretrain[sentencepiece]'"
             )
-        if folder.is_dir() and not _any_file(folder, _TOKENIZER_FILES):
+        if _is_folder(folder) and not _any_file(folder, _TOKENIZER_FILES):
             _check_has_tokenizer(name)
-    if folder.is_file():
+    if os.path.isfile(folder):
         return InputError(f"{what}: it is a file; name the folder that holds it, or a repository")
-    damage = _damage(folder) if folder.is_dir() else None
+    damage = _damage(folder) if _is_folder(folder) else None
     if damage is not None:
         return InputError(f"{what}: {damage}")
     if "Unrecognized configuration class" in str(error):

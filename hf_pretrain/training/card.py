@@ -281,10 +281,17 @@ def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
         timed_tokens=tokens - tokens_before if tokens and resumed_at else None,
         hardware=hardware(device_type=args.device.type, num_devices=args.world_size),
         processes=args.world_size,
-        precision=args.mixed_precision.replace("no", "fp32"),
+        precision=_precision(trainer),
         peak_memory_mib=max((row["peak_memory_mib"] for row in steps), default=None),
         energy=measured_energy(args.output_dir),
     )
+
+
+def _precision(trainer: Any) -> str:
+    """Return the format of the computation, and that of the weights where it is not fp32."""
+    weights = {"float32": "fp32", "bfloat16": "bf16"}.get(str(trainer.model.dtype).removeprefix("torch."), "fp32")
+    computed = str(trainer.args.mixed_precision).replace("no", weights)
+    return computed if weights == "fp32" else f"{computed} (weights in {weights})"
 
 
 def _ends(row: Mapping[str, Any], step: int) -> bool:

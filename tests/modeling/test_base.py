@@ -37,7 +37,14 @@ class TestLongestSequence:
             ("deberta-v2", {"position_biased_input": True}, 32),
             ("distilbert", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}, 32),
             ("electra", {}, 32),
+            ("big_bird", {}, 32),
+            ("roformer", {}, 32),
+            # The first position of these is number 2, and their table that much longer.
+            ("nystromformer", {}, 32),
+            ("yoso", {}, 32),
             # The first position of these is number padding_idx + 1.
+            ("esm", {}, 30),
+            ("ibert", {}, 30),
             ("mpnet", {}, 30),
             ("roberta", {}, 30),
             ("roberta", {"pad_token_id": 0}, 31),

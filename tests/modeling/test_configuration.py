@@ -99,6 +99,8 @@ class TestBuildConfig:
             ("bert", {"num_hidden_layers": -1}, "num_hidden_layers=-1 must be at least 1"),
             ("bert", {"max_position_embeddings": 10**20}, "max_position_embeddings=1.* is too large"),
             ("bert", {"config_overrides": '{"hidden_act": "bogus"}'}, "model_type='bert' cannot be built .*bogus"),
+            ("roberta", {"config_overrides": '{"max_position_embeddings": null}'}, "roberta cannot be built"),
+            ("bert", {"config_overrides": '{"model_type": "x"}'}, "bert cannot be built"),
             ("mobilebert", {}, "model_type='mobilebert' cannot be built with AutoModelForMaskedLM: .*dimension"),
             ("squeezebert", {}, "model_type='squeezebert' cannot be built with AutoModelForMaskedLM"),
             ("bert", {"attn_implementation": "flash_attention_2"}, "flash_attn|FlashAttention"),

@@ -201,6 +201,11 @@ class TestRefusals:
         with pytest.raises(InputError, match="adapters of PEFT.*merge_and_unload"):
             EncoderForPreTraining.from_model(adapted)
 
+    @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+    def test_adapters_that_were_merged_are_none(self):
+        adapted = get_peft_model(stock("bert"), LoraConfig(target_modules=["query"]))
+        EncoderForPreTraining.from_model(adapted.merge_and_unload())
+
     def test_adapters_added_to_the_stock_model(self):
         composite = EncoderForPreTraining.from_model(stock("bert"))
         composite.model._hf_peft_config_loaded = True  # As add_adapter leaves it.

@@ -154,7 +154,9 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
         mapped = list(layer_map(args.layer_map, **depths))
     last = depths["teacher_layers"]
     if args.teacher_layer is not None and args.teacher_layer > last:
-        raise InputError(f"teacher_layer={args.teacher_layer}: the teacher has {last} layers")
+        raise InputError(
+            f"teacher_layer={args.teacher_layer}: the teacher has {last} layers: set --teacher_layer {last} or less"
+        )
     pairs = list(enumerate(mapped or (), start=1))
     return DistillationConfig(
         student=student.config,

@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from hf_pretrain.corruption.vocabulary import Vocabulary
 from hf_pretrain.errors import InputError
@@ -24,14 +24,13 @@ from hf_pretrain.modeling.configuration import (
     from_pretrained,
     scaled_config,
 )
+from hf_pretrain.modeling.loading import say_once
 from hf_pretrain.modeling.sharing import shared_embedding_names
 from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
 from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
 
 _GENERATOR = "pretraining/generator"
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -150,7 +149,7 @@ def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
     has_generator = cached_file(name, f"{_GENERATOR}/config.json", _raise_exceptions_for_missing_entries=False)
     if has_generator and isinstance(from_pretrained(AutoConfig, name, subfolder=_GENERATOR), TwoTowerClozeConfig):
         return from_pretrained(TwoTowerClozeModel, name, **options)
-    logger.warning("%s has no two-tower generator in %s: it starts from fresh weights", name, _GENERATOR)
+    say_once(f"{name} has no two-tower generator in {_GENERATOR}: it starts from fresh weights")
     return None
 
 

@@ -8,7 +8,13 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.modeling.base import check_model_fits
-from hf_pretrain.modeling.configuration import check_overrides, from_pretrained, parse_overrides
+from hf_pretrain.modeling.configuration import (
+    check_overrides,
+    check_sizes,
+    from_config,
+    from_pretrained,
+    parse_overrides,
+)
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 from hf_pretrain.objectives.recurrent_lm.modeling import RecurrentLMForPreTraining
@@ -88,13 +94,17 @@ def build_model(
         model = from_pretrained(TransformerXLForCausalLM, args.model_name_or_path, **lengths)
         check_model_fits(model, tokenizer, block_size=1)
     else:
-        model = TransformerXLForCausalLM(_config(args, tokenizer, lengths))
+        model = from_config(TransformerXLForCausalLM, _config(args, tokenizer, lengths))
     return RecurrentLMForPreTraining.from_model(model)
 
 
 def _config(
     args: TransformerXLModelArguments, tokenizer: PreTrainedTokenizerBase, lengths: dict[str, int]
 ) -> TransformerXLConfig:
+    check_sizes(args)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"{name}={getattr(args, name)} must be at least 0 and below 1")
     own = {"model_name_or_path", "config_overrides"}
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in own} | lengths
     values |= {"vocab_size": len(tokenizer)}

@@ -1,8 +1,6 @@
 """Build the pair of models that a program trains."""
 
 import dataclasses
-import logging
-import os
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,6 +23,7 @@ from hf_pretrain.modeling.configuration import (
     scaled_config,
 )
 from hf_pretrain.modeling.embeddings import factorize_embeddings, is_factorized
+from hf_pretrain.modeling.loading import say_once
 from hf_pretrain.modeling.sharing import shared_embedding_names, shared_table_names
 from hf_pretrain.objectives.replaced_token_detection.heads import DISCRIMINATOR_HEADS
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
@@ -33,8 +32,6 @@ from hf_pretrain.objectives.replaced_token_detection.modeling import (
     build_discriminator,
 )
 from hf_pretrain.objectives.replaced_token_detection.pairs import Pair, load_pair
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -170,12 +167,10 @@ def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionM
         generator: PreTrainedModel = from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
         return generator
     config = generator_config(discriminator.config, args)
-    if os.environ.get("RANK", "0") == "0":
-        logger.warning(
-            "%r has no generator: a fresh one of generator_size=%s is trained beside it; --generator_name_or_path names another",
-            name,
-            args.generator_size,
-        )
+    say_once(
+        f"{name!r} has no generator: a fresh one of generator_size={args.generator_size} is trained beside it; "
+        "--generator_name_or_path names another"
+    )
     generator = from_config(AutoModelForMaskedLM, config, **attention_options(args))
     return generator
 
@@ -214,9 +209,10 @@ def _prepare_tables(
     if sharing in ("none", "full"):
         return None
     ours, theirs = discriminator.get_input_embeddings(), generator.get_input_embeddings()
-    is_wider = ours.embedding_dim != theirs.embedding_dim
+    width = ours.weight.shape[1]
+    is_wider = width != theirs.weight.shape[1]
     if is_wider:
-        factorize_embeddings(generator, ours.embedding_dim, table=None if is_fresh or is_new else ours.weight)
+        factorize_embeddings(generator, width, table=None if is_fresh or is_new else ours.weight)
     if sharing == "gdes" and is_fresh:
         for own, other in shared_table_names(discriminator, generator).items():
             # Then the difference is zero at the start.
@@ -230,7 +226,7 @@ def _prepare_tables(
                     f"embedding_sharing='tied': the discriminator's {own} is not the generator's {other}, so they were not "
                     "trained as one: 'gdes' keeps both, 'none' keeps them apart"
                 )
-    return ours.embedding_dim if is_wider else None
+    return width if is_wider else None
 
 
 @torch.no_grad()
