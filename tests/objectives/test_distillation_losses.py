@@ -104,6 +104,28 @@ class TestAttention:
         for fast, exact in ((near[0], slow.query), (near[1], slow.key)):
             assert (fast.grad - exact.grad).norm() < 1e-4 * exact.grad.norm()
 
+    @pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6])
+    def test_its_value_stays_right_as_a_student_comes_near(self, step):
+        """In fp32 a billionth of the scores' energy would be lost among the large numbers that cancel."""
+        teacher = record(seed=0, heads=2, width=32, batch=1, length=200)
+        noise = record(seed=1, heads=2, width=32, batch=1, length=200)
+        near = [(3 * a + step * b).detach().requires_grad_() for a, b in zip(teacher[:2], noise[:2], strict=True)]
+        teacher = teacher._replace(query=3 * teacher.query.detach(), key=3 * teacher.key.detach())
+        student = teacher._replace(query=near[0], key=near[1])
+        slow, exact = in_float64(student), in_float64(teacher)
+        expected = ((slow.query @ slow.key.mT - exact.query @ exact.key.mT) * 32**-0.5).square().sum()
+        result = attention_loss(student, teacher, torch.ones(1, 200)).sum
+        # What the weights of fp32 can hold of such a step.
+        assert result.item() == pytest.approx(expected.item(), rel=max(1e-4, 1e-6 / step))
+
+    def test_of_other_widths_its_error_is_that_of_the_scores_energy(self):
+        teacher, student = (record(seed=n, heads=2, width=24 - 8 * n, batch=1, length=100) for n in (0, 1))
+        slow, exact = in_float64(student), in_float64(teacher)
+        scores = [one.query @ one.key.mT * one.query.shape[-1] ** -0.5 for one in (slow, exact)]
+        result = attention_loss(student, teacher, torch.ones(1, 100)).sum.item()
+        energy = sum(one.square().sum().item() for one in scores)
+        assert abs(result - (scores[0] - scores[1]).square().sum().item()) < 1e-6 * energy
+
     def test_no_tensor_of_all_pairs_is_made(self):
         class Shapes(TorchDispatchMode):
             seen = ()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import pickle
 
 import numpy as np
@@ -383,7 +384,10 @@ def isolated_examples(num_examples: int) -> list[dict]:
         begins[0] = True
         example["document_ids"] = np.cumsum(begins) - 1
         example["word_starts"] = rng.random(length) < 0.5
-        example["spans"] = [(start, min(start + 4, length)) for start in range(0, length - 1, 3)]
+        crossing = [(start, min(start + 4, length)) for start in range(0, length - 1, 3)]
+        bounds = [*np.flatnonzero(begins).tolist(), length]
+        inside = [(i, min(i + 2, end)) for start, end in itertools.pairwise(bounds) for i in range(start, end, 2)]
+        example["spans"] = sorted(crossing + inside)
         examples.append(example)
     return examples
 

@@ -57,7 +57,7 @@ class TaskDataArguments(AugmentationArguments):
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Examples to train on: .tsv or .csv, .jsonl, .json, .parquet (.gz, .bz2 and .xz too), or .json as of SQuAD. A "
+            "help": "Examples to train on: .tsv, .csv, .jsonl, .json, .parquet (.gz, .bz2, .xz too), or .json as of SQuAD. A "
             "table of sentences and classes, sentence<TAB>label, needs no header."
         },
     )
