@@ -38,7 +38,8 @@ _OTHER_SUFFIXES = {
     "an image": ".png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .heic",
     "a file of sound or video": ".mp3 .wav .flac .ogg .m4a .mp4 .mov .avi .mkv .webm",
     "a program": ".exe .dll .so .dylib .o .a .class .pyc .pyd",
-    "a file of weights or arrays": ".safetensors .bin .pt .pth .ckpt .onnx .gguf .npy .npz .pkl .pickle .h5 .hdf5 .msgpack .orc .avro",
+    "a file of weights or arrays": ".safetensors .bin .pt .pth .ckpt .onnx .gguf .npy .npz .pkl .pickle .h5 .hdf5 "
+    ".msgpack .orc .avro",
     "a database": ".sqlite .sqlite3 .db",
     "a notebook": ".ipynb",
     "a web archive": ".warc .wet .wat",

@@ -351,3 +351,55 @@ def test_numbers_and_repr():
     assert dataset.num_tokens == sum(map(sum, LENGTHS))
     assert "8 pairs of at most 14 tokens" in repr(dataset)
     assert f"{sum(sum(pair) > 10 for pair in LENGTHS) / 8:.1%}" in repr(dataset)
+
+
+class TestLines:
+    """The n-th lines of two files belong together, as `wc -l` counts them."""
+
+    def write(self, folder, name, content):
+        path = folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    def pairs(self, *paths, **options):
+        return list(read_bitext(paths, languages=("en", "de"), **options))
+
+    def test_only_line_feeds_end_lines(self, tmp_path):
+        english = [f"en {number}" for number in range(9)]
+        english[2], english[5], english[7] = "e\rn\r\r2", "e\u2028n\x855", "\ufeffe\x0bn\x1c7"
+        german = [f"de {number}" for number in range(9)]
+        german[4] = "d\r4"
+        first = self.write(tmp_path, "a.en", "\r\n".join(english) + "\r\n")
+        second = self.write(tmp_path, "a.de", "\n".join(german))
+        found = self.pairs(first, second)
+        assert [pair[1].split()[-1] for pair in found] == [str(n) for n in range(4)] + ["4"] + [
+            str(n) for n in range(5, 9)
+        ]
+        assert found[2] == ("e\nn\n\n2", "de 2") and found[7] == ("e\x0bn\x1c7", "de 7")
+
+    def test_text_of_the_old_mac_is_one_line_and_refused(self, tmp_path):
+        mac = self.write(tmp_path, "a.en", "one\rtwo\r")
+        with pytest.raises(InputError, match="carriage returns, but no line feeds"):
+            self.pairs(mac, mac)
+
+    def test_tables_and_arrays_have_a_field_for_each_language(self, tmp_path):
+        expected = [("a, b", "c"), ("d", "e\tf")]
+        table = self.write(tmp_path, "a.csv", 'en,n,de\n"a, b",1,c\nd,2,e\tf\n')
+        assert self.pairs(table) == expected
+        rows = [{"en": first, "de": second} for first, second in expected]
+        assert self.pairs(self.write(tmp_path, "a.json", json.dumps(rows, indent=1))) == expected
+        headed = self.write(tmp_path, "b.tsv", "de\ten\nx\ty\n")
+        assert self.pairs(headed) == [("y", "x")]
+        assert self.pairs(self.write(tmp_path, "c.tsv", 'y\tx\n"y\tx\t3\n')) == [("y", "x"), ('"y', "x")]
+
+    def test_a_bad_side_costs_the_pair(self, tmp_path, capsys):
+        first = self.write(tmp_path, "a.en", b"one\nb\xffd\nthree\n")
+        second = self.write(tmp_path, "a.de", "eins\nzwei\ndrei\n")
+        with pytest.raises(InputError, match="a.en is not text in UTF-8: byte 5"):
+            self.pairs(first, second)
+        assert self.pairs(first, second, on_bad_text="skip") == [("one", "eins"), ("three", "drei")]
+        assert "skipped a document (1 so far)" in capsys.readouterr().out
+
+    def test_markup_is_refused(self, tmp_path):
+        with pytest.raises(InputError, match="XML or HTML"):
+            self.pairs(self.write(tmp_path, "a.tmx", "<tmx></tmx>"))

@@ -488,6 +488,50 @@ class TestBadText:
         assert DataArguments(on_bad_text="skip", train_file=["x"]).on_bad_text == "skip"
 
 
+class TestChangedFiles:
+    @pytest.fixture
+    def small_parts(self, monkeypatch):
+        monkeypatch.setattr("hf_pretrain.data.shards._LEAST_BYTES", 50)
+        monkeypatch.setattr("hf_pretrain.data.shards._NUM_SHARDS", 8)
+
+    def test_a_mended_file_is_read_in_the_old_parts(self, write, small_parts):
+        texts = [f"text {number} of words" for number in range(40)]
+        path = write("a.txt", "\n\n".join(texts).encode().replace(b"3 of", b"3 \xff", 1))
+        other = write("b.jsonl", ROWS)
+        before = FileShards([path, other])
+        cuts = json.loads(json.dumps(before.cuts()))
+        places = {text: (shard, place) for shard in range(before.num_shards) for text, place in before.read(shard)}
+        assert before.num_shards > 5 and set(texts) - set(places) == {texts[3]}
+        # Longer by more than a part, in front of all others and behind them.
+        texts = [f"{texts[0]} and {'more ' * 60}".strip(), *texts[1:], "the last"]
+        path.write_text("\n\n".join(texts))
+        after = FileShards([path, other])
+        assert after.cuts() != cuts
+        assert after.identity() == before.identity()
+        assert after.cut_like(cuts) == ["a.txt"]
+        assert after.num_shards == before.num_shards
+        found = [text for shard in range(after.num_shards) for text, _ in after.read(shard)]
+        assert found == [*texts, "one", "two"]
+        shard, place = places[texts[20]]
+        assert [text for text, _ in after.read(shard, start=place)]
+        # The parts of a later checkpoint are those of the first.
+        third = FileShards([path, other])
+        assert third.cut_like(json.loads(json.dumps(after.cuts()))) == []
+        assert [shard.start for shard in third.shards] == [shard.start for shard in before.shards]
+        path.write_text("short")
+        assert FileShards([path, other]).cut_like(cuts) == ["a.txt"]
+
+    def test_other_files_or_formats_are_another_text(self, write):
+        path = write("a.txt", "text")
+        before = FileShards([path])
+        assert FileShards([path], document_separator="line").identity() != before.identity()
+        assert FileShards([write("b.txt", "text")]).identity() != before.identity()
+        cuts = before.cuts()
+        path.write_text(ROWS)
+        with pytest.raises(InputError, match="was text when .* is json_lines now"):
+            FileShards([path]).cut_like(cuts)
+
+
 class TestSystem:
     @pytest.mark.parametrize(("number", "words"), [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "no permission")])
     def test_what_the_system_refuses_is_one_line(self, write, monkeypatch, number, words):

@@ -84,6 +84,19 @@ def test_another_text_is_refused(tmp_path, text):
         build(MLM, tmp_path / "other", data, **OPTIONS).train(resume_from_checkpoint=checkpoint)
 
 
+def test_a_text_that_was_mended_goes_on_and_says_so(tmp_path, text, capsys):
+    path = text / "3.txt"
+    path.write_bytes(path.read_bytes() + b"\n\nb\xffd")
+    build(MLM, tmp_path / "run", streamed(text), **OPTIONS | {"max_steps": 2}).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    path.write_bytes(path.read_bytes().replace(b"b\xffd", b"w1 w2 w3"))
+    trainer = build(MLM, tmp_path / "other", streamed(text), **OPTIONS | {"max_steps": 3})
+    capsys.readouterr()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    assert f"changed since {checkpoint} was made: 3.txt" in capsys.readouterr().out
+    assert trainer.state.global_step == 3
+
+
 def test_a_checkpoint_of_stored_text_is_refused(tmp_path, text):
     build(MLM, tmp_path / "run", **OPTIONS | {"max_steps": 1}).train()
     trainer = build(MLM, tmp_path / "other", streamed(text), **OPTIONS)
