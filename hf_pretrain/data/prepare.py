@@ -45,6 +45,7 @@ _TOKENIZER_CHARACTERS = 1 << 28
 _TOKENIZER_RECORD = "_tokenizer_training.json"
 # Of a stream, so many characters are looked at before training.
 _STREAM_CHARACTERS = 1 << 20
+_BATCH_TEXTS = 256
 # A share of unknown characters that is worth a warning, and how many of them are shown.
 _NOTABLE_SHARE, _SHOWN = 0.01, 5
 _SHOWN_TOKENS = 16
@@ -159,7 +160,7 @@ def _prepare_documents(
             f"{name}blocks": len(blocks[name]),
             f"{name}bytes": int(num_bytes.sum()),
             f"{name}characters": int(num_characters.sum()),
-            f"{name}unknown_share": unknown[name].share,
+            f"{name}unknown_share": round(unknown[name].share, 6),
         }
     return PreparedData(
         tokenizer,
@@ -434,20 +435,29 @@ def _prepare_stream(
     eval_dataset = None if held_out is None else BlockDataset(held_out, **options)
     held_out_source = file_names(args.validation_file) if args.validation_file else None
     description = common_description(args, tokenizer, f"{_source_name(args)} (streamed)", held_out_source, output_dir)
-    description |= {"unknown_share": unknown.share, "unknown_counted_in": unknown.characters}
+    description |= {"unknown_share": round(unknown.share, 6), "unknown_counted_in": unknown.characters}
     if held_out is not None and eval_dataset is not None:
         description |= {"held_out_documents": len(held_out), "held_out_tokens": eval_dataset.num_tokens}
-        description |= {"held_out_blocks": len(eval_dataset), "held_out_unknown_share": held_out_unknown.share}
+        description |= {
+            "held_out_blocks": len(eval_dataset),
+            "held_out_unknown_share": round(held_out_unknown.share, 6),
+        }
     return PreparedData(tokenizer, train_dataset, eval_dataset, description, args.block_size)
 
 
 def count_unknown(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> UnknownCount:
     """Count what a tokenizer does not know in the first million characters of texts."""
-    unknown, room = UnknownCount(), _STREAM_CHARACTERS
-    texts = iter(texts)
-    while room > 0 and (batch := [(text or "")[:room] for text in itertools.islice(texts, 256)]):
+    unknown, room, batch = UnknownCount(), _STREAM_CHARACTERS, []
+    for text in texts:
+        batch.append((text or "")[:room])
+        room -= len(batch[-1])
+        if room <= 0 or len(batch) == _BATCH_TEXTS:
+            tokenize_texts(batch, tokenizer, unknown=unknown)
+            batch = []
+        if room <= 0:
+            break
+    if batch:
         tokenize_texts(batch, tokenizer, unknown=unknown)
-        room -= sum(map(len, batch))
     return unknown
 
 
