@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+from tokenizers import decoders
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -34,7 +35,7 @@ from hf_pretrain.data.text import (
     text_sizes,
 )
 from hf_pretrain.data.tokenizer_training import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
-from hf_pretrain.data.words import NamedSegmenter, Segmenter
+from hf_pretrain.data.words import NamedSegmenter, Segmenter, encodable
 from hf_pretrain.errors import InputError
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
@@ -328,8 +329,7 @@ def check_unknown(
     share = f"{unknown.share:.2%} of the characters"
     say(f"unknown tokens: {unknown.unknown_tokens:,} of {unknown.tokens:,} in {where}, for {share}")
     first = next((text for text in texts if text and text.strip()), "")
-    words = " ".join(tokenizer.tokenize(first[:1000])[:_SHOWN_TOKENS])
-    say(f"a text in tokens: {words}")
+    say(f"a text in tokens: {' '.join(_first_tokens(first, tokenizer))}")
     if unknown.share <= _NOTABLE_SHARE:
         return
     shown = ", ".join(repr(part) for part in _unknown_parts(texts, tokenizer))
@@ -340,13 +340,22 @@ def check_unknown(
     logger.warning(f"{what}: {cure}")
 
 
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the first tokens of a text, those of bytes as the characters that they are."""
+    tokens = tokenizer.tokenize(encodable(text[:1000]))[:_SHOWN_TOKENS]
+    if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        return tokens
+    return [tokenizer.convert_tokens_to_string([token]).replace(" ", "Ġ") for token in tokens]
+
+
 def _unknown_parts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the beginnings of the first different parts of the texts that are unknown."""
     found: dict[str, None] = {}
     for text in itertools.islice(texts, 1000):
-        encoding = tokenizer(text[:10_000], add_special_tokens=False, return_offsets_mapping=True)
+        text = encodable((text or "")[:10_000])
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for token, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            if token == tokenizer.unk_token_id:
+            if token == tokenizer.unk_token_id and stop > start:
                 found[text[start : min(stop, start + 20)]] = None
         if len(found) >= _SHOWN:
             break
