@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+from tokenizers import decoders
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -34,7 +35,7 @@ from hf_pretrain.data.text import (
     text_sizes,
 )
 from hf_pretrain.data.tokenizer_training import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
-from hf_pretrain.data.words import NamedSegmenter, Segmenter
+from hf_pretrain.data.words import NamedSegmenter, Segmenter, encodable
 from hf_pretrain.errors import InputError
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
@@ -45,6 +46,7 @@ _TOKENIZER_CHARACTERS = 1 << 28
 _TOKENIZER_RECORD = "_tokenizer_training.json"
 # Of a stream, so many characters are looked at before training.
 _STREAM_CHARACTERS = 1 << 20
+_BATCH_TEXTS = 256
 # A share of unknown characters that is worth a warning, and how many of them are shown.
 _NOTABLE_SHARE, _SHOWN = 0.01, 5
 _SHOWN_TOKENS = 16
@@ -159,7 +161,7 @@ def _prepare_documents(
             f"{name}blocks": len(blocks[name]),
             f"{name}bytes": int(num_bytes.sum()),
             f"{name}characters": int(num_characters.sum()),
-            f"{name}unknown_share": unknown[name].share,
+            f"{name}unknown_share": round(unknown[name].share, 6),
         }
     return PreparedData(
         tokenizer,
@@ -332,8 +334,7 @@ def check_unknown(
     share = f"{unknown.share:.2%} of the characters"
     say(f"unknown tokens: {unknown.unknown_tokens:,} of {unknown.tokens:,} in {where}, for {share}")
     first = next((text for text in texts if text and text.strip()), "")
-    words = " ".join(tokenizer.tokenize(first[:1000])[:_SHOWN_TOKENS])
-    say(f"a text in tokens: {words}")
+    say(f"a text in tokens: {' '.join(_first_tokens(first, tokenizer))}")
     if unknown.share <= _NOTABLE_SHARE:
         return
     shown = ", ".join(repr(part) for part in _unknown_parts(texts, tokenizer))
@@ -344,13 +345,22 @@ def check_unknown(
     logger.warning(f"{what}: {cure}")
 
 
+def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the first tokens of a text, those of bytes as the characters that they are."""
+    tokens = tokenizer.tokenize(encodable(text[:1000]))[:_SHOWN_TOKENS]
+    if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
+        return tokens
+    return [tokenizer.convert_tokens_to_string([token]).replace(" ", "Ġ") for token in tokens]
+
+
 def _unknown_parts(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the beginnings of the first different parts of the texts that are unknown."""
     found: dict[str, None] = {}
     for text in itertools.islice(texts, 1000):
-        encoding = tokenizer(text[:10_000], add_special_tokens=False, return_offsets_mapping=True)
+        text = encodable((text or "")[:10_000])
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for token, (start, stop) in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-            if token == tokenizer.unk_token_id:
+            if token == tokenizer.unk_token_id and stop > start:
                 found[text[start : min(stop, start + 20)]] = None
         if len(found) >= _SHOWN:
             break
@@ -441,20 +451,29 @@ def _prepare_stream(
     eval_dataset = None if held_out is None else BlockDataset(held_out, **options)
     held_out_source = file_names(args.validation_file) if args.validation_file else None
     description = common_description(args, tokenizer, f"{_source_name(args)} (streamed)", held_out_source, output_dir)
-    description |= {"unknown_share": unknown.share, "unknown_counted_in": unknown.characters}
+    description |= {"unknown_share": round(unknown.share, 6), "unknown_counted_in": unknown.characters}
     if held_out is not None and eval_dataset is not None:
         description |= {"held_out_documents": len(held_out), "held_out_tokens": eval_dataset.num_tokens}
-        description |= {"held_out_blocks": len(eval_dataset), "held_out_unknown_share": held_out_unknown.share}
+        description |= {
+            "held_out_blocks": len(eval_dataset),
+            "held_out_unknown_share": round(held_out_unknown.share, 6),
+        }
     return PreparedData(tokenizer, train_dataset, eval_dataset, description, args.block_size)
 
 
 def count_unknown(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> UnknownCount:
     """Count what a tokenizer does not know in the first million characters of texts."""
-    unknown, room = UnknownCount(), _STREAM_CHARACTERS
-    texts = iter(texts)
-    while room > 0 and (batch := [(text or "")[:room] for text in itertools.islice(texts, 256)]):
+    unknown, room, batch = UnknownCount(), _STREAM_CHARACTERS, []
+    for text in texts:
+        batch.append((text or "")[:room])
+        room -= len(batch[-1])
+        if room <= 0 or len(batch) == _BATCH_TEXTS:
+            tokenize_texts(batch, tokenizer, unknown=unknown)
+            batch = []
+        if room <= 0:
+            break
+    if batch:
         tokenize_texts(batch, tokenizer, unknown=unknown)
-        room -= sum(map(len, batch))
     return unknown
 
 

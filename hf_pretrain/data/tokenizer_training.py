@@ -81,7 +81,7 @@ _UNBROKEN_CHARACTERS = 1 << 22
 # Below so many characters a training takes no more than about two seconds.
 _QUICK_CHARACTERS = {"wordpiece": 1 << 22, "bpe": 1 << 22, "unigram": 1 << 18}
 # What a text is like shows in its beginning, and in no more than so much of any document.
-_LOOKED_AT, _LOOKED_AT_IN_ONE = 1 << 20, 1 << 16
+_LOOKED_AT, _LOOKED_AT_IN_ONE = 1 << 20, 1 << 13
 # Words are longer than this in no language that separates them, but for single ones.
 _LONG_WORD = 25
 _LEAST_LONG_SHARE, _LEAST_KANA_SHARE, _LEAST_JOINER_SHARE = 0.1, 0.1, 1e-3

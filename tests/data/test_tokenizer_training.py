@@ -339,7 +339,7 @@ def keyed_letters(alphabet, count, *, seed=0):
     return "".join(alphabet[n] for n in numbers)
 
 
-PROSE = [f"The {a}{b} reads; it is {c}." for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES]
+PROSE = [f"The {a}{b} reads, and it is {c}." for a in SYLLABLES for b in SYLLABLES for c in SYLLABLES]
 BASE64 = string.ascii_letters + string.digits + "+/"
 CODE = (
     "def read(path, *, size=0):\n    if size > 0:\n        return open(path)[:size]\n    return {k: v for k, v in x}\n"
@@ -398,7 +398,7 @@ def test_unigram_learns_from_a_part_of_text_without_spaces(monkeypatch):
 def test_long_words_are_left_out_and_said_or_cut_where_they_are_the_text(kind, caplog, monkeypatch):
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     word = keyed_letters("ACGT", 3000) + "zq" * 1000
-    size = {"wordpiece": 90, "bpe": 420, "unigram": 90}[kind]
+    size = {"wordpiece": 120, "bpe": 420, "unigram": 120}[kind]
     tokenizer = train_tokenizer([*PROSE, f"{word} {word}"], kind=kind, vocab_size=size)
     assert not any("zqzq" in token for token in tokenizer.get_vocab())
     assert "2 words of more than 1,000 characters (10,000 of" in caplog.text and "left out" in caplog.text

@@ -169,7 +169,7 @@ def prepare_task(
         "tokenizer": type(tokenizer.backend_tokenizer.model).__name__,
         "vocab_size": len(tokenizer),
         "max_length": args.max_length,
-        "unknown_share": unknown.share,
+        "unknown_share": round(unknown.share, 6),
     }
     return PreparedData(tokenizer, examples, held_out_examples, description, args.max_length, train_documents=examples)
 
