@@ -6,6 +6,7 @@ import json
 import os
 import time
 
+import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
@@ -37,16 +38,22 @@ def said(error):
     return stream.getvalue().splitlines()
 
 
+def wait_at_most(trainer, seconds):
+    trainer.args.ddp_timeout = seconds
+    set_timeout(trainer.args)
+
+
 def main(folder):
     rank = int(os.environ["RANK"])
+    trainer = build(programs()["mlm"], folder / "out", per_device_train_batch_size=4, max_steps=8)
     # Shorter than what the first process takes to prepare.
-    trainer = build(programs()["mlm"], folder / "out", per_device_train_batch_size=4, max_steps=8, ddp_timeout=2)
-    set_timeout(trainer.args)
+    wait_at_most(trainer, 2)
     with first_process_first(trainer.args):
         if not rank:
             time.sleep(4)
         order = time.time()
     found = {"order": order}
+    wait_at_most(trainer, 120)
     stopping = Stopping()
     trainer.add_callback(AskOne(stopping))
     try:
@@ -55,11 +62,12 @@ def main(folder):
         found["stopped"] = trainer.state.global_step
     found["said"] = said(InputError("of all ranks"))
     found["own"] = said(InputError("of rank 1")) if rank else []
+    wait_at_most(trainer, 2)
     started = time.time()
     # Longer than the others wait.
     time.sleep(6 * rank)
     try:
-        dist.barrier()
+        dist.all_reduce(torch.ones(1))
     except RuntimeError as error:
         found["timeout"] = str(error)
     found["waited"] = time.time() - started

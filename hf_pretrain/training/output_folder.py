@@ -109,21 +109,26 @@ class OutputFolder:
                 "of the two"
             )
         checkpoint = None if asked is None else _checkpoint_to_resume(self.path, asked)
-        if checkpoint is None and self._is_used():
-            if args.overwrite_output_dir:
+        if checkpoint is None:
+            cut_off = (self.path / _UNFINISHED).exists()
+            is_used = self._is_used()
+            if is_used and args.overwrite_output_dir:
                 self._set_aside()
-            elif asked is None or not (self.path / _UNFINISHED).exists():
+            elif is_used and (asked is None or not cut_off):
                 raise InputError(
                     f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if asked else ''}: name another, go "
                     "on with --resume_from_checkpoint true (auto if a run may have been cut off before its first checkpoint), "
                     "or replace the run that is there with --overwrite_output_dir"
                 )
-            else:
+            elif cut_off and asked is not None and not self._is_empty():
                 print(
                     f"{self.path} holds a run that was cut off before its first checkpoint: starting anew", flush=True
                 )
         (self.path / _UNFINISHED).touch()
         return checkpoint
+
+    def _is_empty(self) -> bool:
+        return all(path.name in (_LOCK, _UNFINISHED) for path in self.path.iterdir())
 
     def _is_used(self) -> bool:
         """Whether there is more than a try leaves that never came to train."""
@@ -191,7 +196,7 @@ class OutputFolder:
                     self.path.rmdir()
             return
         self._restore()
-        is_empty = all(path.name in (_LOCK, _UNFINISHED) for path in self.path.iterdir())
+        is_empty = self._is_empty()
         if is_empty:
             (self.path / _UNFINISHED).unlink(missing_ok=True)
         # Before it is free: a start in between would hold the lock of a file that is gone.

@@ -33,8 +33,8 @@ _NOT_COMPARED = (
     *("fsdp", "deepspeed", "accelerator_config", "full_determinism", "teacher_name", "teacher_device", "trackio_"),
     *("model_name", "generator_name", "use_cpu", "include_"),
 )
-# Of a larger text, evenly spread parts are hashed.
-_MOST_HASHED, _PARTS, _PART_BYTES = 1 << 30, 4096, 1 << 16
+# Bytes of tokens that are hashed; of more, every so many record batches.
+_MOST_HASHED = 1 << 33
 
 
 class ResumingMixin(_Base):
@@ -184,18 +184,26 @@ def text_fingerprint(dataset: Any) -> str | None:
     """
     if dataset is None or isinstance(dataset, IterableDataset):
         return None
-    digest, is_empty = xxhash.xxh3_128(), True
+    lengths, tokens, is_empty = xxhash.xxh3_128(), xxhash.xxh3_128(), True
     for table in _stored_tables(dataset, set()):
-        if "input_ids" in table.column_names:
-            is_empty = False
-            columns = [table.data.table.column("input_ids")]
-            columns += [] if table._indices is None else [table._indices.column(0)]
-            for chunk in (chunk for column in columns for chunk in column.chunks):
-                values = chunk.flatten() if hasattr(chunk, "flatten") and hasattr(chunk, "offsets") else chunk
-                if hasattr(chunk, "offsets"):
-                    _add(digest, chunk.offsets.to_numpy(zero_copy_only=False))
-                _add(digest, values.to_numpy(zero_copy_only=False))
-    return None if is_empty else digest.hexdigest()
+        if "input_ids" not in table.column_names:
+            continue
+        is_empty = False
+        column = table.data.table.column("input_ids")
+        every = 1 + column.nbytes // _MOST_HASHED
+        for number, chunk in enumerate(column.chunks):
+            if hasattr(chunk, "offsets"):
+                lengths.update(_bytes(np.diff(chunk.offsets.to_numpy(zero_copy_only=False)).astype(np.int64)))
+                chunk = chunk.flatten()  # noqa: PLW2901
+            if number % every == 0:
+                tokens.update(_bytes(chunk.to_numpy(zero_copy_only=False)))
+        if table._indices is not None:
+            lengths.update(_bytes(table._indices.column(0).to_numpy()))
+    return None if is_empty else lengths.hexdigest() + tokens.hexdigest()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(np.ascontiguousarray(array)).cast("B")
 
 
 def _stored_tables(value: Any, seen: set[int]) -> Iterator[datasets.Dataset]:
@@ -210,13 +218,3 @@ def _stored_tables(value: Any, seen: set[int]) -> Iterator[datasets.Dataset]:
             yield from _stored_tables(part, seen)
     elif type(value).__module__.startswith("hf_pretrain."):
         yield from _stored_tables(getattr(value, "__dict__", {}), seen)
-
-
-def _add(digest: Any, array: np.ndarray) -> None:
-    flat = np.ascontiguousarray(array).view(np.uint8)
-    digest.update(str(len(flat)).encode())
-    if len(flat) <= _MOST_HASHED:
-        digest.update(flat.data)
-    else:
-        for start in np.linspace(0, len(flat) - _PART_BYTES, _PARTS).astype(np.int64).tolist():
-            digest.update(flat[start : start + _PART_BYTES].data)
