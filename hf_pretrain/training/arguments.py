@@ -1,5 +1,6 @@
 """Options that every method has, and what can be known of them before any text is read."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
@@ -232,6 +233,8 @@ def _check_report(name: str) -> None:
 
 def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
     """Return the optimizer of the options for a tiny module, None where that needs the model itself."""
+    if args.optim_args is not None and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", args.optim_args):
+        raise InputError(f"optim_args={args.optim_args!r} must be NAME=VALUE, divided by commas")
     model = nn.Linear(2, 2)
 
     def choose(options: PretrainingArguments) -> tuple[Any, dict[str, Any]]:
@@ -270,9 +273,7 @@ def _try_schedule(args: PretrainingArguments, optimizer: Optimizer) -> None:
         return
     # Of a run that is counted in epochs, some number of steps.
     steps = args.max_steps if args.max_steps > 0 else 1000
-    with _in_one_line(
-        f"lr_scheduler_type={args.lr_scheduler_type.value}" + (f", lr_scheduler_kwargs={kwargs}" if kwargs else "")
-    ):
+    with _in_one_line(f"lr_scheduler_type={args.lr_scheduler_type.value} with lr_scheduler_kwargs={kwargs or {}}"):
         get_scheduler(
             args.lr_scheduler_type,
             optimizer=optimizer,

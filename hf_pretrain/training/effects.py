@@ -92,6 +92,12 @@ def check_refused(args: Any, allowed: Mapping[str, Collection[Any]]) -> None:
 
 
 _CHECKPOINT = "!model_name_or_path"
+# Optimizers without Adam's moments, and with moments but without its epsilon.
+_OTHERS = (
+    "optim!=sgd|adagrad|adafactor|rmsprop|rmsprop_bnb|rmsprop_bnb_8bit|rmsprop_bnb_32bit|lomo|adalomo|galore_adafactor"
+    "|galore_adafactor_layerwise|schedule_free_sgd"
+)
+_LIONS = "|lion_8bit|lion_32bit|paged_lion_8bit|paged_lion_32bit"
 _TRACKIO = "report_to~trackio|all"
 
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -107,8 +113,14 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "dataset_split": ("dataset_name",),
     "validation_split": ("dataset_name",),
     "shuffle_buffer_size": ("streaming",),
+    # Lanes are read in order, and cut the text themselves.
+    "data_seed": ("!streaming", "!tgt_len", "!mem_len"),
+    "block_mode": ("!tgt_len", "!mem_len"),
+    "block_size": ("!tgt_len",),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (_OTHERS,)),
+    "adam_epsilon": (_OTHERS + _LIONS,),
     **dict.fromkeys(
-        ("dataloader_drop_last", "dataloader_in_order", "data_seed"),
+        ("dataloader_drop_last", "dataloader_in_order"),
         ("!streaming",),
     ),
     "tokenizer_frame": ("!tokenizer_name", _CHECKPOINT, "language_file or parallel_file"),

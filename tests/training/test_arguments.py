@@ -4,13 +4,13 @@ from dataclasses import fields
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError, _kinds
 from hf_pretrain.training import arguments as arguments_module
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
-from hf_pretrain.training.effects import HONOURED, REFUSED
+from hf_pretrain.training.effects import HONOURED, REFUSED, check_needs
 from hf_pretrain.training.parsing import parse_arguments
 from method_matrix import build, programs
 
@@ -273,14 +273,24 @@ def test_masks_of_nothing_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_type=cosine_with_min_lr: "),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_type=warmup_stable_decay: "),
+        (
+            {"lr_scheduler_type": "cosine_with_min_lr"},
+            "lr_scheduler_type=cosine_with_min_lr with lr_scheduler_kwargs={}: ",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type=warmup_stable_decay with lr_scheduler_kwargs={}: ",
+        ),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_kwargs={'x': 1}: "),
         ({"lr_scheduler_kwargs": {"x": 1}, "decay_during_warmup": True}, "has no effect with decay_during_warmup"),
         ({"optim": "adamw_8bit"}, "pip install -U bitsandbytes"),
         ({"optim": "galore_adamw", "optim_target_modules": ["attn"]}, "pip install"),
         ({"optim": "lomo"}, "pip install"),
-        ({"optim": "sgd", "optim_args": "nesterov"}, "optim=sgd: "),
+        (
+            {"optim": "rmsprop", "optim_args": "momentum"},
+            "optim_args='momentum' must be NAME=VALUE, divided by commas",
+        ),
+        ({"optim": "rmsprop", "optim_args": "momentum=x"}, "optim=rmsprop: "),
         ({"optim_args": "a=1"}, "optim_args='a=1' has no effect with optim=adamw_torch"),
         ({"optim_args": "a=1", "adam_bias_correction": False}, "optim_args='a=1' has no effect"),
         ({"optim_target_modules": ["x"]}, "optim_target_modules=['x'] has no effect"),
@@ -320,3 +330,18 @@ def test_what_can_be_used_passes_and_leaves_nothing_behind(make, options):
     before = args.to_dict()
     check_training_options(args)
     assert args.to_dict() == before and torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_options_of_adam_are_for_optimizers_that_take_them(make):
+    """The list in the table, compared with what transformers makes of the options; others need packages."""
+    ours = {"adam_beta1": 0.5, "adam_beta2": 0.6, "adam_epsilon": 1e-3}
+    for optim in ("adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"):
+        for name, value in ours.items():
+            _, usual = Trainer.get_optimizer_cls_and_kwargs(make(optim=optim))
+            _, changed = Trainer.get_optimizer_cls_and_kwargs(make(optim=optim, **{name: value}))
+            given = make(optim=optim, **{name: value})
+            if usual == changed:
+                with pytest.raises(InputError, match=f"{name}={value} has no effect with optim='{optim}'"):
+                    check_needs([given], [name])
+            else:
+                check_needs([given], [name])
