@@ -97,12 +97,15 @@ class TestNoise:
         log_q = model.generator(text, mask).logits.log_softmax(-1).gather(-1, seen["input_ids"][..., None])[..., 0]
         candidates, selected = text >= 5, batch["labels"] != IGNORED
         share = selected.sum(1) / candidates.sum(1)
-        assert len(share.unique()) > 3
+        # Where all of a row is noise, a row of one word, the odds are infinite; such a row has a test of its own.
+        kept = share < 1
+        assert len(share[kept].unique()) > 3
         expected = energies + log_q + (share / (1 - share)).log()[:, None]
-        torch.testing.assert_close(output.scores[candidates], expected[candidates], atol=1e-5, rtol=1e-5)
+        finite = candidates & kept[:, None]
+        torch.testing.assert_close(output.scores[finite], expected[finite], atol=1e-5, rtol=1e-5)
         nll = F.binary_cross_entropy_with_logits(expected, selected.float(), reduction="none")
         expected_sum = torch.where(candidates, nll, 0.0).sum(1)
-        torch.testing.assert_close(output.losses["nce"].sum, expected_sum, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(output.losses["nce"].sum[kept], expected_sum[kept], atol=1e-4, rtol=1e-5)
         own = model.generator(text, mask).logits.log_softmax(-1).gather(-1, text[..., None])[..., 0]
         torch.testing.assert_close(output.losses["cloze"].sum, -torch.where(candidates, own, 0.0).sum(1))
         for loss in output.losses.values():

@@ -68,7 +68,7 @@ def test_bf16_loss_is_near_fp32(program, tmp_path):
 
 
 def test_every_head_learns_and_is_logged(tmp_path):
-    options = {"max_steps": 80, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "logging_steps": 80}
+    options = {"max_steps": 160, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "logging_steps": 160}
     trainer = build(program_of(2), tmp_path, **options)
     before = trainer.evaluate()
     trainer.train()
