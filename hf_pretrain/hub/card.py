@@ -207,8 +207,8 @@ def _set_aside(path: Path, content: bytes) -> str:
 def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that make up a recipe: those that differ from their defaults, and the essential ones.
 
-    Left out are options without a value and those that say where and how to save, log and push. Absolute paths keep
-    only their last part, so that a card tells nothing of the machine.
+    Left out are options without a value and those that say where and how to save, log and push. Paths keep only their last part,
+    so that a card tells nothing of the machine.
 
     Args:
         options: All options of the run, such as `args.to_dict()`.
@@ -222,8 +222,8 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
         changed = value != card_text.plain(defaults.get(name))
         if value is None or not (changed or name in _ESSENTIAL_OPTIONS) or name.startswith(_HOUSEKEEPING_OPTIONS):
             continue
-        chosen[name] = card_text.without_folders(value)
-    return chosen
+        chosen[name] = value
+    return card_text.portable_options(chosen)
 
 
 def snippets(markdown: str) -> list[str]:
