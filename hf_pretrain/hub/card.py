@@ -70,8 +70,8 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         ),
         parts=card_text.part_rows(card.parts),
         part_snippet=card_text.parts_snippet(card.repo, parts=card.parts),
-        data=card_text.rows(card.data),
-        recipe=card_text.yaml_block(card.recipe),
+        data=card_text.rows(card_text.without_folders(card_text.plain(card.data))),
+        recipe=card_text.yaml_block(card_text.without_folders(card_text.plain(card.recipe))),
         metrics=card_text.metric_table(
             card.metrics_before,
             card.metrics_after,
