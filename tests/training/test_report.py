@@ -72,8 +72,11 @@ def test_the_report_says_where_the_page_of_the_model_is(trained, capsys, monkeyp
 def test_the_report_says_that_code_lies_beside_the_export(trained, capsys):
     """A model of an architecture that transformers has not is no stock one."""
     trainer, folder = trained("mlm")
-    monkey = type("OwnModel", (type(trainer.model.model),), {"__module__": "hf_pretrain.models.own"})
-    line = _how_it_opens(monkey(trainer.model.model.config), folder)
+    own = type("OwnModel", (type(trainer.model.model),), {"__module__": "hf_pretrain.models.own"})
+    root = own(trainer.model.model.config)
+    assert _how_it_opens(root, folder) == "opens with transformers where hf_pretrain is imported"
+    (folder / "modeling_own.py").touch()
+    line = _how_it_opens(root, folder)
     assert line == "opens with transformers and the code beside it, where trust_remote_code=True is given"
     assert _how_it_opens(trainer.model.model, folder) == "opens with stock transformers"
 
