@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         where = error.filename or args.model_folder
         raise RunError(
-            f"{where} cannot be written ({error.strerror or error}): what was there is as it was"
+            f"{where} cannot be read or written ({error.strerror or error}): what was there is as it was"
         ) from error
     print(f"model card  {path}")
 

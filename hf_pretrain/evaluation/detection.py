@@ -25,8 +25,10 @@ def detection_metrics(logits: np.ndarray, labels: np.ndarray, *, loss: float | N
     Returns:
         `disc_accuracy`, `disc_precision`, `disc_recall` (zero where undefined), `disc_auc` (0.5 where undefined), `fake_rate` r,
         and with a loss `disc_gain` = 1 - loss / H(r): the share of the labels' entropy that is explained, at most 1; zero or
-        less means that the discriminator has learned nothing.
+        less means that the discriminator has learned nothing. Nothing of nothing: {}.
     """
+    if not len(labels):
+        return {}
     says_replaced, is_replaced = logits > 0, labels == 1
     hits = int((says_replaced & is_replaced).sum())
     rate = float(is_replaced.mean())

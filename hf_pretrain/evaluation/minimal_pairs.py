@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.data.text_files import read_documents
 from hf_pretrain.data.words import character_kinds, next_visible, word_starts
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.batches import batches_by_length, evaluating
+from hf_pretrain.evaluation.batches import batches_by_length, checked_texts, encode_texts, evaluating
 from hf_pretrain.modeling.base import check_model_fits, longest_sequence
 from hf_pretrain.modeling.gathered import GatheredHead
 
@@ -81,7 +81,12 @@ def pair_accuracy(score: Callable[[Sequence[str]], np.ndarray], pairs: Sequence[
     Args:
         score: Takes texts and returns ``[N]`` scores, such as `pseudo_log_likelihoods` with its first arguments bound.
         pairs: The pairs.
+
+    Raises:
+        InputError: If there is none.
     """
+    if not pairs:
+        raise InputError("pairs is empty: give at least one, as read_minimal_pairs returns them")
     scores = score([pair.good for pair in pairs] + [pair.bad for pair in pairs])
     good, bad = scores[: len(pairs)], scores[len(pairs) :]
     answers: defaultdict[str, list[float]] = defaultdict(list)
@@ -128,7 +133,9 @@ def pseudo_log_likelihoods(
         raise InputError(
             f"tokenizer={type(tokenizer).__name__} has no mask token, which a masked language model needs"
         )
-    encoded = _encode(model, tokenizer, texts)
+    encoded = _encode(model, tokenizer, checked_texts(texts, batch_size=batch_size))
+    if not encoded:
+        return np.zeros(0)
     masked = [row for text in encoded for row in _masked_copies(text, tokenizer.mask_token_id, within_word)]
     owner = np.repeat(np.arange(len(encoded)), [len(text.scored) for text in encoded])
     column = np.concatenate([text.scored for text in encoded])
@@ -172,7 +179,7 @@ def originality_scores(
     Raises:
         InputError: If a text is too long, or the model lacks ids of the tokenizer.
     """
-    encoded = _encode(model, tokenizer, texts)
+    encoded = _encode(model, tokenizer, checked_texts(texts, batch_size=batch_size))
     scores = np.zeros(len(encoded))
     with evaluating(model):
         for rows, batch in batches_by_length(
@@ -196,9 +203,15 @@ class _Encoded(NamedTuple):
     words: np.ndarray
 
 
-def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[_Encoded]:
+def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Encoded]:
     check_model_fits(model, tokenizer, block_size=0)
-    encoding = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"tokenizer={type(tokenizer).__name__} is not a fast one, which alone says where a token lies in the text"
+        )
+    if not texts:
+        return []
+    encoding = encode_texts(tokenizer, texts, return_offsets_mapping=True, return_special_tokens_mask=True)
     longest = longest_sequence(model)
     encoded = []
     for text, ids, is_special, offsets in zip(

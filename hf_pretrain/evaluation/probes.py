@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.batches import batches_by_length, evaluating
+from hf_pretrain.evaluation.batches import batches_by_length, checked_texts, encode_texts, evaluating
 from hf_pretrain.modeling.base import check_model_fits, longest_sequence
 
 Pooling = Literal["mean", "cls"]
@@ -48,9 +48,9 @@ def encode(
         ``float32 [N, D]``, in the order of the texts.
 
     Raises:
-        InputError: If there is no such pooling or layer, or the model lacks ids of the tokenizer.
+        InputError: If there is no such pooling or layer, the model lacks ids of the tokenizer, or a text has no token.
     """
-    base = model.base_model
+    base, texts = model.base_model, checked_texts(texts, batch_size=batch_size)
     num_layers = base.config.num_hidden_layers
     if pooling not in get_args(Pooling):
         raise InputError(f"pooling={pooling!r} is unknown; choose one of {', '.join(get_args(Pooling))}")
@@ -58,7 +58,10 @@ def encode(
         raise InputError(f"layer={layer} is none of the {num_layers} of {type(base).__name__}: use 0 to {num_layers}")
     check_model_fits(base, tokenizer, block_size=0)
     longest = min(longest_sequence(base) or tokenizer.model_max_length, tokenizer.model_max_length)
-    sequences = [ids[:longest] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    sequences = [ids[:longest] for ids in encode_texts(tokenizer, texts)["input_ids"]] if texts else []
+    empty = next((number for number, ids in enumerate(sequences) if not ids), None)
+    if empty is not None:
+        raise InputError(f"texts[{empty}]={texts[empty][:40]!r} has no token, and so no features: leave it out")
     features = np.empty((len(sequences), base.config.hidden_size), dtype=np.float32)
     with evaluating(base):
         for rows, batch in batches_by_length(
@@ -111,9 +114,16 @@ def probe_accuracy(
         seed: Key of the choice of that fifth.
 
     Raises:
-        InputError: If there is one class only.
+        InputError: If there is one class only, rows and labels are not as many, or a feature is not finite.
     """
     labels = np.asarray(train_labels)
+    for name, features, given in (("train", train_features, labels), ("test", test_features, test_labels)):
+        if len(features) != len(given) or not len(features):
+            raise InputError(
+                f"{name}_features has {len(features)} rows and {name}_labels {len(given)}: give as many, at least one"
+            )
+        if not np.isfinite(features).all():
+            raise InputError(f"{name}_features has numbers that are not finite: was the model's loss finite?")
     order = draws.permutation(len(labels), seed=seed, stream="probe")
     # By class, so that the fifth has its share of each.
     order = order[np.argsort(labels[order], kind="stable")]

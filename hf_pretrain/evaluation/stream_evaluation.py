@@ -21,6 +21,7 @@ from hf_pretrain.data.documents import tokenize_documents
 from hf_pretrain.data.lanes import LaneDataset, LaneStream
 from hf_pretrain.data.text import text_sizes
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.batches import checked_texts
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.memory import RecurrentMemory
 
@@ -188,6 +189,9 @@ def sliding_window_evaluate(
     """
     if context < 1:
         raise InputError(f"context={context} must be at least 1: give the tokens to read for each target")
+    for name, value in (("num_targets", num_targets), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
     corpus = _Corpus.of(texts, tokenizer)
     stream = LaneStream(corpus.documents, tokenizer=tokenizer, num_lanes=1, complete=True)
     total = stream.num_tokens
@@ -267,7 +271,9 @@ class _Corpus:
     @classmethod
     def of(cls, texts: Sequence[str] | datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> _Corpus:
         if not isinstance(texts, datasets.Dataset):
-            texts = datasets.Dataset.from_dict({"text": list(texts)})
+            texts = datasets.Dataset.from_dict({"text": checked_texts(texts)})
+        if not any((text or "").strip() for text in texts["text"]):
+            raise InputError("texts hold no text to score: give at least one that is not blank")
         documents = tokenize_documents(texts, tokenizer)
         num_bytes, num_characters = text_sizes(texts)
         return cls(documents, int(num_characters.sum()), int(num_bytes.sum()))

@@ -23,7 +23,7 @@ from transformers.utils import cached_file
 from hf_pretrain.data.packing import BlockTemplate
 from hf_pretrain.data.words import character_kinds, next_visible, word_starts
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.batches import batches_by_length, evaluating
+from hf_pretrain.evaluation.batches import batches_by_length, checked_texts, encode_texts, evaluating
 from hf_pretrain.modeling.base import longest_sequence
 from hf_pretrain.modeling.configuration import from_pretrained
 
@@ -139,17 +139,21 @@ class ReplacedTokenScorer:
 
         Returns:
             The words of the text in order, or a list of them a text.
+
+        Raises:
+            InputError: If something is no text, or a batch is empty.
         """
         if isinstance(texts, str):
             return self([texts], batch_size=batch_size)[0]
+        texts = checked_texts(texts, batch_size=batch_size)
         if not texts:
             return []
-        encoded = self.tokenizer(
+        encoded = encode_texts(
+            self.tokenizer,
             texts,
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
-            verbose=False,
         )
         scores = self.token_scores(encoded["input_ids"], batch_size=batch_size)
         return [_word_scores(*each) for each in zip(texts, encoded["offset_mapping"], scores, strict=True)]

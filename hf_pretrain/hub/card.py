@@ -70,8 +70,8 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         ),
         parts=card_text.part_rows(card.parts),
         part_snippet=card_text.parts_snippet(card.repo, parts=card.parts),
-        data=card_text.rows(card.data),
-        recipe=card_text.yaml_block(card.recipe),
+        data=card_text.rows(card_text.without_folders(card_text.plain(card.data))),
+        recipe=card_text.yaml_block(card_text.without_folders(card_text.plain(card.recipe))),
         metrics=card_text.metric_table(
             card.metrics_before,
             card.metrics_after,
@@ -207,8 +207,8 @@ def _set_aside(path: Path, content: bytes) -> str:
 def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that make up a recipe: those that differ from their defaults, and the essential ones.
 
-    Left out are options without a value and those that say where and how to save, log and push. Absolute paths keep
-    only their last part, so that a card tells nothing of the machine.
+    Left out are options without a value and those that say where and how to save, log and push. Paths keep only their last part,
+    so that a card tells nothing of the machine.
 
     Args:
         options: All options of the run, such as `args.to_dict()`.
@@ -222,8 +222,8 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
         changed = value != card_text.plain(defaults.get(name))
         if value is None or not (changed or name in _ESSENTIAL_OPTIONS) or name.startswith(_HOUSEKEEPING_OPTIONS):
             continue
-        chosen[name] = card_text.without_folders(value)
-    return chosen
+        chosen[name] = value
+    return card_text.portable_options(chosen)
 
 
 def snippets(markdown: str) -> list[str]:

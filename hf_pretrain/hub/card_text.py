@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
 from hf_pretrain.hub.metric_names import is_bookkeeping, is_loss, label, split_by_held_out_set, with_perplexity
@@ -39,7 +39,53 @@ def without_folders(value: Any) -> Any:
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_folders(item) for item in value]
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    return last_part(value) if _is_path(value) else _PATH_WITHIN.sub(r"\1", value)
+
+
+def portable_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a run without the folders of its machine, for others to read.
+
+    Files and folders keep only their last part, also where they are named from the working directory. Names of the Hub stay.
+
+    Args:
+        options: Options by name.
+    """
+    return {name: _portable(name, value) for name, value in plain(options).items()}
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path of any system; "" stays "", a root too."""
+    return PureWindowsPath(path.removeprefix("file://")).name or path
+
+
+def _portable(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_portable(name, item) for item in value]
+    if not isinstance(value, str) or not value:
+        return without_folders(value)
+    if name.endswith(_NAMES) and not Path(value).exists() and re.fullmatch(_HUB_NAME, value):
+        return value
+    if name.endswith((*_FILES, *_NAMES)):
+        # One may have the name of a language before it, or another behind it.
+        return last_part(value) if _is_path(value) else re.sub(r"[^=,;]*[/\\]([^=,;])", r"\1", value.rstrip("/\\"))
+    return without_folders(value)
+
+
+def _is_path(text: str) -> bool:
+    path = text.removeprefix("file://")
+    return PurePath(path).is_absolute() or PureWindowsPath(path).is_absolute() or path.startswith(("~/", "../"))
+
+
+# Options that name a file or a folder, and those that name it or what lies on the Hub.
+_FILES = ("_file", "_files", "_dir", "_path", "_folder", "_vectors", "_checkpoint", "config", "deepspeed")
+_NAMES = ("name_or_path", "tokenizer_name", "dataset_name")
+_HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+# An absolute path in the middle of a text, such as the value of an entry "name=path".
+_PATH_WITHIN = re.compile(
+    r"(?:(?<![\w.:/~-])~?/(?:[^\s/\"',;=]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\\"',;=]+\\)+)([^\s/\\\"',;=]+)"
+)
 
 
 def number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -43,7 +44,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         if mode is not None:
             part.chmod(mode)
         os.replace(part, path)
@@ -51,6 +52,15 @@ def write_bytes(path: Path, content: bytes) -> Path:
         part.unlink(missing_ok=True)
         raise
     return path
+
+
+def _flush(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Of file systems that have no such call.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def share_weights(folder: Path | str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 _BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "tokens", "targets", "count", "flos", "mib")
 _QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
-_IN_FULL = {"disc": "discriminator"}
+_IN_FULL = {"disc": "discriminator", "qq": "query-query", "kk": "key-key", "vv": "value-value"}
 _CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "nce", "auc", "kl", "mse", "f1"}
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, hf_api, logging
 
 from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.hub.card_text import last_part, plain, portable_options
+from hf_pretrain.hub.files import PART, write_text
 from hf_pretrain.hub.repository import open_repository, reason, upload_command
+from hf_pretrain.training.checkpoints import MARKER, read_marker, write_marker
 from hf_pretrain.training.saving import SavingMixin
 
 if TYPE_CHECKING:
@@ -25,10 +32,21 @@ else:
 
 logger = logging.get_logger(__name__)
 
-# What lies in the output folder and is no part of the export; CodeCarbon's file tells where the machine stands.
-_NOT_EXPORTED = ("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv")
+# What lies in the output folder and is no part of the export. CodeCarbon's file tells where the machine stands, and the logs of
+# TensorBoard and its kin what it is called.
+_NOT_EXPORTED = (
+    *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv", "runs/*", "wandb/*", "mlruns/*", "*tfevents*", f"*{PART}"),
+)
+# They tell of the machine as they lie here; a push has them without its folders.
+_WITH_PATHS = ("recipe.yaml", "trainer_state.json")
 # An earlier export's, which transformers would open instead of the new one's, or which belongs to another model.
-_REPLACED = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", "pretraining/*")
+_REPLACED = (
+    *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors", "adapter_*"),
+    "pretraining/*",
+)
+# Names in JSON files whose values are names of the Hub, or paths; and files that hold nothing but tokens.
+_PATH_KEYS = re.compile(r".*(name_or_path|best_model_checkpoint|_dir|_file)")
+_TOKENS = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 # The underscore keeps it out of what is pushed; of the files here, others have the same names.
 _UPLOADING = "_uploading"
 
@@ -73,8 +91,12 @@ class PushingMixin(SavingMixin, _Base):
             self.hub_model_id = repository_of(self.args, token=token, private=private)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-        # A checkpoint holds the arguments, and may be pushed for all to read.
-        with self._options(hub_token=None):
+        # A checkpoint holds the arguments, and may be pushed for all to read; a resume does not read them.
+        values = {name: value for name, value in vars(self.args).items() if isinstance(value, (str, dict, list))}
+        portable = portable_options(values)
+        changed = {name: portable[name] for name, value in values.items() if portable[name] != plain(value)}
+        output_dir = output_dir or self.args.output_dir
+        with self._options(hub_token=None, **changed):
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -118,6 +140,7 @@ class PushingMixin(SavingMixin, _Base):
         self.create_model_card(**facts)
         options = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
         command = self._command(self.args.output_dir, revision=options["revision"])
+        shutil.rmtree(Path(self.args.output_dir) / _UPLOADING, ignore_errors=True)
         job = self._upload_export(commit_message=commit_message, **options)
         if not blocking:
             self.push_in_progress = _Push({job: command}, step=self.state.global_step)
@@ -130,6 +153,8 @@ class PushingMixin(SavingMixin, _Base):
                 f"the model is trained and lies whole in {self.args.output_dir}, but was not pushed to {self.hub_model_id} "
                 f"({reason(error)}): push it with `{command}`"
             ) from error
+        finally:
+            shutil.rmtree(Path(self.args.output_dir) / _UPLOADING, ignore_errors=True)
 
     def _open_late(
         self, *, token: str | None, private: bool | None, revision: str | None, facts: Mapping[str, Any]
@@ -156,6 +181,7 @@ class PushingMixin(SavingMixin, _Base):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.create_model_card()
+        shutil.rmtree(Path(self.args.output_dir) / _UPLOADING, ignore_errors=True)
         uploads = {self._upload_export(): self._command(self.args.output_dir)}
         if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
@@ -185,16 +211,26 @@ class PushingMixin(SavingMixin, _Base):
 
     # Both
 
-    def _kept(self, checkpoint_folder: str) -> Path:
-        """Return another folder of the same files: the checkpoint may be removed, for a newer one, before it is uploaded."""
-        folder = Path(self.args.output_dir) / _UPLOADING / Path(checkpoint_folder).name
-        shutil.rmtree(folder.parent, ignore_errors=True)
-        shutil.copytree(checkpoint_folder, folder, copy_function=_link)
+    def _kept(self, source: Path | str, *, ignore: Sequence[str] = ()) -> Path:
+        """Return another folder of the same files, without the paths of this machine.
+
+        A checkpoint may be removed, for a newer one, before it is uploaded, and what lies here must start the run again.
+        """
+        folder = Path(self.args.output_dir) / _UPLOADING / Path(source).absolute().name
+        folder.mkdir(parents=True)
+        for path in Path(source).iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in ignore):
+                continue
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, copy_function=_link)
+            else:
+                _link(str(path), str(folder / path.name))
+        remove_paths(folder)
         return folder
 
     def _upload_export(self, **options: Any) -> Any:
         patterns = {"ignore_patterns": list(_NOT_EXPORTED), "delete_patterns": list(_REPLACED)}
-        return self._upload(self.args.output_dir, **patterns, **options)
+        return self._upload(self._kept(self.args.output_dir, ignore=_NOT_EXPORTED), **patterns, **options)
 
     def _upload(self, folder: Path | str, **options: Any) -> Any:
         defaults = {
@@ -212,7 +248,7 @@ class PushingMixin(SavingMixin, _Base):
             folder,
             path_in_repo=path_in_repo,
             revision=revision or self.args.hub_revision,
-            ignore_patterns=_NOT_EXPORTED if path_in_repo == "." else (),
+            ignore_patterns=(*_NOT_EXPORTED, *_WITH_PATHS) if path_in_repo == "." else (),
         )
 
 
@@ -238,6 +274,65 @@ def repository_of(
         private=args.hub_private_repo if private is None else private,
         revision=revision or args.hub_revision,
     )
+
+
+def remove_paths(folder: Path) -> None:
+    """Leave of each path in the files of a folder its last part: in the recipe, in configurations and in the state of a Trainer.
+
+    A file that is changed is written anew, so that one of which this is a second name stays as it is. The marker of a checkpoint
+    is renewed.
+
+    Args:
+        folder: The folder.
+    """
+    changed = False
+    for path in sorted(folder.rglob("*.json")):
+        if path.name in (*_TOKENS, MARKER):
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            continue
+        portable = _without_paths(content)
+        if portable != content:
+            write_text(path, json.dumps(portable, indent=2, ensure_ascii=False) + "\n")
+            changed = True
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file():
+        _make_portable(recipe)
+    facts = read_marker(folder)
+    if changed and facts is not None:
+        facts = {name: value for name, value in facts.items() if name != "files"}
+        (folder / MARKER).unlink()
+        write_marker(folder, **facts)
+
+
+def _make_portable(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    try:
+        options = yaml.safe_load(text)
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        return
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    comments.append("# Of files and folders it has the names alone.")
+    body = yaml.safe_dump(portable_options(options), sort_keys=False, allow_unicode=True)
+    write_text(recipe, "\n".join([*comments, body]))
+
+
+def _without_paths(content: Any, key: str = "") -> Any:
+    if isinstance(content, dict):
+        return {name: _without_paths(value, str(name)) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_without_paths(value, key) for value in content]
+    if not isinstance(content, str) or not content:
+        return content
+    if _PATH_KEYS.fullmatch(key):
+        return portable_options({"name_or_path": content})["name_or_path"]
+    # A token may look like a path, but none lies there.
+    is_here = (PurePath(content).is_absolute() and len(PurePath(content).parts) > 2) and Path(content).exists()
+    return last_part(content) if is_here else content
 
 
 def _link(source: str, target: str) -> None:

@@ -87,7 +87,9 @@ def _how_it_opens(root: PreTrainedModel, folder: Path) -> str:
         )
     if type(root).__module__.startswith("transformers."):
         return "opens with stock transformers"
-    return "opens with transformers and the code beside it, where trust_remote_code=True is given"
+    if any(folder.glob("*.py")):
+        return "opens with transformers and the code beside it, where trust_remote_code=True is given"
+    return "opens with transformers where hf_pretrain is imported"
 
 
 def _loading_line(model_class: type[PreTrainedModel] | type[AutoModel], folder: Path) -> str:

@@ -146,3 +146,7 @@ def test_the_trainer_leaves_padding_out(tmp_path):
     assert metrics["eval_disc_gain"] == pytest.approx(1 - loss / entropy(labels.mean()), abs=1e-5)
     padded = np.where(output.score_labels.flatten().numpy() == 1, 1, 0)
     assert metrics["eval_disc_auc"] != pytest.approx(roc_auc_score(padded, output.scores.flatten().numpy()), abs=1e-4)
+
+
+def test_nothing_of_nothing():
+    assert detection_metrics(np.zeros(0), np.zeros(0)) == {}

@@ -124,6 +124,47 @@ class TestPseudoLogLikelihood:
             pseudo_log_likelihoods(model, tokenizer, TEXTS)
 
 
+ODD = ["", "   ", "\n", "[MASK] [SEP]", "\u200b", "\U0001f469\u200d\U0001f469", "the cat\r\nsat.", "\x00"]
+
+
+def detector():
+    set_seed(0)
+    return ElectraForPreTraining(ElectraConfig(**SIZES, embedding_size=16))
+
+
+@pytest.mark.parametrize(("score", "model"), [(pseudo_log_likelihoods, masked_lm), (originality_scores, detector)])
+class TestOddTexts:
+    def test_each_has_the_score_that_it_has_alone(self, score, model):
+        together = score(model(), wordpiece(), [*ODD, *TEXTS], batch_size=3)
+        alone = [score(model(), wordpiece(), [text])[0] for text in (*ODD, *TEXTS)]
+        np.testing.assert_allclose(together, alone, rtol=1e-5)
+        assert together[0] == together[1] == together[2] == 0 and np.isfinite(together).all()
+
+    def test_none_at_all(self, score, model):
+        assert score(model(), wordpiece(), []).shape == (0,)
+
+    def test_the_name_of_a_special_token_is_text(self, score, model):
+        """As it was in training: three pieces or words that are not known, and no mask."""
+        tokenizer = wordpiece()
+        first = score(model(), tokenizer, ["[MASK]", "the cat"])
+        assert first[0] != 0 and tokenizer("[MASK]")["input_ids"] == [2, 4, 3], "the tokenizer is as it was"
+        np.testing.assert_allclose(first[0], score(model(), tokenizer, ["[ MASK ]"])[0], rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("texts", "batch_size", "words"),
+        [
+            ("the cat", 1, "texts is one text"),
+            (["the", None], 1, r"texts\[1\] is of type NoneType"),
+            ([3], 1, r"texts\[0\] is of type int"),
+            (["a\ud800b"], 1, "half of a character at 1"),
+            (TEXTS, 0, "batch_size=0"),
+        ],
+    )
+    def test_what_is_no_text_is_named(self, score, model, texts, batch_size, words):
+        with pytest.raises(InputError, match=words):
+            score(model(), wordpiece(), texts, batch_size=batch_size)
+
+
 class TestOriginality:
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_the_sum_of_the_log_probabilities_of_being_original(self, batch_size):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, ElectraConfig, RobertaConfig, set_seed
 
 from hf_pretrain.errors import InputError
@@ -143,3 +144,33 @@ class TestProbe:
         features, _ = self.data()
         with pytest.raises(InputError, match="one class"):
             probe_accuracy(features, np.zeros(400), features, np.zeros(400))
+
+
+class TestOddInput:
+    @pytest.mark.parametrize("text", ["", "  ", "[MASK] [SEP]", "\U0001f469", "w1\r\nw2", "w1 " * 500, "\x00"])
+    def test_a_text_has_finite_features(self, text):
+        features = encode(tiny_model(), tiny_tokenizer(), [text, "w1"])
+        assert features.shape == (2, 16) and np.isfinite(features).all()
+
+    def test_none_at_all(self):
+        assert encode(tiny_model(), tiny_tokenizer(), []).shape == (0, 16)
+
+    def test_a_text_without_a_token_is_named(self):
+        tokenizer = tiny_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+        with pytest.raises(InputError, match=r"texts\[1\]='' has no token"):
+            encode(tiny_model(), tokenizer, ["w1", ""])
+
+    @pytest.mark.parametrize(
+        ("texts", "words"), [("w1", "one text"), ([None], r"texts\[0\]"), (["\udc80"], "half of a character")]
+    )
+    def test_what_is_no_text_is_named(self, texts, words):
+        with pytest.raises(InputError, match=words):
+            encode(tiny_model(), tiny_tokenizer(), texts)
+
+    @pytest.mark.parametrize("change", [{"test_labels": [0]}, {"train_features": np.full((9, 2), np.nan)}])
+    def test_features_that_cannot_be_right(self, change):
+        given = {"train_features": np.zeros((9, 2)), "train_labels": [0, 1, 0] * 3}
+        given |= {"test_features": np.zeros((2, 2)), "test_labels": [0, 1]} | change
+        with pytest.raises(InputError, match="(train|test)_features has"):
+            probe_accuracy(**given)

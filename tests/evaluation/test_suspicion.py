@@ -166,6 +166,24 @@ def test_a_text_without_words(text):
     assert ReplacedTokenScorer(by_token(wordpiece(), {}), wordpiece())([text, "cats", text])[::2] == [[], []]
 
 
+@pytest.mark.parametrize(
+    "text", ["[MASK] [SEP]", "\u200b", "\U0001f469\u200d\U0001f469", "cats\r\nthe cat", "cat " * 3000, "\x00"]
+)
+def test_words_of_odd_texts_are_those_of_the_text(text):
+    words = ReplacedTokenScorer(by_token(wordpiece(), {}), wordpiece(), max_length=16)(text)
+    assert all(text[word.start : word.end] == word.word for word in words)
+    assert "".join(word.word for word in words) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("texts", "batch_size", "words"),
+    [(["a", None], 1, r"texts\[1\]"), (["\ud800"], 1, "half of a character"), (["a"], 0, "batch_size=0")],
+)
+def test_what_is_no_text_is_named(texts, batch_size, words):
+    with pytest.raises(InputError, match=words):
+        ReplacedTokenScorer(by_token(wordpiece(), {}), wordpiece())(texts, batch_size=batch_size)
+
+
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from hf_pretrain.hub.card import recipe_options, render_card, snippets, write_card
-from hf_pretrain.hub.card_text import cell, duration, fine_tuning_snippet, metric_table, number
+from hf_pretrain.hub.card_text import cell, duration, fine_tuning_snippet, metric_table, number, portable_options
 from hf_pretrain.hub.compute import Compute, compute_rows
 from hf_pretrain.hub.environment import Energy
 from hf_pretrain.hub.evaluation import Evaluation
@@ -166,8 +166,10 @@ def test_a_side_that_was_not_measured_has_no_column_and_a_missing_value_is_named
 
 
 def test_no_local_path_reaches_the_card() -> None:
-    card = dataclasses.replace(MINIMAL, base_model="/home/someone/bert", datasets=["/data/x", "org/set"])
-    text = render_card(card)
+    facts = {"base_model": "/home/someone/bert", "datasets": ["/data/x", "org/set"]}
+    facts |= {"data": {"files": ["/home/someone/a.txt"]}, "recipe": {"train_file": "en=/home/someone/a.txt"}}
+    text = render_card(dataclasses.replace(MINIMAL, **facts))
+    assert "| Files | a.txt |" in text and "train_file: en=a.txt" in text
     assert "someone" not in text and "Pre-trained further from a local checkpoint" in text
     data = ModelCard(text).data
     assert data.base_model is None and data.datasets == ["org/set"]
@@ -260,6 +262,24 @@ def test_weights_that_are_not_the_last_ones_are_called_so(tmp_path: Path) -> Non
 def test_text_of_the_user_does_not_break_a_table() -> None:
     text = render_card(dataclasses.replace(MINIMAL, data={"sources": ["a|b.txt", "two\nlines.txt"]}))
     assert "| Sources | a\\|b.txt, two lines.txt |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("train_file", ["/home/anna/client/x.txt", "client/*.txt", "client/"], ["x.txt", "*.txt", "client"]),
+        ("train_file", ["en=/home/anna/en.txt", "en-de=client/x.en,client/x.de"], ["en=en.txt", "en-de=x.en,x.de"]),
+        ("validation_file", ["C:\\Users\\anna\\x.txt", "~/x.txt", "file:///home/anna/x.txt"], ["x.txt"] * 3),
+        ("model_name_or_path", "org/name", "org/name"),
+        ("model_name_or_path", "../client/model", "model"),
+        ("tokenizer_name", "client/deep/tokenizer", "tokenizer"),
+        ("config_overrides", '{"vocab_file": "/home/anna/v.txt"}', '{"vocab_file": "v.txt"}'),
+        ("description", "either/or, https://a.b/c/d", "either/or, https://a.b/c/d"),
+        ("learning_rate", 1e-4, 1e-4),
+    ],
+)
+def test_options_for_others_name_no_folder(name: str, value: Any, shown: Any) -> None:
+    assert portable_options({name: value}) == {name: shown}
 
 
 def test_a_recipe_is_what_differs_and_what_is_essential(tmp_path: Path) -> None:

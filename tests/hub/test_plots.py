@@ -60,6 +60,20 @@ def test_a_total_with_one_component_is_drawn_once_but_a_weighted_one_stays() -> 
     assert list(_curves(weighted)["loss.png"]) == ["loss", "rtd_loss"]
 
 
+def test_a_lone_component_that_is_nearly_the_total_is_drawn_once() -> None:
+    """In training one is a mean over steps, the other over targets."""
+    rows = [{"loss": 5.0 + step, "mlm_loss": 5.03 + step, "step": step} for step in range(3)]
+    assert list(_curves(rows)["loss.png"]) == ["mlm_loss"]
+    weighted = [row | {"loss": 2 * row["mlm_loss"]} for row in rows]
+    assert list(_curves(weighted)["loss.png"]) == ["loss", "mlm_loss"]
+
+
+@pytest.mark.parametrize("mark", ["other_data", "other_weights"])
+def test_what_was_measured_of_other_data_or_weights_is_no_point(mark: str) -> None:
+    other = {"eval_mlm_loss": 0.1, "eval_rtd_auc": 0.9, "test_loss": 0.1, "step": 20, mark: True}
+    assert training_figures([*LOG, other]) == training_figures(LOG)
+
+
 def test_each_component_has_one_panel_with_all_held_out_sets(tmp_path: Path) -> None:
     log: list[dict[str, Any]] = [{"loss": 6.0 / step, "mlm_loss": 6.0 / step, "step": step} for step in (1, 2, 3)]
     for step in (0, 3):

@@ -1,19 +1,27 @@
 """What goes wrong with a push: missing rights are found before training, a failing Hub costs no training and no export."""
 
+import getpass
+import io
 import logging
+import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.hub.repository import reason
+from hf_pretrain.training.checkpoints import is_whole
+from hf_pretrain.training.recipes import write_recipe
 from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub, connected, hub_environment
 from method_matrix import build, programs
 
@@ -170,7 +178,8 @@ class TestWhileTraining:
         folder = trainer.args.output_dir
         assert line.endswith(
             f"push by hand: hf upload tester/model {folder} . --exclude '_*' --exclude 'checkpoint-*' "
-            "--exclude 'emissions*.csv'"
+            "--exclude 'emissions*.csv' --exclude 'runs/*' --exclude 'wandb/*' --exclude 'mlruns/*' --exclude '*tfevents*' "
+            "--exclude '*.part' --exclude recipe.yaml --exclude trainer_state.json"
         )
 
     def test_what_the_client_repeats_by_itself_is_not_told(self, hub, run, caplog):
@@ -215,6 +224,65 @@ class TestWhileTraining:
         )
         trainer.push_to_hub()
         assert order == ["waited", "written"]
+
+
+class TestNothingOfTheMachineIsPushed:
+    @pytest.mark.parametrize("method", ["rtd", "distil"])
+    def test_no_path_no_user_and_no_host(self, hub, run, tmp_path, method):
+        """In no file of the repository, nor in the name of one: export, all checkpoints, and what people log beside."""
+        best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "max_steps": 2}
+        trainer = run(programs()[method], hub_strategy="all_checkpoints", **best)
+        folder = Path(trainer.args.output_dir)
+        client = tmp_path / "client" / "words.txt"
+        trainer.recipe = {"train_file": [str(client)], "output_dir": str(folder), "teacher_name_or_path": str(client)}
+        trainer.data_description |= {"files": [str(client)]}
+        trainer.train()
+        trainer.save_state()
+        (folder / "runs" / "now").mkdir(parents=True)
+        (folder / "runs" / "now" / f"events.out.tfevents.1.{socket.gethostname()}.0").write_text(str(folder))
+        write_recipe(trainer.recipe, folder / "recipe.yaml", program=f"hf-pretrain {method}")
+        trainer.push_to_hub()
+        files = stored(hub)
+        assert {"README.md", "recipe.yaml", "trainer_state.json", "pretraining/run.json"} <= files.keys()
+        assert {
+            f"checkpoint-{step}/{name}" for step in (1, 2) for name in os.listdir(folder / "checkpoint-2")
+        } <= files.keys()
+        secret = {tmp_path.name, client.parent.name, getpass.getuser(), socket.gethostname()} - {"root"}
+        found = [
+            (word, name)
+            for name, content in files.items()
+            for word in secret
+            if word.encode() in unpacked(content) or word in name
+        ]
+        assert found == []
+        assert yaml.safe_load(files["recipe.yaml"]) == {
+            "train_file": ["words.txt"],
+            "output_dir": "run",
+            "teacher_name_or_path": "words.txt",
+        }
+        assert str(client) in (folder / "recipe.yaml").read_text(), "the local one starts the run again"
+        assert str(folder) in (folder / "checkpoint-2" / "trainer_state.json").read_text()
+        assert is_whole(folder / "checkpoint-2") and not (folder / "_uploading").exists()
+        copy = tmp_path / "copy" / "checkpoint-2"
+        for name, content in files.items():
+            if name.startswith("checkpoint-2/"):
+                (copy / name.partition("/")[2]).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name.partition("/")[2]).write_bytes(content)
+        assert is_whole(copy), "a run can go on from the copy"
+
+    def test_an_option_is_as_it_was_after_a_save(self, run):
+        trainer = run(max_steps=1, hub_strategy="end")
+        before = trainer.args.output_dir
+        trainer.train()
+        assert trainer.args.output_dir == before and Path(before).is_absolute()
+
+
+def unpacked(content):
+    """The bytes of a file, and of the files in it where it is an archive."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        return content
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist())
 
 
 class TestAtTheEnd:

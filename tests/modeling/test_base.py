@@ -144,6 +144,7 @@ class TestTokenizerFor:
     def test_it_makes_no_input_that_the_model_does_not_take(self, model_type, options, dropped, tokenizer, tmp_path):
         tokenizer = copy.deepcopy(tokenizer)
         names = tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer.init_kwargs["model_input_names"] = names
         config = AutoConfig.for_model(model_type, **self.SIZES | options)
         model = AutoModel.from_config(config)
         with tokenizer_for(model, tokenizer):

@@ -5,7 +5,13 @@ import re
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from hf_pretrain.training.report import coloured_words, held_out_rows, print_report, print_table
+from hf_pretrain.training.report import (
+    _how_it_opens,
+    coloured_words,
+    held_out_rows,
+    print_report,
+    print_table,
+)
 from method_matrix import build, programs
 
 PROGRAMS = programs()
@@ -51,6 +57,28 @@ def test_the_report_of_replaced_token_detection(trained, capsys):
     paths = [line.split()[-1] for line in lines if line.startswith(("model card", "plot"))]
     assert paths[0] == str(folder / "README.md")
     assert paths[1:] == [str(folder / "plots" / f"{name}.png") for name in ("learning_rate", "loss", "quality")]
+
+
+def test_the_report_says_where_the_page_of_the_model_is(trained, capsys, monkeypatch):
+    trainer, _ = trained("mlm")
+    monkeypatch.setattr(trainer.args, "push_to_hub", True)
+    monkeypatch.setattr(trainer, "hub_model_id", "me/my-bert", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.example")
+    capsys.readouterr()
+    print_report(trainer)
+    assert "model page  https://hub.example/me/my-bert" in capsys.readouterr().out.splitlines()
+
+
+def test_the_report_says_that_code_lies_beside_the_export(trained, capsys):
+    """A model of an architecture that transformers has not is no stock one."""
+    trainer, folder = trained("mlm")
+    own = type("OwnModel", (type(trainer.model.model),), {"__module__": "hf_pretrain.models.own"})
+    root = own(trainer.model.model.config)
+    assert _how_it_opens(root, folder) == "opens with transformers where hf_pretrain is imported"
+    (folder / "modeling_own.py").touch()
+    line = _how_it_opens(root, folder)
+    assert line == "opens with transformers and the code beside it, where trust_remote_code=True is given"
+    assert _how_it_opens(trainer.model.model, folder) == "opens with stock transformers"
 
 
 def test_the_report_says_what_is_missing(trained, capsys):
