@@ -38,7 +38,7 @@ from hf_pretrain.training.faults import not_finite
 from hf_pretrain.training.memory import peak_memory_mib
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
 from hf_pretrain.training.pushing import PushingMixin
-from hf_pretrain.training.sharding import check_sharding, sharded_by_blocks
+from hf_pretrain.training.sharding import check_batches, check_sharding, sharded_by_blocks
 from hf_pretrain.training.stream_training import StreamTrainingMixin
 
 # Options beside those of every method that are read at each step.
@@ -94,11 +94,6 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             raise InputError(
                 f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
             )
-        if args.accelerator_config.split_batches:
-            raise InputError(
-                "accelerator_config: split_batches=True would make per_device_train_batch_size the batch of all processes "
-                "together, which nothing here counts with: leave it out, and divide that number by the processes"
-            )
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
         schedules = args.parse_schedules()
@@ -127,6 +122,7 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             **kwargs,
         )
         check_sharding(self.accelerator)
+        check_batches(self.accelerator)
         self._schedules = schedules
         self.data_description = dict(data_description or {})
         self.recipe: dict[str, Any] = {}

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_pretrain.data import draws
 from hf_pretrain.data.text import (
     load_text_dataset,
     random_subset,
@@ -255,6 +256,19 @@ def test_a_random_subset_passes_over_what_does_not_fit():
     # About a third of 2970 bytes; long ones are a little rarer.
     assert 0.2 < taken[1:].min() / 200 and taken[1:].max() / 200 < 0.5
     assert 0.8 < taken[31:].sum() / taken[1:31].sum() < 1
+
+
+def test_a_random_subset_ends_with_the_first_that_does_not_fit_into_its_last_tenth():
+    for seed in range(30):
+        lengths = np.random.default_rng(seed).integers(1, 300, 60).tolist()
+        chosen: list[int] = []
+        for row in draws.permutation(len(lengths), seed=seed, stream="corpus subset").tolist():
+            filled = sum(lengths[other] for other in chosen)
+            if filled + lengths[row] <= 1_000:
+                chosen.append(row)
+            elif filled >= 900:
+                break
+        assert lengths_of_subset(lengths, max_bytes=1_000, seed=seed) == [lengths[row] for row in sorted(chosen)]
 
 
 def test_a_random_subset_of_texts_of_any_size_is_half_full_if_small_ones_suffice():
