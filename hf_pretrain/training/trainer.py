@@ -223,16 +223,20 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         if not is_training or self.args.world_size == 1 or isinstance(dataset, IterableDataset):
             return load(dataset, **options)
         sampler = options["sampler_fn"](dataset)
+        if not isinstance(sampler, EpochSampler):
+            # Of another's making: accelerate knows how to draw the same on all processes.
+            return load(dataset, **options)
+        filled: Sampler[int] = sampler
         if not self.args.dataloader_drop_last:
             turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
-            dataset, sampler = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
+            dataset, filled = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
         collate, self.data_collator = self.data_collator, CollatorOfFilled(self.data_collator)
         try:
-            loader = load(dataset, **(options | {"sampler_fn": lambda _: sampler}))
+            loader = load(dataset, **(options | {"sampler_fn": lambda _: filled}))
         finally:
             self.data_collator = collate
         # Where batches are skipped after a resume, accelerate looks here for what has to be told the epoch.
-        loader.batch_sampler.sampler = sampler
+        loader.batch_sampler.sampler = filled
         return loader
 
     # Optimizer
