@@ -258,16 +258,19 @@ def test_a_random_subset_passes_over_what_does_not_fit():
     assert 0.8 < taken[31:].sum() / taken[1:31].sum() < 1
 
 
-def test_a_random_subset_ends_with_the_first_that_does_not_fit_into_its_last_tenth():
+def test_a_random_subset_is_taken_in_rounds_until_nine_tenths_are_filled():
     for seed in range(30):
         lengths = np.random.default_rng(seed).integers(1, 300, 60).tolist()
+        waiting = draws.permutation(len(lengths), seed=seed, stream="corpus subset").tolist()
         chosen: list[int] = []
-        for row in draws.permutation(len(lengths), seed=seed, stream="corpus subset").tolist():
-            filled = sum(lengths[other] for other in chosen)
-            if filled + lengths[row] <= 1_000:
-                chosen.append(row)
-            elif filled >= 900:
+        room = 1_000
+        while room > 100:
+            waiting = [row for row in waiting if lengths[row] <= room]
+            if not waiting:
                 break
+            while waiting and lengths[waiting[0]] <= room:
+                room -= lengths[waiting[0]]
+                chosen.append(waiting.pop(0))
         assert lengths_of_subset(lengths, max_bytes=1_000, seed=seed) == [lengths[row] for row in sorted(chosen)]
 
 
