@@ -88,7 +88,7 @@ def deduplicate_files(
     collector = _Collector(deduplicator)
     with _claimed(folder):
         with _Writer(folder / _UNFINISHED, text_column, shard_bytes) as writer:
-            for group in _groups(references, "Reading what to hold against", reading) if references else ():
+            for group in _groups(references, "Reading what to hold against", reading):
                 collector.add_references(group)
             for group in _groups(files, "Comparing", reading):
                 writer.write(collector.kept(group))
@@ -170,7 +170,9 @@ def _remove_unfinished(folder: Path) -> None:
     folder.rmdir()
 
 
-def _groups(paths: Any, what: str, reading: dict[str, Any]) -> Iterator[list[NumberedDocument]]:
+def _groups(paths: Sequence[str], what: str, reading: dict[str, Any]) -> Iterator[list[NumberedDocument]]:
+    if not paths:
+        return iter(())
     documents = numbered_documents(paths, **reading)
     progress = tqdm(documents, desc=what, unit=" documents", delay=2, disable=None)
     return in_groups(progress, num_characters=_GROUP_CHARACTERS)

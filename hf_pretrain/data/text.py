@@ -271,9 +271,9 @@ def text_sizes(texts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
 def random_subset(texts: datasets.Dataset, *, max_bytes: int, seed: int) -> datasets.Dataset:
     """Return a keyed random part of the texts that has at most so many bytes, in the order of the texts.
 
-    Texts are taken in a random order. One that does not fit any more is passed over until nine tenths of the bytes are
-    filled; then the first that does not fit ends it. So a text is the rarer the longer it is, but only where it is long
-    beside `max_bytes`: one of a thousandth of it is hardly ever passed over.
+    Texts are taken in a random order, in rounds: those longer than what is left are left out, and the first that does not
+    fit ends the round. There is another one while less than nine tenths of the bytes are filled. So a text is the rarer
+    the longer it is, but only where it is long beside `max_bytes`: one of a thousandth of it is hardly ever left out.
 
     Raises:
         InputError: If not even one text fits.

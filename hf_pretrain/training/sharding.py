@@ -67,6 +67,19 @@ def check_sharding(accelerator: Accelerator) -> None:
         )
 
 
+def check_batches(accelerator: Accelerator) -> None:
+    """Refuse a launch in which processes share out each batch instead of taking turns with whole ones.
+
+    Raises:
+        InputError: If that was asked for.
+    """
+    if accelerator.split_batches:
+        raise InputError(
+            "accelerator_config: split_batches=True would make per_device_train_batch_size the batch of all processes together, "
+            "and nothing here counts with that: leave it out, and divide that number by the processes"
+        )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether each process holds a share of the parameters only (FSDP2, DeepSpeed's stage 3): then none can run the model alone.
 

@@ -39,7 +39,7 @@ from hf_pretrain.training.faults import not_finite
 from hf_pretrain.training.memory import peak_memory_mib
 from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
 from hf_pretrain.training.pushing import PushingMixin
-from hf_pretrain.training.sharding import check_sharding, sharded_by_blocks
+from hf_pretrain.training.sharding import check_batches, check_sharding, sharded_by_blocks
 from hf_pretrain.training.stream_training import StreamTrainingMixin
 
 # Options beside those of every method that are read at each step.
@@ -95,11 +95,6 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             raise InputError(
                 f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
             )
-        if args.accelerator_config.split_batches:
-            raise InputError(
-                "accelerator_config: split_batches=True would make per_device_train_batch_size the batch of all processes "
-                "together, which nothing here counts with: leave it out, and divide that number by the processes"
-            )
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
         schedules = args.parse_schedules()
@@ -130,6 +125,7 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             **kwargs,
         )
         check_sharding(self.accelerator)
+        check_batches(self.accelerator)
         self._schedules = schedules
         self.data_description = dict(data_description or {})
         self.recipe: dict[str, Any] = {}
@@ -230,16 +226,20 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         if not is_training or self.args.world_size == 1 or isinstance(dataset, IterableDataset):
             return load(dataset, **options)
         sampler = options["sampler_fn"](dataset)
+        if not isinstance(sampler, EpochSampler):
+            # Of another's making: accelerate knows how to draw the same on all processes.
+            return load(dataset, **options)
+        filled: Sampler[int] = sampler
         if not self.args.dataloader_drop_last:
             turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
-            dataset, sampler = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
+            dataset, filled = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
         collate, self.data_collator = self.data_collator, CollatorOfFilled(self.data_collator)
         try:
-            loader = load(dataset, **(options | {"sampler_fn": lambda _: sampler}))
+            loader = load(dataset, **(options | {"sampler_fn": lambda _: filled}))
         finally:
             self.data_collator = collate
         # Where batches are skipped after a resume, accelerate looks here for what has to be told the epoch.
-        loader.batch_sampler.sampler = sampler
+        loader.batch_sampler.sampler = filled
         return loader
 
     # Optimizer

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from hf_pretrain.data import draws
 from hf_pretrain.data.text import (
     load_text_dataset,
     random_subset,
@@ -255,6 +256,22 @@ def test_a_random_subset_passes_over_what_does_not_fit():
     # About a third of 2970 bytes; long ones are a little rarer.
     assert 0.2 < taken[1:].min() / 200 and taken[1:].max() / 200 < 0.5
     assert 0.8 < taken[31:].sum() / taken[1:31].sum() < 1
+
+
+def test_a_random_subset_is_taken_in_rounds_until_nine_tenths_are_filled():
+    for seed in range(30):
+        lengths = np.random.default_rng(seed).integers(1, 300, 60).tolist()
+        waiting = draws.permutation(len(lengths), seed=seed, stream="corpus subset").tolist()
+        chosen: list[int] = []
+        room = 1_000
+        while room > 100:
+            waiting = [row for row in waiting if lengths[row] <= room]
+            if not waiting:
+                break
+            while waiting and lengths[waiting[0]] <= room:
+                room -= lengths[waiting[0]]
+                chosen.append(waiting.pop(0))
+        assert lengths_of_subset(lengths, max_bytes=1_000, seed=seed) == [lengths[row] for row in sorted(chosen)]
 
 
 def test_a_random_subset_of_texts_of_any_size_is_half_full_if_small_ones_suffice():

@@ -81,7 +81,7 @@ class TestReading:
         assert data.train_dataset["token_type_ids"][0] == [0, 0, 0, 1, 1, 1]
         assert data.train_dataset["labels"] == [1, 0]
 
-    @pytest.mark.parametrize("header", ["review\tstars", "0\t1"])
+    @pytest.mark.parametrize("header", ["review\tstars", "review\t1", "0\t1"])
     def test_a_header_that_is_asked_for_is_one(self, tmp_path, header):
         """Also where its names are numbers, as pandas writes them."""
         text, label = header.split("\t")
@@ -118,6 +118,7 @@ class TestReading:
             ("sentence\tlabel\nw1\t2\n", {}, "holds 2, but"),
             ("words\tlabel\nw1\t1\n", {}, "no column of a usual name: the first line names words, label"),
             ("w1 w2\tugly\nw1\tgood\n", {}, "the first line names w1 w2, ugly; .* put a header above it"),
+            ("0\t1\nw1\t1\nw2\t0\n", {}, "the first line names 0, 1; "),
             ("a1\t1\t\tw1 w2\na2\t0\t\tw3 w4\n", {}, "the first line names a1, 1, .* put a header above it"),
             ("sentence\nw1\n", {"text_columns": ["text"]}, r"text_columns=\['text'\]: the first line names sentence"),
             (

@@ -414,6 +414,37 @@ class TestIsolatedDocuments:
         touching = selection.mask[:, 1:] & selection.mask[:, :-1] & (np.diff(rows.document_ids, axis=1) > 0)
         assert touching.sum() > 20
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"masking_unit": "span", "span_geometric_p": 0.01, "max_span_length": 8},
+            {"masking_unit": "ngram", "max_ngram": 3, "ngram_shares": [0.0, 0.0, 1.0]},
+            {"masking_unit": "ngram", "max_ngram": 3, "ngram_shares": [0.0, 0.0, 1.0], "ngram_unit": "token"},
+            {"masking_unit": "word"},
+        ],
+        ids=["span", "ngram", "ngram-token", "word"],
+    )
+    def test_a_long_unit_ends_with_its_document(self, small_tokenizer, options):
+        """What is hidden before a border does not tell what is hidden behind it, as it does inside of a document."""
+        masking = MaskingArguments(mlm_probability=0.3, **options)
+        collator = DataCollatorForMaskedLM(small_tokenizer, masking=masking)
+        rows = collator.read(isolated_examples(400))
+        mask = collator.corrupt(rows).selection.mask
+        both = rows.valid[:, 1:] & mask[:, :-1]
+        borders = rows.document_starts()[:, 1:]
+        goes_on = rows.valid[:, 1:] if rows.word_starts is None else ~rows.word_starts[:, 1:]
+        across, within = (mask[:, 1:][both & place & goes_on].mean() for place in (borders, ~borders))
+        assert across < 0.5 < 0.6 < within
+
+    def test_a_given_span_of_two_documents_is_no_candidate(self, small_tokenizer):
+        collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit="given"))
+        examples = isolated_examples(16)
+        for example in examples:
+            begins = np.flatnonzero(np.diff(example["document_ids"])) + 1
+            example["spans"] = [(begin - 1, begin + 1) for begin in begins.tolist()]
+        assert sum(len(example["spans"]) for example in examples) > 20
+        assert not collator.corrupt(collator.read(examples)).selection.mask.any()
+
     def test_a_word_does_not_begin_in_the_document_before(self, small_tokenizer):
         """Also where its first token is no start of a word: the piece of a cut word is a word."""
         collator = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(masking_unit="word"))

@@ -99,6 +99,14 @@ class TestTwoStage:
         ] * 3 + [["rtd_loss"]] * 3
         assert [row["learning_rate"] for row in rows[:3]] == [row["learning_rate"] for row in rows[3:6]]
 
+    def test_each_training_hands_over(self, tmp_path, monkeypatch):
+        trainer = build(PROGRAM, tmp_path, **TWO_STAGE, max_steps=2)
+        body, taken = trainer.model.discriminator.base_model, []
+        monkeypatch.setattr(body, "load_state_dict", lambda state: taken.append(trainer.state.global_step))
+        trainer.train()
+        trainer.train()
+        assert taken == [1, 1]
+
     def test_the_discriminator_starts_as_the_generator(self, tmp_path):
         trainer = build(PROGRAM, tmp_path, **TWO_STAGE, max_steps=4, generator_steps=0.5, learning_rate=0.0)
         trainer.train()

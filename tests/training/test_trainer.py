@@ -461,11 +461,25 @@ class TestSearch:
     def test_trials_begin_anew_with_their_own_options(self, monkeypatch, tmp_path, program):
         """Two equal trials come to the same, with dropout; another learning rate comes to something else."""
         trials = [{"learning_rate": rate} for rate in (1e-3, 1e-2, 1e-3)]
-        options = {"max_steps": 2, "model_options": DROPOUT}
+        # The last step comes after the last row of the log, and must not be counted in the next trial's first one.
+        options = {"max_steps": 3, "logging_steps": 2, "model_options": DROPOUT}
         (first, log), (second, _), (third, last) = self.search(monkeypatch, tmp_path, trials, program, **options)
         assert first == third != second
-        tokens = [[row["num_tokens"] for row in rows if "num_tokens" in row] for rows in (log, last)]
-        assert tokens[0] == tokens[1] and len(tokens[0]) == 2
+        (row,), (other,) = ([row for row in rows if "loss" in row] for rows in (log, last))
+        counted = [name for name in row if name.endswith("loss") or name == "num_tokens"]
+        assert len(counted) > 2 and all(row[name] == other[name] for name in counted)
+
+    def test_each_rank_has_its_own_dropout(self, monkeypatch, tmp_path):
+        """transformers sets the same seed on all ranks before it makes the model of a trial."""
+        known = build(MLM, tmp_path)
+        trainer = type(known)(None, known.args, model_init=lambda: known.model, data_collator=known.data_collator)
+        draws = []
+        for rank in (0, 1, 1):
+            monkeypatch.setattr(PretrainingArguments, "process_index", property(lambda self, rank=rank: rank))
+            torch.manual_seed(known.args.seed)
+            trainer.call_model_init()
+            draws.append(torch.rand(4).tolist())
+        assert draws[0] != draws[1] == draws[2]
 
     def test_a_weight_of_a_loss_counts(self, monkeypatch, tmp_path):
         results = self.search(monkeypatch, tmp_path, [{"rtd_weight": 50.0}, {"rtd_weight": 1.0}], RTD)
