@@ -341,7 +341,8 @@ def check_unknown(
     what = f"{share} of {where} are unknown to the tokenizer ({shown})"
     cure = "name a tokenizer that knows them with --tokenizer_name, or train one with --tokenizer_type bpe or unigram"
     if unknown.share > args.max_unknown_share:
-        raise InputError(f"{what}, more than max_unknown_share={args.max_unknown_share:g}: {cure}")
+        limit = f"max_unknown_share={args.max_unknown_share:g}"
+        raise InputError(f"{what}, more than {limit}: {cure}; or allow it with a greater --max_unknown_share")
     logger.warning(f"{what}: {cure}")
 
 
