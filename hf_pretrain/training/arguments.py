@@ -157,7 +157,7 @@ class PretrainingArguments(TrainingArguments):
         Raises:
             InputError: If the value of one is no schedule.
         """
-        schedules = {}
+        schedules: dict[str, Schedule] = {}
         for name in (known.name for known in fields(self) if known.name.endswith("_schedule")):
             text, option = getattr(self, name), name.removesuffix("_schedule")
             if text is not None:
@@ -255,7 +255,8 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
             )
     if {"params", "model", "optimizer_dict"} & kwargs.keys():
         return None
-    return kind(model.parameters(), **kwargs)
+    optimizer: Optimizer = kind(model.parameters(), **kwargs)
+    return optimizer
 
 
 def _try_schedule(args: PretrainingArguments, optimizer: Optimizer) -> None:
