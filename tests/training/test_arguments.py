@@ -301,6 +301,7 @@ def test_masks_of_nothing_are_refused(tmp_path):
         ({"report_to": "flyte"}, "report_to='flyte': "),
         ({"torch_compile_backend": "nonsense"}, "torch_compile_backend=nonsense"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"x": 1}}}, "accelerator_config: "),
+        ({"activation_checkpointing_kwargs": {"x": 1}}, "activation_checkpointing_kwargs has 'x': choose of "),
         ({"learning_rate": 0.0}, "learning_rate=0.0 trains nothing"),
         ({"max_steps": 0}, "max_steps=0 trains nothing"),
         ({"num_train_epochs": 0}, "num_train_epochs=0 trains nothing"),
@@ -324,6 +325,7 @@ def test_what_would_end_a_run_late_is_refused_at_once(make, options, said):
         {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 3}},
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": 10},
         {"report_to": "all"},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
     ],
 )
 def test_what_can_be_used_passes_and_leaves_nothing_behind(make, options):
