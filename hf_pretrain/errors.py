@@ -32,6 +32,10 @@ def one_line(error: BaseException) -> str:
     return text if len(text.split()) > 3 else f"{type(error).__name__} {text}".strip()
 
 
+# An end from here on is no choice of the option's, but where nonsense begins.
+_SENSIBLE = 4096
+
+
 class Range(NamedTuple):
     """The numbers that an option takes.
 
@@ -59,6 +63,14 @@ class Range(NamedTuple):
             return False
         above = self.least < value if self.above else self.least <= value
         return above and (value < self.most if self.below else value <= self.most)
+
+    def bound(self, value: float) -> str | None:
+        """Return in words the end that a number is beyond, None where the range is better told as a whole."""
+        if self.most < _SENSIBLE or not math.isfinite(value):
+            return None
+        if value <= self.least:
+            return f"{'above' if self.above else 'at least'} {self.least:g}"
+        return f"at most {self.most:.0f}"
 
     def __str__(self) -> str:
         """Return the range in words, to follow "a number"."""
@@ -130,8 +142,9 @@ def check_numbers(options: Any) -> None:
             may_be_none = NoneType in kinds or field.default is None
             if not (is_number and allowed.holds(value)) and not (value is None and may_be_none):
                 kind = "a number" if float in kinds else "a whole number"
+                beyond = allowed.bound(value) if is_number else None
                 usual = "" if field.default in (MISSING, None, value) else f"; the default is {field.default}"
-                raise InputError(f"{field.name}={value!r} must be {kind} {allowed}{usual}")
+                raise InputError(f"{field.name}={value!r} must be {beyond or f'{kind} {allowed}'}{usual}")
         elif not all(allowed.holds(number) for number in _numbers_in(value)):
             raise InputError(f"{field.name}={value!r}: each number in it must be one {allowed}")
 

@@ -6,12 +6,14 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -162,7 +164,7 @@ class PretrainingArguments(TrainingArguments):
         Raises:
             InputError: If the value of one is no schedule.
         """
-        schedules = {}
+        schedules: dict[str, Schedule] = {}
         for name in (known.name for known in fields(self) if known.name.endswith("_schedule")):
             text, option = getattr(self, name), name.removesuffix("_schedule")
             if text is not None:
@@ -192,6 +194,10 @@ def check_training_options(args: PretrainingArguments) -> None:
         raise InputError(f"fsdp={args.fsdp!r} divides a model over processes, but there is one: use accelerate launch")
     for name in args.report_to:
         _check_report(name)
+    known = {"every_n_layers", "offload", *signature(checkpoint).parameters} - {"function", "args", "kwargs"}
+    unknown = sorted((args.activation_checkpointing_kwargs or {}).keys() - known)
+    if unknown:
+        raise InputError(f"activation_checkpointing_kwargs has {unknown[0]!r}: choose of {', '.join(sorted(known))}")
     with _in_one_line("accelerator_config"):
         GradientAccumulationPlugin(**{"num_steps": 1} | (args.accelerator_config.gradient_accumulation_kwargs or {}))
     # The module's numbers are drawn; a run draws its own as if there were none.
@@ -260,7 +266,8 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
             )
     if {"params", "model", "optimizer_dict"} & kwargs.keys():
         return None
-    return kind(model.parameters(), **kwargs)
+    optimizer: Optimizer = kind(model.parameters(), **kwargs)
+    return optimizer
 
 
 def _try_schedule(args: PretrainingArguments, optimizer: Optimizer) -> None:

@@ -113,6 +113,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "dataset_split": ("dataset_name",),
     "validation_split": ("dataset_name",),
     "shuffle_buffer_size": ("streaming",),
+    "validation_fraction": ("!streaming", "!validation_file"),
     # Lanes are read in order, and cut the text themselves.
     "data_seed": ("!streaming", "!tgt_len", "!mem_len"),
     "block_mode": ("!tgt_len", "!mem_len"),
@@ -158,7 +159,7 @@ one of these. All must hold; of those joined by "or", one.
 """
 
 # Command lines share these from one run to the next, so they are noted and not refused.
-_ONLY_NOTED = {"vocab_size", "warmup_steps", "logging_steps", "block_size"}
+_ONLY_NOTED = {"vocab_size", "warmup_steps", "logging_steps", "block_size", "validation_fraction"}
 
 
 def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:
@@ -253,15 +254,16 @@ def check_together(instances: Iterable[Any]) -> None:
         InputError: Naming both.
     """
     values = _values(instances)[0]
-    held_out = {"validation_file", "validation_split"}
+    held_out = ("validation_file", "validation_split")
     if (
         _text(values.get("eval_strategy", "no")) != "no"
-        and values.get("validation_fraction") == 0
+        and (values.get("validation_fraction") == 0 or values.get("streaming"))
         and not any(values.get(name) for name in held_out)
     ):
+        why = "streaming holds none out" if values.get("streaming") else "validation_fraction=0"
         raise InputError(
-            f"eval_strategy={_text(values['eval_strategy'])!r} without held-out text, as validation_fraction=0: name a "
-            "validation_file, or set it to 'no'"
+            f"eval_strategy={_text(values['eval_strategy'])!r} without held-out text ({why}): name a validation_file, or set "
+            "it to 'no'"
         )
     if values.get("streaming"):
         if values.get("max_steps", 1) <= 0:

@@ -61,9 +61,9 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"hidden_weight": -1.0}, "hidden_weight=-1.0 must be a number of at least 0"),
-            ({"temperature": 0.0}, "temperature=0.0 must be a number above 0"),
-            ({"teacher_layer": 0}, "teacher_layer=0 must be a whole number from 1"),
+            ({"hidden_weight": -1.0}, "hidden_weight=-1.0 must be at least 0"),
+            ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+            ({"teacher_layer": 0}, "teacher_layer=0 must be at least 1"),
             ({"mlm_probability": 0.0}, "mlm_probability=0 leaves no target for the mlm and prediction loss"),
             ({"distillation_method": "tinyberd"}, "distillation_method='tinyberd'"),
             ({"prediction_weight": 0.0, "mlm_weight": 0.0, "cosine_weight": 0.0}, "all losses have weight 0"),

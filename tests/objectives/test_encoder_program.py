@@ -231,9 +231,9 @@ def test_weights_and_their_schedules_are_those_of_the_losses(tmp_path):
         ({"objectives": ["mlm", "nsp", "left_to_right"], "objective_shares": "nsp:1"}, "gives left_to_right no share"),
         ({"objectives": ["mlm", "nsp"], "objective_shares": "nsp:1/0"}, "divides by 0"),
         ({"objectives": ["mlm", "nsp"], "objective_shares": "mlm:0, nsp:0"}, "draws nothing"),
-        ({"pair_weight": -1.0}, "pair_weight=-1.0 must be a number of at least 0"),
+        ({"pair_weight": -1.0}, "pair_weight=-1.0 must be at least 0"),
         ({"word_order_probability": 1.5}, "must be a number from 0 to 1"),
-        ({"word_order_size": 1}, "word_order_size=1 must be a whole number from 2"),
+        ({"word_order_size": 1}, "word_order_size=1 must be at least 2"),
     ],
 )
 def test_what_cannot_go_together_is_refused_with_the_reason(options, message, tmp_path):

@@ -366,9 +366,9 @@ def test_backward_rows_are_not_converted():
     ("options", "message"),
     [
         ({"target_unit": "span"}, "target_unit='span' must be one of official, word, given"),
-        ({"context_factor": 0.5}, "context_factor=0.5 must be a number from 1"),
+        ({"context_factor": 0.5}, "context_factor=0.5 must be at least 1"),
         ({"context_factor": "6"}, "context_factor='6' must be a number"),
-        ({"max_span_length": 0}, "max_span_length=0 must be a whole number"),
+        ({"max_span_length": 0}, "max_span_length=0 must be at least 1"),
         ({"max_span_length": None}, "max_span_length=None must be"),
         ({"reuse_len": 0}, "reuse_len=0 must be"),
         ({"perm_size": 2.5}, "perm_size=2.5 must be"),

@@ -389,6 +389,11 @@ def program(method, *argv, config=None):
         ("encoder", "--objectives mlm mlm", "objectives=mlm mlm names mlm twice"),
         ("mlm", "--streaming true --train_file x", "a stream has no known end"),
         (
+            "mlm",
+            "--streaming true --train_file x --max_steps 5 --eval_strategy epoch",
+            "eval_strategy='epoch' without held-out text (streaming holds none out)",
+        ),
+        (
             "recurrent-lm",
             "--streaming true --train_file x --max_steps 5",
             "streaming=True: a memory needs stored text",
@@ -414,6 +419,8 @@ def test_an_option_without_effect_is_refused_by_name(method, argv, said, tmp_pat
         ("mlm", "bert_base", "--max_steps -1 --num_train_epochs 2"),
         ("distil", "minilmv2", "--prediction_weight 1 --mlm_probability 0.15 --temperature 3"),
         ("mlm", None, "--do_eval --eval_strategy steps --eval_steps 5"),
+        ("mlm", None, "--streaming true --train_file x --validation_file y --max_steps 5 --eval_strategy epoch"),
+        ("mlm", None, "--streaming true --train_file x --validation_fraction 0 --max_steps 5"),
         ("mlm", None, "--hub_private_repo true --report_to trackio"),
         ("mlm", None, "--overwrite_output_dir false --resume_from_checkpoint auto"),
         ("mlm", None, "--model_name_or_path x --vocab_size 100 --block_size 32 --warmup_steps 3"),
