@@ -92,7 +92,8 @@ class PushingMixin(SavingMixin, _Base):
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
         # A checkpoint holds the arguments, and may be pushed for all to read; a resume does not read them.
-        values = {name: value for name, value in vars(self.args).items() if isinstance(value, (str, dict, list))}
+        kinds = (str, dict, list, os.PathLike)
+        values = {name: value for name, value in vars(self.args).items() if isinstance(value, kinds)}
         portable = portable_options(values)
         changed = {name: portable[name] for name, value in values.items() if portable[name] != plain(value)}
         output_dir = output_dir or self.args.output_dir
