@@ -227,7 +227,7 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
         if name.endswith(_POSITION_TABLES) and isinstance(table, torch.Tensor) and table.ndim == 2:
             padding = getattr(module, "padding_idx", None)
             rows = table.shape[0] - (0 if padding is None else int(padding) + 1)
-            own = getattr(model.config, "max_position_embeddings", None)
+            own = getattr(getattr(model, "config", None), "max_position_embeddings", None)
             return min(rows, own) if isinstance(own, int) and own > 0 else rows
     return None
 

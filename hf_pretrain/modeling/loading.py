@@ -228,7 +228,10 @@ def _without_weights(auto_class: Any, name: str, **options: Any) -> Any:
         raise InputError(f"{name!r} cannot be loaded with {auto_class.__name__}: {damage}")
     config_class = AutoConfig if _is_auto(auto_class) else auto_class.config_class
     config = config_class.from_pretrained(name, **options)
-    model = from_config(auto_class, config, **given)
+    try:
+        model = from_config(auto_class, config, **given)
+    except InputError as error:
+        raise InputError(f"{name!r} cannot be loaded with {auto_class.__name__}: {error}") from error
     model.fresh_parameters = ()
     return (model, {"missing_keys": set(), "unexpected_keys": set()}) if wants_info else model
 

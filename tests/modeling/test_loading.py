@@ -71,7 +71,7 @@ class TestFloat32:
         model = build(program, tmp_path / "second", model_options=options).model
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
         # What was stored is what is trained.
-        state = first.model.state_dict()
+        state = {key: value for key, value in first.model.state_dict().items() if "projections" not in key}
         same = [
             torch.allclose(state[key], value, atol=1e-2) for key, value in model.state_dict().items() if key in state
         ]
@@ -111,6 +111,8 @@ class TestFreshParameters:
     def test_a_fresh_head_is_told_in_one_line(self, auto_class, whole, tmp_path, tokenizer, caplog, capfd):
         auto_class.from_pretrained(whole).save_pretrained(tmp_path)
         transformers_logging.enable_propagation()
+        caplog.clear()
+        capfd.readouterr()
         composite = EncoderForPreTraining.from_arguments(ModelArguments(model_name_or_path=str(tmp_path)), tokenizer)
         assert "model.cls.predictions.transform.dense.weight" in composite.fresh_parameters
         (record,) = [record for record in caplog.records if "fresh head" in record.getMessage()]
@@ -222,6 +224,7 @@ class TestTokenizers:
         for path in folder.glob("*token*"):
             path.unlink()
         (folder / "spm.model").write_bytes(b"model")
+        change(model_type="deberta-v2")(folder)
         found = importlib.util.find_spec
         monkeypatch.setattr(loading, "find_spec", lambda name: None if name == missing else found(name))
         with pytest.raises(
