@@ -294,6 +294,7 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh model from `model_init`; see `transformers.Trainer.call_model_init`."""
         model = super().call_model_init(trial)
+        check_trainable(model, gradient_checkpointing=bool(self.args.activation_checkpointing))
         # transformers sets the seed before each.
         self._seed_dropout()
         return model
