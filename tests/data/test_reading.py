@@ -134,6 +134,11 @@ class TestKinds:
         for name in ("a.docx", "a.tar.gz", "a.pdf", "a.ipynb", "a.zip", "a.safetensors"):
             assert f"{name} is a" in refused(write(name, "a")) and ".jsonl" in refused(write("a.pdf", "a"))
 
+    def test_languages_are_no_suffixes_of_other_kinds(self, write):
+        for name in ("train.pt", "train.so", "train.ps", "train.bin", "corpus.2024"):
+            assert list(read_documents(write(name, "text"))) == ["text"]
+        assert "an archive" in refused(write("model.pt", b"PK\x03\x04"))
+
     def test_compression_is_told_by_content(self, write):
         for name in ("a.txt", "a", "a.txt.bz2", "a.txt.zst"):
             for compress in (gzip.compress, zstd):
@@ -302,7 +307,7 @@ class TestFolders:
             ".x.txt": "hidden",
             "._a.txt": "hidden",
             "f.html": "XML or HTML",
-            "g.bin": "a file of weights or arrays",
+            "g.bin": "not text in UTF-8",
             "h.dat": "not text in UTF-8",
             "i.txt": "empty",
             "_SUCCESS": "empty",
