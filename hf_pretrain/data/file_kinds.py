@@ -158,7 +158,7 @@ def _look(path: str) -> FileKind:
         if is_compressed:
             with open_bytes(path) as stream:
                 head = stream.read(_HEAD)
-    kind = FileKind(is_compressed=is_compressed)
+    kind = FileKind(is_compressed=is_compressed, is_empty=not head)
     if reason := _unread(suffix, head, is_compressed):
         return kind._replace(reason=reason)
     if (table := _FORMATS.get(suffix) or _table_format(head)) in ("parquet", "arrow"):
