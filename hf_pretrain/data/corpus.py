@@ -123,7 +123,8 @@ def _source_files() -> list[tuple[str, Path]]:
             subfolders[:] = [sub for sub in subfolders if sub not in _NOT_OURS]
             inside = Path(folder)
             for file in names:
-                if file.endswith(".py"):
+                # A link may lead nowhere.
+                if file.endswith(".py") and (inside / file).is_file():
                     files.append((f"{name}/{(inside / file).relative_to(root).as_posix()}", inside / file))
     return sorted(files)
 

@@ -30,17 +30,18 @@ _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
 # Text beyond doubt: a file with such a name that is not UTF-8 is an error, not something else.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
 _MARKUP_SUFFIXES = (".xml", ".html", ".htm", ".xhtml", ".svg", ".rss", ".atom", ".tmx", ".sgml", ".sgm")
+# None that is a language too, as in train.pt (Portuguese), .so (Somali) and .ps (Pashto): those are told by content.
 _OTHER_SUFFIXES = {
     "an archive": ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .iso .dmg .deb .rpm .epub",
     "an office document": ".doc .docx .odt .rtf .xls .xlsx .ods .ppt .pptx .odp",
     "a PDF": ".pdf",
-    "a page description": ".ps .eps .djvu .dvi",
+    "a page description": ".eps .djvu .dvi",
     "an image": ".png .jpg .jpeg .gif .bmp .tif .tiff .webp .ico .heic",
     "a file of sound or video": ".mp3 .wav .flac .ogg .m4a .mp4 .mov .avi .mkv .webm",
-    "a program": ".exe .dll .so .dylib .o .a .class .pyc .pyd",
-    "a file of weights or arrays": ".safetensors .bin .pt .pth .ckpt .onnx .gguf .npy .npz .pkl .pickle .h5 .hdf5 "
+    "a program": ".exe .dll .dylib .class .pyc .pyd",
+    "a file of weights or arrays": ".safetensors .pth .ckpt .onnx .gguf .npy .npz .pkl .pickle .h5 .hdf5 "
     ".msgpack .orc .avro",
-    "a database": ".sqlite .sqlite3 .db",
+    "a database": ".sqlite .sqlite3",
     "a notebook": ".ipynb",
     "a web archive": ".warc .wet .wat",
 }
@@ -157,7 +158,7 @@ def _look(path: str) -> FileKind:
         if is_compressed:
             with open_bytes(path) as stream:
                 head = stream.read(_HEAD)
-    kind = FileKind(is_compressed=is_compressed)
+    kind = FileKind(is_compressed=is_compressed, is_empty=not head)
     if reason := _unread(suffix, head, is_compressed):
         return kind._replace(reason=reason)
     if (table := _FORMATS.get(suffix) or _table_format(head)) in ("parquet", "arrow"):

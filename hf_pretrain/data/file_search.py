@@ -118,6 +118,8 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> FoundFiles:
     searched = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         name = str(path)
+        if not name:
+            raise InputError(f"paths={paths!r} has an empty path; name a file, or . for the current folder")
         if is_pipe(path):
             files[copied_pipe(path)] = None
             continue

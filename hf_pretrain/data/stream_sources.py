@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
 
 from hf_pretrain.data.file_kinds import file_kind
 from hf_pretrain.data.shards import Shard, list_shards, read_shard
@@ -150,13 +152,21 @@ class DatasetShards:
         # iter(batch_size), unlike plain iteration, does not share the shard out among the workers once more.
         batches = (rows.skip(start) if start else rows).iter(batch_size=_BATCH_ROWS)
         texts = itertools.chain.from_iterable(batch[self.text_column] for batch in batches)
-        for number, text in enumerate(texts, start + 1):
-            if not isinstance(text, str | None):
-                raise InputError(
-                    f"text_column={self.text_column!r} of the dataset is a {type(text).__name__}, not text; name another"
-                )
-            if text:  # a row without text is null
-                yield text, number
+        try:
+            for number, text in enumerate(texts, start + 1):
+                if not isinstance(text, str | None):
+                    raise InputError(
+                        f"text_column={self.text_column!r} of the dataset is a {type(text).__name__}, not text; name another"
+                    )
+                if text:  # a row without text is null
+                    yield text, number
+        except InputError:
+            raise
+        except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"the streamed dataset can not be read: {reason}; is it whole, and within reach?"
+            ) from error
 
     def identity(self) -> Any:
         """Return the number of shards and the column: a streamed dataset tells no more of itself."""

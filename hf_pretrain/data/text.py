@@ -194,6 +194,7 @@ def load_text_dataset(
     Raises:
         InputError: If there is no such dataset, configuration or split within reach, or no such column of text.
     """
+    loaded: Any
     try:
         if _is_saved(name):
             loaded = _load_saved(name, split)

@@ -134,6 +134,11 @@ class TestKinds:
         for name in ("a.docx", "a.tar.gz", "a.pdf", "a.ipynb", "a.zip", "a.safetensors"):
             assert f"{name} is a" in refused(write(name, "a")) and ".jsonl" in refused(write("a.pdf", "a"))
 
+    def test_languages_are_no_suffixes_of_other_kinds(self, write):
+        for name in ("train.pt", "train.so", "train.ps", "train.bin", "corpus.2024"):
+            assert list(read_documents(write(name, "text"))) == ["text"]
+        assert "an archive" in refused(write("model.pt", b"PK\x03\x04"))
+
     def test_compression_is_told_by_content(self, write):
         for name in ("a.txt", "a", "a.txt.bz2", "a.txt.zst"):
             for compress in (gzip.compress, zstd):
@@ -287,6 +292,7 @@ class TestFolders:
         write("corpus/h.dat", b"\xff\0")
         write("corpus/i.txt", " \n\n")
         write("corpus/_SUCCESS", "")
+        write("corpus/l.parquet", "")
         write("corpus/j.txt~", "text")
         os.symlink(tmp_path / "nowhere", tmp_path / "corpus/k.txt")
         os.symlink(tmp_path / "corpus/sub", tmp_path / "corpus/link")
@@ -302,10 +308,11 @@ class TestFolders:
             ".x.txt": "hidden",
             "._a.txt": "hidden",
             "f.html": "XML or HTML",
-            "g.bin": "a file of weights or arrays",
+            "g.bin": "not text in UTF-8",
             "h.dat": "not text in UTF-8",
             "i.txt": "empty",
             "_SUCCESS": "empty",
+            "l.parquet": "empty",
             "j.txt~": "a copy or a part of a file",
             "k.txt": "a broken link",
             "link/": "a link to a folder; name it",
@@ -314,9 +321,9 @@ class TestFolders:
             assert resolve_paths(root) == found.paths
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith(
-            f"reading 6 files of {root} (2 .md, 1 .txt, 1 .jsonl, 1 .py, 1 without a suffix); left out 13: "
+            f"reading 6 files of {root} (2 .md, 1 .txt, 1 .jsonl, 1 .py, 1 without a suffix); left out 14: "
         )
-        assert "and 6 more" in line and line.count("(hidden)") == 3
+        assert "and 7 more" in line and line.count("(hidden)") == 3
 
     def test_only_the_first_process_prints(self, write, capsys, monkeypatch):
         folder = write("corpus/a.txt", "text").parent
@@ -587,6 +594,9 @@ def test_rows_without_text_are_left_out_of_named_datasets(tmp_path):
     assert text_dataset(datasets.Dataset.from_dict({"text": texts}))["text"][:] == ["one", "two"]
     with pytest.raises(InputError, match="no text"):
         text_dataset(datasets.Dataset(pa.table({"text": pa.array([None, None], pa.string())})))
+    broken = datasets.IterableDataset.from_generator(lambda: (int(text) for text in ["no number"]))
+    with pytest.raises(InputError, match="can not be read: invalid literal"):
+        list(DatasetShards(broken).read(0))
     numbers = datasets.IterableDataset.from_generator(lambda: iter([{"text": 3}]))
     with pytest.raises(InputError, match="is a int, not text"):
         list(DatasetShards(numbers).read(0))
