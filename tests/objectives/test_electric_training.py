@@ -128,8 +128,8 @@ class TestRuns:
 
     def test_the_generator_learns_what_the_context_tells(self, tmp_path):
         corpus = TopicCorpus()
-        options = {"max_steps": 150, "learning_rate": 3e-3, "model_options": {"num_hidden_layers": 1}}
-        trainer = build(PROGRAM, tmp_path, corpus.data(1600), per_device_train_batch_size=16, **options)
+        options = {"max_steps": 200, "learning_rate": 3e-3, "model_options": {"num_hidden_layers": 1}}
+        trainer = build(PROGRAM, tmp_path, corpus.data(3200), per_device_train_batch_size=16, **options)
         trainer.train()
         after = trainer.evaluate()
         unigram, best = -corpus.marginal_log_probs().mean(), -corpus.log_probs().mean()

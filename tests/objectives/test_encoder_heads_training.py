@@ -11,7 +11,7 @@ from hf_pretrain.modeling.encoder import EncoderForPreTraining
 from hf_pretrain.objectives.encoder import DataCollatorForEncoder
 from hf_pretrain.objectives.masked_lm import MaskedLMTrainer
 from hf_pretrain.trainers import mlm
-from method_matrix import build, log_of
+from method_matrix import build, log_of, tiny_data
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
 
@@ -68,8 +68,8 @@ def test_bf16_loss_is_near_fp32(program, tmp_path):
 
 
 def test_every_head_learns_and_is_logged(tmp_path):
-    options = {"max_steps": 160, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "logging_steps": 160}
-    trainer = build(program_of(2), tmp_path, **options)
+    options = {"max_steps": 120, "per_device_train_batch_size": 16, "learning_rate": 3e-3, "logging_steps": 120}
+    trainer = build(program_of(2), tmp_path, data=tiny_data(train=384, held_out=48), **options)
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
