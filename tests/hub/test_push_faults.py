@@ -226,6 +226,9 @@ class TestWhileTraining:
         assert order == ["waited", "written"]
 
 
+HOST = "workstation-of-anna"
+
+
 class TestNothingOfTheMachineIsPushed:
     @pytest.mark.parametrize("method", ["rtd", "distil"])
     def test_no_path_no_user_and_no_host(self, hub, run, tmp_path, method):
@@ -239,7 +242,7 @@ class TestNothingOfTheMachineIsPushed:
         trainer.train()
         trainer.save_state()
         (folder / "runs" / "now").mkdir(parents=True)
-        (folder / "runs" / "now" / f"events.out.tfevents.1.{socket.gethostname()}.0").write_text(str(folder))
+        (folder / "runs" / "now" / f"events.out.tfevents.1.{HOST}.0").write_text(str(folder))
         write_recipe(trainer.recipe, folder / "recipe.yaml", program=f"hf-pretrain {method}")
         trainer.push_to_hub()
         files = stored(hub)
@@ -247,7 +250,9 @@ class TestNothingOfTheMachineIsPushed:
         assert {
             f"checkpoint-{step}/{name}" for step in (1, 2) for name in os.listdir(folder / "checkpoint-2")
         } <= files.keys()
-        secret = {tmp_path.name, client.parent.name, getpass.getuser(), socket.gethostname()} - {"root"}
+        # A short name is found in the bytes of any weights.
+        machine = {name for name in (getpass.getuser(), socket.gethostname()) if len(name) > 5}
+        secret = {tmp_path.name, client.parent.name, HOST} | machine
         found = [
             (word, name)
             for name, content in files.items()
