@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import CompositeConfig
-from hf_pretrain.modeling.trial import unused_parameters
+from hf_pretrain.modeling.trial import unused_parameters, vocabulary_size
 
 
 class PretrainingModel(PreTrainedModel):
@@ -242,7 +242,7 @@ def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         InputError: If an id has no embedding, or a position has none.
     """
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = vocabulary_size(model.get_input_embeddings())
     if len(tokenizer) > vocab_size:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} embeds only {vocab_size}: "
