@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.attention_masks import find_out_what_is_counted
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.trial import unused_parameters, vocabulary_size
 
@@ -59,6 +60,8 @@ class PretrainingModel(PreTrainedModel):
                 refuse_adapters(part)
                 if part is not self:
                     part.config.dtype = dtype
+                    # Before a graph is compiled, which would break at the look into the model.
+                    find_out_what_is_counted(part)
         self.to(dtype)
         super().post_init()
 
