@@ -94,7 +94,7 @@ def row_position_inputs(model: PreTrainedModel, attention_mask: torch.Tensor) ->
     """
     counts_columns: bool | None = getattr(model, "_counts_columns", None)
     if counts_columns is None:
-        counts_columns = _find_out_what_is_counted(model)
+        counts_columns = find_out_what_is_counted(model)
     if not counts_columns:
         return {}
     columns_L = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -103,7 +103,7 @@ def row_position_inputs(model: PreTrainedModel, attention_mask: torch.Tensor) ->
 
 
 @torch.compiler.disable
-def _find_out_what_is_counted(model: PreTrainedModel) -> bool:
+def find_out_what_is_counted(model: PreTrainedModel) -> bool:
     """Return, and remember, whether a model numbers the columns of its input and can be given other numbers."""
     tables = [
         module

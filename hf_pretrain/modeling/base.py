@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.files import share_weights
+from hf_pretrain.modeling.attention_masks import find_out_what_is_counted
 from hf_pretrain.modeling.configuration import CompositeConfig
-from hf_pretrain.modeling.trial import unused_parameters
+from hf_pretrain.modeling.trial import unused_parameters, vocabulary_size
 
 
 class PretrainingModel(PreTrainedModel):
@@ -62,6 +63,8 @@ class PretrainingModel(PreTrainedModel):
                 refuse_adapters(part)
                 if part is not self:
                     part.config.dtype = dtype
+                    # Before a graph is compiled, which would break at the look into the model.
+                    find_out_what_is_counted(part)
         self.to(dtype)
         super().post_init()
 
@@ -246,7 +249,7 @@ def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     Raises:
         InputError: If an id has no embedding, or a position has none.
     """
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    vocab_size = vocabulary_size(model.get_input_embeddings())
     if len(tokenizer) > vocab_size:
         raise InputError(
             f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} embeds only {vocab_size}: "

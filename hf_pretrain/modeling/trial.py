@@ -21,15 +21,22 @@ TRIAL_ROWS, TRIAL_LENGTH = 2, 8
 _Scalar = bool | int | float | str | None
 
 
+def vocabulary_size(embeddings: nn.Module) -> int:
+    """Return how many tokens a stock model's word embeddings hold; not every kind of them is one table."""
+    number = getattr(embeddings, "num_embeddings", None)
+    return int(embeddings.weight.shape[0]) if number is None else int(number)
+
+
 def trial_tokens(model: PreTrainedModel) -> torch.Tensor:
     """Return ``[TRIAL_ROWS, TRIAL_LENGTH]`` tokens spread over the vocabulary; a padding token is not among them."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings()
+    vocab_size = vocabulary_size(embeddings)
     padding, count = getattr(model.config, "pad_token_id", None), TRIAL_ROWS * TRIAL_LENGTH
     # Distinct where there are enough, and some of each cluster of a divided output layer.
     tokens = [(vocab_size - 1) * place // (count - 1) for place in range(count)]
     other = next((token for token in range(vocab_size - 1, -1, -1) if token != padding), 0)
     tokens = [other if token == padding else token for token in tokens]
-    device = model.get_input_embeddings().weight.device
+    device = next(embeddings.parameters()).device
     return torch.tensor(tokens, device=device).view(TRIAL_ROWS, TRIAL_LENGTH)
 
 

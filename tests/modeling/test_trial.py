@@ -230,7 +230,7 @@ class TestRefusals:
 
 
 def test_tokens_of_the_trial_are_spread_and_hold_no_padding():
-    embeddings = SimpleNamespace(weight=torch.zeros(1000, 1))
+    embeddings = nn.Embedding(1000, 1)
     for padding in (0, 999, None):
         model = SimpleNamespace(config=SimpleNamespace(pad_token_id=padding), get_input_embeddings=lambda: embeddings)
         tokens = trial_tokens(model).flatten().tolist()

@@ -55,6 +55,9 @@ class RecurrentLMForPreTraining(PretrainingModel):
     def trial_batch(self) -> dict[str, torch.Tensor]:
         """Return a few tokens, each the target of the one before; see [`PretrainingModel.trial_batch`]."""
         ids = trial_tokens(self.model)
+        # Some of each cluster of an adaptive softmax.
+        begins = (getattr(self.model.config, "cutoffs", None) or [])[: ids.numel() - 1]
+        ids.view(-1)[ids.numel() - len(begins) :] = torch.tensor(begins, dtype=ids.dtype, device=ids.device)
         return {"input_ids": ids, "labels": ids}
 
     @property
