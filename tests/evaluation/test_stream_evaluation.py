@@ -123,7 +123,7 @@ def test_units():
 
 def test_bad_input():
     model = make_model()
-    with pytest.raises(InputError, match="no tokens"):
+    with pytest.raises(InputError, match="no text to score"):
         stream_evaluate(model, TOKENIZER, [""])
     with pytest.raises(InputError, match="mem_len=0 must be at least 1 with same_length=True"):
         score(model, mem_lens=[0])

@@ -161,13 +161,13 @@ class TestLeadingSpaces:
         check(model, tokenizer, text, [("the", 0.01), ("cat", 0.9)])
 
 
-@pytest.mark.parametrize("text", ["", "   ", "\n"])
+@pytest.mark.parametrize("text", ["", "   ", "\n", "\u200b", "\x00"])
 def test_a_text_without_words(text):
     assert ReplacedTokenScorer(by_token(wordpiece(), {}), wordpiece())([text, "cats", text])[::2] == [[], []]
 
 
 @pytest.mark.parametrize(
-    "text", ["[MASK] [SEP]", "\u200b", "\U0001f469\u200d\U0001f469", "cats\r\nthe cat", "cat " * 3000, "\x00"]
+    "text", ["[MASK] [SEP]", "\U0001f469\u200d\U0001f469", "cats\r\nthe cat", "cat " * 3000, "cats\x00the\u200bcat"]
 )
 def test_words_of_odd_texts_are_those_of_the_text(text):
     words = ReplacedTokenScorer(by_token(wordpiece(), {}), wordpiece(), max_length=16)(text)
