@@ -169,7 +169,7 @@ def _numbers_in(value: Any) -> Iterator[float]:
         elif isinstance(item, Mapping):
             waiting.extend(item.values())
         elif isinstance(item, Real) and not isinstance(item, bool):
-            yield item
+            yield float(item)
 
 
 class Terminated(KeyboardInterrupt):

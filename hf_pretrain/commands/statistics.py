@@ -91,7 +91,7 @@ class StatisticsArguments:
         others = (
             [path for path in folder.iterdir() if path.is_file()] if self.tokenizer_name and folder.is_dir() else []
         )
-        if any(Path(file).exists() and Path(self.output_file).samefile(file) for file in [*files, *others]):
+        if any(file.exists() and file.samefile(self.output_file) for file in [*map(Path, files), *others]):
             raise InputError(f"output_file={self.output_file!r} is one of the files that are read: name another")
 
     def data_arguments(self) -> DataArguments:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import datasets
 import numpy as np
@@ -87,7 +87,7 @@ def _rows_of_two(*paths: str) -> Iterator[tuple[str | BadText, str | BadText]]:
         for side, text in enumerate(pair):
             counts[side] += text is not None
         if None not in pair:
-            yield pair
+            yield cast("tuple[str | BadText, str | BadText]", pair)
     if counts[0] != counts[1]:
         raise InputError(
             f"{paths[0]} has {counts[0]} lines, but {paths[1]} has {counts[1]}: translations must be in lines of the same "

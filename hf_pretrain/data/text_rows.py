@@ -307,7 +307,7 @@ def _has_quotes(path: str, line_end: bytes) -> bool:
             break
     if not any(line.startswith('"') or '\t"' in line for line in sample):
         return False
-    widths = []
+    widths: list[int] = []
     try:
         widths.extend(len(row) for row in csv.reader(sample, delimiter="\t", strict=True) if row)
     except csv.Error as error:

@@ -477,8 +477,8 @@ def _too_small(vocab_size: int, least: int) -> InputError:
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
-    texts = (encodable(text or "") for text in texts)
-    while batch := list(itertools.islice(texts, 256)):
+    known = (encodable(text or "") for text in texts)
+    while batch := list(itertools.islice(known, 256)):
         yield batch
 
 

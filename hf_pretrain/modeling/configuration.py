@@ -299,10 +299,10 @@ def check_overrides(text: str | None) -> None:
         raise
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"config_overrides={text[:200]!r} is not JSON that can be used: {reason}") from error
+        raise InputError(f"config_overrides={str(text)[:200]!r} is not JSON that can be used: {reason}") from error
 
 
-def attention_options(args: ModelArguments) -> dict[str, str]:
+def attention_options(args: ModelArguments) -> dict[str, Any]:
     """Return the keyword that chooses the attention backend, where one was asked for."""
     return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
 

@@ -24,7 +24,7 @@ _Scalar = bool | int | float | str | None
 def vocabulary_size(embeddings: nn.Module) -> int:
     """Return how many tokens a stock model's word embeddings hold; not every kind of them is one table."""
     number = getattr(embeddings, "num_embeddings", None)
-    return int(embeddings.weight.shape[0]) if number is None else int(number)
+    return len(embeddings.get_parameter("weight")) if number is None else int(number)
 
 
 def trial_tokens(model: PreTrainedModel) -> torch.Tensor:

@@ -16,7 +16,7 @@ class MaskedLMTrainingArguments(MaskingArguments, PretrainingArguments):
     def __post_init__(self) -> None:
         """Refuse to learn from masks where nothing is masked."""
         super().__post_init__()
-        if not self.mlm_probability and self.mlm_probability_schedule is None and getattr(self, "mlm_weight", 1):
+        if not self.mlm_probability and self.mlm_probability_schedule is None and getattr(self, "mlm_weight", True):
             raise InputError("mlm_probability=0.0 leaves no target: set it to 0.15, or as much as the tokens to find")
 
     @property

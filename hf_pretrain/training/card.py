@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -194,7 +194,10 @@ def adapter_names(part: nn.Module) -> dict[str, str]:
     """Return the adapters of a stock model, each with its kind; where it has some, they alone are what it saves."""
     if not getattr(part, "_hf_peft_config_loaded", False):
         return {}
-    kinds = {name: getattr(config.peft_type, "value", config.peft_type) for name, config in part.peft_config.items()}
+    kinds = {
+        name: getattr(config.peft_type, "value", config.peft_type)
+        for name, config in cast(Any, part).peft_config.items()
+    }
     return {name: str(kind) for name, kind in kinds.items()}
 
 

@@ -246,7 +246,7 @@ def paths_in(options: Iterable[Any], argv: Sequence[str] = ()) -> list[str]:
         values = [getattr(instance, field.name) for field in fields(instance) if field.name not in _NOT_READ]
         for value in values:
             words += [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
-    found = []
+    found: list[str] = []
     for word in filter(lambda word: isinstance(word, str), words):
         for part in {word, *re.split(r"[=,]", word)} - {""}:
             with suppress(OSError, ValueError):

@@ -7,7 +7,6 @@ option converts it as it would on the command line.
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -110,35 +109,6 @@ def _retype_exponents(node: yaml.Node) -> None:
     for child in node.value:
         for part in child if isinstance(child, tuple) else (child,):
             _retype_exponents(part)
-
-
-def portable_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options without paths of the machine, as they may be shown to others.
-
-    Files and folders keep their last name; names on the Hub, such as me/my-electra, stay. The output folder is left out.
-
-    Args:
-        options: Options by name, as `hf_pretrain.training.parsing.resolved_options` returns them.
-    """
-    left_out = ("output_dir", "resume_from_checkpoint")
-    return {name: _portable(value, name) for name, value in options.items() if name not in left_out}
-
-
-def _portable(value: Any, name: str) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_portable(item, name) for item in value]
-    if isinstance(value, dict):
-        return {key: _portable(item, name) for key, item in value.items()}
-    if not isinstance(value, str) or not ("/" in value or "\\" in value):
-        return value
-    is_file = name.endswith(("_file", "_vectors"))
-    # Some options name several files: LANGUAGE=FILE,FILE.
-    return re.sub(r"[^=,]+" if is_file else r".+", lambda found: _last_name(found[0], is_file=is_file), value)
-
-
-def _last_name(text: str, *, is_file: bool) -> str:
-    is_path = re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text) is not None or os.path.exists(text)
-    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if is_file or is_path else text
 
 
 def write_recipe(options: Mapping[str, Any], path: str | Path, *, program: str) -> None:

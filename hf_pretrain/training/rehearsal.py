@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -179,8 +179,9 @@ def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
     # A number of an object is only its own as long as it is there.
     alive: list[nn.Parameter] = []
     handles = [
-        hooks.register_module_parameter_registration_hook(moved),
-        hooks.register_module_buffer_registration_hook(moved_buffer),
+        # torch's annotations leave out that a hook may return what takes the place.
+        hooks.register_module_parameter_registration_hook(cast(Any, moved)),
+        hooks.register_module_buffer_registration_hook(cast(Any, moved_buffer)),
     ]
     try:
         with (
@@ -194,7 +195,7 @@ def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
             handle.remove()
 
 
-_from_pretrained = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+_from_pretrained = PreTrainedModel.from_pretrained.__func__
 
 
 def _from_configuration(

@@ -203,7 +203,7 @@ def text_fingerprint(dataset: Any) -> str | None:
 
 
 def _bytes(array: np.ndarray) -> memoryview:
-    return memoryview(np.ascontiguousarray(array)).cast("B")
+    return np.ascontiguousarray(array).data.cast("B")
 
 
 def _stored_tables(value: Any, seen: set[int]) -> Iterator[datasets.Dataset]:

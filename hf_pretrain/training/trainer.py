@@ -233,7 +233,8 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         if not self.args.dataloader_drop_last:
             turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
             dataset, filled = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
-        collate, self.data_collator = self.data_collator, CollatorOfFilled(self.data_collator)
+        collate: Any = self.data_collator
+        self.data_collator: Any = CollatorOfFilled(collate)
         try:
             loader = load(dataset, **(options | {"sampler_fn": lambda _: filled}))
         finally:

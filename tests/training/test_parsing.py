@@ -16,7 +16,7 @@ from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments, resolved_options
-from hf_pretrain.training.recipes import portable_options, write_recipe
+from hf_pretrain.training.recipes import write_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
@@ -528,33 +528,3 @@ def test_every_synonym_leads_to_an_option():
         for field in dataclass_fields(cls)
     }
     assert set(_SYNONYMS.values()) <= options and not set(_SYNONYMS) & options - {"max_length"}
-
-
-def test_portable_options_name_no_folder_of_the_machine(tmp_path, monkeypatch):
-    (tmp_path / "local" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    options = {
-        "train_file": ["/home/ann/client/a.txt", "data/b.txt", "c.txt"],
-        "language_file": ["en=/home/ann/en.txt,more/en2.txt"],
-        "model_name_or_path": "local/model",
-        "tokenizer_name": "me/my-electra",
-        "augmentation_vectors": "glove/300d.txt",
-        "teacher_name_or_path": "~/teacher/",
-        "deepspeed": r"C:\Users\ann\zero.json",
-        "output_dir": "/home/ann/out",
-        "objective_shares": "nsp:1/3, mlm:2/3",
-        "lr_scheduler_kwargs": {"a": 1},
-        "learning_rate": 1e-4,
-    }
-    assert portable_options(options) == {
-        "train_file": ["a.txt", "b.txt", "c.txt"],
-        "language_file": ["en=en.txt,en2.txt"],
-        "model_name_or_path": "model",
-        "tokenizer_name": "me/my-electra",
-        "augmentation_vectors": "300d.txt",
-        "teacher_name_or_path": "teacher",
-        "deepspeed": "zero.json",
-        "objective_shares": "nsp:1/3, mlm:2/3",
-        "lr_scheduler_kwargs": {"a": 1},
-        "learning_rate": 1e-4,
-    }

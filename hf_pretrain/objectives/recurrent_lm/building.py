@@ -1,7 +1,7 @@
 """Build or load the Transformer-XL that a program trains."""
 
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def build_model(
     Raises:
         InputError: If the sizes do not fit together, or the checkpoint does not fit the tokenizer or is none.
     """
-    lengths = {"mem_len": mem_len, "clamp_len": clamp_len, "same_length": same_length}
+    lengths: dict[str, Any] = {"mem_len": mem_len, "clamp_len": clamp_len, "same_length": same_length}
     if args.model_name_or_path is not None:
         model_type = from_pretrained(AutoConfig, args.model_name_or_path).model_type
         if model_type != TransformerXLConfig.model_type:

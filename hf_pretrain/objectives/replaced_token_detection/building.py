@@ -122,8 +122,9 @@ def build_model(
         name, generator_name = args.model_name_or_path, args.generator_name_or_path
         pair = load_pair(name, generator_name, head=args.discriminator_head, **attention_options(args))
     is_fresh, has_generator = args.model_name_or_path is None, pair.generator is not None
-    if not has_generator:
+    if pair.generator is None:
         pair = pair._replace(generator=_generator_for(pair.discriminator, args))
+    assert pair.generator is not None
     options = pair.options | {
         name: getattr(args, name)
         for name in ("embedding_sharing", "enhanced_mask_decoder", "temperature", "disallow_correct")

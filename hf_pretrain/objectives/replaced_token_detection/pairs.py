@@ -77,7 +77,7 @@ def load_pair(name: str, generator_name: str | None, *, head: str | None = None,
     if decoder is not None:
         chosen["enhanced_mask_decoder"] = True
         parts["generator_decoder"] = read_safetensors(decoder)
-    where = {} if generator_name is not None else {"subfolder": _GENERATOR}
+    where: dict[str, Any] = {} if generator_name is not None else {"subfolder": _GENERATOR}
     if generator_name is None and _file(name, "config.json", **where) is None:
         return Pair(None, discriminator, chosen, parts)
     generator = from_pretrained(AutoModelForMaskedLM, generator_name or name, **where, **options)
