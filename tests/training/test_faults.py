@@ -147,7 +147,9 @@ class TestKilled:
         assert start(tmp_path / "whole" / "out", world_size=2, **options).statuses == [0, 0]
         folder = tmp_path / "killed" / "out"
         fault = Fault(r"half .*/checkpoint-6/rng_state_1\.pth", rank=1)
-        assert start(folder, world_size=2, fault=fault, **options).statuses == []
+        ended = start(folder, world_size=2, fault=fault, **options)
+        # The other one is ended by what started them, or says by itself what happened.
+        assert ended.statuses in ([], [1]) and "Traceback" not in ended.output, ended.output
         assert last_whole_checkpoint(folder) == folder / "checkpoint-3"
         ended = start(folder, world_size=2, **options)
         assert ended.statuses == [0, 0], ended.output

@@ -81,7 +81,7 @@ RIGHT = {
     "electric": [""],
     "plm": ["", "mem_len=16", "model_type=modernbert"],
     "recurrent-lm": ["cutoffs=100", "per_device_train_batch_size=64"],
-    "distil": ["student_layers=first", "student_layers=first cosine_weight=0 cache_top_k=4",
+    "distil": ["student_layers=first", "student_layers=first cosine_weight=0 cache_top_k=4 static_masks=2",
                "distillation_method=minilmv2 num_hidden_layers=3"],
     "distil-task": ["student_layers=first", "student_layers=first labels_weight=1"],
 }  # fmt: skip
@@ -92,7 +92,7 @@ def argv_of(method, folder, words):
     options = {"train_file": NOWHERE, "output_dir": str(folder), "report_to": "none", "bf16": "false"}
     fields = set().union(*(cls.__dataclass_fields__ for cls in program.ARGUMENTS))
     teacher = teacher_of(program)
-    options |= {"teacher_name_or_path": teacher, "block_size": 24} if teacher else SIZES
+    options |= {"teacher_name_or_path": teacher, "block_size": 24, "max_length": 24} if teacher else SIZES
     for word in filter(None, words.split(" ") if "{" not in words else words.replace(": ", ":").split(" ")):
         name, _, value = word.partition("=")
         options[name] = value
