@@ -165,7 +165,8 @@ def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
     seen: set[int] = set()
 
     def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or id(parameter) in seen:
+        # What transformers loads by itself has no numbers yet.
+        if parameter is None or id(parameter) in seen or parameter.is_meta:
             return None
         counted[0] += parameter.numel()
         on_device = nn.Parameter(parameter.to(device), parameter.requires_grad)
@@ -174,7 +175,7 @@ def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
         return on_device
 
     def moved_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
-        return None if buffer is None else buffer.to(device)
+        return None if buffer is None or buffer.is_meta else buffer.to(device)
 
     # A number of an object is only its own as long as it is there.
     alive: list[nn.Parameter] = []
