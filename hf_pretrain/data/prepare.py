@@ -348,7 +348,8 @@ def check_unknown(
 
 def _first_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the first tokens of a text, those of bytes as the characters that they are."""
-    tokens = tokenizer.tokenize(encodable(text[:1000]))[:_SHOWN_TOKENS]
+    encoding = tokenizer(encodable(text[:1000]), add_special_tokens=False, verbose=False)
+    tokens: list[str] = tokenizer.convert_ids_to_tokens(encoding["input_ids"][:_SHOWN_TOKENS])
     if not isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel):
         return tokens
     return [tokenizer.convert_tokens_to_string([token]).replace(" ", "Ġ") for token in tokens]

@@ -92,7 +92,7 @@ def test_segmenter_gets_other_scripts_without_spaces():
     text = "ภาษาไทย 12 ກິນເຂົ້າ, abc မြန်မာ"
 
     def halves(run):
-        return [run[:3], "", run[3:]]
+        return [run[:3], "", run[3:], ""]
 
     assert words(text, segmenter=halves) == ["ภาษ", "าไทย", "12", "ກິນ", "ເຂົ້າ", ",", "abc", "မြန", "်မာ"]
 
