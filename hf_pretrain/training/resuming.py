@@ -12,6 +12,7 @@ import xxhash
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.training.checkpoints import check_hashes, last_whole_checkpoint, read_marker
@@ -76,6 +77,7 @@ class ResumingMixin(_Base):
         options = getattr(self, "recipe", None) or resolved_options([args])
         return {
             "seed": args.seed,
+            "draws": draws.VERSION,
             "model": self._model_types(),
             "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "text": self._text_fingerprint,
@@ -99,6 +101,8 @@ class ResumingMixin(_Base):
         """
         facts = (read_marker(checkpoint) or {}).get("run")
         if facts is None:
+            if self.is_world_process_zero():
+                print(f"{checkpoint} is of an earlier version: order and masks go on as others", flush=True)
             return
         for name, now in (("seed", self.args.seed), ("model", self._model_types())):
             was = facts[name]
@@ -166,6 +170,8 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     """Yield what differs between the facts of two runs, a phrase each."""
     if None not in (before["text"], now["text"]) and before["text"] != now["text"]:
         yield "the text has changed, so the examples that come are others"
+    if before.get("draws") != now["draws"]:
+        yield "random draws are others in this version, so order and masks go on as others"
     was, is_now = before["examples_per_step"], now["examples_per_step"]
     if was != is_now:
         yield f"a step had {was} examples, and has {is_now}"

@@ -40,7 +40,7 @@ def test_both_stages_leave_a_stock_model_with_a_card_whose_code_runs(task, tmp_p
         "teacher_name_or_path": save_teacher(task, tmp_path / "teacher"),
         "train_file": train,
         "validation_file": dev,
-        "doc_stride": 4,
+        **({"doc_stride": 4} if task == "question-answering" else {}),
     }
     first, second = tmp_path / "1", tmp_path / "2"
     assert run(**common, training_stage="intermediate", student_layers="uniform", output_dir=first) == 0
@@ -93,7 +93,7 @@ def test_augmented_sentences(words_teacher, stage, capsys):
         augmentation_stop_words="none",
         training_stage=stage,
         num_hidden_layers=1,
-        layer_map="2",
+        **({"layer_map": "2"} if stage == "intermediate" else {}),
         output_dir=out,
     ) == 0  # fmt: skip
     # The same rows once more, and the teacher asked for each by itself.
