@@ -11,9 +11,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.modeling.loading import (
     MODEL_DTYPES,
+    first_line,
     from_config,
     from_pretrained,
-    one_line,
     refuse_type,
 )
 
@@ -115,7 +115,6 @@ def build_config(
         InputError: If the architecture or a value is unknown to transformers, or the sizes do not fit together.
     """
     _check_type(args.model_type, auto_class)
-    check_sizes(args)
     values: dict[str, Any] = {
         name: getattr(args, name)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
@@ -149,7 +148,7 @@ def build_config(
     except InputError:
         raise
     except Exception as error:  # each architecture checks in its own way
-        raise InputError(f"{args.model_type} cannot be built: {one_line(error)}") from error
+        raise InputError(f"{args.model_type} cannot be built: {first_line(error)}") from error
 
 
 def _check_options(
@@ -186,18 +185,6 @@ def _check_type(model_type: str, auto_class: Any) -> None:
         raise InputError(f"model_type={model_type!r} is not an architecture of transformers: {hint}")
     if CONFIG_MAPPING[model_type] not in mapping:
         raise refuse_type(model_type, auto_class)
-
-
-def check_sizes(args: Any) -> None:
-    """Refuse sizes that no model can have; raise InputError."""
-    names = (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-        *("embedding_size", "max_position_embeddings"),
-    )
-    for name in names:
-        value = getattr(args, name, None)
-        if value is not None and not 1 <= value < 2**31:
-            raise InputError(f"{name}={value} must be at least 1" if value < 1 else f"{name}={value} is too large")
 
 
 def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -273,7 +260,7 @@ def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> Pr
         return AutoConfig.for_model(**values)
     except Exception as error:  # each architecture checks in its own way
         raise InputError(
-            f"a {config.model_type} of {width} of the width and {depth} of the layers cannot be built: {one_line(error)}"
+            f"a {config.model_type} of {width} of the width and {depth} of the layers cannot be built: {first_line(error)}"
         ) from error
 
 

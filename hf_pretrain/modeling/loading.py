@@ -56,7 +56,7 @@ def say_once(message: str) -> None:
         logger.warning("%s", message)
 
 
-def one_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Return what an error says in one line: all of a configuration's check, the first line of any other."""
     text = str(error).strip()
     if isinstance(error, StrictDataclassError):
@@ -126,13 +126,13 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except Exception as error:  # a damaged file may raise anything
-        damage = _damage_of(Path(path)) or f"cannot be read ({one_line(error)})"
+        damage = _damage_of(Path(path)) or f"cannot be read ({first_line(error)})"
         raise InputError(f"{str(path)!r} {damage}") from error
 
 
 def _cause(error: BaseException) -> str:
     """Return one line that can be understood without the kind of the error."""
-    text = one_line(error)
+    text = first_line(error)
     speaks = isinstance(error, ValueError | ImportError | OSError | StrictDataclassError)
     return text if speaks else f"{type(error).__name__}: {text}"
 
@@ -345,7 +345,7 @@ def _damage_of(path: Path) -> str | None:
             if path.suffix == ".safetensors"
             else "it is damaged, or holds more than weights"
         )
-        return f"cannot be read, {why} ({one_line(error)[:80]}): copy it again"
+        return f"cannot be read, {why} ({first_line(error)[:80]}): copy it again"
     return None
 
 
@@ -353,7 +353,7 @@ def _damage_of_json(path: Path) -> str | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        return f"is not JSON ({one_line(error)})"
+        return f"is not JSON ({first_line(error)})"
     except RecursionError:
         return "is not JSON that can be read: it is nested too deep"
     if path.name == "config.json" and not isinstance(values, dict):

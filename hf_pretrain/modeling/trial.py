@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.loading import one_line
+from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.outputs import PretrainingOutput
 
 TRIAL_ROWS, TRIAL_LENGTH = 2, 8
@@ -113,7 +113,7 @@ def _reason(model: PreTrainedModel, error: Exception) -> str:
         if isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads:
             return f"hidden_size={width} does not divide into num_attention_heads={heads}"
     kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
-    return f"a step on {TRIAL_LENGTH} tokens fails ({kind}{one_line(error)})"
+    return f"a step on {TRIAL_LENGTH} tokens fails ({kind}{first_line(error)})"
 
 
 def _kind_of_expert(name: str) -> str | None:

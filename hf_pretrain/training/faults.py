@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from hf_pretrain.errors import InputError, RunError, StoppedError
+from hf_pretrain.errors import InputError, RunError, StoppedError, one_line
 from hf_pretrain.training.checkpoints import last_whole_checkpoint
 
 # The disk, the quota of a user, the largest file that is allowed: one thing to whoever writes.
@@ -192,12 +192,6 @@ def is_refused_by_a_library(error: BaseException) -> bool:
     )
 
 
-def in_one_line(error: BaseException) -> str:
-    """Return what an error of a library says, in one line, with its type where it says little."""
-    text = " ".join(str(error).split())
-    return text if " " in text else f"{type(error).__name__}: {text}"
-
-
 @contextmanager
 def refused_by_libraries(
     kinds: tuple[type[Exception], ...] = _REFUSALS, *, unless: Callable[[], bool] = lambda: False
@@ -214,4 +208,4 @@ def refused_by_libraries(
         known = isinstance(error, InputError | RunError) or is_full_disk(error)
         if known or not isinstance(error, kinds) or unless() or not is_refused_by_a_library(error):
             raise
-        raise InputError(in_one_line(error)) from error
+        raise InputError(one_line(error)) from error

@@ -118,7 +118,6 @@ def train_method(
     options = parse_arguments(arguments, argv, prog=f"hf-pretrain {name}", description=description)
     data_args, model_args, args = options
     check_training_options(args)
-    check_course(args)
     # SIGTERM saves a checkpoint in any case.
     args.enable_jit_checkpoint = False
     set_timeout(args)
@@ -193,22 +192,6 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     else:
         trainer.save_model()
         trainer.create_model_card()
-
-
-def check_course(args: PretrainingArguments) -> None:
-    """Refuse a run that could train no step, whatever its text.
-
-    Raises:
-        InputError: If it is to have no step and no epoch.
-    """
-    if args.max_steps == 0:
-        raise InputError(
-            "max_steps=0 trains nothing: give a positive number, or leave it out and give num_train_epochs"
-        )
-    if args.max_steps < 0 and not args.num_train_epochs > 0:
-        raise InputError(
-            f"num_train_epochs={args.num_train_epochs} trains nothing: give a positive number, or max_steps"
-        )
 
 
 def check_steps(trainer: PretrainingTrainer) -> None:

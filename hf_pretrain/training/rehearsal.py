@@ -29,9 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, mask
 from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.data.prepare import PreparedData
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.faults import in_one_line, is_refused_by_a_library
+from hf_pretrain.training.faults import is_refused_by_a_library
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 logger = transformers_logging.get_logger(__name__)
@@ -95,7 +95,7 @@ def rehearse(
     if isinstance(failure, InputError):
         raise failure
     if is_refused_by_a_library(failure):
-        raise InputError(in_one_line(failure)) from failure
+        raise InputError(one_line(failure)) from failure
 
 
 def _attempt(

@@ -97,7 +97,7 @@ class TestBuildConfig:
             ("bert", {"hidden_size": -4}, "hidden_size=-4 must be at least 1"),
             ("bert", {"num_attention_heads": 0}, "num_attention_heads=0 must be at least 1"),
             ("bert", {"num_hidden_layers": -1}, "num_hidden_layers=-1 must be at least 1"),
-            ("bert", {"max_position_embeddings": 10**20}, "max_position_embeddings=1.* is too large"),
+            ("bert", {"max_position_embeddings": 10**20}, "max_position_embeddings=1.* must be at most"),
             ("bert", {"config_overrides": '{"hidden_act": "bogus"}'}, "model_type='bert' cannot be built .*bogus"),
             ("roberta", {"config_overrides": '{"max_position_embeddings": null}'}, "roberta cannot be built"),
             ("bert", {"config_overrides": '{"model_type": "x"}'}, "bert cannot be built"),

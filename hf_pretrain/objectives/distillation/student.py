@@ -13,7 +13,6 @@ from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
-    check_sizes,
     feed_forward_name,
     from_config,
     from_pretrained,
@@ -222,7 +221,6 @@ def fresh_student(
             "no student is named: cut one from the teacher with --student_layers every_other, give the sizes of a new one "
             "(--num_hidden_layers 4 --hidden_size 312 ...), or --model_name_or_path of a checkpoint"
         )
-    check_sizes(args)
     if args.model_type in (None, teacher.config.model_type):
         config = _resized_config(teacher, sizes, parse_overrides(args.config_overrides))
     else:

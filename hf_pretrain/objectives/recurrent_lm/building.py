@@ -10,7 +10,6 @@ from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import (
     check_overrides,
-    check_sizes,
     from_config,
     from_pretrained,
     parse_overrides,
@@ -101,10 +100,6 @@ def build_model(
 def _config(
     args: TransformerXLModelArguments, tokenizer: PreTrainedTokenizerBase, lengths: dict[str, int]
 ) -> TransformerXLConfig:
-    check_sizes(args)
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"{name}={getattr(args, name)} must be at least 0 and below 1")
     own = {"model_name_or_path", "config_overrides"}
     values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in own} | lengths
     values |= {"vocab_size": len(tokenizer)}

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import from_config, from_pretrained
-from hf_pretrain.modeling.loading import one_line, read_safetensors
+from hf_pretrain.modeling.loading import first_line, read_safetensors
 from hf_pretrain.objectives.replaced_token_detection.heads import DiscriminatorHeadConfig
 
 _GENERATOR = "pretraining/generator"
@@ -105,7 +105,7 @@ def _load(path: str) -> dict[str, torch.Tensor]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
-        raise InputError(f"{path!r} cannot be read ({one_line(error)}): copy it again") from error
+        raise InputError(f"{path!r} cannot be read ({first_line(error)}): copy it again") from error
 
 
 def _head(name: str, *, is_published: bool) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
