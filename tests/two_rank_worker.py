@@ -48,5 +48,5 @@ def main(folder):
         torch.save(trainer.recorder.gradients[0], folder / f"{name}-gradients-{rank}.pt")
         torch.save(trainer.model.state_dict(), folder / f"{name}-weights-{rank}.pt")
         (folder / f"{name}-log-{rank}.json").write_text(json.dumps(log_of(trainer)))
-    for name in UNEVEN_RUNS:
+    for name in (name for name, (method, _) in UNEVEN_RUNS.items() if method in programs()):
         train_uneven(name, folder, rank)
