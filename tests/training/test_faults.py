@@ -57,7 +57,10 @@ def start(runs, corpus):
     """Starts the same command, always for the same folder."""
 
     def start(folder, *, fault=None, world_size=1, **options):
-        argv = [word for name, value in (OPTIONS | options).items() for word in (f"--{name}", value)]
+        given = OPTIONS | options
+        if given["push_to_hub"] == "false":
+            given = {name: value for name, value in given.items() if name != "hub_strategy"}
+        argv = [word for name, value in given.items() for word in (f"--{name}", value)]
         return runs.run("--train_file", corpus, "--output_dir", folder, *argv, fault=fault, world_size=world_size)
 
     return start

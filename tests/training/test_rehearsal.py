@@ -36,7 +36,7 @@ WRONG = {
         ('lr_scheduler_type=cosine lr_scheduler_kwargs={"nonsense":1}', "nonsense"),
         ("optim=adamw_bnb_8bit", "bitsandbytes"),
         ("adam_beta1=1.5", "beta"),
-        ("report_to=nonsense", "nonsense is not supported"),
+        ("report_to=nonsense", "report_to='nonsense' is unknown"),
         ("validation_fraction=0 eval_strategy=steps", "without held-out text"),
         ("metric_for_best_model=accuracy", "choose one of loss, mlm_accuracy, mlm_loss"),
         ("max_steps=0", "max_steps=0"),
@@ -98,6 +98,11 @@ def argv_of(method, folder, words):
         options[name] = value
     if "language_file" in options:
         del options["train_file"]
+    if "metric_for_best_model" in options:
+        options |= {"load_best_model_at_end": "true", "eval_strategy": "steps", "save_strategy": "steps"}
+    if "model_name_or_path" in options:
+        # A checkpoint has its own.
+        options = {name: value for name, value in options.items() if name == "block_size" or name not in SIZES}
     lists = ("objectives", "language_file", "cutoffs")
     argv = []
     for name, value in options.items():
