@@ -21,8 +21,8 @@ _METRICS_OF_THE_HUB = {
     *("recall", "roc_auc", "spearmanr"),
 }
 
-# Of what was measured on held-out text, the best known first.
-_SCORES = ("perplexity", "accuracy", "f1", "auc", "correlation", "exact_match", "energy")
+# Of what was measured on held-out text, one of each kind first. An accuracy on rare labels says little beside an AUC.
+_SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
 _MOST_LOSSES, _MOST_SCORES = 3, 2
 
 
@@ -92,7 +92,8 @@ def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
     finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
     components = [key for key in finite if is_loss(key) and bare_name(key) != "loss"]
     losses = components or [key for key in finite if is_loss(key)]
-    scores = [key for order in _SCORES for key in finite if bare_name(key).endswith(order)]
+    kinds = [[key for key in finite if bare_name(key).endswith(kind)] for kind in _SCORES]
+    scores = [key for kind in kinds for key in kind[:1]] + [key for kind in kinds for key in kind[1:]]
     kept = {*losses[:_MOST_LOSSES], *scores[:_MOST_SCORES]}
     return {key: value for key, value in finite.items() if key in kept}
 

@@ -98,6 +98,11 @@ class TestResume:
         build(RTD, tmp_path / "first", **SAVING).train()
         return tmp_path / "first" / "checkpoint-1"
 
+    @staticmethod
+    def without_hashes(checkpoint):
+        """Leave out what would already tell that a file was changed; a checkpoint of an earlier version has none."""
+        (checkpoint / "complete.json").unlink()
+
     def refused(self, tmp_path, checkpoint, program=RTD, **options):
         other = build(program, tmp_path / "second", max_steps=2, **options)
         before = {name: value.clone() for name, value in other.model.state_dict().items()}
@@ -114,15 +119,20 @@ class TestResume:
         weights = load_file(checkpoint / "model.safetensors")
         del weights["discriminator.discriminator_predictions.dense.weight"]
         save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        self.without_hashes(checkpoint)
         message = self.refused(tmp_path, checkpoint)
         assert "discriminator.discriminator_predictions.dense.weight" in message
 
     def test_a_strange_weight_is_refused(self, tmp_path, checkpoint):
         weights = load_file(checkpoint / "model.safetensors") | {"discriminator.extra": torch.zeros(2)}
         save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+        self.without_hashes(checkpoint)
         assert "discriminator.extra" in self.refused(tmp_path, checkpoint)
 
     def test_another_method_is_refused(self, tmp_path, checkpoint):
+        with pytest.raises(InputError, match=r"made with the model \['electra', 'electra'\], and this run has \['bert'\]"):
+            build(MLM, tmp_path / "other", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
+        self.without_hashes(checkpoint)
         self.refused(tmp_path, checkpoint, MLM)
 
     def test_the_export_is_refused(self, tmp_path):
@@ -130,6 +140,7 @@ class TestResume:
         first = build(RTD, tmp_path / "first", **SAVING)
         first.train()
         first.save_model(str(tmp_path / "first" / "checkpoint-1"))
+        self.without_hashes(tmp_path / "first" / "checkpoint-1")
         self.refused(tmp_path, tmp_path / "first" / "checkpoint-1")
 
     def test_another_width_is_refused_in_one_line(self, tmp_path, checkpoint):
@@ -168,9 +179,9 @@ class TestCard:
         assert data.base_model is None and data.license is None
         after = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
         results = {result.metric_type: result.metric_value for result in data.eval_results}
-        assert results.keys() >= {"loss", "mlm_loss", "rtd_loss", "mlm_accuracy", "disc_auc", "disc_gain"}
+        assert results.keys() == {"mlm_loss", "rtd_loss", "mlm_accuracy", "disc_auc"}
         for name, value in results.items():
-            assert value == after[f"eval_{name}"]
+            assert value == pytest.approx(after[f"eval_{name}"], rel=1e-3)
 
     def test_its_tables_hold_the_numbers_of_the_log(self, finished):
         trainer, folder = finished
