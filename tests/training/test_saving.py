@@ -130,7 +130,9 @@ class TestResume:
         assert "discriminator.extra" in self.refused(tmp_path, checkpoint)
 
     def test_another_method_is_refused(self, tmp_path, checkpoint):
-        with pytest.raises(InputError, match=r"made with the model \['electra', 'electra'\], and this run has \['bert'\]"):
+        with pytest.raises(
+            InputError, match=r"made with the model \['electra', 'electra'\], and this run has \['bert'\]"
+        ):
             build(MLM, tmp_path / "other", max_steps=2).train(resume_from_checkpoint=str(checkpoint))
         self.without_hashes(checkpoint)
         self.refused(tmp_path, checkpoint, MLM)
