@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from hf_pretrain.errors import Terminated
 
 _POLL_SECONDS = 0.5
+_WORKER_SECONDS = 1.0
 # All processes come to the same places in the same order.
 _TURNS = itertools.count()
 
@@ -80,8 +81,13 @@ class Stopping:
             self.is_asked = True
             print("SIGTERM: saving a checkpoint after this step, then ending", file=sys.stderr, flush=True)
         else:
-            for worker in multiprocessing.active_children():
+            workers = multiprocessing.active_children()
+            for worker in workers:
                 worker.terminate()
+            for worker in workers:
+                # A signal is lost that comes while a process is being forked.
+                worker.join(_WORKER_SECONDS)
+                worker.kill()
             raise Terminated
 
 

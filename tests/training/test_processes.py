@@ -1,6 +1,7 @@
 """What processes have in common: who prepares first, how long one waits, when all stop; and SIGTERM."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -35,6 +36,11 @@ class AtStep(TrainerCallback):
 
 def send():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def deaf():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
 
 
 class TestSigterm:
@@ -90,6 +96,16 @@ class TestSigterm:
         assert (ended.returncode, ended.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM")
         with pytest.raises(ProcessLookupError):
             os.kill(int(ended.stdout), 0)
+
+    def test_a_worker_that_missed_the_signal_is_ended_too(self):
+        worker = multiprocessing.get_context("fork").Process(target=deaf)
+        worker.start()
+        time.sleep(0.5)
+        with stopping_on_sigterm(), pytest.raises(Terminated):
+            send()
+            time.sleep(5)
+        worker.join(5)
+        assert worker.exitcode == -signal.SIGKILL
 
     def test_a_forked_process_takes_it_as_usual(self):
         with stopping_on_sigterm():
