@@ -22,7 +22,9 @@ STEPS = {"mlm": 800, "rtd": 2000}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    options = DataArguments(max_corpus_bytes=6_000_000, vocab_size=4096, block_size=64, validation_fraction=0.03)
+    # The tokenizer that these numbers of steps were found with: the text alone would choose bytes and keep the case.
+    tokenizer = {"tokenizer_type": "wordpiece", "lowercase": True, "vocab_size": 4096}
+    options = DataArguments(max_corpus_bytes=6_000_000, block_size=64, validation_fraction=0.03, **tokenizer)
     return prepare_data(options, seed=0, output_dir=tmp_path_factory.mktemp("text"))
 
 
