@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.distillation.observation import TopKTargets, top_k_targets
 from hf_pretrain.training.checkpoints import is_whole, read_marker, write_marker
 
 Examples = list[dict[str, Any]]
@@ -147,20 +148,6 @@ def build_task_logits(
     return TaskLogitsCache.open(path, fingerprint=fingerprint)
 
 
-class TopKTargets(NamedTuple):
-    """What a teacher predicted at the targets of a batch, in the order of its `target_positions`, fillers left out.
-
-    Attributes:
-        ids: ``[T, k]`` int64, its k likeliest tokens, the likeliest first.
-        log_probs: ``[T, k]`` fp32, their log-probabilities.
-        tail: ``[T]`` fp32, the log-probability of all other tokens together; -inf if there are none.
-    """
-
-    ids: torch.Tensor
-    log_probs: torch.Tensor
-    tail: torch.Tensor
-
-
 class TopKCache:
     """A masked language model's likeliest tokens at every masked position, by epoch and example: 6k + 2 bytes each.
 
@@ -272,15 +259,6 @@ def build_top_k(
     np.save(path / "starts.npy", starts)
     _write_header(path, TopKCache.kind, fingerprint, k=min(k, logits_TV.shape[1]))
     return TopKCache.open(path, fingerprint=fingerprint)
-
-
-def top_k_targets(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> TopKTargets:
-    """Return the k likeliest tokens of ``[T, V]`` logits and the mass of the others, in fp32."""
-    log_probs_TV = (logits.float() / temperature).log_softmax(dim=-1)
-    log_probs_TK, ids_TK = log_probs_TV.topk(min(k, log_probs_TV.shape[1]))
-    # From what is left, not 1 less the sum, which would be lost to rounding where the teacher is sure.
-    tail_T = log_probs_TV.scatter(1, ids_TK, float("-inf")).logsumexp(dim=-1)
-    return TopKTargets(ids_TK, log_probs_TK, tail_T)
 
 
 def _rows_of(starts: np.ndarray, ids: np.ndarray) -> np.ndarray:

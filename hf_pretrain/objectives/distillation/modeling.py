@@ -15,9 +15,8 @@ from hf_pretrain.modeling.gathered import begin_in_column_0
 from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
 from hf_pretrain.objectives.distillation import losses as between
 from hf_pretrain.objectives.distillation import predictions
-from hf_pretrain.objectives.distillation.cache import TopKTargets
 from hf_pretrain.objectives.distillation.configuration import OF_PREDICTIONS, RELATIONS, DistillationConfig
-from hf_pretrain.objectives.distillation.observation import Observation, Observer
+from hf_pretrain.objectives.distillation.observation import Observation, Observer, TopKTargets
 from hf_pretrain.objectives.distillation.relations import attention_distribution_loss, relation_loss
 from hf_pretrain.objectives.distillation.teacher import Teacher
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,13 +14,35 @@ from transformers.utils import ModelOutput
 
 from hf_pretrain.modeling.gathered import GatheredHead
 from hf_pretrain.modeling.isolation import isolated_inputs
-from hf_pretrain.objectives.distillation.cache import TopKTargets
 from hf_pretrain.objectives.distillation.capture import (
     AttentionRecord,
     capture_attention,
     capture_hidden_states,
     run_to_layer,
 )
+
+
+class TopKTargets(NamedTuple):
+    """What a teacher predicted at the targets of a batch, in the order of its `target_positions`, fillers left out.
+
+    Attributes:
+        ids: ``[T, k]`` int64, its k likeliest tokens, the likeliest first.
+        log_probs: ``[T, k]`` fp32, their log-probabilities.
+        tail: ``[T]`` fp32, the log-probability of all other tokens together; -inf if there are none.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    tail: torch.Tensor
+
+
+def top_k_targets(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> TopKTargets:
+    """Return the k likeliest tokens of ``[T, V]`` logits and the mass of the others, in fp32."""
+    log_probs_TV = (logits.float() / temperature).log_softmax(dim=-1)
+    log_probs_TK, ids_TK = log_probs_TV.topk(min(k, log_probs_TV.shape[1]))
+    # From what is left, not 1 less the sum, which would be lost to rounding where the teacher is sure.
+    tail_T = log_probs_TV.scatter(1, ids_TK, float("-inf")).logsumexp(dim=-1)
+    return TopKTargets(ids_TK, log_probs_TK, tail_T)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from hf_pretrain.modeling.head_kinds import boundary_logits, entity_counts, span_scores
 from hf_pretrain.modeling.losses import IGNORED, masked_lm_accuracy, masked_lm_loss
 from hf_pretrain.modeling.outputs import ExampleSum, sum_by_example
-from hf_pretrain.objectives.distillation.cache import TopKTargets
 from hf_pretrain.objectives.distillation.losses import regression_loss, top_k_divergence
+from hf_pretrain.objectives.distillation.observation import TopKTargets
 from hf_pretrain.objectives.distillation.token_losses import soft_and_hard_losses
 
 
