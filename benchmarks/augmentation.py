@@ -23,11 +23,10 @@ import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.data.tokenizer_training import train_tokenizer
-from hf_pretrain.evaluation.batches import evaluating
-from hf_pretrain.objectives.distillation.augmentation import augment
-from hf_pretrain.objectives.distillation.word_neighbours import WordNeighbours, whole_words
-from hf_pretrain.objectives.distillation.word_proposals import ChangeableWord, WordProposer
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
+from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.tasks.augmentation import augment
+from hf_pretrain.tasks.words import ChangeableWord, WordNeighbours, WordProposer, whole_words
 from timing import interleaved, print_table
 
 CANDIDATES = 15

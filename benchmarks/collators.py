@@ -24,7 +24,7 @@ from transformers import BertTokenizer, DataCollatorForLanguageModeling
 from hf_pretrain.corruption.arguments import MaskingArguments, MaskingUnit
 from hf_pretrain.data import draws
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from timing import interleaved, peak_memory, print_table
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

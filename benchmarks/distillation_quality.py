@@ -63,12 +63,11 @@ from hf_pretrain.objectives.distillation import (
     load_task,
     load_text,
 )
-from hf_pretrain.objectives.distillation.task_data import prepare_task
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
+from hf_pretrain.tasks.data import prepare_task
 from hf_pretrain.trainers import distil, distil_task, mlm
+from hf_pretrain.training.arguments import bf16_is_fast
 from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.precision import bf16_is_fast
 from hf_pretrain.training.trainer import PretrainingTrainer
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 from results import mean_and_spread, rows_by_settings, run_once

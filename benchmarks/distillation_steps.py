@@ -46,16 +46,16 @@ from transformers import (
 from transformers.masking_utils import eager_mask
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset
-from hf_pretrain.data.tokenizer_training import train_tokenizer
-from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset
+from hf_pretrain.modeling.losses import PretrainingOutput
 from hf_pretrain.objectives.distillation.arguments import (
     DistillationTrainingArguments,
     TaskDistillationTrainingArguments,
 )
 from hf_pretrain.objectives.distillation.building import join
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
-from hf_pretrain.objectives.distillation.task_examples import DataCollatorForTask, LengthGroupedSampler
+from hf_pretrain.tasks.examples import DataCollatorForTask, LengthGroupedSampler
 from timing import interleaved, print_table
 
 Batch = dict[str, torch.Tensor]

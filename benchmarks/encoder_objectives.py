@@ -31,9 +31,9 @@ import torch
 from transformers import set_seed
 
 from hf_pretrain.cli import run_program
+from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.multilingual import MultilingualDataArguments
 from hf_pretrain.data.prepare import PreparedData
-from hf_pretrain.data.token_store import TokenStore
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import IGNORED

@@ -31,10 +31,10 @@ from filelock import FileLock
 from transformers import set_seed
 
 from hf_pretrain.cli import run_program
-from hf_pretrain.data.lanes import LaneStream
+from hf_pretrain.data.examples.windows import LaneStream
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.metric_names import bare_name
+from hf_pretrain.hub.text import bare_name
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.trainers import plm, recurrent_lm
 from hf_pretrain.training.parsing import parse_arguments

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hf_pretrain.curation.deduplication import deduplicate_files
+from hf_pretrain.curation.near_duplicates import Deduplicator, jaccard, normalized, num_bands, shingle_hashes
 from hf_pretrain.data import draws
-from hf_pretrain.data.deduplication import deduplicate_files
-from hf_pretrain.data.near_duplicates import Deduplicator, num_bands
-from hf_pretrain.data.shingles import jaccard, normalized, shingle_hashes
 from timing import interleaved, peak_memory, print_table
 
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.78, 0.82, 0.85, 0.9, 0.95)

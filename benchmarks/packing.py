@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.packing import BlockDataset, PackingMode
+from hf_pretrain.data.examples.packing import BlockDataset, PackingMode
 from timing import interleaved, peak_memory, print_table
 
 READ_BATCH = 32

@@ -21,7 +21,7 @@ from collators import make_examples, make_tokenizer
 from transformers import DataCollatorForPermutationLanguageModeling
 
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
-from hf_pretrain.objectives.permutation_lm.stock import stock_inputs
+from hf_pretrain.objectives.permutation_lm.modeling import stock_inputs
 from timing import interleaved, print_table
 
 SIZES = ((32, 512), (8, 256))

@@ -50,13 +50,11 @@ from hf_pretrain.evaluation.minimal_pairs import (
     read_minimal_pairs,
 )
 from hf_pretrain.evaluation.probes import encode, probe_accuracy
-from hf_pretrain.hub.metric_names import bare_name, is_bookkeeping
+from hf_pretrain.hub.text import bare_name, is_bookkeeping
 from hf_pretrain.modeling.configuration import ModelArguments
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.modeling.losses import IGNORED, binary_token_loss
-from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainer, MaskedLMTrainingArguments
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, binary_token_loss
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainer, MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionForPreTraining,

@@ -22,12 +22,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hf_pretrain.data.corpus import docstring_dataset
-from hf_pretrain.data.documents import tokenize_documents, tokenize_texts
-from hf_pretrain.data.epochs import EPOCH_STRIDE
-from hf_pretrain.data.sentence_pairs import PairTask, SentencePairDataset
-from hf_pretrain.data.text import random_subset, text_dataset
-from hf_pretrain.data.tokenizer_training import train_tokenizer
+from hf_pretrain.data.documents.documents import tokenize_documents, tokenize_texts
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE
+from hf_pretrain.data.examples.sentence_pairs import PairTask, SentencePairDataset
+from hf_pretrain.data.text.datasets import random_subset, text_dataset
+from hf_pretrain.data.text.docstrings import docstring_dataset
 from timing import interleaved, print_table
 
 BATCH = 256

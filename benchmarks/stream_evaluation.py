@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain import TransformerXLConfig, TransformerXLForCausalLM
 from hf_pretrain.data import draws
-from hf_pretrain.evaluation.stream_evaluation import StreamScore, sliding_window_evaluate, stream_evaluate
+from hf_pretrain.evaluation.streams import StreamScore, sliding_window_evaluate, stream_evaluate
 from timing import interleaved, print_table
 
 

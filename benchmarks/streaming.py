@@ -39,10 +39,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain import DataCollatorForMaskedLM
 from hf_pretrain.data import draws
-from hf_pretrain.data.stream_progress import Stop, StreamProgress
-from hf_pretrain.data.streaming import StreamingBlocks, TrainingStream
-from hf_pretrain.data.text_files import read_documents
-from hf_pretrain.data.tokenizer_training import train_tokenizer
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
+from hf_pretrain.data.streaming.blocks import Stop, StreamingBlocks, StreamProgress, TrainingStream
+from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.parsing import parse_arguments
 from timing import print_rows, print_table

@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, BertConfig, ElectraConfig
 
 from hf_pretrain.data import draws
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.modeling.losses import PretrainingOutput
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.replaced_token_detection import (
     ReplacedTokenDetectionConfig,
     ReplacedTokenDetectionForPreTraining,

@@ -31,12 +31,10 @@ from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainer, MaskedLMTrainingArguments
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainer, MaskedLMTrainingArguments
 from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.program import load_data, output_directory, run
-from hf_pretrain.training.report import held_out_rows, print_table
+from hf_pretrain.training.program import held_out_rows, load_data, output_directory, print_table, run
 
 
 @dataclass
@@ -164,7 +162,7 @@ def base_checkpoint(folder: Path, story: StoryArguments) -> str:
 
 def fine_tune(checkpoint: str, folder: Path, story: StoryArguments, task: Task) -> float:
     """Fine-tune a classifier with the stock Trainer, as anybody would, and return its accuracy on the validation set."""
-    from hf_pretrain.evaluation.accuracy import Accuracy
+    from hf_pretrain.evaluation.metrics import Accuracy
 
     set_seed(story.seed)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

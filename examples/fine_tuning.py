@@ -30,10 +30,10 @@ from transformers import (
 from hf_pretrain.cli import main as hf_pretrain
 from hf_pretrain.cli import run_program
 from hf_pretrain.data import draws
-from hf_pretrain.data.corpus import module_docstrings
+from hf_pretrain.data.text.docstrings import module_docstrings
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.report import print_table
+from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 
 # Installed wherever this library is; few enough that the demonstration takes a minute.
@@ -118,7 +118,7 @@ def pretrain(folder: Path, story: StoryArguments, args: FineTuningArguments) -> 
 
 def fine_tune(checkpoint: str, task: Task, args: FineTuningArguments) -> float:
     """Fine-tune a classifier, save it and return its accuracy on the validation set."""
-    from hf_pretrain.evaluation.accuracy import Accuracy
+    from hf_pretrain.evaluation.metrics import Accuracy
 
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)

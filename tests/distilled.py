@@ -4,7 +4,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from method_matrix import TINY, VOCAB_SIZE, tiny_data, tiny_tokenizer
 
 SIZES = {**TINY, "vocab_size": VOCAB_SIZE}

@@ -22,10 +22,10 @@ from transformers import (
 
 from hf_pretrain.cli import METHODS
 from hf_pretrain.data import draws
-from hf_pretrain.data.documents import DOCUMENT_FEATURES
-from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
+from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
-from hf_pretrain.objectives.distillation.task_data import TaskDataArguments
+from hf_pretrain.tasks.data import TaskDataArguments
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 VOCAB_SIZE = 60

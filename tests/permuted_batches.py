@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_pretrain.modeling.two_stream import PermutedBatch
+from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch
 
 PAD_RANK = 1 << 30
 VOCAB = 40

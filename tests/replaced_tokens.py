@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from datasets import Dataset
 
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
 from method_matrix import programs, tiny_data
 
 PROGRAM = programs()["rtd"]

@@ -5,7 +5,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.streaming import StreamingBlocks
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
 
 NUM_SHARDS, DOCUMENTS_PER_SHARD = 4, 11
 VOCAB = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, ".": 4, **{f"w{k}": 5 + k for k in range(400)}}

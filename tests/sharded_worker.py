@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from hf_pretrain.training.sharding import is_sharded
+from hf_pretrain.training.processes import is_sharded
 from method_matrix import build, log_of, programs, teacher_of
 
 CONFIGURATION = Path(__file__).parents[1] / "trainers" / "accelerate" / "fsdp2.yaml"

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from hf_pretrain.data.streaming import StreamingBlocks
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from method_matrix import BLOCK_SIZE, build, programs, tiny_data, tiny_tokenizer
 
 MLM = programs()["mlm"]

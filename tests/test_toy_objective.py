@@ -23,11 +23,10 @@ from transformers import AutoModelForTokenClassification
 import two_rank_worker
 from hf_pretrain.cli import METHODS
 from hf_pretrain.corruption.rows import RowKeys, stack_column
-from hf_pretrain.hub.facts import ObjectiveDescription
+from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.configuration import ModelArguments, build_config
-from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
+from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 from loopback_hub import LoopbackHub, hub_environment

@@ -9,14 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, TrainerCallback
 
-from hf_pretrain.data.documents import DOCUMENT_FEATURES
-from hf_pretrain.data.lanes import LaneDataset, LaneStream
-from hf_pretrain.hub.facts import ObjectiveDescription
+from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
+from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
+from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.memory import RecurrentMemory
-from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
-from hf_pretrain.objectives.recurrent_lm.collator import DataCollatorForRecurrentLM
+from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
+from hf_pretrain.objectives.recurrent_lm.trainer import DataCollatorForRecurrentLM
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.recurrence import RecurrentTrainer
 from method_matrix import RecordGradients, log_of, tiny_tokenizer

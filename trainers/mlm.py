@@ -14,10 +14,9 @@ from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.modeling.isolation import check_isolation
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainer, MaskedLMTrainingArguments
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.modeling.visibility.isolation import check_isolation
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainer, MaskedLMTrainingArguments
 from hf_pretrain.training.program import train_method
 
 ARGUMENTS = (DataArguments, ModelArguments, MaskedLMTrainingArguments)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.modeling.base import check_model_fits
-from hf_pretrain.modeling.isolation import check_isolation
+from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionModelArguments,

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.commands.options import of_data
-from hf_pretrain.data.deduplication import DOCUMENTS, REPORT, deduplicate_files
-from hf_pretrain.data.near_duplicates import check_options
+from hf_pretrain.curation.deduplication import DOCUMENTS, REPORT, deduplicate_files
+from hf_pretrain.curation.near_duplicates import check_options
 from hf_pretrain.errors import InputError
 from hf_pretrain.tables import print_table
 from hf_pretrain.training.parsing import parse_arguments

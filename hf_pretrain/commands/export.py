@@ -33,13 +33,14 @@ from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import MARKER, damaged_file, is_whole
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.training.checkpoints import MARKER, damaged_file, is_whole, was_cut_off
+from hf_pretrain.training.checkpoints import was_cut_off
 from hf_pretrain.training.parsing import parse_arguments
 
 # The composites by the type that their checkpoints name.
 _COMPOSITES = {
-    "hf_pretrain_encoder": ("hf_pretrain.modeling.encoder", "EncoderForPreTraining"),
+    "hf_pretrain_encoder": ("hf_pretrain.objectives.encoder.modeling", "EncoderForPreTraining"),
     "hf_pretrain_replaced_token_detection": (
         "hf_pretrain.objectives.replaced_token_detection.modeling",
         "ReplacedTokenDetectionForPreTraining",

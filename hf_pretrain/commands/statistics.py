@@ -21,12 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.commands.options import of_data
-from hf_pretrain.data.numbered_documents import numbered_documents
+from hf_pretrain.curation.statistics import corpus_statistics
 from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
-from hf_pretrain.data.statistics import corpus_statistics
-from hf_pretrain.data.text_files import read_documents, resolve_paths
+from hf_pretrain.data.text.files import numbered_documents, read_documents, resolve_paths
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.files import write_text
+from hf_pretrain.files import write_text
 from hf_pretrain.tables import print_table
 from hf_pretrain.training.parsing import parse_arguments
 

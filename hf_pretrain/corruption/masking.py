@@ -1,16 +1,23 @@
-"""From rows and options to masked rows: which tokens are hidden, and by what."""
+"""What masking must know of a tokenizer, as lookup tables over ids.
+
+What stands in the place of a selected token: the mask token, a random token, or the token itself.
+
+From rows and options to masked rows: which tokens are hidden, and by what.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.corruption.replacement import replace_tokens
 from hf_pretrain.corruption.rows import ExampleRows
 from hf_pretrain.corruption.selection import (
     Selection,
+    WordTable,
+    partition_words,
     select_tokens,
     select_tokens_independently,
     select_words,
@@ -24,8 +31,125 @@ from hf_pretrain.corruption.spans import (
     select_ngrams,
     select_spans,
 )
-from hf_pretrain.corruption.units import WordTable, partition_words
-from hf_pretrain.corruption.vocabulary import Vocabulary
+from hf_pretrain.errors import InputError
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Lookup tables over token ids, built once for a tokenizer.
+
+    Attributes:
+        mask_id: Id of the mask token.
+        protected: `[V]` bool, the ids that are never selected.
+        ordinary_ids: `[N]` int64, the ids from which random replacements are drawn: no special token among them.
+    """
+
+    mask_id: int
+    protected: np.ndarray
+    ordinary_ids: np.ndarray
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, *, mask_unknown: bool = True) -> Vocabulary:
+        """Read the tables from a tokenizer.
+
+        Args:
+            tokenizer: A transformers tokenizer with a mask token.
+            mask_unknown: Whether the unknown token may be selected. As a random replacement it never comes.
+
+        Returns:
+            The tables.
+
+        Raises:
+            InputError: If the tokenizer has no mask token or no ordinary token.
+        """
+        if tokenizer.mask_token_id is None:
+            raise InputError(
+                f"tokenizer={type(tokenizer).__name__} has no mask token: "
+                "add one with tokenizer.add_special_tokens({'mask_token': '[MASK]'}) and resize the embeddings"
+            )
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        special_ids = [*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)]
+        special = np.zeros(1 + max(len(tokenizer) - 1, *tokenizer.get_vocab().values()), dtype=np.bool_)
+        special[special_ids] = True
+        ordinary_ids = np.flatnonzero(~special[: len(tokenizer)])
+        if not ordinary_ids.size:
+            raise InputError(
+                f"tokenizer={type(tokenizer).__name__} has special tokens only: train or load a vocabulary"
+            )
+        protected = special.copy()
+        if mask_unknown and tokenizer.unk_token_id is not None:
+            # Some tokenizers let one token be both the unknown one and another: that one stays protected.
+            others = (tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+            protected[tokenizer.unk_token_id] = tokenizer.unk_token_id in others
+        return cls(mask_id=tokenizer.mask_token_id, protected=protected, ordinary_ids=ordinary_ids)
+
+    def is_protected(self, input_ids: np.ndarray) -> np.ndarray:
+        """Tell which tokens may never be selected.
+
+        Args:
+            input_ids: Integers of any shape.
+
+        Returns:
+            Bool of the same shape.
+
+        Raises:
+            InputError: If an id is not the tokenizer's.
+        """
+        try:
+            return self.protected[input_ids]
+        except IndexError:
+            raise InputError(
+                f"input_ids holds the id {input_ids.max()}, but the tokenizer ends at {len(self.protected) - 1}: "
+                "prepare the data with this tokenizer"
+            ) from None
+
+
+_HALF = np.uint64(32)
+_LOW_HALF = np.uint64((1 << 32) - 1)
+
+
+def replace_tokens(
+    input_ids: np.ndarray,
+    *,
+    positions: np.ndarray,
+    deciders: np.ndarray,
+    bits: np.ndarray,
+    vocabulary: Vocabulary,
+    mask_share: float,
+    random_share: float,
+) -> np.ndarray:
+    """Replace the selected tokens by the mask token, by random tokens, or not at all.
+
+    One draw of 64 bits a position serves both questions: its upper half decides, its lower half names the random
+    token, uniform over the ordinary tokens. Tokens with one decider share the decision, but not the random token.
+
+    Args:
+        input_ids: `[B, L]` int64; left as it is.
+        positions: `[T]` int64, flat indices of the selected tokens.
+        deciders: `[T]` int64, flat indices of the positions whose draws decide for them.
+        bits: `[B, L]` uint64 random bits.
+        vocabulary: The mask token and the ordinary tokens.
+        mask_share: Probability of the mask token.
+        random_share: Probability of a random token.
+
+    Returns:
+        The corrupted ids, `[B, L]` int64.
+
+    Source:
+        BERT (Devlin et al. 2019, section 3.1); decisions a word in fairseq's RoBERTa; decisions a span in SpanBERT
+        (Joshi et al. 2020, section 3.1).
+    """
+    flat_bits = bits.ravel()
+    decisions = (flat_bits[deciders] >> _HALF) * 2.0**-32
+    corrupted = input_ids.copy()
+    flat_ids = corrupted.ravel()
+    is_masked = decisions < mask_share
+    flat_ids[positions[is_masked]] = vocabulary.mask_id
+    randomised = positions[~is_masked & (decisions < mask_share + random_share)]
+    num_ordinary = np.uint64(len(vocabulary.ordinary_ids))
+    choice = ((flat_bits[randomised] & _LOW_HALF) * num_ordinary) >> _HALF
+    flat_ids[randomised] = vocabulary.ordinary_ids[choice.view(np.int64)]
+    return corrupted
 
 
 @dataclass(frozen=True)

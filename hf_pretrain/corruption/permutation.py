@@ -2,16 +2,29 @@
 
 Position `i` sees the content of `j` iff `key_ranks[j] < thresholds[i]`; the content stream also sees itself. A row is cut
 into parts: two halves, of which the first never sees the second and may therefore be kept as memory, or one whole.
+
+Which tokens a permutation language model predicts: spans with context around them, chosen in each part of a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from hf_pretrain.corruption.rows import RowKeys
-from hf_pretrain.corruption.selection import order_keys, sorted_positions
+from hf_pretrain.corruption.rows import ExampleRows, RowKeys
+from hf_pretrain.corruption.selection import (
+    WordTable,
+    order_keys,
+    partition_words,
+    sorted_positions,
+    take_smallest,
+    token_budgets,
+)
+from hf_pretrain.corruption.spans import ngram_lengths
+from hf_pretrain.errors import InputError
 
 PADDING_RANK = 1 << 30
 """Key rank of padding: above every threshold, so that nobody sees it."""
@@ -175,3 +188,211 @@ def visibility(
     key_ranks[~valid] = PADDING_RANK
     thresholds[~valid] = 0
     return key_ranks, thresholds
+
+
+_HALF = np.uint64(32)
+_LOW_HALF = np.uint64((1 << 32) - 1)
+
+
+def part_budgets(candidates: np.ndarray, *, parts: RowParts, context_factor: float) -> np.ndarray:
+    """Return how many targets each part gets.
+
+    A row has the share `1 / context_factor` of its own length, at least one; the parts share it by their sizes, the
+    first gets the half target that is left over. What a part has no candidates for goes to the other.
+
+    Args:
+        candidates: `[B, L]` bool, the tokens that may be predicted.
+        parts: The parts of the rows.
+        context_factor: Tokens a target.
+
+    Returns:
+        `[B, P]` int64.
+    """
+    lengths = parts.sizes.sum(axis=1)
+    totals = token_budgets(candidates, lengths=lengths, probability=1 / context_factor)
+    if parts.sizes.shape[1] == 1:
+        return totals[:, None]
+    in_first = np.arange(parts.width) < parts.sizes[:, :1]
+    available = np.count_nonzero(candidates & in_first, axis=1)
+    available_second = np.count_nonzero(candidates, axis=1) - available
+    first = (2 * totals * parts.sizes[:, 0] + lengths) // np.maximum(2 * lengths, 1)
+    first = np.minimum(np.maximum(first, totals - available_second), available)
+    return np.column_stack([first, totals - first])
+
+
+def sample_targets(
+    rows: ExampleRows,
+    *,
+    candidates: np.ndarray,
+    parts: RowParts,
+    unit: Literal["official", "word"] = "official",
+    context_factor: float = 6.0,
+    max_span_length: int = 5,
+    backward: np.ndarray | None = None,
+) -> np.ndarray:
+    """Choose the targets of each part: spans, then tokens (words) at random until the budget is met exactly.
+
+    A span of `n` tokens, `P(n)` proportional to `1 / n`, gets `floor(context_factor * n)` tokens of context, a random
+    share of it on its left; its start then moves right to the next word start, and the window of the next span begins
+    where this one ends. Where less is left of the budget than `n`, the span is shorter.
+
+    "official" is the official code's rule: a span is `n` sub-word tokens, whatever words they belong to, and one that
+    would touch the end of its part is left out. "word" does the same with words in the place of tokens, also when it
+    fills up; one word a part may be cut, where the budget is met.
+
+    Args:
+        rows: The examples, with `word_starts`.
+        candidates: `[B, L]` bool, the tokens that may be predicted.
+        parts: The parts of the rows.
+        unit: What spans are made of.
+        context_factor: `K`: of a row, `1 / K` are targets.
+        max_span_length: Most tokens (words) of a span.
+        backward: `[B]` bool, rows stored in reverse, in whose parts spans are laid from the end; None for none.
+
+    Returns:
+        `[B, L]` bool.
+
+    Source:
+        XLNet (Yang et al. 2019, section 3.1); `_sample_mask` of the official `data_utils.py`.
+    """
+    assert rows.word_starts is not None, "the rows were stacked without words"
+    positions = parts.positions(backward)
+    is_open = candidates.ravel()[positions] & parts.filled
+    starts = rows.word_starts.ravel()[positions] | ~is_open
+    fill_bits = rows.bits("permutation_fill").ravel()[positions]
+    budgets = part_budgets(candidates, parts=parts, context_factor=context_factor).ravel()
+    windows = _draw_windows(
+        rows, budgets=budgets, parts=parts, context_factor=context_factor, max_span_length=max_span_length
+    )
+    if unit == "official":
+        chosen = _lay_spans(windows, starts=starts, ends=parts.sizes.ravel() - 1) & is_open
+    else:
+        words = partition_words(starts, maskable=is_open)
+        chosen = _lay_word_spans(windows, words=words, filled=parts.filled) & is_open
+        chosen &= np.cumsum(chosen, axis=1) <= budgets[:, None]
+        # The tokens of a word share one draw, so that they come one after the other in the order of filling.
+        fill_bits = fill_bits.ravel()[words.first_positions(np.arange(fill_bits.size))].reshape(fill_bits.shape)
+    missing = budgets - np.count_nonzero(chosen, axis=1)
+    chosen |= take_smallest(order_keys(fill_bits, candidates=is_open & ~chosen), counts=missing)
+    targets = np.zeros(rows.valid.size, dtype=np.bool_)
+    targets[positions[chosen]] = True
+    return targets.reshape(rows.valid.shape)
+
+
+class _Windows(NamedTuple):
+    """Spans with their context, `[S, N]` int64 each: the `S` windows of each part, one after the other.
+
+    `lengths` is what the span covers, `lefts` the context before it, `advances` how far the window ends behind its start.
+    """
+
+    lengths: np.ndarray
+    lefts: np.ndarray
+    advances: np.ndarray
+
+
+def _draw_windows(
+    rows: ExampleRows, *, budgets: np.ndarray, parts: RowParts, context_factor: float, max_span_length: int
+) -> _Windows:
+    """Draw as many windows as can fit into a part; their spans together cover no more than the budget."""
+    num_rows, num_parts = parts.sizes.shape
+    num_windows = parts.span // (1 + int(context_factor)) + 1
+    bits = rows.keys.bits("permutation_spans", length=num_windows * num_parts)
+    bits = bits.reshape(num_rows, num_windows, num_parts).transpose(1, 0, 2).reshape(num_windows, -1)
+    available = np.full(bits.shape, max_span_length)
+    lengths = ngram_lengths((bits >> _HALF) * 2.0**-32, available=available, max_ngram=max_span_length)
+    lengths = np.clip(budgets - (np.cumsum(lengths, axis=0) - lengths), 0, lengths)
+    contexts = (context_factor * lengths).astype(np.int64)
+    lefts = ((bits & _LOW_HALF) * contexts.view(np.uint64) >> _HALF).view(np.int64)
+    return _Windows(lengths=lengths, lefts=lefts, advances=lengths + contexts - lefts)
+
+
+def _lay_spans(windows: _Windows, *, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Lay the spans of windows into parts.
+
+    Args:
+        windows: The windows.
+        starts: `[N, W]` bool, where a span may start.
+        ends: `[N]`, the place at which a part ends; a span that goes beyond is left out.
+
+    Returns:
+        `[N, W]` bool, what the spans cover.
+    """
+    num_parts, width = starts.shape
+    lengths, lefts, advances = windows
+    # A part's stretch of the table is wide enough for what follows its end, which leads back to the end.
+    stretch = width + int(lefts.max() + advances.max()) + 1
+    table = np.full((num_parts, stretch), width)
+    firsts = np.where(starts, np.arange(width), width)
+    table[:, :width] = np.minimum.accumulate(firsts[:, ::-1], axis=1)[:, ::-1]
+    origins = np.arange(num_parts) * stretch
+    table += origins[:, None]
+    begins, current = np.empty_like(lengths), origins
+    for step in range(len(lengths)):
+        table.take(current + lefts[step], out=begins[step], mode="clip")
+        current = begins[step] + advances[step]
+    begins -= origins
+    lengths = np.where(begins + lengths <= ends, lengths, 0)
+    begins += np.arange(num_parts) * width
+    covered = np.zeros(starts.size, dtype=np.bool_)
+    for offset in range(int(lengths.max())):
+        covered[begins[lengths > offset] + offset] = True
+    return covered.reshape(starts.shape)
+
+
+def _lay_word_spans(windows: _Windows, *, words: WordTable, filled: np.ndarray) -> np.ndarray:
+    """Lay spans of words: as `_lay_spans`, with words for places. `filled` is `[N, W]` bool, the places with a token."""
+    width = filled.shape[1]
+    word_of = words.word_of.reshape(filled.shape) - words.word_of[::width, None]
+    ends = np.where(filled, word_of + 1, 0).max(axis=1)
+    covered = _lay_spans(windows, starts=np.ones(filled.shape, dtype=np.bool_), ends=ends)
+    return np.take_along_axis(covered, word_of, axis=1)
+
+
+def given_targets(columns: Sequence[Any], *, valid: np.ndarray) -> np.ndarray:
+    """Mark the targets that the data gives.
+
+    Args:
+        columns: For each example, the places of the tokens to predict.
+        valid: `[B, L]` bool, the tokens of the examples, left-aligned.
+
+    Returns:
+        `[B, L]` bool.
+
+    Raises:
+        InputError: If a place is not in its example.
+    """
+    rows = np.repeat(np.arange(len(columns)), [len(column) for column in columns])
+    places = np.concatenate([np.asarray(column, dtype=np.int64) for column in columns])
+    lengths = np.count_nonzero(valid, axis=1)[rows]
+    wrong = np.flatnonzero((places < 0) | (places >= lengths))
+    if wrong.size:
+        place, length = places[wrong[0]], lengths[wrong[0]]
+        raise InputError(f"targets holds {place} in an example of {length} tokens: give places from 0 to {length - 1}")
+    targets = np.zeros(valid.shape, dtype=np.bool_)
+    targets[rows, places] = True
+    return targets
+
+
+def given_ranks(columns: Sequence[Any], *, valid: np.ndarray) -> np.ndarray:
+    """Return the rank of each token in the order that the data gives.
+
+    Args:
+        columns: For each example, the places of all its tokens, the one predicted first first.
+        valid: `[B, L]` bool, the tokens of the examples, left-aligned.
+
+    Returns:
+        `[B, L]` int64, 0 at padding.
+
+    Raises:
+        InputError: If an order does not name each token once.
+    """
+    ranks = np.zeros(valid.shape, dtype=np.int64)
+    for row, (column, length) in enumerate(zip(columns, np.count_nonzero(valid, axis=1).tolist(), strict=True)):
+        order = np.asarray(column, dtype=np.int64)
+        if not np.array_equal(np.sort(order), np.arange(length)):
+            raise InputError(
+                f"order={order.tolist()} is no order of an example of {length} tokens: name each place from 0 to "
+                f"{length - 1} once"
+            )
+        ranks[row, order] = np.arange(length)
+    return ranks

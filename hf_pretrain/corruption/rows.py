@@ -52,7 +52,7 @@ class RowKeys:
         except KeyError as error:
             raise InputError(
                 f"examples have no entry {error}, by which draws are keyed: wrap the dataset in "
-                "hf_pretrain.data.epochs.EpochDataset"
+                "hf_pretrain.data.examples.epochs.EpochDataset"
             ) from None
         return cls(example_ids=example_ids, epochs=epochs % static_masks if static_masks else epochs, seed=seed)
 

@@ -14,13 +14,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.bitext import BITEXT_FEATURES, BitextDataset, bitext_dataset, tokenize_bitext
-from hf_pretrain.data.corpus import split_held_out
-from hf_pretrain.data.documents import UnknownCount, tokenize_documents
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.data.mixture import MixtureDataset, language_shares
-from hf_pretrain.data.multilingual_arguments import MultilingualDataArguments
-from hf_pretrain.data.packing import BlockDataset
+from hf_pretrain.data.arguments import MultilingualDataArguments
+from hf_pretrain.data.documents.documents import UnknownCount, tokenize_documents
+from hf_pretrain.data.documents.token_store import TokenStore
+from hf_pretrain.data.documents.tokenizers import frame_by_separators
+from hf_pretrain.data.examples.bitext import BITEXT_FEATURES, BitextDataset, bitext_dataset, tokenize_bitext
+from hf_pretrain.data.examples.epochs import EpochDataset, MixtureDataset, language_shares
+from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import (
     PreparedData,
     RepeatableTexts,
@@ -32,9 +32,8 @@ from hf_pretrain.data.prepare import (
     run_tokenizer,
     word_segmenter,
 )
-from hf_pretrain.data.text import text_dataset, text_sizes
-from hf_pretrain.data.token_store import TokenStore
-from hf_pretrain.data.tokenizer_frames import frame_by_separators
+from hf_pretrain.data.text.datasets import text_dataset, text_sizes
+from hf_pretrain.data.text.docstrings import split_held_out
 from hf_pretrain.errors import InputError
 
 __all__ = ["LanguageDataset", "MultilingualDataArguments", "balanced_texts", "prepare_multilingual"]

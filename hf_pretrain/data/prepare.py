@@ -21,11 +21,12 @@ from transformers.utils import logging
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
-from hf_pretrain.data.corpus import docstring_dataset, split_held_out
-from hf_pretrain.data.documents import UnknownCount, check_offsets, tokenize_documents, tokenize_texts
-from hf_pretrain.data.packing import BlockDataset
-from hf_pretrain.data.streaming import StreamingBlocks
-from hf_pretrain.data.text import (
+from hf_pretrain.data.documents.documents import UnknownCount, check_offsets, tokenize_documents, tokenize_texts
+from hf_pretrain.data.documents.tokenizers import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
+from hf_pretrain.data.documents.words import NamedSegmenter, Segmenter, encodable
+from hf_pretrain.data.examples.packing import BlockDataset
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.data.text.datasets import (
     file_stamps,
     load_text_dataset,
     random_subset,
@@ -34,8 +35,7 @@ from hf_pretrain.data.text import (
     text_dataset,
     text_sizes,
 )
-from hf_pretrain.data.tokenizer_training import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
-from hf_pretrain.data.words import NamedSegmenter, Segmenter, encodable
+from hf_pretrain.data.text.docstrings import docstring_dataset, split_held_out
 from hf_pretrain.errors import InputError
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]

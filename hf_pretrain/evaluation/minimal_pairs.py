@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.data.text_files import read_documents
-from hf_pretrain.data.words import character_kinds, next_visible, word_starts
+from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
+from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.batches import batches_by_length, checked_texts, encode_texts, evaluating
+from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts, evaluating
 from hf_pretrain.modeling.base import check_model_fits, longest_sequence
-from hf_pretrain.modeling.gathered import GatheredHead
+from hf_pretrain.modeling.losses import GatheredHead
 
 WithinWord = Literal["visible", "l2r"]
 
@@ -49,7 +49,7 @@ def read_minimal_pairs(paths: str | Path | Sequence[str | Path], *, limit: int |
     """Read pairs in the format of BLiMP: JSON lines with `sentence_good`, `sentence_bad`, `UID` and `field`.
 
     Args:
-        paths: Files, folders or globs, as in `hf_pretrain.data.text_files.read_documents`.
+        paths: Files, folders or globs, as in `hf_pretrain.data.text.files.read_documents`.
         limit: At most so many pairs of each paradigm, the first ones; all by default.
 
     Raises:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.batches import batches_by_length, checked_texts, encode_texts, evaluating
+from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts, evaluating
 from hf_pretrain.modeling.base import check_model_fits, longest_sequence
 
 Pooling = Literal["mean", "cls"]

@@ -15,13 +15,12 @@ import torch.nn.functional as F  # noqa: N812
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.evaluation.batches import evaluating
-from hf_pretrain.hub.card_text import Row, number
-from hf_pretrain.modeling.gathered import GatheredHead
-from hf_pretrain.modeling.head_kinds import HeadKind, boundary_logits, entity_counts, head_kind, span_scores
-from hf_pretrain.modeling.isolation import isolated_inputs
-from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.hub.text import Row, number
+from hf_pretrain.modeling.heads import HeadKind, boundary_logits, entity_counts, head_kind, span_scores
+from hf_pretrain.modeling.losses import IGNORED, GatheredHead
+from hf_pretrain.modeling.visibility.isolation import isolated_inputs
 
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 Batch = dict[str, torch.Tensor]

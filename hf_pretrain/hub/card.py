@@ -15,15 +15,23 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub import card_text, plots
-from hf_pretrain.hub.compute import compute_rows
-from hf_pretrain.hub.evaluation import Evaluation, evaluation_table
-from hf_pretrain.hub.facts import PretrainingCard
-from hf_pretrain.hub.files import write_bytes, write_text
-from hf_pretrain.hub.metadata import card_metadata, hub_id
-from hf_pretrain.hub.metric_names import label
-from hf_pretrain.hub.readme import Written, describe_written, merge, was_cut_off
-from hf_pretrain.hub.record import check_weights, read_record, read_written, write_record
+from hf_pretrain.files import write_bytes, write_text
+from hf_pretrain.hub import plots
+from hf_pretrain.hub import text as card_text
+from hf_pretrain.hub.environment import compute_rows
+from hf_pretrain.hub.evaluation import Evaluation, card_metadata, evaluation_table, hub_id
+from hf_pretrain.hub.record import (
+    PretrainingCard,
+    Written,
+    check_weights,
+    describe_written,
+    merge,
+    read_record,
+    read_written,
+    was_cut_off,
+    write_record,
+)
+from hf_pretrain.hub.text import label
 
 logger = logging.get_logger(__name__)
 
@@ -98,7 +106,7 @@ def _loading_snippets(card: PretrainingCard) -> list[str]:
 def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
     """Write README.md, the pictures it shows and the record of the run into a folder.
 
-    What the user changed in a card that was written before stays; see [`hf_pretrain.hub.readme`]. A README.md of another origin,
+    What the user changed in a card that was written before stays; see [`hf_pretrain.hub.record`]. A README.md of another origin,
     or words of the user about what the run has changed too, are set aside in `_README.before.md`, with a warning.
 
     Args:

@@ -2,16 +2,22 @@
 
 Each class here stands in a stock model for one of its modules while it is trained, and knows the stock parameters that it amounts
 to: `merged_state` is what gets exported.
+
+Share parameters between two stock models.
+
+How a stock model is told the language of each token: by language embeddings, or by token types in their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.errors import InputError
 
@@ -217,3 +223,205 @@ def disentangle_embedding(model: PreTrainedModel, name: str, base: nn.Parameter,
 def _replace(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> None:
     name = next(name for name, module in model.named_modules() if module is old)
     model.set_submodule(name, new)
+
+
+def shared_embedding_names(target: PreTrainedModel, source: PreTrainedModel) -> dict[str, str]:
+    """Return which parameters of one model's embeddings are tied to which of the other's.
+
+    Tables (words, positions, types) and the layer norm are shared, as in the official ELECTRA; a projection from the embedding
+    width to the hidden width belongs to each model. A source whose word table was given another width shares that table alone.
+
+    Args:
+        target: Model whose parameters are replaced.
+        source: Model that keeps its own.
+
+    Returns:
+        Names of the target's parameters -> names of the source's.
+
+    Raises:
+        InputError: If the two embeddings do not have the same parameters with the same shapes.
+    """
+    if is_factorized(source):
+        return {f"{_words(target)}.weight": f"{_words(source)}.weight"}
+    ours, theirs = _embedding_parameters(target), _embedding_parameters(source)
+    return _pair(ours, theirs, target, source, "embedding_sharing='tied'", "the same embedding width")
+
+
+def shared_table_names(target: PreTrainedModel, source: PreTrainedModel) -> dict[str, str]:
+    """Return the names of the target's word and position tables -> those of the source's with the same shapes.
+
+    Raises:
+        InputError: If the word tables differ in shape.
+    """
+    words = {_words(target): _words(source)}
+    shapes = [tuple(model.get_input_embeddings().weight.shape) for model in (target, source)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            f"embedding_sharing: {type(target).__name__} has a word table of {shapes[0]} and {type(source).__name__} one of "
+            f"{shapes[1]}: use one tokenizer and one embedding width for both, or set embedding_sharing='none'"
+        )
+    tables = zip(_position_tables(target).items(), _position_tables(source).items(), strict=False)
+    same = {name: other for (name, ours), (other, theirs) in tables if ours.weight.shape == theirs.weight.shape}
+    return words | same
+
+
+def shared_body_names(
+    target: PreTrainedModel, source: PreTrainedModel, *, option: str = "embedding_sharing='full'"
+) -> dict[str, str]:
+    """Return the names of all parameters of the target's body -> those of the source's.
+
+    Args:
+        target: Model whose parameters are replaced.
+        source: Model that keeps its own.
+        option: What asks for equal bodies, for the error.
+
+    Raises:
+        InputError: If the two bodies do not have the same parameters with the same shapes.
+    """
+    ours, theirs = _body_parameters(target), _body_parameters(source)
+    return _pair(ours, theirs, target, source, option, "the same sizes")
+
+
+_Named = dict[str, tuple[str, nn.Parameter]]
+
+
+def _pair(
+    ours: _Named, theirs: _Named, target: PreTrainedModel, source: PreTrainedModel, option: str, remedy: str
+) -> dict[str, str]:
+    shapes = {name: tuple(parameter.shape) for name, (_, parameter) in ours.items()}
+    other_shapes = {name: tuple(parameter.shape) for name, (_, parameter) in theirs.items()}
+    if shapes != other_shapes:
+        first = next(name for name in [*shapes, *other_shapes] if shapes.get(name) != other_shapes.get(name))
+        raise InputError(
+            f"{option} needs equal parameters, but {type(target).__name__} has {first} "
+            f"{shapes.get(first, 'not at all')} and {type(source).__name__} has it {other_shapes.get(first, 'not at all')}: "
+            f"give both {remedy}, or choose another value of the option"
+        )
+    return {ours[name][0]: theirs[name][0] for name in ours}
+
+
+def _words(model: PreTrainedModel) -> str:
+    words = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is words)
+
+
+def _position_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
+    }
+
+
+def _embedding_parameters(model: PreTrainedModel) -> _Named:
+    """Return name within the embeddings -> (name within the model, parameter), for tables and norms."""
+    prefix = _words(model).rpartition(".")[0] + "."
+    return {
+        f"{name}.{parameter_name}"[len(prefix) :]: (f"{name}.{parameter_name}", parameter)
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and not isinstance(module, nn.Linear)
+        for parameter_name, parameter in module.named_parameters(recurse=False)
+    }
+
+
+def _body_parameters(model: PreTrainedModel) -> _Named:
+    body = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is body)
+    prefix = f"{prefix}." if prefix else ""
+    return {name: (f"{prefix}{name}", parameter) for name, parameter in body.named_parameters()}
+
+
+LanguageInput = Literal["langs", "token_type_ids"]
+
+
+def language_changes(model_type: str, lang2id: Mapping[str, int]) -> dict[str, Any]:
+    """Return the configuration values by which a model from scratch has room for languages.
+
+    Args:
+        model_type: The architecture.
+        lang2id: Numbers of the languages, from 0.
+
+    Returns:
+        `n_langs` for XLM and its kin, else `type_vocab_size`; {} for an architecture with neither.
+    """
+    known, num_languages = CONFIG_MAPPING[model_type](), max(lang2id.values()) + 1
+    if hasattr(known, "n_langs"):
+        return {"n_langs": num_languages}
+    if hasattr(known, "type_vocab_size"):
+        return {"type_vocab_size": max(num_languages, known.type_vocab_size)}
+    return {}
+
+
+def known_languages(config: PreTrainedConfig) -> dict[str, int] | None:
+    """Return the numbers of the languages that a model was trained with, None if it does not say."""
+    lang2id = getattr(config, "lang2id", None)
+    return None if lang2id is None else dict(lang2id)
+
+
+def set_languages(config: PreTrainedConfig, lang2id: Mapping[str, int]) -> LanguageInput | None:
+    """Write the numbers of the languages into a configuration, where the model has room for them.
+
+    `lang2id` and `id2lang` are those of XLM's published checkpoints; other architectures hand them through. A model
+    without room keeps its configuration, and is not told the languages.
+
+    Args:
+        config: Stock configuration, of a new model or of a checkpoint.
+        lang2id: Numbers of the languages.
+
+    Returns:
+        The input that tells the languages, see [`language_input`].
+
+    Raises:
+        InputError: If the model was trained with these languages under other numbers, or without some of them.
+    """
+    known = known_languages(config)
+    if known is not None:
+        wrong = [name for name, number in lang2id.items() if known.get(name) != number]
+        if wrong:
+            raise InputError(
+                f"the model numbers its languages {known}, and the data has {wrong[0]!r} as {lang2id[wrong[0]]}: prepare "
+                "the data with the numbers of the model"
+            )
+        return language_input(config)
+    name: LanguageInput = "langs" if hasattr(config, "n_langs") else "token_type_ids"
+    if max(lang2id.values()) >= _room(config):
+        return None
+    config.lang2id = dict(lang2id)
+    config.id2lang = {str(number): name for name, number in lang2id.items()}
+    return name
+
+
+def language_input(config: PreTrainedConfig) -> LanguageInput | None:
+    """Return the input that tells a model the language of each token.
+
+    Returns:
+        "langs" for XLM and its kin; "token_type_ids" for models with enough token types, which then stand for languages;
+        None for a model without room, or to which no languages were given by [`set_languages`].
+    """
+    lang2id = known_languages(config)
+    if lang2id is None or max(lang2id.values()) >= _room(config):
+        return None
+    return "langs" if hasattr(config, "n_langs") else "token_type_ids"
+
+
+def _room(config: PreTrainedConfig) -> int:
+    """Return how many languages the tables of a model can tell apart."""
+    if hasattr(config, "n_langs"):
+        return int(config.n_langs) if config.n_langs > 1 and config.use_lang_emb else 0
+    return int(getattr(config, "type_vocab_size", None) or 0)
+
+
+def language_inputs(config: PreTrainedConfig, *, langs: torch.Tensor | None = None, **inputs: Any) -> dict[str, Any]:
+    """Turn the languages of a batch into what a stock model takes.
+
+    Args:
+        config: Configuration of the stock model, after [`set_languages`].
+        langs: ``[B, L]`` number of the language of each token, any at padding; None if the batch does not tell.
+        **inputs: Further inputs, handed through.
+
+    Returns:
+        The inputs, with the languages under the name that the model has for them. Where that is `token_type_ids`, they
+        take the place of segments; a model without room is told nothing.
+    """
+    name = None if langs is None else language_input(config)
+    return inputs if name is None else inputs | {name: langs}

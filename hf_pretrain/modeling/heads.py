@@ -1,20 +1,95 @@
-"""Heads of pre-training beside the masked-LM head: those of stock classes, and those that transformers does not have."""
+"""What stands on a stock encoder, and what two kinds of heads predict: classes of tokens, and spans.
+
+Heads of pre-training beside the masked-LM head: those of stock classes, and those that transformers does not have.
+
+Heads of the discriminator that stock transformers does not have for every architecture.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
 from transformers.utils import ModelOutput, cached_file
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.loading import read_safetensors
+
+HeadKind = Literal["none", "masked_lm", "classification", "regression", "token_classification", "question_answering"]
+
+# Low enough for the softmax to be 0, and finite, so that no difference of two is undefined.
+_IMPOSSIBLE = -1e9
+
+
+def head_kind(model: PreTrainedModel) -> HeadKind:
+    """Return what a stock model predicts; the head of a classifier of whole sequences with one output is a regression's."""
+    name = type(model).__name__
+    if "ForQuestionAnswering" in name:
+        return "question_answering"
+    if "ForTokenClassification" in name:
+        return "token_classification"
+    if model.get_output_embeddings() is not None:
+        return "masked_lm"
+    if model.base_model is model:
+        return "none"
+    return "regression" if model.config.num_labels == 1 else "classification"
+
+
+def boundary_logits(logits: torch.Tensor, positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return what each text's start and its end are chosen from, where all other places are impossible.
+
+    Args:
+        logits: ``[T, 2]`` logits of a start and of an end at each of the places where a span may begin or end.
+        positions: ``[T]`` flat row-major positions of these places.
+        shape: ``(B, L)`` of the batch.
+
+    Returns:
+        ``[2B, L]``: of each text the start, then the end.
+    """
+    batch, length = shape
+    everywhere = logits.new_full((batch * length, 2), _IMPOSSIBLE).index_copy(0, positions, logits)
+    return everywhere.view(batch, length, 2).transpose(1, 2).flatten(0, 1)
+
+
+def span_scores(guesses: torch.Tensor, answers: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Compare spans with those of the labels, the first and the last token each.
+
+    Args:
+        guesses: ``[B, 2]`` places of starts and ends; the end may lie before the start, and there is no span then.
+        answers: ``[B, 2]``, true spans.
+
+    Returns:
+        ``[B]`` by name: `exact_match`, 1 or 0, and `f1`, the overlap: the harmonic mean of the shares of both in common.
+    """
+    (begins, ends), (first, last) = guesses.unbind(1), answers.unbind(1)
+    common = (torch.minimum(ends, last) - torch.maximum(begins, first) + 1).clamp(min=0)
+    lengths = (ends - begins + 1).clamp(min=0) + (last - first + 1)
+    exact = (guesses == answers).all(dim=1).float()
+    return {"exact_match": exact, "f1": 2 * common / lengths.clamp(min=1)}
+
+
+def entity_counts(guesses: torch.Tensor, labels: torch.Tensor, *, outside: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return numerator and denominator of the F1 of tokens of entities, to be summed before they are divided.
+
+    Args:
+        guesses: ``[T]`` classes.
+        labels: ``[T]`` true classes, none of them missing.
+        outside: The class of tokens that belong to no entity, often called "O".
+
+    Returns:
+        ``[T]`` twice the hits, and what was guessed to be of an entity plus what is of one.
+    """
+    is_guess, is_entity = guesses != outside, labels != outside
+    return 2 * ((guesses == labels) & is_entity), is_guess.long() + is_entity.long()
+
 
 # What the stock classes with a second head call its labels.
 _PAIR_LABELS = frozenset({"next_sentence_label", "sentence_order_label"})
@@ -211,3 +286,80 @@ class SpanBoundaryHead(PreTrainedModel):
         hidden_SD = self.norm_in(F.gelu(self.dense_in(around)))
         hidden_SE = self.norm_out(F.gelu(self.dense_out(hidden_SD)))
         return F.linear(hidden_SE, word_table, self.bias)
+
+
+DISCRIMINATOR_HEADS = ("stock", "electra", "deberta_v3")
+
+
+@strict
+class DiscriminatorHeadConfig(PreTrainedConfig):
+    """Configuration of [`DiscriminatorHead`].
+
+    Attributes:
+        kind: "electra": dense, activation, linear; "deberta_v3": the state of the first token is added to every other's and the
+            sum normalised before that.
+        hidden_size: Width of the states.
+        hidden_act: Activation.
+        layer_norm_eps: Epsilon of the norm.
+        initializer_range: Standard deviation of the initial weights.
+    """
+
+    model_type = "hf_pretrain_discriminator_head"
+
+    kind: str = "electra"
+    hidden_size: int = 256
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+
+class DiscriminatorHead(PreTrainedModel):
+    """One logit a token, positive for "replaced", from the states of any encoder.
+
+    Source: `get_discriminator_output` of the official ELECTRA; `LMMaskPredictionHead` of the official DeBERTa.
+    """
+
+    config_class = DiscriminatorHeadConfig
+    main_input_name = "hidden_states"
+
+    def __init__(self, config: DiscriminatorHeadConfig) -> None:
+        super().__init__(config)
+        if config.kind not in DISCRIMINATOR_HEADS[1:]:
+            raise InputError(f"discriminator_head={config.kind!r} must be one of {', '.join(DISCRIMINATOR_HEADS)}")
+        has_norm = config.kind == "deberta_v3"
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else None
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @classmethod
+    def of_kind(cls, kind: str, config: PreTrainedConfig) -> DiscriminatorHead:
+        """Build a head for an encoder with this configuration."""
+        # ModernBERT has names of its own.
+        names = {
+            "hidden_act": "hidden_activation",
+            "layer_norm_eps": "norm_eps",
+            "initializer_range": "initializer_range",
+        }
+        values = {name: getattr(config, name, getattr(config, other, None)) for name, other in names.items()}
+        known = {name: value for name, value in values.items() if value is not None}
+        return cls(DiscriminatorHeadConfig(kind=kind, hidden_size=config.hidden_size, **known))
+
+    def forward(self, hidden_states: torch.Tensor, first_columns: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the logits.
+
+        Args:
+            hidden_states: `[B, L, D]`.
+            first_columns: `[B, L]` (or `[B, 1]`) column of the classification token that a token belongs to, where that is not
+                the row's first; only for "deberta_v3".
+
+        Returns:
+            `[B, L]` logits.
+        """
+        if self.LayerNorm is not None:
+            first_BLD = hidden_states[:, :1]
+            if first_columns is not None:
+                first_BLD = hidden_states.gather(1, first_columns[:, :, None].expand(-1, -1, hidden_states.shape[2]))
+            hidden_states = self.LayerNorm(hidden_states + first_BLD)
+        return self.classifier(self.activation(self.dense(hidden_states))).squeeze(-1)

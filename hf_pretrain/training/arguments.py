@@ -1,4 +1,11 @@
-"""Options that every method has, and what can be known of them before any text is read."""
+"""Which number format the machine computes fast.
+
+Optimizers and schedules of the official recipes that transformers does not have.
+
+Options that every method has, and what can be known of them before any text is read.
+"""
+
+from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -6,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -13,6 +21,7 @@ import torch
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
@@ -23,9 +32,58 @@ from transformers.integrations.integration_utils import (
 from hf_pretrain.errors import InputError, check_numbers, one_line, range_of
 from hf_pretrain.schedules import Schedule
 from hf_pretrain.training.effects import check_refused
-from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection
-from hf_pretrain.training.precision import bf16_is_fast
 from hf_pretrain.training.processes import first_process_first
+
+
+def bf16_is_fast() -> bool:
+    """Return whether the accelerator, or else the CPU, has bf16 matrix units (GPUs with bf16; AVX512-BF16 or AMX)."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if accelerator.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Elsewhere (mps, xpu, ...) bf16 autocast is not known to pay: it has to be asked for.
+    return False
+
+
+_MANY_STEPS = 2.0**40
+
+
+class AdamWithoutBiasCorrection(torch.optim.AdamW):
+    """Adam with decoupled weight decay and no bias correction, epsilon outside the square root.
+
+    The first update is 3.16 learning rates long instead of one, and warm-up is tuned to that. It is `torch.optim.AdamW` with
+    its step counter so far on that both corrections are one, so the fused and multi-tensor kernels stay in use.
+
+    Source: `AdamWeightDecayOptimizer` of the official BERT and ELECTRA code.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
+        fresh = [p for p in group["params"] if p.grad is not None and len(self.state[p]) == 0]
+        has_complex = super()._init_group(group, *lists)
+        for parameter in fresh:
+            self.state[parameter]["step"].fill_(_MANY_STEPS)
+        return has_complex
+
+
+def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
+    """Return the schedule that multiplies linear decay by linear warm-up.
+
+    At step s of T with w steps of warm-up the factor is ``(1 - s/T) * min(1, s/w)``; the rate is zero at step 0.
+
+    Args:
+        optimizer: Optimizer whose learning rates are scheduled.
+        num_warmup_steps: Steps of warm-up, w.
+        num_training_steps: All steps, T.
+
+    Source: `create_optimizer` of the official ELECTRA code. (BERT's leaves the decay out while warming up.)
+    """
+    return LambdaLR(optimizer, partial(_linear_product, warmup=num_warmup_steps, total=num_training_steps))
+
+
+def _linear_product(step: int, *, warmup: int, total: int) -> float:
+    return max(0.0, 1.0 - step / total) * min(1.0, step / max(1, warmup) if warmup else 1.0)
+
 
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 

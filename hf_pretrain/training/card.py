@@ -15,14 +15,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import weights_digest
 from hf_pretrain.hub.card import recipe_options
-from hf_pretrain.hub.compute import Compute
-from hf_pretrain.hub.environment import hardware, measured_energy, versions
-from hf_pretrain.hub.facts import PretrainingCard
-from hf_pretrain.hub.files import weights_digest
-from hf_pretrain.hub.metadata import hub_id
-from hf_pretrain.hub.metric_names import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at
-from hf_pretrain.hub.record import read_record, read_weights
+from hf_pretrain.hub.environment import Compute, hardware, measured_energy, versions
+from hf_pretrain.hub.evaluation import hub_id
+from hf_pretrain.hub.record import PretrainingCard, read_record, read_weights
+from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import resolved_options
 

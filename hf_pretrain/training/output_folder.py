@@ -17,14 +17,9 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import damaged_file, is_whole
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.checkpoints import (
-    check_checkpoint,
-    damaged_file,
-    is_whole,
-    list_checkpoints,
-    was_cut_off,
-)
+from hf_pretrain.training.checkpoints import check_checkpoint, list_checkpoints, was_cut_off
 
 # A leading underscore keeps a file out of what is pushed to the Hub.
 _LOCK = "_lock"

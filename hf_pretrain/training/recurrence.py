@@ -14,11 +14,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from transformers import TrainingArguments
 
-from hf_pretrain.data.epochs import EpochDataset, EpochSampler
+from hf_pretrain.data.examples.epochs import EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.modeling.memory import RecurrentMemory
-from hf_pretrain.modeling.outputs import PretrainingOutput
+from hf_pretrain.modeling.losses import PretrainingOutput, RecurrentMemory
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 

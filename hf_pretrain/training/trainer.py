@@ -1,10 +1,17 @@
-"""The base of every method's Trainer."""
+"""Running sums of named quantities, kept on the device between two log lines.
+
+Peak memory of the process.
+
+The base of every method's Trainer.
+"""
 
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import fields
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -19,7 +26,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalPrediction
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import (
+from hf_pretrain.data.examples.epochs import (
     FILLER,
     CollatorOfFilled,
     EpochDataset,
@@ -28,19 +35,50 @@ from hf_pretrain.data.epochs import (
     FilledSampler,
 )
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.facts import ObjectiveDescription
+from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable
-from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
+from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput
 from hf_pretrain.schedules import TrainingSteps
-from hf_pretrain.training.accumulator import SumAccumulator
-from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.faults import not_finite
-from hf_pretrain.training.memory import peak_memory_mib
-from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
+from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, PretrainingArguments, linear_product_schedule
+from hf_pretrain.training.checkpoints import not_finite
+from hf_pretrain.training.processes import check_batches, check_sharding, sharded_by_blocks
 from hf_pretrain.training.pushing import PushingMixin
-from hf_pretrain.training.sharding import check_batches, check_sharding, sharded_by_blocks
-from hf_pretrain.training.stream_training import StreamTrainingMixin
+from hf_pretrain.training.streams import StreamTrainingMixin
+
+
+class SumAccumulator:
+    """Adds up sums and counts by name; nothing is copied to the host before [`SumAccumulator.means`]."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, torch.Tensor] = {}
+
+    def add(self, sums: Mapping[str, ExampleSum]) -> None:
+        """Add one micro-batch."""
+        for name, value in sums.items():
+            total = torch.stack([value.sum.detach().sum(), value.count.detach().sum()]).double()
+            self._totals[name] = self._totals[name] + total if name in self._totals else total
+
+    def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """Return the mean of each quantity since the last call, over all ranks.
+
+        Args:
+            reduce: Sums a tensor over the ranks; called once, on every rank.
+        """
+        if not self._totals:
+            return {}
+        names = sorted(self._totals)
+        sums, counts = reduce(torch.stack([self._totals[name] for name in names])).T.tolist()
+        self._totals.clear()
+        return {name: s / c for name, s, c in zip(names, sums, counts, strict=True) if c > 0}
+
+
+def peak_memory_mib() -> float:
+    """Return the most memory held so far, in MiB: the accelerator's allocations, or the process's resident set without one."""
+    if torch.accelerator.current_accelerator(check_available=True) is not None:
+        return round(torch.accelerator.max_memory_allocated() / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
 
 # Options beside those of every method that are read at each step.
 _READ_IN_TRAINING = {"generator_learning_rate", "generator_steps"}

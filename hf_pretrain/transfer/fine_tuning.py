@@ -1,13 +1,132 @@
-"""Fine-tuning a stock model with layer-wise learning rates."""
+"""Layer-wise learning-rate decay: the nearer a layer is to the input, the less fine-tuning changes it.
+
+Fine-tuning a stock model with layer-wise learning rates.
+"""
+
+from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.transfer.layerwise import DecayMode, check_decay, layerwise_parameter_groups
+
+DecayMode = Literal["paper", "official"]
+
+
+def layerwise_parameter_groups(
+    model: PreTrainedModel,
+    *,
+    learning_rate: float,
+    decay: float,
+    mode: DecayMode = "paper",
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Return parameter groups whose learning rate falls by a factor a layer, from the head down to the embeddings.
+
+    With L layers the head, and what the base model has behind its layers, learns at the full rate. In the mode "paper" the last
+    layer's rate is multiplied by `decay`, the one's below by `decay ** 2`, ..., the embeddings' by `decay ** (L + 1)`. The mode
+    "official" is what the code of ELECTRA does: one power more for all but the head (0.64, not 0.8, for the last layer).
+
+    Each trainable parameter is in exactly one group; one that is shared, such as a tied output matrix, goes with the lowest
+    place that it has. Norms and biases are not decayed.
+
+    Args:
+        model: A stock model with a head.
+        learning_rate: The head's rate.
+        decay: Factor from one layer to the one below, above 0 and at most 1.
+        mode: "paper" or "official".
+        weight_decay: Weight decay of all but norms and biases.
+
+    Returns:
+        Groups for an optimizer, with `params`, `lr` and `weight_decay`; the head's come first, because a Trainer logs the rate
+        of the first.
+
+    Raises:
+        InputError: If a value is out of range, or the model's layers are not one list of modules with weights of their own.
+
+    Source: Clark et al. 2020, "ELECTRA", appendix B; `_get_layer_lrs` in `model/optimization.py` of the official code.
+    """
+    check_decay(decay, mode)
+    depths, top = _parameter_depths(model)
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_decayed = parameter.ndim > 1 and not name.endswith("bias")
+            members.setdefault((depths[parameter], is_decayed), []).append(parameter)
+    skipped = 1 if mode == "official" else 0
+    return [
+        {
+            "params": parameters,
+            "lr": learning_rate * (1.0 if depth == top else decay ** (top - depth + skipped)),
+            "weight_decay": weight_decay if is_decayed else 0.0,
+        }
+        for (depth, is_decayed), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
+    ]
+
+
+def check_decay(decay: float, mode: str) -> None:
+    """Raise InputError if there is no such decay or mode."""
+    if not 0 < decay <= 1:
+        raise InputError(
+            f"layerwise_learning_rate_decay={decay} must be above 0 and at most 1: 0.8 is usual, 1 is one rate for all"
+        )
+    if mode not in get_args(DecayMode):
+        raise InputError(f"layerwise_decay_mode={mode!r} is unknown; choose one of {', '.join(get_args(DecayMode))}")
+
+
+def _parameter_depths(model: PreTrainedModel) -> tuple[dict[nn.Parameter, int], int]:
+    """Return the depth of each parameter, 0 for the embeddings and 1 to L for the layers, and the head's, L + 1."""
+    base = model.base_model
+    layers = _layers_name(base)
+    top = len(base.get_submodule(layers)) + 1
+    below = _names_below_layers(base, layers)
+    depths: dict[nn.Parameter, int] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        is_in_layer = name.startswith(f"{layers}.")
+        depth = int(name[len(layers) + 1 :].split(".")[0]) + 1 if is_in_layer else 0 if name in below else top
+        if is_in_layer and depths.get(parameter, depth) not in (0, depth):
+            raise InputError(f"{_refusal(base)}, but these share the weight {name!r}: set it to 1")
+        depths[parameter] = min(depth, depths.get(parameter, depth))
+    return {parameter: depths.get(parameter, top) for parameter in model.parameters()}, top
+
+
+def _layers_name(base: PreTrainedModel) -> str:
+    """Return the name of the one list of modules, not inside of another, that has as many as the model has layers."""
+    lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = {
+        name: len(module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
+    }
+    found = [name for name, length in outermost.items() if length == base.config.num_hidden_layers]
+    if len(found) != 1:
+        described = ", ".join(f"{name} of {length}" for name, length in outermost.items()) or "no list of modules"
+        raise InputError(f"{_refusal(base)}; this one has {described}: set it to 1")
+    return found[0]
+
+
+def _refusal(base: PreTrainedModel) -> str:
+    count = base.config.num_hidden_layers
+    return (
+        f"layerwise_learning_rate_decay needs the {count} layers of {type(base).__name__} as {count} modules in a list"
+    )
+
+
+def _names_below_layers(base: PreTrainedModel, layers: str) -> set[str]:
+    """Return the names of the parameters that serve the layers' input: embeddings, projections, relative positions.
+
+    They are registered before the layers. A table that comes after them, such as that of relative positions, belongs here as
+    well, and so does what stands beside it in a module of the base model's: its norm in DeBERTa.
+    """
+    outside = [name for name, _ in base.named_modules() if not f"{name}.".startswith(f"{layers}.")]
+    tables = [name for name in outside if isinstance(base.get_submodule(name), nn.Embedding)]
+    names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
+    first = next(index for index, name in enumerate(names) if name.startswith(f"{layers}."))
+    later = [name for name in names[first:] if not name.startswith(f"{layers}.")]
+    late_tables = [table for table in tables if f"{table}.weight" in later]
+    places = tuple(f"{table.rpartition('.')[0] or table}." for table in late_tables)
+    return {*names[:first], *(name for name in later if name.startswith(places))}
 
 
 @dataclass

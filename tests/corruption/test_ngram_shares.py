@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.corruption.masking import mask_rows
+from hf_pretrain.corruption.masking import Vocabulary, mask_rows
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys
 from hf_pretrain.corruption.spans import ngram_lengths
-from hf_pretrain.corruption.vocabulary import Vocabulary
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 

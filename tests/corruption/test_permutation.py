@@ -3,8 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hf_pretrain.corruption.permutation import PADDING_RANK, RowParts, given_order, random_order, visibility
-from hf_pretrain.corruption.permutation_targets import given_ranks, given_targets, part_budgets, sample_targets
+from hf_pretrain.corruption.permutation import (
+    PADDING_RANK,
+    RowParts,
+    given_order,
+    given_ranks,
+    given_targets,
+    part_budgets,
+    random_order,
+    sample_targets,
+    visibility,
+)
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError

@@ -7,6 +7,7 @@ from hf_pretrain.corruption.selection import (
     Selection,
     fill_budgets,
     order_keys,
+    partition_words,
     select_tokens,
     select_tokens_independently,
     select_words,
@@ -14,7 +15,6 @@ from hf_pretrain.corruption.selection import (
     sorted_positions,
     token_budgets,
 )
-from hf_pretrain.corruption.units import partition_words
 from hf_pretrain.data import draws
 
 

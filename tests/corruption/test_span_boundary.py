@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hf_pretrain.corruption import ExampleRows, RowKeys
-from hf_pretrain.corruption.span_boundary import span_boundary_targets
+from hf_pretrain.corruption.spans import span_boundary_targets
 
 
 def rows_of(input_ids, valid=None, document_ids=None):

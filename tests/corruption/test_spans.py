@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_pretrain.corruption.selection import Selection, token_budgets
+from hf_pretrain.corruption.selection import Selection, partition_words, token_budgets
 from hf_pretrain.corruption.spans import (
     draw_lengths,
     geometric_lengths,
@@ -15,7 +15,6 @@ from hf_pretrain.corruption.spans import (
     select_ngrams,
     select_spans,
 )
-from hf_pretrain.corruption.units import partition_words
 from hf_pretrain.data import draws
 
 

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerFast, XLMConfig, XLMWithLMHeadModel
 
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.data import draws
-from hf_pretrain.data.bitext import BitextDataset, bitext_dataset, read_bitext, tokenize_bitext
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochSampler
+from hf_pretrain.data.examples.bitext import BitextDataset, bitext_dataset, read_bitext, tokenize_bitext
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochSampler
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.modeling.languages import set_languages
+from hf_pretrain.modeling.embeddings import set_languages
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 
 SPECIALS = ["<s>", "</s>", "<pad>", "<unk>", "<mask>", "[CLS]", "[SEP]"]
 SEP, CLS_BERT, SEP_BERT = 1, 5, 6

@@ -7,8 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_pretrain.data import corpus
-from hf_pretrain.data.corpus import docstring_dataset, docstring_documents, module_docstrings, split_held_out
+from hf_pretrain.data.text import docstrings as corpus
+from hf_pretrain.data.text.docstrings import docstring_dataset, docstring_documents, module_docstrings, split_held_out
 from hf_pretrain.errors import InputError
 
 LONG = "A sentence that is repeated so that the docstring is long enough to be kept. " * 4

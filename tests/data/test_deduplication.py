@@ -12,11 +12,11 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_pretrain.data import deduplication, draws
-from hf_pretrain.data.deduplication import DOCUMENTS, REPORT, deduplicate_files
-from hf_pretrain.data.near_duplicates import Deduplicator, Verdict, num_bands
-from hf_pretrain.data.shingles import jaccard, normalized, shingle_hashes
-from hf_pretrain.data.text import read_documents
+from hf_pretrain.curation import deduplication
+from hf_pretrain.curation.deduplication import DOCUMENTS, REPORT, deduplicate_files
+from hf_pretrain.curation.near_duplicates import Deduplicator, Verdict, jaccard, normalized, num_bands, shingle_hashes
+from hf_pretrain.data import draws
+from hf_pretrain.data.text.datasets import read_documents
 from hf_pretrain.errors import InputError
 
 
@@ -305,7 +305,7 @@ def test_the_same_files_give_the_same_bytes_in_any_process(tmp_path):
     read, _ = corpus()
     source = write(tmp_path / "in.txt", read)
     program = (
-        "import sys; from hf_pretrain.data.deduplication import deduplicate_files; "
+        "import sys; from hf_pretrain.curation.deduplication import deduplicate_files; "
         "deduplicate_files(sys.argv[1], output_dir=sys.argv[2], shard_bytes=4000)"
     )
     for seed in ("1", "2"):
@@ -439,7 +439,7 @@ class TestFolder:
 
 _START = """
 import sys
-from hf_pretrain.data.deduplication import deduplicate_files
+from hf_pretrain.curation.deduplication import deduplicate_files
 try:
     deduplicate_files(sys.argv[1], output_dir=sys.argv[2])
 except Exception as error:

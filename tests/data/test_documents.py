@@ -11,10 +11,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, T5Tokenizer
 from transformers.tokenization_python import PythonBackend
 
-from hf_pretrain.data import documents as module
-from hf_pretrain.data.documents import DOCUMENT_FEATURES, UnknownCount, tokenize_documents, tokenize_texts
-from hf_pretrain.data.sentences import one_per_line
-from hf_pretrain.data.tokenizer_training import train_tokenizer
+from hf_pretrain.data.documents import documents as module
+from hf_pretrain.data.documents.documents import (
+    DOCUMENT_FEATURES,
+    UnknownCount,
+    one_per_line,
+    tokenize_documents,
+    tokenize_texts,
+)
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.errors import InputError
 
 BERT_VOCAB = [

@@ -9,10 +9,9 @@ import pytest
 
 from hf_pretrain.corruption.rows import RowKeys
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import EpochSampler
-from hf_pretrain.data.mixture import MixtureDataset
-from hf_pretrain.data.pairing import PairRule
-from hf_pretrain.data.stream_progress import ShardSampler
+from hf_pretrain.data.examples.epochs import EpochSampler, MixtureDataset
+from hf_pretrain.data.examples.pairing import PairRule
+from hf_pretrain.data.streaming.blocks import ShardSampler
 from hf_pretrain.objectives.permutation_lm.scoring import _ranks
 
 ROOT = Path(__file__).parents[2]

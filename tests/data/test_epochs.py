@@ -8,7 +8,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import (
+from hf_pretrain.data.examples.epochs import (
     EPOCH_STRIDE,
     FILLER,
     PLACE_STRIDE,

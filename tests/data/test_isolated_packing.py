@@ -9,14 +9,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from hf_pretrain.corruption import MaskingArguments
-from hf_pretrain.data import bin_packing, draws
+from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
-from hf_pretrain.data.bin_packing import pack_rows
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.data.packing import BlockDataset
+from hf_pretrain.data.examples import packing as bin_packing
+from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.packing import BlockDataset, pack_rows
 from hf_pretrain.data.prepare import prepare_data
-from hf_pretrain.data.streaming import StreamingBlocks
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.objectives.replaced_token_detection import DataCollatorForReplacedTokenDetection
 from sharded_text import Source
 

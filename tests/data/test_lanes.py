@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from hf_pretrain.data.lanes import LaneDataset, LaneStream
+from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.errors import InputError
 from method_matrix import tiny_tokenizer
 from toy_recurrence import documents

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_pretrain.data.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset
-from hf_pretrain.data.lm_mode_views import LMMode, LMModeView, mode_token_types, stop_candidates
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset
+from hf_pretrain.data.examples.lm_modes import LMMode, LMModeView, mode_token_types, stop_candidates
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 
 MODES = [mode.name.lower() for mode in LMMode]
 

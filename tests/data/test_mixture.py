@@ -9,8 +9,14 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader, Dataset
 
 from hf_pretrain.corruption.rows import RowKeys
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
-from hf_pretrain.data.mixture import MixtureDataset, apportion, language_shares
+from hf_pretrain.data.examples.epochs import (
+    EPOCH_STRIDE,
+    EpochDataset,
+    EpochSampler,
+    MixtureDataset,
+    apportion,
+    language_shares,
+)
 from hf_pretrain.errors import InputError
 
 SEED = 7

@@ -10,18 +10,17 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
 from hf_pretrain.data import draws, prepare
-from hf_pretrain.data.bitext import BitextDataset
-from hf_pretrain.data.documents import tokenize_documents
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset
-from hf_pretrain.data.mixture import MixtureDataset, language_shares
+from hf_pretrain.data.documents.documents import tokenize_documents
+from hf_pretrain.data.examples.bitext import BitextDataset
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset, MixtureDataset, language_shares
+from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.multilingual import (
     LanguageDataset,
     MultilingualDataArguments,
     balanced_texts,
     prepare_multilingual,
 )
-from hf_pretrain.data.packing import BlockDataset
-from hf_pretrain.data.text import text_dataset
+from hf_pretrain.data.text.datasets import text_dataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.parsing import parse_arguments
 
@@ -188,7 +187,9 @@ def test_everything_is_done_once(files, tmp_path, monkeypatch):
     first = prepared(files, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained twice"))
-        patch.setattr("hf_pretrain.data.documents.tokenize_texts", lambda *_, **__: pytest.fail("tokenized twice"))
+        patch.setattr(
+            "hf_pretrain.data.documents.documents.tokenize_texts", lambda *_, **__: pytest.fail("tokenized twice")
+        )
         again = prepared(files, tmp_path)
     for index in (0, 7, EPOCH_STRIDE + 3):
         one, other = first.train_dataset[index], again.train_dataset[index]

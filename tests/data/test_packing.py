@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import BertTokenizer, PreTrainedTokenizerFast, RobertaTokenizer, T5Tokenizer
 
-from hf_pretrain.data import draws, packing
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.data.packing import BlockDataset, BlockTemplate
+from hf_pretrain.data import draws
+from hf_pretrain.data.examples import packing
+from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.packing import BlockDataset, BlockTemplate
 from hf_pretrain.errors import InputError
 
 FEATURES = datasets.Features(

@@ -12,7 +12,7 @@ from transformers import (
     XLNetTokenizer,
 )
 
-from hf_pretrain.data.pair_template import PairTemplate
+from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.errors import InputError
 
 WORDS = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "x": 5}

@@ -11,14 +11,14 @@ import pytest
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from hf_pretrain.data import corpus, draws, prepare
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.data.packing import BlockDataset
+from hf_pretrain.data import draws, prepare
+from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import DataArguments, prepare_data
-from hf_pretrain.data.streaming import StreamingBlocks
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.data.text import docstrings as corpus
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 
 WORDS = (
     "the a model reader text corpus learns reads writes long short new old good word sentence quickly slowly".split()
@@ -143,7 +143,9 @@ def test_trained_tokenizer_is_saved_and_found_again(train_file, tmp_path, monkey
     assert first.tokenizer.model_max_length == args.block_size
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained twice"))
-        patch.setattr("hf_pretrain.data.documents._counted_columns", lambda *_, **__: pytest.fail("tokenized twice"))
+        patch.setattr(
+            "hf_pretrain.data.documents.documents._counted_columns", lambda *_, **__: pytest.fail("tokenized twice")
+        )
         again = prepare_data(args, seed=2, output_dir=tmp_path / "out")
         # A resumed run hands in the tokenizer of its checkpoint.
         first.tokenizer.save_pretrained(tmp_path / "checkpoint")

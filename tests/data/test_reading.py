@@ -16,15 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_pretrain.data import text_lines
 from hf_pretrain.data.arguments import DataArguments
-from hf_pretrain.data.file_kinds import file_kind
-from hf_pretrain.data.file_search import find_files, resolve_paths
-from hf_pretrain.data.numbered_documents import numbered_documents
-from hf_pretrain.data.shards import Shard, list_shards, read_shard
-from hf_pretrain.data.stream_sources import DatasetShards, FileShards
-from hf_pretrain.data.text import load_text_dataset, text_dataset
-from hf_pretrain.data.text_files import read_documents
+from hf_pretrain.data.streaming.sources import DatasetShards, FileShards, Shard, list_shards, read_shard
+from hf_pretrain.data.text import lines as text_lines
+from hf_pretrain.data.text.datasets import load_text_dataset, text_dataset
+from hf_pretrain.data.text.files import numbered_documents, read_documents
+from hf_pretrain.data.text.kinds import file_kind
+from hf_pretrain.data.text.search import find_files, resolve_paths
 from hf_pretrain.errors import InputError
 
 
@@ -418,7 +416,7 @@ class TestPipes:
 
     def test_standard_input_and_its_copy_goes_with_the_process(self, cache):
         code = (
-            "import datasets; from pathlib import Path; from hf_pretrain.data.text_files import read_documents, resolve_paths\n"
+            "import datasets; from pathlib import Path; from hf_pretrain.data.text.files import read_documents, resolve_paths\n"
             f"datasets.config.HF_DATASETS_CACHE = Path({str(cache)!r})\n"
             "print(list(read_documents('-')), list(read_documents(['-'])), resolve_paths('-')[0])"
         )
@@ -498,8 +496,8 @@ class TestBadText:
 class TestChangedFiles:
     @pytest.fixture
     def small_parts(self, monkeypatch):
-        monkeypatch.setattr("hf_pretrain.data.shards._LEAST_BYTES", 50)
-        monkeypatch.setattr("hf_pretrain.data.shards._NUM_SHARDS", 8)
+        monkeypatch.setattr("hf_pretrain.data.streaming.sources._LEAST_BYTES", 50)
+        monkeypatch.setattr("hf_pretrain.data.streaming.sources._NUM_SHARDS", 8)
 
     def test_a_mended_file_is_read_in_the_old_parts(self, write, small_parts):
         texts = [f"text {number} of words" for number in range(40)]
@@ -571,7 +569,7 @@ class TestSystem:
         assert text_dataset(path)["text"][:] == ["ONE", "TWO"]
 
     def test_a_kind_is_looked_up_again_when_the_file_changes(self, write, monkeypatch):
-        monkeypatch.setattr("hf_pretrain.data.file_kinds._RECENT_SECONDS", -1)
+        monkeypatch.setattr("hf_pretrain.data.text.kinds._RECENT_SECONDS", -1)
         path = write("a.txt", "text")
         assert file_kind(path).format == "text"
         write("a.txt", ROWS)

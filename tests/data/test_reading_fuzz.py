@@ -17,12 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_pretrain.data.bitext import read_bitext
-from hf_pretrain.data.file_search import find_files
-from hf_pretrain.data.shards import list_shards, read_shard
-from hf_pretrain.data.stream_sources import FileShards
-from hf_pretrain.data.text import text_dataset
-from hf_pretrain.data.text_files import read_documents
+from hf_pretrain.data.examples.bitext import read_bitext
+from hf_pretrain.data.streaming.sources import FileShards, list_shards, read_shard
+from hf_pretrain.data.text.datasets import text_dataset
+from hf_pretrain.data.text.files import read_documents
+from hf_pretrain.data.text.search import find_files
 from hf_pretrain.errors import InputError
 
 QUICK = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck), "database": None}

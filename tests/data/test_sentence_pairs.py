@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from hf_pretrain.data import draws, pairing
-from hf_pretrain.data.documents import DOCUMENT_FEATURES
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
-from hf_pretrain.data.packing import BlockDataset
-from hf_pretrain.data.pairing import PairRule, SentenceIndex, draw_chunks, draw_pairs
-from hf_pretrain.data.sentence_pairs import SentencePairDataset
-from hf_pretrain.data.token_store import TokenStore
+from hf_pretrain.data import draws
+from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
+from hf_pretrain.data.documents.token_store import TokenStore
+from hf_pretrain.data.examples import pairing
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.data.examples.packing import BlockDataset
+from hf_pretrain.data.examples.pairing import PairRule, SentenceIndex, draw_chunks, draw_pairs
+from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.errors import InputError
 from method_matrix import tiny_tokenizer
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from hf_pretrain.data.sentences import one_per_line, sentence_starts
+from hf_pretrain.data.documents.documents import one_per_line, sentence_starts
 
 
 def sentences(text, splitter=sentence_starts):

@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hf_pretrain.data import text_files, text_lines
-from hf_pretrain.data.shards import Shard, list_shards, read_shard
-from hf_pretrain.data.text_files import read_documents
+from hf_pretrain.data.streaming.sources import Shard, list_shards, read_shard
+from hf_pretrain.data.text import files as text_files
+from hf_pretrain.data.text import lines as text_lines
+from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
 
 SEPARATORS = ["blank_line", "line", "file"]

@@ -6,15 +6,14 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_pretrain.data import draws, packing_statistics, statistics
-from hf_pretrain.data.documents import tokenize_documents
-from hf_pretrain.data.length_histogram import LengthHistogram
-from hf_pretrain.data.numbered_documents import NumberedDocument, excerpt, in_groups, numbered_documents
-from hf_pretrain.data.packing import BlockDataset, BlockTemplate
-from hf_pretrain.data.packing_statistics import PackingCounter
-from hf_pretrain.data.sentences import sentence_starts
-from hf_pretrain.data.statistics import corpus_statistics
-from hf_pretrain.data.words import word_starts
+from hf_pretrain.curation import statistics
+from hf_pretrain.curation import statistics as packing_statistics
+from hf_pretrain.curation.statistics import LengthHistogram, PackingCounter, corpus_statistics
+from hf_pretrain.data import draws
+from hf_pretrain.data.documents.documents import sentence_starts, tokenize_documents
+from hf_pretrain.data.documents.words import word_starts
+from hf_pretrain.data.examples.packing import BlockDataset, BlockTemplate
+from hf_pretrain.data.text.files import NumberedDocument, excerpt, in_groups, numbered_documents
 from hf_pretrain.errors import InputError
 
 MODES = ["full_sentences", "doc_sentences", "tokens", "isolated_documents"]
@@ -81,7 +80,7 @@ def test_packing_has_the_numbers_of_the_blocks(block_size, group_characters, tok
 
 
 def test_rows_of_isolated_documents_are_formed_window_by_window(tokenizer, monkeypatch):
-    monkeypatch.setattr("hf_pretrain.data.bin_packing.WINDOW_PIECES", 16)
+    monkeypatch.setattr("hf_pretrain.data.examples.packing.WINDOW_PIECES", 16)
     monkeypatch.setattr(packing_statistics, "WINDOW_PIECES", 16)
     texts = corpus(100)
     blocks = BlockDataset(stored(texts, tokenizer), tokenizer=tokenizer, block_size=64, mode="isolated_documents")

@@ -4,9 +4,9 @@ import pytest
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-from hf_pretrain.data.documents import tokenize_texts
-from hf_pretrain.data.packing import BlockDataset
-from hf_pretrain.data.streaming import StreamingBlocks
+from hf_pretrain.data.documents.documents import tokenize_texts
+from hf_pretrain.data.examples.packing import BlockDataset
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError
 from sharded_text import NUM_SHARDS, PATHS, VOCAB, Source, as_list, make_stream, make_tokenizer, read, rows, tokenize
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.text import (
+from hf_pretrain.data.text.datasets import (
     load_text_dataset,
     random_subset,
     read_documents,
@@ -184,7 +184,7 @@ def test_cache_follows_the_files_and_the_options(write, monkeypatch):
     assert len(text_dataset(path)) == 3
     write("a.txt", "one\n\ntwo\n\nthree")
     again = text_dataset(path)
-    monkeypatch.setattr("hf_pretrain.data.text.read_documents", lambda *_, **__: pytest.fail("read twice"))
+    monkeypatch.setattr("hf_pretrain.data.text.datasets.read_documents", lambda *_, **__: pytest.fail("read twice"))
     assert text_dataset(path)["text"][:] == again["text"][:]
 
 

@@ -13,16 +13,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from hf_pretrain.data import draws, tokenizer_training
-from hf_pretrain.data.documents import tokenize_texts
-from hf_pretrain.data.tokenizer_training import (
+from hf_pretrain.data import draws
+from hf_pretrain.data.documents import tokenizers as tokenizer_training
+from hf_pretrain.data.documents.documents import tokenize_texts
+from hf_pretrain.data.documents.tokenizers import (
     _LearnedTexts,
     _too_long,
     check_tokenizer,
     choose_tokenizer,
     train_tokenizer,
 )
-from hf_pretrain.data.words import character_kinds, next_visible, word_starts
+from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
 from hf_pretrain.errors import InputError
 
 KINDS = ["wordpiece", "bpe", "unigram"]
@@ -134,7 +135,7 @@ def test_training_is_deterministic(kind, texts, lowercase):
 def test_training_is_deterministic_between_processes(trained):
     program = (
         "import hashlib, json, sys\n"
-        "from hf_pretrain.data.tokenizer_training import train_tokenizer\n"
+        "from hf_pretrain.data.documents.tokenizers import train_tokenizer\n"
         "texts = json.load(sys.stdin)\n"
         "for kind in ('wordpiece', 'bpe', 'unigram'):\n"
         "    backend = train_tokenizer(texts, kind=kind, vocab_size=420, lowercase=False).backend_tokenizer\n"

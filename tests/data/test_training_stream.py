@@ -7,9 +7,8 @@ import datasets
 import pytest
 from torch.utils.data import DataLoader
 
-from hf_pretrain.data import stream_progress
-from hf_pretrain.data.stream_progress import Place, ShardSampler, Stop, StreamProgress
-from hf_pretrain.data.streaming import TrainingStream
+from hf_pretrain.data.streaming import blocks as stream_progress
+from hf_pretrain.data.streaming.blocks import Place, ShardSampler, Stop, StreamProgress, TrainingStream
 from hf_pretrain.errors import InputError
 from sharded_text import PATHS, Source, as_list, make_stream, rows
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import normalizers, pre_tokenizers
 
-from hf_pretrain.data import words as words_module
-from hf_pretrain.data.words import SPACE, NamedSegmenter, character_kinds, next_visible, word_starts
+from hf_pretrain.data.documents import words as words_module
+from hf_pretrain.data.documents.words import SPACE, NamedSegmenter, character_kinds, next_visible, word_starts
 from hf_pretrain.errors import InputError
 
 

@@ -4,7 +4,7 @@ import evaluate
 import numpy as np
 import pytest
 
-from hf_pretrain.evaluation.accuracy import Accuracy
+from hf_pretrain.evaluation.metrics import Accuracy
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
 from hf_pretrain.data import draws
-from hf_pretrain.evaluation.detection import collapse_warning, detection_metrics
+from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics
 from method_matrix import build, programs
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.stream_evaluation import memory_lengths, sliding_window_evaluate, stream_evaluate
+from hf_pretrain.evaluation.streams import memory_lengths, sliding_window_evaluate, stream_evaluate
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 from method_matrix import tiny_tokenizer

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from hf_pretrain.corruption.rows import stack_column
-from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.evaluation import students
 from hf_pretrain.evaluation.students import compare, comparison_rows
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from method_matrix import VOCAB_SIZE, tiny_examples, tiny_tokenizer
 
 SIZES = {

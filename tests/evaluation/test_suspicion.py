@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.suspicion import HEAD_FOLDER, ReplacedTokenScorer, _windows
-from hf_pretrain.objectives.replaced_token_detection.heads import DiscriminatorHead
+from hf_pretrain.evaluation.detector import HEAD_FOLDER, ReplacedTokenScorer, _windows
+from hf_pretrain.modeling.heads import DiscriminatorHead
 from loopback_hub import LoopbackHub, hub_environment
 
 
@@ -298,7 +298,7 @@ FROM_HUB = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import HfApi, create_repo
-from hf_pretrain.evaluation.suspicion import ReplacedTokenScorer
+from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 
 work, scores = Path(sys.argv[1]), {}
 for name in ("export", "stock"):

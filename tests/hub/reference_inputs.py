@@ -14,19 +14,22 @@ from typing import Any
 
 from hf_pretrain.evaluation.students import comparison_rows
 from hf_pretrain.hub.card import render_card
-from hf_pretrain.hub.card_text import Row
-from hf_pretrain.hub.compute import Compute
-from hf_pretrain.hub.environment import Energy
+from hf_pretrain.hub.environment import Compute, Energy
 from hf_pretrain.hub.evaluation import Evaluation
-from hf_pretrain.hub.facts import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.plots import plot_training
+from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
+from hf_pretrain.hub.text import Row
 from hf_pretrain.objectives.distillation import StudentArguments
-from hf_pretrain.objectives.distillation.description import describe, describe_origin
-from hf_pretrain.objectives.distillation.trainer import DistillationTrainer, TaskDistillationTrainer
+from hf_pretrain.objectives.distillation.trainer import (
+    DistillationTrainer,
+    TaskDistillationTrainer,
+    describe,
+    describe_origin,
+)
 from hf_pretrain.objectives.electric import ElectricTrainer
 from hf_pretrain.objectives.encoder import EncoderTrainer
-from hf_pretrain.objectives.encoder.description import describe as describe_encoder
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainer
+from hf_pretrain.objectives.encoder.arguments import describe as describe_encoder
+from hf_pretrain.objectives.masking import MaskedLMTrainer
 from hf_pretrain.objectives.permutation_lm import PermutationLMTrainer
 from hf_pretrain.objectives.recurrent_lm import RecurrentLMTrainer
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionTrainer

@@ -28,11 +28,10 @@ from transformers import (
 )
 
 from hf_pretrain.hub.card import recipe_options, render_card, snippets, write_card
-from hf_pretrain.hub.card_text import cell, duration, fine_tuning_snippet, metric_table, number, portable_options
-from hf_pretrain.hub.compute import Compute, compute_rows
-from hf_pretrain.hub.environment import Energy
+from hf_pretrain.hub.environment import Compute, Energy, compute_rows
 from hf_pretrain.hub.evaluation import Evaluation
-from hf_pretrain.hub.facts import PretrainingCard
+from hf_pretrain.hub.record import PretrainingCard
+from hf_pretrain.hub.text import cell, duration, fine_tuning_snippet, metric_table, number, portable_options
 
 MINIMAL = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
 UNKNOWN = PretrainingCard(

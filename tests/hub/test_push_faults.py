@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError, RunError
-from hf_pretrain.hub.repository import reason
-from hf_pretrain.training.checkpoints import is_whole
-from hf_pretrain.training.recipes import write_recipe
+from hf_pretrain.files import is_whole
+from hf_pretrain.training.parsing import write_recipe
+from hf_pretrain.training.pushing import reason
 from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub, connected, hub_environment
 from method_matrix import build, programs
 

@@ -23,12 +23,10 @@ from safetensors.torch import save_file
 
 from hf_pretrain.commands import card as command
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import share_weights, write_text
 from hf_pretrain.hub.card import add_evaluation, render_card, write_card
 from hf_pretrain.hub.evaluation import Evaluation
-from hf_pretrain.hub.facts import PretrainingCard
-from hf_pretrain.hub.files import share_weights, write_text
-from hf_pretrain.hub.readme import describe_written, merge
-from hf_pretrain.hub.record import RECORD, read_record, write_record
+from hf_pretrain.hub.record import RECORD, PretrainingCard, describe_written, merge, read_record, write_record
 
 PLAIN = REFERENCE_CARDS["mlm"]
 BARE = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)

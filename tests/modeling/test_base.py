@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokeni
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import check_model_fits, longest_sequence, tokenizer_for
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from method_matrix import TINY, VOCAB_SIZE
 
 

@@ -13,7 +13,7 @@ from hf_pretrain.modeling.configuration import (
     from_pretrained,
     parse_overrides,
 )
-from hf_pretrain.modeling.encoder import EncoderForPreTraining, EncoderForPreTrainingConfig
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining, EncoderForPreTrainingConfig
 from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 
 

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForPreTraining
 
 from encoder_heads import ALL, BACKBONES, batch_of, encoder_of, gradients_of, stirred, stock_model, summed, takes_types
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from method_matrix import relative_difference
 
 WITH_PAIR_HEAD = ("albert", "bert", "ernie", "megatron-bert")

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.modeling.gathered import GatheredHead
-from hf_pretrain.modeling.losses import IGNORED, masked_lm_loss
+from hf_pretrain.modeling.losses import IGNORED, GatheredHead, masked_lm_loss
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from method_matrix import TINY, VOCAB_SIZE, relative_difference
 
 NARROW = {"embedding_size": 16}

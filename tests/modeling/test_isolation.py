@@ -10,12 +10,13 @@ from datasets import Dataset
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMaskedLM
 from transformers.masking_utils import flash_attention_mask
 
-from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling import attention_masks, isolation
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.modeling.isolation import check_isolation, isolated_inputs, sequence_bounds
 from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.modeling.visibility import isolation
+from hf_pretrain.modeling.visibility import isolation as attention_masks
+from hf_pretrain.modeling.visibility.isolation import check_isolation, isolated_inputs, sequence_bounds
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from method_matrix import TINY, VOCAB_SIZE, build, relative_difference, tiny_data
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "legacy": False}

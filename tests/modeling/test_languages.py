@@ -13,17 +13,16 @@ from transformers import (
     XLMWithLMHeadModel,
 )
 
-from hf_pretrain.data.tokenizer_frames import frame_by_separators
-from hf_pretrain.data.tokenizer_training import train_tokenizer
+from hf_pretrain.data.documents.tokenizers import frame_by_separators, train_tokenizer
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.gathered import GatheredHead
-from hf_pretrain.modeling.languages import (
+from hf_pretrain.modeling.embeddings import (
     known_languages,
     language_changes,
     language_input,
     language_inputs,
     set_languages,
 )
+from hf_pretrain.modeling.losses import GatheredHead
 
 LANGUAGES = {"de": 0, "en": 1, "fr": 2}
 

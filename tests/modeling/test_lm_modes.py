@@ -5,10 +5,10 @@ import torch
 from transformers import AttentionMaskInterface, AutoConfig, AutoModelForMaskedLM, BertModel
 from transformers.masking_utils import flash_attention_mask
 
-from hf_pretrain.data.lm_mode_views import LMMode
+from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling import attention_masks
-from hf_pretrain.modeling.lm_modes import check_lm_modes, lm_mode_inputs, mode_visibility
+from hf_pretrain.modeling.visibility import isolation as attention_masks
+from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes, lm_mode_inputs, mode_visibility
 from method_matrix import TINY, VOCAB_SIZE
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "legacy": False}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_pretrain.modeling.memory import RecurrentMemory
+from hf_pretrain.modeling.losses import RecurrentMemory
 
 
 def empty(size=4, *, batch=2):

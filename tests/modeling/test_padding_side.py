@@ -14,11 +14,11 @@ from transformers import (
 )
 
 from distilled import arguments
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
 from hf_pretrain.objectives.distillation.arguments import TaskDistillationTrainingArguments
 from hf_pretrain.objectives.distillation.building import join
 from hf_pretrain.objectives.electric.modeling import ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import build_two_tower
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
 from hf_pretrain.objectives.replaced_token_detection.modeling import ReplacedTokenDetectionForPreTraining
 from method_matrix import TINY, VOCAB_SIZE

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 
 from hf_pretrain.data import draws
-from hf_pretrain.modeling.sampling import sample_tokens
+from hf_pretrain.modeling.losses import sample_tokens
 
 LARGEST_BELOW_ONE = float(np.nextafter(np.float32(1), np.float32(0)))
 
@@ -91,7 +91,7 @@ def test_rows_that_do_not_fit_the_cache_together_are_drawn_like_one(monkeypatch)
     barred = logits.argmax(-1)
     whole = sample_tokens(logits, u, disallowed=barred)
     for cached in (7 * 300, 1):
-        monkeypatch.setattr("hf_pretrain.modeling.sampling._CACHED_LOGITS", cached)
+        monkeypatch.setattr("hf_pretrain.modeling.losses._CACHED_LOGITS", cached)
         assert torch.equal(sample_tokens(logits, u, disallowed=barred), whole)
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.sharing import shared_embedding_names
+from hf_pretrain.modeling.embeddings import shared_embedding_names
 from method_matrix import TINY, VOCAB_SIZE
 
 

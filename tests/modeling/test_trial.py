@@ -9,14 +9,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import PretrainingModel, check_trainable
+from hf_pretrain.modeling.base import PretrainingModel, check_trainable, trial_tokens
 from hf_pretrain.modeling.configuration import ModelArguments
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
 from hf_pretrain.modeling.heads import stock_class
-from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput
-from hf_pretrain.modeling.trial import trial_tokens
-from hf_pretrain.objectives.electric.building import ElectricModelArguments
-from hf_pretrain.objectives.electric.building import build_model as build_electric
+from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput
+from hf_pretrain.objectives.electric.trainer import ElectricModelArguments
+from hf_pretrain.objectives.electric.trainer import build_model as build_electric
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionModelArguments
 from hf_pretrain.objectives.replaced_token_detection import build_model as build_detection

@@ -5,9 +5,8 @@ import torch
 from transformers import XLNetConfig, XLNetLMHeadModel
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.memory import RecurrentMemory
-from hf_pretrain.modeling.two_stream import PermutedBatch
-from hf_pretrain.modeling.two_stream_xlnet import XLNetTwoStreams
+from hf_pretrain.modeling.losses import RecurrentMemory
+from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch, XLNetTwoStreams
 from permuted_batches import PAD_RANK, VOCAB, in_order, labelled, permuted, slots_of
 
 

@@ -5,8 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.two_stream import PermutedBatch
-from hf_pretrain.modeling.two_stream_positions import PositionTwoStreams
+from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch, PositionTwoStreams
 from permuted_batches import VOCAB, in_order, labelled, permuted, slots_of
 
 MASK = 4

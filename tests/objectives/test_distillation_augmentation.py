@@ -19,9 +19,9 @@ from transformers import (
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.distillation import augmentation
-from hf_pretrain.objectives.distillation.augmentation import AugmentationArguments, augment
-from hf_pretrain.objectives.distillation.word_neighbours import WordNeighbours, whole_words
+from hf_pretrain.tasks import augmentation
+from hf_pretrain.tasks.augmentation import AugmentationArguments, augment
+from hf_pretrain.tasks.words import WordNeighbours, whole_words
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Sixty words of two letters that are tokens, and pieces of which longer words are made.
@@ -209,7 +209,7 @@ def test_vectors_are_read_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_whole_words_of_tokenizers_that_mark_spaces(kind):
-    from hf_pretrain.data.tokenizer_training import train_tokenizer
+    from hf_pretrain.data.documents.tokenizers import train_tokenizer
 
     text = ["the chef cooked a meal , and the guests ate it all . chefs cook meals for guests"] * 50
     trained = train_tokenizer(
@@ -231,7 +231,7 @@ def test_a_text_beyond_the_models_positions_is_changed_in_front_only(model, toke
 
 
 def test_roberta_and_its_positions():
-    from hf_pretrain.data.tokenizer_training import train_tokenizer
+    from hf_pretrain.data.documents.tokenizers import train_tokenizer
 
     trained = train_tokenizer(sentences(200), kind="bpe", vocab_size=500, lowercase=True, model_max_length=32)
     set_seed(0)

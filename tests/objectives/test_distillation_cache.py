@@ -11,20 +11,21 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.rows import stack_column
-from hf_pretrain.data.epochs import EPOCH_STRIDE, EpochDataset
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.batches import evaluating
-from hf_pretrain.modeling.gathered import GatheredHead
-from hf_pretrain.objectives.distillation.cache import (
+from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.modeling.losses import GatheredHead
+from hf_pretrain.modeling.observing.cache import (
     TaskLogitsCache,
     TopKCache,
     build_task_logits,
     build_top_k,
+    cache_fingerprint,
     has_cache,
     top_k_targets,
+    weights_fingerprint,
 )
-from hf_pretrain.objectives.distillation.fingerprints import cache_fingerprint, weights_fingerprint
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from method_matrix import VOCAB_SIZE, tiny_examples, tiny_tokenizer
 
 SIZES = {

@@ -20,8 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.gathered import GatheredHead
-from hf_pretrain.objectives.distillation.capture import (
+from hf_pretrain.modeling.losses import GatheredHead
+from hf_pretrain.modeling.observing.capture import (
     capture_attention,
     capture_hidden_states,
     check_capture,

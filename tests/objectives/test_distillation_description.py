@@ -8,7 +8,7 @@ from hf_pretrain.objectives.distillation import (
     StudentArguments,
     TaskDistillationTrainer,
 )
-from hf_pretrain.objectives.distillation.description import describe, describe_origin
+from hf_pretrain.objectives.distillation.trainer import describe, describe_origin
 
 
 def cited(weights, trainer=DistillationTrainer):

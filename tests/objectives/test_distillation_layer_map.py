@@ -3,7 +3,7 @@
 import pytest
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.distillation.layer_map import layer_map
+from hf_pretrain.objectives.distillation.arguments import layer_map
 
 
 @pytest.mark.parametrize(

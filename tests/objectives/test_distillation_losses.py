@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.observing.capture import AttentionRecord
 from hf_pretrain.objectives.distillation import losses
-from hf_pretrain.objectives.distillation.capture import AttentionRecord
 from hf_pretrain.objectives.distillation.losses import (
     attention_loss,
     attention_probability_loss,

@@ -9,7 +9,7 @@ from transformers import BertForMaskedLM, BertModel
 from distilled import ALL, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
-from hf_pretrain.objectives.distillation.configuration import RELATIONS
+from hf_pretrain.objectives.distillation.arguments import RELATIONS
 from hf_pretrain.trainers import distil
 from method_matrix import build
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForMaskedLM, DebertaV2Config, ModernBertConfig
 
 from distilled import ALL, SIZES, bert, pair
 from hf_pretrain.cli import main
-from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.distillation import DataCollatorForDistillation
 from method_matrix import tiny_examples, tiny_teacher, tiny_tokenizer
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.observing.capture import AttentionRecord
 from hf_pretrain.objectives.distillation import losses
-from hf_pretrain.objectives.distillation.capture import AttentionRecord
-from hf_pretrain.objectives.distillation.relations import (
+from hf_pretrain.objectives.distillation.losses import (
     attention_distribution_loss,
     check_relation_heads,
     relation_loss,

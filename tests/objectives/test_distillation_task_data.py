@@ -10,11 +10,11 @@ import pytest
 from transformers import BertConfig
 
 from distilled import PREDICTION
-from hf_pretrain.data.epochs import EPOCH_STRIDE, PLACE_STRIDE
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, PLACE_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import TaskDataArguments
-from hf_pretrain.objectives.distillation.task_data import prepare_task
-from hf_pretrain.objectives.distillation.task_examples import LengthGroupedSampler
+from hf_pretrain.tasks.data import prepare_task
+from hf_pretrain.tasks.examples import LengthGroupedSampler
 from hf_pretrain.trainers import distil_task
 from method_matrix import build, tiny_tokenizer
 

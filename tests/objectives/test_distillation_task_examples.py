@@ -10,10 +10,9 @@ from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerFast
 from distilled_tasks import TAGS, question_rows, token_rows, write_rows
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDataArguments
-from hf_pretrain.objectives.distillation.question_examples import encode_questions
-from hf_pretrain.objectives.distillation.task_data import prepare_task
-from hf_pretrain.objectives.distillation.task_examples import count_predictions
-from hf_pretrain.objectives.distillation.token_examples import encode_tokens
+from hf_pretrain.tasks.data import prepare_task
+from hf_pretrain.tasks.examples import count_predictions, encode_tokens
+from hf_pretrain.tasks.questions import encode_questions
 from method_matrix import tiny_tokenizer
 
 CONFIG = BertConfig(id2label=dict(enumerate(TAGS)), label2id={name: i for i, name in enumerate(TAGS)})

@@ -18,8 +18,8 @@ from distilled_tasks import AUTO_CLASSES, TASKS, save_teacher, task_files
 from hf_pretrain.cli import main
 from hf_pretrain.data import draws
 from hf_pretrain.hub.card import snippets
-from hf_pretrain.objectives.distillation.augmentation import AugmentationArguments, augment
-from hf_pretrain.objectives.distillation.label_agreement import labelled_variants
+from hf_pretrain.objectives.distillation.targets import labelled_variants
+from hf_pretrain.tasks.augmentation import AugmentationArguments, augment
 from method_matrix import TINY
 
 COMMON = {"max_steps": 2, "report_to": "none", "bf16": "false", "logging_steps": 1, "max_length": 24}

@@ -8,9 +8,9 @@ from transformers import BertModel
 
 from distilled import arguments, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.observing.capture import AttentionRecord
+from hf_pretrain.modeling.observing.observation import Observation, Wanted
 from hf_pretrain.objectives.distillation import Teacher, join
-from hf_pretrain.objectives.distillation.capture import AttentionRecord
-from hf_pretrain.objectives.distillation.observation import Observation, Wanted
 from hf_pretrain.trainers import distil
 from method_matrix import build
 

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_pretrain.objectives.distillation import token_losses
-from hf_pretrain.objectives.distillation.cache import TopKTargets, top_k_targets
+from hf_pretrain.modeling.observing.observation import TopKTargets, top_k_targets
+from hf_pretrain.objectives.distillation import predictions as token_losses
 from hf_pretrain.objectives.distillation.losses import kl_divergence, top_k_divergence
-from hf_pretrain.objectives.distillation.token_losses import soft_and_hard_losses
+from hf_pretrain.objectives.distillation.predictions import soft_and_hard_losses
 
 ROWS, VOCABULARY = 13, 40
 

@@ -18,15 +18,15 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from hf_pretrain.data.tokenizer_training import train_tokenizer
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.distillation.student import cut_student
-from hf_pretrain.objectives.distillation.vocabulary_trimming import (
+from hf_pretrain.modeling.surgery.vocabulary import (
     match_vocabulary,
     trim_model,
     trim_vocabulary,
     used_ids,
 )
+from hf_pretrain.objectives.distillation.student import cut_student
 
 CORPUS = [
     "the quick brown foxes were jumping over many lazy dogs and quickly jumped back again",

@@ -11,7 +11,7 @@ from transformers import ElectraForPreTraining
 
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.data import draws
-from hf_pretrain.data.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.electric import ElectricModelArguments, score_texts
 from hf_pretrain.training.parsing import parse_arguments
 from method_matrix import NO_DROPOUT, build, log_of, programs, relative_difference, tiny_data

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.sampling import sample_tokens
+from hf_pretrain.modeling.losses import sample_tokens
 from hf_pretrain.objectives.electric import TwoTowerClozeConfig, TwoTowerClozeModel, two_tower
 from hf_pretrain.objectives.electric.two_tower import build_two_tower
 

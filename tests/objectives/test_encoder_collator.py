@@ -10,7 +10,7 @@ from test_masking_collator import isolated_examples, make_examples, make_tokeniz
 from hf_pretrain.corruption import MaskingArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.encoder import DataCollatorForEncoder
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 
 ALL = ("mlm", "pair", "span_boundary", "word_order")
 SPANS = MaskingArguments(masking_unit="span", replacement_unit="unit")

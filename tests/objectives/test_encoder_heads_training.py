@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import test_methods as matrix
 
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
+from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.encoder import DataCollatorForEncoder
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainer
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
+from hf_pretrain.objectives.masking import MaskedLMTrainer
 from hf_pretrain.trainers import mlm
 from method_matrix import build, log_of, tiny_data
 

@@ -8,15 +8,14 @@ import transformers
 from safetensors import safe_open
 
 from hf_pretrain import cli
-from hf_pretrain.data.epochs import EPOCH_STRIDE
-from hf_pretrain.data.lm_mode_views import LMMode
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE
+from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.objectives.encoder import EncoderTrainingArguments
 from hf_pretrain.trainers import encoder as program
-from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.recipes import read_recipe
+from hf_pretrain.training.parsing import parse_arguments, read_recipe
 from method_matrix import BLOCK_SIZE, NO_DROPOUT, TINY, build, log_of, relative_difference, tiny_data, tiny_tokenizer
 
 NO_DROPOUT_OF = {"xlm": '{"dropout": 0.0, "attention_dropout": 0.0}'}

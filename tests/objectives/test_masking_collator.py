@@ -11,7 +11,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 
 from hf_pretrain.corruption import MaskingArguments
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.schedules import TrainingSteps
 
 NUM_TOKENS = 205

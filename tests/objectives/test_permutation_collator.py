@@ -12,7 +12,7 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast, XLNetConfig, XL
 from hf_pretrain.corruption.permutation import PADDING_RANK
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
-from hf_pretrain.objectives.permutation_lm.stock import stock_inputs
+from hf_pretrain.objectives.permutation_lm.modeling import stock_inputs
 
 PAD, UNK, CLS, SEP, EOD = 0, 1, 2, 3, 5
 NUM_TOKENS = 60

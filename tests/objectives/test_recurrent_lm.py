@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.documents import DOCUMENT_FEATURES
+from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.stream_evaluation import stream_evaluate
-from hf_pretrain.modeling.memory import RecurrentMemory
+from hf_pretrain.evaluation.streams import stream_evaluate
+from hf_pretrain.modeling.losses import RecurrentMemory
 from hf_pretrain.objectives.recurrent_lm import (
     RecurrentLMForPreTraining,
     RecurrentLMTrainingArguments,

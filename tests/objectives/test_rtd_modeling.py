@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from scipy.stats import kstest
 
 from hf_pretrain.data import draws
-from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.sampling import sample_tokens
+from hf_pretrain.modeling.losses import IGNORED, sample_tokens
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionForPreTraining,

@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection
+from hf_pretrain.training.arguments import AdamWithoutBiasCorrection
 from method_matrix import NO_DROPOUT, build, log_of, relative_difference
 from replaced_tokens import MODES, PROGRAM, STEPS, data_with_an_empty_rank
 from two_ranks import run_on_two_ranks

@@ -7,7 +7,7 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.lm_modes import lm_mode_inputs
+from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 from hf_pretrain.objectives.encoder.generation import generate
 from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_pretrain.modeling.outputs import ExampleSum
-from hf_pretrain.training.accumulator import SumAccumulator
+from hf_pretrain.modeling.losses import ExampleSum
+from hf_pretrain.training.trainer import SumAccumulator
 
 
 def pair(sums, counts):

@@ -9,21 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.data.packing import BlockDataset
+from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import begin_folder, damaged_file, is_whole, read_marker, write_marker
+from hf_pretrain.training.checkpointing import text_fingerprint
 from hf_pretrain.training.checkpoints import (
-    begin_folder,
     check_checkpoint,
-    damaged_file,
-    is_whole,
     last_whole_checkpoint,
-    read_marker,
     remove_old_checkpoints,
     was_cut_off,
-    write_marker,
 )
-from hf_pretrain.training.resuming import text_fingerprint
 from method_matrix import build, programs, tiny_data, tiny_documents, tiny_tokenizer
 from toy_recurrence import build_toy
 
@@ -367,7 +363,7 @@ class TestTextFingerprint:
         assert len({text_fingerprint(part) for part in (one, other, one.select([1, 0]))}) == 3
 
     def test_a_large_text_is_looked_at_in_parts(self, monkeypatch):
-        monkeypatch.setattr("hf_pretrain.training.resuming._MOST_HASHED", 100)
+        monkeypatch.setattr("hf_pretrain.training.checkpointing._MOST_HASHED", 100)
         rows = [[2, *range(1000), 3]]
         whole = text_fingerprint(tiny_documents({"input_ids": rows}))
         rows[0][500] += 1

@@ -11,8 +11,7 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 from hf_pretrain.errors import InputError, RunError
-from hf_pretrain.training.checkpoints import last_whole_checkpoint
-from hf_pretrain.training.faults import is_full_disk, reported_faults
+from hf_pretrain.training.checkpoints import is_full_disk, last_whole_checkpoint, reported_faults
 from killed_runs import Fault, KilledRuns
 from method_matrix import build, programs
 

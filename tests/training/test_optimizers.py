@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_linear_schedule_with_warmup
 
-from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
+from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, linear_product_schedule
 from method_matrix import build, programs
 
 PROGRAM = programs()["rtd"]

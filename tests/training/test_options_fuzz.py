@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.arguments import check_training_options
-from hf_pretrain.training.parsing import parse_arguments, resolved_options
-from hf_pretrain.training.recipes import write_recipe
+from hf_pretrain.training.parsing import parse_arguments, resolved_options, write_recipe
 
 # They would start a compiler, look for a launcher, or read a token.
 LEFT_OUT = {

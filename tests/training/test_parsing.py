@@ -15,8 +15,7 @@ from transformers.trainer_utils import SchedulerType
 from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments, resolved_options
-from hf_pretrain.training.recipes import write_recipe
+from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments, resolved_options, write_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))

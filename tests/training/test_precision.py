@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_pretrain.training.precision import bf16_is_fast
+from hf_pretrain.training.arguments import bf16_is_fast
 from method_matrix import build, programs
 
 PROGRAMS = programs()

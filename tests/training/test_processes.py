@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from hf_pretrain import cli
 from hf_pretrain.errors import RunError, StoppedError, Terminated
-from hf_pretrain.training.checkpoints import is_whole
-from hf_pretrain.training.faults import reported_faults
+from hf_pretrain.files import is_whole
+from hf_pretrain.training.checkpoints import reported_faults
 from hf_pretrain.training.processes import Stopping, StopWhenAsked, stopping_on_sigterm
 from hf_pretrain.training.program import run
 from method_matrix import build, programs

@@ -12,13 +12,13 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-from hf_pretrain.data.multilingual_arguments import MultilingualDataArguments
+from hf_pretrain.data.arguments import MultilingualDataArguments
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import begin_folder, write_marker
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.checkpoints import begin_folder, write_marker
 from hf_pretrain.training.output_folder import OutputFolder, output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import run

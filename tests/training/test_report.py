@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from hf_pretrain.training.report import (
+from hf_pretrain.training.program import (
     _how_it_opens,
     coloured_words,
     held_out_rows,

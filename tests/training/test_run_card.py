@@ -13,7 +13,7 @@ from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import training_figures
 from hf_pretrain.hub.record import read_record
 from hf_pretrain.training.card import describe_run
-from hf_pretrain.training.report import print_report
+from hf_pretrain.training.program import print_report
 from method_matrix import build, programs, tiny_data
 
 MLM = programs()["mlm"]

@@ -11,8 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.card_text import number
-from hf_pretrain.hub.metric_names import label
+from hf_pretrain.hub.text import label, number
 from method_matrix import build, programs, tiny_data
 
 PROGRAMS = programs()

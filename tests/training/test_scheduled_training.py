@@ -8,9 +8,9 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-from hf_pretrain.data.streaming import StreamingBlocks
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import parse_arguments

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.encoder import EncoderForPreTraining
-from hf_pretrain.training.sharding import is_sharded, sharded_blocks, sharded_by_blocks
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
+from hf_pretrain.training.processes import is_sharded, sharded_blocks, sharded_by_blocks
 from method_matrix import TINY, VOCAB_SIZE, build, log_of, programs, relative_difference
 from sharded_worker import options_of
 from two_ranks import run_on_ranks

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from hf_pretrain.data.stream_progress import StreamProgress
+from hf_pretrain.data.streaming.blocks import StreamProgress
 from hf_pretrain.errors import InputError
-from hf_pretrain.training.stream_training import STREAM_STATE
+from hf_pretrain.training.streams import STREAM_STATE
 from method_matrix import BLOCK_SIZE, VOCAB_SIZE, build, log_of
 from stream_worker import MLM, OPTIONS, streamed, watch
 from two_ranks import run_on_two_ranks

@@ -12,8 +12,8 @@ from transformers import TrainerCallback, integrations
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 
-from hf_pretrain.data.epochs import EpochDataset
-from hf_pretrain.data.streaming import StreamingBlocks
+from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.training import trainer as trainer_module
 from hf_pretrain.training.arguments import PretrainingArguments

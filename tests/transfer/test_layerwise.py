@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.transfer.layerwise import layerwise_parameter_groups
+from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups
 
 SMALL = {
     "vocab_size": 40,

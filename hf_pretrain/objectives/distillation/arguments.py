@@ -1,17 +1,158 @@
-"""The options of distillation: which losses, between which layers, and how the teacher runs."""
+"""Which layer of the teacher each layer of the student learns from.
+
+What a distillation compares: its configuration, and what has to be read off either model.
+
+The options of distillation: which losses, between which layers, and how the teacher runs.
+"""
+
+from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
 
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
+from hf_pretrain.modeling.observing.observation import Wanted
+from hf_pretrain.tasks.data import Task
 from hf_pretrain.training.arguments import PretrainingArguments
+
+
+def layer_map(spec: str | Sequence[int], *, student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    """Return the teacher's layer for each of the student's layers 1 to M; embeddings (layer 0) go with embeddings.
+
+    Args:
+        spec: "uniform" (every N/M-th layer, up to the last), "last" (the last M layers), or the M layers themselves, as numbers
+            or as text such as "3,6,9,12"; layers count from 1 and may repeat, but not fall.
+        student_layers: M.
+        teacher_layers: N.
+
+    Returns:
+        g(1), ..., g(M).
+
+    Raises:
+        InputError: If the map has another length, leaves 1 to N or falls, or if "uniform" does not divide N.
+
+    Source: Jiao et al. 2020, "TinyBERT", section 3.1.
+    """
+    layers = _read(spec, student_layers, teacher_layers)
+    if len(layers) != student_layers:
+        raise InputError(
+            f"layer_map={spec!r} has {len(layers)} entries for {student_layers} student layers: give one a layer"
+        )
+    if not all(1 <= layer <= teacher_layers for layer in layers):
+        raise InputError(f"layer_map={spec!r} leaves the teacher's layers, 1 to {teacher_layers}: map into these")
+    if any(below > above for below, above in zip(layers, layers[1:], strict=False)):
+        raise InputError(
+            f"layer_map={spec!r} falls: a higher student layer learns from no lower teacher layer; sort it"
+        )
+    return layers
+
+
+def _read(spec: str | Sequence[int], student_layers: int, teacher_layers: int) -> tuple[int, ...]:
+    if not isinstance(spec, str):
+        return tuple(spec)
+    if spec == "last":
+        return tuple(range(teacher_layers - student_layers + 1, teacher_layers + 1))
+    if spec == "uniform":
+        step, rest = divmod(teacher_layers, student_layers)
+        if rest:
+            raise InputError(
+                f"layer_map='uniform': {student_layers} student layers do not divide {teacher_layers} teacher layers; "
+                "use 'last' or list the layers, such as layer_map='3,6,9,12'"
+            )
+        return tuple(step * layer for layer in range(1, student_layers + 1))
+    try:
+        return tuple(int(layer) for layer in spec.split(","))
+    except ValueError:
+        raise InputError(
+            f"layer_map={spec!r} is unknown: use 'uniform', 'last' or teacher layers such as '3,6,9,12'"
+        ) from None
+
+
+# Losses that relate a layer's queries, keys or values to themselves, and which of them.
+RELATIONS = {"relation_qq": "query", "relation_kk": "key", "relation_vv": "value", "value_relation": "value"}
+OF_PREDICTIONS = frozenset({"prediction", "mlm", "labels"})
+
+
+@strict
+class DistillationConfig(CompositeConfig):
+    """Configuration of [`DistillationModel`].
+
+    Attributes:
+        student: Configuration of the student.
+        losses: Names of the losses that are computed.
+        head: What stands on both models; see [`hf_pretrain.modeling.heads.head_kind`].
+        layer_map: Layer of the teacher that each layer of the student learns from; None if no loss needs it.
+        teacher_layer: Layer of the teacher that the relations are taken from.
+        teacher_size: Width of the teacher.
+        teacher_layers: Number of the teacher's layers.
+        attention_windows: Largest distance of the tokens that are compared, for each entry of `layer_map`; None for all.
+        relation_heads: Parts that states are split into for relations.
+        temperature: What logits are divided by.
+        prediction_positions: "masked" or "all".
+        attention_target: "scores" or "probs".
+        projection: "shared" or "per_layer".
+        official: Whether to follow TinyBERT's code where it differs from the paper.
+    """
+
+    model_type = "hf_pretrain_distillation"
+    sub_configs = {"student": AutoConfig}  # noqa: RUF012
+
+    student: SubModelConfig = None
+    losses: list[str] | None = None
+    head: str = "masked_lm"
+    layer_map: list[int] | None = None
+    teacher_layer: int = 1
+    teacher_size: int = 1
+    teacher_layers: int = 1
+    attention_windows: list[int | None] | None = None
+    relation_heads: int = 1
+    temperature: float = 1.0
+    prediction_positions: str = "masked"
+    attention_target: str = "scores"
+    projection: str = "shared"
+    official: bool = False
+    tie_word_embeddings: bool = True
+
+    @property
+    def student_config(self) -> PreTrainedConfig:
+        """The student's configuration."""
+        return cast(PreTrainedConfig, self.student)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether heads run on chosen positions of the batch."""
+        return self.head in ("masked_lm", "token_classification")
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Layers of the student and the layers of the teacher that they learn from, embeddings left out."""
+        return list(enumerate(self.layer_map or (), start=1))
+
+    def wanted(self) -> tuple[Wanted, Wanted]:
+        """Return what the losses need of the student and of the teacher."""
+        names, last = set(self.losses or ()), self.student_config.num_hidden_layers
+        hidden: list[tuple[int, int]] = self.pairs if "hidden" in names else []
+        hidden = hidden + [(0, 0)] * ("embedding" in names) + [(last, self.teacher_layers)] * ("cosine" in names)
+        attention: list[tuple[int, int]] = self.pairs if "attention" in names else []
+        if names & {*RELATIONS, "attention_distribution"}:
+            attention = [*attention, (last, self.teacher_layer)]
+        runs_head = (bool(names & OF_PREDICTIONS), "prediction" in names)
+        student, teacher = (
+            Wanted(runs_head[side], *(tuple(sorted({pair[side] for pair in pairs})) for pairs in (hidden, attention)))
+            for side in (0, 1)
+        )
+        return student, teacher
+
 
 Method = Literal["distilbert", "tinybert", "minilm", "minilmv2"]
 TrainingStage = Literal["intermediate", "prediction"]
-Task = Literal["sequence-classification", "token-classification", "question-answering"]
 
 _PRESETS: dict[str, dict[str, float]] = {
     # The weights of the released model.

@@ -1,21 +1,105 @@
-"""Losses between a student and its teacher, as pure functions that return sums by example, or values by target.
+"""The squared difference of two layers' attention scores, by the cheaper of two ways, and its gradient by hand.
+
+Losses between a student and its teacher, as pure functions that return sums by example, or values by target.
 
 Padding never counts, neither as a query nor as a key. Differences and reductions are in fp32, under autocast too. Shapes: B rows
 of L tokens, h heads of width d, states of width D; T targets over a vocabulary, or classes, of V.
+
+MiniLM: which tokens a layer relates, whatever its heads and widths.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.outputs import ExampleSum
-from hf_pretrain.objectives.distillation.capture import AttentionRecord
-from hf_pretrain.objectives.distillation.score_differences import squared_score_differences
+from hf_pretrain.modeling.losses import ExampleSum
+from hf_pretrain.modeling.observing.capture import AttentionRecord
+
+
+def squared_score_differences(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    teacher_queries: torch.Tensor,
+    teacher_keys: torch.Tensor,
+    is_padding: torch.Tensor,
+    *,
+    scalings: tuple[float, float],
+) -> torch.Tensor:
+    """Return the sum of ``(s q k - s' q' k')²`` over all heads and all pairs of real tokens, ``[B]`` in fp32.
+
+    Rows longer than a head of both models is wide never have their scores made: with Q = (s q, -s' q') and K = (k, k') the sum is
+    that of the products of the entries of QᵀQ and KᵀK. Its gradient is made here, since only the student's share of it is
+    wanted, and since what it is made of is at hand: no copy is kept for the backward pass.
+
+    Where both heads are equally wide, what is summed is of the size of the differences. Else the value of long rows, not its
+    gradient, is right up to about 1e-6 of the sum of the squared scores, so it is no measure of students nearer than that.
+
+    Args:
+        queries: ``[B, h, L, d]`` of the student.
+        keys: ``[B, h, L, d]``.
+        teacher_queries: ``[B, h, L, d']``; no gradient reaches them.
+        teacher_keys: ``[B, h, L, d']``.
+        is_padding: ``[B, L]`` bool.
+        scalings: The student's s and the teacher's s'.
+    """
+    arguments = (scalings, queries, keys, teacher_queries, teacher_keys, is_padding)
+    return cast(torch.Tensor, _SquaredScoreDifferences.apply(*arguments))
+
+
+class _SquaredScoreDifferences(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scalings: tuple[float, float], *arguments: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*arguments)
+        ctx.scalings = scalings
+        queries, keys, is_short = _joined(scalings, *arguments)
+        if is_short:
+            return (queries @ keys.mT).square().sum(dim=(1, 2, 3))
+        width = arguments[0].shape[-1]
+        if queries.shape[-1] == 2 * width:
+            # s q k - s' q' k' = (s q - s' q') k + s' q' (k - k'): no large numbers that cancel. In place, to take no memory.
+            queries[..., :width] += queries[..., width:]
+            queries[..., width:].neg_()
+            keys[..., width:].neg_().add_(keys[..., :width])
+        # Rounding may leave less than nothing.
+        return ((queries.mT @ queries) * (keys.mT @ keys)).sum(dim=(1, 2, 3)).clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        arguments = ctx.saved_tensors
+        queries, keys, is_short = _joined(ctx.scalings, *arguments)
+        width, scale = arguments[0].shape[-1], 2 * gradient[:, None, None, None]
+        ours, our_keys = queries[..., :width], keys[..., :width]
+        if is_short:
+            differences = queries @ keys.mT
+            of_queries, of_keys = differences @ our_keys, differences.mT @ ours
+        else:
+            of_queries, of_keys = queries @ (keys.mT @ our_keys), keys @ (queries.mT @ ours)
+        of_queries, of_keys = ctx.scalings[0] * scale * of_queries, scale * of_keys
+        return None, of_queries.to(arguments[0].dtype), of_keys.to(arguments[1].dtype), None, None, None
+
+
+def _joined(
+    scalings: tuple[float, float],
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    teacher_queries: torch.Tensor,
+    teacher_keys: torch.Tensor,
+    is_padding: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return Q and K in fp32, zero at padding, and whether their products by pairs of tokens are the cheaper ones."""
+    padding = is_padding[:, None, :, None]
+    signed = [scalings[0] * queries.float(), -scalings[1] * teacher_queries.float()]
+    joined_queries = torch.cat(signed, dim=-1).masked_fill_(padding, 0)
+    joined_keys = torch.cat([keys.float(), teacher_keys.float()], dim=-1).masked_fill_(padding, 0)
+    return joined_queries, joined_keys, joined_keys.shape[2] <= joined_keys.shape[3]
+
 
 # Scores that are held at once where they have to be: 64 MiB in fp32.
 _SCORES_AT_ONCE = 1 << 24
@@ -287,3 +371,86 @@ def regression_loss(student: torch.Tensor, teacher: torch.Tensor) -> ExampleSum:
     """
     losses_B = (student.float() - teacher.float()).square().reshape(len(student), -1).mean(-1)
     return ExampleSum(losses_B, torch.ones_like(losses_B))
+
+
+def relation_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    relation_heads: int,
+    document_ids: torch.Tensor | None = None,
+) -> ExampleSum:
+    """KL divergence between self-relations of queries, of keys or of values: ``softmax(x @ x.T / sqrt(d_r))``.
+
+    With the values and as many relation heads as attention heads, this is the value relation of the first MiniLM.
+
+    Args:
+        student: ``[B, L, h * d]`` the heads of a student layer side by side, see [`AttentionRecord.concatenated`].
+        teacher: ``[B, L, h' * d']`` those of a teacher layer.
+        attention_mask: ``[B, L]``, 0 at padding.
+        relation_heads: Number of heads that both are cut into anew.
+        document_ids: ``[B, L]`` document of each token, where a row has several that do not see each other.
+
+    Returns:
+        Sum over real queries and relation heads, and the number of these.
+
+    Raises:
+        InputError: If `relation_heads` does not divide both widths.
+
+    Source: Wang et al. 2021, "MiniLMv2", section 3.1; Wang et al. 2020, "MiniLM", section 3.2.
+    """
+    check_relation_heads(relation_heads, student_width=student.shape[-1], teacher_width=teacher.shape[-1])
+    student_record, teacher_record = (_relations(states, relation_heads) for states in (student, teacher))
+    return attention_distribution_loss(student_record, teacher_record, attention_mask, document_ids=document_ids)
+
+
+def attention_distribution_loss(
+    student: AttentionRecord,
+    teacher: AttentionRecord,
+    attention_mask: torch.Tensor,
+    *,
+    document_ids: torch.Tensor | None = None,
+) -> ExampleSum:
+    """KL divergence between attention distributions.
+
+    Args:
+        student: Attention of the student's last layer.
+        teacher: Attention of the teacher's, with as many heads.
+        attention_mask: ``[B, L]``, 0 at padding.
+        document_ids: ``[B, L]`` document of each token, where a row has several that do not see each other.
+
+    Returns:
+        Sum over real queries and heads, and the number of these.
+
+    Raises:
+        InputError: If the numbers of heads differ.
+
+    Source: Wang et al. 2020, "MiniLM", section 3.1.
+    """
+    check_same_heads(student.num_heads, teacher.num_heads)
+    visible = visible_pairs(student, teacher, attention_mask, document_ids=document_ids)
+    sums_B = sum_over_heads(_divergences, student, teacher, visible)
+    return ExampleSum(sums_B, student.num_heads * attention_mask.sum(1).float())
+
+
+def check_relation_heads(relation_heads: int, *, student_width: int, teacher_width: int) -> None:
+    """Raise InputError unless the relation heads divide both widths, those of all heads side by side."""
+    if relation_heads < 1 or student_width % relation_heads or teacher_width % relation_heads:
+        raise InputError(
+            f"relation_heads={relation_heads} has to divide the widths of the student, {student_width}, and of the teacher, "
+            f"{teacher_width}: choose a divisor of {math.gcd(student_width, teacher_width)}"
+        )
+
+
+def _relations(states_BLD: torch.Tensor, num_heads: int) -> AttentionRecord:
+    """Return states that attend to themselves."""
+    heads = states_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return AttentionRecord(query=heads, key=heads, value=heads, scaling=heads.shape[-1] ** -0.5)
+
+
+def _divergences(student: AttentionRecord, teacher: AttentionRecord, visible: torch.Tensor) -> torch.Tensor:
+    student_BHLL, teacher_BHLL = (masked_scores(record, visible).log_softmax(-1) for record in (student, teacher))
+    divergences = F.kl_div(student_BHLL, teacher_BHLL, log_target=True, reduction="none")
+    # A row of padding sees nothing.
+    return (divergences * visible).sum(dim=(1, 2, 3))

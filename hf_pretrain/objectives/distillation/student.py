@@ -19,8 +19,8 @@ from hf_pretrain.modeling.configuration import (
     parse_overrides,
 )
 from hf_pretrain.modeling.loading import ShapesDiffer
-from hf_pretrain.objectives.distillation.cutting import changed_config, check_layers, cut_student, per_layer_values
-from hf_pretrain.objectives.distillation.layer_map import layer_map
+from hf_pretrain.modeling.surgery.cutting import changed_config, check_layers, cut_student, per_layer_values
+from hf_pretrain.objectives.distillation.arguments import layer_map
 
 _SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "embedding_size", "max_position_embeddings")
 _LABELS = ("id2label", "label2id", "problem_type")

@@ -1,10 +1,13 @@
 """Electric: energy-based cloze models by noise-contrastive estimation."""
 
-from hf_pretrain.objectives.electric.building import ElectricModelArguments, build_model
 from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
-from hf_pretrain.objectives.electric.modeling import ElectricConfig, ElectricForPreTraining
-from hf_pretrain.objectives.electric.scoring import score_texts
-from hf_pretrain.objectives.electric.trainer import ElectricTrainer, ElectricTrainingArguments
+from hf_pretrain.objectives.electric.modeling import ElectricConfig, ElectricForPreTraining, score_texts
+from hf_pretrain.objectives.electric.trainer import (
+    ElectricModelArguments,
+    ElectricTrainer,
+    ElectricTrainingArguments,
+    build_model,
+)
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 from hf_pretrain.corruption.masking import MaskedRows
 from hf_pretrain.corruption.rows import ExampleRows
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.masking_collator import DataCollatorForMaskedLM
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 
 
 class DataCollatorForElectric(DataCollatorForMaskedLM):

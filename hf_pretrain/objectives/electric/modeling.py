@@ -1,26 +1,28 @@
-"""The generator of noise and the model of the text in one."""
+"""The generator of noise and the model of the text in one.
+
+Pseudo-log-likelihoods of whole texts, in one pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.evaluation.metrics import batches_by_length, evaluating
+from hf_pretrain.modeling.base import PretrainingModel, longest_sequence, masked_trial_batch
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
-from hf_pretrain.modeling.isolation import isolated_inputs
-from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.outputs import ExampleSum, PretrainingOutput, sum_by_example
-from hf_pretrain.modeling.sharing import shared_embedding_names
-from hf_pretrain.modeling.trial import masked_trial_batch
-from hf_pretrain.objectives.electric.masks import given_positions
-from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
+from hf_pretrain.modeling.embeddings import shared_embedding_names
+from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, sum_by_example
+from hf_pretrain.modeling.visibility.isolation import isolated_inputs
+from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel, given_positions
 from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
 
 EMBEDDING_SHARING = ("tied", "none")
@@ -245,3 +247,48 @@ def _sum_where(
     """Sum the counted ones of values at flat positions, by example."""
     sums = sum_by_example(values.float() * counted, positions, shape)
     return ExampleSum(sums, sum_by_example(counted, positions, shape))
+
+
+def score_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 32
+) -> list[float]:
+    """Return the pseudo-log-likelihood of each text, for example to choose among several.
+
+    An energy estimates -log p of its token given all the others, so their sum, negated, is what masking the tokens one by one
+    would give, in one pass instead of as many as there are tokens. Special tokens, the unknown one among them, add nothing:
+    training gives them no energy.
+
+    Args:
+        model: The exported discriminator, with one logit a token.
+        tokenizer: Its tokenizer.
+        texts: The texts; each must fit the model.
+        batch_size: Texts a pass; those of similar length go together.
+
+    Returns:
+        Sums of log p in nats, in the order of the texts: the higher, the likelier.
+
+    Raises:
+        InputError: If the model has more than one logit a token, or a text is longer than the model's positions.
+
+    Source: Clark et al. 2020, "Pre-Training Transformers as Energy-Based Cloze Models", section 3.
+    """
+    rows = [tokenizer(text, truncation=False, verbose=False)["input_ids"] for text in texts]
+    longest = longest_sequence(model)
+    for number, row in enumerate(rows):
+        if longest is not None and len(row) > longest:
+            raise InputError(
+                f"texts[{number}] has {len(row)} tokens, more than the {longest} that the model takes: split it"
+            )
+    special = torch.tensor(tokenizer.all_special_ids, device=model.device)
+    scores = np.zeros(len(rows))
+    options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": batch_size, "device": model.device}
+    with evaluating(model):
+        for numbers, batch in batches_by_length(rows, **options, name="Scoring"):
+            logits = model(**batch).logits.float()
+            if logits.numel() != batch["input_ids"].numel():
+                raise InputError(
+                    f"model={type(model).__name__} gives {logits.shape[-1]} logits a token: Electric has one"
+                )
+            counted_BL = batch["attention_mask"].bool() & ~torch.isin(batch["input_ids"], special)
+            scores[numbers] = -(logits.view_as(counted_BL) * counted_BL).sum(dim=1).cpu().numpy()
+    return scores.tolist()

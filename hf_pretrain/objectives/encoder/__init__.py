@@ -1,10 +1,14 @@
 """Pre-training of an encoder with any combination of objectives that can share it."""
 
 from hf_pretrain.objectives.encoder.arguments import EncoderTrainingArguments
-from hf_pretrain.objectives.encoder.building import build_model, load_examples
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
-from hf_pretrain.objectives.encoder.trainer import EncoderTrainer
-from hf_pretrain.objectives.encoder.views import held_out_examples, training_examples
+from hf_pretrain.objectives.encoder.trainer import (
+    EncoderTrainer,
+    build_model,
+    held_out_examples,
+    load_examples,
+    training_examples,
+)
 
 __all__ = [
     "DataCollatorForEncoder",

@@ -12,11 +12,11 @@ import torch
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.masking import MaskedRows
 from hf_pretrain.corruption.rows import ExampleRows
-from hf_pretrain.corruption.span_boundary import span_boundary_targets
+from hf_pretrain.corruption.spans import span_boundary_targets
 from hf_pretrain.corruption.word_order import ShuffledRows, shuffle_runs
-from hf_pretrain.data.lm_mode_views import stop_candidates
+from hf_pretrain.data.examples.lm_modes import stop_candidates
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.masking_collator import IGNORED, DataCollatorForMaskedLM, PaddedLayout
+from hf_pretrain.objectives.masking import IGNORED, DataCollatorForMaskedLM, PaddedLayout
 
 # More tokens have too many orders for a table of them.
 _LONGEST_RUN = 7

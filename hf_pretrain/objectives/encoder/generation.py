@@ -15,16 +15,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.corruption.vocabulary import Vocabulary
+from hf_pretrain.corruption.masking import Vocabulary
 from hf_pretrain.data import draws
-from hf_pretrain.data.lm_mode_views import LMMode, mode_token_types
-from hf_pretrain.data.pair_template import PairTemplate
+from hf_pretrain.data.examples.lm_modes import LMMode, mode_token_types
+from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.batches import evaluating
+from hf_pretrain.evaluation.metrics import evaluating
 from hf_pretrain.modeling.base import longest_sequence
-from hf_pretrain.modeling.gathered import GatheredHead
-from hf_pretrain.modeling.lm_modes import lm_mode_inputs
-from hf_pretrain.modeling.sampling import sample_tokens
+from hf_pretrain.modeling.losses import GatheredHead, sample_tokens
+from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 
 _NEVER = float("-inf")
 

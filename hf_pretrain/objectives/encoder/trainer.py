@@ -1,17 +1,179 @@
-"""The Trainer of an encoder with several objectives."""
+"""The examples that each objective asks for, and their mixture.
+
+Load the data and build the model that a list of objectives asks for.
+
+The Trainer of an encoder with several objectives.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch.utils.data import Dataset, Sampler
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_pretrain.data.epochs import EpochDataset, EpochSampler
-from hf_pretrain.hub.facts import ObjectiveDescription
-from hf_pretrain.objectives.encoder.arguments import EncoderTrainingArguments
-from hf_pretrain.objectives.encoder.description import describe
-from hf_pretrain.objectives.masked_lm import MaskedLMTrainer
+from hf_pretrain.data.examples.epochs import EpochDataset, EpochSampler, MixtureDataset
+from hf_pretrain.data.examples.lm_modes import NUM_MODE_TYPES, LMModeView
+from hf_pretrain.data.examples.sentence_pairs import PairTask, SentencePairDataset
+from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
+from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
+from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
+from hf_pretrain.modeling.visibility.isolation import check_isolation
+from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
+from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
+from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
+from hf_pretrain.objectives.masking import MaskedLMTrainer
+from hf_pretrain.training.program import load_data
+from hf_pretrain.training.recurrence import global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
+
+_PAIR_TASKS: dict[str, PairTask] = {
+    "nsp": "nsp",
+    "sop": "sop",
+    "sentence_structure": "structural",
+    "sequence_to_sequence": "none",
+}
+
+
+def training_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
+    """Return the examples to train on: those of one kind, or a mixture.
+
+    Kinds with the same inputs are mixed within a batch; else all examples of a step are of one kind, on all ranks.
+
+    Args:
+        data: Blocks, and the documents that they were cut from.
+        args: The objectives and their shares.
+        type_vocab_size: Token types of the model, 0 where it has none.
+
+    Raises:
+        InputError: If the data cannot be read as an objective asks.
+    """
+    shares = args.shares()
+    parts = _parts(data, args, held_out=False, type_vocab_size=type_vocab_size)
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    # Modes differ in what tokens see; other kinds, in their inputs.
+    group_size = 1 if args.has_modes else global_batch_size(args)
+    return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
+
+
+def held_out_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
+    """Return the examples to evaluate on: those of all kinds, each once; None if no text is held out."""
+    if data.eval_dataset is None:
+        return None
+    parts = _parts(data, args, held_out=True, type_vocab_size=type_vocab_size)
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
+
+
+def _parts(
+    data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool, type_vocab_size: int
+) -> Mapping[str, Any]:
+    """Return the examples of each kind that has a share."""
+    names = list(args.shares())
+    if names != ["mlm"] and data.train_documents is None:
+        raise InputError(
+            f"objectives: {names[-1]} reads documents anew each epoch, which a stream does not keep: leave out streaming"
+        )
+    if names != ["mlm"] and data.isolates_documents:
+        raise InputError(
+            f"block_mode='isolated_documents' puts several documents into an example, and {names[-1]} looks at one: use "
+            "'doc_sentences'"
+        )
+    parts = {name: _examples(name, data, args, held_out=held_out) for name in names}
+    if not args.has_modes:
+        return parts
+    modes = {name: name if name in ONE_WAY_OBJECTIVES else "bidirectional" for name in names}
+    return {name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()}
+
+
+def _examples(name: str, data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool) -> Any:
+    if name in _PAIR_TASKS:
+        return SentencePairDataset(
+            data.eval_documents if held_out else data.train_documents,
+            tokenizer=data.tokenizer,
+            block_size=data.block_size,
+            task=_PAIR_TASKS[name],
+            seed=args.seed,
+            balanced=args.balanced_pairs,
+            short_probability=args.short_pair_probability,
+            static_epochs=args.static_masks,
+        )
+    return EpochDataset.wrap(data.eval_dataset if held_out else data.train_dataset)
+
+
+def load_examples(
+    data_args: MultilingualDataArguments,
+    model_args: ModelArguments,
+    args: EncoderTrainingArguments,
+    *,
+    special_tokens: Sequence[str] = ("mask", "pad"),
+) -> PreparedData:
+    """Read text of one language or of several, with the tokenizer of the run; see [`load_data`].
+
+    Raises:
+        InputError: As [`prepare_multilingual`]; or if there are translations and no objective for them, or the reverse.
+    """
+    if bool(data_args.parallel_file) != ("tlm" in args.objectives):
+        raise InputError(
+            "objectives: tlm learns from translations: name them with parallel_file"
+            if "tlm" in args.objectives
+            else f"parallel_file={data_args.parallel_file[0]!r} holds translations: add tlm to the objectives"  # type: ignore[index]
+        )
+    name = model_args.model_name_or_path
+    known = None if name is None else known_languages(from_pretrained(AutoConfig, name))
+    prepare = partial(prepare_multilingual, step_examples=global_batch_size(args), lang2id=known)
+    return load_data(data_args, model_args, args, special_tokens=special_tokens, prepare=prepare)
+
+
+def build_model(
+    model_args: ModelArguments, args: EncoderTrainingArguments, data: PreparedData
+) -> EncoderForPreTraining:
+    """Load or build the encoder with the heads that the objectives ask for, and refuse one that cannot do as they ask.
+
+    Raises:
+        InputError: If the model cannot be loaded or built, does not fit the data, or lets tokens see what they must not.
+    """
+    model = EncoderForPreTraining.from_arguments(
+        model_args,
+        data.tokenizer,
+        heads=args.heads,
+        changes=_config_changes(model_args.model_type, args, data),
+        pair_classes=3 if args.pair_objective == "sentence_structure" else 2,
+        pair_task=args.pair_objective,
+        span_positions=args.span_positions,
+        has_bitext="tlm" in args.objectives,
+    )
+    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
+    if data.languages is not None:
+        set_languages(model.model.config, data.languages)
+    if data.isolates_documents:
+        check_isolation(model.model, length=data.block_size)
+    if args.has_modes:
+        check_lm_modes(model.model)
+    # Once more: which parameters are reached depends on the languages.
+    model.try_out()
+    return model
+
+
+def _config_changes(model_type: str, args: EncoderTrainingArguments, data: PreparedData) -> dict[str, Any]:
+    """Return the configuration values of a model from scratch that the objectives ask for."""
+    changes = {} if data.languages is None else language_changes(model_type, data.languages)
+    types = NUM_MODE_TYPES if args.has_modes else 2 if args.pair_objective else 0
+    known = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
+    own = changes.get("type_vocab_size", getattr(known, "type_vocab_size", None))
+    # What has token types can tell segments apart, RoBERTa too, which has only one of its own.
+    if own and types > own:
+        changes["type_vocab_size"] = types
+    return changes
 
 
 class EncoderTrainer(PretrainingTrainer):

@@ -1,10 +1,13 @@
 """Permutation language modelling: XLNet's objective."""
 
-from hf_pretrain.objectives.permutation_lm.building import PermutationLMModelArguments
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
-from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMConfig, PermutationLMForPreTraining
+from hf_pretrain.objectives.permutation_lm.modeling import (
+    PermutationLMConfig,
+    PermutationLMForPreTraining,
+    PermutationLMModelArguments,
+    stock_inputs,
+)
 from hf_pretrain.objectives.permutation_lm.scoring import TextScore, log_likelihood, score_texts
-from hf_pretrain.objectives.permutation_lm.stock import stock_inputs
 from hf_pretrain.objectives.permutation_lm.trainer import (
     PermutationLMTrainer,
     PermutationLMTrainingArguments,

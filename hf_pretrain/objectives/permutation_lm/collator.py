@@ -11,13 +11,15 @@ from hf_pretrain.corruption.permutation import (
     PADDING_RANK,
     RowParts,
     given_order,
+    given_ranks,
+    given_targets,
     random_order,
+    sample_targets,
     visibility,
 )
-from hf_pretrain.corruption.permutation_targets import given_ranks, given_targets, sample_targets
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
 from hf_pretrain.errors import InputError, check_numbers
-from hf_pretrain.objectives.masking_collator import IGNORED, PaddedLayout
+from hf_pretrain.objectives.masking import IGNORED, PaddedLayout
 
 TargetUnit = Literal["official", "word", "given"]
 _LANE_COLUMNS = {"lane": "lanes", "memory_reset": "memory_reset", "backward": "backward"}

@@ -1,25 +1,85 @@
-"""A stock model trained to predict its tokens in random orders."""
+"""Build or load the stock model of permutation language modelling.
+
+A stock model trained to predict its tokens in random orders.
+
+A batch of permutation language modelling as stock XLNet takes it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, XLNetLMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    XLNetLMHeadModel,
+)
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.modeling.configuration import CompositeConfig, ModelArguments, SubModelConfig, dtype_option
-from hf_pretrain.modeling.losses import IGNORED, masked_lm_accuracy, masked_lm_loss
-from hf_pretrain.modeling.memory import RecurrentMemory
-from hf_pretrain.modeling.outputs import PretrainingOutput
-from hf_pretrain.modeling.trial import trial_tokens
-from hf_pretrain.modeling.two_stream import PermutedBatch, TwoStreams
-from hf_pretrain.modeling.two_stream_positions import PositionTwoStreams
-from hf_pretrain.modeling.two_stream_xlnet import XLNetTwoStreams
-from hf_pretrain.objectives.permutation_lm.building import build_stock_model, stock_class
+from hf_pretrain.modeling.base import PretrainingModel, trial_tokens
+from hf_pretrain.modeling.configuration import (
+    CompositeConfig,
+    ModelArguments,
+    SubModelConfig,
+    attention_options,
+    build_config,
+    dtype_option,
+    from_config,
+    from_pretrained,
+)
+from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput, RecurrentMemory, masked_lm_accuracy, masked_lm_loss
+from hf_pretrain.objectives.permutation_lm.two_stream import (
+    PermutedBatch,
+    PositionTwoStreams,
+    TwoStreams,
+    XLNetTwoStreams,
+)
+
+
+@dataclass
+class PermutationLMModelArguments(ModelArguments):
+    """Which stock model is trained by permutation language modelling; an XLNet unless told otherwise."""
+
+    model_type: str = field(
+        default="xlnet",
+        metadata={
+            "help": "Architecture built from scratch: xlnet, or one that takes position_ids (bert, roberta, modernbert, ...)."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention backend: sdpa or, for xlnet on GPUs, flex_attention."}
+    )
+
+
+def stock_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class that opens an architecture with its head: XLNet's is listed as a causal one."""
+    return AutoModelForCausalLM if config.model_type == "xlnet" else AutoModelForMaskedLM
+
+
+def build_stock_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load the checkpoint that the arguments name, or build the model that they describe.
+
+    Raises:
+        InputError: If there is no such checkpoint, or the sizes do not fit the architecture.
+    """
+    if args.model_name_or_path is not None:
+        config = from_pretrained(AutoConfig, args.model_name_or_path)
+    else:
+        auto_class = AutoModelForCausalLM if args.model_type == "xlnet" else AutoModelForMaskedLM
+        config = build_config(args, tokenizer, auto_class=auto_class)
+    # XLNet's attention is replaced, so that its own class need not know the backend.
+    options = {} if config.model_type == "xlnet" else attention_options(args)
+    if args.model_name_or_path is not None:
+        return from_pretrained(stock_class(config), args.model_name_or_path, **options)
+    return from_config(stock_class(config), config, **options)
 
 
 @strict
@@ -205,3 +265,40 @@ def build_two_streams(model: PreTrainedModel, config: PermutationLMConfig) -> Tw
             "or set mem_len=0"
         )
     return PositionTwoStreams(model, mask_token_id=config.mask_token_id)
+
+
+def stock_inputs(batch: Mapping[str, torch.Tensor], *, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Return the arguments with which transformers' `XLNetLMHeadModel` predicts the targets of a batch.
+
+    They take `L` times the memory of the batch: they are for comparison and for code that has only the stock model. Of
+    targets that see nothing at all the stock logits are wrong: its softmax then runs over every token.
+
+    Args:
+        batch: What `DataCollatorForPermutationLM` made. Lanes and their resets say which `mems` go with it; those are the
+            caller's.
+        dtype: Type of the masks.
+
+    Returns:
+        `input_ids`, `attention_mask` and, if the batch has them, `token_type_ids`, all `[B, L]`; `perm_mask`, `[B, L, L]`,
+        1 where `i` does not see `j`; `target_mapping`, `[B, P, L]`, 1 at the column of a target and nowhere for a filler;
+        `labels`, `[B, P]`.
+
+    Raises:
+        InputError: If some lanes run backwards.
+    """
+    if "backward" in batch and bool(batch["backward"].any()):
+        raise InputError(
+            "backward is set for some rows, but stock XLNet tells directions by the place in the batch: convert a batch "
+            "without backward lanes"
+        )
+    is_visible = batch["key_ranks"][:, None, :] < batch["thresholds"][:, :, None]
+    target_mapping = is_visible.new_zeros((*batch["labels"].shape, batch["input_ids"].shape[1]), dtype=dtype)
+    # A filler must map to no column: all targets of a column would add up there.
+    is_target = (batch["labels"] != IGNORED).to(dtype)
+    target_mapping.scatter_(2, batch["target_columns"][..., None], is_target[..., None])
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    return inputs | {
+        "perm_mask": (~is_visible).to(dtype),
+        "target_mapping": target_mapping,
+        "labels": batch["labels"],
+    }

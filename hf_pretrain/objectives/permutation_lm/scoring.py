@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.two_stream import PermutedBatch
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
+from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch
 
 Order = str | Sequence[Sequence[int]]
 

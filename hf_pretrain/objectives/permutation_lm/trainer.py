@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from hf_pretrain.data.lanes import LaneStream
+from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.data.prepare import PreparedData
-from hf_pretrain.data.xlnet_windows import XLNetWindows
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.facts import ObjectiveDescription
+from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.objectives.permutation_lm.collator import PermutationArguments
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size

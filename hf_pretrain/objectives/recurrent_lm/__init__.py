@@ -1,9 +1,13 @@
 """Language modelling with a memory: Transformer-XL's objective."""
 
-from hf_pretrain.objectives.recurrent_lm.building import TransformerXLModelArguments, build_model
-from hf_pretrain.objectives.recurrent_lm.collator import DataCollatorForRecurrentLM
-from hf_pretrain.objectives.recurrent_lm.modeling import RecurrentLMConfig, RecurrentLMForPreTraining
+from hf_pretrain.objectives.recurrent_lm.modeling import (
+    RecurrentLMConfig,
+    RecurrentLMForPreTraining,
+    TransformerXLModelArguments,
+    build_model,
+)
 from hf_pretrain.objectives.recurrent_lm.trainer import (
+    DataCollatorForRecurrentLM,
     RecurrentLMTrainer,
     RecurrentLMTrainingArguments,
     lane_inputs,

@@ -1,0 +1,1 @@
+"""Commands on text before any training: near-duplicates and statistics."""

@@ -1,0 +1,193 @@
+"""Writing beside a model: a file is there whole or as it was, and others may read it as far as the user lets them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+MARKER = "complete.json"
+
+
+PART = ".part"
+"""How the name of a file ends that is still being written; no such file is pushed."""
+
+
+_HASH_BYTES = 1 << 22
+
+
+# Of file systems that have no such call.
+_NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+def begin_folder(folder: str | Path, *, name: str = MARKER) -> None:
+    """Make an empty folder that can be told from a whole one until its marker is written; what it held is removed."""
+    folder = Path(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / (name + PART)).touch()
+
+
+def write_marker(folder: str | Path, *, name: str = MARKER, has_hashes: bool = False, **facts: Any) -> None:
+    """Mark a folder as whole, when all that belongs in it has been written.
+
+    The files are on the disk before the marker is, and the marker appears at once, so a folder that has it is whole whenever
+    the process, or the machine, stopped.
+
+    Args:
+        folder: The folder.
+        name: Name of the marker.
+        has_hashes: Whether the marker has the hash of every file too, for [`damaged_file`]; each is read once.
+        **facts: What the marker tells besides; of a checkpoint its `step` and `world_size`.
+    """
+    folder = Path(folder)
+    part = folder / (name + PART)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in (folder / name, part))
+    for path in paths:
+        _flush(path)
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    if has_hashes:
+        facts["hashes"] = {path.relative_to(folder).as_posix(): _hash(path) for path in paths}
+    part.write_text(json.dumps(facts | {"files": files}, indent=1), encoding="utf-8")
+    _flush(part)
+    os.replace(part, folder / name)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def damaged_file(folder: str | Path, *, name: str = MARKER) -> str | None:
+    """Return the first file of a folder that is not as it was when it was marked; None if there is none, or no hash."""
+    facts = read_marker(folder, name=name) or {}
+    for file, known in facts.get("hashes", {}).items():
+        path = Path(folder, file)
+        if not path.is_file() or _hash(path) != known:
+            return str(file)
+    return None
+
+
+def read_marker(folder: str | Path, *, name: str = MARKER) -> Mapping[str, Any] | None:
+    """Return what the marker of a folder tells, with the sizes of its `files` in bytes; None if there is none."""
+    try:
+        facts = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else None
+
+
+def is_whole(folder: str | Path, *, name: str = MARKER) -> bool:
+    """Whether a folder has its marker, and every file that this names has the size it had."""
+    facts = read_marker(folder, name=name)
+    return facts is not None and first_difference(Path(folder), facts["files"]) is None
+
+
+def first_difference(folder: Path, files: Mapping[str, int]) -> str | None:
+    """Return what the first file lacks that has not its size, or None."""
+    for name, size in files.items():
+        try:
+            found = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file as UTF-8, with a question mark for half of a surrogate pair; see [`write_bytes`]."""
+    return write_bytes(path, text.encode("utf-8", errors="replace"))
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all.
+
+    The content goes to another file of the same folder, is flushed to the disk, and then takes the place of what was there. So a
+    full disk, a kill or a power cut leaves the old file as it was. A link is replaced, never what it points to: in the cache of
+    the Hub several revisions share that.
+
+    Args:
+        path: The file; its folder is made if need be. The permissions of a file that is replaced stay.
+        content: What it is to hold.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)  # a pipe or a device, which nothing can take the place of
+        return path
+    part = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    mode = None if path.is_symlink() or not path.exists() else stat.S_IMODE(path.stat().st_mode)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            _sync(file.fileno())
+        if mode is not None:
+            part.chmod(mode)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
+
+
+def share_weights(folder: Path | str) -> None:
+    """Let others read the weights of a folder, as far as the umask lets them read its other files.
+
+    safetensors makes its files readable for their owner alone.
+
+    Args:
+        folder: The folder; those inside it are left alone.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Path(folder).glob("*.safetensors"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(0o666 & ~umask)
+
+
+def weights_digest(folder: Path | str) -> str | None:
+    """Return a digest of the weights at the root of a folder; None if there are none."""
+    digest, paths = hashlib.sha256(), sorted(Path(folder).glob("*.safetensors"))
+    for path in paths:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:32] if paths else None

@@ -1,0 +1,417 @@
+"""What the keys of the Trainer's log mean: losses, metrics of quality, or bookkeeping, and how a reader calls them.
+
+The pieces of a card as text: values, table rows, YAML and code, each a pure function of plain data.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any
+
+_BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "tokens", "targets", "count", "flos", "mib")
+_QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
+_IN_FULL = {"disc": "discriminator", "qq": "query-query", "kk": "key-key", "vv": "value-value"}
+_CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "nce", "auc", "kl", "mse", "f1"}
+
+
+# Marks of a row of the log whose numbers are no part of the run's course.
+OTHER_DATA, OTHER_WEIGHTS = "other_data", "other_weights"
+# The mean loss of predicted tokens, whose exponential is a perplexity.
+_LANGUAGE_MODELS = ("mlm", "plm", "lm", "tlm", "clm")
+_MOST_NATS = 20.0  # a mean loss beyond it is that of a model that has diverged
+
+
+def bare_name(key: str) -> str:
+    """Return a key of an evaluation row without the Trainer's prefix: "eval_mlm_loss" is "mlm_loss"."""
+    return key.removeprefix("eval_")
+
+
+def split_by_held_out_set(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the metrics of an evaluation by held-out set, with the keys that they have where there is one set only.
+
+    Args:
+        row: Keys and values as `Trainer.evaluate` returns them: "eval_mlm_loss", or "eval_news_mlm_loss" of the set "news".
+
+    Returns:
+        Name of the set -> its metrics; the name is "" where the sets have none.
+    """
+    # The Trainer times each set, so that key has no more than the name.
+    names = [found[1] for key in row if (found := re.fullmatch(r"eval_(.+)_runtime", key, flags=re.DOTALL))]
+    split: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in row.items():
+        # Of "news" and "news_old" the longer is the right one.
+        name = max((name for name in names if key.startswith(f"eval_{name}_")), key=len, default="")
+        split.setdefault(name, {})[key.replace(f"eval_{name}_", "eval_", 1) if name else key] = value
+    return {name: metrics for name, metrics in split.items() if metrics}
+
+
+def is_foreign(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the log was measured on other data than the run's held-out text, or of weights of no step of it."""
+    return bool(row.get(OTHER_DATA) or row.get(OTHER_WEIGHTS))
+
+
+def evaluated_steps(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the steps whose weights were measured on the run's held-out text, in the order of the log."""
+    return [row["step"] for row in log_history if _is_evaluation(row)]
+
+
+def evaluation_at(log_history: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, Any]:
+    """Return what was measured of the weights of a step on the run's held-out text; {} if nothing was.
+
+    This alone decides which numbers stand beside weights, in the card, in its record and in the report of a program.
+
+    Args:
+        log_history: Rows as in `Trainer.state.log_history`.
+        step: The step; None for weights that are of no step.
+
+    Returns:
+        One row of the log, or the rows of all held-out sets in one; of two alike, the later.
+    """
+    rows = [row for row in log_history if row.get("step") == step and _is_evaluation(row)]
+    return {key: value for row in rows for key, value in row.items()}
+
+
+def _is_evaluation(row: Mapping[str, Any]) -> bool:
+    is_measured = any(key.startswith("eval_") and is_loss(key) for key in row)
+    return "step" in row and is_measured and not is_foreign(row)
+
+
+def with_perplexity(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics with the perplexity behind each loss of a language model, where none was measured."""
+    found: dict[str, Any] = {}
+    for key, value in metrics.items():
+        found[key] = value
+        model = key.removesuffix("_loss").rpartition("_")[2] if key.endswith("_loss") else ""
+        has_one = any(name.endswith("perplexity") for name in metrics)
+        if model in _LANGUAGE_MODELS and not has_one and isinstance(value, (int, float)) and value < _MOST_NATS:
+            found[f"{key.removesuffix('_loss')}_perplexity"] = math.exp(value)
+    return found
+
+
+def is_bookkeeping(key: str) -> bool:
+    """Whether the key counts or times the run instead of measuring the model."""
+    return bare_name(key).endswith(_BOOKKEEPING)
+
+
+def is_loss(key: str) -> bool:
+    """Whether the key is a loss: "loss" itself, the weighted total, or a component such as "mlm_loss"."""
+    return bare_name(key) == "loss" or bare_name(key).endswith("_loss")
+
+
+def is_quality(key: str) -> bool:
+    """Whether the key is a metric of quality that lies between 0 and 1, such as an accuracy or an AUC."""
+    return bare_name(key).endswith(_QUALITY)
+
+
+def label(key: str) -> str:
+    """Return the key as a reader says it: "eval_mlm_loss" is "MLM loss", "loss" is "Total loss"."""
+    name = bare_name(key)
+    if name == "loss":
+        return "Total loss"
+    words = [word.upper() if word in _CAPITALS else _IN_FULL.get(word, word) for word in name.split("_") if word]
+    text = " ".join(words)
+    return text[:1].upper() + text[1:]
+
+
+_MOST_ITEMS = 8  # of a list in a table cell
+
+Row = tuple[str, ...]
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as what YAML knows: scalars of NumPy and torch, paths, enumerations and tuples converted."""
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    if hasattr(value, "tolist"):  # NumPy and torch, scalars too
+        return value.tolist()
+    return value if isinstance(value, float) else str(value)
+
+
+def without_folders(value: Any) -> Any:
+    """Return a plain value in which absolute paths keep only their last part: they tell of the machine."""
+    if isinstance(value, dict):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return last_part(value) if _is_path(value) else _PATH_WITHIN.sub(r"\1", value)
+
+
+def portable_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options of a run without the folders of its machine, for others to read.
+
+    Files and folders keep only their last part, also where they are named from the working directory. Names of the Hub stay.
+
+    Args:
+        options: Options by name.
+    """
+    return {name: _portable(name, value) for name, value in plain(options).items()}
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path of any system; "" stays "", a root too."""
+    return PureWindowsPath(path.removeprefix("file://")).name or path
+
+
+def _portable(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_portable(name, item) for item in value]
+    if not isinstance(value, str) or not value:
+        return without_folders(value)
+    if name.endswith(_NAMES) and not Path(value).exists() and re.fullmatch(_HUB_NAME, value):
+        return value
+    if name.endswith((*_FILES, *_NAMES)):
+        # One may have the name of a language before it, or another behind it.
+        return last_part(value) if _is_path(value) else re.sub(r"[^=,;]*[/\\]([^=,;])", r"\1", value.rstrip("/\\"))
+    return without_folders(value)
+
+
+def _is_path(text: str) -> bool:
+    path = text.removeprefix("file://")
+    return PurePath(path).is_absolute() or PureWindowsPath(path).is_absolute() or path.startswith(("~/", "../"))
+
+
+# Options that name a file or a folder, and those that name it or what lies on the Hub.
+_FILES = ("_file", "_files", "_dir", "_path", "_folder", "_vectors", "_checkpoint", "config", "deepspeed")
+_NAMES = ("name_or_path", "tokenizer_name", "dataset_name")
+_HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+# An absolute path in the middle of a text, such as the value of an entry "name=path".
+_PATH_WITHIN = re.compile(
+    r"(?:(?<![\w.:/~-])~?/(?:[^\s/\"',;=]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\\"',;=]+\\)+)([^\s/\\\"',;=]+)"
+)
+
+
+def number(value: float) -> str:
+    """Return a number for a reader: whole numbers in groups of three digits, others with four significant digits."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in its two largest units: "1 d 4 h", "2 h 5 min", "3 min 20 s", "12.5 s"."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    whole = round(seconds)
+    for unit, size, lower, lower_size in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // lower_size} {lower}"
+    return f"{whole} s"
+
+
+def cell(value: Any) -> str:
+    """Return a value as the text of one table cell; an empty text means that there is nothing to tell."""
+    value = plain(value)
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)):
+        return number(value)
+    if isinstance(value, list):
+        shown = [text for text in map(cell, value[:_MOST_ITEMS]) if text]
+        return ", ".join(shown) + (f" and {len(value) - _MOST_ITEMS} more" if len(value) > _MOST_ITEMS else "")
+    return escaped(str(value))
+
+
+# What Markdown or HTML would take for a mark in the middle of a line.
+_MARKS = re.compile(r"([\\`*_\[\]<>|~$&!])")
+
+
+def escaped(text: str) -> str:
+    """Return a text of the user as Markdown that shows it letter by letter, in one line of a table, a list or a sentence."""
+    line = re.sub(r"[\s\x00-\x1f\x7f\u2028\u2029]+", " ", text).strip()
+    line = _MARKS.sub(_as_shown, line)
+    # A line that begins like a heading, a list or a quote would be one where the text stands first.
+    return re.sub(r"^(\d*)([#+.)-])(?=\s)", r"\1\\\2", line)
+
+
+def _as_shown(mark: re.Match[str]) -> str:
+    character = mark[1]
+    # Letters on both sides leave an underscore alone, as in the names of files; GitHub's and the Hub's Markdown agree.
+    if character == "_" and _between_letters(mark):
+        return character
+    if character in "<>&":
+        return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[character]
+    if character == "!":
+        return "\\!" if mark.string[mark.end() : mark.end() + 1] == "[" else "!"
+    return f"\\{character}"
+
+
+def _between_letters(mark: re.Match[str]) -> bool:
+    before, after = mark.string[: mark.start()], mark.string[mark.end() :]
+    return bool(re.search(r"[^\W_]$", before) and re.match(r"[^\W_]", after))
+
+
+def origin(base_model: str | None, *, hub_id: str | None) -> str:
+    """Return where the weights began; a base model that is not on the Hub is not named, for its path tells nothing."""
+    if hub_id:
+        return f"Pre-trained further from [{hub_id}](https://huggingface.co/{hub_id})"
+    return "Pre-trained further from a local checkpoint" if base_model else "Pre-trained from scratch"
+
+
+def rows(table: Mapping[str, Any], *, as_is: bool = False) -> list[Row]:
+    """Return (name, value) rows of what has a value; names are made readable unless they are to stay as they are."""
+    pairs = [(cell(name if as_is else _readable(name)), cell(value)) for name, value in table.items()]
+    return [(name, text) for name, text in pairs if text]
+
+
+def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of a row of `Trainer.evaluate`: no bookkeeping, no total that has one component only."""
+    found = {key: plain(value) for key, value in metrics.items() if not is_bookkeeping(key)}
+    found = {key: value for key, value in found.items() if isinstance(value, (int, float))}
+    losses = [key for key in found if is_loss(key)]
+    totals = [key for key in losses if key in ("loss", "eval_loss")]
+    if len(losses) == 2 and len(totals) == 1 and math.isclose(*(found[key] for key in losses), rel_tol=1e-4):
+        del found[totals[0]]
+    return found
+
+
+def metric_table(
+    before: Mapping[str, Any], after: Mapping[str, Any], *, after_title: str = "After training"
+) -> list[Row]:
+    """Return the header and the rows of a table of metrics, in the order of `after`; [] if nothing was measured.
+
+    A side that was not measured at all has no column, and several held-out sets have a column of names.
+    """
+    sides = {"Before training": _by_set(before), after_title: _by_set(after)}
+    sides = {title: metrics for title, metrics in sides.items() if metrics}
+    keys = dict.fromkeys(key for metrics in reversed(sides.values()) for key in metrics)
+    has_sets = any(name for name, _ in keys)
+    body = [
+        (
+            *((cell(name),) if has_sets else ()),
+            cell(label(key)),
+            *(number(side[name, key]) if (name, key) in side else "not measured" for side in sides.values()),
+        )
+        for name, key in keys
+    ]
+    return [(*(("Held-out set",) if has_sets else ()), "Metric", *sides), *body] if body else []
+
+
+def _by_set(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """Return the value of each metric of each held-out set, "" being the name of a single one."""
+    sets = split_by_held_out_set(metrics)
+    return {(name, key): value for name, row in sets.items() for key, value in with_perplexity(measured(row)).items()}
+
+
+def after_title(metrics: Mapping[str, Any], steps: int | None) -> str:
+    """Return when the last metrics were measured: at the end, or at an earlier step than the last."""
+    step = plain(metrics.get("step"))
+    return f"At step {step:,}" if isinstance(step, int) and steps and step < steps else "After training"
+
+
+def yaml_block(options: Mapping[str, Any]) -> str:
+    """Return options as YAML in their order, without those that have no value; "" if none is left."""
+    import yaml
+
+    chosen = {name: value for name, value in plain(options).items() if value is not None}
+    # Unbroken lines: one that a long text is broken into might begin like the end of the block.
+    return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=10**6).strip() if chosen else ""
+
+
+def loading_snippets(repo: str, *, model_class: str, usage: str, has_own_code: bool = False) -> list[str]:
+    """Return code that loads the root of `repo`: the encoder through the Auto classes, and the class with its head."""
+    trust = ", trust_remote_code=True" if has_own_code else ""
+    encoder = f"""\
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
+model = AutoModel.from_pretrained("{repo}"{trust})
+inputs = tokenizer("A sentence to encode.", return_tensors="pt")
+hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
+    used = usage.replace("{repo}", repo).replace("{model_class}", model_class).strip()
+    return [encoder, used or "\n".join(_load("model", repo, class_name=model_class))]
+
+
+def adapter_snippet(repo: str, *, model_class: str, base_model: str | None) -> str:
+    """Return code that opens the model below an adapter, and then the adapter; a base that is not on the Hub is not named."""
+    base = base_model or "the-model-that-was-trained-further"
+    return f"""\
+from transformers import AutoTokenizer, {model_class}
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+model = {model_class}.from_pretrained("{base}")
+model.load_adapter("{repo}")  # needs the package peft"""
+
+
+def root_sentence(*, model_class: str, has_own_code: bool, adapter: str) -> str:
+    """Return what lies at the root of the repository, and what is needed to open it."""
+    if adapter:
+        return (
+            f"The root of this repository is an adapter ({adapter}) for a `{model_class}`, and **not a whole model**: the model "
+            "below it and the package `peft` are needed to use it."
+        )
+    if has_own_code:
+        return (
+            f"The root of this repository is a 🤗 transformers checkpoint of class `{model_class}` with its code: "
+            "`trust_remote_code=True` opens it without any other library."
+        )
+    return (
+        f"The root of this repository is a stock 🤗 transformers checkpoint of class `{model_class}`: no other library is needed "
+        "to use it."
+    )
+
+
+def fine_tuning_snippet(repo: str, *, auto_class: str, model_class: str, has_own_code: bool = False) -> str:
+    """Return code that puts a fresh head for a task on the encoder and takes its first gradient; "" without a class."""
+    if not auto_class:
+        return ""
+    options = ["num_labels=2"]
+    trust = ", trust_remote_code=True" if has_own_code else ""
+    if has_own_code:
+        options.append("trust_remote_code=True")
+    if model_class.endswith("ForTokenClassification"):
+        options.append("ignore_mismatched_sizes=True")  # its head has the new one's name
+    return f"""\
+import torch
+from transformers import {auto_class}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
+model = {auto_class}.from_pretrained("{repo}", {", ".join(options)})
+batch = tokenizer(["A fine meal.", "A dull one, and cold."], padding=True, return_tensors="pt")
+loss = model(**batch, labels=torch.tensor([1, 0])).loss
+loss.backward()"""
+
+
+def parts_snippet(repo: str, *, parts: Mapping[str, tuple[str, str]]) -> str:
+    """Return code that loads each part that is a checkpoint from its sub-folder; "" if none is."""
+    classes = {name: kind for name, (kind, _) in parts.items() if kind}
+    blocks = [_load(_variable(name), repo, class_name=kind, subfolder=name) for name, kind in classes.items()]
+    imports = dict.fromkeys(block[0] for block in blocks)
+    return "\n".join([*imports, "", *(block[2] for block in blocks)]) if blocks else ""
+
+
+def part_rows(parts: Mapping[str, tuple[str, str]]) -> list[Row]:
+    """Return (sub-folder, class, what) rows."""
+    classes = {name: kind.rpartition(".")[2] for name, (kind, _) in parts.items()}
+    return [(f"`{name}`", f"`{classes[name]}`" if kind else "", cell(what)) for name, (kind, what) in parts.items()]
+
+
+def _load(variable: str, repo: str, *, class_name: str, subfolder: str = "") -> Row:
+    module, _, name = class_name.rpartition(".")
+    place = f', subfolder="{subfolder}"' if subfolder else ""
+    load = f'{variable} = {name}.from_pretrained("{repo}"{place})'
+    return f"from {module or 'transformers'} import {name}", "", load
+
+
+def _variable(subfolder: str) -> str:
+    return re.sub(r"\W", "_", subfolder.strip("/").rpartition("/")[2]) or "part"
+
+
+def _readable(name: str) -> str:
+    text = name.replace("held_out", "held-out").replace("_", " ").strip()
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,1 @@
+"""Makes a stock model smaller: cuts layers, trims its vocabulary."""

@@ -1,0 +1,1 @@
+"""Who sees whom in attention: documents kept apart, and the language models of UniLM."""

@@ -1,0 +1,274 @@
+"""The collator of masked language modelling, for every masking unit.
+
+Masked language modelling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_pretrain.corruption.arguments import MaskingArguments
+from hf_pretrain.corruption.masking import MaskedRows, Vocabulary, mask_rows
+from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.schedules import TrainingSteps
+from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.trainer import PretrainingTrainer
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class PaddedLayout:
+    """Where left-aligned rows come to lie in the batch.
+
+    Attributes:
+        mask: `[B, width]` bool, the positions that hold tokens.
+        shifts: `[B]` int64, columns of padding before the first token of each row.
+    """
+
+    mask: np.ndarray
+    shifts: np.ndarray
+
+    @classmethod
+    def of(cls, valid: np.ndarray, *, side: str, extra: int = 0) -> PaddedLayout:
+        """Lay out rows whose tokens are at `valid`, `[B, L]`, padded on `side`, with `extra` more columns."""
+        lengths, width = np.count_nonzero(valid, axis=1), valid.shape[1] + extra
+        if not extra and (side == "right" or valid.all()):
+            return cls(mask=valid, shifts=np.zeros(len(lengths), dtype=np.int64))
+        shifts = (width - lengths) * (side == "left")
+        columns = np.arange(width) - shifts[:, None]
+        return cls(mask=(columns >= 0) & (columns < lengths[:, None]), shifts=shifts)
+
+    def place(self, values: np.ndarray, *, valid: np.ndarray, fill: int) -> torch.Tensor:
+        """Move left-aligned `values`, `[B, L]`, to their places: a `[B, width]` tensor with `fill` at padding."""
+        if self.mask is valid:
+            return torch.from_numpy(values)
+        placed = np.full(self.mask.shape, fill, dtype=values.dtype)
+        placed[self.mask] = values[valid]
+        return torch.from_numpy(placed)
+
+    def flat(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Return the flat indices in the batch of tokens given by their row and their place in the example."""
+        return rows * self.mask.shape[1] + self.shifts[rows] + columns
+
+
+class DataCollatorForMaskedLM:
+    """Hide tokens of examples and make a batch for masked language modelling.
+
+    What is hidden depends on the seed and on each example's `epoch` and `example_id` only: not on the batch, the
+    worker, the rank or the side of padding. Each epoch draws anew unless `masking.static_masks` is set. With
+    `masking.mlm_probability_schedule` it also depends on the step that the example's `place` in the epoch's order
+    belongs to; an example without a place, and any before `training_steps` is set, has `masking.mlm_probability`.
+
+    The examples are dicts of lists or arrays: `input_ids` with the special tokens, `example_id`, `epoch`, where the
+    options need it `word_starts` or `spans`, and optionally `token_type_ids` and `document_ids`. The batch is a dict of
+    tensors:
+
+    - `input_ids`, `attention_mask`, `labels`: `[B, L]` int64; `labels` is the original id at targets, -100 elsewhere;
+    - `target_positions`: `[T]` int64, the flat indices `row * L + column` of the targets, ascending;
+    - `token_type_ids`: `[B, L]` int64, if the examples have them;
+    - `document_ids`, `position_ids`: `[B, L]` int64, if the examples have `document_ids`: which of the row's documents
+      a token belongs to (-1 at padding), and its place in that document. They ask the model to isolate documents.
+
+    A subclass that asks for more overrides `assemble`, which sees the selected units, or extends `__call__` with
+    `target_uniforms`.
+
+    Args:
+        tokenizer: A transformers tokenizer with a mask and a padding token; its `padding_side` is respected.
+        masking: The options of masking; BERT's by default.
+        seed: Seed of the run.
+        pad_to_multiple_of: `L` is rounded up to a multiple of this.
+        target_slots: If given, `T` is filled up to a multiple of this, for fixed shapes, with one flat index whose
+            label is -100. The filling comes last and repeats that index.
+
+    Raises:
+        InputError: If the tokenizer lacks a token, or a number is not positive. When called: if examples lack an
+            entry, or hold ids that are not the tokenizer's.
+
+    Source:
+        See `MaskingArguments`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        masking: MaskingArguments | None = None,
+        seed: int = 0,
+        pad_to_multiple_of: int | None = None,
+        target_slots: int | None = None,
+    ) -> None:
+        """Read what masking needs from the tokenizer."""
+        self.masking = MaskingArguments() if masking is None else masking
+        self.vocabulary = Vocabulary.from_tokenizer(tokenizer, mask_unknown=self.masking.mask_unknown)
+        if tokenizer.pad_token_id is None:
+            raise InputError(
+                f"tokenizer={type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
+                "tokenizer.add_special_tokens({'pad_token': '[PAD]'})"
+            )
+        for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("target_slots", target_slots)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value} must be at least 1, or None for no such rounding")
+        self.tokenizer = tokenizer
+        self.seed = seed
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.target_slots = target_slots
+        self._mask_rates = self.masking.parse_mask_rates()
+        self.training_steps: TrainingSteps | None = None  # The Trainer sets it before the first batch.
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of examples."""
+        rows = self.read(examples)
+        return self.assemble(rows, self.corrupt(rows))
+
+    def read(self, examples: Sequence[Mapping[str, Any]]) -> ExampleRows:
+        """Stack the examples into left-aligned arrays."""
+        return stack_examples(
+            examples,
+            keys=self._keys(examples),
+            pad_id=self.tokenizer.pad_token_id,
+            pad_type_id=self.tokenizer.pad_token_type_id,
+            multiple=self.pad_to_multiple_of or 1,
+            with_words=self.masking.needs_word_starts,
+            with_spans=self.masking.masking_unit == "given",
+        )
+
+    def corrupt(self, rows: ExampleRows) -> MaskedRows:
+        """Hide tokens; everything is still left-aligned."""
+        probability = self.mask_probability(rows)
+        return mask_rows(rows, arguments=self.masking, vocabulary=self.vocabulary, probability=probability)
+
+    def mask_probability(self, rows: ExampleRows) -> float | np.ndarray:
+        """Return the share of tokens to select: one for all rows, or `[B]` where it changes in training."""
+        if self._mask_rates is None or self.training_steps is None or rows.places is None:
+            return self.masking.mlm_probability
+        assert rows.order_epochs is not None, "they are stacked with the places"
+        steps = self.training_steps.step_of(epochs=rows.order_epochs, places=rows.places)
+        rates = self._mask_rates.at(steps, self.training_steps.total)
+        return np.where(rows.places < 0, self.masking.mlm_probability, rates)
+
+    def layout(self, rows: ExampleRows, masked: MaskedRows) -> PaddedLayout:
+        """Return where the rows lie in the batch: padded on the tokenizer's side."""
+        # Filling target slots takes a position without a label. If all have one, widen the batch.
+        is_full = self.target_slots is not None and len(masked.positions) == rows.valid.size
+        extra = (self.pad_to_multiple_of or 1) if is_full else 0
+        return PaddedLayout.of(rows.valid, side=self.tokenizer.padding_side, extra=extra)
+
+    def assemble(self, rows: ExampleRows, masked: MaskedRows) -> dict[str, torch.Tensor]:
+        """Turn masked rows into the tensors of the batch, padded on the tokenizer's side."""
+        layout, valid = self.layout(rows, masked), rows.valid
+        labels = np.where(masked.selection.mask, rows.input_ids, IGNORED)
+        positions = layout.flat(*np.divmod(masked.positions, valid.shape[1]))
+        batch = {
+            "input_ids": layout.place(masked.input_ids, valid=valid, fill=self.tokenizer.pad_token_id),
+            "attention_mask": torch.from_numpy(layout.mask.astype(np.int64)),
+            "labels": layout.place(labels, valid=valid, fill=IGNORED),
+        }
+        batch["target_positions"] = self._fill_slots(torch.from_numpy(positions), batch["labels"])
+        if rows.token_type_ids is not None:
+            fill = self.tokenizer.pad_token_type_id
+            batch["token_type_ids"] = layout.place(rows.token_type_ids, valid=valid, fill=fill)
+        if rows.document_ids is not None:
+            batch["document_ids"] = layout.place(rows.document_ids, valid=valid, fill=-1)
+            batch["position_ids"] = layout.place(rows.document_positions(), valid=valid, fill=0)
+        return batch
+
+    def keyed_uniforms(self, examples: Sequence[Mapping[str, Any]], stream: str, *, length: int) -> np.ndarray:
+        """Draw one uniform a token of each example, by the keys that the masks are drawn by.
+
+        Args:
+            examples: The examples.
+            stream: Name of what is drawn; streams are independent of each other and of the masks.
+            length: Tokens of the longest example.
+
+        Returns:
+            float32 in [0, 1), `[B, length]`; column `i` belongs to token `i` of the example, wherever padding lies.
+        """
+        # 24 bits fill a float32 exactly; rounding a finer number could give 1.
+        bits = self._keys(examples).bits(stream, length=length) >> np.uint64(40)
+        return bits.astype(np.float32) * np.float32(2**-24)
+
+    def target_uniforms(
+        self, examples: Sequence[Mapping[str, Any]], batch: Mapping[str, torch.Tensor], *, stream: str
+    ) -> torch.Tensor:
+        """Draw one uniform a target of a batch.
+
+        Args:
+            examples: The examples of the batch.
+            batch: What this collator made of them.
+            stream: Name of what is drawn, for example "generator".
+
+        Returns:
+            float32 in [0, 1), `[T]`, in the order of `target_positions`.
+        """
+        mask = batch["attention_mask"].numpy()
+        width = mask.shape[1]
+        rows, columns = np.divmod(batch["target_positions"].numpy(), width)
+        # The modulus touches only filled slots, which may point at padding.
+        tokens = (columns - mask.argmax(axis=1)[rows]) % width
+        return torch.from_numpy(self.keyed_uniforms(examples, stream, length=width)[rows, tokens])
+
+    def _keys(self, examples: Sequence[Mapping[str, Any]]) -> RowKeys:
+        return RowKeys.from_examples(examples, seed=self.seed, static_masks=self.masking.static_masks)
+
+    def _fill_slots(self, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Fill the targets up to a multiple of `target_slots` with the first position that has no label."""
+        if self.target_slots is None:
+            return positions
+        missing = -len(positions) % self.target_slots if len(positions) else self.target_slots
+        if not missing:
+            return positions
+        unlabelled = int((labels.flatten() == IGNORED).to(torch.uint8).argmax())
+        return torch.cat([positions, positions.new_full((missing,), unlabelled)])
+
+
+@dataclass
+class MaskedLMTrainingArguments(MaskingArguments, PretrainingArguments):
+    """Options of [`MaskedLMTrainer`]: those of masking and of every pre-training."""
+
+    def __post_init__(self) -> None:
+        """Refuse to learn from masks where nothing is masked."""
+        super().__post_init__()
+        if not self.mlm_probability and self.mlm_probability_schedule is None and getattr(self, "mlm_weight", True):
+            raise InputError("mlm_probability=0.0 leaves no target: set it to 0.15, or as much as the tokens to find")
+
+    @property
+    def masking(self) -> MaskingArguments:
+        """The options of masking alone, as the collator takes them."""
+        return MaskingArguments(**{field.name: getattr(self, field.name) for field in fields(MaskingArguments)})
+
+
+class MaskedLMTrainer(PretrainingTrainer):
+    """Trains an [`EncoderForPreTraining`] to fill in masked tokens."""
+
+    objective = ObjectiveDescription(
+        name="mlm",
+        title="Masked language modelling",
+        description=(
+            "A fraction of the tokens is selected; of those, most are hidden behind the mask token, some are exchanged for a "
+            "random token and some are left as they are. The model predicts the original token at every selected position."
+        ),
+        formula=r"\mathcal{L} = -\frac{1}{|M|} \sum_{i \in M} \log p_\theta(x_i \mid \tilde{x})",
+        citations=(
+            """\
+@inproceedings{devlin2019bert,
+  title = {{BERT}: Pre-training of Deep Bidirectional Transformers for Language Understanding},
+  author = {Devlin, Jacob and Chang, Ming-Wei and Lee, Kenton and Toutanova, Kristina},
+  booktitle = {Proceedings of {NAACL-HLT}},
+  year = {2019}
+}""",
+        ),
+        pipeline_tag="fill-mask",
+        usage="""\
+from transformers import pipeline
+
+fill_mask = pipeline("fill-mask", model="{repo}")
+predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")""",
+    )

@@ -1,0 +1,489 @@
+"""Two-stream attention: every token as content and, where it is to be predicted, once more as a query that hides it.
+
+Both streams are rows of one sequence with the same weights: S content rows, then P query rows, one a target. Only content
+rows are keys and values. Who sees whom follows from two integers a token, so no mask leaves the collator.
+
+The two streams of any stock masked language model that takes its positions as an input.
+
+The two streams of a stock XLNet, on its own parameters.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from transformers import PreTrainedModel, XLNetLMHeadModel
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.losses import GatheredHead, RecurrentMemory
+
+
+class PermutedBatch(NamedTuple):
+    """A batch with an order of prediction.
+
+    Attributes:
+        input_ids: ``[B, S]`` tokens, never corrupted.
+        attention_mask: ``[B, S]``, zero at padding.
+        key_ranks: ``[B, S]``; row i sees the content of j iff ``key_ranks[j] < thresholds[i]``.
+        thresholds: ``[B, S]``; the query of a token has the threshold of the token.
+        target_columns: ``[B, P]`` columns of the targets.
+        token_type_ids: ``[B, S]`` segments; one segment if not given.
+        backward: ``[B]`` bool, rows whose text runs from right to left; none if not given.
+        positions: ``[B, S]`` place of each token in its row, below S; if not given, their order with padding left out.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    key_ranks: torch.Tensor
+    thresholds: torch.Tensor
+    target_columns: torch.Tensor
+    token_type_ids: torch.Tensor | None = None
+    backward: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    def visible(self) -> torch.Tensor:
+        """Return ``[B, S + P, S]`` bool: which content each row sees. A content row also sees itself, a query row does not."""
+        ranks_BS, length = self.key_ranks.masked_fill(self.attention_mask == 0, _NEVER), self.input_ids.shape[1]
+        visible_BTS = ranks_BS[:, None, :] < self.of_rows(self.thresholds)[:, :, None]
+        # Padding sees itself too: a row without any key is a special case for the kernels.
+        own_S = torch.arange(length, device=ranks_BS.device)
+        visible_BTS[:, own_S, own_S] = True
+        return visible_BTS
+
+    def places(self) -> torch.Tensor:
+        """Return ``[B, S]`` the place of each token in its row, however the row is padded."""
+        if self.positions is not None:
+            return self.positions
+        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def of_rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Extend values of the tokens, ``[B, S]``, to those of all rows, ``[B, S + P]``: a query has its token's."""
+        return torch.cat([values, values.gather(1, self.target_columns)], dim=1)
+
+
+# Above every threshold.
+_NEVER = 1 << 30
+
+
+class TwoStreams(Protocol):
+    """A stock model with its two streams."""
+
+    supports_memory: bool
+
+    def __call__(
+        self,
+        batch: PermutedBatch,
+        slots: torch.Tensor,
+        *,
+        memory: RecurrentMemory | None = None,
+        num_kept: int = 0,
+        checkpoint: Callable[..., torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Predict targets.
+
+        Args:
+            batch: Tokens and their order.
+            slots: ``[T]`` flat indices ``row * P + target`` of the targets to predict.
+            memory: Content of the segments before, seen by every row.
+            num_kept: How many of the first positions the memory is to keep.
+            checkpoint: Calls a function with arguments so that its activations are recomputed in the backward pass.
+
+        Returns:
+            ``[T, V]`` logits and, with a memory, ``[N, B, num_kept, D]`` what each layer has read there.
+        """
+        ...
+
+
+_INSTEAD = "use one of xlnet, bert, roberta, electra, albert, distilbert, modernbert"
+
+
+class PositionTwoStreams:
+    """Runs both streams of a stock model as one longer sequence: the text, then a mask token for each target at its position.
+
+    The model's own code runs unchanged. Positions, absolute or rotary, are given by `position_ids`, and a boolean mask says
+    who sees whom; nobody sees a mask token. Whether a model honours both is tried out, not looked up.
+
+    Args:
+        model: A stock masked language model with SDPA attention; trained in place.
+        mask_token_id: The token that stands for a target in the query stream.
+
+    Raises:
+        InputError: If the model cannot do this.
+    """
+
+    supports_memory = False
+
+    def __init__(self, model: PreTrainedModel, *, mask_token_id: int | None) -> None:
+        self.name = type(model).__name__
+        self._parameters = inspect.signature(model.forward).parameters
+        if "position_ids" not in self._parameters:
+            raise InputError(
+                f"{self.name} takes no position_ids, which permutation language modelling needs: {_INSTEAD}"
+            )
+        if getattr(model.config, "_attn_implementation", None) != "sdpa":
+            raise InputError(
+                f"{self.name} runs with attn_implementation={model.config._attn_implementation!r}, but only 'sdpa' can hide "
+                f"everything from a token: set it to 'sdpa', or {_INSTEAD}"
+            )
+        if mask_token_id is None:
+            raise InputError(
+                f"{self.name} needs a mask_token_id for its query stream: give the tokenizer a mask_token"
+            )
+        self.model = model
+        self.mask_token_id = mask_token_id
+        self.head = GatheredHead(model)
+        self.first_position = _first_position(model)
+
+    def __call__(
+        self,
+        batch: PermutedBatch,
+        slots: torch.Tensor,
+        *,
+        memory: RecurrentMemory | None = None,
+        num_kept: int = 0,
+        checkpoint: Callable[..., torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """Predict targets; see [`TwoStreams`]. Checkpointing is the stock layers' own business."""
+        assert memory is None, "refused at construction"
+        places_BT, num_targets = batch.of_rows(batch.places()), batch.target_columns.shape[1]
+        length = places_BT.shape[1]
+        queries_BP = torch.full_like(batch.target_columns, self.mask_token_id)
+        inputs = {
+            "input_ids": torch.cat([batch.input_ids, queries_BP], dim=1),
+            "attention_mask": self._masks(batch.visible(), places_BT),
+            "position_ids": places_BT + self.first_position,
+        }
+        if "token_type_ids" in self._parameters:
+            # Given always: some models would look them up by the length of the input.
+            types = batch.token_type_ids
+            inputs["token_type_ids"] = batch.of_rows(torch.zeros_like(batch.input_ids) if types is None else types)
+        rows = torch.div(slots, num_targets, rounding_mode="floor")
+        positions = rows * length + (length - num_targets) + slots % num_targets
+        return self.head(self.model, positions, **inputs), None
+
+    def _masks(self, visible: torch.Tensor, places: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Return ``[B, 1, T, T]`` bool, or one a kind of layer where a model has layers with a window."""
+        if getattr(self.model.config, "layer_types", None) is None:
+            return _square(visible)
+        distances = (places[:, :, None] - places[:, None, : visible.shape[2]]).abs()
+        near = distances <= (self.model.config.sliding_window or 0)
+        return {"full_attention": _square(visible), "sliding_attention": _square(visible & near)}
+
+    def check(self) -> None:
+        """Try the model out on a few tokens.
+
+        Raises:
+            InputError: If it fails, if a target's own token changes its prediction, if one that is seen does not, or if the
+                prediction depends on where tokens are stored.
+        """
+        if any(parameter.device.type == "meta" for parameter in self.model.parameters()):
+            return
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                problem = self._problem()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            problem = f"fails on a mask a row ({str(error).splitlines()[0]})"
+        finally:
+            self.model.train(was_training)
+        if problem is not None:
+            raise InputError(
+                f"{self.name} cannot be trained by permutation language modelling: it {problem}; {_INSTEAD}"
+            )
+
+    def _problem(self) -> str | None:
+        words = self.model.get_input_embeddings()
+        places = torch.arange(8, device=words.weight.device)[None]
+        # Two ordinary tokens by turns; there are special ones at the ends of many vocabularies.
+        ids = words.num_embeddings // 2 - places % 3 % 2
+        others = 2 * (words.num_embeddings // 2) - 1 - ids
+        batch = PermutedBatch(ids, torch.ones_like(ids), places, places, places[:, 5:6], positions=places)
+        expected = self._first_logits(batch)
+
+        def change(other: PermutedBatch) -> float:
+            return float((self._first_logits(other) - expected).abs().max())
+
+        if change(batch._replace(input_ids=ids.where(places < 5, others))) > 0:
+            return "lets a token be seen that is hidden from it"
+        seen = change(batch._replace(input_ids=ids.where(places != 4, others)))
+        if seen == 0:
+            return "does not let a token be seen that is not hidden"
+        order = torch.tensor([6, 2, 5, 0, 7, 3, 1, 4], device=ids.device)
+        stored = batch._replace(**{name: getattr(batch, name)[:, order] for name in _STORED})
+        if change(stored._replace(target_columns=(order == 5).nonzero())) > 1e-2 * seen:
+            return "reads positions off the order of its input, not off position_ids"
+        return None
+
+    def _first_logits(self, batch: PermutedBatch) -> torch.Tensor:
+        return self(batch, torch.zeros(1, dtype=torch.long, device=batch.input_ids.device))[0]
+
+
+_STORED = ("input_ids", "attention_mask", "key_ranks", "thresholds", "positions")
+
+
+def _square(visible: torch.Tensor) -> torch.Tensor:
+    """Return ``[B, 1, T, T]`` of ``[B, T, S]``: nobody sees a query, but one that sees nothing else has itself for a key."""
+    length, num_content = visible.shape[1:]
+    square = F.pad(visible, (0, length - num_content))
+    queries = torch.arange(num_content, length, device=visible.device)
+    square[:, queries, queries] = ~visible[:, num_content:].any(dim=2)
+    return square[:, None]
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Return the number of the first position: RoBERTa and its kin count from the padding id on."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+BACKENDS = ("sdpa", "flex_attention")
+
+
+class AttentionTerms(NamedTuple):
+    """What all layers share: T rows (S content, P queries) against K keys (M slots of memory, S tokens).
+
+    Attributes:
+        table: ``[1, W, D]`` sinusoids of all distances, or ``[2, W, D]`` with those of backward rows second.
+        directions: ``[B]`` which of the tables a row of the batch uses; None if there is one.
+        columns: ``[B, T, K]`` column of the table for each pair.
+        same: ``[B, T, K]`` one where both are in the same segment; a scalar one if there is only one segment.
+        visible: ``[B, T, K]`` bool; all true in rows that see nothing.
+        empty: ``[B, T]`` bool, the rows that see nothing.
+    """
+
+    table: torch.Tensor
+    directions: torch.Tensor | None
+    columns: torch.Tensor
+    same: torch.Tensor
+    visible: torch.Tensor
+    empty: torch.Tensor
+
+    def of_queries(self, length: int) -> AttentionTerms:
+        """Return the terms of the query rows alone, those from `length` on."""
+        cut = {name: getattr(self, name)[:, length:] for name in ("columns", "visible", "empty")}
+        return self._replace(**cut, same=self.same[:, length:] if self.same.dim() else self.same)
+
+
+class XLNetTwoStreams:
+    """Runs both streams of an `XLNetLMHeadModel` in one attention call a layer.
+
+    Equal to the stock model with the same visibility, and its parameters are used in place. Query rows exist at the targets
+    only, and the last layer is run for them alone. A row that sees nothing attends to nothing: the stock model would then
+    attend to everything. One dropout mask of the distances serves the whole batch, where the stock model draws one a row.
+
+    Args:
+        model: The stock model; trained in place.
+        backend: "sdpa", or "flex_attention": on GPUs, and without dropout in training.
+
+    Raises:
+        InputError: If the model is causal by itself, or the backend is unknown.
+
+    Source: Yang et al. 2019, "XLNet: Generalized Autoregressive Pretraining for Language Understanding", sections 2.3 to 2.5.
+    """
+
+    supports_memory = True
+
+    def __init__(self, model: XLNetLMHeadModel, *, backend: str = "sdpa") -> None:
+        if model.config.attn_type != "bi":
+            raise InputError(
+                f"attn_type={model.config.attn_type!r} would mask the content by itself: set it to 'bi', the order of "
+                "prediction masks it"
+            )
+        if backend not in BACKENDS:
+            raise InputError(f"attn_implementation={backend!r} must be one of {', '.join(BACKENDS)} for XLNet")
+        self.model = model
+        self.backend = backend
+
+    def __call__(
+        self,
+        batch: PermutedBatch,
+        slots: torch.Tensor,
+        *,
+        memory: RecurrentMemory | None = None,
+        num_kept: int = 0,
+        checkpoint: Callable[..., torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Predict targets; see [`TwoStreams`]."""
+        self._check_backend(batch.input_ids.device)
+        body, length = self.model.transformer, batch.input_ids.shape[1]
+        content_BSD = body.word_embedding(batch.input_ids)
+        queries_BPD = body.mask_emb.expand(*batch.target_columns.shape, -1)
+        rows_BTD = body.dropout(torch.cat([content_BSD, queries_BPD.to(content_BSD.dtype)], dim=1))
+        terms, kept = self._terms(batch, memory, rows_BTD), []
+        for number, layer in enumerate(body.layer):
+            states = None if memory is None else memory.states[number].to(rows_BTD.dtype)
+            kept.append(rows_BTD[:, :num_kept].detach())
+            is_last = number == len(body.layer) - 1
+            inputs = (layer, rows_BTD, states, terms.of_queries(length) if is_last else terms, length, is_last)
+            rows_BTD = self._layer(*inputs) if checkpoint is None else checkpoint(self._layer, *inputs)
+        chosen_TD = body.dropout(rows_BTD).flatten(0, 1).index_select(0, slots)
+        return self.model.lm_loss(chosen_TD), None if memory is None else torch.stack(kept)
+
+    def _layer(
+        self,
+        layer: Any,
+        rows: torch.Tensor,
+        memory: torch.Tensor | None,
+        terms: AttentionTerms,
+        length: int,
+        only_queries: bool,
+    ) -> torch.Tensor:
+        """Run one stock layer on all rows, or on the query rows alone."""
+        content = rows[:, :length]
+        keys = content if memory is None else torch.cat([memory, content], dim=1)
+        if only_queries:
+            rows = rows[:, length:]
+        attention = layer.rel_attn
+        mixed = F.linear(self._attend(attention, rows, keys, terms), attention.o.flatten(1))
+        return layer.ff(attention.layer_norm(attention.dropout(mixed) + rows))
+
+    def _attend(self, attention: Any, rows: torch.Tensor, keys: torch.Tensor, terms: AttentionTerms) -> torch.Tensor:
+        """Return what each row reads from the keys, ``[B, T, H * E]`` for H heads of width E."""
+        query, key, value = (
+            _heads(states, weight)
+            for states, weight in ((rows, attention.q), (keys, attention.k), (keys, attention.v))
+        )
+        content, position, segment = (
+            query + bias.to(query.dtype)[:, None]
+            for bias in (attention.r_w_bias, attention.r_r_bias, attention.r_s_bias)
+        )
+        # What is added for another segment is the same for all keys of a row but those of its own.
+        contrast = (attention.seg_embed[0] - attention.seg_embed[1]).to(query.dtype)
+        segment_BHT1 = torch.matmul(segment, contrast[..., None]) * attention.scale
+        distance = _heads(terms.table, attention.r)
+        if terms.directions is not None:
+            distance = distance.index_select(0, terms.directions)
+        position_BHTW = torch.matmul(position * attention.scale, distance.transpose(-1, -2))
+        attend = _sdpa if self.backend == "sdpa" else _flex
+        dropout = attention.dropout.p if attention.training else 0.0
+        read = attend(content, key, value, position_BHTW, segment_BHT1, terms, scale=attention.scale, dropout=dropout)
+        return read.masked_fill(terms.empty[:, None, :, None], 0.0).transpose(1, 2).flatten(2)
+
+    def _terms(self, batch: PermutedBatch, memory: RecurrentMemory | None, rows: torch.Tensor) -> AttentionTerms:
+        num_slots = 0 if memory is None else memory.size
+        length, places_BS, visible = batch.input_ids.shape[1], batch.places(), batch.visible()
+        slots_M = torch.arange(-num_slots, 0, device=places_BS.device)
+        if memory is not None:
+            filled = memory.mask()[:, None, :].expand(-1, visible.shape[1], -1)
+            visible = torch.cat([filled, visible], dim=2)
+        keys_BK = torch.cat([slots_M.expand(len(places_BS), -1), places_BS], dim=1)
+        empty = ~visible.any(dim=2)
+        table = self._sinusoids(num_slots + length, length, batch.backward is not None, rows)
+        return AttentionTerms(
+            table=F.dropout(table, self.model.transformer.dropout.p, self.model.transformer.training),
+            directions=None if batch.backward is None else batch.backward.long(),
+            # Column 0 is the longest distance, from the last position to the first slot.
+            columns=num_slots + length - 1 + keys_BK[:, None, :] - batch.of_rows(places_BS)[:, :, None],
+            same=self._same_segment(batch, num_slots, rows),
+            visible=visible | empty[:, :, None],
+            empty=empty,
+        )
+
+    @staticmethod
+    def _same_segment(batch: PermutedBatch, num_slots: int, rows: torch.Tensor) -> torch.Tensor:
+        if batch.token_type_ids is None:
+            return torch.ones((), dtype=_compute_dtype(rows), device=rows.device)
+        # The memory counts as segment 0, as in the official code.
+        keys_BK = F.pad(batch.token_type_ids, (num_slots, 0))
+        same_BTK = batch.of_rows(batch.token_type_ids)[:, :, None] == keys_BK[:, None, :]
+        return same_BTK.to(_compute_dtype(rows))
+
+    def _sinusoids(self, num_keys: int, length: int, both_ways: bool, rows: torch.Tensor) -> torch.Tensor:
+        """Return ``[1 or 2, W, D]`` sinusoids of the distances from ``num_keys - 1`` down to ``1 - length``."""
+        config = self.model.config
+        distances = torch.arange(num_keys - 1, -length, -1, dtype=torch.float32, device=rows.device)
+        if config.clamp_len > 0:
+            distances = distances.clamp(-config.clamp_len, config.clamp_len)
+        steps = torch.arange(0, config.d_model, 2, dtype=torch.float32, device=rows.device)
+        angles = distances[:, None] * 10000.0 ** (-steps / config.d_model)
+        signs = (1, -1) if both_ways else (1,)
+        table = torch.stack([torch.cat([sign * angles.sin(), angles.cos()], dim=1) for sign in signs])
+        return table.to(rows.dtype)
+
+    def _check_backend(self, device: torch.device) -> None:
+        if self.backend == "sdpa" or not torch.is_grad_enabled():
+            return
+        if device.type == "cpu":
+            raise InputError("attn_implementation='flex_attention' has no backward pass on CPUs: train with 'sdpa'")
+        if self.model.training and self.model.config.dropout > 0:
+            raise InputError(
+                f"attn_implementation='flex_attention' has no dropout of probabilities, but dropout={self.model.config.dropout}: "
+                "train with 'sdpa', or with config_overrides '{\"dropout\": 0.0}'"
+            )
+
+
+def _heads(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Project ``[B, L, D]`` by a stock weight ``[D, H, E]`` to ``[B, H, L, E]``."""
+    return F.linear(states, weight.flatten(1).T).unflatten(-1, weight.shape[1:]).transpose(1, 2)
+
+
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the type that a projection of a tensor will have."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: torch.Tensor,
+    segment: torch.Tensor,
+    terms: AttentionTerms,
+    *,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Attend with the scores of position ``[B, H, T, W]`` and segment ``[B, H, T, 1]`` as an additive mask."""
+    num_heads = query.shape[1]
+    # One gather serves content and query rows; shifting the content rows by views is no faster.
+    bias = position.gather(-1, terms.columns[:, None].expand(-1, num_heads, -1, -1))
+    bias = bias.addcmul_(segment, terms.same[:, None] if terms.same.dim() else terms.same)
+    bias = bias.masked_fill_(~terms.visible[:, None], float("-inf"))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    position: torch.Tensor,
+    segment: torch.Tensor,
+    terms: AttentionTerms,
+    *,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Attend with those scores read inside the kernel; see [`_sdpa`]."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    columns, same, visible = terms.columns, terms.same.expand(terms.columns.shape), terms.visible
+    position, segment = position.contiguous(), segment.squeeze(-1)
+
+    def score(
+        scores: torch.Tensor, b: torch.Tensor, h: torch.Tensor, t: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
+        return scores + position[b, h, t, columns[b, t, k]] + segment[b, h, t] * same[b, t, k]
+
+    def mask(b: torch.Tensor, h: torch.Tensor, t: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return visible[b, t, k]
+
+    blocks = create_block_mask(mask, len(query), None, query.shape[2], key.shape[2], device=str(query.device))
+    return _flex_kernel(query.device.type)(query, key, value, score_mod=score, block_mask=blocks, scale=scale)
+
+
+@cache
+def _flex_kernel(kind: str) -> Any:
+    """Return FlexAttention for a kind of device: compiled into one kernel, but on CPUs as it is."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if kind == "cpu" else torch.compile(flex_attention)

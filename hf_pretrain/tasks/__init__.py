@@ -1,0 +1,1 @@
+"""Labelled examples of tasks: files in, batches out, and their augmentation."""
