@@ -23,6 +23,7 @@ from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
+from hf_pretrain.hub.run import adapter_names
 from hf_pretrain.hub.text import (
     bare_name,
     evaluated_steps,
@@ -34,11 +35,19 @@ from hf_pretrain.hub.text import (
 from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
 from hf_pretrain.tables import print_table as print_table
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
-from hf_pretrain.training.card import adapter_names
-from hf_pretrain.training.checkpoints import nothing_trained, refused_by_libraries, reported_faults, stopped
 from hf_pretrain.training.output_folder import output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments, resolved_options, write_recipe
-from hf_pretrain.training.processes import Stopping, StopWhenAsked, is_sharded, set_timeout, stopping_on_sigterm
+from hf_pretrain.training.processes import (
+    Stopping,
+    StopWhenAsked,
+    is_sharded,
+    nothing_trained,
+    refused_by_libraries,
+    reported_faults,
+    set_timeout,
+    stopped,
+    stopping_on_sigterm,
+)
 from hf_pretrain.training.pushing import repository_of
 from hf_pretrain.training.rehearsal import made_up_data, rehearse
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -290,7 +299,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     trainer.recipe = resolved_options(options)
     stop = StopWhenAsked(Stopping() if stopping is None else stopping)
     trainer.add_callback(stop)
-    with refused_by_libraries((ValueError, ImportError), unless=lambda: stop.has_begun):
+    with refused_by_libraries((ValueError, ImportError), unless=lambda: trainer.has_begun):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if stop.has_stopped:
         raise stopped(args.output_dir, trainer.state.global_step)

@@ -9,8 +9,8 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.objectives.permutation_lm.collator import PermutationArguments
-from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size
+from hf_pretrain.objectives.recurrence import RecurrentTrainer
+from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 
 
 @dataclass
