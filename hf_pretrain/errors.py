@@ -1,10 +1,15 @@
-"""The exceptions whose message is all that a user needs, and the check of numbers that most options share."""
+"""The exceptions whose message is all that a user needs, and the checks that most options share.
+
+`check_choice` refuses an unknown name, `check_range` a number out of range, `nearest` names what a user may have meant, and
+`one_line` takes the cause out of another library's error. `check_numbers` checks all numbers of a dataclass of options.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -26,10 +31,71 @@ class RunError(RuntimeError):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's own words as one line, with its type where they are few."""
-    text = " ".join(str(error).split())
-    return text if len(text.split()) > 3 else f"{type(error).__name__} {text}".strip()
+def one_line(error: BaseException, *, line: int | None = None) -> str:
+    """Return an error's message as one line.
+
+    Args:
+        error: The error.
+        line: Number of the line that says the cause, where the others only repeat the call: 0 is the first, -1 the last.
+            By default all lines are joined, after the error's type where they are few words.
+
+    Returns:
+        The message; the name of the type if there is none.
+    """
+    if line is None:
+        text = " ".join(str(error).split())
+        return text if len(text.split()) > 3 else f"{type(error).__name__} {text}".strip()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[line if -len(lines) <= line < len(lines) else -1].strip()
+
+
+def nearest(name: object, known: Collection[str], *, otherwise: str | None = None) -> str:
+    """Return the end of a message about an unknown name: the nearest known one.
+
+    Args:
+        name: The unknown name.
+        known: The known names.
+        otherwise: The end where no known name is near; by default it lists them all.
+    """
+    near = difflib.get_close_matches(str(name), known, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"choose one of {', '.join(known)}" if otherwise is None else otherwise
+
+
+def check_choice(value: object, known: Collection[Any], *, name: str) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Args:
+        value: The value.
+        known: The values that the argument takes.
+        name: Name of the argument.
+
+    Raises:
+        InputError: Naming the argument, its value, the known ones, and the nearest.
+    """
+    if value in known:
+        return
+    choices = [str(choice) for choice in known if choice is not None]
+    near = nearest(value, choices, otherwise="")
+    raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}{'; ' if near else ''}{near}")
+
+
+def check_range(value: float, allowed: str, *, name: str, hint: str = "") -> None:
+    """Refuse a number that is out of range.
+
+    Args:
+        value: The number.
+        allowed: The range, as `Range.parse` reads it, such as "[1, inf)".
+        name: Name of the argument.
+        hint: What to give instead, such as "0.1 is usual".
+
+    Raises:
+        InputError: Naming the argument, its value, the range and the hint.
+    """
+    known = Range.parse(allowed)
+    if not known.holds(value):
+        raise InputError(f"{name}={value!r} must be a number {known}{'; ' if hint else ''}{hint}")
 
 
 # An end from here on is no choice of the option's, but where nonsense begins.
