@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 
 class InputError(ValueError):
@@ -198,15 +199,15 @@ def check_numbers(options: Any) -> None:
         InputError: Naming the option, its value and what it takes.
     """
     for field in fields(options):
-        value, kinds = getattr(options, field.name), _kinds(field.type)
+        value, kinds = getattr(options, field.name), types_of(options, field.name)
+        if str in kinds and float not in kinds:  # the value may be a flag or a word too
+            kinds = set()
         if isinstance(value, bool) or not (kinds & {int, float} or isinstance(value, (int, float, list, dict))):
             continue
         allowed = range_of(options, field.name) or (Range() if float in kinds else _ANY)
         if kinds & {int, float}:
             is_number = isinstance(value, Real) and (float in kinds or isinstance(value, Integral))
-            # A parser of transformers takes the None out of the annotation.
-            may_be_none = NoneType in kinds or field.default is None
-            if not (is_number and allowed.holds(value)) and not (value is None and may_be_none):
+            if not (is_number and allowed.holds(value)) and not (value is None and NoneType in kinds):
                 kind = "a number" if float in kinds else "a whole number"
                 beyond = allowed.bound(value) if is_number else None
                 usual = "" if field.default in (MISSING, None, value) else f"; the default is {field.default}"
@@ -215,14 +216,14 @@ def check_numbers(options: Any) -> None:
             raise InputError(f"{field.name}={value!r}: each number in it must be one {allowed}")
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """Return the members of an annotation, which is text where annotations are not evaluated."""
-    if isinstance(annotation, str):
-        names = {"int": int, "float": float, "bool": bool, "None": NoneType}
-        return {names.get(part.strip(), part) for part in annotation.split("|")}
-    members = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
-    # An option that may be a flag or a word too is no number.
-    return set() if str in members else members
+def types_of(options: Any, name: str) -> set[Any]:
+    """Return the types that an option may have; `options` is a dataclass or an instance of one."""
+    # Not the field's own annotation: a parser of transformers takes None and str out of that.
+    hint = _hints(options if isinstance(options, type) else type(options))[name]
+    return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+
+
+_hints = cache(get_type_hints)
 
 
 def _numbers_in(value: Any) -> Iterator[float]:
