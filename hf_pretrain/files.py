@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from hf_pretrain.schedules import Schedule
 
 MARKER = "complete.json"
 
@@ -116,6 +121,34 @@ def first_difference(folder: Path, files: Mapping[str, int]) -> str | None:
         if found != size:
             return f"{name} has {found} of {size} bytes"
     return None
+
+
+def plain(value: Any, *, not_finite: Callable[[float], Any] = float) -> Any:
+    """Return a value as YAML and JSON can hold it: None, booleans, numbers, text, and lists and mappings of these.
+
+    Args:
+        value: Numbers of NumPy and torch, paths, enumerations, dataclasses, sets and schedules are converted.
+        not_finite: Converts a number that is infinite or not a number.
+    """
+    if isinstance(value, Enum):
+        return plain(value.value, not_finite=not_finite)
+    if isinstance(value, Schedule):
+        return value.text
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {known.name: getattr(value, known.name) for known in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, not_finite=not_finite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, not_finite=not_finite) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item, not_finite=not_finite) for item in value)
+    if hasattr(value, "tolist"):  # NumPy and torch, scalars too
+        return plain(value.tolist(), not_finite=not_finite)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else not_finite(value)
+    return str(value)
 
 
 def write_text(path: Path, text: str) -> Path:

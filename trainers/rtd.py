@@ -32,7 +32,7 @@ def build_trainer(
     args: ReplacedTokenDetectionTrainingArguments,
 ) -> ReplacedTokenDetectionTrainer:
     """Put the pair of models, the collator and the Trainer together."""
-    model = build_model(model_args, data.tokenizer)
+    model = build_model(model_args, data.tokenizer, temperature=float(args.temperature))
     for part in (model.generator, model.discriminator):
         check_model_fits(part, data.tokenizer, block_size=data.block_size)
         if data.isolates_documents:

@@ -1,10 +1,10 @@
 """The options of masking, as a dataclass to be mixed into training arguments."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from hf_pretrain.errors import InputError, check_numbers
-from hf_pretrain.schedules import Schedule
+from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.schedules import Schedule, check_options
 
 MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
 MaskingCount = Literal["exact", "bernoulli"]
@@ -23,7 +23,7 @@ _CHOICES = {
 
 @dataclass
 class MaskingArguments:
-    """Which tokens are hidden, and by what: the options shared by every objective that masks.
+    """The options that all objectives with masks share: which tokens are selected, and what replaces them.
 
     The defaults are BERT's 15 and 80/10/10 percent, drawn anew each epoch. See the `help` of each field.
     A subclass with a `__post_init__` of its own calls `super().__post_init__()` or `validate_masking()`.
@@ -48,14 +48,12 @@ class MaskingArguments:
         **dict.fromkeys(("max_span_length", "span_geometric_p", "span_length_mode"), "masking_unit=span"),
     }
 
-    mlm_probability: float = field(
-        default=0.15, metadata={"help": "Share of the tokens of each example that are selected as targets, 0 to 1."}
-    )
-    mlm_probability_schedule: str | None = field(
-        default=None,
+    mlm_probability: float | str = field(
+        default=0.15,
         metadata={
-            "help": "How mlm_probability changes in training, linear between places: '0:0.3, 10000:0.15' (steps) or "
-            "'0%%:0.3, 100%%:0.15' (shares of all steps). Evaluation keeps to mlm_probability."
+            "help": "Share of the tokens of each example that are selected as targets, 0 to 1; or a schedule, linear "
+            "between its points: '0:0.3, 10000:0.15' (steps) or '0%%:0.3, 100%%:0.15' (shares of all steps). Evaluation "
+            "uses the last value."
         },
     )
     masking_unit: MaskingUnit = field(
@@ -140,11 +138,15 @@ class MaskingArguments:
             InputError: Naming the option, its value and what it takes.
         """
         for name, choices in _CHOICES.items():
-            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
-        check_numbers(self)
+            check_choice(getattr(self, name), choices, name=name)
+        check_options(self)
         if self.ngram_shares is not None:
             self._check_ngram_shares(self.ngram_shares)
-        self.parse_mask_rates()
+        if self.static_masks and isinstance(self.mlm_probability, Schedule):
+            raise InputError(
+                f"static_masks={self.static_masks} freezes the masks, so mlm_probability={self.mlm_probability!r} cannot "
+                "change them: give it one number, or leave static_masks out"
+            )
         if self.mask_share + self.random_share > 1 + 1e-9:
             raise InputError(
                 f"mask_share={self.mask_share} and random_share={self.random_share} add up to more than 1: lower one"
@@ -156,24 +158,12 @@ class MaskingArguments:
             )
 
     def _check_ngram_shares(self, shares: list[float]) -> None:
-        wanted = f"{self.max_ngram} numbers from 0 that add up to 1, one for each n up to max_ngram"
-        holds = len(shares) == self.max_ngram and all(_is_number(share) and share >= 0 for share in shares)
-        _require(holds and abs(sum(shares) - 1) < 1e-6, "ngram_shares", shares, wanted)
-
-    def parse_mask_rates(self) -> Schedule | None:
-        """Return how `mlm_probability` changes in training, or None if it does not.
-
-        Raises:
-            InputError: If the option is no schedule, or masks are frozen.
-        """
-        if self.mlm_probability_schedule is None:
-            return None
-        if self.static_masks:
+        are_shares = all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+        if len(shares) != self.max_ngram or not are_shares or abs(sum(shares) - 1) >= 1e-6:
             raise InputError(
-                f"static_masks={self.static_masks} freezes the masks, so mlm_probability_schedule="
-                f"{self.mlm_probability_schedule!r} cannot change them: drop one of the two"
+                f"ngram_shares={shares!r} must be {self.max_ngram} numbers from 0 that add up to 1, one for each n up to "
+                "max_ngram"
             )
-        return Schedule.parse(self.mlm_probability_schedule, name="mlm_probability_schedule", most=1.0)
 
     @property
     def needs_word_starts(self) -> bool:
@@ -182,12 +172,3 @@ class MaskingArguments:
             self.masking_unit == "ngram" and self.ngram_unit == "word"
         )
         return by_words or self.replacement_unit == "word"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
-    if not holds:
-        raise InputError(f"{name}={value!r} must be {wanted}")

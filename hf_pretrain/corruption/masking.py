@@ -193,7 +193,7 @@ def mask_rows(
     if arguments.needs_word_starts:
         assert rows.word_starts is not None, "the rows were stacked without words"
         words = partition_words(rows.word_starts, maskable=maskable, borders=rows.document_starts())
-    probability = arguments.mlm_probability if probability is None else probability
+    probability = float(arguments.mlm_probability) if probability is None else probability
     selection = select_targets(rows, maskable=maskable, words=words, arguments=arguments, probability=probability)
     borders = rows.document_starts()
     if borders is not None:

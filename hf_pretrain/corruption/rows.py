@@ -75,7 +75,7 @@ class ExampleRows:
         spans: `[S, 3]` int64 of (row, start, end), the given spans, or None if not asked for.
         document_ids: `[B, L]` int64, which of the row's isolated documents a token belongs to, -1 at padding; None if
             the examples have none.
-        places: `[B]` int64, the place of each example in the order of an epoch, -1 where it has none.
+        order_indices: `[B]` int64, the index of each example in the order of an epoch, -1 where it has none.
         order_epochs: `[B]` int64, the epoch of that order; that of a mixture is not that of the examples' own draws.
         also_maskable: `[B, L]` bool, special tokens that may be selected all the same; None if there are none.
     """
@@ -87,7 +87,7 @@ class ExampleRows:
     token_type_ids: np.ndarray | None = None
     spans: np.ndarray | None = None
     document_ids: np.ndarray | None = None
-    places: np.ndarray | None = None
+    order_indices: np.ndarray | None = None
     order_epochs: np.ndarray | None = None
     also_maskable: np.ndarray | None = None
 
@@ -204,7 +204,7 @@ def stack_examples(
     except KeyError as error:
         fix = _WORDS_FIX if error.args[0] == "word_starts" else "give it to every example, or choose another unit"
         raise InputError(f"examples have no column {error}, which these masking options need: {fix}") from None
-    places = np.array([example.get("place", -1) for example in examples], dtype=np.int64)
+    order_indices = np.array([example.get("order_index", -1) for example in examples], dtype=np.int64)
     order_epochs = np.array(
         [example.get("order_epoch", example.get("epoch", 0)) for example in examples], dtype=np.int64
     )
@@ -216,7 +216,7 @@ def stack_examples(
         token_type_ids=types,
         spans=spans,
         document_ids=documents,
-        places=places,
+        order_indices=order_indices,
         order_epochs=order_epochs,
     )
 

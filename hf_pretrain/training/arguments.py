@@ -11,8 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
@@ -29,8 +28,8 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from hf_pretrain.errors import InputError, check_numbers, one_line, range_of
-from hf_pretrain.schedules import Schedule
+from hf_pretrain.errors import InputError, check_choice, check_numbers, one_line
+from hf_pretrain.schedules import check_options
 from hf_pretrain.training.effects import check_refused
 from hf_pretrain.training.processes import first_process_first
 
@@ -172,14 +171,13 @@ class PretrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Choose the precision, then let transformers check the rest."""
         check_refused(self, self.also_honoured)
-        check_numbers(self)
+        check_options(self)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")
         if self.decay_during_warmup and self.lr_scheduler_type != "linear":
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
             )
-        self.parse_schedules()
         optim = str(getattr(self.optim, "value", self.optim))
         if not self.adam_bias_correction and not optim.startswith("adamw_torch"):
             raise InputError(
@@ -216,19 +214,6 @@ class PretrainingArguments(TrainingArguments):
         """Let one process work while the others wait, however long it takes; see `transformers.TrainingArguments`."""
         return super().main_process_first(local=local, desc=desc) if local else first_process_first(self)
 
-    def parse_schedules(self) -> dict[str, Schedule]:
-        """Return the schedules that are set, by the option that they change: `x_schedule` is that of `x`.
-
-        Raises:
-            InputError: If the value of one is no schedule.
-        """
-        schedules: dict[str, Schedule] = {}
-        for name in (known.name for known in fields(self) if known.name.endswith("_schedule")):
-            text, option = getattr(self, name), name.removesuffix("_schedule")
-            if text is not None:
-                schedules[option] = Schedule.parse(text, name=name, allowed=range_of(self, option))
-        return schedules
-
 
 def global_batch_size(args: TrainingArguments) -> int:
     """Return the examples of a step, over all processes and accumulation steps."""
@@ -258,9 +243,8 @@ def check_training_options(args: PretrainingArguments) -> None:
     for name in args.report_to:
         _check_report(name)
     known = {"every_n_layers", "offload", *signature(checkpoint).parameters} - {"function", "args", "kwargs"}
-    unknown = sorted((args.activation_checkpointing_kwargs or {}).keys() - known)
-    if unknown:
-        raise InputError(f"activation_checkpointing_kwargs has {unknown[0]!r}: choose of {', '.join(sorted(known))}")
+    for name in sorted(args.activation_checkpointing_kwargs or {}):
+        check_choice(name, sorted(known), name="activation_checkpointing_kwargs")
     with _in_one_line("accelerator_config"):
         GradientAccumulationPlugin(**{"num_steps": 1} | (args.accelerator_config.gradient_accumulation_kwargs or {}))
     # The module's numbers are drawn; a run draws its own as if there were none.
@@ -285,12 +269,7 @@ def _in_one_line(options: str) -> Iterator[None]:
 
 
 def _check_report(name: str) -> None:
-    if name not in INTEGRATION_TO_CALLBACK:
-        near = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(INTEGRATION_TO_CALLBACK)}, none and all"
-        )
-        raise InputError(f"report_to={name!r} is unknown: {hint}")
+    check_choice(name, (*INTEGRATION_TO_CALLBACK, "none", "all"), name="report_to")
     if name in ("azure_ml", "flyte"):
         # They are not always listed where they are installed.
         with _in_one_line(f"report_to={name!r}"):

@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError, declared
+from hf_pretrain.schedules import Schedule
 
 logger = logging.get_logger(__name__)
 
@@ -270,10 +271,10 @@ def check_together(instances: Iterable[Any]) -> None:
             raise InputError(
                 f"max_steps={values['max_steps']}: a stream has no known end, say how many steps to train"
             )
-        if values.get("mlm_probability_schedule") is not None:
+        if isinstance(values.get("mlm_probability"), Schedule):
             raise InputError(
-                "mlm_probability_schedule needs each example's place in training, which a stream does not know: leave out "
-                "streaming, or the schedule"
+                f"mlm_probability={values['mlm_probability']!r} needs each example's step, which a stream does not know: "
+                "leave out streaming, or give one number"
             )
         if values.get("tgt_len") or values.get("mem_len"):
             raise InputError("streaming=True: a memory needs stored text, to cut into lanes; leave streaming out")

@@ -41,7 +41,7 @@ from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, SumAccumulator
-from hf_pretrain.schedules import TrainingSteps
+from hf_pretrain.schedules import TrainingSteps, check_options, schedules_of
 from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, PretrainingArguments, linear_product_schedule
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.parsing import resolved_options
@@ -64,8 +64,8 @@ class PretrainingTrainer(Trainer):
     the gradient does not depend on how the global batch is cut. All components are logged, and evaluated weighted by tokens.
 
     A method gives its `objective` and, if it has any, its `evaluation_metrics`; a loss called "x" is weighted by the option
-    `x_weight` (1 if there is none). An option `y_schedule` changes the option `y` in the course of training; evaluation keeps
-    to `y` itself, so that totals can be compared. The other hooks of a method are `loss_weight`, `run_model`, `begin_training`,
+    `x_weight` (1 if there is none). An option may be a [`Schedule`], which changes
+    in training; evaluation uses its last value, so that totals can be compared. The other hooks of a method are `loss_weight`, `run_model`, `begin_training`,
     `training_metrics`, `evaluated`, `card_facts` and `save_progress`.
 
     What is overridden of `transformers.Trainer`, and why; a method that overrides one too is named:
@@ -146,11 +146,11 @@ class PretrainingTrainer(Trainer):
             )
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
-        schedules = args.parse_schedules()
+        schedules = schedules_of(args)
         if isinstance(train_dataset, IterableDataset) and "mlm_probability" in schedules:
             raise InputError(
-                "mlm_probability_schedule needs each example's place in training, which a stream does not know: leave out "
-                "streaming, or the schedule"
+                f"mlm_probability={schedules['mlm_probability']!r} needs each example's step, which a stream does not know: "
+                "leave out streaming, or give one number"
             )
         if eval_dataset is None:
             if args.eval_strategy != "no":
@@ -258,8 +258,8 @@ class PretrainingTrainer(Trainer):
         return cast(PretrainingOutput, model(**inputs))
 
     def loss_weight(self, name: str) -> float:
-        """Return the weight of a loss in the total: the option `<name>_weight`, else 1; its schedule is for training alone."""
-        return getattr(self.args, f"{name}_weight", 1.0)
+        """Return the weight of a loss in the total: the option `<name>_weight`, else 1; of a schedule the last value."""
+        return float(getattr(self.args, f"{name}_weight", 1.0))
 
     def scheduled(self, option: str, constant: float) -> float:
         """Return an option's value at this step of training: by its schedule if it has one, else the constant given."""
@@ -415,13 +415,14 @@ class PretrainingTrainer(Trainer):
         super()._hp_search_setup(trial)
         known = {field.name for field in fields(PretrainingArguments)} | _READ_IN_TRAINING
         for name in (name for name, value in vars(self.args).items() if value != before.get(name)):
-            if name not in known and not name.endswith(("_weight", "_schedule")):
+            if name not in known and not name.endswith("_weight"):
                 raise InputError(f"{name}={getattr(self.args, name)!r} cannot be searched over: {_MADE_BEFORE}")
             if name.endswith("batch_size") and getattr(self.train_dataset, "group_size", 1) > 1:
                 raise InputError(
                     f"{name} cannot be searched over: all examples of a step are of one kind; {_MADE_BEFORE}"
                 )
-        self._schedules = self.args.parse_schedules()
+        check_options(self.args)
+        self._schedules = schedules_of(self.args)
         self.check_trial()
 
     def check_trial(self) -> None:

@@ -183,7 +183,7 @@ def test_the_place_in_the_epochs_order_reaches_every_rank_and_worker(workers, nu
         )
         loader.set_epoch(3)
         for batch in skip_first_batches(loader, 1):
-            places |= {example["example_id"]: example["place"] for example in batch}
+            places |= {example["example_id"]: example["order_index"] for example in batch}
     order = order_of(3)
     seen = order[4 * num_processes :]
     assert {row: places[row] for row in seen} == {row: order.index(row) for row in seen}
@@ -193,10 +193,10 @@ def test_the_place_in_the_epochs_order_reaches_every_rank_and_worker(workers, nu
 
 def test_an_example_read_by_its_row_has_no_place():
     dataset = EpochDataset(Rows())
-    assert "place" not in dataset[EPOCH_STRIDE + 3]
-    assert dataset[index_of(9, 3, epoch=1)] == {"value": 30, "example_id": 3, "epoch": 1, "place": 9}
+    assert "order_index" not in dataset[EPOCH_STRIDE + 3]
+    assert dataset[index_of(9, 3, epoch=1)] == {"value": 30, "example_id": 3, "epoch": 1, "order_index": 9}
     first, second = dataset.__getitems__([index_of(0, 4), 4])
-    assert first == {**second, "place": 0}
+    assert first == {**second, "order_index": 0}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

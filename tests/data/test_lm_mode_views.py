@@ -88,7 +88,11 @@ def test_epoch_and_place_reach_the_dataset():
     indices = [3, 2 * EPOCH_STRIDE + 1, 5 * PLACE_STRIDE + 7 * EPOCH_STRIDE]
     examples = view.__getitems__(indices)
     assert [e["input_ids"][1] for e in examples] == [10, 12, 17]
-    assert [(e["example_id"], e["epoch"], e.get("place")) for e in examples] == [(3, 0, None), (1, 2, None), (0, 7, 4)]
+    assert [(e["example_id"], e["epoch"], e.get("order_index")) for e in examples] == [
+        (3, 0, None),
+        (1, 2, None),
+        (0, 7, 4),
+    ]
     for one, index in zip(examples, indices, strict=True):
         other = view[index]
         assert one.keys() == other.keys() and np.array_equal(one["token_type_ids"], other["token_type_ids"])

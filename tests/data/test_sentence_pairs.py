@@ -339,10 +339,12 @@ def test_workers_read_the_epochs_pairs(workers, persistent):
     for epoch in (0, 1, 4):
         sampler.set_epoch(epoch)
         received = [example for batch in loader for example in batch]
-        assert [example["place"] for example in received] == list(range(len(pairs)))
+        assert [example["order_index"] for example in received] == list(range(len(pairs)))
         order = draws.permutation(len(pairs), seed=1, epoch=epoch)
         assert [example["example_id"] for example in received] == order.tolist()
-        expected = [alone[epoch * EPOCH_STRIDE + row] | {"place": place} for place, row in enumerate(order.tolist())]
+        expected = [
+            alone[epoch * EPOCH_STRIDE + row] | {"order_index": place} for place, row in enumerate(order.tolist())
+        ]
         assert as_lists(received) == as_lists(expected)
         assert all(example["epoch"] == epoch for example in received)
 

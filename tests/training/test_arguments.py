@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_pretrain.cli import METHODS
-from hf_pretrain.errors import InputError, _kinds
+from hf_pretrain.errors import InputError, types_of
 from hf_pretrain.training import arguments as arguments_module
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.effects import HONOURED, REFUSED, check_needs
@@ -194,7 +194,7 @@ def test_no_number_of_any_method_may_be_nan_or_infinite(method, tmp_path):
     for options_class in programs()[method].ARGUMENTS:
         given = {"output_dir": str(tmp_path)} if issubclass(options_class, TrainingArguments) else {}
         for known in fields(options_class):
-            kinds = _kinds(known.type)
+            kinds = types_of(options_class, known.name)
             for value in ("nan", "inf", "-inf") if float in kinds else ():
                 with pytest.raises(InputError, match=f"^{known.name}={value} "):
                     parse_arguments([options_class], argv(given | {known.name: value}), prog="toy", description="")
@@ -248,13 +248,13 @@ def test_the_values_of_a_schedule_lie_where_those_of_its_option_do(tmp_path):
     def rtd(**options):
         return programs()["rtd"].ARGUMENTS[2](output_dir=str(tmp_path), **options)
 
-    assert rtd(temperature_schedule="0:1, 10:0.5", rtd_weight_schedule="0:0, 10:50")
+    assert rtd(temperature="0:1, 10:0.5", rtd_weight="0:0, 10:50")
     for name, text in (
-        ("temperature_schedule", "0:0"),
-        ("rtd_weight_schedule", "0:-1"),
-        ("mlm_probability_schedule", "0:1.1"),
-        ("temperature_schedule", "0:inf"),
-        ("temperature_schedule", "inf:1"),
+        ("temperature", "0:0"),
+        ("rtd_weight", "0:-1"),
+        ("mlm_probability", "0:1.1"),
+        ("temperature", "0:inf"),
+        ("temperature", "inf:1"),
     ):
         with pytest.raises(InputError, match=f"{name}='{text}'"):
             rtd(**{name: text})
@@ -264,7 +264,7 @@ def test_masks_of_nothing_are_refused(tmp_path):
     mlm, encoder = programs()["mlm"].ARGUMENTS[2], programs()["encoder"].ARGUMENTS[2]
     with pytest.raises(InputError, match="mlm_probability=0.0 leaves no target"):
         mlm(output_dir=str(tmp_path), mlm_probability=0.0)
-    assert mlm(output_dir=str(tmp_path), mlm_probability=0.0, mlm_probability_schedule="0:0.1, 9:0.2")
+    assert mlm(output_dir=str(tmp_path), mlm_probability="0:0.1, 9:0")
     assert encoder(output_dir=str(tmp_path), mlm_probability=0.0, mlm_weight=0.0, objectives=["mlm", "sop"])
 
 
@@ -295,13 +295,13 @@ def test_masks_of_nothing_are_refused(tmp_path):
         ({"optim_args": "a=1"}, "optim_args='a=1' has no effect with optim=adamw_torch"),
         ({"optim_args": "a=1", "adam_bias_correction": False}, "optim_args='a=1' has no effect"),
         ({"optim_target_modules": ["x"]}, "optim_target_modules=['x'] has no effect"),
-        ({"report_to": "tensorbord"}, "report_to='tensorbord' is unknown: did you mean 'tensorboard'?"),
-        ({"report_to": ["nonsense"]}, "choose of "),
+        ({"report_to": "tensorbord"}, "did you mean 'tensorboard'?"),
+        ({"report_to": ["nonsense"]}, "must be one of "),
         ({"report_to": "comet_ml"}, "report_to='comet_ml' needs the package comet-ml: pip install comet-ml"),
         ({"report_to": "flyte"}, "report_to='flyte': "),
         ({"torch_compile_backend": "nonsense"}, "torch_compile_backend=nonsense"),
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"x": 1}}}, "accelerator_config: "),
-        ({"activation_checkpointing_kwargs": {"x": 1}}, "activation_checkpointing_kwargs has 'x': choose of "),
+        ({"activation_checkpointing_kwargs": {"x": 1}}, "activation_checkpointing_kwargs='x' must be one of "),
         ({"learning_rate": 0.0}, "learning_rate=0.0 trains nothing"),
         ({"max_steps": 0}, "max_steps=0 trains nothing"),
         ({"num_train_epochs": 0}, "num_train_epochs=0 trains nothing"),

@@ -96,7 +96,7 @@ class EpochDataset(Dataset[dict[str, Any]]):
                 f"index {index} (epoch {epoch}, row {row}) is out of range for a dataset of {len(self.base)} examples"
             )
         keys = {"example_id": row, "epoch": epoch}
-        return keys | {"place": place - 1} if place else keys
+        return keys | {"order_index": place - 1} if place else keys
 
 
 class EpochSampler(Sampler[int]):

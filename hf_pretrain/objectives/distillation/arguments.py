@@ -16,9 +16,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.observing.observation import Wanted
+from hf_pretrain.schedules import check_options, schedules_of
 from hf_pretrain.tasks.data import Task
 from hf_pretrain.training.arguments import PretrainingArguments
 
@@ -165,13 +166,10 @@ _STAGES: dict[str, dict[str, float]] = {"intermediate": _PRESETS["tinybert"], "p
 
 
 def _weight(what: str) -> Any:
-    """Return the option of a loss's weight; that of the preset if it is left out."""
-    return field(default=None, metadata={"help": f"Weight of {what}."})
-
-
-def _schedule(option: str, *, form: str = "") -> Any:
-    """Return the option that says how another one changes in training."""
-    return field(default=None, metadata={"help": f"How {option} changes in training{': ' * bool(form)}{form}."})
+    """Return the option of a loss's weight, a number or a schedule; that of the preset if it is left out."""
+    return field(
+        default=None, metadata={"help": f"Weight of {what}; a number, or a schedule such as '0%:1, 50%:0.5'."}
+    )
 
 
 _OF_RELATIONS = "losses~relation_qq|relation_kk|relation_vv"
@@ -181,7 +179,7 @@ _OF_RELATIONS = "losses~relation_qq|relation_kk|relation_vv"
 class DistillationArguments:
     """What every distillation chooses: the weights of its losses, the layers, and how the teacher runs.
 
-    A weight that is left out is that of the method's preset, or 0; a loss whose weight is 0 is not computed.
+    A weight that is left out is that of the method's preset, or 0. A loss whose weight is always 0 is not computed.
 
     Raises:
         InputError: If an option is out of range, or no loss is left.
@@ -202,7 +200,7 @@ class DistillationArguments:
 
     ranges: ClassVar[dict[str, str]] = {"teacher_layer": "[1, 4096]", "relation_heads": "[1, 65536]"}
     needs: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("temperature", "temperature_schedule"), "losses~prediction"),
+        "temperature": "losses~prediction",
         "layer_map": "losses~hidden|attention",
         "teacher_layer": f"{_OF_RELATIONS}|attention_distribution|value_relation",
         "relation_heads": _OF_RELATIONS,
@@ -210,36 +208,27 @@ class DistillationArguments:
         "projection": "losses~embedding|hidden",
     }
 
-    prediction_weight: float | None = _weight(
+    prediction_weight: float | str | None = _weight(
         "the divergence of the student's predictions from the teacher's; of a regression, the squared difference"
     )
-    prediction_weight_schedule: str | None = _schedule("prediction_weight", form="'0%:1, 50%:0.5' (linear between)")
-    cosine_weight: float | None = _weight("1 - cosine of the last hidden states (DistilBERT)")
-    cosine_weight_schedule: str | None = _schedule("cosine_weight")
-    embedding_weight: float | None = _weight("the squared difference of the embeddings (TinyBERT)")
-    embedding_weight_schedule: str | None = _schedule("embedding_weight")
-    hidden_weight: float | None = _weight("the squared differences of the layers' outputs (TinyBERT)")
-    hidden_weight_schedule: str | None = _schedule("hidden_weight")
-    attention_weight: float | None = _weight("the squared differences of the attention scores (TinyBERT)")
-    attention_weight_schedule: str | None = _schedule("attention_weight")
-    relation_qq_weight: float | None = _weight("the relations between queries (MiniLM v2)")
-    relation_qq_weight_schedule: str | None = _schedule("relation_qq_weight")
-    relation_kk_weight: float | None = _weight("the relations between keys (MiniLM v2)")
-    relation_kk_weight_schedule: str | None = _schedule("relation_kk_weight")
-    relation_vv_weight: float | None = _weight("the relations between values (MiniLM v2)")
-    relation_vv_weight_schedule: str | None = _schedule("relation_vv_weight")
-    attention_distribution_weight: float | None = _weight("the divergence of the last layer's attention (MiniLM)")
-    attention_distribution_weight_schedule: str | None = _schedule("attention_distribution_weight")
-    value_relation_weight: float | None = _weight("the relations between values, a relation a head (MiniLM)")
-    value_relation_weight_schedule: str | None = _schedule("value_relation_weight")
-    temperature: float | None = field(
+    cosine_weight: float | str | None = _weight("1 - cosine of the last hidden states (DistilBERT)")
+    embedding_weight: float | str | None = _weight("the squared difference of the embeddings (TinyBERT)")
+    hidden_weight: float | str | None = _weight("the squared differences of the layers' outputs (TinyBERT)")
+    attention_weight: float | str | None = _weight("the squared differences of the attention scores (TinyBERT)")
+    relation_qq_weight: float | str | None = _weight("the relations between queries (MiniLM v2)")
+    relation_kk_weight: float | str | None = _weight("the relations between keys (MiniLM v2)")
+    relation_vv_weight: float | str | None = _weight("the relations between values (MiniLM v2)")
+    attention_distribution_weight: float | str | None = _weight(
+        "the divergence of the last layer's attention (MiniLM)"
+    )
+    value_relation_weight: float | str | None = _weight("the relations between values, a relation a head (MiniLM)")
+    temperature: float | str | None = field(
         default=None,
         metadata={
             "help": "What the logits of both are divided by in the prediction loss, which is multiplied by its square; by "
-            "default 1, of distilbert 2."
+            "default 1, of distilbert 2. A number, or a schedule such as '0%:8, 100%:1'."
         },
     )
-    temperature_schedule: str | None = _schedule("temperature", form="'0%:8, 100%:1'")
     layer_map: str = field(
         default="uniform",
         metadata={
@@ -296,11 +285,7 @@ class DistillationArguments:
     def weights(self) -> dict[str, float]:
         """Return the weight of every loss that is computed, by name."""
         found = {name: getattr(self, f"{name}_weight") for name in self.loss_names}
-        return {
-            name: weight
-            for name, weight in found.items()
-            if weight or getattr(self, f"{name}_weight_schedule", None) is not None
-        }
+        return {name: weight for name, weight in found.items() if weight}
 
     def resolve(self, preset: Mapping[str, float], *, temperature: float = 1.0) -> None:
         """Fill in what was left out, and refuse what is out of range.
@@ -309,7 +294,7 @@ class DistillationArguments:
             preset: Weights by name; 0 if it does not name a loss.
             temperature: That of the preset.
         """
-        check_numbers(self)
+        check_options(self)
         for name in self.loss_names:
             option = f"{name}_weight"
             if getattr(self, option) is None:
@@ -338,9 +323,8 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
             "help": "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
         },
     )
-    mlm_weight: float | None = _weight("the student's own masked-language-model loss (DistilBERT)")
-    mlm_weight_schedule: str | None = _schedule("mlm_weight")
-    mlm_probability: float | None = field(  # type: ignore[assignment]
+    mlm_weight: float | str | None = _weight("the student's own masked-language-model loss (DistilBERT)")
+    mlm_probability: float | str | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
             "help": "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
@@ -364,10 +348,7 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and refuse what is out of range."""
-        if self.distillation_method not in _PRESETS:
-            raise InputError(
-                f"distillation_method={self.distillation_method!r} must be distilbert, tinybert, minilm or minilmv2"
-            )
+        check_choice(self.distillation_method, _PRESETS, name="distillation_method")
         temperature = 2.0 if self.distillation_method == "distilbert" else 1.0
         self.resolve(_PRESETS[self.distillation_method], temperature=temperature)
         needs_targets = {"mlm", "prediction"} & self.weights().keys()
@@ -396,10 +377,11 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
             )
         if self.prediction_positions != "masked":
             raise InputError(f"{asked} keeps predictions at masked positions: set prediction_positions=masked")
-        for option in ("temperature_schedule", "mlm_probability_schedule"):
-            if getattr(self, option) is not None:
+        for name, schedule in schedules_of(self).items():
+            if not name.endswith("_weight"):
                 raise InputError(
-                    f"{asked} holds for one temperature and one set of masks: leave out {option}, or cache_top_k"
+                    f"{asked} holds for one temperature and one set of masks: give {name}={schedule!r} one number, or leave "
+                    "cache_top_k out"
                 )
         if not self.static_masks:
             raise InputError(
@@ -434,8 +416,7 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
             "then, from its result, 'prediction'."
         },
     )
-    labels_weight: float | None = _weight("the loss against the labels of the data; they are optional")
-    labels_weight_schedule: str | None = _schedule("labels_weight")
+    labels_weight: float | str | None = _weight("the loss against the labels of the data; they are optional")
     cache_teacher: bool = field(
         default=True,
         metadata={"help": "Ask the teacher once for its logits of each example, where nothing else of it is needed."},
@@ -449,9 +430,7 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and refuse what is out of range."""
-        if self.training_stage not in _STAGES:
-            raise InputError(f"training_stage={self.training_stage!r} must be 'intermediate' or 'prediction'")
-        if self.task not in get_args(Task):
-            raise InputError(f"task={self.task!r} must be {', '.join(get_args(Task))}")
+        check_choice(self.training_stage, _STAGES, name="training_stage")
+        check_choice(self.task, get_args(Task), name="task")
         self.resolve(_STAGES[self.training_stage])
         super().__post_init__()

@@ -189,7 +189,7 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
         teacher_layers=last,
         attention_windows=[_window(student, m, teacher, n) for m, n in pairs] or None,
         relation_heads=args.relation_heads or teacher.config.num_attention_heads,
-        temperature=args.temperature,
+        temperature=float(args.temperature),
         prediction_positions=getattr(args, "prediction_positions", "masked"),
         attention_target=args.attention_target,
         projection=args.projection,

@@ -29,12 +29,11 @@ the data has for them (translations)."""
 OBJECTIVES = (*VIEWS, "tlm", "span_boundary", "word_order")
 
 _OPTIONS_OF = {
-    "tlm": ("tlm_weight", "tlm_weight_schedule"),
-    "|".join(PAIR_OBJECTIVES): ("pair_weight", "pair_weight_schedule", "short_pair_probability", "balanced_pairs"),
-    "span_boundary": ("span_boundary_weight", "span_boundary_weight_schedule", "span_positions"),
+    "tlm": ("tlm_weight",),
+    "|".join(PAIR_OBJECTIVES): ("pair_weight", "short_pair_probability", "balanced_pairs"),
+    "span_boundary": ("span_boundary_weight", "span_positions"),
     "word_order": (
         "word_order_weight",
-        "word_order_weight_schedule",
         "word_order_probability",
         "word_order_size",
         "keep_identity_order",
@@ -71,20 +70,19 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
             "are any."
         },
     )
-    mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the masked-language-model loss."})
-    mlm_weight_schedule: str | None = field(default=None, metadata={"help": "How mlm_weight changes in training."})
-    tlm_weight: float = field(default=1.0, metadata={"help": "Weight of the same on translations."})
-    tlm_weight_schedule: str | None = field(default=None, metadata={"help": "How tlm_weight changes in training."})
-    pair_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of nsp, sop or sentence_structure."})
-    pair_weight_schedule: str | None = field(default=None, metadata={"help": "How pair_weight changes in training."})
-    span_boundary_weight: float = field(default=1.0, metadata={"help": "Weight of the span-boundary loss."})
-    span_boundary_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How span_boundary_weight changes in training."}
+    mlm_weight: float | str = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of the masked-language-model loss; each weight is a number, or a schedule such as "
+            "'0%:1, 50%:0'."
+        },
     )
-    word_order_weight: float = field(default=1.0, metadata={"help": "Weight of the word-order loss."})
-    word_order_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How word_order_weight changes in training."}
+    tlm_weight: float | str = field(default=1.0, metadata={"help": "Weight of the same on translations."})
+    pair_weight: float | str = field(
+        default=1.0, metadata={"help": "Weight of the loss of nsp, sop or sentence_structure."}
     )
+    span_boundary_weight: float | str = field(default=1.0, metadata={"help": "Weight of the span-boundary loss."})
+    word_order_weight: float | str = field(default=1.0, metadata={"help": "Weight of the word-order loss."})
     span_positions: int = field(
         default=20, metadata={"help": "Tokens of a span that are predicted from its boundaries; later ones are not."}
     )

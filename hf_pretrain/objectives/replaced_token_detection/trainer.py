@@ -70,12 +70,16 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
     needs: ClassVar[dict[str, str]] = {"generator_steps": "training_mode=two_stage"}
 
     mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    rtd_weight: float = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
-    rtd_weight_schedule: str | None = field(
-        default=None, metadata={"help": "Weight over the steps, e.g. '0:10, 10000:50' or '0%:10, 50%:50'."}
+    rtd_weight: float | str = field(
+        default=50.0,
+        metadata={
+            "help": "Weight of the discriminator's loss (lambda); a number, or a schedule such as '0:10, 10000:50' or "
+            "'0%:10, 50%:50'."
+        },
     )
-    temperature_schedule: str | None = field(
-        default=None, metadata={"help": "Temperature of the generator's samples over the steps, in the same form."}
+    temperature: float | str = field(
+        default=1.0,
+        metadata={"help": "Temperature at which the generator is sampled; a number, or a schedule in the same form."},
     )
     training_mode: str = field(
         default="joint",
