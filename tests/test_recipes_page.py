@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_pretrain.cli import METHODS, RECIPES
+from hf_pretrain.cli import METHODS, RECIPES, load_method
 from hf_pretrain.modeling.configuration import parse_overrides
 from hf_pretrain.training.parsing import _OptionParser, parse_arguments
 
@@ -54,7 +54,7 @@ def resolved(command, *more):
     """Return every option of a command, by name, as the program sees it."""
     method, argv = expanded(command)
     instances = parse_arguments(
-        importlib.import_module(METHODS[method][0]).ARGUMENTS,
+        load_method(method).arguments,
         [*argv, *more, "--use_cpu", "true"],
         prog=f"hf-pretrain {method}",
         description="",
