@@ -276,7 +276,9 @@ _DISK_IS_FULL = "the disk of {} is full, or its quota or the largest size of a f
 # safetensors and tokenizers raise kinds of their own, and a worker's error arrives as text.
 _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 # What torch.save raises when a write fell short; it does not say why.
-_TORCH_WRITE = re.compile(r"PytorchStreamWriter failed writing|inline_container\.cc:\d+\] \. unexpected pos")
+_TORCH_WRITE = re.compile(
+    r"PytorchStreamWriter failed writing|basic_ios::clear|inline_container\.cc:\d+\] \. unexpected pos"
+)
 # How gloo, NCCL and their store tell that a process is gone, or silent.
 _DEAD_PROCESS = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe.*(?:gloo|TCPStore|socket)|gloo/transport"

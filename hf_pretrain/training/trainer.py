@@ -64,8 +64,8 @@ class PretrainingTrainer(Trainer):
     the gradient does not depend on how the global batch is cut. All components are logged, and evaluated weighted by tokens.
 
     A method gives its `objective` and, if it has any, its `evaluation_metrics`; a loss called "x" is weighted by the option
-    `x_weight` (1 if there is none). An option may be a [`Schedule`], which changes
-    in training; evaluation uses its last value, so that totals can be compared. The other hooks of a method are `loss_weight`, `run_model`, `begin_training`,
+    `x_weight` (1 if there is none). An option may be a [`Schedule`], which changes in training; evaluation uses its last value,
+    so that totals can be compared. The other hooks of a method are `loss_weight`, `run_model`, `begin_training`,
     `training_metrics`, `evaluated`, `card_facts` and `save_progress`.
 
     What is overridden of `transformers.Trainer`, and why; a method that overrides one too is named:
