@@ -1,7 +1,8 @@
 """The exceptions whose message is all that a user needs, and the checks that most options share.
 
-`check_choice` refuses an unknown name, `check_range` a number out of range, `nearest` names what a user may have meant, and
-`one_line` takes the cause out of another library's error. `check_numbers` checks all numbers of a dataclass of options.
+`check_choice` refuses an unknown name, `check_range` a number out of range, `nearest` names what a user may have
+meant, and `one_line` takes the cause out of another library's error. `check_numbers` checks all numbers of a dataclass
+of options.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+# An end from here on is no choice of the option's, but where nonsense begins.
+_SENSIBLE = 4096
+_hints = cache(get_type_hints)
 
 
 class InputError(ValueError):
@@ -99,10 +104,6 @@ def check_range(value: float, allowed: str, *, name: str, hint: str = "") -> Non
         raise InputError(f"{name}={value!r} must be a number {known}{'; ' if hint else ''}{hint}")
 
 
-# An end from here on is no choice of the option's, but where nonsense begins.
-_SENSIBLE = 4096
-
-
 class Range(NamedTuple):
     """The numbers that an option takes.
 
@@ -132,7 +133,7 @@ class Range(NamedTuple):
         return above and (value < self.most if self.below else value <= self.most)
 
     def bound(self, value: float) -> str | None:
-        """Return in words the end that a number is beyond, None where the range is better told as a whole."""
+        """Return in words the end that a number is beyond; None where the message should name the whole range."""
         if self.most < _SENSIBLE or not math.isfinite(value):
             return None
         if value <= self.least:
@@ -221,9 +222,6 @@ def types_of(options: Any, name: str) -> set[Any]:
     # Not the field's own annotation: a parser of transformers takes None and str out of that.
     hint = _hints(options if isinstance(options, type) else type(options))[name]
     return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
-
-
-_hints = cache(get_type_hints)
 
 
 def _numbers_in(value: Any) -> Iterator[float]:

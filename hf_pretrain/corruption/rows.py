@@ -100,7 +100,7 @@ class ExampleRows:
         return None if self.document_ids is None else np.diff(self.document_ids, axis=1, prepend=-2) != 0
 
     def document_positions(self) -> np.ndarray:
-        """Return the place of each token in its isolated document, from 0: `[B, L]` int64, 0 at padding."""
+        """Return the position of each token in its isolated document, from 0: `[B, L]` int64, 0 at padding."""
         begins = self.document_starts()
         assert begins is not None, "the examples have no document_ids"
         columns = np.arange(begins.shape[1])
@@ -175,7 +175,7 @@ def stack_examples(
     """Stack examples into arrays.
 
     Args:
-        examples: Each with `input_ids`, perhaps with `place`; `token_type_ids` and `document_ids` if the first has
+        examples: Each with `input_ids`, perhaps with `order_index`; `token_type_ids` and `document_ids` if the first has
             them.
         keys: Keys of the draws.
         pad_id: Token id at padding.

@@ -1,32 +1,39 @@
-"""Options of the data path.
-
-Options of text in several languages.
-"""
+"""Options of the data path: which text is read, how it is cut, and how several languages are mixed."""
 
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from hf_pretrain.data.documents.words import NamedSegmenter
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
 
-# Least and greatest value. A block has room for two special tokens and two of text; more than the greatest is a mistake.
-_RANGES = {
-    "max_corpus_bytes": (1, 1 << 62),
-    "preprocessing_num_workers": (1, 1024),
-    "block_size": (4, 1 << 20),
-    "vocab_size": (1, 1 << 24),
-    "shuffle_buffer_size": (0, 1 << 30),
-    "split_seed": (0, (1 << 63) - 1),
-}
 # Options of subclasses that name files of text.
 _OTHER_FILES = ("language_file", "parallel_file")
 
 
+# Options that name text without its language.
+_OF_ONE_TEXT = ("train_file", "validation_file", "dataset_name", "max_corpus_bytes")
+
+
 @dataclass
 class DataArguments:
-    """Which text is trained on and how it is cut; by default, the docstrings of the installed packages."""
+    """Which text is trained on and how it is cut; by default, the docstrings of the installed packages.
+
+    Raises:
+        InputError: If two options exclude each other, or a number is out of range.
+    """
+
+    # A block has room for two special tokens and two of text.
+    ranges: ClassVar[dict[str, str]] = {
+        "validation_fraction": "[0, 1)",
+        "max_corpus_bytes": "[1, 4611686018427387904]",
+        "preprocessing_num_workers": "[1, 1024]",
+        "block_size": "[4, 1048576]",
+        "vocab_size": "[1, 16777216]",
+        "shuffle_buffer_size": "[0, 1073741824]",
+        "split_seed": "[0, 9223372036854775807]",
+    }
 
     train_file: list[str] | None = field(
         default=None,
@@ -121,11 +128,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        """Refuse options that contradict each other.
-
-        Raises:
-            InputError: If two options exclude each other, or a number is out of range.
-        """
+        """Refuse options that contradict each other."""
         if self.train_file and self.dataset_name:
             raise InputError(
                 f"train_file={self.train_file} and dataset_name={self.dataset_name!r}: give one of the two"
@@ -135,16 +138,7 @@ class DataArguments:
         files = (self.train_file, self.validation_file, *(getattr(self, name, None) for name in _OTHER_FILES))
         if self.on_bad_text and not any(files):
             raise InputError(f"on_bad_text={self.on_bad_text!r} is of files, and none is given: leave it out")
-        if not 0 <= self.validation_fraction < 1:
-            raise InputError(f"validation_fraction={self.validation_fraction} must be in [0, 1); 0.02 is usual")
-        if not 0 <= self.max_unknown_share <= 1:
-            raise InputError(f"max_unknown_share={self.max_unknown_share} must be in [0, 1]; 0.05 is usual")
-        for name, (least, greatest) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= greatest:
-                if value > 0:
-                    raise InputError(f"{name}={value} must be between {least} and {greatest}")
-                raise InputError(f"{name}={value} must {'be positive' if least else 'not be negative'}")
+        check_numbers(self)
         if self.streaming and not (self.train_file or self.dataset_name):
             raise InputError("streaming=True needs a train_file or a dataset_name: the docstring corpus is stored")
         if self.word_segmenter is not None:
@@ -155,13 +149,11 @@ class DataArguments:
             )
 
 
-# Options that say what to read where languages are not told apart.
-_OF_ONE_TEXT = ("train_file", "validation_file", "dataset_name", "max_corpus_bytes")
-
-
 @dataclass
 class MultilingualDataArguments(DataArguments):
     """Which text is trained on; with `language_file` or `parallel_file`, text of several languages."""
+
+    ranges: ClassVar[dict[str, str]] = {"language_sampling_alpha": "[0, 1]"}
 
     language_file: list[str] | None = field(
         default=None,
@@ -232,15 +224,12 @@ class MultilingualDataArguments(DataArguments):
                     f"block_mode='isolated_documents' does not go with {given}: use 'doc_sentences', where documents do "
                     "not meet either"
                 )
-        for name in ("language_sampling_alpha", "bitext_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must be from 0 to 1; 0.5 is usual")
         self.language_files()
         self.parallel_files()
 
     @property
     def is_multilingual(self) -> bool:
-        """Whether languages are told apart."""
+        """Whether the text is named by its language."""
         return bool(self.language_file or self.parallel_file)
 
     def language_files(self) -> dict[str, list[str]]:

@@ -30,13 +30,13 @@ from hf_pretrain.data.text.datasets import (
     file_stamps,
     load_text_dataset,
     random_subset,
-    read_documents,
-    resolve_paths,
     text_dataset,
     text_sizes,
 )
 from hf_pretrain.data.text.docstrings import docstring_dataset, split_held_out
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.text.files import read_documents
+from hf_pretrain.data.text.search import resolve_paths
+from hf_pretrain.errors import InputError, one_line
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
 
@@ -66,7 +66,7 @@ class PreparedData:
         block_size: Most tokens in an example.
         train_documents: The tokenized documents behind `train_dataset`, for views of another kind; None for a stream.
         eval_documents: Those behind `eval_dataset`.
-        languages: Number of each language, where languages are told apart.
+        languages: Number of each language, where the options name languages.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -373,8 +373,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"tokenizer_name={name!r} can not be loaded: {reason}") from error
+        raise InputError(f"tokenizer_name={name!r} can not be loaded: {one_line(error, line=0)}") from error
 
 
 def _source_name(args: DataArguments) -> str:

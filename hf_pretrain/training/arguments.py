@@ -1,8 +1,6 @@
-"""Which number format the machine computes fast.
+"""Options that every method has, and a check of them before any text is read.
 
-Optimizers and schedules of the official recipes that transformers does not have.
-
-Options that every method has, and what can be known of them before any text is read.
+Beside them are the optimizer and the schedule of the official recipes that transformers does not have.
 """
 
 from __future__ import annotations
@@ -33,6 +31,9 @@ from hf_pretrain.schedules import check_options
 from hf_pretrain.training.effects import check_refused
 from hf_pretrain.training.processes import first_process_first
 
+_MANY_STEPS = 2.0**40
+_COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
+
 
 def bf16_is_fast() -> bool:
     """Return whether the accelerator, or else the CPU, has bf16 matrix units (GPUs with bf16; AVX512-BF16 or AMX)."""
@@ -43,9 +44,6 @@ def bf16_is_fast() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # Elsewhere (mps, xpu, ...) bf16 autocast is not known to pay: it has to be asked for.
     return False
-
-
-_MANY_STEPS = 2.0**40
 
 
 class AdamWithoutBiasCorrection(torch.optim.AdamW):
@@ -82,9 +80,6 @@ def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_
 
 def _linear_product(step: int, *, warmup: int, total: int) -> float:
     return max(0.0, 1.0 - step / total) * min(1.0, step / max(1, warmup) if warmup else 1.0)
-
-
-_COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 
 @dataclass

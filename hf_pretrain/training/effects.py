@@ -1,4 +1,4 @@
-"""Which options have an effect: those of transformers that every Trainer of this library honours, and those that need others."""
+"""Which options have an effect: those of transformers that every Trainer here honours, and those that need others."""
 
 from __future__ import annotations
 
@@ -75,23 +75,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
 """Options of `transformers.TrainingArguments` that would have no effect, or a wrong one: the only value allowed, and why."""
 
 
-def check_refused(args: Any, allowed: Mapping[str, Collection[Any]]) -> None:
-    """Refuse options that a Trainer of this library does not honour.
-
-    Args:
-        args: The training arguments, before transformers fills them in.
-        allowed: Further values that a method honours, by option.
-
-    Raises:
-        InputError: If one is set.
-    """
-    for name, (value, why) in REFUSED.items():
-        given = getattr(args, name)
-        given = {False: "no", True: "all"}.get(given, given) if value == "no" else given
-        if given != value and given not in allowed.get(name, ()):
-            raise InputError(f"{name}={given!r} is not supported: {why}: leave it out")
-
-
 _CHECKPOINT = "!model_name_or_path"
 # Optimizers without Adam's moments, and with moments but without its epsilon.
 _OTHERS = (
@@ -100,7 +83,6 @@ _OTHERS = (
 )
 _LIONS = "|lion_8bit|lion_32bit|paged_lion_8bit|paged_lion_32bit"
 _TRACKIO = "report_to~trackio|all"
-
 _NEEDS: dict[str, tuple[str, ...]] = {
     # Sizes of a model from scratch, beside a checkpoint that has its own.
     **dict.fromkeys(
@@ -158,9 +140,25 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 "name": that option is set; "!name": it is not; "name=a|b" or "name!=a|b": it is or is not one of these; "name~a|b": it holds
 one of these. All must hold; of those joined by "or", one.
 """
-
 # Command lines share these from one run to the next, so they are noted and not refused.
 _ONLY_NOTED = {"vocab_size", "warmup_steps", "logging_steps", "block_size", "validation_fraction"}
+
+
+def check_refused(args: Any, allowed: Mapping[str, Collection[Any]]) -> None:
+    """Refuse options that a Trainer of this library does not honour.
+
+    Args:
+        args: The training arguments, before transformers fills them in.
+        allowed: Further values that a method honours, by option.
+
+    Raises:
+        InputError: If one is set.
+    """
+    for name, (value, why) in REFUSED.items():
+        given = getattr(args, name)
+        given = {False: "no", True: "all"}.get(given, given) if value == "no" else given
+        if given != value and given not in allowed.get(name, ()):
+            raise InputError(f"{name}={given!r} is not supported: {why}: leave it out")
 
 
 def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:

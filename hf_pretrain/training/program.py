@@ -1,7 +1,4 @@
-"""What a program shows when it has ended: that the export opens, what was learned, where things are.
-
-What every program does around its training: claim the output folder, rehearse, load the data, train, export, report.
-"""
+"""What every program does around its training: claim the output folder, rehearse, load the data, train, export, report."""
 
 from __future__ import annotations
 
@@ -42,6 +39,8 @@ from hf_pretrain.training.processes import Stopping, StopWhenAsked, is_sharded, 
 from hf_pretrain.training.pushing import repository_of
 from hf_pretrain.training.rehearsal import made_up_data, rehearse
 from hf_pretrain.training.trainer import PretrainingTrainer
+
+RECIPE = "recipe.yaml"
 
 
 def print_report(trainer: PretrainingTrainer) -> None:
@@ -113,12 +112,8 @@ def _how_it_opens(root: PreTrainedModel, folder: Path) -> str:
 
 def _loading_line(model_class: type[PreTrainedModel] | type[AutoModel], folder: Path) -> str:
     # The stock loader reports the head's weights as unexpected when only the encoder is asked for: said below in one line.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    with quiet():
         model, info = model_class.from_pretrained(folder, output_loading_info=True)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     heads = {name.split(".")[0] for name in info["unexpected_keys"]}
     fresh = {name.split(".")[0] for name in info["missing_keys"]}
     missing = f"{len(info['missing_keys'])} missing keys"
@@ -145,9 +140,6 @@ def coloured_words(words: Sequence[tuple[str, float]], *, colour: bool | None = 
         other = round(255 * (1 - math.sqrt(probability)))
         shades.append(f"\x1b[48;2;255;{other};{other}m\x1b[30m {word} \x1b[0m")
     return "".join(shades)
-
-
-RECIPE = "recipe.yaml"
 
 
 def load_data(

@@ -1,9 +1,8 @@
-"""A made-up text for the rehearsal of a run, in the shape that the real one will have.
+"""A rehearsal of a run: model and Trainer are made on a made-up text, to find mistakes before the real one is read.
 
-A rehearsal of a run: model and Trainer are made on a made-up text, so that mistakes are found before the real one is read.
-
-Parameters are on the `meta` device, which knows shapes and holds no numbers: it takes a moment and no memory. What cannot be done
-there is tried once more on the CPU, for models that are small. Nothing is written, printed or left changed.
+The made-up text has the shape that the real one will have. Parameters are on the `meta` device, which knows shapes and
+holds no numbers: it takes a moment and no memory. Small models are tried once more on the CPU where `meta` cannot do
+it. Nothing is written, printed or left changed.
 """
 
 from __future__ import annotations
@@ -48,6 +47,18 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 
 _SENTENCE, _SENTENCES = 6, 5
 _TEXTS = ["a ba ab bab aba. b abb bba bb aa."] * 4
+
+
+logger = transformers_logging.get_logger(__name__)
+# Parameters of a model that is quickly made for real: 0.2 GB.
+_MOST_PARAMETERS = 50_000_000
+_OF_META = re.compile(
+    r"\bmeta (?:tensor|device)|register_meta|device meta\b|data-independent|\bmeta\b.*\bcpu\b|\bcpu\b.*\bmeta\b"
+)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+# The keys that `transformers.Trainer.evaluate` adds by itself.
+_OF_EVERY_EVALUATION = ("runtime", "samples_per_second", "steps_per_second")
+_from_pretrained = PreTrainedModel.from_pretrained.__func__
 
 
 def made_up_data(
@@ -150,18 +161,6 @@ def _of_languages(args: MultilingualDataArguments, tokenizer: PreTrainedTokenize
         eval_documents=joined if args.validation_fraction else None,
         languages=languages,
     )
-
-
-logger = transformers_logging.get_logger(__name__)
-
-# Parameters of a model that is quickly made for real: 0.2 GB.
-_MOST_PARAMETERS = 50_000_000
-_OF_META = re.compile(
-    r"\bmeta (?:tensor|device)|register_meta|device meta\b|data-independent|\bmeta\b.*\bcpu\b|\bcpu\b.*\bmeta\b"
-)
-_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-# The keys that `transformers.Trainer.evaluate` adds by itself.
-_OF_EVERY_EVALUATION = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def rehearse(
@@ -312,9 +311,6 @@ def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-_from_pretrained = PreTrainedModel.from_pretrained.__func__
 
 
 def _from_configuration(

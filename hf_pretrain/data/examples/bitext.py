@@ -18,7 +18,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import UnknownCount, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import Segmenter
-from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import DrawnDataset
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.data.text.datasets import file_stamps, generate_dataset, with_language
@@ -26,7 +26,7 @@ from hf_pretrain.data.text.files import BadTextCount, OnBadText, read_rows
 from hf_pretrain.data.text.kinds import file_kind
 from hf_pretrain.data.text.lines import BadText
 from hf_pretrain.data.text.search import copied_pipe, is_pipe
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 
 BitextFrame = Literal["each", "pair"]
 
@@ -181,8 +181,7 @@ def tokenize_bitext(
 
 def _frame(tokenizer: PreTrainedTokenizerBase, kind: BitextFrame) -> tuple[tuple[int, ...], ...]:
     """Return the special tokens before and behind the sentence that comes first, and those of the second."""
-    if kind not in get_args(BitextFrame):
-        raise InputError(f"bitext_frame={kind!r} is unknown; choose one of {', '.join(get_args(BitextFrame))}")
+    check_choice(kind, get_args(BitextFrame), name="bitext_frame")
     if kind == "pair":
         pair = PairTemplate.of(tokenizer)
         return pair.prefix, pair.middle, (), pair.suffix
@@ -195,7 +194,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, kind: BitextFrame) -> tuple[tuple
     return each.prefix, each.suffix, each.prefix, each.suffix
 
 
-class BitextDataset(EpochDataset):
+class BitextDataset(DrawnDataset):
     """Pairs of a sentence and its translation, with positions and a language that start anew at the translation.
 
     Which of the two comes first is drawn for each pair, and changes from epoch to epoch. A pair that is too long loses
@@ -250,8 +249,7 @@ class BitextDataset(EpochDataset):
         self.languages = languages
         self.seed = seed
         self._stream = f"bitext {languages}"
-        # What comes first changes with the epoch, so there are no rows to wrap.
-        self.base = self
+        super().__init__()
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -262,7 +260,7 @@ class BitextDataset(EpochDataset):
 
         Returns:
             ``input_ids`` int32, ``word_starts`` bool (True at special tokens), ``position_ids`` int32 and ``langs`` int32,
-            ``[n]`` each; ``is_bitext``, True; ``example_id``, ``epoch`` and, if the index has one, ``place``.
+            ``[n]`` each; ``is_bitext``, True; ``example_id``, ``epoch`` and, if the index has one, ``order_index``.
 
         Raises:
             IndexError: If there is no such pair.
@@ -279,10 +277,6 @@ class BitextDataset(EpochDataset):
             for side, (start, _), length in zip(sides, spans, kept, strict=True)
         ]
         return self._joined(texts, [self.languages[side] for side in sides]) | {"is_bitext": True} | keys
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the pairs of a batch of indices."""
-        return [self[index] for index in indices]
 
     def _joined(self, texts: list[tuple[np.ndarray, np.ndarray]], languages: list[int]) -> dict[str, np.ndarray]:
         before, behind, before_second, behind_second = self.frame

@@ -1,9 +1,9 @@
-"""Reading text files: plain, compressed, JSON, tables, Parquet and Arrow as a stream of documents.
+"""Documents of text files, as a stream: plain or compressed text, JSON, tables, Parquet and Arrow.
 
-Text is cut into lines, and lines are joined into documents, as bytes: so a part of a file can be read on its own, from any
-byte on, and the place behind each document is known. What begins in a part is read to its end, wherever that is.
-
-Documents of several files with the place that each came from, one after the other or in groups of about one size.
+`read_documents` reads whole files, `read_part` a part of one. Text is cut into lines, and lines are joined into
+documents, as bytes. So a part of a file can be read on its own, from any byte on, and the position behind each
+document is known. A document that begins in a part is read to its end, also behind the end of the part.
+`numbered_documents` names the file of each document.
 """
 
 from __future__ import annotations
@@ -24,21 +24,7 @@ from hf_pretrain.data.text.kinds import FileKind, file_kind
 from hf_pretrain.data.text.lines import CHUNK, BadText, decode_lines, is_blank, read_lines, readable
 from hf_pretrain.data.text.rows import Row, json_line_rows, json_rows, missing_column, table_rows
 from hf_pretrain.data.text.search import pipe_digest, resolve_paths
-from hf_pretrain.errors import InputError
-
-__all__ = [
-    "BadTextCount",
-    "DocumentSeparator",
-    "OnBadText",
-    "check_separator",
-    "check_text_column",
-    "missing_column",
-    "open_parquet",
-    "read_documents",
-    "read_part",
-    "read_rows",
-    "resolve_paths",
-]
+from hf_pretrain.errors import InputError, check_choice, one_line
 
 DocumentSeparator = Literal["blank_line", "line", "file"]
 OnBadText = Literal["refuse", "skip"]
@@ -59,9 +45,7 @@ class BadTextCount:
     """
 
     def __init__(self, on_bad_text: OnBadText = "refuse") -> None:
-        if on_bad_text not in get_args(OnBadText):
-            names = ", ".join(get_args(OnBadText))
-            raise InputError(f"on_bad_text={on_bad_text!r} is unknown; choose one of {names}")
+        check_choice(on_bad_text, get_args(OnBadText), name="on_bad_text")
         self.on_bad_text = on_bad_text
         self.num_documents = 0
         self.num_skipped = 0
@@ -109,7 +93,7 @@ def read_documents(
     Raises:
         InputError: If a file is missing, empty, of a kind that is not read, not UTF-8 or damaged, or has no such column.
     """
-    check_separator(document_separator)
+    check_choice(document_separator, get_args(DocumentSeparator), name="document_separator")
     bad = BadTextCount(on_bad_text)
     for path in resolve_paths(paths):
         documents = read_part(path, document_separator=document_separator, text_column=text_column, bad=bad)
@@ -159,13 +143,6 @@ def read_part(
         others = _rows(path, kind, document_separator, text_column, (stop, None), 0) if stop else iter([])
         if not any(isinstance(document, BadText) or document.strip() for document, _ in others):
             raise InputError(f"{path} holds no text; give a file that does, or leave it out")
-
-
-def check_separator(document_separator: str) -> None:
-    """Raise InputError if there is no such separator of documents."""
-    if document_separator not in get_args(DocumentSeparator):
-        names = ", ".join(get_args(DocumentSeparator))
-        raise InputError(f"document_separator={document_separator!r} is unknown; choose one of {names}")
 
 
 def read_rows(path: str | Path, *, text_column: str | None = None) -> Iterator[str | BadText]:
@@ -291,7 +268,7 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(path, buffer_size=CHUNK) as file:
                 yield file
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no whole Parquet file: {' '.join(str(error).split())}") from error
+            raise InputError(f"{path} is no whole Parquet file: {one_line(error)}") from error
 
 
 def _parquet_rows(path: str, text_column: str, part: tuple[int, int | None], position: int) -> Iterator[Row]:
@@ -323,7 +300,7 @@ def open_arrow(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]
                     stream = pa.ipc.open_stream(file)
                     yield stream.schema, iter(stream)
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no whole Arrow file: {' '.join(str(error).split())}") from error
+            raise InputError(f"{path} is no whole Arrow file: {one_line(error)}") from error
 
 
 def _arrow_rows(path: str, text_column: str, part: tuple[int, int | None], position: int) -> Iterator[Row]:
@@ -395,7 +372,7 @@ def numbered_documents(
     document_separator: DocumentSeparator = "blank_line",
     text_column: str = "text",
 ) -> Iterator[NumberedDocument]:
-    """Read documents as `read_documents` does, each with its place.
+    """Read documents as `read_documents` does, each with its file and its number in it.
 
     Args:
         paths: Files, folders and globs.
@@ -409,8 +386,8 @@ def numbered_documents(
         InputError: As `read_documents`.
     """
     files = resolve_paths(paths)
-    places = [Path(file).resolve() for file in files if pipe_digest(file) is None]
-    root = os.path.commonpath([place.parent for place in places]) if places else ""
+    real_paths = [Path(file).resolve() for file in files if pipe_digest(file) is None]
+    root = os.path.commonpath([path.parent for path in real_paths]) if real_paths else ""
     for file in files:
         is_piped = pipe_digest(file) is not None
         source = Path(file).name if is_piped else Path(file).resolve().relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""What a file is: told by its suffix where that says something, and by its first bytes where it does not."""
+"""What a file is, by its suffix where that says something, and else by its first bytes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
 # Text beyond doubt: a file with such a name that is not UTF-8 is an error, not something else.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
 _MARKUP_SUFFIXES = (".xml", ".html", ".htm", ".xhtml", ".svg", ".rss", ".atom", ".tmx", ".sgml", ".sgm")
-# None that is a language too, as in train.pt (Portuguese), .so (Somali) and .ps (Pashto): those are told by content.
+# None that is a language too, as in train.pt (Portuguese), .so (Somali) and .ps (Pashto): those are known by their content.
 _OTHER_SUFFIXES = {
     "an archive": ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .iso .dmg .deb .rpm .epub",
     "an office document": ".doc .docx .odt .rtf .xls .xlsx .ods .ppt .pptx .odp",
@@ -142,7 +142,7 @@ def file_kind(path: str | Path) -> FileKind:
 
 
 def file_suffix(path: str | Path) -> str:
-    """Return the suffix that tells the format, in lower case, without that of a compression."""
+    """Return the suffix that stands for the format, in lower case, without that of a compression."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -280,13 +280,17 @@ def _is_object(line: str) -> bool:
         return True  # a number that is too long, or too many brackets: for the reader to say
 
 
+def is_cut_off(error: json.JSONDecodeError, text: str) -> bool:
+    """Return whether JSON is wrong only because text ends inside of a value."""
+    return error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+
+
 def _value_state(text: str, begin: int, *, is_whole: bool) -> Literal["good", "cut", "bad"]:
     """Return whether text holds a JSON value from ``begin`` on, or the beginning of one."""
     try:
         _DECODER.raw_decode(text, begin)
     except json.JSONDecodeError as error:
-        is_cut = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
-        return "cut" if is_cut and not is_whole else "bad"
+        return "cut" if is_cut_off(error, text) and not is_whole else "bad"
     except (ValueError, RecursionError):
         return "good"
     return "good"

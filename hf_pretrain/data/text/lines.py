@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 
-# Suffixes of compressed files; what a file is compressed with is told by its first bytes.
+# Suffixes of compressed files. The first bytes of a file say with what it is compressed.
 COMPRESSED_SUFFIXES = (".gz", ".gzip", ".xz", ".bz2", ".zst", ".zstd", ".lz4")
 # Bytes read at a time: little against a part of a file, because as much is read in vain behind its end.
 CHUNK = 1 << 16
@@ -132,7 +132,7 @@ def readable(path: str | Path) -> Iterator[None]:
             ) from error
         if number in _NOT_PERMITTED:
             raise InputError(f"{path} can not be read: there is no permission; change its mode or owner") from error
-        raise InputError(f"{path} can not be read: {' '.join(str(error).split())}; is it whole?") from error
+        raise InputError(f"{path} can not be read: {one_line(error)}; is it whole?") from error
 
 
 def read_lines(path: str, start: int, stop: float, *, end: bytes = b"\n") -> Iterator[tuple[list[bytes], int]]:

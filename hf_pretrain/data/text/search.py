@@ -1,4 +1,4 @@
-"""Files of text that paths, folders, globs and pipes stand for, and what lies among them that is not read."""
+"""Files of text that paths, folders, globs and pipes stand for, and the files among them that are not read."""
 
 from __future__ import annotations
 
@@ -58,6 +58,12 @@ _REPORTS = {
 }
 _BACKUP = re.compile(r".*(?:~|\.(?:bak|orig|tmp|swp|part|crdownload))|#.*#", re.IGNORECASE)
 _MOST_NAMED, _MOST_KINDS = 8, 6
+
+
+_shown: set[str] = set()
+# Pipe -> its copy; copy -> digest of its bytes.
+_copies: dict[tuple[str, int, int], str] = {}
+_digests: dict[str, str] = {}
 
 
 class LeftOut(NamedTuple):
@@ -138,9 +144,6 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> FoundFiles:
     return FoundFiles(list(files), list(left_out), searched)
 
 
-_shown: set[str] = set()
-
-
 def resolve_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
     """Return the paths of `find_files`; the first process prints, once, what was found in folders and by globs.
 
@@ -215,8 +218,8 @@ def _folder(folder: Path, root: Path) -> tuple[list[Path], list[LeftOut]]:
     def refused(error: OSError) -> None:
         leave_out(error.filename, "no permission to read it", "/")
 
-    for place, subfolders, names in os.walk(folder, onerror=refused):
-        here = Path(place)
+    for path, subfolders, names in os.walk(folder, onerror=refused):
+        here = Path(path)
         saved = _saved_dataset(here, names)
         if saved is not None:
             splits, files = saved
@@ -339,11 +342,6 @@ def _some(names: Sequence[str], *, most: int) -> str:
     return ", ".join(shown)
 
 
-# Pipe -> its copy; copy -> digest of its bytes.
-_copies: dict[tuple[str, int, int], str] = {}
-_digests: dict[str, str] = {}
-
-
 def is_pipe(path: str | Path) -> bool:
     """Return whether a path is the standard input or a pipe, such as that of ``<(command)``."""
     if str(path) == STANDARD_INPUT:
@@ -360,7 +358,7 @@ def pipe_digest(path: str) -> str | None:
 
 
 def copied_pipe(path: str | Path) -> str:
-    """Return the file that a pipe was copied to; a pipe is read once, however often it is asked for.
+    """Return the file that a pipe was copied to; a pipe is read once.
 
     Raises:
         InputError: If there is nothing in it, it is a terminal, or this is one of several processes.
