@@ -175,7 +175,7 @@ _RANGES_OF_NAMES = {
 
 
 def declared(options: Any, name: str) -> dict[str, str]:
-    """Return what the classes of a dataclass of options say of options by name, in their class variable of that name."""
+    """Return a class variable that maps options to text, such as `ranges`, joined over a dataclass and its bases."""
     return {
         option: text for cls in reversed(type(options).__mro__) for option, text in vars(cls).get(name, {}).items()
     }
@@ -238,7 +238,7 @@ def _numbers_in(value: Any) -> Iterator[float]:
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised where a program is to end at once because of SIGTERM; as after an interrupt, what is open is closed."""
+    """Raised where a program is to end at once because of SIGTERM; open files are closed, as after an interrupt."""
 
 
 class StoppedError(RunError):

@@ -198,7 +198,7 @@ def part_budgets(candidates: np.ndarray, *, parts: RowParts, context_factor: flo
     """Return how many targets each part gets.
 
     A row has the share `1 / context_factor` of its own length, at least one; the parts share it by their sizes, the
-    first gets the half target that is left over. What a part has no candidates for goes to the other.
+    first gets the half target that is left over. Where a part has too few candidates, the other takes the rest.
 
     Args:
         candidates: `[B, L]` bool, the tokens that may be predicted.
@@ -319,7 +319,7 @@ def _lay_spans(windows: _Windows, *, starts: np.ndarray, ends: np.ndarray) -> np
     """
     num_parts, width = starts.shape
     lengths, lefts, advances = windows
-    # A part's stretch of the table is wide enough for what follows its end, which leads back to the end.
+    # A part's stretch of the table is wider than the part: entries behind its end lead back to the end.
     stretch = width + int(lefts.max() + advances.max()) + 1
     table = np.full((num_parts, stretch), width)
     firsts = np.where(starts, np.arange(width), width)

@@ -19,7 +19,7 @@ _WORDS_FIX = "prepare the data with hf_pretrain (documents have this column), or
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What the draws of a batch are keyed by.
+    """The keys of the draws of a batch.
 
     Attributes:
         example_ids: `[B]` int64.
@@ -70,9 +70,9 @@ class ExampleRows:
         input_ids: `[B, L]` int64.
         valid: `[B, L]` bool, False at padding.
         keys: Keys of the draws.
-        word_starts: `[B, L]` bool, or None if not asked for.
+        word_starts: `[B, L]` bool, or None if the masking does not need them.
         token_type_ids: `[B, L]` int64, or None if the examples have none.
-        spans: `[S, 3]` int64 of (row, start, end), the given spans, or None if not asked for.
+        spans: `[S, 3]` int64 of (row, start, end), the given spans, or None if the masking does not need them.
         document_ids: `[B, L]` int64, which of the row's isolated documents a token belongs to, -1 at padding; None if
             the examples have none.
         order_indices: `[B]` int64, the index of each example in the order of an epoch, -1 where it has none.

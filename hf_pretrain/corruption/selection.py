@@ -191,7 +191,7 @@ def select_tokens(bits: np.ndarray, *, maskable: np.ndarray, budgets: np.ndarray
 
 
 def fill_budgets(sizes: np.ndarray, *, budgets: np.ndarray) -> np.ndarray:
-    """Take units in the given order, skipping each that would overflow what is left of the budget.
+    """Take units in the given order, skipping each that would overflow the rest of the budget.
 
     Equal to going through the units one by one. A row with a budget in which no unit fits takes its smallest unit.
 

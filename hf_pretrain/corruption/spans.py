@@ -138,7 +138,7 @@ def take_runs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Take runs of slots in the given order while the budget lasts; a run that overlaps a taken one is skipped.
 
-    Slots are words or tokens. A run over what is left of the budget is skipped, or, with `shorten`, first tried with
+    Slots are words or tokens. A run over the rest of the budget is skipped, or, with `shorten`, first tried with
     fewer slots. A row with a budget in which no run fits takes its smallest run.
 
     Args:

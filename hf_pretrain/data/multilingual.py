@@ -81,7 +81,7 @@ def prepare_multilingual(
 
     Args:
         args: What to read, and how to cut and mix it.
-        seed: Seed of the run, for the order of the examples; what is held out depends on ``args.split_seed`` only.
+        seed: Seed of the run, for the order of the examples; the held-out text depends on ``args.split_seed`` only.
         output_dir: Where a trained tokenizer is saved.
         tokenizer: Tokenizer to use; otherwise ``args.tokenizer_name``, otherwise one is trained on text in which each
             language has its share.
@@ -150,7 +150,7 @@ def _numbered(languages: Sequence[str], lang2id: Mapping[str, int] | None) -> di
 
 
 def _read(args: MultilingualDataArguments) -> tuple[_Corpus, _Corpus]:
-    """Return the text to train on, and what is held out of it."""
+    """Return the text to train on and the text that is held out."""
     bad: dict[str, Any] = {"on_bad_text": args.on_bad_text or "refuse"}
     options: dict[str, Any] = {"text_column": args.text_column, "document_separator": args.document_separator} | bad
     corpus = {
@@ -196,7 +196,7 @@ def _tokenizer(
 def balanced_texts(texts: Mapping[str, datasets.Dataset], *, alpha: float, seed: int) -> Iterator[str]:
     """Yield documents such that each language has its share of the characters, as many as a tokenizer needs.
 
-    At most, there are as many characters as in all texts. A language whose share is greater than what it has is read
+    At most, there are as many characters as in all texts. A language whose share is greater than its text is read
     again; of one whose share is less, the rest is left out.
 
     Args:
@@ -231,7 +231,7 @@ def _again_and_again(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
 def _tokenized(
     args: MultilingualDataArguments, corpus: _Corpus, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[_Documents, dict[str, UnknownCount]]:
-    """Return the documents of each part, and what the tokenizer does not know in it."""
+    """Return the documents of each part, and the count of its unknown characters."""
     unknown = {name: UnknownCount() for name in corpus}
     options: dict[str, Any] = {"num_proc": args.preprocessing_num_workers, "word_segmenter": word_segmenter(args)}
     documents = {

@@ -38,7 +38,8 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput
-from hf_pretrain.schedules import TrainingSteps, check_options, schedules_of
+from hf_pretrain.options import check_options, schedules_of
+from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, PretrainingArguments, linear_product_schedule
 from hf_pretrain.training.checkpoints import not_finite
 from hf_pretrain.training.processes import check_batches, check_sharding, sharded_by_blocks

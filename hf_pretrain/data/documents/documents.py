@@ -38,7 +38,7 @@ SentenceSplitter = Callable[[str], Sequence[int]]
 _FULL_STOPS = ".!?…؟۔।॥։።"
 _WIDE_STOPS = "。！？｡．"
 _CLOSERS = "\"'”’»›)\\]}」』）】》〉］｝〕"
-# A bound, lest a long run of stops be read to its end from each of them.
+# A bound: else a long run of stops would be read to its end from each of them.
 _MOST_CLOSERS = 8
 _LETTERS = [chr(point) for point in range(0x2000)]
 _LOWER = "".join(letter for letter in _LETTERS if letter.islower())
@@ -67,7 +67,7 @@ _PIECE_CHARACTERS = 1 << 20
 _GROUP_CHARACTERS = 1 << 21
 # Part of every fingerprint: raise it when the documents of the same text change.
 _VERSION = 2
-# Beside those of the schema, a stored document has what is counted of it.
+# A stored document has these counts beside the columns of the schema.
 _COUNTS = ("characters", "unknown_characters", "unknown_tokens")
 _MOST_WEIGHT = 1000
 
@@ -82,7 +82,7 @@ def _guards(initials: str) -> str:
 
 
 def _boundary(not_before: str, initials: str) -> re.Pattern[str]:
-    """Compile what lies between two sentences: a match ends where the next one starts.
+    """Compile the boundary between two sentences: a match ends where the next sentence starts.
 
     A class of characters comes first, so that the engine skips to the next candidate; the branches then look back.
     """
@@ -214,7 +214,7 @@ def tokenize_texts(
         tokenizer: A fast tokenizer, because the words are found by character offsets.
         sentence_splitter: Returns the offsets at which the sentences of a text start.
         word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
-        unknown: What is unknown in the texts is added to it.
+        unknown: The counts of the texts are added to it.
 
     Returns:
         The columns ``input_ids`` (``int32 [n]`` a text), ``word_starts`` and ``sent_starts`` (``bool [n]``), with one
@@ -384,7 +384,7 @@ def tokenize_documents(
         num_proc: Processes to work in; the tokenizer uses threads anyway where there is one process.
         batch_size: Texts in one call of the tokenizer.
         keep_empty: Whether texts without tokens stay, so that there is one document for each text.
-        unknown: What is unknown in the texts is added to it, also where the documents were made before.
+        unknown: The counts of the texts are added to it, also where the documents were made before.
 
     Returns:
         Dataset with ``input_ids``, ``word_starts``, ``sent_starts``, ``doc_id`` and, if given, ``lang``, in the order

@@ -79,7 +79,7 @@ _LONGEST_WORD, _MOST_PARTS = 1000, 100
 _UNBROKEN_CHARACTERS = 1 << 22
 # Below so many characters a training takes no more than about two seconds.
 _QUICK_CHARACTERS = {"wordpiece": 1 << 22, "bpe": 1 << 22, "unigram": 1 << 18}
-# What a text is like shows in its beginning, and in no more than so much of any document.
+# A tokenizer is chosen by so many characters of the text, and so many at most of one document.
 _LOOKED_AT, _LOOKED_AT_IN_ONE = 1 << 20, 1 << 13
 # Words are longer than this in no language that separates them, but for single ones.
 _LONG_WORD = 25
@@ -104,7 +104,7 @@ class TokenizerChoice(NamedTuple):
 
 
 def choose_tokenizer(texts: Iterable[str | None]) -> TokenizerChoice:
-    """Choose the tokenizer to train by what the text is, from its first million characters.
+    """Choose the tokenizer to train by the first million characters of the text.
 
     WordPiece in lower case, as BERT's, where words are separated. Byte-level BPE that keeps the case for program code and
     for long runs of ASCII letters (DNA, proteins, base64), of which it loses nothing. Unigram for scripts that are written
@@ -213,7 +213,7 @@ def train_tokenizer(
 
 
 class _Options(NamedTuple):
-    """What is wanted of a tokenizer, see `train_tokenizer`."""
+    """The options of `train_tokenizer`."""
 
     vocab_size: int
     lowercase: bool
@@ -240,7 +240,7 @@ class _LearnedTexts:
 
     @classmethod
     def of(cls, texts: Iterable[str | None], kind: TokenizerKind) -> _LearnedTexts:
-        """Look through the texts for words that are too long, and say what becomes of them."""
+        """Look through the texts for words that are too long, and warn of them."""
         total = num_long = num_characters = 0
         for text in texts:
             lengths = [stop - start for start, stop in _too_long(text or "")]
@@ -336,7 +336,7 @@ def _train_bpe(learned: _LearnedTexts, wanted: _Options) -> PreTrainedTokenizerF
     backend = Tokenizer(models.BPE())
     if steps := _letter_steps(wanted):
         backend.normalizer = normalizers.Sequence(steps)
-    # As GPT-2's expression, but that a word is what this library calls a word; a space stays with what follows it.
+    # As GPT-2's expression, but with this library's words; a space stays with the word behind it.
     lone = f"[{_lone_characters()}]"
     pattern = (
         rf" ?{lone}\p{{M}}*| ?[\p{{L}}\p{{M}}&&[^{_lone_characters()}]]+| ?\p{{N}}+"
@@ -488,7 +488,7 @@ def _alphabet(frequency: dict[str, int], *, vocab_size: int, num_fixed: int) -> 
 
 @cache
 def _lone_characters() -> str:
-    """Return what stands inside the brackets of a regular expression for characters that are words of their own."""
+    """Return the characters that are words of their own, as the inside of a regular expression's brackets."""
     ranges = "".join(f"{chr(low)}-{chr(high)}" for low, high in IDEOGRAPH_RANGES)
     return r"\p{P}" + "".join(f"\\{symbol}" for symbol in ASCII_SYMBOLS) + ranges
 
@@ -496,7 +496,7 @@ def _lone_characters() -> str:
 def frame_by_separators(tokenizer: PreTrainedTokenizerFast) -> None:
     """Let a tokenizer put its separator where XLM does: ``</s> x </s>`` around a text, ``</s> x </s> y </s>`` around two.
 
-    As XLM's, it has then the one token for ``cls_token``, ``sep_token`` and ``eos_token``. What was the classification token
+    As XLM's, it has then the one token for ``cls_token``, ``sep_token`` and ``eos_token``. The former classification token
     is the ``bos_token``, as XLM's ``<s>`` that it never puts anywhere. Saved and opened again it is the same.
 
     Args:
@@ -517,10 +517,10 @@ def frame_by_separators(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, roles: Sequence[str] = ("mask", "pad")) -> None:
-    """Raise InputError if a tokenizer has no vocabulary, as one that was made up for a folder without, or lacks a special token.
+    """Raise InputError if a tokenizer has no vocabulary or lacks a special token.
 
     Args:
-        tokenizer: Any tokenizer; what stands around a sequence is its own affair.
+        tokenizer: Any tokenizer, whatever it puts around a sequence.
         roles: The tokens that are needed; masked language models need a mask and a pad token.
     """
     special = {*tokenizer.all_special_tokens, "▁"}

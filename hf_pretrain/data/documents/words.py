@@ -130,7 +130,7 @@ def _begins_word(kinds: np.ndarray) -> np.ndarray:
     closes = is_alone | is_space
     is_mark = kinds == MARK
     if is_mark.any():
-        # A mark is what its base is: after a space it is a letter, after a lone character it belongs to that one.
+        # A mark is of the kind of its base: after a space it is a letter, after a lone character it belongs to that one.
         base = np.maximum.accumulate(np.where(is_mark, -1, np.arange(len(kinds))))
         has_letter = (base >= 0) & ~is_space[base]
         closes = np.where(is_mark, has_letter & is_alone[base], closes)
@@ -192,7 +192,7 @@ class NamedSegmenter:
     name: str
 
     def __post_init__(self) -> None:
-        """Import it, lest a mistake show after the text was read."""
+        """Import it now: a mistake must show before the text is read."""
         _segmenter(self.name)
 
     def __call__(self, run: str) -> Sequence[str]:

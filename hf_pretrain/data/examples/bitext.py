@@ -30,7 +30,7 @@ from hf_pretrain.errors import InputError, check_choice
 
 BitextFrame = Literal["each", "pair"]
 
-# What has fields that are named; a table may have a header or none.
+# Formats whose fields have names; a table may have a header or none.
 _ROW_FORMATS = ("json", "json_lines", "parquet", "arrow")
 BITEXT_FEATURES = datasets.Features({"first": datasets.Value("string"), "second": datasets.Value("string")})
 
@@ -45,7 +45,7 @@ def read_bitext(
             separated by a tab, or JSON, Parquet, Arrow, or a table whose header has both languages, with a field for each.
             Compressed files are decompressed on the fly, and pipes are read. Only line feeds end lines.
         languages: Names of the first and the second language.
-        on_bad_text: What becomes of a pair of which a side is no text, see `hf_pretrain.data.text.files.BadTextCount`.
+        on_bad_text: Whether to refuse or skip a pair with a side that is no text, see `hf_pretrain.data.text.files.BadTextCount`.
 
     Yields:
         Pairs of texts, without those of which one is blank.
@@ -156,7 +156,7 @@ def tokenize_bitext(
         languages: Names of the two languages, for the column ``lang``.
         word_segmenter: Finds words in text without spaces, see `word_starts`.
         num_proc: Processes to work in.
-        unknown: What is unknown in the texts is added to it.
+        unknown: The counts of the texts are added to it.
 
     Returns:
         Two datasets of documents whose n-th rows are translations of each other; none is without tokens.
@@ -208,7 +208,7 @@ class BitextDataset(DrawnDataset):
         languages: Numbers of the languages of ``first`` and ``second``.
         frame: ``"each"``: each sentence has special tokens as if it were alone, so that an XLM tokenizer's four are in
             ``</s> x </s> </s> y </s>``; ``"pair"``: as the tokenizer joins two texts: ``</s> x </s> y </s>`` or
-            ``[CLS] x [SEP] y [SEP]``. What stands between the two belongs to the first.
+            ``[CLS] x [SEP] y [SEP]``. The tokens between the two belong to the first.
         seed: Seed of the run.
 
     Raises:

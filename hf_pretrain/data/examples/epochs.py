@@ -32,7 +32,7 @@ _YIELD_CHUNK = 1 << 16
 
 # Groups of a part are counted in advance at every so many groups, and in between when an index is read.
 _COUNTED = 256
-# What is drawn for an epoch is kept for so many, because an epoch begins before the last one is drained.
+# The draws of so many epochs are kept, because an epoch begins before the last one is drained.
 _KEPT_EPOCHS = 2
 
 
@@ -183,7 +183,7 @@ class FilledSampler(Sampler[int]):
 
     Processes take turns with batches, and each needs as many as the others. accelerate would fill the last turn with examples
     of the epoch's beginning, which would then be trained on twice. A marked index is ``-1 - index`` of such an example;
-    :class:`FilledDataset` reads it as what it is.
+    :class:`FilledDataset` knows it by its sign.
 
     Args:
         sampler: Yields the indices of an epoch, none below zero.
@@ -275,7 +275,7 @@ class _Order(NamedTuple):
 
 
 class _Draw(NamedTuple):
-    """What an index of the mixture stands for: the number of a part, the part's own index, and what it is keyed by."""
+    """The example behind an index of the mixture: the number of a part, the part's own index, and further entries."""
 
     part: int
     row: int
@@ -398,7 +398,7 @@ class MixtureDataset(EpochDataset):
         return draws.permutation(len(self.parts[name]), seed=self.seed, epoch=epoch, stream=f"rows of {name}")
 
     def _recent(self, kind: Hashable, epoch: int, draw: Callable[[int], Any]) -> Any:
-        """Return what is drawn for an epoch, drawn once as long as it is one of the last."""
+        """Return the draws of an epoch, which are kept while it is one of the last."""
         known = self._drawn.setdefault(kind, {})
         if epoch not in known:
             if len(known) == _KEPT_EPOCHS:
@@ -407,7 +407,7 @@ class MixtureDataset(EpochDataset):
         return known[epoch]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without what can be drawn again."""
+        """Pickle without the draws, which can be made again."""
         return self.__dict__ | {"_drawn": {}}
 
     def __repr__(self) -> str:
@@ -425,7 +425,7 @@ def apportion(total: int, weights: np.ndarray) -> np.ndarray:
     """Divide a number by weights into whole numbers, by the largest remainders.
 
     Args:
-        total: What is divided.
+        total: The number to divide.
         weights: Not negative, ``[P]``.
 
     Returns:

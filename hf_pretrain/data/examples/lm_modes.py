@@ -100,7 +100,7 @@ class LMModeView(ExampleView):
     - `pair_label`: -100 in all modes but the bidirectional, where there is one.
 
     Args:
-        dataset: Bidirectional: pairs or single segments. From sequence to sequence: pairs of what follows on each other, with
+        dataset: Bidirectional: pairs or single segments. From sequence to sequence: pairs of connected text, with
             `source_length`. In one direction: single segments, such as blocks.
         mode: The mode or its name in lower case.
         type_vocab_size: Token types of the model: `config.type_vocab_size`, 0 where the model has none.

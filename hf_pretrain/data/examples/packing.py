@@ -88,7 +88,7 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     num_rows = 0
     for pieces in groups:
         length = int(lengths[pieces[0]])
-        # What a row has left once filled is less than this length, so it is not among these.
+        # A row that this length has filled has less room than the length, so it is not among these.
         for room in [*sorted(room for room in open_rows if room >= length), capacity]:
             if not len(pieces):
                 break
@@ -122,7 +122,7 @@ def _rows_by_first_piece(row_of: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class BlockTemplate:
-    """What a tokenizer puts around a single sequence, and what separates two documents inside one."""
+    """The special tokens around a single sequence, and the separator of two documents inside one."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -276,7 +276,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         tokenizer: Tokenizer that made them; gives the special tokens around a block and the separator between
             documents.
         block_size: Most tokens in a block, special tokens included.
-        mode: How to cut, see :func:`block_bounds`. With ``"isolated_documents"`` what is cut are pieces: each has its
+        mode: How to cut, see :func:`block_bounds`. With ``"isolated_documents"`` the cuts give pieces: each has its
             own special tokens, and a block is the pieces that :func:`hf_pretrain.data.examples.packing.pack_rows` puts
             together. The entry ``document_ids`` of a block tells them apart, so that no piece need see another.
 
@@ -340,7 +340,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         return [_join([next(pieces) for _ in group]) for group in members]
 
     def _read_many(self, numbers: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """Return what lies between the given bounds and the next."""
+        """Return the tokens between each of the given bounds and the next."""
         starts, stops = self._bounds[numbers], self._bounds[numbers + 1]
         firsts, lasts = self.store.document_of(starts), self.store.document_of(stops - 1)
         return [
@@ -384,7 +384,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
 
     @property
     def _lengths(self) -> np.ndarray:
-        """Tokens that what lies between two bounds takes in a block."""
+        """Tokens that the stretch between two bounds takes in a block, special tokens included."""
         starts, stops = self._bounds[:-1], self._bounds[1:]
         separators = self.store.document_of(stops - 1) - self.store.document_of(starts)
         return stops - starts + separators + self.template.num_special_tokens
@@ -395,7 +395,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         return float(self.lengths.mean()) / self.block_size
 
     def __repr__(self) -> str:
-        """Show what was packed and how well it fills."""
+        """Show the packing and how well it fills."""
         return (
             f"{type(self).__name__}({len(self)} blocks of at most {self.block_size} tokens, mode={self.mode!r}, "
             f"{self.num_tokens} tokens of {self.store.num_documents} documents, fill={self.fill:.3f})"

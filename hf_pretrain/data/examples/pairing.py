@@ -1,4 +1,4 @@
-"""From documents to pairs of segments: where to cut, what stays together and what is exchanged, all by keyed draws.
+"""From documents to pairs of segments: where to cut, which parts stay together and which are exchanged, all by keyed draws.
 
 A document is cut into chunks of whole sentences, a chunk is split in two, and its second part stays, is swapped with
 the first, or is replaced by text of another document. Replaced text is put back and begins the next chunk. So where a
@@ -199,7 +199,7 @@ def draw_chunks(sentences: SentenceIndex, *, rule: PairRule, epoch: int, documen
 
 
 def _chain(following: np.ndarray) -> np.ndarray:
-    """Return what is met from 0 on, going from each number to the one that follows it, until there is no more."""
+    """Return the numbers on the way from 0 to the end, going from each to the one that follows it."""
     chain, at, steps = [], 0, following.tolist()
     while at < len(steps):
         chain.append(at)

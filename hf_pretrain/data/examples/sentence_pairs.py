@@ -1,6 +1,7 @@
-"""What a tokenizer puts before, between and behind two sequences, and the token types that it gives them.
+"""Pairs of text segments for next-sentence and sentence-order prediction, made anew in every epoch.
 
-Pairs of text segments for next-sentence and sentence-order prediction, made anew in every epoch.
+`PairTemplate` reads off a tokenizer which tokens it puts before, between and behind two sequences, and their token types.
+`SentencePairDataset` joins the segments that `hf_pretrain.data.examples.pairing` draws.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class PairTemplate:
             The template.
 
         Raises:
-            InputError: If nothing would stand between the sequences, or no text of the vocabulary shows what does.
+            InputError: If the tokenizer puts nothing between the sequences, or around no text of its vocabulary.
         """
         expected = tokenizer.num_special_tokens_to_add(pair=True)
         name = type(tokenizer).__name__
@@ -167,7 +168,7 @@ class SentencePairDataset(DrawnDataset):
     - `"none"`: the two parts, without a label.
 
     Each label comes as often as the others. Where other text replaces the second part, the next chunk begins with
-    that part. What is too long loses tokens of the longer segment, each in front or at the back with equal chances.
+    that part. A pair that is too long loses tokens of the longer segment, each in front or at the back with equal chances.
 
     A chunk of one sentence can not be split. With `balanced`, a chunk takes a second sentence, and the last one of a
     document if it would be left alone, even if they are too long; a sentence that is alone all the same, in its document
@@ -280,7 +281,7 @@ class SentencePairDataset(DrawnDataset):
 
         Returns:
             `input_ids` int32, `word_starts` bool and `token_type_ids` int64, `[n]` each; `source_length`, the tokens up to
-            and with what stands between the segments; `pair_label`, unless the task is `"none"`; `example_id`, `epoch`
+            and with those between the segments; `pair_label`, unless the task is `"none"`; `example_id`, `epoch`
             and, if the index has one, `order_index`.
 
         Raises:
@@ -319,13 +320,13 @@ class SentencePairDataset(DrawnDataset):
         return (counts / len(self)).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is found again where the dataset arrives."""
+        """Leave out the tables, which are made again where the dataset arrives."""
         state = {name: value for name, value in vars(self).items() if name not in ("sentences", "lengths")}
         # `base` is this object.
         return state | {"_tables": {}}
 
     def __repr__(self) -> str:
-        """Show what the pairs are and how well they fill."""
+        """Show the pairs and how well they fill."""
         shares = "/".join(f"{share:.3f}" for share in self.label_shares)
         labels = f", labels={shares}" if len(self.rule.kinds) > 1 else ""
         return (

@@ -73,7 +73,7 @@ class LaneStream:
         Args:
             lane: Number of the lane.
             start: First position; -1 is the token before the lane: the last of the lane before it, or a separator.
-            stop: Position after the last, at most ``lane_length``; what lies behind the text's end is left out.
+            stop: Position after the last, at most ``lane_length``; tokens behind the text's end are left out.
 
         Returns:
             ``input_ids`` int32, ``word_starts`` bool and ``sent_starts`` bool, each of at most ``stop - start``.
@@ -286,7 +286,7 @@ class XLNetWindows(DrawnDataset):
     def _segments(self, lane: int, start: int, uniforms: np.ndarray) -> tuple[_Tokens, _Tokens, _Tokens]:
         """Return the first stretch, A and B of the window at `start`, given draws for B's kind, A's end and B's start."""
         begin, room = start + self.reuse_len, self.text_length
-        # A and B each take at most the room for both, so what lies beyond twice that changes nothing.
+        # A and B each take at most the room for both, so text beyond twice that changes nothing.
         tokens = self._read(lane, start, begin + 2 * room)
         first, text = _cut(tokens, 0, self.reuse_len), _cut(tokens, self.reuse_len, len(tokens.ids))
         borders = np.flatnonzero(text.is_border)

@@ -87,7 +87,7 @@ class StreamProgress:
         return pending[number] if number < len(pending) else StreamPosition(self.tail + number - len(pending))
 
     def items(self, reader: int) -> Iterator[Stop]:
-        """Yield what a reader still has to read: the rest of the item it was in, then its next ones, without end."""
+        """Yield the rest of a reader's items: first the one that it was in, then its next ones, without end."""
         stop = (self.stops or {}).get(reader)
         if stop is not None:
             yield stop
@@ -181,7 +181,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
             the shards is drawn each epoch too. 0 keeps the order, and a window is a buffer of documents.
         seed: Key of the shuffle.
         tokenize: Maps texts to columns of the document schema; default `hf_pretrain.data.documents.documents.tokenize_texts`.
-        on_bad_text: What becomes of a document of a file that is no text: ``"skip"`` or ``"refuse"``, see
+        on_bad_text: Whether to ``"skip"`` or ``"refuse"`` a document of a file that is no text, see
             `hf_pretrain.data.text.files.BadTextCount`.
 
     Raises:

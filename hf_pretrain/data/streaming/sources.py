@@ -92,12 +92,12 @@ def read_shard(
 
     Args:
         shard: One that `list_shards` returned for the same ``document_separator``.
-        start: Where to go on: a position that was yielded with a document of this shard, or 0 for its front. What lies
-            before is not read again, but decompressed if the file is compressed, and a Parquet file is read from the row
+        start: Where to go on: a position that was yielded with a document of this shard, or 0 for its front. Earlier text
+            is not read again, but decompressed if the file is compressed, and a Parquet file is read from the row
             group on that the position lies in.
         document_separator: What ends a document of a text file.
         text_column: Name of the field or column that holds the text.
-        bad: What becomes of a document that is no text; by default, it is refused.
+        bad: Whether to refuse or skip a document that is no text; by default it is refused.
 
     Yields:
         Each document as `hf_pretrain.data.text.files.read_documents` yields it, with the position behind it.
@@ -183,7 +183,7 @@ class FileShards:
         paths: Files, folders or globs, as `hf_pretrain.data.text.datasets.read_documents` takes them.
         document_separator: What ends a document of a text file.
         text_column: Field or column that holds the text of JSON, tables, Parquet and Arrow.
-        on_bad_text: What becomes of a document that is no text, see `hf_pretrain.data.text.files.BadTextCount`.
+        on_bad_text: Whether to refuse or skip a document that is no text, see `hf_pretrain.data.text.files.BadTextCount`.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class FileShards:
             parts = [Shard(path, start, stop) for start, stop in spans]
             if size != size_before:
                 changed.append(name)
-                # The last part takes what is behind its end now.
+                # The last part takes the new text behind its end too.
                 parts[-1] = Shard(path, parts[-1].start, None)
             shards += parts
         self.shards = shards
@@ -312,7 +312,7 @@ class DatasetShards:
 def as_source(
     source: Any, *, document_separator: DocumentSeparator, text_column: str, on_bad_text: OnBadText = "skip"
 ) -> ShardSource:
-    """Return a source of what a user gives: paths, a `datasets.IterableDataset`, or a source.
+    """Return a source for paths, a `datasets.IterableDataset`, or a source itself.
 
     Raises:
         InputError: If it is none of them, or there is no text of that column.

@@ -49,7 +49,7 @@ def text_dataset(
         source: Files, folders or globs as in `read_documents`, or a dataset with a column of text.
         text_column: Name of the column that holds the text.
         document_separator: What ends a document of a text file.
-        on_bad_text: What becomes of a document of a file that is no text, see `read_documents`.
+        on_bad_text: Whether to refuse or skip a document of a file that is no text, see `read_documents`.
         language: Language of all the documents, for a column ``lang``; by default there is no such column.
         cache_dir: Folder of the Arrow files; the cache of 🤗 datasets by default. The same files, unchanged, and the
             same options are read once.
@@ -103,7 +103,7 @@ def with_language(texts: datasets.Dataset, language: str) -> datasets.Dataset:
 
 
 def file_stamps(paths: Sequence[str]) -> list[tuple[str | int, ...]]:
-    """Return what a cache is keyed by.
+    """Return the identity of files, by which caches are keyed.
 
     Args:
         paths: Files.
@@ -219,10 +219,10 @@ def _is_saved(name: str) -> bool:
 
 
 def _load_saved(name: str, split: str) -> datasets.Dataset:
-    """Return a split, or a slice of one, of what was saved to a folder."""
+    """Return a split, or a slice of one, of a folder that ``save_to_disk`` wrote."""
     loaded = datasets.load_from_disk(name)
     if isinstance(loaded, datasets.Dataset):
-        # What was saved by itself may have no name of its split.
+        # A split that was saved alone may have no name.
         own = str(loaded.split or split.partition("[")[0])
         loaded = datasets.DatasetDict({own: loaded})
     lengths = {own: len(rows) for own, rows in loaded.items()}
@@ -253,7 +253,7 @@ def text_sizes(texts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
 def random_subset(texts: datasets.Dataset, *, max_bytes: int, seed: int) -> datasets.Dataset:
     """Return a keyed random part of the texts that has at most so many bytes, in the order of the texts.
 
-    Texts are taken in a random order, in rounds: those longer than what is left are left out, and the first that does not
+    Texts are taken in a random order, in rounds: those longer than the bytes left are left out, and the first that does not
     fit ends the round. There is another one while less than nine tenths of the bytes are filled. So a text is the rarer
     the longer it is, but only where it is long beside `max_bytes`: one of a thousandth of it is hardly ever left out.
 

@@ -81,11 +81,11 @@ def read_documents(
     Args:
         paths: Files, folders (see `hf_pretrain.data.text.search.find_files`), globs, pipes, or ``"-"`` for the standard
             input. JSON, CSV, TSV, Parquet and Arrow files hold one document a row; any other file is read as UTF-8 text.
-            What is compressed by gzip, xz, bzip2, zstd or lz4 is decompressed on the fly.
+            Files compressed by gzip, xz, bzip2, zstd or lz4 are decompressed on the fly.
         document_separator: What ends a document of a text file: ``"blank_line"``, ``"line"`` or only its end,
             ``"file"``.
         text_column: Name of the field or column that holds the text.
-        on_bad_text: What becomes of a document that is not UTF-8, or a row that is not JSON, see [`BadTextCount`].
+        on_bad_text: Whether to refuse or skip a document that is not UTF-8, or a row that is not JSON, see [`BadTextCount`].
 
     Yields:
         Documents without white space around them; blank ones are left out.
@@ -119,10 +119,10 @@ def read_part(
         position: Where to go on: a position that was yielded with a document of the part, or 0 for its front.
         document_separator: What ends a document of a text file; parts need another than ``"file"``.
         text_column: Name of the field or column that holds the text.
-        bad: What becomes of a document that is no text; by default, it is refused.
+        bad: Whether to refuse or skip a document that is no text; by default it is refused.
 
     Yields:
-        As `read_documents`, each document with the position behind it: a byte (of what is decompressed), or in a Parquet,
+        As `read_documents`, each document with the position behind it: a byte (after decompression), or in a Parquet,
         Arrow or JSON file that is not JSON lines the number of the row in the part.
 
     Raises:
@@ -153,7 +153,7 @@ def read_rows(path: str | Path, *, text_column: str | None = None) -> Iterator[s
         text_column: Name of the field or column; without it, lines are read, which end at line feeds alone.
 
     Returns:
-        The texts as they are, lines with their ends; what is no text as an error.
+        The texts as they are, lines with their ends; a text that is none comes as an error.
 
     Raises:
         InputError: As `read_documents` when a row is read, but that a file may be empty.
@@ -189,7 +189,7 @@ def _rows(
         return json_rows(path, position, text_column)
     if kind.format == "csv":
         return table_rows(path, position, text_column, line_end=kind.line_end)
-    # What begins in a part is what it goes on with, so a part that has been read to a position is one that starts there.
+    # A part that has been read to a position goes on as one that starts there.
     end = math.inf if stop is None else stop
     begin = position or start
     if kind.format == "json_lines":
@@ -260,7 +260,7 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.
 
     Raises:
-        InputError: If it is none, or what is read from it turns out to be damaged.
+        InputError: If it is none, or is found damaged while it is read.
     """
     with readable(path):
         try:
@@ -288,7 +288,7 @@ def open_arrow(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]
     """Open an Arrow file, or the stream that `datasets.Dataset.save_to_disk` writes: its schema and its batches.
 
     Raises:
-        InputError: If it is none, or what is read from it turns out to be damaged.
+        InputError: If it is none, or is found damaged while it is read.
     """
     with readable(path):
         try:

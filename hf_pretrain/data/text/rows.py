@@ -29,7 +29,7 @@ Row = tuple[str | BadText, int]
 
 _CHUNK = 1 << 18
 _DECODER = json.JSONDecoder()
-# Python does not turn more than some thousand digits into a whole number; nobody asks for what they stand for.
+# Python refuses whole numbers of more than some thousand digits. Their value does not matter here.
 _LONG_NUMBERS = json.JSONDecoder(parse_int=float)
 # Bytes that are not UTF-8, as "surrogateescape" decodes them; halves of a surrogate pair; both are no characters.
 _BAD_BYTE = re.compile("[\udc80-\udcff\0]")

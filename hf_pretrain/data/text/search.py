@@ -67,7 +67,7 @@ _digests: dict[str, str] = {}
 
 
 class LeftOut(NamedTuple):
-    """A file or folder that is not read, and what it is."""
+    """A file or folder that is not read, and why."""
 
     path: str
     reason: str
@@ -79,7 +79,7 @@ class FoundFiles:
 
     Attributes:
         paths: The files to read, each once.
-        left_out: What lies in the folders, or matches the globs, and is not read.
+        left_out: Files and folders in the folders, or of the globs, that are not read.
         searched: The folders and globs.
     """
 
@@ -101,14 +101,14 @@ class FoundFiles:
 
 
 def described(left_out: Sequence[LeftOut]) -> str:
-    """Return the names of what is not read, with the reasons; of many, the first."""
+    """Return the names of files that are not read, with the reasons; of many, the first."""
     return _some([f"{entry.path} ({entry.reason})" for entry in left_out], most=_MOST_NAMED)
 
 
 def find_files(paths: str | Path | Sequence[str | Path]) -> FoundFiles:
     """Return the files that paths, folders, globs and pipes stand for: in the order given, sorted inside of each.
 
-    A file that is named is read or refused. Of what lies in a folder, or matches a glob, files are left out that are not
+    A file that is named is read or refused. In a folder or a glob, files are left out that are not
     text, that are empty or hidden, the README and the licence of the folder, copies of editors, and what training writes:
     checkpoints, models and tokenizers. A folder that `datasets.Dataset.save_to_disk` wrote is read as such.
 
@@ -145,7 +145,7 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> FoundFiles:
 
 
 def resolve_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    """Return the paths of `find_files`; the first process prints, once, what was found in folders and by globs.
+    """Return the paths of `find_files`; the first process prints, once, the files found in folders and by globs.
 
     Raises:
         InputError: As `find_files`.
@@ -160,7 +160,7 @@ def resolve_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _expand(path: str | Path) -> tuple[list[Path], list[LeftOut], bool]:
-    """Return the files that a path stands for, what is left out, and whether that had to be searched for."""
+    """Return the files of a path, those left out, and whether it is a folder or a glob."""
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as error:
@@ -208,7 +208,7 @@ def _is_inside_run(folder: Path, *, root: Path) -> bool:
 
 
 def _folder(folder: Path, root: Path) -> tuple[list[Path], list[LeftOut]]:
-    """Return the files of a folder and of those inside of it that are read, sorted, and what is not."""
+    """Return the files in a folder, at any depth, that are read, sorted, and those that are not."""
     found: list[Path] = []
     left_out: list[LeftOut] = []
 
