@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import weights_digest, write_text
+from hf_pretrain.files import plain, weights_digest, write_text
 from hf_pretrain.hub import text as card_text
 from hf_pretrain.hub.environment import Compute, Energy
 from hf_pretrain.hub.evaluation import Evaluation, hub_id
@@ -447,7 +447,7 @@ def _encode(value: Any) -> Any:
         return {entry.name: _encode(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
         return [_encode(item) for item in value]
-    value = card_text.plain(value)
+    value = plain(value)
     if isinstance(value, dict):
         return {name: _encode(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -25,8 +25,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, hf_api, logging
 
 from hf_pretrain.errors import InputError, RunError
-from hf_pretrain.files import MARKER, PART, read_marker, write_marker, write_text
-from hf_pretrain.hub.text import last_part, plain, portable_options
+from hf_pretrain.files import MARKER, PART, plain, read_marker, write_marker, write_text
+from hf_pretrain.hub.text import last_part, portable_options
 from hf_pretrain.training.checkpointing import SavingMixin
 
 if TYPE_CHECKING:
