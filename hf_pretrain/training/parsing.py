@@ -436,11 +436,11 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
 
 
 def _recipe_value(value: Any) -> Any:
-    """Return a value as a recipe has it: of an object of settings what differs from its defaults, infinity as text."""
+    """Return a value as a recipe has it: of an object of settings the entries that differ from its defaults."""
     if hasattr(value, "to_dict"):
         unchanged = type(value)().to_dict()
         value = {key: item for key, item in value.to_dict().items() if item != unchanged.get(key)}
-    return plain(value, not_finite=str)
+    return plain(value)
 
 
 def write_recipe(options: Mapping[str, Any], path: str | Path, *, program: str) -> None:
