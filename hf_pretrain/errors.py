@@ -1,7 +1,8 @@
 """The exceptions whose message is all that a user needs, and the checks that most options share.
 
-`check_choice` refuses an unknown name, `check_range` a number out of range, `nearest` names what a user may have meant, and
-`one_line` takes the cause out of another library's error. `check_numbers` checks all numbers of a dataclass of options.
+`check_choice` refuses an unknown name, `check_range` a number out of range, `nearest` names what a user may have
+meant, and `one_line` takes the cause out of another library's error. `check_numbers` checks all numbers of a dataclass
+of options.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+# An end from here on is no choice of the option's, but where nonsense begins.
+_SENSIBLE = 4096
+_hints = cache(get_type_hints)
 
 
 class InputError(ValueError):
@@ -99,10 +104,6 @@ def check_range(value: float, allowed: str, *, name: str, hint: str = "") -> Non
         raise InputError(f"{name}={value!r} must be a number {known}{'; ' if hint else ''}{hint}")
 
 
-# An end from here on is no choice of the option's, but where nonsense begins.
-_SENSIBLE = 4096
-
-
 class Range(NamedTuple):
     """The numbers that an option takes.
 
@@ -132,7 +133,7 @@ class Range(NamedTuple):
         return above and (value < self.most if self.below else value <= self.most)
 
     def bound(self, value: float) -> str | None:
-        """Return in words the end that a number is beyond, None where the range is better told as a whole."""
+        """Return in words the end that a number is beyond; None where the message should name the whole range."""
         if self.most < _SENSIBLE or not math.isfinite(value):
             return None
         if value <= self.least:
@@ -174,7 +175,7 @@ _RANGES_OF_NAMES = {
 
 
 def declared(options: Any, name: str) -> dict[str, str]:
-    """Return what the classes of a dataclass of options say of options by name, in their class variable of that name."""
+    """Return a class variable that maps options to text, such as `ranges`, joined over a dataclass and its bases."""
     return {
         option: text for cls in reversed(type(options).__mro__) for option, text in vars(cls).get(name, {}).items()
     }
@@ -223,9 +224,6 @@ def types_of(options: Any, name: str) -> set[Any]:
     return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
 
 
-_hints = cache(get_type_hints)
-
-
 def _numbers_in(value: Any) -> Iterator[float]:
     """Yield the numbers of nested lists and mappings."""
     waiting = [value]
@@ -240,7 +238,7 @@ def _numbers_in(value: Any) -> Iterator[float]:
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised where a program is to end at once because of SIGTERM; as after an interrupt, what is open is closed."""
+    """Raised where a program is to end at once because of SIGTERM; open files are closed, as after an interrupt."""
 
 
 class StoppedError(RunError):

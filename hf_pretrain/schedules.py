@@ -1,14 +1,13 @@
-"""Options that take a number or a schedule: a number that changes in the course of training."""
+"""Schedules: numbers that change in the course of training."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import fields
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
-from hf_pretrain.errors import InputError, Range, check_numbers, range_of, types_of
+from hf_pretrain.errors import InputError, Range
 
 _FORM = (
     "give pairs STEP:VALUE with rising steps ('0:0.3, 10000:0.15') or with shares of all steps ('0%:0.3, 50%:0.15')"
@@ -113,42 +112,6 @@ class Schedule(float):
         point = step / max(total, 1) if self.is_share else step
         values = np.interp(point, self.points, self.values)
         return values if isinstance(step, np.ndarray) else float(values)
-
-
-def number_or_text(text: str) -> float | str:
-    """Return what the command line has for an option that takes a number or a schedule; `check_options` reads the rest."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def check_options(options: Any) -> None:
-    """Read the schedules of a dataclass of options, and refuse numbers that are out of range.
-
-    An option takes a schedule if its type is `float | str`.
-
-    Args:
-        options: Instance of the dataclass; text of such options is replaced by a number or a `Schedule`.
-
-    Raises:
-        InputError: Naming the option, its value and what it takes.
-    """
-    for known in fields(options):
-        value = getattr(options, known.name)
-        if isinstance(value, str) and {float, str} <= types_of(options, known.name):
-            number = number_or_text(value)
-            if isinstance(number, str):
-                allowed = range_of(options, known.name)
-                number = Schedule.parse(number, name=known.name, allowed=allowed)
-            setattr(options, known.name, number)
-    check_numbers(options)
-
-
-def schedules_of(options: Any) -> dict[str, Schedule]:
-    """Return the schedules among the options of a dataclass, by name."""
-    values = {known.name: getattr(options, known.name) for known in fields(options)}
-    return {name: value for name, value in values.items() if isinstance(value, Schedule)}
 
 
 class TrainingSteps(NamedTuple):

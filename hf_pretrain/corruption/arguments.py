@@ -1,10 +1,11 @@
 """The options of masking, as a dataclass to be mixed into training arguments."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from hf_pretrain.errors import InputError, check_choice
-from hf_pretrain.schedules import Schedule, check_options
+from hf_pretrain.options import check_options, option
+from hf_pretrain.schedules import Schedule
 
 MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
 MaskingCount = Literal["exact", "bernoulli"]
@@ -48,81 +49,53 @@ class MaskingArguments:
         **dict.fromkeys(("max_span_length", "span_geometric_p", "span_length_mode"), "masking_unit=span"),
     }
 
-    mlm_probability: float | str = field(
-        default=0.15,
-        metadata={
-            "help": "Share of the tokens of each example that are selected as targets, 0 to 1; or a schedule, linear "
-            "between its points: '0:0.3, 10000:0.15' (steps) or '0%%:0.3, 100%%:0.15' (shares of all steps). Evaluation "
-            "uses the last value."
-        },
+    mlm_probability: float | str = option(
+        0.15,
+        "Share of the tokens of each example that are selected as targets, 0 to 1; or a schedule, linear "
+        "between its points: '0:0.3, 10000:0.15' (steps) or '0%%:0.3, 100%%:0.15' (shares of all steps). Evaluation "
+        "uses the last value.",
     )
-    masking_unit: MaskingUnit = field(
-        default="token",
-        metadata={
-            "help": "What is selected as a whole: 'token' (BERT), 'word' (whole words), 'ngram' (runs of words, "
-            "ALBERT), 'span' (runs of words cut to the budget, SpanBERT) or 'given' (the ranges in the column spans)."
-        },
+    masking_unit: MaskingUnit = option(
+        "token",
+        "What is selected as a whole: 'token' (BERT), 'word' (whole words), 'ngram' (runs of words, "
+        "ALBERT), 'span' (runs of words cut to the budget, SpanBERT) or 'given' (the ranges in the column spans).",
     )
-    masking_count: MaskingCount = field(
-        default="exact",
-        metadata={
-            "help": "'exact': each example gets its budget of targets, at least one. 'bernoulli': each token, word or "
-            "given span is drawn by itself, so counts vary and may be zero."
-        },
+    masking_count: MaskingCount = option(
+        "exact",
+        "'exact': each example gets its budget of targets, at least one. 'bernoulli': each token, word or "
+        "given span is drawn by itself, so counts vary and may be zero.",
     )
-    mask_share: float = field(
-        default=0.8, metadata={"help": "Share of the selected tokens that the mask token replaces, 0 to 1."}
+    mask_share: float = option(0.8, "Share of the selected tokens that the mask token replaces, 0 to 1.")
+    random_share: float = option(
+        0.1, "Share of the selected tokens that a random token replaces, 0 to 1; the rest stay as they are."
     )
-    random_share: float = field(
-        default=0.1,
-        metadata={
-            "help": "Share of the selected tokens that a random token replaces, 0 to 1; the rest stay as they are."
-        },
+    replacement_unit: ReplacementUnit = option(
+        "token",
+        "For what mask, random or keep is decided at once: each 'token' (BERT), each 'word' (RoBERTa) or "
+        "each selected 'unit' (SpanBERT, where touching spans are one).",
     )
-    replacement_unit: ReplacementUnit = field(
-        default="token",
-        metadata={
-            "help": "For what mask, random or keep is decided at once: each 'token' (BERT), each 'word' (RoBERTa) or "
-            "each selected 'unit' (SpanBERT, where touching spans are one)."
-        },
+    max_ngram: int = option(
+        3, "Most words of an n-gram; n words are drawn with probability proportional to 1/n, or by ngram_shares."
     )
-    max_ngram: int = field(
-        default=3,
-        metadata={
-            "help": "Most words of an n-gram; n words are drawn with probability proportional to 1/n, or by ngram_shares."
-        },
+    ngram_shares: list[float] | None = option(
+        None, "Probabilities of n-grams of 1, 2, ..., max_ngram words, instead of 1/n: '0.8 0.1 0.1' (UniLM)."
     )
-    ngram_shares: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Probabilities of n-grams of 1, 2, ..., max_ngram words, instead of 1/n: '0.8 0.1 0.1' (UniLM)."
-        },
+    ngram_unit: NgramUnit = option(
+        "word", "What n-grams are made of: 'word' (whole words, ALBERT) or 'token' (UniLM)."
     )
-    ngram_unit: NgramUnit = field(
-        default="word",
-        metadata={"help": "What n-grams are made of: 'word' (whole words, ALBERT) or 'token' (UniLM)."},
+    max_span_length: int = option(10, "Most words of a span.")
+    span_geometric_p: float = option(
+        0.2, "Parameter of the geometric distribution of span lengths, above 0, at most 1."
     )
-    max_span_length: int = field(default=10, metadata={"help": "Most words of a span."})
-    span_geometric_p: float = field(
-        default=0.2, metadata={"help": "Parameter of the geometric distribution of span lengths, above 0, at most 1."}
+    span_length_mode: SpanLengthMode = option(
+        "renormalise",
+        "Where the geometric distribution goes beyond max_span_length: 'renormalise' (mean 3.8 words by "
+        "default) or 'clip' to the longest (mean 4.5).",
     )
-    span_length_mode: SpanLengthMode = field(
-        default="renormalise",
-        metadata={
-            "help": "Where the geometric distribution goes beyond max_span_length: 'renormalise' (mean 3.8 words by "
-            "default) or 'clip' to the longest (mean 4.5)."
-        },
+    static_masks: int = option(
+        0, "0: fresh masks each epoch. k: k frozen maskings of each example, used in turn (epoch modulo k)."
     )
-    static_masks: int = field(
-        default=0,
-        metadata={
-            "help": "0: fresh masks each epoch. k: k frozen maskings of each example, used in turn (epoch modulo k)."
-        },
-    )
-    mask_unknown: bool = field(
-        default=True,
-        metadata={"help": "Whether the unknown token may be selected (BERT, ELECTRA) or not (DeBERTa)."},
-    )
+    mask_unknown: bool = option(True, "Whether the unknown token may be selected (BERT, ELECTRA) or not (DeBERTa).")
 
     def __post_init__(self) -> None:
         """Check the options, then let the next class of a mixture do its own."""

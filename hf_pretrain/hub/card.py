@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import write_bytes, write_text
+from hf_pretrain.files import plain, write_bytes, write_text
 from hf_pretrain.hub import plots
 from hf_pretrain.hub import text as card_text
 from hf_pretrain.hub.environment import compute_rows
@@ -78,8 +78,8 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         ),
         parts=card_text.part_rows(card.parts),
         part_snippet=card_text.parts_snippet(card.repo, parts=card.parts),
-        data=card_text.rows(card_text.without_folders(card_text.plain(card.data))),
-        recipe=card_text.yaml_block(card_text.without_folders(card_text.plain(card.recipe))),
+        data=card_text.rows(card_text.without_folders(plain(card.data))),
+        recipe=card_text.yaml_block(card_text.without_folders(plain(card.recipe))),
         metrics=card_text.metric_table(
             card.metrics_before,
             card.metrics_after,
@@ -226,8 +226,8 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
         The chosen options in the order of `options`.
     """
     chosen = {}
-    for name, value in card_text.plain(options).items():
-        changed = value != card_text.plain(defaults.get(name))
+    for name, value in plain(options).items():
+        changed = value != plain(defaults.get(name))
         if value is None or not (changed or name in _ESSENTIAL_OPTIONS) or name.startswith(_HOUSEKEEPING_OPTIONS):
             continue
         chosen[name] = value

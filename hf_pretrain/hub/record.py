@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -442,7 +443,18 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _encode(value: Any) -> Any:
     """Return a fact as JSON has it, absolute paths reduced to their last part."""
-    return card_text.without_folders(plain(value, not_finite=lambda number: {_NOT_FINITE: repr(number)}))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: _encode(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    value = plain(value)
+    if isinstance(value, dict):
+        return {name: _encode(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_encode(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_NOT_FINITE: repr(value)}
+    return card_text.without_folders(value)
 
 
 def _number_or_mapping(mapping: dict[str, Any]) -> Any:

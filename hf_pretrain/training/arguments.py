@@ -1,8 +1,6 @@
-"""Which number format the machine computes fast.
+"""Options that every method has, and a check of them before any text is read.
 
-Optimizers and schedules of the official recipes that transformers does not have.
-
-Options that every method has, and what can be known of them before any text is read.
+Beside them are the optimizer and the schedule of the official recipes that transformers does not have.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
@@ -29,9 +27,12 @@ from transformers.integrations.integration_utils import (
 )
 
 from hf_pretrain.errors import InputError, check_choice, check_numbers, one_line
-from hf_pretrain.schedules import check_options
+from hf_pretrain.options import check_options, option
 from hf_pretrain.training.effects import check_refused
 from hf_pretrain.training.processes import first_process_first
+
+_MANY_STEPS = 2.0**40
+_COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 
 def bf16_is_fast() -> bool:
@@ -41,11 +42,8 @@ def bf16_is_fast() -> bool:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if accelerator.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Elsewhere (mps, xpu, ...) bf16 autocast is not known to pay: it has to be asked for.
+    # Elsewhere (mps, xpu, ...) bf16 autocast is not known to pay: the user must set bf16.
     return False
-
-
-_MANY_STEPS = 2.0**40
 
 
 class AdamWithoutBiasCorrection(torch.optim.AdamW):
@@ -82,9 +80,6 @@ def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_
 
 def _linear_product(step: int, *, warmup: int, total: int) -> float:
     return max(0.0, 1.0 - step / total) * min(1.0, step / max(1, warmup) if warmup else 1.0)
-
-
-_COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 
 @dataclass
@@ -124,48 +119,35 @@ class PretrainingArguments(TrainingArguments):
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {}
     """Values that a method honours of options that others refuse, by option; see `hf_pretrain.training.effects.REFUSED`."""
 
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the earlier run in output_dir, once all is read and checked."}
+    overwrite_output_dir: bool = option(False, "Replace the earlier run in output_dir, once all is read and checked.")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or "
+        "(`auto`) from the last whole one if there is any and else from the start: for jobs that are started again.",
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or "
-            "(`auto`) from the last whole one if there is any and else from the start: for jobs that are started again."
-        },
+    bf16: bool | None = option(
+        None, "Compute in bf16 autocast; by default on machines whose matrix units are fast in it."
     )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Compute in bf16 autocast; by default on machines whose matrix units are fast in it."},
+    adam_bias_correction: bool = option(
+        True, "Adam's bias correction; the official BERT and ELECTRA optimizers have none."
     )
-    adam_bias_correction: bool = field(
-        default=True, metadata={"help": "Adam's bias correction; the official BERT and ELECTRA optimizers have none."}
+    decay_during_warmup: bool = option(
+        False, "Multiply the linear schedule's decay and warm-up, as the official ELECTRA does."
     )
-    decay_during_warmup: bool = field(
-        default=False,
-        metadata={"help": "Multiply the linear schedule's decay and warm-up, as the official ELECTRA does."},
+    weight_decay: float = option(0.01, "Decoupled weight decay of all but biases and norms.")
+    learning_rate: float = option(5e-4, "Peak learning rate.")
+    warmup_steps: float = option(
+        0.1, "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of all but biases and norms."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    warmup_steps: float = field(
-        default=0.1,
-        metadata={
-            "help": "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
-        },
+    eval_on_start: bool = option(
+        True, "Evaluate before the first step, to compare with; only if there is held-out text."
     )
-    eval_on_start: bool = field(
-        default=True,
-        metadata={"help": "Evaluate before the first step, to compare with; only if there is held-out text."},
+    remove_unused_columns: bool = option(False, "Keep off: collators need columns that no model takes.")
+    logging_nan_inf_filter: bool = option(
+        False, "Hide losses that are not finite, at the price of a device sync a step."
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Keep off: collators need columns that no model takes."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite, at the price of a device sync a step."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Let DDP look for parameters without gradient; every objective uses all of its own."},
+    ddp_find_unused_parameters: bool | None = option(
+        False, "Let DDP look for parameters without gradient; every objective uses all of its own."
     )
 
     def __post_init__(self) -> None:
@@ -184,7 +166,7 @@ class PretrainingArguments(TrainingArguments):
                 f"adam_bias_correction=False is Adam's, but optim={optim!r}: set it to True or leave optim out"
             )
         if torch.accelerator.current_accelerator(check_available=True) is None:
-            # transformers refuses bf16 on a CPU that was not asked for by name.
+            # transformers refuses bf16 on a CPU unless use_cpu is set.
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
@@ -194,7 +176,7 @@ class PretrainingArguments(TrainingArguments):
         self.accelerator_config.dispatch_batches = False
 
     def _check_mappings(self) -> None:
-        """Refuse mappings that are none, and what they hold without effect."""
+        """Refuse mappings that are none, and entries without effect."""
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):

@@ -25,85 +25,60 @@ from transformers.hf_argparser import make_choice_type_function, string_to_bool
 
 from hf_pretrain.errors import InputError, check_numbers, nearest, one_line
 from hf_pretrain.files import plain, write_text
-from hf_pretrain.schedules import number_or_text
+from hf_pretrain.options import number_or_text
 from hf_pretrain.training.effects import check_needs, check_together
 
-# What options are called elsewhere: by earlier versions of transformers, in its examples, and in everyday speech.
+# Names of options elsewhere: in earlier versions of transformers, in its examples, and in everyday speech.
 _SYNONYMS = {
-    "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "bs": "per_device_train_batch_size",
-    "lr": "learning_rate",
-    "epochs": "num_train_epochs",
-    "num_epochs": "num_train_epochs",
-    "steps": "max_steps",
-    "num_train_steps": "max_steps",
-    "max_train_steps": "max_steps",
-    "warmup": "warmup_steps",
-    "warmup_ratio": "warmup_steps",
-    "num_warmup_steps": "warmup_steps",
-    "scheduler": "lr_scheduler_type",
-    "optimizer": "optim",
-    "grad_accum": "gradient_accumulation_steps",
-    "accumulation_steps": "gradient_accumulation_steps",
-    "max_seq_length": "block_size",
-    "max_sequence_length": "block_size",
-    "max_seq_len": "block_size",
-    "seq_length": "block_size",
-    "seq_len": "block_size",
-    "max_length": "block_size",
-    "context_length": "block_size",
-    "line_by_line": "document_separator",
-    "whole_word_mask": "masking_unit",
-    "wwm": "masking_unit",
-    "mlm_prob": "mlm_probability",
-    "mask_probability": "mlm_probability",
-    "masking_probability": "mlm_probability",
-    "evaluation_strategy": "eval_strategy",
-    "eval_accumulation": "eval_accumulation_steps",
-    "validation_split_percentage": "validation_fraction",
-    "train_data_file": "train_file",
-    "data": "train_file",
-    "dataset": "dataset_name",
-    "eval_data_file": "validation_file",
-    "eval_file": "validation_file",
-    "max_train_samples": "max_corpus_bytes",
-    "max_eval_samples": "validation_fraction",
-    "model": "model_name_or_path",
-    "model_name": "model_name_or_path",
-    "teacher": "teacher_name_or_path",
-    "teacher_model": "teacher_name_or_path",
-    "tokenizer": "tokenizer_name",
-    "tokenizer_name_or_path": "tokenizer_name",
-    "do_lower_case": "lowercase",
-    "uncased": "lowercase",
-    "config_name": "model_type",
-    "architecture": "model_type",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "dim": "hidden_size",
-    "output": "output_dir",
-    "resume": "resume_from_checkpoint",
-    "num_workers": "dataloader_num_workers",
-    "num_proc": "preprocessing_num_workers",
-    "no_cuda": "use_cpu",
-    "no_gpu": "use_cpu",
-    "fp16_backend": "fp16",
-    "mixed_precision": "bf16",
-    "gradient_clipping": "max_grad_norm",
-    "token": "hub_token",
-    "use_auth_token": "hub_token",
-    "push_to_hub_model_id": "hub_model_id",
-    "group_by_length": "train_sampling_strategy",
-    "wandb_project": "report_to",
+    synonym: option
+    for option, synonyms in {
+        "per_device_train_batch_size": "batch_size train_batch_size per_gpu_train_batch_size bs",
+        "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
+        "learning_rate": "lr",
+        "num_train_epochs": "epochs num_epochs",
+        "max_steps": "steps num_train_steps max_train_steps",
+        "warmup_steps": "warmup warmup_ratio num_warmup_steps",
+        "lr_scheduler_type": "scheduler",
+        "optim": "optimizer",
+        "gradient_accumulation_steps": "grad_accum accumulation_steps",
+        "block_size": "max_seq_length max_sequence_length max_seq_len seq_length seq_len max_length context_length",
+        "document_separator": "line_by_line",
+        "masking_unit": "whole_word_mask wwm",
+        "mlm_probability": "mlm_prob mask_probability masking_probability",
+        "eval_strategy": "evaluation_strategy",
+        "eval_accumulation_steps": "eval_accumulation",
+        "validation_fraction": "validation_split_percentage max_eval_samples",
+        "train_file": "train_data_file data",
+        "dataset_name": "dataset",
+        "validation_file": "eval_data_file eval_file",
+        "max_corpus_bytes": "max_train_samples",
+        "model_name_or_path": "model model_name",
+        "teacher_name_or_path": "teacher teacher_model",
+        "tokenizer_name": "tokenizer tokenizer_name_or_path",
+        "lowercase": "do_lower_case uncased",
+        "model_type": "config_name architecture",
+        "num_hidden_layers": "num_layers",
+        "num_attention_heads": "num_heads",
+        "hidden_size": "dim",
+        "output_dir": "output",
+        "resume_from_checkpoint": "resume",
+        "dataloader_num_workers": "num_workers",
+        "preprocessing_num_workers": "num_proc",
+        "use_cpu": "no_cuda no_gpu",
+        "fp16": "fp16_backend",
+        "bf16": "mixed_precision",
+        "max_grad_norm": "gradient_clipping",
+        "hub_token": "token use_auth_token",
+        "hub_model_id": "push_to_hub_model_id",
+        "train_sampling_strategy": "group_by_length",
+        "report_to": "wandb_project",
+    }.items()
+    for synonym in synonyms.split()
 }
-# What no option here is for.
+# Options of other programs that have no counterpart here, and what to do instead.
 _WITHOUT_OPTION = {
     "cache_dir": "set the environment variables HF_HOME and HF_DATASETS_CACHE",
-    "overwrite_cache": "what a cache holds is found by its text and options, and HF_DATASETS_CACHE says where it lies",
+    "overwrite_cache": "a cache is found by its text and options, and HF_DATASETS_CACHE names its folder",
     "pad_to_max_length": "batches are padded to their longest example alone",
     "save_safetensors": "weights are always saved as safetensors",
 }
@@ -249,7 +224,7 @@ class _OptionParser(argparse.ArgumentParser):
         except (InputError, torch.distributed.DistError):
             raise
         except Exception as error:
-            # transformers and accelerate raise what they like: a missing package, a file that is not there, a wrong key.
+            # transformers and accelerate raise errors of many types: a missing package, a missing file, a wrong key.
             raise InputError(f"{one_line(error)[:500]} (see `{self.prog} --help`)") from error
         return instance
 
@@ -377,7 +352,7 @@ def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _check_size(root: yaml.Node, where: str) -> None:
-    """Refuse what is nested too deeply or without end, as an alias within its own anchor is, or is too much."""
+    """Refuse a value that is nested too deeply or without end (an alias within its own anchor), or too large."""
     waiting, found = [(root, 1)], 0
     while waiting:
         node, depth = waiting.pop()
@@ -422,13 +397,13 @@ def _retype_exponents(node: yaml.Node) -> None:
             _retype_exponents(part)
 
 
-# Never written to a recipe: a secret, what the launcher and the machine decide, and the deprecated twins of
+# Never written to a recipe: a secret, options of the launcher and the machine, and the deprecated twins of
 # activation_checkpointing.
 _NOT_SAVED = {"hub_token", "local_rank", "use_cpu", "dataloader_pin_memory"}
-# What belongs to one start of a run, and what follows from eval_strategy.
+# Options of one start of a run, and one that follows from eval_strategy.
 _NOT_SAVED |= {"resume_from_checkpoint", "do_eval"}
 _NOT_SAVED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
-# What TrainingArguments makes of an option that nobody set.
+# Values that TrainingArguments gives to options that nobody set.
 _UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}
 _UNSET |= {"report_to": [], "debug": [], "accelerator_config": {"dispatch_batches": False}}
 
@@ -461,11 +436,11 @@ def _is_default(field: dataclasses.Field, value: Any) -> bool:
 
 
 def _recipe_value(value: Any) -> Any:
-    """Return a value as a recipe has it: of an object of settings what differs from its defaults, infinity as text."""
+    """Return a value as a recipe has it: of an object of settings the entries that differ from its defaults."""
     if hasattr(value, "to_dict"):
         unchanged = type(value)().to_dict()
         value = {key: item for key, item in value.to_dict().items() if item != unchanged.get(key)}
-    return plain(value, not_finite=str)
+    return plain(value)
 
 
 def write_recipe(options: Mapping[str, Any], path: str | Path, *, program: str) -> None:

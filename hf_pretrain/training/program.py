@@ -1,7 +1,4 @@
-"""What a program shows when it has ended: that the export opens, what was learned, where things are.
-
-What every program does around its training: claim the output folder, rehearse, load the data, train, export, report.
-"""
+"""What every program does around its training: claim the output folder, rehearse, load the data, train, export, report."""
 
 from __future__ import annotations
 
@@ -53,9 +50,11 @@ from hf_pretrain.training.pushing import repository_of
 from hf_pretrain.training.rehearsal import made_up_data, rehearse
 from hf_pretrain.training.trainer import PretrainingTrainer
 
+RECIPE = "recipe.yaml"
+
 
 def print_report(trainer: PretrainingTrainer) -> None:
-    """Open the export as anybody would, print the held-out numbers before and after training, and where everything is."""
+    """Open the export as a user would, and print the held-out numbers before and after training, and where everything is."""
     output_dir = Path(trainer.args.output_dir)
     root = getattr(trainer.model, trainer.model.export_parts[""])
     print(f"\nThe export in {output_dir} {_how_it_opens(root, output_dir)}:")
@@ -122,13 +121,9 @@ def _how_it_opens(root: PreTrainedModel, folder: Path) -> str:
 
 
 def _loading_line(model_class: type[PreTrainedModel] | type[AutoModel], folder: Path) -> str:
-    # The stock loader reports the head's weights as unexpected when only the encoder is asked for: said below in one line.
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
+    # The stock loader warns of the head's weights when only the encoder is loaded: one line below says it.
+    with quiet():
         model, info = model_class.from_pretrained(folder, output_loading_info=True)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     heads = {name.split(".")[0] for name in info["unexpected_keys"]}
     fresh = {name.split(".")[0] for name in info["missing_keys"]}
     missing = f"{len(info['missing_keys'])} missing keys"
@@ -157,9 +152,6 @@ def coloured_words(words: Sequence[tuple[str, float]], *, colour: bool | None = 
     return "".join(shades)
 
 
-RECIPE = "recipe.yaml"
-
-
 def load_data(
     data_args: DataArguments,
     model_args: ModelArguments,
@@ -174,12 +166,12 @@ def load_data(
         data_args: What to read.
         model_args: Names the checkpoint.
         args: Seed and output folder.
-        special_tokens: What the tokenizer must have.
+        special_tokens: Roles of the special tokens that the tokenizer must have.
         prepare: Makes the examples, called as [`prepare_data`] is, which is the default.
     """
     tokenizer = _known_tokenizer(data_args, model_args, args)
     if tokenizer is not None:
-        # Before hours of tokenizing, not after.
+        # Check it before hours of tokenizing, not after.
         check_tokenizer(tokenizer, roles=special_tokens)
     return (prepare or prepare_data)(
         data_args,
@@ -205,7 +197,7 @@ def _known_tokenizer(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let transformers say nothing but errors for a while."""
+    """Let transformers log nothing but errors."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -236,7 +228,7 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
         reported_faults(folder.path),
     ):
         if args.push_to_hub and args.process_index == 0:
-            # Rights that are missing are told before hours of tokenizing.
+            # Missing rights must show before hours of tokenizing.
             repository_of(args)
         tokenizer = _known_tokenizer(data_args, model_args, args)
         if tokenizer is not None:
@@ -253,7 +245,7 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
         # At DeepSpeed's stage 3 transformers would divide each stock model as it is built, before they are joined; the Trainer
         # sets its configuration again, and the whole is divided then.
         unset_hf_deepspeed_config()
-        # The Trainer seeds too, but the weights are drawn before it is there.
+        # The Trainer seeds too, but the weights are drawn before it exists.
         set_seed(args.seed)
         with refused_by_libraries():
             trainer = method.build_trainer(data, model_args, args)

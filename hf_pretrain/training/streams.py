@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_pretrain.data.streaming.blocks import Place, Stop, StreamingBlocks, StreamProgress, TrainingStream
+from hf_pretrain.data.streaming.blocks import Stop, StreamingBlocks, StreamPosition, StreamProgress, TrainingStream
 from hf_pretrain.errors import InputError
 
 STREAM_STATE = "stream_state.json"
@@ -55,8 +55,8 @@ class StreamReader:
     def note(self, batches: Iterable[dict[str, Any]]) -> None:
         """Take the progress out of the micro-batches of a step, and note it."""
         for batch in batches:
-            lane, item, *place = batch.pop(_PROGRESS).tolist()
-            self._stops[lane] = Stop(item, Place(*place))
+            reader, item, *position = batch.pop(_PROGRESS).tolist()
+            self._stops[reader] = Stop(item, StreamPosition(*position))
             self._num_batches += 1
 
     def resume(self, checkpoint: str | None) -> None:
@@ -76,14 +76,20 @@ class StreamReader:
             reduce: Sums a tensor over the processes.
         """
         dealt = self._own.dealt(self.args.dataloader_num_workers)
-        # A lane is one process's alone, so the sum over processes is what that one knows.
-        known = torch.zeros(dealt.num_lanes, 2 + len(Place._fields), dtype=torch.int64, device=self.args.device)
-        for lane, stop in self._stops.items():
-            known[lane] = torch.tensor([1, stop.item, *stop.place])
+        # A reader is one process's alone, so the sum over processes is what that one knows.
+        known = torch.zeros(
+            dealt.num_readers, 2 + len(StreamPosition._fields), dtype=torch.int64, device=self.args.device
+        )
+        for reader, stop in self._stops.items():
+            known[reader] = torch.tensor([1, stop.item, *stop.position])
         rows = reduce(known).tolist()
-        stops = {lane: Stop(item, Place(*place)) for lane, (seen, item, *place) in enumerate(rows) if seen}
+        stops = {
+            reader: Stop(item, StreamPosition(*position))
+            for reader, (seen, item, *position) in enumerate(rows)
+            if seen
+        }
         progress = StreamProgress(
-            dealt.num_lanes,
+            dealt.num_readers,
             num_batches=dealt.num_batches + self._num_batches * self.args.world_size,
             pending=dealt.pending,
             tail=dealt.tail,
@@ -95,15 +101,15 @@ class StreamReader:
 
 
 class _CollateWithProgress:
-    """A collator that adds to the batch how far its lane has come with it."""
+    """A collator that tells, beside the batch, how far its reader has come with it."""
 
     def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
         self.collate = collate
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        lane, stop = examples[-1]["progress"]
+        reader, stop = examples[-1]["progress"]
         batch = self.collate([{name: x for name, x in row.items() if name != "progress"} for row in examples])
-        return batch | {_PROGRESS: torch.tensor([lane, stop.item, *stop.place])}
+        return batch | {_PROGRESS: torch.tensor([reader, stop.item, *stop.position])}
 
 
 class ShareOfSteps(TrainerCallback):
@@ -134,7 +140,7 @@ def _read_progress(checkpoint: str, stream: StreamingBlocks, *, shows: bool = Tr
     changed = stream.cut_like(state.get("cuts"))
     if changed and shows:
         print(
-            f"changed since {checkpoint} was made: {', '.join(changed)}; the run goes on at the same places, where a document "
+            f"changed since {checkpoint} was made: {', '.join(changed)}; the run goes on at the same positions, where a document "
             "may be cut, read twice or left out once",
             flush=True,
         )

@@ -41,7 +41,8 @@ from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, SumAccumulator
-from hf_pretrain.schedules import TrainingSteps, check_options, schedules_of
+from hf_pretrain.options import check_options, schedules_of
+from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, PretrainingArguments, linear_product_schedule
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.parsing import resolved_options

@@ -11,7 +11,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import (
     EPOCH_STRIDE,
     FILLER,
-    PLACE_STRIDE,
+    ORDER_STRIDE,
     CollatorOfFilled,
     EpochDataset,
     EpochSampler,
@@ -70,7 +70,7 @@ def keys(batches):
 
 
 def index_of(place, row, *, epoch=0):
-    return (place + 1) * PLACE_STRIDE + epoch * EPOCH_STRIDE + row
+    return (place + 1) * ORDER_STRIDE + epoch * EPOCH_STRIDE + row
 
 
 @pytest.mark.parametrize("base", [Rows(), CountingRows(), Dataset.from_dict({"value": list(range(0, 230, 10))})])
@@ -163,7 +163,7 @@ def test_set_epoch_while_iterating_does_not_mix_epochs():
     sampler = EpochSampler(10, seed=SEED)
     indices = iter(sampler)
     sampler.set_epoch(3)
-    assert [index % PLACE_STRIDE // EPOCH_STRIDE for index in indices] == [0] * 10
+    assert [index % ORDER_STRIDE // EPOCH_STRIDE for index in indices] == [0] * 10
 
 
 def test_sampler_refuses_nothing_to_sample():

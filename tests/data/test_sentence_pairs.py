@@ -442,9 +442,9 @@ def test_documents_are_read_in_their_new_order_and_empty_ones_are_none():
 def test_what_can_not_be_pairs_is_refused():
     corpus = sentence_lengths(0, documents=5)
     for options, message in (
-        ({"task": "nextsent"}, "task='nextsent' is unknown; choose one of nsp, sop, structural, none"),
-        ({"short_probability": 1.5}, r"short_probability=1.5 must be in \[0, 1\]"),
-        ({"static_epochs": -1}, "static_epochs=-1 must not be negative"),
+        ({"task": "nextsent"}, "task='nextsent' must be one of nsp, sop, structural, none"),
+        ({"short_probability": 1.5}, r"short_probability=1.5 must be a number from 0 to 1"),
+        ({"static_epochs": -1}, "static_epochs=-1 must be a number of at least 0"),
         ({"block_size": 4}, "block_size=4 leaves no room for a pair"),
     ):
         with pytest.raises(InputError, match=message):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from huggingface_hub.dataclasses import strict
@@ -19,7 +19,7 @@ from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.observing.observation import Wanted
-from hf_pretrain.schedules import check_options, schedules_of
+from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.tasks.data import Task
 from hf_pretrain.training.arguments import PretrainingArguments
 
@@ -167,9 +167,7 @@ _STAGES: dict[str, dict[str, float]] = {"intermediate": _PRESETS["tinybert"], "p
 
 def _weight(what: str) -> Any:
     """Return the option of a loss's weight, a number or a schedule; that of the preset if it is left out."""
-    return field(
-        default=None, metadata={"help": f"Weight of {what}; a number, or a schedule such as '0%:1, 50%:0.5'."}
-    )
+    return option(None, f"Weight of {what}; a number, or a schedule such as '0%:1, 50%:0.5'.")
 
 
 _OF_RELATIONS = "losses~relation_qq|relation_kk|relation_vv"
@@ -222,64 +220,44 @@ class DistillationArguments:
         "the divergence of the last layer's attention (MiniLM)"
     )
     value_relation_weight: float | str | None = _weight("the relations between values, a relation a head (MiniLM)")
-    temperature: float | str | None = field(
-        default=None,
-        metadata={
-            "help": "What the logits of both are divided by in the prediction loss, which is multiplied by its square; by "
-            "default 1, of distilbert 2. A number, or a schedule such as '0%:8, 100%:1'."
-        },
+    temperature: float | str | None = option(
+        None,
+        "What the logits of both are divided by in the prediction loss, which is multiplied by its square; by "
+        "default 1, of distilbert 2. A number, or a schedule such as '0%:8, 100%:1'.",
     )
-    layer_map: str = field(
-        default="uniform",
-        metadata={
-            "help": "Which layer of the teacher each layer of the student learns from: 'uniform', 'last', or a list as "
-            "'3,6,9,12'."
-        },
+    layer_map: str = option(
+        "uniform",
+        "Which layer of the teacher each layer of the student learns from: 'uniform', 'last', or a list as "
+        "'3,6,9,12'.",
     )
-    teacher_layer: int | None = field(
-        default=None,
-        metadata={"help": "Layer of the teacher that the relations are taken from; by default the last."},
+    teacher_layer: int | None = option(
+        None, "Layer of the teacher that the relations are taken from; by default the last."
     )
-    relation_heads: int | None = field(
-        default=None,
-        metadata={
-            "help": "Parts that states are split into for the relations, a divisor of both widths; by default the teacher's "
-            "attention heads. MiniLM v2: 48 for BERT-base."
-        },
+    relation_heads: int | None = option(
+        None,
+        "Parts that states are split into for the relations, a divisor of both widths; by default the teacher's "
+        "attention heads. MiniLM v2: 48 for BERT-base.",
     )
-    attention_target: Literal["scores", "probs"] = field(
-        default="scores",
-        metadata={"help": "Compare attention before the softmax (TinyBERT) or after it (TextBrewer)."},
+    attention_target: Literal["scores", "probs"] = option(
+        "scores", "Compare attention before the softmax (TinyBERT) or after it (TextBrewer)."
     )
-    projection: Literal["shared", "per_layer"] = field(
-        default="shared",
-        metadata={
-            "help": "Where widths differ: one projection for all layers (and one for the embeddings), or one each."
-        },
+    projection: Literal["shared", "per_layer"] = option(
+        "shared", "Where widths differ: one projection for all layers (and one for the embeddings), or one each."
     )
-    official: bool = field(
-        default=False,
-        metadata={
-            "help": "As TinyBERT's code where it differs from the paper: one projection with a bias for embeddings and all "
-            "layers, of equal widths too; predictions averaged over classes, without the square of the temperature. Its heads, "
-            "which stock classes cannot hold, are left out."
-        },
+    official: bool = option(
+        False,
+        "As TinyBERT's code where it differs from the paper: one projection with a bias for embeddings and all "
+        "layers, of equal widths too; predictions averaged over classes, without the square of the temperature. Its heads, "
+        "which stock classes cannot hold, are left out.",
     )
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None,
-        metadata={"help": "Type of the teacher's weights; by default bfloat16 if bf16 is on, else float32."},
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Type of the teacher's weights; by default bfloat16 if bf16 is on, else float32."
     )
-    teacher_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "Device of the teacher, such as cuda:1; by default that of the batch, which is the student's."
-        },
+    teacher_device: str | None = option(
+        None, "Device of the teacher, such as cuda:1; by default that of the batch, which is the student's."
     )
-    teacher_compile: bool = field(
-        default=False,
-        metadata={
-            "help": "Run the teacher's layers under torch.compile; not with losses that look into its attention."
-        },
+    teacher_compile: bool = option(
+        False, "Run the teacher's layers under torch.compile; not with losses that look into its attention."
     )
 
     def weights(self) -> dict[str, float]:
@@ -317,33 +295,24 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
     ranges: ClassVar[dict[str, str]] = {"cache_top_k": "[0, 65536]"}
     needs: ClassVar[dict[str, str]] = {"prediction_positions": "losses~prediction"}
 
-    distillation_method: Method = field(
-        default="distilbert",
-        metadata={
-            "help": "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
-        },
+    distillation_method: Method = option(
+        "distilbert", "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
     )
     mlm_weight: float | str | None = _weight("the student's own masked-language-model loss (DistilBERT)")
-    mlm_probability: float | str | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
-            "predictions, and 0 without them: then both models read the text as it is."
-        },
+    mlm_probability: float | str | None = option(
+        None,
+        "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
+        "predictions, and 0 without them: then both models read the text as it is.",
     )
-    prediction_positions: Literal["masked", "all"] = field(
-        default="masked",
-        metadata={
-            "help": "Where predictions are compared: at the selected positions, or at all real tokens, as the released "
-            "DistilBERT was; that costs several times as much."
-        },
+    prediction_positions: Literal["masked", "all"] = option(
+        "masked",
+        "Where predictions are compared: at the selected positions, or at all real tokens, as the released "
+        "DistilBERT was; that costs several times as much.",
     )
-    cache_top_k: int = field(
-        default=0,
-        metadata={
-            "help": "Ask the teacher once for its k likeliest tokens at each selected position, such as 64, with the mass of all "
-            "others, and train without it; 0: ask it at each step. Needs static_masks, such as the number of epochs."
-        },
+    cache_top_k: int = option(
+        0,
+        "Ask the teacher once for its k likeliest tokens at each selected position, such as 64, with the mass of all "
+        "others, and train without it; 0: ask it at each step. Needs static_masks, such as the number of epochs.",
     )
 
     def __post_init__(self) -> None:
@@ -402,31 +371,25 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
     loss_names: ClassVar[tuple[str, ...]] = ("prediction", "labels", *DistillationArguments.loss_names[1:])
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {"train_sampling_strategy": ("group_by_length",)}
 
-    task: Task = field(
-        default="sequence-classification",
-        metadata={
-            "help": "What the teacher predicts: a class or a value of one text or two, 'token-classification': a class of each "
-            "word, or 'question-answering': where in a text the answer begins and ends."
-        },
+    task: Task = option(
+        "sequence-classification",
+        "What the teacher predicts: a class or a value of one text or two, 'token-classification': a class of each "
+        "word, or 'question-answering': where in a text the answer begins and ends.",
     )
-    training_stage: TrainingStage = field(
-        default="prediction",
-        metadata={
-            "help": "Which losses have weight 1 if none is given: 'intermediate' (embeddings, hidden states, attention), and "
-            "then, from its result, 'prediction'."
-        },
+    training_stage: TrainingStage = option(
+        "prediction",
+        "Which losses have weight 1 if none is given: 'intermediate' (embeddings, hidden states, attention), and "
+        "then, from its result, 'prediction'.",
     )
     labels_weight: float | str | None = _weight("the loss against the labels of the data; they are optional")
-    cache_teacher: bool = field(
-        default=True,
-        metadata={"help": "Ask the teacher once for its logits of each example, where nothing else of it is needed."},
+    cache_teacher: bool = option(
+        True, "Ask the teacher once for its logits of each example, where nothing else of it is needed."
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "'group_by_length': the examples of a step are of about one length; 'random': of any."},
+    train_sampling_strategy: str = option(
+        "group_by_length", "'group_by_length': the examples of a step are of about one length; 'random': of any."
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
+    learning_rate: float = option(5e-5, "Peak learning rate.")
+    per_device_train_batch_size: int = option(32, "Examples a step and device.")
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and refuse what is out of range."""
