@@ -288,7 +288,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
         raise nothing_trained(len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else None)
     if not trainer.num_steps_trained and trainer.is_world_process_zero():
         print(f"all {trainer.state.max_steps} steps are done already: exporting what they trained", flush=True)
-    trainer.check_finite()
+    trainer.checkpoints.check_finite()
     trainer.evaluate_export()
     trainer.save_state()
     if args.should_save:

@@ -571,14 +571,6 @@ class PretrainingTrainer(Trainer):
 
     # Checkpoints
 
-    def check_finite(self) -> None:
-        """Refuse weights, or a loss since the last row of the log, that are not finite on any process.
-
-        Raises:
-            RunError: If one is not; it names the last whole checkpoint.
-        """
-        self.checkpoints.check_finite()
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, then push, then remove older ones."""
         # It may lie between two rows of the log.
