@@ -166,6 +166,8 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         check_batches(self.accelerator)
         self._schedules = schedules
         self.data_description = dict(data_description or {})
+        if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
+            self._refuse_lost_documents(self.data_collator([self.train_dataset[0]]))
         self.recipe: dict[str, Any] = {}
         self._components = SumAccumulator()
         self._statistic_names: list[str] = []
@@ -174,12 +176,25 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         self._tokens_since_row = 0
         self._clock = time.perf_counter()
 
+    @property
+    def _isolates_documents(self) -> bool:
+        return self.data_description.get("block_mode") == "isolated_documents"
+
+    def _refuse_lost_documents(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a collator that drops `document_ids` where documents are kept apart: they would see each other."""
+        if self._isolates_documents and "document_ids" not in batch:
+            raise InputError(
+                f"block_mode='isolated_documents', but the batches of {type(self.data_collator).__name__} have no document_ids: "
+                "choose another block_mode, such as 'doc_sentences'"
+            )
+
     # Normalisation
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""
         batches, counts = super().get_batch_samples(*args)
         for batch in batches:
+            self._refuse_lost_documents(batch)
             if FILLER not in batch:
                 self._num_tokens += batch["attention_mask"].sum().to(self._num_tokens.device)
         return batches, counts
