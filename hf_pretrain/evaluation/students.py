@@ -16,8 +16,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.evaluation.metrics import evaluating
 from hf_pretrain.hub.text import Row, number
+from hf_pretrain.modeling.backbone import evaluating, num_token_types
 from hf_pretrain.modeling.heads import HeadKind, boundary_logits, entity_counts, head_kind, span_scores
 from hf_pretrain.modeling.losses import IGNORED, GatheredHead
 from hf_pretrain.modeling.visibility.isolation import isolated_inputs
@@ -104,8 +104,7 @@ class AskedModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.head = head_kind(model)
-        has_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
-        self._inputs = (*_INPUTS, "token_type_ids") if has_types else _INPUTS
+        self._inputs = (*_INPUTS, "token_type_ids") if num_token_types(model.config) > 1 else _INPUTS
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """Return the logits: ``[T, C]`` of tokens, ``[B, C]`` of texts, ``[B, L, 2]`` of spans; of a bare encoder its states."""

@@ -197,6 +197,11 @@ class PretrainingArguments(TrainingArguments):
         return super().main_process_first(local=local, desc=desc) if local else first_process_first(self)
 
 
+def global_batch_size(args: TrainingArguments) -> int:
+    """Return the examples of a step, over all processes and accumulation steps."""
+    return args.world_size * args.train_batch_size * args.gradient_accumulation_steps
+
+
 def check_training_options(args: PretrainingArguments) -> None:
     """Try what transformers, accelerate and torch would refuse only once there is a Trainer: before any text is read.
 

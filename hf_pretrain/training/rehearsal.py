@@ -42,7 +42,7 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.checkpoints import is_refused_by_a_library
+from hf_pretrain.training.processes import is_refused_by_a_library
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 _SENTENCE, _SENTENCES = 6, 5

@@ -13,13 +13,13 @@ from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import begin_folder, damaged_file, is_whole, read_marker, write_marker
-from hf_pretrain.training.checkpointing import text_fingerprint
-from hf_pretrain.training.checkpoints import (
+from hf_pretrain.training.checkpointing import (
     check_checkpoint,
-    last_whole_checkpoint,
     remove_old_checkpoints,
+    text_fingerprint,
     was_cut_off,
 )
+from hf_pretrain.training.processes import last_whole_checkpoint
 from method_matrix import build, programs, tiny_data, tiny_documents, tiny_tokenizer
 from toy_recurrence import build_toy
 

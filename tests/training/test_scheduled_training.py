@@ -2,7 +2,7 @@
 
 import copy
 import pickle
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -27,7 +27,7 @@ class WeightedArguments(MaskedLMTrainingArguments):
     mlm_weight: float | str = field(default=2.0)
 
 
-WEIGHTED = SimpleNamespace(ARGUMENTS=(*MLM.ARGUMENTS[:2], WeightedArguments), build_trainer=MLM.build_trainer)
+WEIGHTED = replace(MLM, arguments=(*MLM.arguments[:2], WeightedArguments))
 
 
 def step_rows(trainer):

@@ -64,6 +64,11 @@ class EpochDataset(Dataset[dict[str, Any]]):
         """Return ``dataset`` itself if it is an ``EpochDataset`` already, else wrap it."""
         return dataset if isinstance(dataset, cls) else cls(dataset)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether samplers must not shuffle: the windows of lanes are read in the order of time."""
+        return hasattr(self.base, "num_lanes")
+
     def __len__(self) -> int:
         """Return the number of rows, that is the examples of one epoch."""
         return len(self.base)

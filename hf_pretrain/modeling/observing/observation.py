@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_pretrain.modeling.backbone import num_token_types
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.observing.capture import (
     AttentionRecord,
@@ -102,7 +103,7 @@ class Observer:
 
     def __init__(self, model: PreTrainedModel, wanted: Wanted, *, gathers: bool) -> None:
         self.wanted = wanted
-        self.takes_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self.takes_types = num_token_types(model.config) > 1
         self.gathered: GatheredHead | None = None
         if wanted.predictions:
             keep_logits_in_fp32(model)

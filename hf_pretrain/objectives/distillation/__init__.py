@@ -6,6 +6,8 @@ from hf_pretrain.objectives.distillation.arguments import (
     TaskDistillationTrainingArguments,
 )
 from hf_pretrain.objectives.distillation.building import (
+    METHOD,
+    TASK_METHOD,
     ask_once,
     build_model,
     check_labels,
@@ -26,6 +28,8 @@ from hf_pretrain.tasks.data import TaskDataArguments
 from hf_pretrain.tasks.examples import DataCollatorForTask
 
 __all__ = [
+    "METHOD",
+    "TASK_METHOD",
     "DataCollatorForDistillation",
     "DataCollatorForTask",
     "DistillationConfig",

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import layer_modules
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, begin_in_column_0
-from hf_pretrain.modeling.observing.capture import layer_modules
 from hf_pretrain.modeling.observing.observation import Observation, Observer, TopKTargets, Wanted
 from hf_pretrain.objectives.distillation import losses as between
 from hf_pretrain.objectives.distillation import predictions

@@ -20,8 +20,8 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import evaluating
 from hf_pretrain.evaluation.students import AskedModel, Collator
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.observing.cache import TopKCache, build_top_k, cache_fingerprint, has_cache
 from hf_pretrain.objectives.distillation.arguments import DistillationTrainingArguments

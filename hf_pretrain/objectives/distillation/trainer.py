@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -21,13 +20,12 @@ from hf_pretrain.evaluation.students import compare, comparison_rows
 from hf_pretrain.hub.evaluation import hub_id
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.hub.text import Row
-from hf_pretrain.modeling.losses import PretrainingOutput
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, DistillationArguments
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.tasks.examples import LengthGroupedSampler
+from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.program import print_table
-from hf_pretrain.training.recurrence import global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 TINYBERT = """\
@@ -207,16 +205,13 @@ class DistillationTrainer(PretrainingTrainer):
             raise InputError(
                 f"{type(self).__name__} has no {sorted(missing)[0]} loss: build the model with its options"
             )
+        self.begin_training()
+
+    def begin_training(self) -> None:
+        """Forget the comparison of an earlier training."""
+        super().begin_training()
         self._comparison: dict[str, float] | None = None
         self._compared_at: tuple[int, int | None] | None = None
-
-    def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
-        """Run the model, at this step's temperature where it is scheduled; see `PretrainingTrainer.run_model`."""
-        if model.training and "temperature" in self._schedules:
-            value = self.scheduled("temperature", self.model.config.temperature)
-            # A tensor: a compiled model would be compiled anew for every number.
-            inputs = inputs | {"temperature": torch.tensor(value, device=self.args.device)}
-        return super().run_model(model, inputs)
 
     def loss_weight(self, name: str) -> float:
         """Return the weight of a loss in the total; what was measured beside the losses has none."""
@@ -265,23 +260,15 @@ class DistillationTrainer(PretrainingTrainer):
             self._comparison, self._compared_at = self.compare(), now
         return comparison_rows(self._comparison) if self._comparison else []
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`."""
-        self._comparison = None
-        return super().train(*args, **kwargs)
-
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """Write the model card, with the student beside its teacher; see `SavingMixin.create_model_card`."""
-        if not self.is_world_process_zero():
-            return
+    def card_facts(self) -> dict[str, Any]:
+        """Return the run's losses, how the student began, and the student beside its teacher."""
         config, args = self.model.config, cast(DistillationArguments, self.args)
-        own = {
+        return {
             "objective": describe(self.objective, args.weights(), head=config.head),
             "origin": self.model.origin,
             "note": "" if OF_PREDICTIONS & args.weights().keys() else _ENCODER_ONLY,
             "comparison": self.comparison_rows(),
         }
-        super().create_model_card(model_name, **(own | facts))
 
 
 class TaskDistillationTrainer(DistillationTrainer):
