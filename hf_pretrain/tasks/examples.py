@@ -247,8 +247,8 @@ class LengthGroupedSampler(EpochSampler):
         steps = len(rows) // size
         order = draws.permutation(steps, seed=self.seed, epoch=epoch, stream="length groups")
         rows[: steps * size] = rows[: steps * size].reshape(steps, size)[order].ravel()
-        for order, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
-            yield order * ORDER_STRIDE + index
+        for number, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
+            yield number * ORDER_STRIDE + index
 
 
 def encode_tokens(

@@ -299,7 +299,7 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
         "distilbert", "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
     )
     mlm_weight: float | str | None = _weight("the student's own masked-language-model loss (DistilBERT)")
-    mlm_probability: float | str | None = option(
+    mlm_probability: float | str | None = option(  # type: ignore[assignment]
         None,
         "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
         "predictions, and 0 without them: then both models read the text as it is.",

@@ -197,6 +197,7 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
             f"teacher_layer={args.teacher_layer}: the teacher has {last} layers: set --teacher_layer {last} or less"
         )
     pairs = list(enumerate(mapped or (), start=1))
+    assert args.temperature is not None, "the options were resolved"
     return DistillationConfig(
         student=student.config,
         losses=names,
