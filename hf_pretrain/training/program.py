@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from hf_pretrain.hub.text import (
     with_perplexity,
 )
 from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
-from hf_pretrain.tables import print_table as print_table
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.card import adapter_names
 from hf_pretrain.training.checkpoints import nothing_trained, refused_by_libraries, reported_faults, stopped
@@ -327,3 +326,15 @@ def check_steps(trainer: PretrainingTrainer) -> None:
             f"dataloader_drop_last=True leaves out the only batch: the text gives {len(dataset)} examples, and a batch has "
             f"{batch}; lower per_device_train_batch_size to {max(1, len(dataset) // args.world_size)} or less, or leave it out"
         )
+
+
+def print_table(rows: Iterable[Sequence[str]], *, header: Sequence[str]) -> None:
+    """Print rows of text in columns, the first to the left and the others to the right."""
+    table = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for row in table:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        print("  " + "  ".join(cells).rstrip())
