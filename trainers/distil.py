@@ -18,9 +18,9 @@ from hf_pretrain.objectives.distillation import (
     DistillationTrainer,
     DistillationTrainingArguments,
     StudentArguments,
-    ask_for_top_k,
+    auto_class_for,
     build_model,
-    general_class,
+    cache_teacher_top_k,
     load_text,
     print_comparison,
 )
@@ -36,7 +36,7 @@ def build_trainer(
     model = build_model(
         model_args,
         args,
-        auto_class=general_class(args),
+        auto_class=auto_class_for(args),
         tokenizer=data.tokenizer,
         block_size=data.block_size,
     )
@@ -48,7 +48,7 @@ def build_trainer(
         model,
         args,
         data_collator=collator,
-        **ask_for_top_k(model, data, args, collator=collator).trainer_inputs(),
+        **cache_teacher_top_k(model, data, args, collator=collator).trainer_inputs(),
     )
 
 

@@ -33,8 +33,8 @@ from hf_pretrain.objectives.distillation import (
     TaskDataArguments,
     TaskDistillationTrainer,
     TaskDistillationTrainingArguments,
-    ask_once,
     build_model,
+    cache_teacher_logits,
     check_labels,
     load_task,
     print_comparison,
@@ -68,7 +68,7 @@ def build_trainer(
         model,
         args,
         data_collator=DataCollatorForTask(data.tokenizer),
-        **ask_once(model, data, args).trainer_inputs(),
+        **cache_teacher_logits(model, data, args).trainer_inputs(),
     )
 
 

@@ -29,7 +29,7 @@ _CHOICES = ("every_other", "uniform", "first", "last")
 
 @dataclass
 class StudentArguments(ModelArguments):
-    """Who teaches, and who is taught: layers of the teacher, a new model, or a checkpoint."""
+    """The teacher, and the student: layers of the teacher, a new model, or a checkpoint."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint of a student to go on with, such as one of general distillation."}
@@ -103,7 +103,7 @@ def build_student(
     """Load, cut or build the student that the arguments describe.
 
     Args:
-        args: What the student is.
+        args: The options of the student.
         teacher: The teacher; with the trimmed vocabulary, if the student is to have one.
         tokenizer: The tokenizer of both.
         auto_class: The Auto class of both, such as `AutoModelForMaskedLM`.
@@ -112,7 +112,7 @@ def build_student(
         A stock model in float32 and evaluation mode, with the teacher's labels.
 
     Raises:
-        InputError: If the arguments name no student, or one that cannot be.
+        InputError: If the arguments name no student, or one that cannot be built.
     """
     if args.model_name_or_path is not None:
         student = _load_student(args, teacher, auto_class)
@@ -156,8 +156,9 @@ def choose_layers(spec: str, *, teacher_layers: int, student_layers: int | None 
         student_layers: Layers of the student; by default as many as indices, or half of the teacher's.
 
     Returns:
-        Indices from 0, ascending. "every_other" spreads them evenly from the first layer to the last, which gives DistilBERT's
-        0, 2, 4, 7, 9, 11 of 12; "uniform" gives those that a uniform layer map compares with: 1, 3, 5, 7, 9, 11.
+        Indices from 0, ascending. "every_other" spreads them evenly from the first layer to the last, which gives
+        DistilBERT's 0, 2, 4, 7, 9, 11 of 12; "uniform" gives those that a uniform layer map compares with: 1, 3, 5, 7,
+        9, 11.
 
     Raises:
         InputError: If these are not layers of the teacher in ascending order, or not as many as asked for.
@@ -202,8 +203,8 @@ def fresh_student(
 ) -> PreTrainedModel:
     """Build a student with new weights.
 
-    A student of the teacher's architecture has the teacher's configuration but for the sizes that are given; one of another
-    architecture has the teacher's sizes where none are given, its vocabulary and its labels.
+    A student of the teacher's architecture has the teacher's configuration but for the sizes that are given; one of
+    another architecture has the teacher's sizes where none are given, its vocabulary and its labels.
 
     Args:
         teacher: The teacher.
