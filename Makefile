@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 NEWEST := .venv-newest/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest newest lint format bench clean distclean
+.PHONY: help demo test test-all test-newest newest lint format docs bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ lint: .venv/.installed ## style, types and spelling
 format: .venv/.installed ## rewrite the code in the style that lint asks for
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+docs: .venv/.installed ## write the tables of the documents from the methods and the recipes
+	$(BIN)/python docs/make_tables.py
 
 bench: .venv/.installed ## run the benchmarks, one after the other
 	@for program in benchmarks/collators.py benchmarks/packing.py benchmarks/training_steps.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done

@@ -53,8 +53,9 @@ from hf_pretrain.evaluation.probes import encode, probe_accuracy
 from hf_pretrain.hub.text import bare_name, is_bookkeeping
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, binary_token_loss
+from hf_pretrain.objectives.encoder import MaskedLMTrainer
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainer, MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionForPreTraining,

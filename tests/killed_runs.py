@@ -138,12 +138,12 @@ def _run(order, folder=None):
     import torch
 
     from hf_pretrain.cli import run_program
-    from hf_pretrain.trainers import mlm
+    from hf_pretrain.objectives.encoder import MASKED_LM as mlm
 
     signal.alarm(SECONDS)
     torch.set_num_threads(1)
     _watched(_Watch(*(order["fault"] or Fault("nothing"))))
-    status = run_program(mlm.main, order["argv"])
+    status = run_program(mlm.run, order["argv"])
     sys.stdout.flush()
     Path(f"{order['log']}.{os.environ.get('RANK', 0)}").write_text(str(status))
 
@@ -178,7 +178,7 @@ def _serve():
     import matplotlib.pyplot  # noqa: F401
 
     import hf_pretrain.hub.plots  # noqa: F401
-    import hf_pretrain.trainers.mlm  # noqa: F401
+    import hf_pretrain.objectives.encoder  # noqa: F401
 
     for order in map(json.loads, sys.stdin):
         if order is None:

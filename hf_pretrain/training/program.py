@@ -36,6 +36,7 @@ from hf_pretrain.tables import print_table as print_table
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.card import adapter_names
 from hf_pretrain.training.checkpoints import nothing_trained, refused_by_libraries, reported_faults, stopped
+from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments, resolved_options, write_recipe
 from hf_pretrain.training.processes import Stopping, StopWhenAsked, is_sharded, set_timeout, stopping_on_sigterm
@@ -204,34 +205,16 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def train_method(
-    argv: list[str] | None,
-    *,
-    name: str,
-    description: str,
-    arguments: tuple[type, type, type],
-    build_trainer: Callable[[PreparedData, Any, Any], PretrainingTrainer],
-    load: Callable[..., PreparedData] = load_data,
-    demonstrate: Callable[[Any, PreparedData], None] | None = None,
-    special_tokens: Sequence[str] = ("mask", "pad"),
-    made_up: Callable[..., PreparedData] = made_up_data,
-    left_out: Mapping[str, Any] | None = None,
-) -> None:
+def train_method(method: Method, argv: list[str] | None = None) -> None:
     """Run a method from its command line to its report.
 
     Args:
+        method: The method.
         argv: The arguments, without the name of the program; those of the process if None.
-        name: Name of the method.
-        description: Text of the program's help.
-        arguments: Dataclasses of the options of data, model and training.
-        build_trainer: Puts the method's model, collator and Trainer together.
-        load: Makes examples from the options, called as [`load_data`] is.
-        demonstrate: Prints more at the end, on the first process, to show what was learned.
-        special_tokens: What the tokenizer must have.
-        made_up: Makes examples for the rehearsal, called as [`made_up_data`] is.
-        left_out: Options of training that the rehearsal has otherwise, because they cost time alone.
     """
-    options = parse_arguments(arguments, argv, prog=f"hf-pretrain {name}", description=description)
+    options = parse_arguments(
+        method.arguments, argv, prog=f"hf-pretrain {method.name}", description=method.description
+    )
     data_args, model_args, args = options
     check_training_options(args)
     # SIGTERM saves a checkpoint in any case.
@@ -248,17 +231,23 @@ def train_method(
             repository_of(args)
         tokenizer = _known_tokenizer(data_args, model_args, args)
         if tokenizer is not None:
-            check_tokenizer(tokenizer, roles=special_tokens)
+            check_tokenizer(tokenizer, roles=method.special_tokens)
             check_offsets(tokenizer)
-        rehearse(options, build_trainer=build_trainer, tokenizer=tokenizer, made_up=made_up, left_out=left_out or {})
-        data = load(data_args, model_args, args, special_tokens=special_tokens)
+        rehearse(
+            options,
+            build_trainer=method.build_trainer,
+            tokenizer=tokenizer,
+            made_up=method.made_up or made_up_data,
+            left_out=method.left_out,
+        )
+        data = (method.load or load_data)(data_args, model_args, args, special_tokens=method.special_tokens)
         # At DeepSpeed's stage 3 transformers would divide each stock model as it is built, before they are joined; the Trainer
         # sets its configuration again, and the whole is divided then.
         unset_hf_deepspeed_config()
         # The Trainer seeds too, but the weights are drawn before it is there.
         set_seed(args.seed)
         with refused_by_libraries():
-            trainer = build_trainer(data, model_args, args)
+            trainer = method.build_trainer(data, model_args, args)
         check_steps(trainer)
         folder.training_begins()
         run(trainer, options, stopping=stopping)
@@ -266,8 +255,8 @@ def train_method(
             # The report opens the export, on this process alone.
             unset_hf_deepspeed_config()
             print_report(trainer)
-            if demonstrate is not None and not is_sharded(trainer.model):
-                demonstrate(trainer, data)
+            if method.demonstrate is not None and not is_sharded(trainer.model):
+                method.demonstrate(trainer, data)
         trainer.end()
 
 

@@ -6,13 +6,13 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, BertConfig
 
 from hf_pretrain.data import draws
+from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import (
     StudentArguments,
     TaskDataArguments,
     TaskDistillationTrainingArguments,
     load_task,
 )
-from hf_pretrain.trainers import distil_task
 from method_matrix import NO_DROPOUT, QUIET, TINY, VOCAB_SIZE, RecordGradients, tiny_tokenizer
 
 AUTO_CLASSES = {

@@ -5,7 +5,7 @@ import os
 import torch
 
 from helpers.distilled import UNCACHED
-from hf_pretrain.trainers import distil
+from hf_pretrain.objectives.distillation import METHOD as distil
 from method_matrix import build, teacher_of
 
 # Before the ranks are there, of which only the first could write.

@@ -27,9 +27,8 @@ from hf_pretrain.objectives.distillation.trainer import (
     describe_origin,
 )
 from hf_pretrain.objectives.electric import ElectricTrainer
-from hf_pretrain.objectives.encoder import EncoderTrainer
+from hf_pretrain.objectives.encoder import EncoderTrainer, MaskedLMTrainer
 from hf_pretrain.objectives.encoder.arguments import describe as describe_encoder
-from hf_pretrain.objectives.masking import MaskedLMTrainer
 from hf_pretrain.objectives.permutation_lm import PermutationLMTrainer
 from hf_pretrain.objectives.recurrent_lm import RecurrentLMTrainer
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionTrainer

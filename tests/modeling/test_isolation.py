@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from importlib import import_module
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from hf_pretrain.modeling.visibility import isolation
 from hf_pretrain.modeling.visibility import isolation as attention_masks
 from hf_pretrain.modeling.visibility.isolation import check_isolation, isolated_inputs, sequence_bounds
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import TINY, VOCAB_SIZE, build, relative_difference, tiny_data
+from method_matrix import TINY, VOCAB_SIZE, build, programs, relative_difference, tiny_data
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "legacy": False}
 BACKBONES = {
@@ -324,7 +323,7 @@ def test_half_precision(name):
 
 def test_a_trainer_learns_from_packed_rows_as_from_separate_ones(tmp_path):
     """The whole path: the collator's masks, the Trainer's counts, accumulation, evaluation, another batch shape."""
-    program = import_module("hf_pretrain.trainers.mlm")
+    program = programs()["mlm"]
     lengths = [4, 9, 11, 3, 8, 12, 6, 7, 5, 9, 4, 10] * 4
     rows = Dataset.from_list(
         [

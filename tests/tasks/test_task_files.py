@@ -12,10 +12,10 @@ from transformers import BertConfig
 from helpers.distilled import PREDICTION
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, PLACE_STRIDE
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import TaskDataArguments
 from hf_pretrain.tasks.data import prepare_task
 from hf_pretrain.tasks.examples import LengthGroupedSampler
-from hf_pretrain.trainers import distil_task
 from method_matrix import build, tiny_tokenizer
 
 

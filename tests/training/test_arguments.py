@@ -88,9 +88,9 @@ def test_the_product_schedule_is_refused_on_the_command_line_too(tmp_path):
     """The default of rtd, with the schedule alone changed."""
     options = ["--output_dir", str(tmp_path), "--lr_scheduler_type", "cosine"]
     with pytest.raises(InputError, match="not cosine's: drop one of the two"):
-        parse_arguments(programs()["rtd"].ARGUMENTS, options, prog="hf-pretrain rtd", description="")
+        parse_arguments(programs()["rtd"].arguments, options, prog="hf-pretrain rtd", description="")
     last = parse_arguments(
-        programs()["rtd"].ARGUMENTS,
+        programs()["rtd"].arguments,
         [*options, "--decay_during_warmup", "false"],
         prog="hf-pretrain rtd",
         description="",
@@ -147,7 +147,7 @@ def test_what_is_called_honoured_is_read(tmp_path, data):
         return build(programs()["mlm"], tmp_path, data, load_best_model_at_end=True, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        args_class = programs()["mlm"].ARGUMENTS[2]
+        args_class = programs()["mlm"].arguments[2]
         made = args_class.__post_init__
         patch.setattr(args_class, "__post_init__", lambda self: (made(self), read.clear())[0])
         patch.setattr(args_class, "__getattribute__", recording)
@@ -170,7 +170,7 @@ def test_what_has_no_effect_is_refused_by_name(make, name):
 
 
 def test_the_task_distillation_groups_by_length_and_nothing_else(make, tmp_path):
-    args_class = programs()["distil-task"].ARGUMENTS[2]
+    args_class = programs()["distil-task"].arguments[2]
     for strategy in ("random", "group_by_length"):
         assert args_class(output_dir=str(tmp_path), train_sampling_strategy=strategy)
     with pytest.raises(InputError, match="train_sampling_strategy='sequential' is not supported"):
@@ -191,7 +191,7 @@ def test_settings_of_accelerate_without_effect_are_refused(make, config):
 @pytest.mark.parametrize("method", METHODS)
 def test_no_number_of_any_method_may_be_nan_or_infinite(method, tmp_path):
     """Whatever the option: the check is one, and a new option has it."""
-    for options_class in programs()[method].ARGUMENTS:
+    for options_class in programs()[method].arguments:
         given = {"output_dir": str(tmp_path)} if issubclass(options_class, TrainingArguments) else {}
         for known in fields(options_class):
             kinds = _kinds(known.type)
@@ -246,7 +246,7 @@ def test_numbers_out_of_range_are_refused_in_python_too(make, options, said):
 
 def test_the_values_of_a_schedule_lie_where_those_of_its_option_do(tmp_path):
     def rtd(**options):
-        return programs()["rtd"].ARGUMENTS[2](output_dir=str(tmp_path), **options)
+        return programs()["rtd"].arguments[2](output_dir=str(tmp_path), **options)
 
     assert rtd(temperature_schedule="0:1, 10:0.5", rtd_weight_schedule="0:0, 10:50")
     for name, text in (
@@ -261,7 +261,7 @@ def test_the_values_of_a_schedule_lie_where_those_of_its_option_do(tmp_path):
 
 
 def test_masks_of_nothing_are_refused(tmp_path):
-    mlm, encoder = programs()["mlm"].ARGUMENTS[2], programs()["encoder"].ARGUMENTS[2]
+    mlm, encoder = programs()["mlm"].arguments[2], programs()["encoder"].arguments[2]
     with pytest.raises(InputError, match="mlm_probability=0.0 leaves no target"):
         mlm(output_dir=str(tmp_path), mlm_probability=0.0)
     assert mlm(output_dir=str(tmp_path), mlm_probability=0.0, mlm_probability_schedule="0:0.1, 9:0.2")

@@ -1,6 +1,6 @@
 """Loss weights and mask rates that change in the course of training."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +25,7 @@ class WeightedArguments(MaskedLMTrainingArguments):
     mlm_weight_schedule: str | None = field(default=None)
 
 
-WEIGHTED = SimpleNamespace(ARGUMENTS=(*MLM.ARGUMENTS[:2], WeightedArguments), build_trainer=MLM.build_trainer)
+WEIGHTED = replace(MLM, arguments=(*MLM.arguments[:2], WeightedArguments))
 
 
 def step_rows(trainer):

@@ -12,6 +12,8 @@ from hf_pretrain.objectives.distillation.arguments import (
     TaskDistillationTrainingArguments,
 )
 from hf_pretrain.objectives.distillation.building import (
+    METHOD,
+    TASK_METHOD,
     auto_class_for,
     build_model,
     check_labels,
@@ -33,6 +35,8 @@ from hf_pretrain.tasks.data import TaskDataArguments
 from hf_pretrain.tasks.examples import DataCollatorForTask
 
 __all__ = [
+    "METHOD",
+    "TASK_METHOD",
     "DataCollatorForDistillation",
     "DataCollatorForTask",
     "DistillationConfig",

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import datasets
 import torch
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,20 +33,35 @@ from hf_pretrain.modeling.configuration import dtype_option, from_pretrained
 from hf_pretrain.modeling.heads import head_kind
 from hf_pretrain.modeling.observing.capture import check_capture
 from hf_pretrain.modeling.surgery.vocabulary import match_vocabulary, trim_vocabulary, used_ids
+from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
     RELATIONS,
     DistillationArguments,
     DistillationConfig,
+    DistillationTrainingArguments,
     TaskDistillationTrainingArguments,
     layer_map,
 )
 from hf_pretrain.objectives.distillation.losses import check_relation_heads, check_same_heads
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
 from hf_pretrain.objectives.distillation.student import StudentArguments, build_student, choose_layers
-from hf_pretrain.objectives.distillation.trainer import describe_origin
+from hf_pretrain.objectives.distillation.targets import (
+    DataCollatorForDistillation,
+    cache_teacher_logits,
+    cache_teacher_top_k,
+    report_label_agreement,
+)
+from hf_pretrain.objectives.distillation.trainer import (
+    DistillationTrainer,
+    TaskDistillationTrainer,
+    describe_origin,
+    print_comparison,
+)
 from hf_pretrain.tasks.data import TaskDataArguments, prepare_task
+from hf_pretrain.tasks.examples import DataCollatorForTask
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.method import Learning, Method
 
 _LAST_LAYER = {*RELATIONS, "attention_distribution"}
 _OF_ATTENTION = {"attention", *_LAST_LAYER}
@@ -312,3 +331,129 @@ def check_labels(data: PreparedData, args: TaskDistillationTrainingArguments) ->
             raise InputError(
                 f"labels_weight={args.labels_weight}, but the examples have no labels: name their label_column, or leave it out"
             )
+
+
+_TINY_OPTIONS = {
+    "cosine_weight": 1.0,
+    "embedding_weight": 1.0,
+    "hidden_weight": 1.0,
+    "attention_weight": 0.1,
+    "relation_vv_weight": 1.0,
+}
+
+
+def build_trainer(
+    data: PreparedData, model_args: StudentArguments, args: DistillationTrainingArguments
+) -> DistillationTrainer:
+    """Put student and teacher, the collator and the Trainer together."""
+    model = build_model(
+        model_args,
+        args,
+        auto_class=auto_class_for(args),
+        tokenizer=data.tokenizer,
+        block_size=data.block_size,
+    )
+    if data.isolates_documents:
+        for part in model.stock_models():
+            check_isolation(part, length=data.block_size)
+    collator = DataCollatorForDistillation(data.tokenizer, masking=args.masking, seed=args.seed)
+    return DistillationTrainer(
+        model,
+        args,
+        data_collator=collator,
+        **cache_teacher_top_k(model, data, args, collator=collator).trainer_inputs(),
+    )
+
+
+METHOD = Method(
+    trainer=DistillationTrainer,
+    description="""\
+Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's general stage, MiniLM.
+
+    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt --output_dir my-student
+    hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir my-minilm
+    accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml --teacher_name_or_path my-bert ...
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The student opens with
+`AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`.""",
+    arguments=(DataArguments, StudentArguments, DistillationTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(left={"prediction_loss": 0.44}),
+    tiny_options=_TINY_OPTIONS,
+    load=load_text,
+    demonstrate=print_comparison,
+    left_out={"cache_top_k": 0},
+)
+
+
+AUTO_CLASSES = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+}
+
+
+def build_task_trainer(
+    data: PreparedData, model_args: StudentArguments, args: TaskDistillationTrainingArguments
+) -> TaskDistillationTrainer:
+    """Put student and teacher, the collator and the Trainer together."""
+    check_labels(data, args)
+    model = build_model(
+        model_args,
+        args,
+        auto_class=AUTO_CLASSES[args.task],
+        tokenizer=data.tokenizer,
+        block_size=data.block_size,
+    )
+    report_label_agreement(model, data, args)
+    return TaskDistillationTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForTask(data.tokenizer),
+        **cache_teacher_logits(model, data, args).trainer_inputs(),
+    )
+
+
+def made_up_examples(
+    data_args: TaskDataArguments,
+    model_args: StudentArguments,
+    args: TaskDistillationTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PreparedData:
+    """Return examples of the task for the rehearsal: a few tokens, with the first label of the teacher."""
+    config = from_pretrained(AutoConfig, teacher_name(model_args))
+    assert tokenizer is not None, "there is a teacher, so there is a tokenizer"
+    ids = tokenizer("a b c", truncation=True, max_length=data_args.max_length)["input_ids"]
+    row: dict[str, Any] = {"input_ids": ids, "labels": 0.0 if config.num_labels == 1 else 0}
+    if args.task != "sequence-classification":
+        labels = [0] * len(ids) if args.task == "token-classification" else [0, 0]
+        row |= {"is_target": [True] * len(ids), "labels": labels}
+    examples = datasets.Dataset.from_list([row] * 8)
+    holds_out = data_args.validation_file or data_args.validation_split or data_args.validation_fraction
+    held_out = examples if holds_out else None
+    return PreparedData(tokenizer, examples, held_out, {"source": "made up"}, data_args.max_length)
+
+
+TASK_METHOD = Method(
+    trainer=TaskDistillationTrainer,
+    description=r"""Distil a fine-tuned model into a smaller one, on the examples of its task: TinyBERT's task stages.
+
+    hf-pretrain distil-task --config tinybert_intermediate --teacher_name_or_path my-classifier \
+        --model_name_or_path my-tinybert --train_file train.tsv --validation_file dev.tsv --output_dir stage-1
+    hf-pretrain distil-task --config tinybert_prediction --teacher_name_or_path my-classifier \
+        --model_name_or_path stage-1 --train_file train.tsv --validation_file dev.tsv --output_dir stage-2
+
+The teacher says what the labels are; the examples need none. The student opens with
+`AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts, or lists
+of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or rows of `question`,
+`context` and `answers`.""",
+    arguments=(TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments),
+    build_trainer=build_task_trainer,
+    learning=Learning(left={"prediction_loss": 0.44}),
+    tiny_options=_TINY_OPTIONS | {"labels_weight": 0.1},
+    load=load_task,
+    made_up=made_up_examples,
+    demonstrate=print_comparison,
+    special_tokens=("pad",),
+    left_out={"cache_teacher": False},
+)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.objectives.masking import MaskedLMTrainer, MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 
 PAIR_OBJECTIVES = ("nsp", "sop", "sentence_structure")
 """Those that ask how the two segments of an example belong together; their examples are pairs."""
@@ -219,7 +219,13 @@ def parse_shares(text: str, *, views: Sequence[str]) -> dict[str, float]:
     return {name: share / total for name, share in shares.items() if share}
 
 
-(BERT,) = MaskedLMTrainer.objective.citations
+BERT = """\
+@inproceedings{devlin2019bert,
+  title = {{BERT}: Pre-training of Deep Bidirectional Transformers for Language Understanding},
+  author = {Devlin, Jacob and Chang, Ming-Wei and Lee, Kenton and Toutanova, Kristina},
+  booktitle = {Proceedings of {NAACL-HLT}},
+  year = {2019}
+}"""
 ALBERT = """\
 @inproceedings{lan2020albert,
   title = {{ALBERT}: A Lite {BERT} for Self-supervised Learning of Language Representations},
@@ -326,7 +332,7 @@ def describe(
             terms.append(f"{factor}{formula}" if not factor else rf"{factor}\left({formula}\right)")
     return dataclasses.replace(
         objective,
-        description=" ".join([objective.description, *(words for _, words, _, _ in known)]),
+        description=" ".join([objective.description, *(words for _, words, _, _ in known)]).strip(),
         formula=r"\mathcal{L} = "
         + " ".join(term if term.startswith("-") or i == 0 else f"+ {term}" for i, term in enumerate(terms)),
         citations=tuple(dict.fromkeys(source for *_, source in known)),

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_pretrain.data import draws
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import word_starts
 from hf_pretrain.data.examples.packing import BlockDataset
@@ -32,10 +33,14 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics, discrimination_gain
 from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
+from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
+from hf_pretrain.objectives.replaced_token_detection.building import ReplacedTokenDetectionModelArguments, build_model
 from hf_pretrain.objectives.replaced_token_detection.modeling import Stage
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import coloured_words
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -420,3 +425,41 @@ def print_suspicions(trainer: ReplacedTokenDetectionTrainer, data: PreparedData)
             f"    {wrong.word!r} instead of {sentence.original!r}: probability {wrong.score:.2f}, rank {rank} of "
             f"{len(words)} words"
         )
+
+
+def build_trainer(
+    data: PreparedData,
+    model_args: ReplacedTokenDetectionModelArguments,
+    args: ReplacedTokenDetectionTrainingArguments,
+) -> ReplacedTokenDetectionTrainer:
+    """Put the pair of models, the collator and the Trainer together."""
+    model = build_model(model_args, data.tokenizer)
+    for part in (model.generator, model.discriminator):
+        check_model_fits(part, data.tokenizer, block_size=data.block_size)
+        if data.isolates_documents:
+            check_isolation(part, length=data.block_size)
+    return ReplacedTokenDetectionTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForReplacedTokenDetection(data.tokenizer, masking=args.masking, seed=args.seed),
+        **data.trainer_inputs(),
+    )
+
+
+METHOD = Method(
+    trainer=ReplacedTokenDetectionTrainer,
+    description="""\
+Pre-train an ELECTRA: a generator replaces tokens, a discriminator finds them.
+
+    hf-pretrain rtd --train_file corpus.txt --output_dir my-electra
+    accelerate launch trainers/rtd.py --config trainers/recipes/electra_small.yaml --train_file corpus.txt --output_dir my-electra
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+`AutoModel.from_pretrained("my-electra")`; the generator is in its folder `pretraining/generator`.""",
+    arguments=(DataArguments, ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(
+        left={"mlm_loss": 0.44}, gained={"disc_auc": 0.08}, least={"disc_gain": -0.01}, steps=400, examples=384
+    ),
+    demonstrate=print_suspicions,
+)

@@ -8,8 +8,8 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceCl
 from hf_pretrain.cli import main
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, StudentArguments, load_text
-from hf_pretrain.trainers import distil
 from method_matrix import tiny_teacher
 
 MASKED_LM, CLASSIFIER = AutoModelForMaskedLM, AutoModelForSequenceClassification

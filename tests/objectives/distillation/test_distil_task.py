@@ -9,13 +9,13 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 from helpers.distilled import PREDICTION
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import (
     DataCollatorForTask,
     StudentArguments,
     TaskDistillationTrainingArguments,
     join,
 )
-from hf_pretrain.trainers import distil_task
 from method_matrix import TINY, VOCAB_SIZE, as_task, build, collate, tiny_data, tiny_teacher, tiny_tokenizer
 
 SIZES = {**TINY, "vocab_size": VOCAB_SIZE}

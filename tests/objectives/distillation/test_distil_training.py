@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from helpers.distilled import ALL, OF_STATES, OF_TEACHER, SIZES, bert, collator, examples, pair
-from hf_pretrain.trainers import distil
+from hf_pretrain.objectives.distillation import METHOD as distil
 from method_matrix import VOCAB_SIZE, build, collate, relative_difference
 
 

@@ -8,9 +8,9 @@ from transformers import BertForMaskedLM, BertModel
 
 from helpers.distilled import ALL, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
 from hf_pretrain.objectives.distillation.arguments import RELATIONS
-from hf_pretrain.trainers import distil
 from method_matrix import build
 
 

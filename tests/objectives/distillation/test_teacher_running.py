@@ -10,8 +10,8 @@ from helpers.distilled import arguments, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing.capture import AttentionRecord
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, OutputRequest
+from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import Teacher, join
-from hf_pretrain.trainers import distil
 from method_matrix import build
 
 COMPILED = "prediction", "mlm", "cosine", "embedding", "hidden"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers.distilled import ALL
+from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, TaskDistillationTrainingArguments
-from hf_pretrain.trainers import distil
 from hf_pretrain.training.parsing import parse_arguments
 from method_matrix import build
 
@@ -25,7 +25,7 @@ def test_every_loss_has_a_weight_and_its_schedule_with_a_help(arguments):
 
 def test_from_the_command_line(tmp_path):
     argv = ["--output_dir", str(tmp_path), "--relation_kk_weight_schedule", "0%:1, 100%:0", "--cosine_weight", "3"]
-    *_, args = parse_arguments(distil.ARGUMENTS, argv, prog="distil", description="")
+    *_, args = parse_arguments(distil.arguments, argv, prog="distil", description="")
     assert args.parse_schedules()["relation_kk_weight"].at(1, 4) == 0.75
     assert args.weights()["cosine"] == 3.0
 
