@@ -196,11 +196,11 @@ def build_trainer(arm: str, seed: int, args: QualityArguments, data: PreparedDat
     generator = {"generator_size": args.generator_size, "generator_layers": args.generator_layers}
     # At this temperature all of the probability is with the best guess.
     temperature = 1e-4 if arm == "argmax" else 1.0
-    model_args = ReplacedTokenDetectionModelArguments(**sizes, **generator, temperature=temperature)
-    model = build_model(model_args, data.tokenizer)
+    model_args = ReplacedTokenDetectionModelArguments(**sizes, **generator)
+    model = build_model(model_args, data.tokenizer, temperature=temperature)
     if arm == "masked_only":
         model = SelectedTokensOnly(model.config, model.generator, model.discriminator)
-    options = ReplacedTokenDetectionTrainingArguments(**training)
+    options = ReplacedTokenDetectionTrainingArguments(**training, temperature=temperature)
     collator = DataCollatorForReplacedTokenDetection(data.tokenizer, masking=options.masking, seed=seed)
     return ReplacedTokenDetectionTrainer(model, options, data_collator=collator, **data.trainer_inputs())
 

@@ -180,7 +180,7 @@ def _was_said_by_first(line: str) -> bool:
 
 
 def _system_fault(error: BaseException) -> InputError | RunError | None:
-    from hf_pretrain.training.checkpoints import system_fault
+    from hf_pretrain.training.processes import system_fault
 
     return system_fault(error)
 

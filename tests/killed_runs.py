@@ -98,7 +98,8 @@ def _watched(watch):
     from transformers import Trainer
 
     from hf_pretrain.training import program
-    from hf_pretrain.training.pushing import PushingMixin
+    from hf_pretrain.training.pushing import Pushing
+    from hf_pretrain.training.trainer import PretrainingTrainer
 
     def halved(write, place):
         def wrapped(*args, **kwargs):
@@ -128,7 +129,7 @@ def _watched(watch):
     training_step, Trainer.training_step = Trainer.training_step, step
     torch.save = halved(torch.save, 1)
     safetensors.torch.serialize_file = halved(safetensors.torch.serialize_file, 1)
-    PushingMixin._upload, PushingMixin.init_hf_repo = upload, open_repository
+    Pushing.upload, PretrainingTrainer.init_hf_repo = upload, open_repository
     program.repository_of = lambda args: "tester/model"
     sys.addaudithook(watch.audit)
 

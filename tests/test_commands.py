@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from hf_pretrain import cli
 from hf_pretrain.commands.export import export_checkpoint, load_composite
-from hf_pretrain.data.text.datasets import read_documents
+from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
 from method_matrix import build, programs
 

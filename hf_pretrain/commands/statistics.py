@@ -23,7 +23,8 @@ from hf_pretrain.cli import run_program
 from hf_pretrain.commands.options import of_data
 from hf_pretrain.curation.statistics import corpus_statistics
 from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
-from hf_pretrain.data.text.files import numbered_documents, read_documents, resolve_paths
+from hf_pretrain.data.text.files import numbered_documents, read_documents
+from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import write_text
 from hf_pretrain.tables import print_table

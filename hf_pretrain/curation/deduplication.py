@@ -22,8 +22,8 @@ from hf_pretrain.data.text.files import (
     excerpt,
     in_groups,
     numbered_documents,
-    resolve_paths,
 )
+from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError
 
 DOCUMENTS = "documents"

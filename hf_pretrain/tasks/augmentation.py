@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.errors import InputError, check_numbers
-from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint, weights_fingerprint
 from hf_pretrain.tasks.words import ChangeableWord, WordNeighbours, WordProposer

@@ -19,7 +19,7 @@ from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTo
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.words import character_kinds, next_visible
-from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint
@@ -218,8 +218,8 @@ class LengthGroupedSampler(EpochSampler):
         steps = len(rows) // size
         order = draws.permutation(steps, seed=self.seed, epoch=epoch, stream="length groups")
         rows[: steps * size] = rows[: steps * size].reshape(steps, size)[order].ravel()
-        for place, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
-            yield place * PLACE_STRIDE + index
+        for number, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
+            yield number * ORDER_STRIDE + index
 
 
 def encode_tokens(

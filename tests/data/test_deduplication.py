@@ -16,7 +16,7 @@ from hf_pretrain.curation import deduplication
 from hf_pretrain.curation.deduplication import DOCUMENTS, REPORT, deduplicate_files
 from hf_pretrain.curation.near_duplicates import Deduplicator, Verdict, jaccard, normalized, num_bands, shingle_hashes
 from hf_pretrain.data import draws
-from hf_pretrain.data.text.datasets import read_documents
+from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
 
 

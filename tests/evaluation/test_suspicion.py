@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.detector import HEAD_FOLDER, ReplacedTokenScorer, _windows
-from hf_pretrain.modeling.heads import DiscriminatorHead
+from hf_pretrain.evaluation.detector import ReplacedTokenScorer, _windows
+from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DiscriminatorHead
 from loopback_hub import LoopbackHub, hub_environment
 
 
@@ -341,7 +341,7 @@ class TestFromPretrained:
         encoder = roberta(tokenizer)
         folder = tmp_path / "export"
         encoder.save_pretrained(folder)
-        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(folder / HEAD_FOLDER)
+        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(folder / DISCRIMINATOR_HEAD_FOLDER)
         electra(tokenizer).save_pretrained(tmp_path / "stock")
         for each in (folder, tmp_path / "stock"):
             tokenizer.save_pretrained(each)

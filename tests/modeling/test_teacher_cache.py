@@ -13,7 +13,7 @@ from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.observing.cache import (
     TaskLogitsCache,

@@ -206,7 +206,7 @@ def test_weights_and_their_schedules_are_those_of_the_losses(tmp_path):
     options = {"objectives": ["mlm", "sop"], "learning_rate": 0.0, "max_steps": 3}
     plain = build(program, tmp_path / "plain", **options, pair_weight=0.0)
     plain.train()
-    falling = build(program, tmp_path / "falling", **options, pair_weight_schedule="0:1, 2:0")
+    falling = build(program, tmp_path / "falling", **options, pair_weight="0:1, 2:0")
     falling.train()
     rows = [row for row in log_of(falling) if "loss" in row]
     assert [row["pair_weight"] for row in rows] == [1.0, 0.5, 0.0]
@@ -221,7 +221,7 @@ def test_weights_and_their_schedules_are_those_of_the_losses(tmp_path):
     ("options", "message"),
     [
         ({"objectives": ["sop"]}, "leaves out mlm"),
-        ({"objectives": ["mlm", "sopp"]}, "'sopp' is unknown"),
+        ({"objectives": ["mlm", "sopp"]}, "objectives='sopp' must be one of .*did you mean 'sop'"),
         ({"objectives": ["mlm", "nsp", "sop"]}, "different questions about the same pairs"),
         ({"objectives": ["mlm", "span_boundary"]}, "masking_unit='token' makes none"),
         ({"objectives": ["mlm", "word_order", "left_to_right"]}, "which left_to_right hides"),

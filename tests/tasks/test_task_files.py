@@ -10,7 +10,7 @@ import pytest
 from transformers import BertConfig
 
 from helpers.distilled import PREDICTION
-from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, PLACE_STRIDE
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import TaskDataArguments
@@ -166,8 +166,8 @@ class TestLengths:
     def rows(self, sampler, epoch=0):
         sampler.set_epoch(epoch)
         indices = list(sampler)
-        assert [index // PLACE_STRIDE for index in indices] == list(range(1, len(indices) + 1))
-        assert {index % PLACE_STRIDE // EPOCH_STRIDE for index in indices} == {epoch}
+        assert [index // ORDER_STRIDE for index in indices] == list(range(1, len(indices) + 1))
+        assert {index % ORDER_STRIDE // EPOCH_STRIDE for index in indices} == {epoch}
         return [index % EPOCH_STRIDE for index in indices]
 
     def test_each_example_once_in_another_order_each_epoch(self):

@@ -12,8 +12,8 @@ from hf_pretrain.hub.card import add_evaluation, render_card
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import training_figures
 from hf_pretrain.hub.record import read_record
+from hf_pretrain.hub.run import describe_run
 from hf_pretrain.hub.text import number
-from hf_pretrain.training.card import describe_run
 from hf_pretrain.training.program import print_report
 from method_matrix import build, programs, tiny_data
 
@@ -37,6 +37,14 @@ def test_the_record_holds_exactly_the_facts_of_the_card(finished):
     trainer, folder = finished
     assert read_record(folder) == describe_run(trainer)
     assert str(folder.parent) not in (folder / "pretraining" / "run.json").read_text()
+
+
+def test_before_training_is_step_0_and_after_training_is_the_last_step(finished):
+    trainer, folder = finished
+    first, *_, last = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert (first["step"], last["step"]) == (0, 2) and first["eval_loss"] != last["eval_loss"]
+    for facts in (describe_run(trainer), read_record(folder)):
+        assert (facts.metrics_before, facts.metrics_after) == (first, last)
 
 
 def test_a_dataset_of_the_hub_is_in_the_metadata(finished):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_pretrain.modeling.backbone import num_token_types
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.observing.capture import (
     AttentionRecord,
@@ -109,7 +110,7 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, request: OutputRequest, *, gathers: bool) -> None:
         self.request = request
-        self.takes_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
+        self.takes_types = num_token_types(model.config) > 1
         self.gathered: GatheredHead | None = None
         self._changed: nn.Linear | None = None
         if request.logits:

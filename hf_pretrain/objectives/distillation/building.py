@@ -28,6 +28,7 @@ from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import window_of
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import dtype_option, from_pretrained
 from hf_pretrain.modeling.heads import head_kind
@@ -194,6 +195,7 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
             f"teacher_layer={args.teacher_layer}: the teacher has {last} layers: set --teacher_layer {last} or less"
         )
     pairs = list(enumerate(mapped or (), start=1))
+    assert args.temperature is not None, "the options were resolved"
     return DistillationConfig(
         student=student.config,
         losses=names,
@@ -204,7 +206,7 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
         teacher_layers=last,
         attention_windows=[_window(student, m, teacher, n) for m, n in pairs] or None,
         relation_heads=args.relation_heads or teacher.config.num_attention_heads,
-        temperature=args.temperature,
+        temperature=float(args.temperature),
         prediction_positions=getattr(args, "prediction_positions", "masked"),
         attention_target=args.attention_target,
         projection=args.projection,
@@ -214,12 +216,8 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
 
 def _window(student: PreTrainedModel, layer: int, teacher: PreTrainedModel, teacher_layer: int) -> int | None:
     """Return the largest distance at which tokens see each other in both layers, None if all do."""
-    windows = []
-    for model, number in ((student, layer), (teacher, teacher_layer)):
-        kinds = getattr(model.config, "layer_types", None)
-        if kinds and kinds[number - 1] == "sliding_attention":
-            windows.append(model.config.sliding_window)
-    return min(windows, default=None)
+    windows = [window_of(student.config, layer), window_of(teacher.config, teacher_layer)]
+    return min((window for window in windows if window is not None), default=None)
 
 
 def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:

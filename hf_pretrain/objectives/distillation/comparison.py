@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.evaluation.metrics import evaluating
 from hf_pretrain.hub.text import Row, number
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.heads import HeadKind, head_kind
 from hf_pretrain.modeling.losses import begin_in_column_0
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest

@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import layer_modules
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
-from hf_pretrain.modeling.observing.capture import layer_modules
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest, TopKTargets
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, RELATIONS, DistillationConfig
 from hf_pretrain.objectives.distillation.losses import (

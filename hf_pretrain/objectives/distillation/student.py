@@ -4,22 +4,20 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import longest_sequence
+from hf_pretrain.modeling.backbone import feed_forward_name, longest_sequence, per_layer_values, position_tables
 from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
-    feed_forward_name,
     from_config,
     from_pretrained,
     parse_overrides,
 )
 from hf_pretrain.modeling.loading import ShapesDiffer
-from hf_pretrain.modeling.surgery.cutting import changed_config, check_layers, cut_student, per_layer_values
+from hf_pretrain.modeling.surgery.cutting import changed_config, check_layers, cut_student
 from hf_pretrain.objectives.distillation.arguments import layer_map
 
 _SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "embedding_size", "max_position_embeddings")
@@ -275,11 +273,7 @@ def freeze_position_embeddings(model: PreTrainedModel) -> None:
     Raises:
         InputError: If the model has none.
     """
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
-    ]
+    tables = position_tables(model, learned=True).values()
     if not tables:
         raise InputError(f"freeze_position_embeddings: {type(model).__name__} has no table of positions; leave it out")
     for table in tables:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -22,14 +21,13 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.hub.evaluation import hub_id
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.hub.text import Row, bare_name, split_by_held_out_set
-from hf_pretrain.modeling.losses import PretrainingOutput
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, DistillationArguments
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.tasks.examples import LengthGroupedSampler
+from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.program import print_table
-from hf_pretrain.training.recurrence import global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 TINYBERT = """\
@@ -210,14 +208,6 @@ class DistillationTrainer(PretrainingTrainer):
             )
         self._costs: dict[str, float] | None = None
 
-    def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
-        """Run the model, at this step's temperature where it is scheduled; see `PretrainingTrainer.run_model`."""
-        if model.training and "temperature" in self._schedules:
-            value = self.scheduled("temperature", self.model.config.temperature)
-            # A tensor: torch.compile would compile the model again for every number.
-            inputs = inputs | {"temperature": torch.tensor(value, device=self.args.device)}
-        return super().run_model(model, inputs)
-
     def loss_weight(self, name: str) -> float:
         """Return the weight of a loss in the total; 0 of a metric."""
         return super().loss_weight(name) if name in (self.model.config.losses or ()) else 0.0
@@ -250,18 +240,15 @@ class DistillationTrainer(PretrainingTrainer):
         with self.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
             return measure_costs(*models, held_out, collator=self.data_collator)
 
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """Write the model card, with the student beside its teacher; see `SavingMixin.create_model_card`."""
-        if not self.is_world_process_zero():
-            return
+    def card_facts(self) -> dict[str, Any]:
+        """Return the run's losses, how the student began, and the student beside its teacher."""
         config, args = self.model.config, cast(DistillationArguments, self.args)
-        own = {
+        return {
             "objective": describe(self.objective, args.weights(), head=config.head),
             "origin": self.model.origin,
             "note": "" if OF_PREDICTIONS & args.weights().keys() else _ENCODER_ONLY,
             "comparison": self.comparison_rows(),
         }
-        super().create_model_card(model_name, **(own | facts))
 
 
 class TaskDistillationTrainer(DistillationTrainer):

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from torch.utils.data import Dataset, Sampler
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.data.arguments import DataArguments
-from hf_pretrain.data.examples.epochs import EpochDataset, EpochSampler, MixtureDataset
+from hf_pretrain.data.examples.epochs import EpochDataset, MixtureDataset
 from hf_pretrain.data.examples.lm_modes import NUM_MODE_TYPES, LMModeView
-from hf_pretrain.data.examples.sentence_pairs import PairTask, SentencePairDataset
+from hf_pretrain.data.examples.pairing import PairTask
+from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
@@ -32,9 +32,9 @@ from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, Encoder
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
+from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import load_data
-from hf_pretrain.training.recurrence import global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 _PAIR_TASKS: dict[str, PairTask] = {
@@ -197,19 +197,11 @@ class EncoderTrainer(PretrainingTrainer):
         usage=_FILL_MASK,
     )
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Keep the order of a mixture, which is drawn anew each epoch by itself."""
-        dataset = cast(EpochDataset, self.train_dataset if train_dataset is None else train_dataset)
-        if getattr(dataset, "in_order", False):
-            return EpochSampler(len(dataset), seed=self.args.seed, shuffle=False)
-        return super()._get_train_sampler(dataset)
-
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """Write the model card, with the objectives of this run; see `SavingMixin.create_model_card`."""
+    def card_facts(self) -> dict[str, Any]:
+        """Return the description of this run's objectives."""
         args = cast(EncoderTrainingArguments, self.args)
         weights = {name: self.loss_weight(name) for name in args.loss_names}
-        own = {"objective": describe(self.objective, args.objectives, weights)}
-        super().create_model_card(model_name, **(own | facts))
+        return {"objective": describe(self.objective, args.objectives, weights)}
 
 
 def build_trainer(data: PreparedData, model_args: ModelArguments, args: EncoderTrainingArguments) -> EncoderTrainer:

@@ -12,9 +12,9 @@ from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
-from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.objectives.recurrence import RecurrentTrainer
+from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size
 
 
 @dataclass

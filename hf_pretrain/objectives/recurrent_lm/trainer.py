@@ -6,12 +6,12 @@ Options and Trainer of language modelling with a memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalPrediction, SchedulerType
 
 from hf_pretrain.corruption.rows import stack_column
@@ -23,10 +23,10 @@ from hf_pretrain.evaluation.streams import memory_lengths
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
+from hf_pretrain.objectives.recurrence import RecurrentTrainer
 from hf_pretrain.objectives.recurrent_lm.modeling import TransformerXLModelArguments, build_model
-from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size
 
 
 class DataCollatorForRecurrentLM:
@@ -165,12 +165,11 @@ outputs = model.generate(inputs.input_ids, max_new_tokens=20)
 print(tokenizer.decode(outputs[0]))""",
     )
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate with the lengths of evaluation; see `transformers.Trainer.evaluation_loop`."""
+    def settings_of_evaluation(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the lengths of evaluation."""
         model: TransformerXLForCausalLM = self.accelerator.unwrap_model(self.model).model
         lengths = {name: getattr(self.args, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
-        with memory_lengths(model, **lengths):
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+        return memory_lengths(model, **lengths)
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         means = super()._reduce_statistics(prediction)

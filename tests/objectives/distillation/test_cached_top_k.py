@@ -148,10 +148,10 @@ class TestRefusals:
             ({"cache_top_k": -1}, "cache_top_k=-1"),
             ({"static_masks": 0}, "set static_masks"),
             ({"cosine_weight": 1.0}, "the cosine loss needs its states: set cosine_weight=0"),
-            ({"hidden_weight_schedule": "0:0, 5:1"}, "the hidden loss needs its states"),
+            ({"hidden_weight": "0:0, 5:1"}, "the hidden loss needs its states"),
             ({"prediction_positions": "all"}, "prediction_positions=masked"),
-            ({"temperature_schedule": "0:2, 5:1"}, "leave out temperature_schedule"),
-            ({"mlm_probability_schedule": "0:0.3, 5:0.15"}, "leave out mlm_probability_schedule"),
+            ({"temperature": "0:2, 5:1"}, "give temperature='0:2, 5:1' one number"),
+            ({"mlm_probability": "0:0.3, 5:0.15"}, "give mlm_probability='0:0.3, 5:0.15' one number"),
             ({"prediction_weight": 0.0}, "is for the prediction loss"),
         ],
     )

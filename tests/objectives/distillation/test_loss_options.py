@@ -50,7 +50,7 @@ class TestOptions:
         assert args.weights() == {"embedding": 1.0, "attention": 1.0, "relation_qq": 0.5}
         assert (args.temperature, args.mlm_probability) == (1.0, 0.0)
         scheduled = DistillationTrainingArguments(
-            output_dir="unused", bf16=False, distillation_method="minilmv2", mlm_weight_schedule="0:0, 10:1"
+            output_dir="unused", bf16=False, distillation_method="minilmv2", mlm_weight="0:0, 10:1"
         )
         assert "mlm" in scheduled.weights() and scheduled.mlm_probability == 0.15
 
@@ -100,7 +100,7 @@ class TestOptions:
 
     def test_a_scheduled_temperature_is_that_of_the_step(self, tmp_path):
         seen = []
-        trainer = build(distil, tmp_path, max_steps=3, temperature=1.0, temperature_schedule="0:8, 2:2")
+        trainer = build(distil, tmp_path, max_steps=3, temperature="0:8, 2:2")
         trainer.model.register_forward_pre_hook(lambda m, a, k: seen.append(k.get("temperature")), with_kwargs=True)
         trainer.train()
         assert [float(value) for value in seen] == [8.0, 5.0, 2.0]

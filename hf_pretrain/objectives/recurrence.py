@@ -1,9 +1,13 @@
-"""The Trainer of models with a memory: every lane of text keeps its own, from window to window."""
+"""The Trainer of models with a memory.
+
+Text is cut into lanes, and each lane is read in windows, in order. The memory of a lane goes from window to window.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sized
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,38 +16,39 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
-from transformers import TrainingArguments
 
-from hf_pretrain.data.examples.epochs import EpochDataset, EpochSampler
+from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import PretrainingOutput, RecurrentMemory
-from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 
-def global_batch_size(args: TrainingArguments) -> int:
-    """Return the examples of a step over all devices and accumulation steps: the number of lanes to train on."""
-    return args.world_size * args.train_batch_size * args.gradient_accumulation_steps
-
-
 class LaneMemory:
-    """The memory of those lanes that one process works on.
+    """The memory of the lanes that one process reads.
 
-    Batches are dealt out in turn, so a process gets, of every `batch_size * world_size` lanes in a row, the same
-    `batch_size` at every time step.
+    The processes take batches in turn: of every `batch_size * world_size` lanes in a row, a process reads the same `batch_size`
+    at every time step.
 
     Args:
         num_lanes: Lanes of all processes together.
         batch_size: Lanes in a micro-batch of one process.
         world_size: Number of processes.
         rank: Number of this process.
+
+    Raises:
+        InputError: If the batches of all processes do not divide the lanes.
     """
 
     def __init__(self, num_lanes: int, *, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
-        assert num_lanes % (batch_size * world_size) == 0
-        self.batch_size = batch_size
+        self.batch_size, self.world_size, self.rank = batch_size, world_size, rank
         self.stride = batch_size * world_size
+        if num_lanes % self.stride:
+            raise InputError(
+                f"{num_lanes} lanes cannot be read in batches of {batch_size} by {world_size} processes, always the same "
+                "by the same: make them a multiple"
+            )
         first = torch.arange(0, num_lanes, self.stride) + rank * batch_size
         self.lanes = (first[:, None] + torch.arange(batch_size)).flatten()
         """``[R]`` the lanes of this process, in the order of its rows."""
@@ -70,6 +75,53 @@ class LaneMemory:
 
     def _rows(self, lanes: torch.Tensor) -> torch.Tensor:
         return lanes // self.stride * self.batch_size + lanes % self.batch_size
+
+    def save(self, folder: Path, *, layout: dict[str, str]) -> None:
+        """Write the memory into a checkpoint, a file a process.
+
+        Args:
+            folder: The checkpoint.
+            layout: How the text is cut into lanes; a checkpoint is read only where it is cut in the same way.
+        """
+        # A process can arrive here before the one that makes the folder.
+        folder.mkdir(parents=True, exist_ok=True)
+        assert self.memory is not None, "a checkpoint follows a step, which writes all lanes"
+        path = folder / f"lane_memory-{self.rank}-of-{self.world_size}.safetensors"
+        save_file({"lanes": self.lanes} | self.memory._asdict(), path, metadata=layout)
+
+    def load(self, folder: Path, *, layout: dict[str, str], device: torch.device | str = "cpu") -> None:
+        """Fill the memory from a checkpoint, whichever processes wrote it.
+
+        Args:
+            folder: The checkpoint.
+            layout: How the text is cut into lanes.
+            device: Where to put the memory.
+
+        Raises:
+            InputError: If the checkpoint has no memory, or the text was cut in another way.
+        """
+        paths = sorted(folder.glob("lane_memory-*.safetensors"))
+        if not paths:
+            raise InputError(
+                f"resume_from_checkpoint={str(folder)!r} holds no memory of lanes (lane_memory-*.safetensors): "
+                "resume from a whole checkpoint of the same method"
+            )
+        for path in paths:
+            with safe_open(path, framework="pt") as file:
+                _check_layout(file.metadata(), layout, folder)
+                lanes, states, lengths = (file.get_tensor(name) for name in ("lanes", "states", "lengths"))
+            own = torch.isin(lanes, self.lanes)
+            if own.any():
+                self.write(lanes[own].to(device), RecurrentMemory(states[:, own].to(device), lengths[own].to(device)))
+
+
+def _check_layout(saved: dict[str, str], layout: dict[str, str], folder: Path) -> None:
+    for name, value in layout.items():
+        if saved.get(name) != value:
+            raise InputError(
+                f"resume_from_checkpoint={str(folder)!r} was made with {name}={saved.get(name)}, but this run has {value}: "
+                "resume with the same text, lengths of segment and memory, and global batch (devices x batch x accumulation)"
+            )
 
 
 class RecurrentTrainer(PretrainingTrainer):
@@ -101,12 +153,6 @@ class RecurrentTrainer(PretrainingTrainer):
         super().__init__(model, args, **kwargs)
         self._lane_memory: LaneMemory | None = None
 
-    def _get_train_sampler(self, train_dataset: Dataset) -> Sampler | None:
-        """Read windows in the order of time."""
-        if _num_lanes(train_dataset) is None:
-            return super()._get_train_sampler(train_dataset)
-        return EpochSampler(len(cast(Sized, train_dataset)), seed=self.args.seed, shuffle=False)
-
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Read windows in the order of time."""
         if _num_lanes(eval_dataset) is None:
@@ -125,14 +171,13 @@ class RecurrentTrainer(PretrainingTrainer):
             self._lane_memory.write(lanes, outputs.memory)
         return outputs
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train from empty memories, or from those of the checkpoint; see `transformers.Trainer.train`."""
+    def begin_training(self) -> None:
+        """Begin with empty memories; a resume fills them."""
+        super().begin_training()
         self._lane_memory = self._fresh_memory(self.train_dataset, self.args.train_batch_size)
-        return super().train(*args, **kwargs)
 
-    def _hp_search_setup(self, trial: Any) -> None:
-        """Set the options of a trial, whose steps must have as many examples as there are lanes."""
-        super()._hp_search_setup(trial)
+    def check_trial(self) -> None:
+        """Refuse a trial of a search whose steps have not as many examples as there are lanes."""
         num_lanes = _num_lanes(self.train_dataset)
         if num_lanes is not None:
             _check_lanes(num_lanes, self.args)
@@ -142,102 +187,38 @@ class RecurrentTrainer(PretrainingTrainer):
         in_training = self._lane_memory
         self._lane_memory = self._fresh_memory(dataloader.dataset, self.args.eval_batch_size)
         try:
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+            with self.settings_of_evaluation():
+                return super().evaluation_loop(dataloader, *args, **kwargs)
         finally:
             self._lane_memory = in_training
 
+    def settings_of_evaluation(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the lengths of evaluation."""
+        return nullcontext()
+
     def _fresh_memory(self, dataset: Any, batch_size: int) -> LaneMemory | None:
-        num_lanes = _num_lanes(dataset)
+        num_lanes, args = _num_lanes(dataset), self.args
         if num_lanes is None:
             return None
-        world_size, rank = self.args.world_size, self.args.process_index
-        if num_lanes % (batch_size * world_size):
-            raise InputError(
-                f"{num_lanes} lanes cannot be read in batches of {batch_size} by {world_size} processes, always the same "
-                "by the same: make them a multiple"
-            )
-        return LaneMemory(num_lanes, batch_size=batch_size, world_size=world_size, rank=rank)
+        return LaneMemory(num_lanes, batch_size=batch_size, world_size=args.world_size, rank=args.process_index)
 
     # Checkpoints
 
-    def _save_progress(self, folder: Path) -> None:
-        super()._save_progress(folder)
+    def save_progress(self, folder: Path) -> None:
+        """Write the memory of the lanes beside everything else."""
+        super().save_progress(folder)
         if self._lane_memory is not None:
-            rank, world_size = self.args.process_index, self.args.world_size
-            save_lane_memory(self._lane_memory, folder, layout=self._layout(), rank=rank, world_size=world_size)
+            self._lane_memory.save(folder, layout=self._layout())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._lane_memory is not None:
-            load_lane_memory(self._lane_memory, Path(checkpoint), layout=self._layout(), device=self.args.device)
+            self._lane_memory.load(Path(checkpoint), layout=self._layout(), device=self.args.device)
 
     def _layout(self) -> dict[str, str]:
         base = cast(EpochDataset, self.train_dataset).base
         layout = {"num_lanes": base.num_lanes, "windows_per_lane": len(base) // base.num_lanes}
         return {name: str(value) for name, value in (layout | {"memory_size": self.model.memory_size}).items()}
-
-
-def save_lane_memory(
-    memory: LaneMemory, folder: Path, *, layout: dict[str, str], rank: int = 0, world_size: int = 1
-) -> None:
-    """Write the memory of one process's lanes into a checkpoint.
-
-    Args:
-        memory: The memory.
-        folder: Folder of the checkpoint.
-        layout: How the text is cut into lanes; a checkpoint is read only where it is cut in the same way.
-        rank: Number of this process.
-        world_size: Number of processes.
-    """
-    # A process can arrive here before the one that makes the folder.
-    folder.mkdir(parents=True, exist_ok=True)
-    assert memory.memory is not None, "a checkpoint follows a step, which writes all lanes"
-    tensors = {"lanes": memory.lanes} | memory.memory._asdict()
-    save_file(tensors, folder / f"lane_memory-{rank}-of-{world_size}.safetensors", metadata=layout)
-
-
-def load_lane_memory(
-    memory: LaneMemory, folder: Path, *, layout: dict[str, str], device: torch.device | str = "cpu"
-) -> None:
-    """Fill the memory of one process's lanes from a checkpoint, whichever processes wrote it.
-
-    Args:
-        memory: The memory to fill.
-        folder: Folder of the checkpoint.
-        layout: How the text is cut into lanes.
-        device: Where to put it.
-
-    Raises:
-        InputError: If the checkpoint has no memory, or the text was cut in another way.
-    """
-    paths = sorted(folder.glob(_FILES))
-    if not paths:
-        raise InputError(
-            f"resume_from_checkpoint={str(folder)!r} holds no memory of lanes (lane_memory-*.safetensors): "
-            "resume from a whole checkpoint of the same method"
-        )
-    own = set(memory.lanes.tolist())
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            _check_layout(file.metadata(), layout, folder)
-            places = [(i, lane) for i, lane in enumerate(file.get_tensor("lanes").tolist()) if lane in own]
-            if places:
-                kept, lanes = torch.tensor(places).T
-                states, lengths = (file.get_tensor(name) for name in ("states", "lengths"))
-                found = RecurrentMemory(states.index_select(1, kept).to(device), lengths[kept].to(device))
-                memory.write(lanes.to(device), found)
-
-
-_FILES = "lane_memory-*.safetensors"
-
-
-def _check_layout(saved: dict[str, str], layout: dict[str, str], folder: Path) -> None:
-    for name, value in layout.items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"resume_from_checkpoint={str(folder)!r} was made with {name}={saved.get(name)}, but this run has {value}: "
-                "resume with the same text, lengths of segment and memory, and global batch (devices x batch x accumulation)"
-            )
 
 
 def _num_lanes(dataset: Any) -> int | None:
@@ -256,7 +237,6 @@ def _check_lanes(num_lanes: int, args: PretrainingArguments) -> None:
         "auto_find_batch_size=True": args.auto_find_batch_size,
         "ignore_data_skip=True": args.ignore_data_skip,
         "dataloader_in_order=False": not args.dataloader_in_order,
-        "accelerator_config: split_batches": args.accelerator_config.split_batches,
     }
     for name, is_set in torn.items():
         if is_set:

@@ -1,35 +1,25 @@
-"""The facts of a run, for its model card, and of which weights each number is."""
+"""The facts of a run for its model card, and of which weights each held-out number is."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import weights_digest
-from hf_pretrain.hub.card import recipe_options
 from hf_pretrain.hub.environment import Compute, hardware, measured_energy, versions
 from hf_pretrain.hub.evaluation import hub_id
-from hf_pretrain.hub.record import PretrainingCard, read_record, read_weights
+from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, read_record, read_weights
 from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at
-from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import resolved_options
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-
-    from hf_pretrain.training.trainer import PretrainingTrainer
-else:
-    _Base = object
 
 logger = logging.get_logger(__name__)
 
@@ -41,71 +31,89 @@ _LIMITS = (
 _TASKS = {"text-classification", "token-classification", "question-answering"}
 
 
-class HeldOutMixin(_Base):
-    """Knows of which weights each held-out number of a Trainer is, so that none stands beside others.
+class Run(Protocol):
+    """What a card is made from: a Trainer, usually after training."""
 
-    A row of the log keeps the step of the weights that it measured. A row of other data than the Trainer's own, or of weights
-    that were changed by hand, is marked, and is no part of the card.
+    args: Any
+    model: Any
+    state: TrainerState
+    objective: ObjectiveDescription
+    hub_model_id: str | None
+    data_description: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    held_out: HeldOutNumbers
+
+    def recipe_for_card(self) -> dict[str, Any]:
+        """Return the options that make up the run."""
+
+
+class HeldOutNumbers:
+    """Knows of which weights each held-out number of a run is, so that none stands beside others.
+
+    A row of the log keeps the step of the weights that it measured. A row of other data than the run's own, or of weights that
+    were changed by hand, is marked, and is no part of the card.
+
+    Args:
+        run: The run.
     """
 
-    _loaded_step: int | None = None
-    _settled: tuple[int, torch.Tensor] | None = None
-    _by_hand: tuple[torch.Tensor, dict[str, Any]] | None = None
-    _is_own_data: bool | None = None
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget an earlier training."""
+        self._loaded_step: int | None = None
+        self._trained: tuple[int, torch.Tensor] | None = None
+        self._by_hand: tuple[torch.Tensor, dict[str, Any]] | None = None
+
+    def end(self) -> None:
+        """Note the weights at the end of training."""
+        args, state = self.run.args, self.run.state
+        self._trained = (state.global_step, self._norms())
+        best, held = state.best_global_step, self._loaded_step or state.global_step
+        if args.load_best_model_at_end and best not in (None, held):
+            logger.warning(
+                f"step {best} was the best by {args.metric_for_best_model}, but has no checkpoint: the weights are those of "
+                f"step {held}; set save_steps to eval_steps to keep the best"
+            )
+
+    def load(self, checkpoint: str | None) -> None:
+        """Note that the weights are those of a checkpoint now."""
+        best = Path(str(checkpoint))
+        found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", best.name)
+        if found and best.is_dir():
+            self._loaded_step = int(found[1])
 
     @property
     def weights_step(self) -> int | None:
         """Step of the weights that the model holds, the best or the last one; None if they were changed since, by hand."""
-        settled = self._settled
-        if settled is not None and settled[0] == self.state.global_step and not _alike(settled[1], self._norms()):
+        step, trained = self.run.state.global_step, self._trained
+        if trained is not None and trained[0] == step and not _alike(trained[1], self._norms()):
             return None
-        return self.state.global_step if self._loaded_step is None else self._loaded_step
+        return step if self._loaded_step is None else self._loaded_step
 
-    def measured_after(self) -> dict[str, Any]:
+    def is_measured(self) -> bool:
+        """Whether the log has the held-out numbers of the weights that the model holds."""
+        step = self.run.state.global_step
+        return self.weights_step == step and step in evaluated_steps(self.run.state.log_history)
+
+    def after(self) -> dict[str, Any]:
         """Return what was measured of the weights that the model holds; {} if nothing was, or before the first step."""
         step = self.weights_step
         if step is not None:
-            return evaluation_at(self.state.log_history, step) if step else {}
+            return evaluation_at(self.run.state.log_history, step) if step else {}
         norms, metrics = self._by_hand or (None, {})
         return metrics if norms is not None and _alike(norms, self._norms()) else {}
 
-    def evaluate_export(self) -> None:
-        """Evaluate the weights that will be exported, if there is held-out text and they were not evaluated so far."""
-        if self.eval_dataset is None:
-            return
-        is_last = self.weights_step == self.state.global_step
-        if not is_last or self.state.global_step not in evaluated_steps(self.state.log_history):
-            self.evaluate()
+    def note(self, rows: Sequence[dict[str, Any]], metrics: Mapping[str, float], *, is_own: bool) -> None:
+        """Mark the rows of an evaluation in the log.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`."""
-        self._loaded_step = self._settled = self._by_hand = None
-        output = super().train(*args, **kwargs)
-        self._settled = (self.state.global_step, self._norms())
-        best, held = self.state.best_global_step, self._loaded_step or self.state.global_step
-        if self.args.load_best_model_at_end and best not in (None, held):
-            logger.warning(
-                f"step {best} was the best by {self.args.metric_for_best_model}, but has no checkpoint: the weights are those of "
-                f"step {held}; set save_steps to eval_steps to keep the best"
-            )
-        return output
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Evaluate; see `transformers.Trainer.evaluate`."""
-        if self._is_own_data is not None:  # one of several sets, called from below
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        is_own = (eval_dataset is None or eval_dataset is self.eval_dataset) and metric_key_prefix == "eval"
-        first, self._is_own_data = len(self.state.log_history), is_own
-        try:
-            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._is_own_data = None
-        self._attribute(self.state.log_history[first:], metrics, is_own=is_own)
-        return metrics
-
-    def _attribute(self, rows: Sequence[dict[str, Any]], metrics: Mapping[str, float], *, is_own: bool) -> None:
+        Args:
+            rows: The rows.
+            metrics: The metrics of all of them.
+            is_own: Whether the data is the run's own held-out text.
+        """
         step = self.weights_step
         if is_own and step is None:
             self._by_hand = (self._norms(), dict(metrics))
@@ -118,16 +126,9 @@ class HeldOutMixin(_Base):
                 row["epoch"] = row.get("epoch", 0) * step / row["step"]
                 row["step"] = step
 
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        best = Path(str(self.state.best_model_checkpoint))
-        found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", best.name)
-        if found and best.is_dir():
-            self._loaded_step = int(found[1])
-
     def _norms(self) -> torch.Tensor:
-        """Return the norm of each parameter, of sharded ones the part of this process."""
-        tensors = (parameter.detach() for parameter in self.model.parameters())
+        """Return the norm of each parameter; of a sharded one, the norm of the part that this process holds."""
+        tensors = (parameter.detach() for parameter in self.run.model.parameters())
         local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
         floating = (tensor for tensor in local if tensor.is_floating_point())
         return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32).cpu() for tensor in floating])
@@ -138,16 +139,16 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=0.0, equal_nan=True)
 
 
-def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard:
+def describe_run(trainer: Run, **changes: Any) -> PretrainingCard:
     """Gather what a run logged and measured.
 
     Args:
-        trainer: A Trainer, usually after training.
+        trainer: The Trainer, usually after training.
         **changes: Fields of [`PretrainingCard`] that are known better elsewhere, such as `license` or `language`.
     """
     args, model, log = trainer.args, trainer.model, trainer.state.log_history
     root = getattr(model, model.export_parts[""])
-    weights_step = trainer.weights_step
+    weights_step = trainer.held_out.weights_step
     is_earlier = weights_step is not None and weights_step < trainer.state.global_step
     # The Trainer knows the whole name once the repository exists.
     repo = trainer.hub_model_id or args.hub_model_id
@@ -163,13 +164,10 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "language": _languages(trainer.data_description),
         "datasets": _datasets(trainer.recipe),
         "data": trainer.data_description,
-        # The options of the program are those that differ from their defaults already.
-        "recipe": recipe_options(trainer.recipe, defaults={})
-        if trainer.recipe
-        else recipe_options(args.to_dict(), defaults=_defaults(args)),
+        "recipe": trainer.recipe_for_card(),
         "log_history": log,
         "metrics_before": evaluation_at(log, 0),
-        "metrics_after": trainer.measured_after(),
+        "metrics_after": trainer.held_out.after(),
         "weights_step": weights_step if is_earlier else None,
         "chosen_by": args.metric_for_best_model or "" if is_earlier else "",
         "compute": _compute(trainer, root_parameters=root.num_parameters()),
@@ -181,7 +179,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "limits": _LIMITS,
         "versions": versions(),
     }
-    earlier = _told_before(trainer, weights_step=facts["weights_step"])
+    earlier = _known_before(trainer, weights_step=facts["weights_step"])
     facts |= {name: value for name, value in earlier.items() if value and not facts.get(name)} | changes
     if facts["objective"].pipeline_tag not in _TASKS and not facts["adapter"]:
         facts.setdefault("fine_tuning_class", _fine_tuning_class(root.config))
@@ -208,23 +206,17 @@ def _fresh_parameters(*models: nn.Module) -> str:
     return ""
 
 
-def _defaults(args: PretrainingArguments) -> dict[str, Any]:
-    """Return the options that were left as they are; no other arguments are made, which would reset what accelerate knows."""
-    changed = resolved_options([args])
-    return {name: value for name, value in args.to_dict().items() if name not in changed}
-
-
-def _told_before(trainer: PretrainingTrainer, *, weights_step: int | None) -> dict[str, Any]:
+def _known_before(trainer: Run, *, weights_step: int | None) -> dict[str, Any]:
     """Return what was added to the card of this run by hand, and what was measured of these very weights."""
     folder = trainer.args.output_dir
     try:
         before = read_record(folder)
     except InputError:
         return {}
-    told: dict[str, Any] = {name: getattr(before, name) for name in ("license", "language", "datasets")}
+    known: dict[str, Any] = {name: getattr(before, name) for name in ("license", "language", "datasets")}
     is_same = (before.compute.steps, before.weights_step) == (trainer.state.global_step or None, weights_step)
     is_same = is_same and read_weights(folder) in (None, weights_digest(folder))
-    return told | ({"evaluations": before.evaluations} if is_same else {})
+    return known | ({"evaluations": before.evaluations} if is_same else {})
 
 
 def _languages(data: Mapping[str, Any]) -> list[str] | None:
@@ -262,7 +254,7 @@ def _base_model(name_or_path: str) -> str | None:
     return str(Path(name_or_path).resolve()) if is_local else name_or_path or None
 
 
-def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
+def _compute(trainer: Run, *, root_parameters: int) -> Compute:
     args, log, state = trainer.args, trainer.state.log_history, trainer.state
     steps = [row for row in log if "num_tokens" in row]
     tokens = steps[-1]["num_tokens"] if steps else None
@@ -288,7 +280,7 @@ def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
     )
 
 
-def _precision(trainer: Any) -> str:
+def _precision(trainer: Run) -> str:
     """Return the format of the computation, and that of the weights where it is not fp32."""
     weights = {"float32": "fp32", "bfloat16": "bf16"}.get(str(trainer.model.dtype).removeprefix("torch."), "fp32")
     computed = str(trainer.args.mixed_precision).replace("no", weights)
