@@ -223,7 +223,7 @@ class DistillationTrainer(PretrainingTrainer):
         if not self._costs:
             return []
         # Of several held-out sets the first.
-        metrics = next(iter(split_by_held_out_set(self.measured_after()).values()), {})
+        metrics = next(iter(split_by_held_out_set(self.held_out.after()).values()), {})
         return comparison_rows(self._costs | by_side({bare_name(key): value for key, value in metrics.items()}))
 
     def _measure_costs(self) -> dict[str, float]:
