@@ -324,7 +324,9 @@ class TestFromPretrained:
         encoder = roberta(tokenizer)
         folders = {"export": tmp_path / "export", "stock": tmp_path / "stock"}
         encoder.save_pretrained(folders["export"])
-        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(folders["export"] / DISCRIMINATOR_HEAD_FOLDER)
+        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(
+            folders["export"] / DISCRIMINATOR_HEAD_FOLDER
+        )
         electra(tokenizer).save_pretrained(folders["stock"])
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         with LoopbackHub(tmp_path / "hub") as hub, connected(hub.url):
