@@ -113,7 +113,7 @@ def find_mixing(
     sizes = (third, length - third, third, length - third)
     # Two documents that fill a row, and an edit of each.
     first, second, edited_first, edited_second = (
-        rules.arbitrary_tokens(body, size, step=step) for size, step in zip(sizes, (3, 2, 7, 5), strict=True)
+        rules.arbitrary_tokens(body, size, shift=shift) for size, shift in zip(sizes, (1, 2, 2, 1), strict=True)
     )
     positions_L = torch.arange(length, device=first.device)
     ids_L = (positions_L >= third).long()

@@ -118,7 +118,7 @@ def find_fault(body: PreTrainedModel, plan: AttentionPlan, *, modes: Sequence[LM
     """Return what goes wrong with rows of some length, one of each mode; None if nothing does."""
     num_tokens = max(length, 8) - _NUM_PADDING
     cut, source_length = 2 * num_tokens // 3, num_tokens // 3
-    tokens, others = (rules.arbitrary_tokens(body, num_tokens, step=step) for step in (3, 7))
+    tokens, others = (rules.arbitrary_tokens(body, num_tokens, shift=shift) for shift in (1, 2))
 
     def read(row: torch.Tensor, *, left: bool = False) -> torch.Tensor:
         return _read_in_modes(body, plan, row, modes=modes, source_length=source_length, left=left)

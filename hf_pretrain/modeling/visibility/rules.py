@@ -242,8 +242,8 @@ def is_alike(states: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool((states - expected).norm() <= ALONE_TOLERANCE * expected.norm())
 
 
-def arbitrary_tokens(body: PreTrainedModel, length: int, *, step: int) -> torch.Tensor:
-    """Return ``[length]`` tokens that are not padding, others for each step."""
+def arbitrary_tokens(body: PreTrainedModel, length: int, *, shift: int) -> torch.Tensor:
+    """Return ``[length]`` tokens that are not padding; those of neighbouring shifts differ everywhere, in any vocabulary."""
     tokens = torch.arange(min(body.config.vocab_size, 100), device=body.device)
     tokens = tokens[tokens != getattr(body.config, "pad_token_id", None)]
-    return tokens[(step * torch.arange(length, device=body.device) + 1) % len(tokens)]
+    return tokens[(3 * torch.arange(length, device=body.device) + shift) % len(tokens)]
