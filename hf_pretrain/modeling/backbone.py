@@ -24,7 +24,7 @@ from hf_pretrain.errors import InputError
 DISENTANGLED = frozenset({"deberta", "deberta-v2"})
 
 # Architectures whose segments are compared, not looked up in a table, so that their configuration has no number of them.
-_COMPARED_SEGMENTS = {"xlnet": 2}
+_COMPARED_SEGMENTS = {"xlnet": 2, "funnel": 2}
 
 # Names for the width of the feed-forward layers.
 _FEED_FORWARD_NAMES = {"distilbert": "hidden_dim", "xlnet": "d_inner"}

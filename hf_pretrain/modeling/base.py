@@ -23,6 +23,9 @@ from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.losses import PretrainingOutput
 
+GENERATOR_FOLDER = "pretraining/generator"
+"""Folder of an export that holds the generator of a pair."""
+
 TRIAL_ROWS, TRIAL_LENGTH = 2, 8
 """Shape of the batch that is tried, in examples and tokens."""
 
@@ -210,7 +213,7 @@ class PretrainingModel(PreTrainedModel):
     @property
     def backbones(self) -> dict[str, PreTrainedModel]:
         """The stock models that are trained, by attribute."""
-        names = [name for folder, name in self.export_parts.items() if folder in ("", "pretraining/generator")]
+        names = [name for folder, name in self.export_parts.items() if folder in ("", GENERATOR_FOLDER)]
         return {name: getattr(self, name) for name in names}
 
     @property

@@ -18,13 +18,13 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import batches_by_length
 from hf_pretrain.modeling.backbone import evaluating, longest_sequence, row_position_inputs
-from hf_pretrain.modeling.base import PretrainingModel, masked_trial_batch
+from hf_pretrain.modeling.base import GENERATOR_FOLDER, PretrainingModel, masked_trial_batch
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, sum_by_example
 from hf_pretrain.modeling.visibility.isolation import isolated_inputs
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
-from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
+from hf_pretrain.objectives.generators import build_discriminator
 
 EMBEDDING_SHARING = ("tied", "none")
 
@@ -92,7 +92,7 @@ class ElectricForPreTraining(PretrainingModel):
     """
 
     config_class = ElectricConfig
-    export_parts = {"": "discriminator", "pretraining/generator": "generator"}  # noqa: RUF012
+    export_parts = {"": "discriminator", GENERATOR_FOLDER: "generator"}  # noqa: RUF012
 
     def __init__(
         self,

@@ -1,23 +1,16 @@
-"""Build the pair of models that a program trains.
-
-Options and Trainer of Electric.
-"""
+"""Options of Electric, the pair of models that they describe, and the Trainer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-import torch
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
-    ElectraForPreTraining,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from hf_pretrain.corruption.masking import Vocabulary
 from hf_pretrain.data.arguments import DataArguments
@@ -25,71 +18,41 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.modeling.base import GENERATOR_FOLDER, check_model_fits
 from hf_pretrain.modeling.configuration import (
-    ModelArguments,
     attention_options,
     build_config,
     dtype_option,
-    from_pretrained,
-    scaled_config,
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
-from hf_pretrain.modeling.loading import say_once
+from hf_pretrain.modeling.loading import find_file, from_pretrained, say_once
 from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
+from hf_pretrain.objectives.generators import (
+    GeneratorArguments,
+    build_discriminator,
+    copy_parameters,
+    generator_config,
+    load_discriminator,
+    stock_width,
+)
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
-from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
 from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.trainer import PretrainingTrainer
 
-_GENERATOR = "pretraining/generator"
-
 
 @dataclass
-class ElectricModelArguments(ModelArguments):
-    """The discriminator, given as in [`ModelArguments`], and its generator. The defaults are ELECTRA-Small's."""
+class ElectricModelArguments(GeneratorArguments):
+    """The discriminator and its generator of two towers, each of which is sized as [`GeneratorArguments`] says."""
 
-    ranges: ClassVar[dict[str, str]] = {"generator_size": "(0, 16]", "generator_layers": "(0, 16]"}
-    needs: ClassVar[dict[str, str]] = dict.fromkeys(("generator_size", "generator_layers"), "!generator_name_or_path")
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {"embedding_sharing": EMBEDDING_SHARING}
 
-    model_type: str = field(
-        default="electra", metadata={"help": "Architecture of both models when built from scratch."}
-    )
-    embedding_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Width of the embedding tables, where the architecture has one of its own (128 for electra)."
-        },
-    )
-    generator_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint of a two-tower generator; by default what model_name_or_path has in "
-            "pretraining/generator, and if it has none, fresh weights."
-        },
-    )
-    generator_size: float = field(
-        default=0.25,
-        metadata={"help": "Width of each tower as a share of the discriminator's (heads and layers too)."},
-    )
-    generator_layers: float = field(
-        default=1.0, metadata={"help": "Layers of each tower as a share of the discriminator's."}
-    )
     embedding_sharing: str = field(
         default="tied",
         metadata={"help": "'tied': one set of embeddings for all; 'none': the discriminator has its own."},
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        if self.embedding_sharing not in EMBEDDING_SHARING:
-            raise InputError(
-                f"embedding_sharing={self.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
-            )
-        super().__post_init__()
 
 
 def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase) -> ElectricForPreTraining:
@@ -102,17 +65,18 @@ def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase
     Returns:
         The composite to train.
     """
-    discriminator = _build_discriminator(args, tokenizer)
+    discriminator = _discriminator(args, tokenizer)
     generator = _load_generator(args)
     if generator is None:
         generator = build_two_tower(
-            tower_config(discriminator.config, args),
+            generator_config(discriminator.config, args),
             excluded_token_ids=excluded_token_ids(tokenizer, vocab_size=discriminator.config.vocab_size),
             **attention_options(args),
         )
         if args.model_name_or_path is not None and args.embedding_sharing == "tied":
             # Of two tied models the generator keeps its parameters, and the discriminator is the one that has learned.
-            _copy_embeddings(discriminator, generator.left_tower)
+            tower = generator.left_tower
+            copy_parameters(discriminator, tower, shared_embedding_names(tower, discriminator))
     options = dtype_option(args)
     return ElectricForPreTraining.from_models(
         generator, discriminator, embedding_sharing=args.embedding_sharing, **options
@@ -125,27 +89,13 @@ def excluded_token_ids(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -
     return [token for token in range(vocab_size) if token not in ordinary]
 
 
-def tower_config(config: PreTrainedConfig, args: ElectricModelArguments) -> PreTrainedConfig:
-    """Return the discriminator's configuration, scaled to a tower: width, heads and feed-forward alike, and depth."""
-    scaled = scaled_config(config, width=args.generator_size, depth=args.generator_layers)
-    if scaled.hidden_size % scaled.num_attention_heads:
-        raise InputError(
-            f"generator_size={args.generator_size} makes {scaled.hidden_size} wide states with "
-            f"{scaled.num_attention_heads} heads, which do not divide: choose a share that gives whole heads"
-        )
-    return scaled
-
-
-def _build_discriminator(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _discriminator(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     options, name = attention_options(args), args.model_name_or_path
-    if name is None:
-        width = {"embedding_size": 128} if args.model_type == "electra" and args.embedding_size is None else {}
-        return build_discriminator(
-            build_config(args, tokenizer, auto_class=AutoModelForTokenClassification, **width), **options
-        )
-    if from_pretrained(AutoConfig, name).model_type == "electra":
-        return from_pretrained(ElectraForPreTraining, name, **options)
-    return from_pretrained(AutoModelForTokenClassification, name, num_labels=1, **options)
+    if name is not None:
+        return load_discriminator(name, **options)
+    width = stock_width(args, args.model_type)
+    config = build_config(args, tokenizer, auto_class=AutoModelForTokenClassification, **width)
+    return build_discriminator(config, **options)
 
 
 def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
@@ -160,18 +110,13 @@ def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
     name = args.model_name_or_path
     if name is None:
         return None
-    options["subfolder"] = _GENERATOR
-    has_generator = cached_file(name, f"{_GENERATOR}/config.json", _raise_exceptions_for_missing_entries=False)
-    if has_generator and isinstance(from_pretrained(AutoConfig, name, subfolder=_GENERATOR), TwoTowerClozeConfig):
-        return from_pretrained(TwoTowerClozeModel, name, **options)
-    say_once(f"{name} has no two-tower generator in {_GENERATOR}: it starts from fresh weights")
+    where = {"subfolder": GENERATOR_FOLDER}
+    if find_file(name, "config.json", **where) and isinstance(
+        from_pretrained(AutoConfig, name, **where), TwoTowerClozeConfig
+    ):
+        return from_pretrained(TwoTowerClozeModel, name, **where, **options)
+    say_once(f"{name} has no two-tower generator in {GENERATOR_FOLDER}: it starts from fresh weights")
     return None
-
-
-@torch.no_grad()
-def _copy_embeddings(source: PreTrainedModel, target: PreTrainedModel) -> None:
-    for ours, theirs in shared_embedding_names(target, source).items():
-        target.get_parameter(ours).copy_(source.get_parameter(theirs))
 
 
 @dataclass
@@ -227,7 +172,6 @@ class ElectricTrainer(PretrainingTrainer):
 }""",
         ),
         usage="""\
-import torch
 from transformers import AutoTokenizer, {model_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")

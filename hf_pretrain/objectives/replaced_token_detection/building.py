@@ -1,6 +1,7 @@
-"""Open a generator and a discriminator to go on with: an export of this library, two checkpoints, or a published DeBERTa-v3.
+"""The pair of models that a program trains: built from sizes, or opened to go on with.
 
-Build the pair of models that a program trains.
+A pair is opened from an export of this library, from two checkpoints, or from a published DeBERTa-v3, whose generator lies
+beside it in the names of the official code.
 """
 
 from __future__ import annotations
@@ -16,23 +17,17 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoModelForTokenClassification,
-    ElectraForPreTraining,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import word_table_name
+from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
-    ModelArguments,
     attention_options,
     build_config,
     dtype_option,
-    from_config,
-    from_pretrained,
-    scaled_config,
 )
 from hf_pretrain.modeling.embeddings import (
     factorize_embeddings,
@@ -40,15 +35,28 @@ from hf_pretrain.modeling.embeddings import (
     shared_embedding_names,
     shared_table_names,
 )
-from hf_pretrain.modeling.heads import DISCRIMINATOR_HEADS, DiscriminatorHeadConfig
-from hf_pretrain.modeling.loading import first_line, read_safetensors, say_once
+from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DISCRIMINATOR_HEADS, DiscriminatorHeadConfig
+from hf_pretrain.modeling.loading import (
+    find_file,
+    first_line,
+    from_config,
+    from_pretrained,
+    read_safetensors,
+    say_once,
+)
+from hf_pretrain.objectives.generators import (
+    GeneratorArguments,
+    build_discriminator,
+    copy_parameters,
+    generator_config,
+    load_discriminator,
+    stock_width,
+)
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
     EMBEDDING_SHARING,
     ReplacedTokenDetectionForPreTraining,
-    build_discriminator,
 )
 
-_GENERATOR = "pretraining/generator"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DEBERTA_GENERATOR = "pytorch_model.generator.bin"
 _DEBERTA_TABLE = "deberta.embeddings.word_embeddings"
@@ -86,12 +94,12 @@ def load_pair(name: str, generator_name: str | None, *, head: str | None = None,
         InputError: If a checkpoint can not be opened, or a published one lacks weights.
     """
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    published = _file(generator_name or name, _DEBERTA_GENERATOR)
+    published = find_file(generator_name or name, _DEBERTA_GENERATOR)
     found, parts = _head(name, is_published=published is not None)
     head = found if head is None else head
     if head != found:
         parts.clear()
-    discriminator = _discriminator(name, head, options)
+    discriminator = load_discriminator(name, head, **options)
     chosen: dict[str, Any] = {"discriminator_head": head}
     if published is not None:
         generator, positions = _published_generator(name, published, options)
@@ -99,29 +107,19 @@ def load_pair(name: str, generator_name: str | None, *, head: str | None = None,
         parts["generator_decoder"] = {"position_embeddings.weight": positions}
         _add_difference(name, discriminator, generator)
         return Pair(generator, discriminator, chosen, parts)
-    decoder = _file(name, "model.safetensors", subfolder="pretraining/generator_decoder")
+    decoder = find_file(name, "model.safetensors", subfolder=f"{GENERATOR_FOLDER}_decoder")
     if decoder is not None:
         chosen["enhanced_mask_decoder"] = True
         parts["generator_decoder"] = read_safetensors(decoder)
-    where: dict[str, Any] = {} if generator_name is not None else {"subfolder": _GENERATOR}
-    if generator_name is None and _file(name, "config.json", **where) is None:
+    where: dict[str, Any] = {} if generator_name is not None else {"subfolder": GENERATOR_FOLDER}
+    if generator_name is None and find_file(name, "config.json", **where) is None:
         return Pair(None, discriminator, chosen, parts)
     generator = from_pretrained(AutoModelForMaskedLM, generator_name or name, **where, **options)
     return Pair(generator, discriminator, chosen, parts)
 
 
-def _file(name: str, filename: str, **where: str) -> str | None:
-    return cached_file(
-        name,
-        filename,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **where,
-    )
-
-
 def _weights(name: str) -> dict[str, torch.Tensor]:
-    path = next(filter(None, (_file(name, weights) for weights in _WEIGHTS)), None)
+    path = next(filter(None, (find_file(name, weights) for weights in _WEIGHTS)), None)
     if path is None:
         raise InputError(f"{name!r} holds none of {', '.join(_WEIGHTS)}: name a checkpoint in one piece")
     return read_safetensors(path) if path.endswith("safetensors") else _load(path)
@@ -136,8 +134,8 @@ def _load(path: str) -> dict[str, torch.Tensor]:
 
 def _head(name: str, *, is_published: bool) -> tuple[str, dict[str, dict[str, torch.Tensor]]]:
     """Return the kind of head that a checkpoint has, and its weights if they are not in a stock class."""
-    where = "pretraining/discriminator_head"
-    weights = _file(name, "model.safetensors", subfolder=where)
+    where = DISCRIMINATOR_HEAD_FOLDER
+    weights = find_file(name, "model.safetensors", subfolder=where)
     if weights is not None:
         config = from_pretrained(DiscriminatorHeadConfig, name, subfolder=where)
         return config.kind, {"discriminator_head": read_safetensors(weights)}
@@ -150,16 +148,6 @@ def _head(name: str, *, is_published: bool) -> tuple[str, dict[str, dict[str, to
         if key.startswith(_DEBERTA_HEAD)
     }
     return "deberta_v3", {"discriminator_head": state} if state else {}
-
-
-def _discriminator(name: str, head: str, options: Mapping[str, Any]) -> PreTrainedModel:
-    if from_pretrained(AutoConfig, name).model_type == "electra" and head != "deberta_v3":
-        return from_pretrained(ElectraForPreTraining, name, **options)
-    # The head of a token classifier is new with every checkpoint that had another one; one that is dropped is not worth a line.
-    classifier = from_pretrained(
-        AutoModelForTokenClassification, name, num_labels=1, announce=head == "stock", **options
-    )
-    return classifier if head == "stock" else classifier.base_model
 
 
 def _published_generator(name: str, path: str, options: Mapping[str, Any]) -> tuple[PreTrainedModel, torch.Tensor]:
@@ -186,40 +174,20 @@ def _add_difference(name: str, discriminator: PreTrainedModel, generator: PreTra
 
 
 @dataclass
-class ReplacedTokenDetectionModelArguments(ModelArguments):
-    """The discriminator, given as in [`ModelArguments`], and its generator. The defaults are ELECTRA-Small's."""
+class ReplacedTokenDetectionModelArguments(GeneratorArguments):
+    """The discriminator and its generator, a stock masked language model; see [`GeneratorArguments`]."""
 
-    ranges: ClassVar[dict[str, str]] = {"generator_size": "(0, 16]", "generator_layers": "(0, 16]"}
     needs: ClassVar[dict[str, str]] = {
         "generator_name_or_path": "model_name_or_path",
-        **dict.fromkeys(("generator_type", "generator_size", "generator_layers"), "!generator_name_or_path"),
+        "generator_type": "!generator_name_or_path",
+    }
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {
+        "embedding_sharing": EMBEDDING_SHARING,
+        "discriminator_head": DISCRIMINATOR_HEADS,
     }
 
-    model_type: str = field(
-        default="electra", metadata={"help": "Architecture of both models when built from scratch."}
-    )
-    embedding_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Width of the embedding tables, where the architecture has one of its own (128 for electra)."
-        },
-    )
-    generator_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Checkpoint of the generator; by default what an export of this library has in pretraining/generator, "
-            "or what lies beside a published DeBERTa-v3."
-        },
-    )
     generator_type: str | None = field(
         default=None, metadata={"help": "Architecture of the generator, if it is another than the discriminator's."}
-    )
-    generator_size: float = field(
-        default=0.25,
-        metadata={"help": "Width of the generator as a share of the discriminator's (heads and layers' width too)."},
-    )
-    generator_layers: float = field(
-        default=1.0, metadata={"help": "Layers of the generator as a share of the discriminator's."}
     )
     embedding_sharing: str = field(
         default="tied",
@@ -245,13 +213,6 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
     disallow_correct: bool = field(
         default=False, metadata={"help": "Never draw the true token, so that every selected one is replaced."}
     )
-
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        for name, known in (("embedding_sharing", EMBEDDING_SHARING), ("discriminator_head", DISCRIMINATOR_HEADS)):
-            if getattr(self, name) not in (*known, None):
-                raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
-        super().__post_init__()
 
 
 def build_model(
@@ -296,12 +257,12 @@ def build_model(
 
 def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pair:
     head = args.discriminator_head or "stock"
-    config = build_config(args, tokenizer, **_default_width(args, args.model_type))
+    config = build_config(args, tokenizer, **stock_width(args, args.model_type))
     if args.generator_type in (None, args.model_type):
         own = config
     else:
         other = dataclasses.replace(args, model_type=args.generator_type, config_overrides=None)
-        own = build_config(other, tokenizer, **_default_width(args, other.model_type))
+        own = build_config(other, tokenizer, **stock_width(args, other.model_type))
     generator = from_config(AutoModelForMaskedLM, generator_config(own, args), **attention_options(args))
     discriminator = build_discriminator(config, head, **attention_options(args))
     return Pair(generator, discriminator, {"discriminator_head": head}, {})
@@ -326,21 +287,6 @@ def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionM
     )
     generator = from_config(AutoModelForMaskedLM, config, **attention_options(args))
     return generator
-
-
-def _default_width(args: ReplacedTokenDetectionModelArguments, model_type: str) -> dict[str, int]:
-    return {"embedding_size": 128} if model_type == "electra" and args.embedding_size is None else {}
-
-
-def generator_config(config: PreTrainedConfig, args: ReplacedTokenDetectionModelArguments) -> PreTrainedConfig:
-    """Return a configuration scaled to the generator: width, heads and feed-forward alike, and depth."""
-    scaled = scaled_config(config, width=args.generator_size, depth=args.generator_layers)
-    if scaled.hidden_size % scaled.num_attention_heads:
-        raise InputError(
-            f"generator_size={args.generator_size} makes {scaled.hidden_size} wide states with "
-            f"{scaled.num_attention_heads} heads, which do not divide: choose a share that gives whole heads"
-        )
-    return scaled
 
 
 def _prepare_tables(
@@ -382,16 +328,13 @@ def _prepare_tables(
     return width if is_wider else None
 
 
-@torch.no_grad()
 def _take_tables(generator: PreTrainedModel, discriminator: PreTrainedModel, sharing: str) -> None:
     """Let a new generator start from the discriminator's tables, of which the trained one is to lose nothing."""
     if sharing == "tied":
         names = shared_embedding_names(discriminator, generator)
     elif is_factorized(generator):
-        generator.get_input_embeddings().weight.copy_(discriminator.get_input_embeddings().weight)
-        return
+        names = {f"{word_table_name(discriminator)}.weight": f"{word_table_name(generator)}.weight"}
     else:
         tables = shared_table_names(discriminator, generator)
         names = {f"{own}.weight": f"{other}.weight" for own, other in tables.items()}
-    for own, other in names.items():
-        generator.get_parameter(other).copy_(discriminator.get_parameter(own))
+    copy_parameters(discriminator, generator, {other: own for own, other in names.items()})

@@ -1,6 +1,6 @@
-"""DeBERTa's enhanced mask decoder: absolute positions enter just before the words are predicted.
+"""Replaced token detection: generator and discriminator in one model, and DeBERTa's enhanced mask decoder.
 
-Generator and discriminator in one model.
+With the decoder absolute positions enter just before the generator predicts the words.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoModelForTokenClassification,
-    ElectraForPreTraining,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import layer_modules
-from hf_pretrain.modeling.base import PretrainingModel, masked_trial_batch
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, from_config
+from hf_pretrain.modeling.base import GENERATOR_FOLDER, PretrainingModel, masked_trial_batch
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.embeddings import (
     disentangle_embedding,
     factorize_embeddings,
@@ -47,6 +45,7 @@ from hf_pretrain.modeling.losses import (
     sample_tokens,
 )
 from hf_pretrain.modeling.visibility.isolation import isolated_inputs
+from hf_pretrain.objectives.generators import build_discriminator
 
 
 @strict
@@ -173,19 +172,6 @@ class ReplacedTokenDetectionOutput(PretrainingOutput):
     replaced_ids: torch.Tensor | None = None
 
 
-def build_discriminator(config: PreTrainedConfig, head: str = "stock", **options: Any) -> PreTrainedModel:
-    """Build the stock model that detects.
-
-    With the stock head that is the class with a binary decision a token: ELECTRA's own, elsewhere a token classifier with one
-    label. For another head it is the encoder alone, without a pooler.
-    """
-    if config.model_type == "electra" and head != "deberta_v3":
-        return from_config(ElectraForPreTraining, config, **options)
-    config.num_labels = 1
-    classifier = from_config(AutoModelForTokenClassification, config, **options)
-    return classifier if head == "stock" else classifier.base_model
-
-
 class ReplacedTokenDetectionForPreTraining(PretrainingModel):
     """Replaced token detection: a generator fills masked positions, a discriminator finds what was replaced.
 
@@ -213,7 +199,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         for name, known in (("embedding_sharing", EMBEDDING_SHARING), ("discriminator_head", DISCRIMINATOR_HEADS)):
             if getattr(config, name) not in known:
                 raise InputError(f"{name}={getattr(config, name)!r} must be one of {', '.join(known)}")
-        self.export_parts = {"": "discriminator", "pretraining/generator": "generator"}
+        self.export_parts = {"": "discriminator", GENERATOR_FOLDER: "generator"}
         is_trained = discriminator is not None
         self.generator = AutoModelForMaskedLM.from_config(config.generator) if generator is None else generator
         if discriminator is None:
@@ -231,7 +217,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         if config.enhanced_mask_decoder:
             self.generator_decoder = EnhancedMaskDecoder.for_model(self.generator)
             self.generator_decoder.attach(self.generator)
-            self.export_parts["pretraining/generator_decoder"] = "generator_decoder"
+            self.export_parts[f"{GENERATOR_FOLDER}_decoder"] = "generator_decoder"
         self.generator_head = GatheredHead(self.generator)
         self.post_init()
 

@@ -1,0 +1,120 @@
+"""Options and builders of the objectives that train a generator beside a discriminator: ELECTRA's and Electric's.
+
+The discriminator is exported at the root, the generator below it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForTokenClassification,
+    ElectraForPreTraining,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.configuration import ModelArguments, scaled_config
+from hf_pretrain.modeling.loading import from_config, from_pretrained
+
+
+@dataclass
+class GeneratorArguments(ModelArguments):
+    """The discriminator, given as in [`ModelArguments`], and its generator. The defaults are ELECTRA-Small's.
+
+    A subclass says in `choices` what its options of words may be.
+    """
+
+    ranges: ClassVar[dict[str, str]] = {"generator_size": "(0, 16]", "generator_layers": "(0, 16]"}
+    needs: ClassVar[dict[str, str]] = dict.fromkeys(("generator_size", "generator_layers"), "!generator_name_or_path")
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+
+    model_type: str = field(
+        default="electra", metadata={"help": "Architecture of both models when built from scratch."}
+    )
+    embedding_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of the embedding tables, where the architecture has one of its own (128 for electra)."
+        },
+    )
+    generator_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint of the generator; by default what an export has in pretraining/generator."},
+    )
+    generator_size: float = field(
+        default=0.25,
+        metadata={"help": "Width of the generator as a share of the discriminator's (heads and layers' width too)."},
+    )
+    generator_layers: float = field(
+        default=1.0, metadata={"help": "Layers of the generator as a share of the discriminator's."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name, known in self.choices.items():
+            if getattr(self, name) not in (*known, None):
+                raise InputError(f"{name}={getattr(self, name)!r} must be one of {', '.join(known)}")
+        super().__post_init__()
+
+
+def stock_width(args: ModelArguments, model_type: str) -> dict[str, int]:
+    """Return the width of ELECTRA's tables where none is given: that of its small and base models is 128 and 768."""
+    return {"embedding_size": 128} if model_type == "electra" and args.embedding_size is None else {}
+
+
+def generator_config(config: PreTrainedConfig, args: GeneratorArguments) -> PreTrainedConfig:
+    """Return the discriminator's configuration, scaled to the generator: width, heads and feed-forward alike, and depth.
+
+    Raises:
+        InputError: If the share leaves no whole heads.
+    """
+    scaled = scaled_config(config, width=args.generator_size, depth=args.generator_layers)
+    if scaled.hidden_size % scaled.num_attention_heads:
+        raise InputError(
+            f"generator_size={args.generator_size} makes {scaled.hidden_size} wide states with "
+            f"{scaled.num_attention_heads} heads, which do not divide: choose a share that gives whole heads"
+        )
+    return scaled
+
+
+def build_discriminator(config: PreTrainedConfig, head: str = "stock", **options: Any) -> PreTrainedModel:
+    """Build the stock model that detects.
+
+    With the stock head that is the class with a binary decision a token: ELECTRA's own, elsewhere a token classifier with one
+    label. For another head it is the encoder alone, without a pooler.
+    """
+    if config.model_type == "electra" and head != "deberta_v3":
+        return from_config(ElectraForPreTraining, config, **options)
+    config.num_labels = 1
+    classifier = from_config(AutoModelForTokenClassification, config, **options)
+    return classifier if head == "stock" else classifier.base_model
+
+
+def load_discriminator(name: str, head: str = "stock", **options: Any) -> PreTrainedModel:
+    """Open the same from a checkpoint; see [`build_discriminator`]."""
+    if from_pretrained(AutoConfig, name).model_type == "electra" and head != "deberta_v3":
+        return from_pretrained(ElectraForPreTraining, name, **options)
+    # The head of a token classifier is new with every checkpoint that had another one; one that is dropped is not worth a line.
+    classifier = from_pretrained(
+        AutoModelForTokenClassification, name, num_labels=1, announce=head == "stock", **options
+    )
+    return classifier if head == "stock" else classifier.base_model
+
+
+@torch.no_grad()
+def copy_parameters(source: PreTrainedModel, target: PreTrainedModel, names: Mapping[str, str]) -> None:
+    """Copy parameters of one model over those of another.
+
+    Args:
+        source: Model that is read.
+        target: Model that is written to.
+        names: Names in the target -> names in the source.
+    """
+    for ours, theirs in names.items():
+        target.get_parameter(ours).copy_(source.get_parameter(theirs))
