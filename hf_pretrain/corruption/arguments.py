@@ -137,11 +137,3 @@ class MaskingArguments:
                 f"ngram_shares={shares!r} must be {self.max_ngram} numbers from 0 that add up to 1, one for each n up to "
                 "max_ngram"
             )
-
-    @property
-    def needs_word_starts(self) -> bool:
-        """Whether the examples must say where words start."""
-        by_words = self.masking_unit in ("word", "span") or (
-            self.masking_unit == "ngram" and self.ngram_unit == "word"
-        )
-        return by_words or self.replacement_unit == "word"

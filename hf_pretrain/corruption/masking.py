@@ -165,6 +165,12 @@ class MaskedRows:
     positions: np.ndarray
 
 
+def needs_word_starts(arguments: MaskingArguments) -> bool:
+    """Whether the examples must say where words start."""
+    unit = arguments.ngram_unit if arguments.masking_unit == "ngram" else arguments.masking_unit
+    return unit in ("word", "span") or arguments.replacement_unit == "word"
+
+
 def mask_rows(
     rows: ExampleRows,
     *,
@@ -188,7 +194,7 @@ def mask_rows(
     if rows.also_maskable is not None:
         maskable |= rows.also_maskable
     words = None
-    if arguments.needs_word_starts:
+    if needs_word_starts(arguments):
         assert rows.word_starts is not None, "the rows were stacked without words"
         words = partition_words(rows.word_starts, maskable=maskable, borders=rows.document_starts())
     probability = float(arguments.mlm_probability) if probability is None else probability

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.corruption.masking import MaskedRows, Vocabulary, mask_rows
+from hf_pretrain.corruption.masking import MaskedRows, Vocabulary, mask_rows, needs_word_starts
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
 from hf_pretrain.errors import InputError
 from hf_pretrain.options import schedules_of
@@ -132,7 +132,7 @@ class DataCollatorForMaskedLM:
             pad_id=self.tokenizer.pad_token_id,
             pad_type_id=self.tokenizer.pad_token_type_id,
             multiple=self.pad_to_multiple_of or 1,
-            with_words=self.masking.needs_word_starts,
+            with_words=needs_word_starts(self.masking),
             with_spans=self.masking.masking_unit == "given",
         )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.corruption.masking import Vocabulary, mask_rows
+from hf_pretrain.corruption.masking import Vocabulary, mask_rows, needs_word_starts
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys
 from hf_pretrain.corruption.spans import ngram_lengths
 from hf_pretrain.data import draws
@@ -61,7 +61,7 @@ def test_cloze_hides_single_tokens_and_runs_of_two_or_three_by_their_shares(voca
 
 def test_runs_are_of_tokens_that_neither_words_nor_special_tokens_end(vocabulary):
     rows, arguments = rows_of(300, 60), MaskingArguments(**CLOZE | {"ngram_shares": [0.0, 0.0, 1.0]})
-    assert not arguments.needs_word_starts
+    assert not needs_word_starts(arguments)
     one_word = np.zeros_like(rows.valid)
     masked = [
         mask_rows(r, arguments=arguments, vocabulary=vocabulary) for r in (rows, replace(rows, word_starts=one_word))
@@ -70,7 +70,7 @@ def test_runs_are_of_tokens_that_neither_words_nor_special_tokens_end(vocabulary
     mask = masked[0].selection.mask
     assert not mask[:, [0, 20, -1]].any() and sizes(masked[0].selection)[2] > 0.8
     by_words = MaskingArguments(masking_unit="ngram", ngram_shares=[0.8, 0.1, 0.1])
-    assert by_words.needs_word_starts
+    assert needs_word_starts(by_words)
     whole = mask_rows(replace(rows, word_starts=one_word), arguments=by_words, vocabulary=vocabulary).selection.mask
     assert set(whole[:, 1:20].sum(axis=1)) <= {0, 19}
 
