@@ -3,7 +3,6 @@
 import importlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -13,7 +12,6 @@ from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
 from hf_pretrain.cli import COMMANDS, METHODS, load_method
 from hf_pretrain.training.parsing import _OptionParser
-from method_matrix import build, log_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -64,18 +62,15 @@ def test_the_example_of_the_readme_is_short():
     assert sum(type(statement).__name__ != "ImportFrom" for statement in statements) <= 10
 
 
-def test_the_objective_of_the_page_on_objectives_works(tmp_path, monkeypatch):
-    names = run("docs/adding_an_objective.md", tmp_path, monkeypatch)
-    program = SimpleNamespace(ARGUMENTS=names["ARGUMENTS"], build_trainer=names["build_trainer"])
-    trainer = build(program, tmp_path / "out", max_steps=30, learning_rate=5e-3, per_device_train_batch_size=16)
-    before = trainer.evaluate()
-    trainer.train()
-    after = trainer.evaluate()
-    assert after["eval_parity_loss"] < 0.6 * before["eval_parity_loss"]
-    assert after["eval_parity_accuracy"] > 0.8
-    assert "parity_loss" in log_of(trainer)[1]
-    trainer.save_model()
-    type(trainer.model.model).from_pretrained(tmp_path / "out")
+def test_the_code_of_the_page_on_objectives_is_that_of_the_example():
+    files = [
+        path.read_text(encoding="utf-8")
+        for path in (ROOT / "examples" / "token_deletion" / "token_deletion").glob("*.py")
+    ]
+    blocks = python_blocks("docs/adding_an_objective.md")
+    assert len(blocks) >= 5
+    for block in blocks:
+        assert any(block in text for text in files), block
 
 
 def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
@@ -85,9 +80,9 @@ def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
     assert names["documents"]["sent_starts"][0][0] and sum(names["documents"]["sent_starts"][0]) == 3
 
 
-def test_every_page_with_python_is_run():
-    run_here = {"README.md", "docs/adding_an_objective.md", "docs/data.md"}
-    assert {name for name in DOCUMENTS if python_blocks(name)} == run_here
+def test_every_page_with_python_is_run_or_compared():
+    known = {"README.md", "docs/adding_an_objective.md", "docs/data.md"}
+    assert {name for name in DOCUMENTS if python_blocks(name)} == known
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -131,7 +126,9 @@ def test_options_exist(name, options):
             known |= {f"--{option}" for option in fields} | set(re.findall(r"add_argument\(\s*\"(--\w+)\"", code))
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
         assert option in known, option
-    for method, rest in re.findall(r"hf-pretrain ({})((?:[^\n`]|\\\n)*)".format("|".join(METHODS | COMMANDS)), text):
+    for method, rest in re.findall(
+        r"hf-pretrain ({})(?![\w-])((?:[^\n`]|\\\n)*)".format("|".join(METHODS | COMMANDS)), text
+    ):
         for option in re.findall(r"(?<![\w-])--[a-z]\w*", rest):
             assert option in options[method] | {"--help"}, f"hf-pretrain {method} {option}"
 

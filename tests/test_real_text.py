@@ -1,13 +1,15 @@
 """Every method learns from real text: better than its trivial baseline, on documents it has not seen."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import set_seed
 
 from hf_pretrain.data.prepare import DataArguments, prepare_data
-from method_matrix import NO_DROPOUT, programs
+from hf_pretrain.training.parsing import parse_arguments
+from method_matrix import EXAMPLE, NO_DROPOUT, programs
 
 SIZES = {
     "hidden_size": 128,
@@ -17,6 +19,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "config_overrides": NO_DROPOUT,
 }
+EXAMPLE_RECIPE = str(Path(__file__).parents[1] / "examples" / "token_deletion" / "token_deletion.yaml")
 # With fewer, whether a model has left the frequencies of words behind hangs on its draws.
 STEPS = {"mlm": 1200, "rtd": 2600}
 
@@ -68,3 +71,22 @@ def test_held_out_text_is_better_predicted_than_by_the_baseline(method, text, tm
         # Below the entropy of the labels, which is what knowing only how many tokens are replaced would give.
         assert after["eval_disc_gain"] > 0.03
         assert after["eval_disc_auc"] > 0.6 > 0.55 > before["eval_disc_auc"]
+
+
+@pytest.mark.slow
+def test_missing_tokens_are_found_better_than_by_their_share(tmp_path):
+    """The method of the example package, with its recipe, on docstrings."""
+    recipe = EXAMPLE_RECIPE, "--max_corpus_bytes", "400000", "--output_dir", str(tmp_path), "--use_cpu", "true"
+    options = parse_arguments(EXAMPLE.arguments, ["--config", *recipe], prog="token-deletion", description="")
+    data = prepare_data(options[0], seed=0, output_dir=tmp_path)
+    set_seed(0)
+    trainer = EXAMPLE.build_trainer(data, *options[1:])
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert before["eval_deletion_auc"] == pytest.approx(0.5, abs=0.05)
+    assert after["eval_deletion_auc"] > 0.6
+    share = np.mean(
+        [label == 1 for row in trainer.data_collator(list(data.eval_dataset))["labels"] for label in row if label >= 0]
+    )
+    assert after["eval_deletion_loss"] < -share * math.log(share) - (1 - share) * math.log(1 - share) - 0.01

@@ -22,7 +22,7 @@ from hf_pretrain.objectives.replaced_token_detection.trainer import ReplacedToke
 from hf_pretrain.training import trainer as trainer_module
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
-from method_matrix import BLOCK_SIZE, build, log_of, programs, tiny_data, tiny_examples
+from method_matrix import BLOCK_SIZE, build, isolated, log_of, programs, tiny_data, tiny_examples
 
 PROGRAMS = programs()
 MLM, RTD = PROGRAMS["mlm"], PROGRAMS["rtd"]
@@ -112,6 +112,24 @@ class TestRefusals:
     def test_batches_that_are_split(self, tmp_path):
         with pytest.raises(InputError, match="split_batches=True would make per_device_train_batch_size"):
             build(MLM, tmp_path, accelerator_config={"split_batches": True})
+
+    def test_a_collator_that_loses_the_documents_to_keep_apart(self, tmp_path):
+        trainer = build(MLM, tmp_path, isolated(tiny_data()))
+        whole = trainer.data_collator
+
+        class Losing:
+            pad_to_multiple_of = None
+
+            def __call__(self, examples):
+                return {name: value for name, value in whole(examples).items() if name != "document_ids"}
+
+        inputs = {"train_dataset": trainer.train_dataset, "data_description": trainer.data_description}
+        with pytest.raises(InputError, match="the batches of Losing have no document_ids: choose another block_mode"):
+            type(trainer)(trainer.model, trainer.args, data_collator=Losing(), **inputs)
+        # A stream has no first example to look at: then its first step is refused.
+        trainer.data_collator = Losing()
+        with pytest.raises(InputError, match="no document_ids"):
+            trainer.train()
 
     def test_a_dataset_without_a_length(self, tmp_path):
         known = build(MLM, tmp_path)

@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits
-from hf_pretrain.modeling.configuration import ModelArguments, build_config, from_config, from_pretrained
+from hf_pretrain.modeling.configuration import ModelArguments, load_or_build
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, binary_token_loss
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.method import Learning, Method
@@ -21,7 +21,7 @@ from token_deletion.collator import DataCollatorForTokenDeletion
 
 
 class TokenDeletionForPreTraining(PretrainingModel):
-    """A stock token classifier with one label: is something missing behind this token?"""
+    """A stock token classifier with two labels: nothing (0) or something (1) is missing behind a token."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model.config)
@@ -37,7 +37,8 @@ class TokenDeletionForPreTraining(PretrainingModel):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
     ) -> PretrainingOutput:
         """Return the loss as a sum over the tokens of each example; in evaluation the scores too. All inputs are ``[B, L]``."""
-        logits_BL = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.squeeze(-1).float()
+        logits_BLC = self.model(input_ids=input_ids, attention_mask=attention_mask).logits.float()
+        logits_BL = logits_BLC[..., 1] - logits_BLC[..., 0]
         is_target_BL = labels != IGNORED
         loss = binary_token_loss(logits_BL, labels.clamp(min=0), mask=is_target_BL)
         output = PretrainingOutput(losses={"deletion": loss}, metrics={})
@@ -81,10 +82,7 @@ def build_trainer(
     data: PreparedData, model_args: ModelArguments, args: TokenDeletionTrainingArguments
 ) -> TokenDeletionTrainer:
     """Put the model, the collator and the Trainer together."""
-    if model_args.model_name_or_path is None:
-        model = from_config(AutoModelForTokenClassification, build_config(model_args, data.tokenizer, num_labels=1))
-    else:
-        model = from_pretrained(AutoModelForTokenClassification, model_args.model_name_or_path, num_labels=1)
+    model = load_or_build(AutoModelForTokenClassification, model_args, data.tokenizer)
     check_model_fits(model, data.tokenizer, block_size=data.block_size)
     return TokenDeletionTrainer(
         TokenDeletionForPreTraining(model),
