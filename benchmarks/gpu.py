@@ -1,6 +1,7 @@
 """Every method on a GPU: does it train there as on a CPU, how fast in each precision, and where does the host wait.
 
-    python benchmarks/gpu.py [--device cuda] [--size base] [--methods mlm rtd ...] [--steps 10] [--seconds 170] [--output gpu]
+    python benchmarks/gpu.py [--device cuda] [--size base] [--methods mlm rtd ...] [--precisions fp32 bf16 fp16] [--steps 10]
+        [--seconds 170] [--output gpu]
 
 The text is made up: words drawn by Zipf's law, each often followed by the same word. There is no dropout. First each method is
 checked with a tiny model in fp32: the program trains, evaluates and exports; the first loss is compared with that of a CPU, the
@@ -29,7 +30,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib import import_module
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,7 +43,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
-from hf_pretrain.cli import METHODS
+from hf_pretrain.cli import METHODS, load_method
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import load_data, train_method
 from timing import print_table
@@ -261,15 +262,8 @@ class Method:
     def __init__(self, name: str, size: str, inputs: Path, out: Path, device: str) -> None:
         self.name, self.out, self.device = name, out, device
         self.options = options_of(name, size, inputs)
-        self.program = self._program()
+        self.method = load_method(name)
         self.data: Any = None
-
-    def _program(self) -> dict[str, Any]:
-        # What the program hands to `train_method`.
-        module = import_module(METHODS[self.name][0])
-        with patch.object(module, "train_method") as handed:
-            module.main([])
-        return handed.call_args.kwargs
 
     def _command(self, out: str, **options: object) -> list[str]:
         shared = self.options | {"use_cpu": self.device == "cpu", "output_dir": self.out / out}
@@ -280,28 +274,27 @@ class Method:
         last: list[tuple[Trainer, Watch]] = []
 
         def build(data: Any, *args: Any) -> Trainer:
-            trainer = self.program["build_trainer"](data, *args)
+            trainer = self.method.build_trainer(data, *args)
             # The rehearsal builds too, before the text is read.
             last[:] = [(trainer, Watch(trainer))]
             self.data = data
             return trainer
 
-        program = self.program | {"build_trainer": build}
-        train_method(self._command("program", **PRECISIONS["fp32"], **options), **program)
+        train_method(
+            replace(self.method, build_trainer=build), self._command("program", **PRECISIONS["fp32"], **options)
+        )
         return last[0]
 
     def train(self, *, out: str, resume: Path | None = None, **options: object) -> Watch:
         """Train with the data of the program, or load them."""
-        program = self.program
-        parsed = parse_arguments(
-            program["arguments"], self._command(out, **options), prog=self.name, description=self.name
+        data_args, model_args, args = parse_arguments(
+            self.method.arguments, self._command(out, **options), prog=self.name, description=self.name
         )
-        data_args, model_args, args = parsed
         if self.data is None:
-            special = program.get("special_tokens", ("mask", "pad"))
-            self.data = program.get("load", load_data)(data_args, model_args, args, special_tokens=special)
+            load = self.method.load or load_data
+            self.data = load(data_args, model_args, args, special_tokens=self.method.special_tokens)
         transformers.set_seed(args.seed)
-        trainer = program["build_trainer"](self.data, model_args, args)
+        trainer = self.method.build_trainer(self.data, model_args, args)
         watch = Watch(trainer)
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
         return watch
@@ -399,7 +392,7 @@ class Bench:
             del method
             free()
         for name in self.args.methods:
-            self.train(name, PRECISIONS)
+            self.train(name, {kind: PRECISIONS[kind] for kind in self.args.precisions})
         if "mlm" in self.args.methods:
             self.train("mlm", EXTRAS)
 
@@ -499,6 +492,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--size", choices=list(SIZES), default="base")
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--steps", type=int, default=10, help="of each training at the chosen size")
     parser.add_argument("--seconds", type=float, default=170, help="no run starts later than this")
     parser.add_argument("--output", default="gpu", help="folder of gpu.json and gpu.log")

@@ -268,7 +268,7 @@ class TestTopK:
         """Six bytes a kept token and two for the tail."""
         cache = self.build(masked_lm, examples, tmp_path, k=16)
         files = sum(path.stat().st_size for path in tmp_path.glob("*.*16")) + (tmp_path / "ids.int32").stat().st_size
-        assert files == len(cache.ids) * (16 * 6 + 2)
+        assert files == len(cache.columns[0]) * (16 * 6 + 2)
 
     def test_the_folder_can_be_moved(self, masked_lm, examples, tmp_path):
         cache = self.build(masked_lm, examples, tmp_path / "here")
