@@ -114,6 +114,11 @@ class Schedule(float):
         return values if isinstance(step, np.ndarray) else float(values)
 
 
+def weight_symbol(weight: float) -> str:
+    """Return a weight as a formula shows it: the number, or w(t) if it changes in training."""
+    return "w(t)" if isinstance(weight, Schedule) else f"{weight:g}"
+
+
 class TrainingSteps(NamedTuple):
     """How the examples of a training are cut into steps.
 

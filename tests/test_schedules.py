@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.encoder.arguments import describe
+from hf_pretrain.objectives.encoder.trainer import EncoderTrainer
 from hf_pretrain.schedules import Schedule, TrainingSteps
 
 
@@ -73,3 +75,11 @@ def test_the_step_of_an_example_counts_short_steps_at_the_end_of_an_epoch():
     epochs, indices = np.repeat([0, 1, 2], 10), np.tile(np.arange(10), 3)
     expected = [epoch * 3 + index // 4 for epoch in range(3) for index in range(10)]
     assert steps.step_of(epochs=epochs, indices=indices).tolist() == expected
+
+
+def test_the_formula_of_a_card_says_that_a_weight_changes():
+    weights = {"mlm": parse("0%:1, 100%:0"), "word_order": 0.5, "pair": parse("0:0, 9:0")}
+    formula = describe(EncoderTrainer.objective, ["mlm", "word_order", "sop"], weights).formula
+    assert formula.count(r"w(t) \cdot") == 1 and formula.count(r"0.5 \cdot") == 1, (
+        "a weight of 0 throughout has no term"
+    )

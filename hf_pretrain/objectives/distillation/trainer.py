@@ -25,6 +25,7 @@ from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, Distil
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
+from hf_pretrain.schedules import weight_symbol
 from hf_pretrain.tasks.examples import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.program import print_table
@@ -135,9 +136,9 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     terms = [
         formula
         if weight == 1
-        else rf"{weight:g} \, \left( {formula} \right)"
+        else rf"{weight_symbol(weight)} \, \left( {formula} \right)"
         if formula.startswith("-")
-        else rf"{weight:g} \, {formula}"
+        else rf"{weight_symbol(weight)} \, {formula}"
         for weight, formula in zip(weights.values(), formulas, strict=True)
     ]
     changes: dict[str, object] = {

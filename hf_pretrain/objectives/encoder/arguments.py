@@ -16,6 +16,7 @@ from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.options import option
+from hf_pretrain.schedules import weight_symbol
 
 PAIR_OBJECTIVES = ("nsp", "sop", "sentence_structure")
 """Those that ask how the two segments of an example belong together; their examples are pairs."""
@@ -301,14 +302,14 @@ def describe(
     Args:
         objective: What all runs have in common.
         objectives: Names of the objectives.
-        weights: The weight of each loss.
+        weights: The weight of each loss, a number or a schedule.
     """
     known = [(name, *_OBJECTIVES[name]) for name in objectives]
     terms = []
     for name, _, formula, _ in known:
         weight = weights[_LOSS_OF.get(name, name)] if formula else 0
         if weight:
-            factor = "" if weight == 1 else rf"{weight:g} \cdot "
+            factor = "" if weight == 1 else rf"{weight_symbol(weight)} \cdot "
             terms.append(f"{factor}{formula}" if not factor else rf"{factor}\left({formula}\right)")
     return dataclasses.replace(
         objective,

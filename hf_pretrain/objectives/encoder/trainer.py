@@ -200,7 +200,7 @@ class EncoderTrainer(PretrainingTrainer):
     def card_facts(self) -> dict[str, Any]:
         """Return the description of this run's objectives."""
         args = cast(EncoderTrainingArguments, self.args)
-        weights = {name: self.loss_weight(name) for name in args.loss_names}
+        weights = {name: getattr(args, f"{name}_weight", 1.0) for name in args.loss_names}
         return {"objective": describe(self.objective, args.objectives, weights)}
 
 
