@@ -1,7 +1,7 @@
 """Metrics that work offline, and the batches that a model is evaluated on.
 
 Texts are checked and tokenized (`checked_texts`, `encode_texts`), put into batches of about one length (`batches_by_length`), and
-given to a model in evaluation mode (`evaluating`). `Accuracy` scores classes; `detection_metrics` scores a binary decision a token.
+given to a model in evaluation mode (`evaluating`). `Accuracy` scores classes, `detection_metrics` a binary decision a token.
 
 Importing evaluate takes seconds: import this module where it is used, not at the top of a program.
 """
