@@ -29,8 +29,6 @@ The folder `data_dir` holds sst2/train.tsv, dev.tsv and test.tsv (sentence, labe
 mark, sentence). Each run is a row of the file `results`: what is there is not run again. Models are kept in a folder beside it.
 """
 
-import csv
-import itertools
 import json
 import sys
 import time
@@ -39,17 +37,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from distillation_quality_options import TASK_ARMS, TEXT_ARMS, QualityArguments
 from filelock import FileLock
-from rtd_quality import TASKS, flops_of_a_step
+from rtd_quality import TASKS, flops_of_a_step, read_task
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from hf_pretrain.cli import run_program
-from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.evaluation.probes import encode, probe_accuracy
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.objectives.distillation import METHOD as distil
@@ -72,7 +68,7 @@ from hf_pretrain.training.arguments import bf16_is_fast
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
-from results import mean_and_spread, rows_by_settings, run_once
+from results import mean_and_spread, rows_by_settings, run_missing, run_once
 from timing import print_table
 
 
@@ -99,28 +95,6 @@ def unfinished(folder: Path) -> Iterator[bool]:
         yield not (folder / "config.json").exists()
 
 
-def read_task(args: QualityArguments, task: str, split: str) -> tuple[list[str], list[int]]:
-    """Return the sentences of a task and their labels."""
-    path = Path(args.data_dir, task, f"{split}.tsv")
-    if not path.is_file():
-        raise InputError(f"data_dir={args.data_dir} has no {task}/{split}.tsv: it must hold sst2 and cola")
-    rows = pd.read_csv(path, sep="\t", header=None, quoting=csv.QUOTE_NONE, keep_default_na=False)
-    text, label = TASKS[task]
-    return rows[text].tolist(), rows[label].astype(int).tolist()
-
-
-def text_data(args: QualityArguments, **options: Any) -> DataArguments:
-    """Return the options of the text."""
-    return DataArguments(
-        train_file=args.train_file,
-        validation_file=args.validation_file or None,
-        document_separator=args.document_separator,
-        max_corpus_bytes=args.max_corpus_bytes,
-        block_size=args.block_size,
-        **options,
-    )
-
-
 def train_for(trainer: PretrainingTrainer, *, budget: float, step: float) -> dict[str, Any]:
     """Train for as many steps as the budget pays for, and export."""
     trainer.args.max_steps = max(1, round(budget / step))
@@ -140,7 +114,7 @@ def language_model(args: QualityArguments) -> str:
     with unfinished(folder) as is_missing:
         if is_missing:
             options = MaskedLMTrainingArguments(**common(args, folder, 0, learning_rate=args.learning_rate))
-            data = prepare_data(text_data(args, vocab_size=args.vocab_size), seed=0, output_dir=folder)
+            data = prepare_data(args.text_data(vocab_size=args.vocab_size), seed=0, output_dir=folder)
             sizes = ModelArguments(
                 model_type=args.model_type,
                 hidden_size=args.teacher_size,
@@ -161,7 +135,7 @@ def task_files(args: QualityArguments) -> dict[str, str]:
     for name, splits in (("train", ("train",)), ("held_out", ("dev", "test"))):
         path = args.folder() / f"sst2-{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pairs = [pair for split in splits for pair in zip(*read_task(args, "sst2", split), strict=True)]
+        pairs = [pair for split in splits for pair in zip(*read_task(args.data_dir, "sst2", split), strict=True)]
         text = "".join(json.dumps({"sentence": sentence, "label": label}) + "\n" for sentence, label in pairs)
         # As it was, so that what was made of it is found again.
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -227,7 +201,7 @@ def run_on_text(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
         **common(args, folder, seed, learning_rate=args.learning_rate), **TEXT_ARMS[arm]
     )
     chosen = student_options(args, teacher)
-    data = load_text(text_data(args), chosen, options)
+    data = load_text(args.text_data(), chosen, options)
     set_seed(seed)
     trainer = distil.build_trainer(data, chosen, options)
     step = flops_of_a_step(trainer)
@@ -255,7 +229,7 @@ def judge_on_text(trainer: DistillationTrainer, data: PreparedData, args: Qualit
     collator = DataCollatorForMaskedLM(data.tokenizer)
     row: dict[str, Any] = compare(student, teacher, data.eval_dataset, collator=collator, max_examples=2000)
     for task in TASKS:
-        (texts, labels), (others, answers) = (read_task(args, task, split) for split in ("train", "dev"))
+        (texts, labels), (others, answers) = (read_task(args.data_dir, task, split) for split in ("train", "dev"))
         texts, labels = texts[: args.probe_rows], labels[: args.probe_rows]
         features = [encode(student, data.tokenizer, sentences) for sentences in (texts, others)]
         score = probe_accuracy(features[0], labels, features[1], answers)
@@ -284,7 +258,7 @@ def run_on_task(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     """Train a student on the task and judge it."""
     teacher, how, start = classifier(args), TASK_ARMS[arm], None
     if how.origin is not None:
-        run_arm(how.origin, seed, args)
+        run_once(args, how.origin, seed, lambda arm, seed: run_arm(arm, seed, args))
         start = str(args.folder(f"{how.origin}-{seed}"))
     extra = {"augmentation_model": language_model(args), "augmentation_rows": args.augmentation_rows}
     data_args = task_data(args, **(extra if how.is_augmented else {}))
@@ -313,14 +287,10 @@ def run_on_task(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     return row | compare(student, model, data.eval_dataset, collator=collator, max_examples=count)
 
 
-def run_arm(arm: str, seed: int, args: QualityArguments) -> None:
-    """Run an arm and add its row, unless there is one."""
-
-    def run() -> dict[str, Any]:
-        row = (run_on_task if arm in TASK_ARMS else run_on_text)(arm, seed, args)
-        return row | {"threads": torch.get_num_threads()}
-
-    run_once(Path(args.results), arm, seed, settings=args.settings(), run=run)
+def run_arm(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
+    """Run an arm."""
+    row = (run_on_task if arm in TASK_ARMS else run_on_text)(arm, seed, args)
+    return row | {"threads": torch.get_num_threads()}
 
 
 # Name in the table, name in the results, what it is multiplied by, and decimal places.
@@ -374,8 +344,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print the tables."""
     (args,) = parse_arguments((QualityArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
     if not args.table:
-        for seed, arm in itertools.product(args.seed, args.arm):
-            run_arm(arm, seed, args)
+        run_missing(args, lambda arm, seed: run_arm(arm, seed, args))
     print_results(Path(args.results))
 
 

@@ -17,14 +17,12 @@ seen is the right one. Each run is a row of the file `results`; what is there is
 """
 
 import gzip
-import itertools
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,7 +38,7 @@ from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.encoder import METHOD as encoder
 from hf_pretrain.objectives.encoder import EncoderTrainer, EncoderTrainingArguments, load_examples
 from hf_pretrain.training.parsing import parse_arguments
-from results import read_results, run_once
+from results import ComparisonArguments, read_results, run_missing
 from timing import print_table
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -64,44 +62,24 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 # Arms of two languages, with the share of translations among their examples.
 _BILINGUAL = {"tlm": 0.5, "mlm": 0.005}
-_NOT_SETTINGS = ("train_file", "data_dir", "results", "table", "arm", "seed")
 
 
 @dataclass
-class ObjectiveArguments:
+class ObjectiveArguments(ComparisonArguments):
     """What is run."""
 
-    train_file: list[str] = field(default_factory=list, metadata={"help": "Text, as for `hf-pretrain encoder`."})
-    data_dir: str = field(default="data", metadata={"help": "Folder with multi30k, for the arms of two languages."})
+    arms: ClassVar = tuple(ARMS)
+    arms_without_text: ClassVar = tuple(_BILINGUAL)
+
     results: str = field(default="encoder_objectives.json", metadata={"help": "File that each run adds a row to."})
-    table: bool = field(default=False, metadata={"help": "Print the table of the file instead of running anything."})
-    arm: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
     seed: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; each arm runs with each."})
     model_type: str = field(default="modernbert", metadata={"help": "Architecture."})
     hidden_size: int = field(default=128, metadata={"help": "Width; a head for every 32."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers."})
     block_size: int = field(default=128, metadata={"help": "Most tokens in an example."})
-    vocab_size: int = field(default=8192, metadata={"help": "Tokens of the tokenizer, trained on the text."})
     max_corpus_bytes: int | None = field(default=24_000_000, metadata={"help": "Train on a random part of the text."})
     max_steps: int = field(default=3000, metadata={"help": "Steps."})
     batch_size: int = field(default=32, metadata={"help": "Examples a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate."})
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run.
-
-        Raises:
-            InputError: If an arm is unknown, or there is nothing to train on.
-        """
-        for name in self.arm:
-            if name not in ARMS:
-                raise InputError(f"arm={name!r} is unknown; choose of {', '.join(ARMS)}")
-        if not self.table and not self.train_file and set(self.arm) - _BILINGUAL.keys():
-            raise InputError("train_file is missing: name the text to train on, or print what there is with --table")
-
-    def settings(self) -> dict[str, Any]:
-        """Return what decides a run beside its arm and its seed."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_SETTINGS}
 
 
 def data_arguments(arm: str, args: ObjectiveArguments) -> MultilingualDataArguments:
@@ -110,6 +88,8 @@ def data_arguments(arm: str, args: ObjectiveArguments) -> MultilingualDataArgume
     if arm not in _BILINGUAL:
         return MultilingualDataArguments(
             train_file=args.train_file,
+            validation_file=args.validation_file or None,
+            document_separator=args.document_separator,
             max_corpus_bytes=args.max_corpus_bytes,
             block_mode="doc_sentences",
             validation_fraction=0.04,
@@ -137,7 +117,7 @@ def sentences_of(args: ObjectiveArguments, language: str) -> Path:
 
 def build(arm: str, seed: int, args: ObjectiveArguments) -> tuple[EncoderTrainer, PreparedData]:
     """Put an arm together."""
-    folder = Path(args.results).with_name(f"{Path(args.results).stem}-runs") / f"{arm}-{seed}"
+    folder = args.runs_folder() / f"{arm}-{seed}"
     sizes = ModelArguments(
         model_type=args.model_type,
         hidden_size=args.hidden_size,
@@ -240,9 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print the table."""
     (args,) = parse_arguments((ObjectiveArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
     if not args.table:
-        for seed, arm in itertools.product(args.seed, args.arm):
-            run = partial(run_arm, arm, seed, args)
-            run_once(Path(args.results), arm, seed, settings=args.settings(), run=run)
+        run_missing(args, lambda arm, seed: run_arm(arm, seed, args))
     print_results(Path(args.results))
 
 

@@ -2,51 +2,30 @@
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from hf_pretrain.errors import InputError
+from results import ComparisonArguments
 
 ARMS = ("plm", "plm_memory", "txl", "txl_no_memory")
-NOT_SETTINGS = ("train_file", "validation_file", "results", "table", "arm", "seed")
 
 
 @dataclass
-class LanguageModelArguments:
+class LanguageModelArguments(ComparisonArguments):
     """What is compared."""
 
-    train_file: list[str] = field(default_factory=list, metadata={"help": "Text to train on."})
-    validation_file: list[str] = field(
-        default_factory=list, metadata={"help": "Held-out text; without it, documents of train_file are held out."}
-    )
+    arms: ClassVar = ARMS
+
     results: str = field(default="language_models.json", metadata={"help": "File that each run adds a row to."})
-    table: bool = field(default=False, metadata={"help": "Print the table of the file instead of running anything."})
-    arm: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
     seed: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; each arm runs with each."})
-    max_corpus_bytes: int | None = field(default=None, metadata={"help": "Train on a random part of the text."})
-    document_separator: str = field(default="blank_line", metadata={"help": "What ends a document of a text file."})
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that is trained on the text."})
     max_steps: int = field(default=2500, metadata={"help": "Steps of a run."})
-    batch_size: int = field(default=16, metadata={"help": "Examples, or lanes, a step."})
     block_size: int = field(
         default=128, metadata={"help": "Tokens of an example of plm; half of it is txl's segment."}
     )
     mem_len: int = field(default=128, metadata={"help": "Tokens that are remembered by the arms with a memory."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate."})
     dropout: float = field(default=0.0, metadata={"help": "Of all arms; one pass over much text needs none."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers."})
     hidden_size: int = field(default=128, metadata={"help": "Width; a head for every 32."})
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run.
-
-        Raises:
-            InputError: If an arm is unknown, or there is nothing to train on.
-        """
-        for name in self.arm:
-            if name not in ARMS:
-                raise InputError(f"arm={name!r} is unknown; choose of {', '.join(ARMS)}")
-        if not self.table and not self.train_file:
-            raise InputError("train_file is missing: name the text to train on, or print what there is with --table")
 
 
 def model_options(arm: str, args: LanguageModelArguments) -> dict[str, Any]:

@@ -16,12 +16,9 @@ the loss is measured again with its memory taken away. Each run is a row of the 
 
 from __future__ import annotations
 
-import itertools
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -32,7 +29,7 @@ from transformers import set_seed
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.examples.windows import LaneStream
-from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
+from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.text import bare_name
 from hf_pretrain.modeling.losses import IGNORED
@@ -40,8 +37,8 @@ from hf_pretrain.objectives.permutation_lm import METHOD as plm
 from hf_pretrain.objectives.recurrent_lm import METHOD as recurrent_lm
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
-from language_model_options import NOT_SETTINGS, LanguageModelArguments, model_options, training_options
-from results import read_results, run_once
+from language_model_options import LanguageModelArguments, model_options, training_options
+from results import read_results, run_missing
 from timing import print_table
 
 _DISCOUNT = 0.75
@@ -110,18 +107,8 @@ def evaluate(trainer: PretrainingTrainer) -> float:
 
 def run_arm(arm: str, seed: int, args: LanguageModelArguments) -> dict[str, Any]:
     """Train an arm, evaluate it and what counts alone say."""
-    path = Path(args.results)
-    folder = path.with_name(f"{path.stem}-runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    data_args = DataArguments(
-        train_file=args.train_file,
-        validation_file=args.validation_file or None,
-        document_separator=args.document_separator,
-        max_corpus_bytes=args.max_corpus_bytes,
-        vocab_size=args.vocab_size,
-        tokenizer_type="wordpiece",
-        block_size=args.block_size,
-    )
+    folder = args.runs_folder()
+    data_args = args.text_data(vocab_size=args.vocab_size, tokenizer_type="wordpiece")
     # Corpora of different runs do not share a tokenizer; the first process of a corpus trains it and the others find it.
     shared = folder / "-".join(Path(name).name for name in args.train_file)
     data = prepare_data(data_args, seed=seed, output_dir=shared, first=FileLock(f"{shared}.lock"))
@@ -144,13 +131,6 @@ def run_arm(arm: str, seed: int, args: LanguageModelArguments) -> dict[str, Any]
     return row
 
 
-def settings(args: LanguageModelArguments) -> dict[str, Any]:
-    """Return what the runs of a table have in common."""
-    values = {name: value for name, value in asdict(args).items() if name not in NOT_SETTINGS}
-    names = {name: [Path(path).name for path in getattr(args, name)] for name in ("train_file", "validation_file")}
-    return names | values
-
-
 def print_results(path: Path) -> None:
     """Print one table: a row for each corpus and arm, with the mean over its seeds."""
     groups: defaultdict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -169,11 +149,9 @@ def print_results(path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print the table."""
     (args,) = parse_arguments((LanguageModelArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
-    path = Path(args.results)
     if not args.table:
-        for seed, arm in itertools.product(args.seed, args.arm):
-            run_once(path, arm, seed, settings=settings(args), run=partial(run_arm, arm, seed, args))
-    print_results(path)
+        run_missing(args, lambda arm, seed: run_arm(arm, seed, args))
+    print_results(Path(args.results))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 Run ``python benchmarks/near_duplicates.py``; no network is needed. The corpus is synthetic: documents of random words, and
 copies of some in which so many words were changed that their exact similarity is one of several. The first table says for each
 similarity which share of its copies was removed; a perfect comparison removes all from the threshold on and none below. The
-second table compares the cost of a document: reading files, comparing and writing; comparing alone; and, where datasketch
-is installed, its MinHash and MinHashLSH on the same shingles with the same bands, each candidate verified as ours are. Memory
+second table compares what a document costs: reading files, comparing and writing; comparing alone; and, where datasketch is
+installed, its MinHash and MinHashLSH on the same shingles with the same bands, each candidate verified as ours are. Memory
 is the rise of ru_maxrss in a forked child, and per document its growth from the first half of the corpus to all of it.
 """
 

@@ -22,15 +22,14 @@ several processes may fill it, each with arms and seeds of its own. The models a
 """
 
 import csv
-import itertools
 import json
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
 import torch
@@ -40,7 +39,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_pretrain.cli import run_program
 from hf_pretrain.data import draws
-from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
+from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.minimal_pairs import (
     MinimalPair,
@@ -66,7 +65,7 @@ from hf_pretrain.objectives.replaced_token_detection import (
 )
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
-from results import mean_and_spread, rows_by_settings, run_once
+from results import ComparisonArguments, mean_and_spread, rows_by_settings, run_missing
 from timing import print_table
 
 ARMS = ("untrained", "mlm", "rtd", "argmax", "masked_only")
@@ -75,27 +74,14 @@ TASKS = {"sst2": (0, 1), "cola": (3, 1)}
 
 
 @dataclass
-class QualityArguments:
+class QualityArguments(ComparisonArguments):
     """What is compared."""
 
-    train_file: list[str] = field(
-        default_factory=list, metadata={"help": "Text to train on, as for `hf-pretrain rtd`."}
-    )
-    validation_file: list[str] = field(
-        default_factory=list, metadata={"help": "Held-out text; without it, documents of train_file are held out."}
-    )
-    data_dir: str = field(default="data", metadata={"help": "Folder with sst2, cola and blimp."})
+    arms: ClassVar = ARMS
+
     results: str = field(default="rtd_quality.json", metadata={"help": "File that each run adds a row to."})
-    table: bool = field(default=False, metadata={"help": "Print the table of the file instead of running anything."})
-    arm: list[str] = field(default_factory=lambda: list(ARMS), metadata={"help": f"Of {', '.join(ARMS)}."})
-    seed: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds; each arm runs with each."})
     flops: float = field(default=2e13, metadata={"help": "Training budget of a run."})
-    max_corpus_bytes: int | None = field(default=None, metadata={"help": "Train on a random part of the text."})
-    document_separator: str = field(default="blank_line", metadata={"help": "As for `hf-pretrain rtd`."})
     vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that is trained on the text."})
-    block_size: int = field(default=64, metadata={"help": "Most tokens in an example."})
-    batch_size: int = field(default=16, metadata={"help": "Examples a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate."})
     model_type: str = field(
         default="modernbert",
         metadata={"help": "Architecture of both models, without dropout; relative positions learn from little text."},
@@ -107,27 +93,6 @@ class QualityArguments:
     generator_layers: float = field(default=0.25, metadata={"help": "The generator's share of the layers."})
     probe_rows: int = field(default=10_000, metadata={"help": "Most sentences that a probe is trained on."})
     pairs: int = field(default=100, metadata={"help": "Minimal pairs of each paradigm."})
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be run.
-
-        Raises:
-            InputError: If an arm is unknown, or there is nothing to train on.
-        """
-        for name in self.arm:
-            if name not in ARMS:
-                raise InputError(f"arm={name!r} is unknown; choose of {', '.join(ARMS)}")
-        if not self.table and not self.train_file:
-            raise InputError("train_file is missing: name the text to train on, or print what there is with --table")
-
-    def settings(self) -> dict[str, Any]:
-        """Return what the runs of a table have in common: all but which they are and where things lie."""
-        values = {name: value for name, value in asdict(self).items() if name not in _NOT_SETTINGS}
-        names = {name: [Path(path).name for path in getattr(self, name)] for name in ("train_file", "validation_file")}
-        return names | values
-
-
-_NOT_SETTINGS = ("train_file", "validation_file", "data_dir", "results", "table", "arm", "seed")
 
 
 class SelectedTokensOnly(ReplacedTokenDetectionForPreTraining):
@@ -236,22 +201,25 @@ class Exams(NamedTuple):
     pairs: list[MinimalPair]
 
 
+def read_task(data_dir: str, task: str, split: str) -> tuple[list[str], list[int]]:
+    """Return the sentences of a task and their labels."""
+    path = Path(data_dir, task, f"{split}.tsv")
+    if not path.is_file():
+        raise InputError(f"data_dir={data_dir} has no {task}/{split}.tsv: see --help for what it must hold")
+    rows = pd.read_csv(path, sep="\t", header=None, quoting=csv.QUOTE_NONE, keep_default_na=False)
+    text, label = TASKS[task]
+    return rows[text].tolist(), rows[label].astype(int).tolist()
+
+
 def read_exams(args: QualityArguments) -> Exams:
     """Read them all, before anything is trained."""
     folder = Path(args.data_dir)
     tasks: dict[str, dict[str, tuple[list[str], list[int]]]] = {}
-    for task, (text, label) in TASKS.items():
-        tasks[task] = {}
-        for split in ("train", "dev"):
-            path = folder / task / f"{split}.tsv"
-            if not path.is_file():
-                raise InputError(
-                    f"data_dir={args.data_dir} has no {path.relative_to(folder)}: it must hold sst2, cola and blimp"
-                )
-            rows = pd.read_csv(path, sep="\t", header=None, quoting=csv.QUOTE_NONE, keep_default_na=False)
-            if split == "train":
-                rows = rows.iloc[draws.permutation(len(rows), seed=0, stream="probe rows")[: args.probe_rows]]
-            tasks[task][split] = rows[text].tolist(), rows[label].astype(int).tolist()
+    for task in TASKS:
+        texts, labels = read_task(args.data_dir, task, "train")
+        chosen = draws.permutation(len(texts), seed=0, stream="probe rows")[: args.probe_rows].tolist()
+        train = [texts[row] for row in chosen], [labels[row] for row in chosen]
+        tasks[task] = {"train": train, "dev": read_task(args.data_dir, task, "dev")}
     return Exams(tasks, read_minimal_pairs(folder / "blimp", limit=args.pairs))
 
 
@@ -271,17 +239,8 @@ def judge(
 
 def run_arm(arm: str, seed: int, args: QualityArguments, exams: Exams) -> dict[str, Any]:
     """Train an arm and judge it."""
-    path = Path(args.results)
-    folder = path.with_name(f"{path.stem}-runs")
-    folder.mkdir(parents=True, exist_ok=True)
-    data_args = DataArguments(
-        train_file=args.train_file,
-        validation_file=args.validation_file or None,
-        document_separator=args.document_separator,
-        max_corpus_bytes=args.max_corpus_bytes,
-        vocab_size=args.vocab_size,
-        block_size=args.block_size,
-    )
+    folder = args.runs_folder()
+    data_args = args.text_data(vocab_size=args.vocab_size)
     # The first process trains the tokenizer and tokenizes the text; the others find both.
     data = prepare_data(data_args, seed=seed, output_dir=folder, first=FileLock(folder / "_lock"))
     trainer = build_trainer(arm, seed, args, data, folder)
@@ -319,13 +278,10 @@ def print_results(path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print the table."""
     (args,) = parse_arguments((QualityArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
-    path = Path(args.results)
     if not args.table:
         exams = read_exams(args)
-        for seed, arm in itertools.product(args.seed, args.arm):
-            run = partial(run_arm, arm, seed, args, exams)
-            run_once(path, arm, seed, settings=args.settings(), run=run)
-    print_results(path)
+        run_missing(args, lambda arm, seed: run_arm(arm, seed, args, exams))
+    print_results(Path(args.results))
 
 
 if __name__ == "__main__":

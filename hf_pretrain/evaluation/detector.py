@@ -1,4 +1,8 @@
-"""How suspicious a discriminator finds each word of a text."""
+"""The probability that each word of a text was replaced, from a model trained on replaced token detection.
+
+`ReplacedTokenScorer` tokenizes a text, cuts it into windows that overlap, runs the discriminator, and gives each word the highest
+probability among its tokens.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ class WordScore(NamedTuple):
 
 
 class ReplacedTokenScorer:
-    """Tells of each word of a text how likely it is no original one, by a model trained on replaced token detection.
+    """Scores each word of a text by the probability that it was replaced.
 
     A text that is longer than the model's input is read in windows that overlap by a quarter; each token's score is that of the
     window in whose middle it is most.
@@ -208,8 +212,8 @@ def _word_scores(text: str, offsets: Sequence[tuple[int, int]], scores: np.ndarr
     starts = word_starts(text, kinds=kinds)
     highest = np.zeros(len(starts))
     # A token's word is that of its first visible character: before it may come the space that separates words.
-    places = next_visible(kinds, np.array([begin for begin, _ in offsets], dtype=np.int64))
-    words = np.searchsorted(starts, places, side="right") - 1
+    positions = next_visible(kinds, np.array([begin for begin, _ in offsets], dtype=np.int64))
+    words = np.searchsorted(starts, positions, side="right") - 1
     np.maximum.at(highest, words[words >= 0], scores[words >= 0])
     found = []
     for (start, stop), score in zip(pairwise([*starts.tolist(), len(text)]), highest.tolist(), strict=True):

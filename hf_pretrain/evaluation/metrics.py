@@ -1,10 +1,9 @@
-"""Accuracy as a metric of 🤗 evaluate that needs no network.
+"""Metrics that work offline, and the batches that a model is evaluated on.
+
+Texts are checked and tokenized (`checked_texts`, `encode_texts`), put into batches of about one length (`batches_by_length`), and
+given to a model in evaluation mode (`evaluating`). `Accuracy` scores classes, `detection_metrics` a binary decision a token.
 
 Importing evaluate takes seconds: import this module where it is used, not at the top of a program.
-
-Batches of tokenized texts for models that are only asked, not trained.
-
-How well replaced tokens are found.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.errors import InputError
 
-_DESCRIPTION = "The share of predictions that are equal to their reference."
+# The positions of two special tokens, which are never replaced, alone give a gain of .006 in sequences of 128 tokens.
+_LEAST_GAIN = 0.01
 
 
 class Accuracy(evaluate.Metric):
@@ -37,7 +37,7 @@ class Accuracy(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         ids = datasets.Value("int64")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description="The share of predictions that are equal to their reference.",
             citation="",
             inputs_description="predictions and references: class ids, one an example",
             features=datasets.Features({"predictions": ids, "references": ids}),
@@ -121,54 +121,60 @@ def batches_by_length(
         yield indices, {key: torch.from_numpy(value.astype(np.int64)).to(device) for key, value in batch.items()}
 
 
-# That two special tokens are never replaced alone gains .006 in sequences of 128 tokens, of which 14 in 100 are replaced.
-_LEAST_GAIN = 0.01
-
-
-def detection_metrics(logits: np.ndarray, labels: np.ndarray, *, loss: float | None = None) -> dict[str, float]:
+def detection_metrics(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    *,
+    loss: float | None = None,
+    prefix: str = "disc",
+    rate_name: str = "fake_rate",
+) -> dict[str, float]:
     """Return the metrics of a binary decision a token.
 
     Accuracy alone says little: a model that calls every token original is right on all but the replaced ones.
 
     Args:
-        logits: ``[N]``, positive for "replaced".
-        labels: ``[N]``, one where a token was replaced; padding left out.
-        loss: Mean binary cross-entropy in nats, for `disc_gain`.
+        logits: ``[N]``, positive for the label one, such as "replaced".
+        labels: ``[N]``, zeros and ones; padding left out.
+        loss: Mean binary cross-entropy in nats, for the gain.
+        prefix: First word of the metrics' names.
+        rate_name: Name of the share of ones.
 
     Returns:
-        `disc_accuracy`, `disc_precision`, `disc_recall` (zero where undefined), `disc_auc` (0.5 where undefined), `fake_rate` r,
-        and with a loss `disc_gain` = 1 - loss / H(r): the share of the labels' entropy that is explained, at most 1; zero or
-        less means that the discriminator has learned nothing. Nothing of nothing: {}.
+        By default `disc_accuracy`, `disc_precision`, `disc_recall` (zero where undefined), `disc_auc` (0.5 where undefined), the
+        share of ones `fake_rate` r, and with a loss `disc_gain` = 1 - loss / H(r): the explained share of the labels' entropy, at
+        most 1; a model that has learned nothing has zero or less. Without labels {}.
     """
     if not len(labels):
         return {}
-    says_replaced, is_replaced = logits > 0, labels == 1
-    hits = int((says_replaced & is_replaced).sum())
-    rate = float(is_replaced.mean())
+    predicted, is_one = logits > 0, labels == 1
+    hits = int((predicted & is_one).sum())
+    rate = float(is_one.mean())
     metrics = {
-        "disc_accuracy": float((says_replaced == is_replaced).mean()),
-        "disc_precision": hits / max(1, int(says_replaced.sum())),
-        "disc_recall": hits / max(1, int(is_replaced.sum())),
-        "disc_auc": float(roc_auc_score(is_replaced, logits)) if 0 < rate < 1 else 0.5,
-        "fake_rate": rate,
+        f"{prefix}_accuracy": float((predicted == is_one).mean()),
+        f"{prefix}_precision": hits / max(1, int(predicted.sum())),
+        f"{prefix}_recall": hits / max(1, int(is_one.sum())),
+        f"{prefix}_auc": float(roc_auc_score(is_one, logits)) if 0 < rate < 1 else 0.5,
+        rate_name: rate,
     }
-    return metrics if loss is None else metrics | discrimination_gain(loss, rate)
+    return metrics if loss is None else metrics | discrimination_gain(loss, rate, prefix=prefix)
 
 
-def discrimination_gain(loss: float, rate: float) -> dict[str, float]:
-    """Return `disc_gain` = 1 - loss / H(r), or nothing where it is undefined.
+def discrimination_gain(loss: float, rate: float, *, prefix: str = "disc") -> dict[str, float]:
+    """Return the gain 1 - loss / H(r) under its name, `disc_gain` by default; {} where it is undefined.
 
     Args:
         loss: Mean binary cross-entropy in nats.
-        rate: Share r of replaced tokens.
+        rate: Share r of the label one.
+        prefix: First word of the name.
     """
     if not 0 < rate < 1:
         return {}
-    return {"disc_gain": 1 + loss / (rate * math.log(rate) + (1 - rate) * math.log(1 - rate))}
+    return {f"{prefix}_gain": 1 + loss / (rate * math.log(rate) + (1 - rate) * math.log(1 - rate))}
 
 
 def collapse_warning(metrics: Mapping[str, float]) -> str | None:
-    """Return what to tell a user whose discriminator does no better than the share of replaced tokens alone.
+    """Return a warning for a discriminator that does no better than the share of replaced tokens alone.
 
     Trained with too high a learning rate, it may come to give one answer for all tokens; neither its accuracy nor the
     total loss shows that.

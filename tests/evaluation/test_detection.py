@@ -150,3 +150,13 @@ def test_the_trainer_leaves_padding_out(tmp_path):
 
 def test_nothing_of_nothing():
     assert detection_metrics(np.zeros(0), np.zeros(0)) == {}
+
+
+def test_another_decision_has_names_of_its_own() -> None:
+    logits, labels = np.array([1.0, -1.0, 2.0]), np.array([1, 0, 0])
+    known = detection_metrics(logits, labels, loss=0.3)
+    named = detection_metrics(logits, labels, loss=0.3, prefix="deletion", rate_name="deletion_rate")
+    renamed = {
+        name.replace("disc_", "deletion_").replace("fake_", "deletion_"): value for name, value in known.items()
+    }
+    assert named == renamed and len(named) == 6
