@@ -1,6 +1,7 @@
 """Every method on a GPU: does it train there as on a CPU, how fast in each precision, and where does the host wait.
 
-    python benchmarks/gpu.py [--device cuda] [--size base] [--methods mlm rtd ...] [--steps 10] [--seconds 170] [--output gpu]
+    python benchmarks/gpu.py [--device cuda] [--size base] [--methods mlm rtd ...] [--precisions fp32 bf16 fp16] [--steps 10]
+        [--seconds 170] [--output gpu]
 
 The text is made up: words drawn by Zipf's law, each often followed by the same word. There is no dropout. First each method is
 checked with a tiny model in fp32: the program trains, evaluates and exports; the first loss is compared with that of a CPU, the
@@ -399,7 +400,7 @@ class Bench:
             del method
             free()
         for name in self.args.methods:
-            self.train(name, PRECISIONS)
+            self.train(name, {kind: PRECISIONS[kind] for kind in self.args.precisions})
         if "mlm" in self.args.methods:
             self.train("mlm", EXTRAS)
 
@@ -499,6 +500,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--size", choices=list(SIZES), default="base")
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
     parser.add_argument("--steps", type=int, default=10, help="of each training at the chosen size")
     parser.add_argument("--seconds", type=float, default=170, help="no run starts later than this")
     parser.add_argument("--output", default="gpu", help="folder of gpu.json and gpu.log")

@@ -1,7 +1,10 @@
 """Tiny models, data and runs of any method, for the tests that every method has to pass."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "token_deletion"))
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 
 from dataclasses import fields, replace
@@ -10,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
+from token_deletion.trainer import METHOD as EXAMPLE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForMaskedLM,
@@ -60,6 +64,11 @@ def programs():
     return {name: load_method(name) for name in METHODS}
 
 
+def all_programs():
+    """The same, and behind them the method of the example package."""
+    return programs() | {EXAMPLE.name: EXAMPLE}
+
+
 def tiny_tokenizer():
     """Words w0, w1, ... by white space, with BERT's special tokens."""
     vocabulary = {
@@ -77,14 +86,14 @@ def tiny_tokenizer():
 
 
 def tiny_examples(count, *, seed, text="repeats"):
-    """Sequences of 3 to BLOCK_SIZE tokens, whose words repeat one or count up, so that the context tells everything."""
+    """Sequences of 3 to BLOCK_SIZE tokens; their words are all the same, or count to three again and again."""
     keys = draws.row_keys(range(count), seed=seed, stream="tiny")
     numbers = draws.integers(keys, 2, high=2**30)
     examples = []
     for length, start in numbers.tolist():
         words = torch.full((1 + length % (BLOCK_SIZE - 2),), start % 11 * 5)
         if text == "counts":
-            words = (words + torch.arange(len(words))) % (VOCAB_SIZE - len(SPECIALS))
+            words = (words + torch.arange(len(words))) % 3
         words += len(SPECIALS)
         examples.append({"input_ids": [2, *words.tolist(), 3], "word_starts": [True] * (len(words) + 2)})
     return Dataset.from_list(examples)
@@ -114,6 +123,17 @@ def tiny_data(train=96, held_out=13, *, text="repeats"):
         train_documents=tiny_documents(examples["train"]),
         eval_documents=tiny_documents(examples["eval"]),
     )
+
+
+def isolated(data):
+    """The same examples, each of two documents that must not see each other."""
+
+    def halves(row):
+        return {"document_ids": [int(2 * i >= len(row["input_ids"])) for i in range(len(row["input_ids"]))]}
+
+    train, held_out = (EpochDataset(part.base.map(halves)) for part in (data.train_dataset, data.eval_dataset))
+    description = data.description | {"block_mode": "isolated_documents"}
+    return replace(data, train_dataset=train, eval_dataset=held_out, description=description)
 
 
 def as_task(data):
@@ -157,7 +177,7 @@ def data_for(program, data=None):
 def tiny_model_options(program):
     """Options of a tiny model without dropout, and of its teacher where it has one."""
     _, model_class, _ = program.arguments
-    sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)})
+    sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)} | program.tiny_options)
     return sizes | {"config_overrides": NO_DROPOUT_OF.get(getattr(model_class, "model_type", None), NO_DROPOUT)}
 
 
@@ -182,7 +202,7 @@ def build(program, output_dir, data=None, *, model_options=None, **options):
     _, model_class, args_class = program.arguments
     model_args = model_class(**tiny_model_options(program) | (model_options or {}))
     defaults = QUIET | {"output_dir": str(output_dir)}
-    args = args_class(**{**defaults, **program.tiny_options, **options})
+    args = args_class(**{**defaults, **known_options(args_class, program.tiny_options), **options})
     torch.manual_seed(args.seed)
     trainer = program.build_trainer(data_for(program, data), model_args, args)
     trainer.recorder = RecordGradients()

@@ -4,15 +4,18 @@ import errno
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel
 
 from hf_pretrain import cli
 from hf_pretrain.errors import InputError, StoppedError, Terminated
 from hf_pretrain.training.method import Method
 
-PAGES = Path(__file__).parents[1] / "trainers"
+ROOT = Path(__file__).parents[1]
+PAGES, EXAMPLE = ROOT / "trainers", ROOT / "examples" / "token_deletion"
 
 
 def test_help_lists_every_method_and_command_with_one_line(capsys):
@@ -92,6 +95,28 @@ class TestMethodsOfOtherPackages:
         assert re.search(r"^  double-words +Doubles words. \(doubling\)$", capsys.readouterr().out, flags=re.M)
         assert cli.main(["double-word"]) == 2
         assert "did you mean 'double-words'?" in capsys.readouterr().err
+
+    def test_the_example_trains_two_steps(self, install, tmp_path):
+        project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        install(project["name"], summary=project["description"], **project["entry-points"]["hf_pretrain.methods"])
+        (tmp_path / "corpus.txt").write_text("\n\n".join(f"Sentence number {i} has some words." for i in range(200)))
+        options = {
+            "config": EXAMPLE / "token_deletion.yaml",
+            "train_file": tmp_path / "corpus.txt",
+            "output_dir": tmp_path / "out",
+            "max_steps": 2,
+            "warmup_steps": 0,
+            "hidden_size": 32,
+            "eval_strategy": "no",
+        }
+        assert (
+            cli.main(
+                ["token-deletion", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+            )
+            == 0
+        )
+        assert AutoModel.from_pretrained(tmp_path / "out").config.model_type == "roformer"
+        assert (tmp_path / "out" / "recipe.yaml").read_text().startswith("# hf-pretrain token-deletion\n")
 
     @pytest.mark.parametrize("name", ["mlm", "bert", "card"])
     def test_a_name_that_there_is_already_is_refused(self, install, capsys, name):

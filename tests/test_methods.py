@@ -11,11 +11,12 @@ from transformers import AutoModel
 
 from hf_pretrain.errors import InputError
 from method_matrix import (
+    all_programs,
     build,
     collate,
     forward_in_order,
+    isolated,
     log_of,
-    programs,
     relative_difference,
     tiny_data,
     tiny_tokenizer,
@@ -23,7 +24,7 @@ from method_matrix import (
 from two_rank_worker import UNEVEN_RUNS, build_uneven
 from two_ranks import run_on_two_ranks
 
-PROGRAMS = programs()
+PROGRAMS = all_programs()
 METHODS = sorted(PROGRAMS)
 
 
@@ -148,9 +149,22 @@ def test_padding_changes_nothing(program, tmp_path):
             torch.testing.assert_close(model(**wide).losses[name].sum, loss.sum, atol=1e-4, rtol=1e-5)
 
 
+# Examples of a task and lanes of text are no blocks of documents.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("distil-task", "recurrent-lm")])
+def test_documents_are_kept_apart_or_refused(method, tmp_path):
+    options = {"mem_len": 0} if method == "plm" else {}
+    try:
+        trainer = build(PROGRAMS[method], tmp_path, isolated(tiny_data()), **options)
+    except InputError as error:
+        assert "block_mode='isolated_documents'" in str(error)
+    else:
+        batch = collate(trainer, [trainer.train_dataset[i] for i in range(4)])
+        assert batch["document_ids"].amax(1).tolist() == [1] * 4
+
+
 def test_learning_reaches_what_the_method_declares(program, tmp_path):
     expected = program.learning
-    steps = {"max_steps": expected.steps, "logging_steps": expected.steps, "learning_rate": 3e-3}
+    steps = {"max_steps": expected.steps, "logging_steps": expected.steps, "learning_rate": expected.learning_rate}
     data = tiny_data(train=expected.examples, held_out=150, text=expected.text)
     trainer = build(program, tmp_path, data, per_device_train_batch_size=16, **steps)
     before = trainer.evaluate()

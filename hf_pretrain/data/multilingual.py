@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import MultilingualDataArguments
 from hf_pretrain.data.documents.documents import UnknownCount, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
@@ -30,6 +29,7 @@ from hf_pretrain.data.prepare import (
     first_texts,
     prepare_data,
     run_tokenizer,
+    shuffled_texts,
     word_segmenter,
 )
 from hf_pretrain.data.text.datasets import text_dataset, text_sizes
@@ -223,9 +223,7 @@ def balanced_texts(texts: Mapping[str, datasets.Dataset], *, alpha: float, seed:
 
 def _again_and_again(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
     for epoch in itertools.count():
-        order = draws.permutation(len(texts), seed=seed, epoch=epoch, stream="tokenizer sample")
-        for batch in texts.select(order).iter(batch_size=_BATCH_ROWS):
-            yield from (text for text in batch["text"] if text)
+        yield from filter(None, shuffled_texts(texts, seed=seed, epoch=epoch))
 
 
 def _tokenized(

@@ -134,7 +134,7 @@ def _prepare_documents(
 ) -> PreparedData:
     with first:
         texts = _read_texts(args)
-        sample = RepeatableTexts(lambda: first_texts(_shuffled(texts.train, seed=args.split_seed)))
+        sample = RepeatableTexts(lambda: first_texts(shuffled_texts(texts.train, seed=args.split_seed)))
         tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, texts.train._fingerprint)
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
         unknown, documents = {name: UnknownCount() for name in parts}, {}
@@ -225,9 +225,10 @@ class RepeatableTexts:
         return iter(progress)
 
 
-def _shuffled(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
-    order = draws.permutation(len(texts), seed=seed, stream="tokenizer sample")
-    return (text or "" for batch in texts.select(order).iter(batch_size=256) for text in batch["text"])
+def shuffled_texts(texts: datasets.Dataset, *, seed: int, epoch: int = 0) -> Iterator[str]:
+    """Return the texts of a dataset in a keyed random order, to train a tokenizer on."""
+    order = draws.permutation(len(texts), seed=seed, epoch=epoch, stream="tokenizer sample")
+    return (text or "" for batch in texts.select(order).iter(batch_size=_BATCH_TEXTS) for text in batch["text"])
 
 
 def run_tokenizer(

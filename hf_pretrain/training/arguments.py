@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
@@ -170,7 +171,12 @@ class PretrainingArguments(TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception:
+            # transformers keeps the settings of DeepSpeed for the whole process; later models would be built for it.
+            unset_hf_deepspeed_config()
+            raise
         self._check_mappings()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False

@@ -30,8 +30,9 @@ class Learning:
         gained: Metric -> the least that training must add to it.
         least: Metric -> its least value after training.
         text: The tiny text. In an example of "repeats" all words are the same, so that the context gives each word; in one of
-            "counts" each word is the one before plus one, so that a missing word shows.
-        steps: Steps of 16 examples, at a learning rate of 3e-3.
+            "counts" three words follow each other in turn, so that a missing word shows.
+        steps: Steps of 16 examples.
+        learning_rate: Peak rate.
         examples: Examples to train on.
     """
 
@@ -40,6 +41,7 @@ class Learning:
     least: Mapping[str, float] = field(default_factory=dict)
     text: Literal["repeats", "counts"] = "repeats"
     steps: int = 250
+    learning_rate: float = 3e-3
     examples: int = 96
 
 
@@ -54,7 +56,7 @@ class Method:
         build_trainer: Makes model, collator and Trainer from the data and the options of model and training. A model comes from
             the checkpoint that `--model_name_or_path` names, or else has fresh weights.
         learning: What the shared tests expect of a short training.
-        tiny_options: Options of training that the tiny runs of the shared tests need.
+        tiny_options: Options of model and training that the tiny runs of the shared tests need.
         load: Makes examples from the options, called as [`load_data`], which is the default.
         made_up: Makes examples for the rehearsal, called as [`made_up_data`], which is the default.
         demonstrate: Prints more at the end of a run, to show what was learned.

@@ -311,9 +311,9 @@ def remove_paths(folder: Path) -> None:
         _make_portable(recipe)
     facts = read_marker(folder)
     if changed and facts is not None:
-        facts = {name: value for name, value in facts.items() if name != "files"}
         (folder / MARKER).unlink()
-        write_marker(folder, **facts)
+        others = {name: value for name, value in facts.items() if name not in ("files", "hashes")}
+        write_marker(folder, has_hashes="hashes" in facts, **others)
 
 
 def _make_portable(recipe: Path) -> None:

@@ -179,6 +179,8 @@ class PretrainingTrainer(Trainer):
         check_launch(self.accelerator)
         self._schedules = schedules
         self.data_description = dict(data_description or {})
+        if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
+            self._refuse_lost_documents(self.data_collator([self.train_dataset[0]]))
         self.recipe: dict[str, Any] = {}
         self.stream: StreamReader | None = None
         self.has_begun = False
@@ -195,6 +197,18 @@ class PretrainingTrainer(Trainer):
         self._tokens_since_row = 0
         self._clock = time.perf_counter()
 
+    @property
+    def _isolates_documents(self) -> bool:
+        return self.data_description.get("block_mode") == "isolated_documents"
+
+    def _refuse_lost_documents(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a collator that drops `document_ids` where documents are kept apart: they would see each other."""
+        if self._isolates_documents and "document_ids" not in batch:
+            raise InputError(
+                f"block_mode='isolated_documents', but the batches of {type(self.data_collator).__name__} have no document_ids: "
+                "choose another block_mode, such as 'doc_sentences'"
+            )
+
     # Losses
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -204,6 +218,7 @@ class PretrainingTrainer(Trainer):
         if self.stream is not None:
             self.stream.note(batches)
         for batch in batches:
+            self._refuse_lost_documents(batch)
             if FILLER not in batch:
                 self._num_tokens += batch["attention_mask"].sum().to(self._num_tokens.device)
         return batches, counts
@@ -570,14 +585,6 @@ class PretrainingTrainer(Trainer):
         return {}
 
     # Checkpoints
-
-    def check_finite(self) -> None:
-        """Refuse weights, or a loss since the last row of the log, that are not finite on any process.
-
-        Raises:
-            RunError: If one is not; it names the last whole checkpoint.
-        """
-        self.checkpoints.check_finite()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, then push, then remove older ones."""

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.detector import HEAD_FOLDER, ReplacedTokenScorer, _windows
-from hf_pretrain.modeling.heads import DiscriminatorHead
+from hf_pretrain.evaluation.detector import ReplacedTokenScorer, _windows
+from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DiscriminatorHead
 from loopback_hub import LoopbackHub, connected
 
 
@@ -324,7 +324,9 @@ class TestFromPretrained:
         encoder = roberta(tokenizer)
         folders = {"export": tmp_path / "export", "stock": tmp_path / "stock"}
         encoder.save_pretrained(folders["export"])
-        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(folders["export"] / HEAD_FOLDER)
+        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(
+            folders["export"] / DISCRIMINATOR_HEAD_FOLDER
+        )
         electra(tokenizer).save_pretrained(folders["stock"])
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         with LoopbackHub(tmp_path / "hub") as hub, connected(hub.url):

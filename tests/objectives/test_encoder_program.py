@@ -221,7 +221,7 @@ def test_weights_and_their_schedules_are_those_of_the_losses(tmp_path):
     ("options", "message"),
     [
         ({"objectives": ["sop"]}, "leaves out mlm"),
-        ({"objectives": ["mlm", "sopp"]}, "'sopp' is unknown"),
+        ({"objectives": ["mlm", "sopp"]}, "objectives='sopp' must be one of .*did you mean 'sop'"),
         ({"objectives": ["mlm", "nsp", "sop"]}, "different questions about the same pairs"),
         ({"objectives": ["mlm", "span_boundary"]}, "masking_unit='token' makes none"),
         ({"objectives": ["mlm", "word_order", "left_to_right"]}, "which left_to_right hides"),

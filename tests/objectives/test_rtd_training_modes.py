@@ -210,7 +210,11 @@ def test_weight_and_temperature_follow_their_schedules(tmp_path):
 
 
 def test_a_constant_temperature_is_that_of_the_model(tmp_path):
-    assert build(PROGRAM, tmp_path, temperature=0.5).model.config.temperature == 0.5
+    trainer = build(PROGRAM, tmp_path, temperature=0.5)
+    assert trainer.model.config.temperature == 0.5
+    trainer.args.temperature = 2.0
+    with pytest.raises(InputError, match="temperature=2.0, but the model was built to sample at 0.5"):
+        type(trainer)(trainer.model, trainer.args)
 
 
 def test_a_discriminator_that_learned_nothing_is_told(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SchedulerType
 
 from hf_pretrain.cli import METHODS, load_method
@@ -492,6 +493,8 @@ def test_what_transformers_refuses_is_one_line_too(argv, tmp_path):
     with pytest.raises(InputError) as refused:
         program("mlm", *argv, "--output_dir", str(tmp_path))
     assert len(" ".join(str(refused.value).split())) < 1000
+    # Nothing of the refused options stays in the process.
+    assert not is_deepspeed_zero3_enabled()
 
 
 def test_a_parser_of_transformers_takes_the_options_too(tmp_path):

@@ -494,7 +494,7 @@ def ran(program, folder, *argv):
 
 def tiny_options(program):
     """What makes a program's model tiny, and its training fit the tiny text."""
-    return tiny_model_options(program) | program.tiny_options
+    return tiny_model_options(program) | dict(program.tiny_options)
 
 
 class TestRun:

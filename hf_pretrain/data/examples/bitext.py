@@ -23,7 +23,7 @@ from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.data.text.datasets import file_stamps, generate_dataset, with_language
 from hf_pretrain.data.text.files import BadTextCount, OnBadText, read_rows
-from hf_pretrain.data.text.kinds import file_kind
+from hf_pretrain.data.text.kinds import file_kind, text_kind
 from hf_pretrain.data.text.lines import BadText
 from hf_pretrain.data.text.search import copied_pipe, is_pipe
 from hf_pretrain.errors import InputError, check_choice
@@ -60,8 +60,7 @@ def read_bitext(
         problem = f"{missing[0]} is no file" if missing else f"{len(files)} files are given"
         raise InputError(f"parallel text of {'-'.join(languages)}: {problem}; give two files, or one with two columns")
     for file in files:
-        if (kind := file_kind(file)).reason:
-            raise InputError(f"{file} is {kind.reason}, not text: {kind.advice}")
+        text_kind(file)
     is_empty, bad = True, BadTextCount(on_bad_text)
     for pair in _rows_of_two(*files) if len(files) == 2 else _rows_of_one(files[0], languages):
         error = next((side for side in pair if isinstance(side, BadText)), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from hf_pretrain.data.text.files import (
     check_text_column,
     read_documents,
 )
+from hf_pretrain.data.text.lines import DISK_FULL
 from hf_pretrain.data.text.rows import missing_column
 from hf_pretrain.data.text.search import pipe_digest, resolve_paths
 from hf_pretrain.errors import InputError, one_line
@@ -31,7 +31,6 @@ TEXT_FEATURES = datasets.Features({"text": datasets.Value("string")})
 _VERSION = 2
 _BATCH_ROWS = 1000
 _STREAM_SHARDS = 64
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def text_dataset(
@@ -191,7 +190,7 @@ def load_text_dataset(
         raise
     except Exception as error:
         # Builders raise whatever the code inside of them does.
-        if getattr(error, "errno", None) in _DISK_FULL:
+        if getattr(error, "errno", None) in DISK_FULL:
             raise
         cause: BaseException = error
         while cause.__cause__ is not None:

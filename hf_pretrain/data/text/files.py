@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_pretrain.data.text.kinds import FileKind, file_kind
+from hf_pretrain.data.text.kinds import FileKind, file_kind, text_kind
 from hf_pretrain.data.text.lines import CHUNK, BadText, decode_lines, is_blank, read_lines, readable
 from hf_pretrain.data.text.rows import Row, json_line_rows, json_rows, missing_column, table_rows
 from hf_pretrain.data.text.search import pipe_digest, resolve_paths
@@ -129,7 +129,7 @@ def read_part(
         InputError: As `read_documents`; the first part raises it if there is no text in the whole file.
     """
     bad = BadTextCount() if bad is None else bad
-    kind = file_kind(path)
+    kind = text_kind(path)
     is_empty = True
     for document, behind in _rows(path, kind, document_separator, text_column, (start, stop), position):
         if isinstance(document, BadText):
@@ -158,7 +158,7 @@ def read_rows(path: str | Path, *, text_column: str | None = None) -> Iterator[s
     Raises:
         InputError: As `read_documents` when a row is read, but that a file may be empty.
     """
-    kind = file_kind(path)
+    kind = text_kind(path)
     if text_column is None:
         if kind.line_end != b"\n":
             raise InputError(
@@ -178,8 +178,6 @@ def _rows(
     position: int,
 ) -> Iterator[Row]:
     """Yield the texts of a part of a file as they are, blank ones too, each with the position behind it."""
-    if kind.reason:
-        raise InputError(f"{path} is {kind.reason}, not text: {kind.advice}")
     start, stop = part
     if kind.format == "parquet":
         return _parquet_rows(path, text_column, part, position)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hf_pretrain.data.text.lines import COMPRESSED_SUFFIXES, compression_of, normalized_lines, open_bytes, readable
+from hf_pretrain.errors import InputError
 
 # "marked_text" has the lines <doc ...> and </doc> around each document, as WikiExtractor writes them; "json_lines" has an
 # object a line; "json" has arrays of objects, or objects over several lines.
@@ -138,6 +139,18 @@ def file_kind(path: str | Path) -> FileKind:
     # The clock of a file system may be too coarse to show that a file was written twice in a row.
     if time.time() - max(status.st_mtime, status.st_ctime) > _RECENT_SECONDS:
         _known[str(path)] = (key, kind)
+    return kind
+
+
+def text_kind(path: str | Path) -> FileKind:
+    """Return the kind of a file of text.
+
+    Raises:
+        InputError: If it is of a kind that is not read, or as `file_kind`.
+    """
+    kind = file_kind(path)
+    if kind.reason:
+        raise InputError(f"{path} is {kind.reason}, not text: {kind.advice}")
     return kind
 
 

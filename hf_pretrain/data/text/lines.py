@@ -48,7 +48,7 @@ _MARKS_AT_LINE_STARTS = re.compile("^\ufeff+", re.MULTILINE)
 _BLANKS = frozenset(blank.encode()[0] for blank in "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\u1680\u2000\u3000")
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 _NOT_PERMITTED = (errno.EACCES, errno.EPERM)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadText(InputError):
@@ -123,7 +123,7 @@ def readable(path: str | Path) -> Iterator[None]:
         yield
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         number = getattr(error, "errno", None)
-        if number in _DISK_FULL:
+        if number in DISK_FULL:
             raise  # the text is being written elsewhere: not the fault of this file
         if number in _TOO_MANY_FILES:
             raise InputError(

@@ -24,7 +24,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_pretrain.data.text.kinds import TEXT_SUFFIXES, file_kind, file_suffix
+from hf_pretrain.data.text.kinds import TEXT_SUFFIXES, file_kind, file_suffix, text_kind
 from hf_pretrain.data.text.lines import has_compressed_name, readable
 from hf_pretrain.errors import InputError
 
@@ -166,9 +166,7 @@ def _expand(path: str | Path) -> tuple[list[Path], list[LeftOut], bool]:
     except RuntimeError as error:
         raise InputError(f"{path} is in the home of a user who does not exist; write the path in full") from error
     if expanded.is_file():
-        kind = file_kind(expanded)
-        if kind.reason:
-            raise InputError(f"{path} is {kind.reason}, not text: {kind.advice}")
+        text_kind(expanded)
         return [expanded], [], False
     if expanded.is_dir():
         return *_folder(expanded, expanded), True

@@ -1,8 +1,8 @@
-"""Which layer of the teacher each layer of the student learns from.
+"""The options of distillation: its losses, the layers that they compare, and how the teacher runs.
 
-What a distillation compares: its configuration, and what has to be read off either model.
-
-The options of distillation: which losses, between which layers, and how the teacher runs.
+[`layer_map`] and [`DistillationConfig`] come first: they say which layers are compared, and which outputs both models
+return. The options of text and of tasks follow; they fill in weights from a preset, and `building.py` makes a
+configuration of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
-from hf_pretrain.modeling.observing.observation import Wanted
+from hf_pretrain.modeling.observing.outputs import OutputRequest
 from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.tasks.data import Task
 from hf_pretrain.training.arguments import PretrainingArguments
@@ -28,8 +28,8 @@ def layer_map(spec: str | Sequence[int], *, student_layers: int, teacher_layers:
     """Return the teacher's layer for each of the student's layers 1 to M; embeddings (layer 0) go with embeddings.
 
     Args:
-        spec: "uniform" (every N/M-th layer, up to the last), "last" (the last M layers), or the M layers themselves, as numbers
-            or as text such as "3,6,9,12"; layers count from 1 and may repeat, but not fall.
+        spec: "uniform" (every N/M-th layer, up to the last), "last" (the last M layers), or the M layers themselves,
+            as numbers or as text such as "3,6,9,12"; layers count from 1 and may repeat, but not fall.
         student_layers: M.
         teacher_layers: N.
 
@@ -88,18 +88,19 @@ class DistillationConfig(CompositeConfig):
     Attributes:
         student: Configuration of the student.
         losses: Names of the losses that are computed.
-        head: What stands on both models; see [`hf_pretrain.modeling.heads.head_kind`].
+        head: Kind of the head of both models; see [`hf_pretrain.modeling.heads.head_kind`].
         layer_map: Layer of the teacher that each layer of the student learns from; None if no loss needs it.
         teacher_layer: Layer of the teacher that the relations are taken from.
         teacher_size: Width of the teacher.
         teacher_layers: Number of the teacher's layers.
-        attention_windows: Largest distance of the tokens that are compared, for each entry of `layer_map`; None for all.
+        attention_windows: Largest distance of the tokens that are compared, for each entry of `layer_map`; None for
+            all.
         relation_heads: Parts that states are split into for relations.
         temperature: What logits are divided by.
         prediction_positions: "masked" or "all".
         attention_target: "scores" or "probs".
         projection: "shared" or "per_layer".
-        official: Whether to follow TinyBERT's code where it differs from the paper.
+        tinybert_official: Whether to follow TinyBERT's code where it differs from the paper.
     """
 
     model_type = "hf_pretrain_distillation"
@@ -118,7 +119,7 @@ class DistillationConfig(CompositeConfig):
     prediction_positions: str = "masked"
     attention_target: str = "scores"
     projection: str = "shared"
-    official: bool = False
+    tinybert_official: bool = False
     tie_word_embeddings: bool = True
 
     @property
@@ -136,8 +137,8 @@ class DistillationConfig(CompositeConfig):
         """Layers of the student and the layers of the teacher that they learn from, embeddings left out."""
         return list(enumerate(self.layer_map or (), start=1))
 
-    def wanted(self) -> tuple[Wanted, Wanted]:
-        """Return what the losses need of the student and of the teacher."""
+    def requests(self) -> tuple[OutputRequest, OutputRequest]:
+        """Return the outputs of the student and of the teacher that the losses need."""
         names, last = set(self.losses or ()), self.student_config.num_hidden_layers
         hidden: list[tuple[int, int]] = self.pairs if "hidden" in names else []
         hidden = hidden + [(0, 0)] * ("embedding" in names) + [(last, self.teacher_layers)] * ("cosine" in names)
@@ -146,7 +147,9 @@ class DistillationConfig(CompositeConfig):
             attention = [*attention, (last, self.teacher_layer)]
         runs_head = (bool(names & OF_PREDICTIONS), "prediction" in names)
         student, teacher = (
-            Wanted(runs_head[side], *(tuple(sorted({pair[side] for pair in pairs})) for pairs in (hidden, attention)))
+            OutputRequest(
+                runs_head[side], *(tuple(sorted({pair[side] for pair in pairs})) for pairs in (hidden, attention))
+            )
             for side in (0, 1)
         )
         return student, teacher
@@ -244,7 +247,7 @@ class DistillationArguments:
     projection: Literal["shared", "per_layer"] = option(
         "shared", "Where widths differ: one projection for all layers (and one for the embeddings), or one each."
     )
-    official: bool = option(
+    tinybert_official: bool = option(
         False,
         "As TinyBERT's code where it differs from the paper: one projection with a bias for embeddings and all "
         "layers, of equal widths too; predictions averaged over classes, without the square of the temperature. Its heads, "
@@ -299,7 +302,7 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
         "distilbert", "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
     )
     mlm_weight: float | str | None = _weight("the student's own masked-language-model loss (DistilBERT)")
-    mlm_probability: float | str | None = option(
+    mlm_probability: float | str | None = option(  # type: ignore[assignment]
         None,
         "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
         "predictions, and 0 without them: then both models read the text as it is.",

@@ -181,9 +181,9 @@ class ElectricTrainingArguments(MaskedLMTrainingArguments):
     Source: `configure_pretraining.py` of the official code, with `electric_objective`.
     """
 
-    cloze_weight: float = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    nce_weight: float = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
-    mlm_probability: float = field(
+    cloze_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
+    nce_weight: float | str = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
+    mlm_probability: float | str = field(
         default=0.15, metadata={"help": "Share of the tokens of each example that noise replaces, 0 to 1."}
     )
     mask_share: float = field(default=0.0, metadata={"help": "Keep at 0: the generator reads the text itself."})

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.options import option
@@ -136,9 +136,8 @@ def check_objectives(objectives: Sequence[str], *, masking_unit: str) -> None:
     Raises:
         InputError: With the reason.
     """
-    unknown = [name for name in objectives if name not in OBJECTIVES]
-    if unknown:
-        raise InputError(f"objectives={unknown[0]!r} is unknown: choose of {', '.join(OBJECTIVES)}")
+    for name in objectives:
+        check_choice(name, OBJECTIVES, name="objectives")
     if "mlm" not in objectives:
         raise InputError(
             f"objectives={','.join(objectives)} leaves out mlm, which all others are trained with: add it (its weight may "

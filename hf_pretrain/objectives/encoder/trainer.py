@@ -17,7 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset, MixtureDataset
 from hf_pretrain.data.examples.lm_modes import NUM_MODE_TYPES, LMModeView
-from hf_pretrain.data.examples.sentence_pairs import PairTask, SentencePairDataset
+from hf_pretrain.data.examples.pairing import PairTask
+from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError

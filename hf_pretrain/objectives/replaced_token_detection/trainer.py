@@ -74,7 +74,7 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
     ranges: ClassVar[dict[str, str]] = {"generator_steps": "(0, 2147483647]"}
     needs: ClassVar[dict[str, str]] = {"generator_steps": "training_mode=two_stage"}
 
-    mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
+    mlm_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
     rtd_weight: float | str = field(
         default=50.0,
         metadata={
@@ -166,6 +166,12 @@ with torch.no_grad():
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.begin_training()
+        built = self.model.config.temperature
+        if float(self.args.temperature) != built:
+            raise InputError(
+                f"temperature={self.args.temperature!r}, but the model was built to sample at {built}: give build_model the "
+                "same temperature"
+            )
         mode = self.args.training_mode
         if mode != "joint" and self.is_deepspeed_enabled:
             raise InputError(f"training_mode={mode!r} steps by itself, and so does DeepSpeed: use DDP, or 'joint'")

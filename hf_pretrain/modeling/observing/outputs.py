@@ -1,10 +1,14 @@
-"""What is read off a stock model in one forward pass: predictions, hidden states, attention; each only where it is asked for."""
+"""One forward pass of a stock model that returns only the requested outputs: logits, hidden states, attention.
+
+A [`ModelRunner`] opens the captures of `capture.py`, runs the model no deeper than the request needs, and its head
+only at the positions of the batch that have a prediction.
+"""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from hf_pretrain.modeling.backbone import num_token_types
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.observing.capture import (
     AttentionRecord,
@@ -23,7 +28,7 @@ from hf_pretrain.modeling.visibility.isolation import isolated_inputs
 
 
 class TopKTargets(NamedTuple):
-    """What a teacher predicted at the targets of a batch, in the order of its `target_positions`, fillers left out.
+    """A teacher's predictions at the targets of a batch, in the order of its `target_positions`, without fillers.
 
     Attributes:
         ids: ``[T, k]`` int64, its k likeliest tokens, the likeliest first.
@@ -40,22 +45,22 @@ def top_k_targets(logits: torch.Tensor, *, k: int, temperature: float = 1.0) -> 
     """Return the k likeliest tokens of ``[T, V]`` logits and the mass of the others, in fp32."""
     log_probs_TV = (logits.float() / temperature).log_softmax(dim=-1)
     log_probs_TK, ids_TK = log_probs_TV.topk(min(k, log_probs_TV.shape[1]))
-    # From what is left, not 1 less the sum, which would be lost to rounding where the teacher is sure.
+    # Summed over the others. 1 less the sum of the k would be lost to rounding where the teacher is sure.
     tail_T = log_probs_TV.scatter(1, ids_TK, float("-inf")).logsumexp(dim=-1)
     return TopKTargets(ids_TK, log_probs_TK, tail_T)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What is read off a model.
+class OutputRequest:
+    """The outputs that a forward pass has to return.
 
     Attributes:
-        predictions: Whether the head runs.
-        hidden: Layers whose hidden states are wanted; 0 is the embeddings.
-        attention: Layers whose attention is wanted, from 1.
+        logits: Whether the head runs.
+        hidden: Layers whose hidden states are returned; 0 is the embeddings.
+        attention: Layers whose attention is returned, from 1.
     """
 
-    predictions: bool = False
+    logits: bool = False
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
 
@@ -66,13 +71,13 @@ class Wanted:
 
 
 @dataclass
-class Observation:
-    """What was read off a model.
+class ModelOutputs:
+    """The requested outputs of a forward pass.
 
     Attributes:
-        logits: ``[T, V]`` at the positions asked for, of spans ``[T, 2]`` of starts and ends; or ``[B, C]`` of sequences; None if
-            not wanted.
-        top_k: In place of logits, the likeliest tokens at these positions, as they were found before.
+        logits: ``[T, V]`` at the positions of the batch, of spans ``[T, 2]`` of starts and ends; or ``[B, C]`` of
+            sequences; None if not requested.
+        top_k: In place of logits, the likeliest tokens at these positions, from a cache.
         hidden: ``[B, L, D]`` by layer.
         attention: Records by layer.
     """
@@ -82,60 +87,73 @@ class Observation:
     hidden: dict[int, torch.Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionRecord] = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> Observation:
-        """Return what was read off a model on another device."""
-        return Observation(
+    def to(self, device: torch.device) -> ModelOutputs:
+        """Return the outputs on another device."""
+        return ModelOutputs(
             logits=None if self.logits is None else self.logits.to(device),
             hidden={layer: states.to(device) for layer, states in self.hidden.items()},
             attention={layer: record.to(device) for layer, record in self.attention.items()},
         )
 
 
-class Observer:
-    """Runs a stock model and reads off what is wanted, no deeper than that lies.
+class ModelRunner:
+    """Runs a stock model for the requested outputs.
+
+    Logits are in fp32: the last linear layer of the head computes in fp32 from the constructor on. As a context
+    manager, the runner leaves the model as it was.
 
     Args:
-        model: A stock encoder, with or without a head. Its logits are computed in fp32 from now on.
-        wanted: What to read.
+        model: A stock encoder, with or without a head.
+        request: The outputs.
         gathers: Whether its head runs on chosen positions.
     """
 
-    def __init__(self, model: PreTrainedModel, wanted: Wanted, *, gathers: bool) -> None:
-        self.wanted = wanted
-        self.takes_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
+    def __init__(self, model: PreTrainedModel, request: OutputRequest, *, gathers: bool) -> None:
+        self.request = request
+        self.takes_types = num_token_types(model.config) > 1
         self.gathered: GatheredHead | None = None
-        if wanted.predictions:
-            keep_logits_in_fp32(model)
+        self._changed: nn.Linear | None = None
+        if request.logits:
+            self._changed = keep_logits_in_fp32(model)
             self.gathered = GatheredHead(model) if gathers else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.gathered is not None:
+            self.gathered.remove()
+        if self._changed is not None:
+            del self._changed.forward
 
     def __call__(
         self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], positions: torch.Tensor | None = None
-    ) -> Observation:
+    ) -> ModelOutputs:
         """Run a forward pass.
 
         Args:
             model: The model of the constructor.
-            inputs: What it takes; token types are left out for a model that has none.
-            positions: ``[T]`` flat positions of a batch where the head is to run, or where a span may begin and end.
+            inputs: Its inputs; token types are left out for a model that has none.
+            positions: ``[T]`` flat positions of the batch where the head runs, or where a span may begin and end.
         """
         if not self.takes_types:
             inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-        # Before anything is recorded: the first time, a model is tried out for documents in one row.
+        # Before any capture: the first call tries the model out for documents in one row.
         inputs = isolated_inputs(model, **inputs)
-        seen = Observation()
+        outputs = ModelOutputs()
         with ExitStack() as stack:
-            if self.wanted.hidden:
-                seen.hidden = stack.enter_context(capture_hidden_states(model, self.wanted.hidden))
-            if self.wanted.attention:
-                seen.attention = stack.enter_context(capture_attention(model, self.wanted.attention))
+            if self.request.hidden:
+                outputs.hidden = stack.enter_context(capture_hidden_states(model, self.request.hidden))
+            if self.request.attention:
+                outputs.attention = stack.enter_context(capture_attention(model, self.request.attention))
             if self.gathered is not None:
                 assert positions is not None, "a head of tokens runs at positions"
-                seen.logits = self.gathered(model, positions, **inputs)
-            elif self.wanted.predictions:
-                seen.logits = _logits(model(**inputs), positions)
+                outputs.logits = self.gathered(model, positions, **inputs)
+            elif self.request.logits:
+                outputs.logits = _logits(model(**inputs), positions)
             else:
-                run_to_layer(model, self.wanted.depth, **inputs)
-        return seen
+                run_to_layer(model, self.request.depth, **inputs)
+        return outputs
 
 
 def _logits(output: ModelOutput, positions: torch.Tensor | None) -> torch.Tensor:
@@ -148,16 +166,21 @@ def _logits(output: ModelOutput, positions: torch.Tensor | None) -> torch.Tensor
     return spans_BL2.flatten(0, 1).index_select(0, positions)
 
 
-def keep_logits_in_fp32(model: PreTrainedModel) -> None:
+def keep_logits_in_fp32(model: PreTrainedModel) -> nn.Linear | None:
     """Let a model's last linear layer compute in fp32, under autocast and with weights of 16 bits too.
 
     A small divergence between two predictions is lost in the rounding of 16-bit logits, which no later cast restores.
+
+    Returns:
+        The layer, whose `forward` is new; None if there is none, or it computed in fp32 before.
     """
     body = set(model.base_model.modules())
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module not in body]
     layer = model.get_output_embeddings() or (linear[-1] if linear else None)
-    if isinstance(layer, nn.Linear):
-        layer.forward = _LinearInFp32(layer)  # type: ignore[assignment,method-assign]
+    if not isinstance(layer, nn.Linear) or isinstance(layer.forward, _LinearInFp32):
+        return None
+    layer.forward = _LinearInFp32(layer)  # type: ignore[assignment,method-assign]
+    return layer
 
 
 class _LinearInFp32:

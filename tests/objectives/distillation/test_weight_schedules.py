@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from distilled import ALL
+from helpers.distilled import ALL
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, TaskDistillationTrainingArguments
 from hf_pretrain.training.parsing import parse_arguments

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertModel
 
-from distilled import ALL, bert, collator, examples, pair
+from helpers.distilled import ALL, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join

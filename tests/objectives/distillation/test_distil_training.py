@@ -15,7 +15,7 @@ from transformers import (
     ModernBertConfig,
 )
 
-from distilled import ALL, OF_STATES, OF_TEACHER, SIZES, bert, collator, examples, pair
+from helpers.distilled import ALL, OF_STATES, OF_TEACHER, SIZES, bert, collator, examples, pair
 from hf_pretrain.objectives.distillation import METHOD as distil
 from method_matrix import VOCAB_SIZE, build, collate, relative_difference
 
@@ -51,7 +51,7 @@ class TestWhatIsCompared:
             seen = joined.teacher(inputs)
             assert sorted(seen.hidden) == sorted(seen.attention) == sorted(set(layers))
             found = joined(**inputs).losses["hidden"]
-            own = joined.observer(joined.student, inputs).hidden
+            own = joined.runner(joined.student, inputs).hidden
             expected = sum(
                 ((own[m] - tag) ** 2).mean(-1)[inputs["attention_mask"] == 1].sum() for m, tag in enumerate(layers, 1)
             )
@@ -70,7 +70,7 @@ class TestWhatIsCompared:
         joined = pair(
             "relation_vv", student=bert(BertModel), teacher=bert(BertModel, num_hidden_layers=4), teacher_layer=3
         )
-        student, teacher = joined.config.wanted()
+        student, teacher = joined.config.requests()
         assert (student.attention, teacher.attention, student.hidden, teacher.hidden) == ((2,), (3,), (), ())
 
     @pytest.mark.parametrize("positions", ["masked", "all"])
@@ -97,11 +97,11 @@ class TestWhatIsCompared:
         assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], batch["input_ids"])
 
     def test_official_projects_with_one_matrix_and_a_bias_of_equal_widths_too(self):
-        joined = pair("embedding", "hidden", "prediction", teacher=bert(seed=7), official=True)
+        joined = pair("embedding", "hidden", "prediction", teacher=bert(seed=7), tinybert_official=True)
         assert {name for name, _ in joined.projections.named_parameters()} == {"shared.weight", "shared.bias"}
         batch = collator()(examples())
         plain = pair("prediction", teacher=bert(seed=7), temperature=2.0)(**batch).losses["prediction"]
-        official = pair("prediction", teacher=bert(seed=7), temperature=2.0, official=True)(**batch).losses[
+        official = pair("prediction", teacher=bert(seed=7), temperature=2.0, tinybert_official=True)(**batch).losses[
             "prediction"
         ]
         torch.testing.assert_close(official.sum, plain.sum / (4 * VOCAB_SIZE))

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from distilled import UNCACHED
+from helpers.distilled import UNCACHED
 from hf_pretrain.objectives.distillation import METHOD as distil
 from method_matrix import build, teacher_of
 

@@ -14,7 +14,7 @@ from transformers import (
     BertTokenizer,
 )
 
-from distilled_tasks import AUTO_CLASSES, TASKS, save_teacher, task_files
+from helpers.distilled_tasks import AUTO_CLASSES, TASKS, save_teacher, task_files
 from hf_pretrain.cli import main
 from hf_pretrain.data import draws
 from hf_pretrain.hub.card import snippets

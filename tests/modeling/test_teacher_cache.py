@@ -13,7 +13,7 @@ from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.observing.cache import (
     TaskLogitsCache,
@@ -268,7 +268,7 @@ class TestTopK:
         """Six bytes a kept token and two for the tail."""
         cache = self.build(masked_lm, examples, tmp_path, k=16)
         files = sum(path.stat().st_size for path in tmp_path.glob("*.*16")) + (tmp_path / "ids.int32").stat().st_size
-        assert files == len(cache.ids) * (16 * 6 + 2)
+        assert files == len(cache.columns[0]) * (16 * 6 + 2)
 
     def test_the_folder_can_be_moved(self, masked_lm, examples, tmp_path):
         cache = self.build(masked_lm, examples, tmp_path / "here")

@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerFast
 
-from distilled_tasks import TAGS, question_rows, token_rows, write_rows
+from helpers.distilled_tasks import TAGS, question_rows, token_rows, write_rows
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDataArguments
 from hf_pretrain.tasks.data import prepare_task

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import BertModel
 
-from distilled import arguments, bert, collator, examples, pair
+from helpers.distilled import arguments, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing.capture import AttentionRecord
-from hf_pretrain.modeling.observing.observation import Observation, Wanted
+from hf_pretrain.modeling.observing.outputs import ModelOutputs, OutputRequest
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import Teacher, join
 from method_matrix import build
@@ -94,7 +94,7 @@ class TestDevice:
 
     def test_all_that_was_seen_comes_back(self):
         states = torch.zeros(1, 2, 3, 4)
-        seen = Observation(torch.zeros(2, 5), None, {1: states[0]}, {2: AttentionRecord(states, states, states, 1.0)})
+        seen = ModelOutputs(torch.zeros(2, 5), None, {1: states[0]}, {2: AttentionRecord(states, states, states, 1.0)})
         moved = seen.to(torch.device("meta"))
         record = moved.attention[2]
         assert record.bias is None and record._replace(bias=states).to(torch.device("meta")).bias.is_meta
@@ -119,4 +119,4 @@ def test_it_is_joined_where_no_graph_is_wanted():
         joined = join(bert(BertModel), bert(BertModel, num_hidden_layers=4), arguments("hidden"))
     assert any(parameter.requires_grad for parameter in joined.student.parameters())
     assert not torch.is_inference_mode_enabled() and isinstance(joined.teacher, Teacher)
-    assert joined.teacher.wanted == Wanted(hidden=(2, 4))
+    assert joined.teacher.request == OutputRequest(hidden=(2, 4))

@@ -8,10 +8,10 @@ import torch
 from sklearn.metrics import f1_score
 from transformers import AutoTokenizer
 
-from distilled_tasks import AUTO_CLASSES, TASKS, build_task, model, token_rows
+from helpers.distilled_tasks import AUTO_CLASSES, TASKS, build_task, model, token_rows
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.students import compare
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDistillationTrainingArguments, join
+from hf_pretrain.objectives.distillation.comparison import compare
 from method_matrix import TINY, collate, relative_difference, tiny_tokenizer
 
 TOKENS, QUESTIONS = "token-classification", "question-answering"
@@ -225,7 +225,7 @@ class TestTraining:
     def test_the_comparison_is_over_targets_whatever_the_batches(self, task, tmp_path):
         trainer = build_task(task, tmp_path)
         student, teacher = trainer.model.student, trainer.model.teacher.model
-        data = trainer.eval_dataset.base.base
+        data = trainer.eval_dataset.base
         once = {"collator": DataCollatorForTask(tiny_tokenizer()), "repeats": 1, "timed_batch_sizes": (1,)}
         found, other = (compare(student, teacher, data, batch_size=size, **once) for size in (1, 5))
         metrics = trainer.evaluate()
@@ -245,8 +245,8 @@ def test_tiny_rows_have_all_that_is_tested():
 
 
 def test_the_official_average_over_classes_has_no_meaning_for_spans():
-    with pytest.raises(InputError, match="official=True"):
-        pair(QUESTIONS, "prediction", official=True)
+    with pytest.raises(InputError, match="tinybert_official=True"):
+        pair(QUESTIONS, "prediction", tinybert_official=True)
 
 
 def test_an_unknown_task_is_refused():

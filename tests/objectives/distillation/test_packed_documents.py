@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, DebertaV2Config, ModernBertConfig, RobertaConfig
 
-from distilled import ALL, SIZES, bert, pair
+from helpers.distilled import ALL, SIZES, bert, pair
 from hf_pretrain.cli import main
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.distillation import DataCollatorForDistillation

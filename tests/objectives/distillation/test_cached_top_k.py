@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForMaskedLM
 
-from distilled import UNCACHED, arguments, collator
+from helpers.distilled import UNCACHED, arguments, collator
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing import cache
@@ -134,7 +134,7 @@ class TestLawsOfTheTrainer:
     def test_two_ranks_have_the_gradient_of_one_process(self, tmp_path):
         alone = build(distil, tmp_path / "alone", **CACHED)
         alone.train()
-        run_on_two_ranks("top_k_worker", tmp_path)
+        run_on_two_ranks("helpers.top_k_worker", tmp_path)
         for rank in range(2):
             gradients = torch.load(tmp_path / f"gradients-{rank}.pt")
             gradients = {name.removeprefix("module."): value for name, value in gradients.items()}

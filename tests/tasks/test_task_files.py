@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import BertConfig
 
-from distilled import PREDICTION
+from helpers.distilled import PREDICTION
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
@@ -184,13 +184,20 @@ class TestLengths:
         assert np.ptp(lengths[np.arange(400)].reshape(-1, 4), axis=1).mean() > 2
         assert (np.diff(steps[:, 0]) < 0).any() and (np.diff(steps[:, 0]) > 0).any()
 
+    def test_lengths_come_in_another_order_each_epoch(self):
+        """Examples of one length are alike: in two epochs their steps are the same, but for the order of lengths."""
+        sampler, lengths = self.sampler(np.repeat(np.arange(50), 4)), np.repeat(np.arange(50), 4)
+        first, second, again = (lengths[self.rows(sampler, epoch)][::4].tolist() for epoch in (0, 1, 0))
+        assert sorted(first) == sorted(second) == list(range(50))
+        assert first == again != second
+
     @pytest.mark.parametrize("count", [1, 3, 4, 5])
     def test_few_examples(self, count):
         assert sorted(self.rows(self.sampler([5] * count))) == list(range(count))
 
     def test_the_trainer_groups_unless_told_otherwise(self, tmp_path):
         trainer = build(distil_task, tmp_path, **PREDICTION)
-        lengths = [len(row["input_ids"]) for row in trainer.train_dataset.base.base]
+        lengths = [len(row["input_ids"]) for row in trainer.train_dataset.base]
         steps = np.array(lengths)[self.rows(trainer._get_train_sampler())].reshape(-1, 8)
         assert np.ptp(steps, axis=1).mean() < 0.3 * np.ptp(lengths)
         other = build(distil_task, tmp_path / "other", **PREDICTION, train_sampling_strategy="random")

@@ -17,9 +17,9 @@ from transformers import (
 
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.evaluation import students
-from hf_pretrain.evaluation.students import compare, comparison_rows
+from hf_pretrain.objectives.distillation.comparison import _longest_first, _spread, compare, comparison_rows
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
+from hf_pretrain.tasks.examples import DataCollatorForTask
 from method_matrix import VOCAB_SIZE, tiny_examples, tiny_tokenizer
 
 SIZES = {
@@ -192,15 +192,33 @@ def test_batches_change_nothing_and_modes_are_left():
     assert student.training and student.bert.training and not student.bert._forward_hooks
 
 
-def test_examples_are_spread_over_the_data(monkeypatch):
-    dataset = EpochDataset(tiny_examples(100, seed=0))
-    chosen = students._sample(dataset, 5)
-    assert sorted(example["example_id"] for example in chosen) == [0, 25, 50, 74, 99]
-    assert len(students._sample(dataset, 500)) == 100
-    lengths = [len(example["input_ids"]) for example in students._sample(dataset, 100)]
-    assert lengths == sorted(lengths, reverse=True)
-    timed = students._spread(students._sample(dataset, 100), 1)
-    assert len(timed[0]["input_ids"]) == lengths[50]
+def test_examples_are_spread_over_the_data():
+    assert _spread(100, 5).tolist() == [0, 25, 50, 74, 99] and len(_spread(100, 500)) == 100
+    lengths = [len(example["input_ids"]) for example in _longest_first(list(tiny_examples(100, seed=0)))]
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
+
+
+def test_all_examples_are_compared_unless_fewer_are_wanted():
+    """Also those behind the first window of batches."""
+    student, teacher = pair(AutoModelForSequenceClassification, num_labels=2)
+    with torch.no_grad():
+        student.classifier.bias[:] = torch.tensor([-100.0, 100.0])
+    rows = task_rows(150, label=[1] * 75 + [0] * 75)
+    found = compare(student, teacher, rows, collator=task_collator, batch_size=1, **ONCE)
+    assert found["student_accuracy"] == 0.5
+
+
+def test_padding_on_the_left_changes_nothing():
+    """The stock heads of sequences read column 0."""
+    student, teacher = pair(AutoModelForSequenceClassification, num_labels=3)
+    tokenizer, rows = tiny_tokenizer(), task_rows(label=[i % 3 for i in range(30)])
+    rows = rows.rename_column("label", "labels").select_columns(["input_ids", "labels"])
+    found = []
+    for side in ("right", "left"):
+        tokenizer.padding_side = side
+        found.append(compare(student, teacher, rows, collator=DataCollatorForTask(tokenizer), batch_size=7, **ONCE))
+    for name in ("kl", "agreement", "student_accuracy", "teacher_accuracy"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4)
 
 
 def test_rows_of_the_card():

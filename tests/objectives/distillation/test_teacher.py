@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.observing.observation import Observer, Wanted
+from hf_pretrain.modeling.observing.outputs import ModelRunner, OutputRequest
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, StudentArguments, join
 from hf_pretrain.objectives.distillation.building import load_teacher
@@ -98,12 +98,12 @@ def test_it_runs_no_deeper_than_the_losses_look(tmp_path, options, depth):
 
 def test_logits_are_not_rounded_to_16_bits():
     """Not in the student under autocast, not in a teacher of bfloat16; a later cast restores nothing."""
-    wanted = Wanted(predictions=True)
+    wanted = OutputRequest(logits=True)
     exact, student = model(), model()
-    observer = Observer(student, wanted, gathers=True)
+    runner = ModelRunner(student, wanted, gathers=True)
     positions = torch.arange(10)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = observer(student, batch(), positions).logits
+        logits = runner(student, batch(), positions).logits
     teacher = Teacher(copy.deepcopy(exact), wanted, gathers=True, dtype=torch.bfloat16)
     answers = teacher(batch(), positions).logits
     for found in (logits, answers):
@@ -114,7 +114,7 @@ def test_logits_are_not_rounded_to_16_bits():
 
 def test_a_copy_of_a_model_computes_its_own_logits():
     original = model()
-    Observer(original, Wanted(predictions=True), gathers=False)
+    ModelRunner(original, OutputRequest(logits=True), gathers=False)
     copied = copy.deepcopy(original)
     with torch.no_grad():
         copied.get_output_embeddings().weight.zero_()
@@ -123,7 +123,7 @@ def test_a_copy_of_a_model_computes_its_own_logits():
 
 
 def test_the_autocast_of_the_student_is_not_the_teachers():
-    teacher = Teacher(model(), Wanted(hidden=(2,)), gathers=False)
+    teacher = Teacher(model(), OutputRequest(hidden=(2,)), gathers=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = teacher(batch()).hidden[2]
     assert torch.equal(states, teacher(batch()).hidden[2])
