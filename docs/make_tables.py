@@ -48,7 +48,7 @@ def summary(recipe: str) -> str:
         if text and (not line.strip() or line.startswith("  ")):
             break
         text.append(line.strip())
-    return re.split(r"(?<=[^.])\.(?: |$)| It is put on|; it is put on", " ".join(text).strip())[0].rstrip(":.")
+    return re.split(r"(?<=[^.])\.(?: |$)| Add it to|; add it to", " ".join(text).strip())[0].rstrip(":.")
 
 
 def sources(recipe: str) -> dict[str, str]:
