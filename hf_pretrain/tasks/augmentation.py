@@ -91,10 +91,11 @@ def augment(
 ) -> datasets.Dataset:
     """Multiply the rows of a task by exchanging words, once: the result of data on disk is found again.
 
-    A word of letters that is no stop word and no part of a contraction is exchanged with the given probability: if it is one
-    token, for one of the model's likeliest words where it is masked; if it is several, for one of its nearest neighbours. The
-    word itself and special tokens are never proposed. Draws are keyed by seed, row, try, column and word, so they do not depend
-    on the batch, nor one text of a pair on the other. All other columns, labels too, are those of the source.
+    A word of letters that is no stop word and no part of a contraction is exchanged with the given probability: if it
+    is one token, for one of the model's likeliest words where it is masked; if it is several, for one of its nearest
+    neighbours. The word itself and special tokens are never proposed. Draws are keyed by seed, row, try, column and
+    word, so they do not depend on the batch, nor one text of a pair on the other. All other columns, labels too, are
+    those of the source.
 
     Args:
         dataset: Rows of a task.
@@ -106,15 +107,15 @@ def augment(
         seed: Seed of the draws.
 
     Returns:
-        Each row followed by its variants, with the column `source_id`: the number of the row in `dataset`. Words behind the
-        model's last position are left as they are.
+        Each row followed by its variants, with the column `source_id`: the number of the row in `dataset`. Words
+        behind the model's last position are left as they are.
 
     Raises:
         InputError: If a column is missing or holds no text, or the model cannot fill masks.
 
     Source:
-        Jiao et al., "TinyBERT" (2020), algorithm 1. The official code shows the model the unmasked sentence too; here, as in the
-        paper, it sees the masked one alone.
+        Jiao et al., "TinyBERT" (2020), algorithm 1. The official code shows the model the unmasked sentence too; here,
+        as in the paper, it sees the masked one alone.
     """
     args = AugmentationArguments() if args is None else args
     _check_inputs(dataset, model, tokenizer, text_columns)

@@ -33,8 +33,8 @@ class WordNeighbours:
     Args:
         words: The words to choose from; those that are not made of letters are left out.
         vectors: ``[len(words), D]``.
-        find_vector: Returns the vector of a word, ``[D]``, or None if it has none; by default that in the table, of the word as
-            it is or in lower case.
+        find_vector: Returns the vector of a word, ``[D]``, or None if it has none; by default that in the table, of
+            the word as it is or in lower case.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.observing.outputs import OutputRequest
 from hf_pretrain.options import check_options, option, schedules_of
-from hf_pretrain.tasks.data import Task
+from hf_pretrain.tasks.files import Task
 from hf_pretrain.training.arguments import PretrainingArguments
 
 

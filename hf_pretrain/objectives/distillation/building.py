@@ -59,8 +59,8 @@ from hf_pretrain.objectives.distillation.trainer import (
     describe_origin,
     print_comparison,
 )
+from hf_pretrain.tasks.batches import DataCollatorForTask
 from hf_pretrain.tasks.data import TaskDataArguments, prepare_task
-from hf_pretrain.tasks.examples import DataCollatorForTask
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.method import Learning, Method
 

@@ -41,7 +41,7 @@ from hf_pretrain.objectives.distillation.arguments import (
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.tasks.augmentation import SOURCE_ID
-from hf_pretrain.tasks.examples import DataCollatorForTask, count_predictions
+from hf_pretrain.tasks.batches import DataCollatorForTask, count_predictions
 from hf_pretrain.training.arguments import PretrainingArguments
 
 # A leading underscore keeps a folder out of what is pushed to the Hub.

@@ -25,7 +25,7 @@ from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, Distil
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
-from hf_pretrain.tasks.examples import LengthGroupedSampler
+from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.program import print_table
 from hf_pretrain.training.trainer import PretrainingTrainer
