@@ -15,14 +15,15 @@ help: ## list the targets
 demo: .venv/.installed ## pre-train a small ELECTRA on text found on this machine
 	$(BIN)/hf-pretrain rtd --config trainers/recipes/demo.yaml --output_dir demo-output --overwrite_output_dir true
 
+# A file of tests stays on one worker, which makes its fixtures once.
 test: lint ## lint, then run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint ## lint, then run every test, the slow ones and those for a GPU too
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 test-newest: newest ## run the tests on the newest versions that pyproject.toml allows, in an environment of their own
-	$(NEWEST) -m pytest -n 2
+	$(NEWEST) -m pytest -n 2 --dist loadfile
 
 # Not a file: what was newest last week need not be so today. With nothing newer this takes seconds.
 newest: | $(NEWEST)

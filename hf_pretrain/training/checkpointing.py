@@ -34,11 +34,12 @@ from hf_pretrain.files import (
     damaged_file,
     first_difference,
     is_whole,
+    plain,
     read_marker,
     share_weights,
     write_marker,
 )
-from hf_pretrain.hub.text import plain, portable_options
+from hf_pretrain.hub.text import portable_options
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.parsing import resolved_options
 from hf_pretrain.training.processes import full_disk, is_full_disk, last_whole_checkpoint, not_finite

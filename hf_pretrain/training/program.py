@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from hf_pretrain.hub.text import (
     with_perplexity,
 )
 from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
-from hf_pretrain.tables import print_table as print_table
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in
@@ -297,6 +296,18 @@ def _loading_line(model_class: type[PreTrainedModel] | type[AutoModel], folder: 
     missing += f" (the {', '.join(sorted(fresh))}, which the objective does not train)" if fresh else ""
     aside = f", the pre-training head {', '.join(sorted(heads))} set aside" if heads else ", 0 unexpected"
     return f"{model_class.__name__}.from_pretrained -> {type(model).__name__}: {missing}{aside}"
+
+
+def print_table(rows: Iterable[Sequence[str]], *, header: Sequence[str]) -> None:
+    """Print rows of text in columns, the first to the left and the others to the right."""
+    table = [tuple(header), *map(tuple, rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    for row in table:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        print("  " + "  ".join(cells).rstrip())
 
 
 def coloured_words(words: Sequence[tuple[str, float]], *, colour: bool | None = None) -> str:

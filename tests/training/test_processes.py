@@ -171,7 +171,7 @@ def test_two_ranks(tmp_path):
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0]["order"] < seen[1]["order"]
     # ddp_timeout is kept, on a CPU too.
-    assert "timeout" in seen[0] and seen[0]["waited"] < 5
+    assert "timeout" in seen[0] and seen[0]["waited"] < 3.5
     assert seen[0]["stopped"] == seen[1]["stopped"] and seen[0]["stopped"] in (3, 4, 5)
     assert is_whole(tmp_path / "out" / f"checkpoint-{seen[0]['stopped']}")
     assert [len(row["said"]) for row in seen] == [1, 0]
