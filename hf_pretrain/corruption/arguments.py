@@ -1,6 +1,7 @@
 """The options of masking, as a dataclass to be mixed into training arguments."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 from hf_pretrain.errors import InputError, check_choice
@@ -138,7 +139,7 @@ class MaskingArguments:
                 "max_ngram"
             )
 
-    @property
+    @cached_property
     def needs_word_starts(self) -> bool:
         """Whether the examples must say where words start."""
         by_words = self.masking_unit in ("word", "span") or (

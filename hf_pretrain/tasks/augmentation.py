@@ -1,4 +1,7 @@
-"""More sentences for a task: words exchanged for others that a language model or word vectors propose."""
+"""More sentences for a task: a row and its variants, in which other words replace some of the row's.
+
+A [`WordProposer`] gives candidates; keyed draws choose the words that change and the candidates that replace them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -180,12 +183,12 @@ class _Augmenter:
         texts = [list(dict.fromkeys(zip(*row, strict=True))) for row in zip(*columns, strict=True)]
         sources = [row for row, kept in enumerate(texts) for _ in kept]
         augmented = {name: [values[row] for row in sources] for name, values in batch.items()}
-        for place, name in enumerate(self.text_columns):
-            augmented[name] = [variant[place] for kept in texts for variant in kept]
+        for i, name in enumerate(self.text_columns):
+            augmented[name] = [variant[i] for kept in texts for variant in kept]
         return augmented | {SOURCE_ID: [indices[row] for row in sources]}
 
     def _with_variants(self, column: str, texts: list[str], indices: list[int]) -> list[list[str]]:
-        """Return each text and, for every try, what becomes of it."""
+        """Return each text, followed by its variant of every try."""
         for index, text in zip(indices, texts, strict=True):
             if text is None:
                 raise InputError(f"row {index} has no {column!r}: leave such rows out")

@@ -59,6 +59,7 @@ from hf_pretrain.objectives.distillation.trainer import (
     describe_origin,
     print_comparison,
 )
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.tasks.batches import DataCollatorForTask
 from hf_pretrain.tasks.data import TaskDataArguments, prepare_task
 from hf_pretrain.training.arguments import PretrainingArguments
@@ -354,7 +355,8 @@ def build_trainer(
     if data.isolates_documents:
         for part in model.stock_models():
             check_isolation(part, length=data.block_size)
-    collator = DataCollatorForDistillation(data.tokenizer, masking=args.masking, seed=args.seed)
+    collator_class = DataCollatorForDistillation if args.cache_top_k else DataCollatorForMaskedLM
+    collator = collator_class(data.tokenizer, masking=args.masking, seed=args.seed)
     return DistillationTrainer(
         model,
         args,

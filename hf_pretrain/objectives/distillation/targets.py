@@ -123,7 +123,7 @@ def cache_teacher_top_k(
     data: PreparedData,
     args: DistillationTrainingArguments,
     *,
-    collator: DataCollatorForDistillation,
+    collator: DataCollatorForMaskedLM,
 ) -> PreparedData:
     """Run the teacher once for its likeliest tokens at all masked positions, or find them in `output_dir`.
 
