@@ -370,9 +370,10 @@ METHOD = Method(
     description="""\
 Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's general stage, MiniLM.
 
-    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt --output_dir my-student
-    hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir my-minilm
-    accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml --teacher_name_or_path my-bert ...
+    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt --output_dir
+    my-student hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir
+    my-minilm accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml
+    --teacher_name_or_path my-bert ...
 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The student opens with
 `AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`.""",
@@ -444,8 +445,9 @@ TASK_METHOD = Method(
         --model_name_or_path stage-1 --train_file train.tsv --validation_file dev.tsv --output_dir stage-2
 
 The teacher says what the labels are; the examples need none. The student opens with
-`AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts, or lists
-of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or rows of `question`,
+`AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts,
+or lists of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or
+rows of `question`,
 `context` and `answers`.""",
     arguments=(TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments),
     build_trainer=build_task_trainer,

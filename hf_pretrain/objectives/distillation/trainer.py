@@ -271,7 +271,7 @@ predictions = classify("The chef made a fine meal.")""",
     )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Shuffle by the seed and the epoch, with examples of about one length in a step where that is asked for."""
+        """Shuffle by the seed and the epoch, with examples of about one length in a step for `group_by_length`."""
         dataset = cast(EpochDataset, self.train_dataset if train_dataset is None else train_dataset)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)
