@@ -55,7 +55,7 @@ from hf_pretrain.objectives.distillation.arguments import (
 )
 from hf_pretrain.objectives.distillation.building import join
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
-from hf_pretrain.tasks.examples import DataCollatorForTask, LengthGroupedSampler
+from hf_pretrain.tasks.batches import DataCollatorForTask, LengthGroupedSampler
 from timing import interleaved, print_table
 
 Batch = dict[str, torch.Tensor]

@@ -1,4 +1,7 @@
-"""More sentences for a task: words exchanged for others that a language model or word vectors propose."""
+"""More sentences for a task: a row and its variants, in which other words replace some of the row's.
+
+A [`WordProposer`] gives candidates; keyed draws choose the words that change and the candidates that replace them.
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -91,10 +94,11 @@ def augment(
 ) -> datasets.Dataset:
     """Multiply the rows of a task by exchanging words, once: the result of data on disk is found again.
 
-    A word of letters that is no stop word and no part of a contraction is exchanged with the given probability: if it is one
-    token, for one of the model's likeliest words where it is masked; if it is several, for one of its nearest neighbours. The
-    word itself and special tokens are never proposed. Draws are keyed by seed, row, try, column and word, so they do not depend
-    on the batch, nor one text of a pair on the other. All other columns, labels too, are those of the source.
+    A word of letters that is no stop word and no part of a contraction is exchanged with the given probability: if it
+    is one token, for one of the model's likeliest words where it is masked; if it is several, for one of its nearest
+    neighbours. The word itself and special tokens are never proposed. Draws are keyed by seed, row, try, column and
+    word, so they do not depend on the batch, nor one text of a pair on the other. All other columns, labels too, are
+    those of the source.
 
     Args:
         dataset: Rows of a task.
@@ -106,15 +110,15 @@ def augment(
         seed: Seed of the draws.
 
     Returns:
-        Each row followed by its variants, with the column `source_id`: the number of the row in `dataset`. Words behind the
-        model's last position are left as they are.
+        Each row followed by its variants, with the column `source_id`: the number of the row in `dataset`. Words
+        behind the model's last position are left as they are.
 
     Raises:
         InputError: If a column is missing or holds no text, or the model cannot fill masks.
 
     Source:
-        Jiao et al., "TinyBERT" (2020), algorithm 1. The official code shows the model the unmasked sentence too; here, as in the
-        paper, it sees the masked one alone.
+        Jiao et al., "TinyBERT" (2020), algorithm 1. The official code shows the model the unmasked sentence too; here,
+        as in the paper, it sees the masked one alone.
     """
     args = AugmentationArguments() if args is None else args
     _check_inputs(dataset, model, tokenizer, text_columns)
@@ -179,12 +183,12 @@ class _Augmenter:
         texts = [list(dict.fromkeys(zip(*row, strict=True))) for row in zip(*columns, strict=True)]
         sources = [row for row, kept in enumerate(texts) for _ in kept]
         augmented = {name: [values[row] for row in sources] for name, values in batch.items()}
-        for place, name in enumerate(self.text_columns):
-            augmented[name] = [variant[place] for kept in texts for variant in kept]
+        for i, name in enumerate(self.text_columns):
+            augmented[name] = [variant[i] for kept in texts for variant in kept]
         return augmented | {SOURCE_ID: [indices[row] for row in sources]}
 
     def _with_variants(self, column: str, texts: list[str], indices: list[int]) -> list[list[str]]:
-        """Return each text and, for every try, what becomes of it."""
+        """Return each text, followed by its variant of every try."""
         for index, text in zip(indices, texts, strict=True):
             if text is None:
                 raise InputError(f"row {index} has no {column!r}: leave such rows out")

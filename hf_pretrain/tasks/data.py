@@ -1,26 +1,20 @@
-"""Rows of a task as they lie in files, or in a dataset that has a name.
+"""The options of a task's data, and the way from rows to tokenized examples.
 
-The examples of a task: sentences, pairs, words or questions, with or without labels, from files or a dataset.
+[`prepare_task`] reads rows (`files.py`), finds the columns of texts and labels, holds some rows out, multiplies the
+others if wanted (`augmentation.py`), and tokenizes all (`examples.py`).
 """
 
 from __future__ import annotations
 
-import bz2
-import csv
-import gzip
-import itertools
-import lzma
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import datasets
 import torch
-from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.data.prepare import PreparedData, RepeatableTexts, check_unknown, count_unknown
@@ -29,131 +23,14 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.tasks.augmentation import TEXT, AugmentationArguments, augment
-from hf_pretrain.tasks.examples import encode, encode_tokens
-from hf_pretrain.tasks.questions import encode_questions, read_squad
+from hf_pretrain.tasks.examples import encode, encode_questions, encode_tokens
+from hf_pretrain.tasks.files import (
+    Task,
+    kind_of,
+    load_split,
+    read_files,
+)
 from hf_pretrain.tasks.words import WordNeighbours
-
-Task = Literal["sequence-classification", "token-classification", "question-answering"]
-
-
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    # Nothing is a missing value: "null" and "NA" are words.
-    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
-_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_HEADERS = {2: ["sentence", "label"], 3: ["sentence1", "sentence2", "label"]}
-# Enough to see a class come again.
-_ROWS_TO_LOOK_AT = 1000
-
-
-def read_files(paths: Sequence[str], task: Task, *, option: str, names: Sequence[str] = ()) -> datasets.Dataset:
-    """Read the rows of files of one kind.
-
-    A table begins with a header. One of sentences, or of pairs, with a class behind them may do without: then its columns are
-    called `sentence`, or `sentence1` and `sentence2`, and `label`, which is printed.
-
-    Args:
-        paths: Tables, JSON lines, JSON arrays or Parquet, also compressed by gzip, bzip2 or xz; of questions also files of
-            SQuAD's form.
-        task: What the rows are examples of.
-        option: The option that names them, for messages.
-        names: Columns that may be asked for; a first line with one of these is a header.
-
-    Raises:
-        InputError: If one is missing, or they cannot be read.
-    """
-    missing = next((path for path in paths if not Path(path).is_file()), None)
-    if missing is not None:
-        raise InputError(f"{option}={missing!r} is no file")
-    kinds = {kind_of(path) for path in paths}
-    if len(kinds) != 1 or not kinds <= _READERS.keys():
-        raise InputError(
-            f"{option}={list(paths)} must be files of one kind: {', '.join(_READERS)}, also with .gz, .bz2, .xz"
-        )
-    if task == "question-answering" and kinds == {".json"}:
-        parts = [part for path in paths if (part := read_squad(path)) is not None]
-        if len(parts) == len(paths):
-            return datasets.concatenate_datasets(parts)
-    reader, options = _READERS[kinds.pop()]
-    if reader == "csv" and task == "sequence-classification":
-        options = options | _names_of_columns(paths, option=option, names=names, **options)
-    try:
-        return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).splitlines() or [type(cause).__name__])[0]
-        if "corresponds to no data" in reason:
-            reason = "there is no example in it"
-        raise InputError(f"{option}={list(paths)} cannot be read as {reader}: {reason}") from error
-
-
-def kind_of(path: str) -> str:
-    """Return the suffix that says what a file holds, without that of a compression."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _names_of_columns(paths: Sequence[str], *, option: str, names: Sequence[str], **options: Any) -> dict[str, Any]:
-    """Return names for the columns of tables without a header, nothing for tables with one.
-
-    Raises:
-        InputError: If some have a header and others not.
-    """
-    headers = [_header_of(path, names, **options) for path in paths]
-    if all(header is None for header in headers):
-        return {}
-    for path, header in zip(paths, headers, strict=True):
-        if header != headers[0]:
-            raise InputError(
-                f"{option}={list(paths)}: {path} has another header than {paths[0]}; give all the same one"
-            )
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{option}: {', '.join(paths)} without a header, taken for {', '.join(headers[0] or [])}", flush=True)
-    return {"names": headers[0]}
-
-
-def _header_of(path: str, names: Sequence[str], *, delimiter: str = ",", **options: Any) -> list[str] | None:
-    """Return the header that a table of sentences lacks, None if it has one or cannot be read."""
-    begin = _COMPRESSED.get(Path(path).suffix.lower(), open)
-    quoting = options.get("quoting", csv.QUOTE_MINIMAL)
-    try:
-        with begin(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            rows = list(itertools.islice(csv.reader(stream, delimiter=delimiter, quoting=quoting), _ROWS_TO_LOOK_AT))
-    except (OSError, ValueError, EOFError, lzma.LZMAError, csv.Error):
-        return None  # The reader says what is wrong.
-    rows = [row for row in rows if row]
-    if not rows or set(rows[0]) & set(names) or any(len(row) != len(rows[0]) for row in rows):
-        return None
-    *texts, label = rows[0]
-    has_text = all(any(character.isalpha() for character in text) for text in texts)
-    is_label = _is_number(label) or label in (row[-1] for row in rows[1:])
-    return _HEADERS.get(len(rows[0])) if has_text and is_label else None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def load_split(name: str, config_name: str | None, *, split: str) -> datasets.Dataset:
-    """Load a split of a dataset of the Hub, or of a folder; raise InputError if that fails."""
-    try:
-        return datasets.load_dataset(name, config_name, split=split)
-    except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"dataset_name={name!r} ({split=}) cannot be loaded: {reason}") from error
-
 
 _KNOWN_TEXTS: dict[Task, tuple[tuple[str, ...], ...]] = {
     "sequence-classification": (
@@ -181,7 +58,7 @@ _NUM_TEXTS: dict[Task, tuple[int, ...]] = {
 
 @dataclass
 class TaskDataArguments(AugmentationArguments):
-    """Which examples are learned from, and how they are multiplied."""
+    """The examples of a task, and how they are multiplied."""
 
     ranges: ClassVar[dict[str, str]] = {"max_length": "[3, 16777216]", "doc_stride": "[0, 16777216]"}
     needs: ClassVar[dict[str, str]] = {"doc_stride": "task=question-answering"}
@@ -241,23 +118,23 @@ def prepare_task(
     task: Task = "sequence-classification",
     first: AbstractContextManager[Any] | None = None,
 ) -> PreparedData:
-    """Read the examples, multiply those to train on if asked for, and tokenize them; each step is done once and cached.
+    """Read the examples of a task, multiply those to train on if wanted, and tokenize them; each step is cached.
 
     Args:
-        args: What to read.
+        args: The options.
         tokenizer: The tokenizer of both models.
-        config: The teacher's configuration, which says what the labels mean.
+        config: The teacher's configuration, with its labels.
         seed: Seed of the run.
-        task: What kind of examples they are.
+        task: The task of the examples.
         first: Entered while files are written: ``training_args.main_process_first()``.
 
     Returns:
-        Examples with `input_ids`, `token_type_ids` if the tokenizer makes them, and `labels` if the data has them: numbers of
-        classes, -100 where there is none; or, of a teacher with one output, values, NaN where there is none. Of classes of words
-        and answers to questions, see [`encode_tokens`] and [`encode_questions`].
+        Examples with `input_ids`, `token_type_ids` if the tokenizer makes them, and `labels` if the data has them:
+        numbers of classes, -100 where there is none; or, of a teacher with one output, values, NaN where there is
+        none. Of classes of words and answers to questions, see [`encode_tokens`] and [`encode_questions`].
 
     Raises:
-        InputError: If the examples cannot be read, or a column or a label is not what it has to be.
+        InputError: If the examples cannot be read, or a column or a label does not fit the task.
     """
     with nullcontext() if first is None else first:
         train, held_out = _read(args, task)
@@ -272,11 +149,10 @@ def prepare_task(
             _check_augmentable(train, task, columns=columns)
             train = _multiply(train, args, columns=columns, seed=seed)
             description["augmented_examples"] = len(train)
-        encode_part = partial(
+        encoded = partial(
             _encode, tokenizer=tokenizer, args=args, task=task, columns=columns, labels=labels, config=config
         )
-        examples = encode_part(train)
-        held_out_examples = None if held_out is None else encode_part(held_out)
+        examples, held_out_examples = encoded(train), None if held_out is None else encoded(held_out)
         if task == "question-answering":
             description["windows"] = len(examples)
     description |= {
@@ -307,30 +183,24 @@ def _encode(
     labels: str | None,
     config: PreTrainedConfig,
 ) -> datasets.Dataset:
-    longest = args.max_length
+    options: dict[str, Any] = {"labels": labels, "max_length": args.max_length}
     if task == "question-answering":
-        return encode_questions(
-            examples, tokenizer, columns=columns, answers=labels, max_length=longest, doc_stride=args.doc_stride
-        )
+        return encode_questions(examples, tokenizer, columns=columns, doc_stride=args.doc_stride, **options)
     if task == "token-classification":
-        (column,) = columns
-        return encode_tokens(examples, tokenizer, column=column, labels=labels, config=config, max_length=longest)
-    return encode(examples, tokenizer, columns=columns, labels=labels, config=config, max_length=longest)
-
-
-# Reading
+        return encode_tokens(examples, tokenizer, column=columns[0], config=config, **options)
+    return encode(examples, tokenizer, columns=columns, config=config, **options)
 
 
 def _read(args: TaskDataArguments, task: Task) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Return the examples to train on and those held out."""
     if args.train_file is None and args.dataset_name is None:
         raise InputError("train_file and dataset_name are both missing: name the examples of the task")
+    names = _known_names(args, task)
     if args.train_file is not None:
-        train = read_files(args.train_file, task, option="train_file", names=_known_names(args, task))
+        train = read_files(args.train_file, task, option="train_file", names=names)
     else:
         train = load_split(str(args.dataset_name), args.dataset_config_name, split=args.dataset_split)
     if args.validation_file is not None:
-        names = _known_names(args, task)
         return train, read_files(args.validation_file, task, option="validation_file", names=names)
     if args.validation_split is not None and args.dataset_name is not None:
         return train, load_split(args.dataset_name, args.dataset_config_name, split=args.validation_split)
@@ -358,13 +228,15 @@ def _text_columns(examples: datasets.Dataset, args: TaskDataArguments, task: Tas
         raise InputError(f"text_columns={args.text_columns}: {task} needs {number}")
     found = next((names for names in wanted if set(names) <= set(examples.column_names)), None)
     if found is None:
-        asked = f"text_columns={args.text_columns}" if args.text_columns is not None else "no column of a usual name"
+        wanted_names = (
+            f"text_columns={args.text_columns}" if args.text_columns is not None else "no column of a usual name"
+        )
         is_table = args.train_file is not None and kind_of(args.train_file[0]) in (".tsv", ".csv")
         which = "the first line names" if is_table else "the examples have"
         advice = "choose with --text_columns"
         if is_table:
             advice += ", or if that line is an example, put a header above it, such as sentence<TAB>label"
-        raise InputError(f"{asked}: {which} {', '.join(examples.column_names)}; {advice}")
+        raise InputError(f"{wanted_names}: {which} {', '.join(examples.column_names)}; {advice}")
     return found
 
 

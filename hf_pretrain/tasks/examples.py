@@ -1,33 +1,29 @@
-"""Examples of a task as models read them: encoded, with labels as the teacher counts them, in batches of one length.
+"""Tokenized examples of a task: one function for each kind, texts, words and questions.
 
-Examples of token classification: a class of each word stands at its first token.
+Each takes rows of text and returns a dataset of `input_ids`, of `is_target` where tokens have predictions, and of
+`labels` with the numbers of the teacher. [`map_texts`] does it once: the same rows, tokenizer and options find the
+result in the cache of `datasets`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow.compute as pc
-import torch
 from datasets.fingerprint import Hasher
-from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.words import character_kinds, next_visible
-from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint
 from hf_pretrain.tasks.augmentation import SOURCE_ID, TEXT
 
 INPUTS = ("input_ids", "token_type_ids")
-# Steps whose examples are sorted by length together.
-_STEPS_SORTED = 50
 
 
 def encode(
@@ -66,6 +62,131 @@ def encode(
     return encoded if numbers is None else encoded.add_column("labels", numbers)
 
 
+def encode_tokens(
+    examples: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    column: str,
+    labels: str | None,
+    config: PreTrainedConfig,
+    max_length: int,
+) -> datasets.Dataset:
+    """Tokenize texts, or words with their classes; done once, and found again.
+
+    Args:
+        examples: Rows of text, or of lists of words, which are joined by spaces.
+        tokenizer: A fast tokenizer that pads.
+        column: Column of the text or the words.
+        labels: Column of the classes of the words, None if there are none.
+        config: The teacher's configuration, with its classes.
+        max_length: Most tokens of an example; the rest is cut off.
+
+    Returns:
+        Rows of `input_ids`, `token_type_ids` if the tokenizer makes them, `is_target`, true of all but special tokens,
+        and `labels` if there are any: of each token, -100 but at the first token of a word.
+
+    Raises:
+        InputError: If words and classes are not equally many, or a class is none of the teacher's, or there are
+            classes but no words.
+    """
+    check_offsets(tokenizer)
+    is_text = getattr(examples.features[column], "dtype", None) in TEXT
+    if is_text and labels is not None:
+        raise InputError(
+            f"text_columns names {column!r}, which holds texts, but label_column={labels!r} has a class for each word: name a "
+            "column of lists of words"
+        )
+    classes = None if labels is None else _Classes(examples, labels, config)
+
+    def to_inputs(rows: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, Any]:
+        words = [[text] if is_text else [str(word).strip() for word in text] for text in rows[column]]
+        found = tokenizer(
+            [_joined(row) for row in words],
+            truncation=True,
+            max_length=max_length,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+        )
+        inputs = {name: found[name] for name in INPUTS if name in found}
+        inputs["is_target"] = [[not flag for flag in row] for row in found["special_tokens_mask"]]
+        if classes is not None:
+            inputs["label_ids"] = [
+                _labels_of_token_examples(row, classes(tags, row, index), offsets, targets)
+                for row, tags, index, offsets, targets in zip(
+                    words, rows[str(labels)], indices, found["offset_mapping"], inputs["is_target"], strict=True
+                )
+            ]
+        return inputs
+
+    key = (column, labels, None if classes is None else classes.key, max_length)
+    return map_texts(examples, to_inputs, tokenizer, key=key, with_indices=True)
+
+
+def encode_questions(
+    examples: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    columns: Sequence[str],
+    labels: str | None,
+    max_length: int,
+    doc_stride: int,
+) -> datasets.Dataset:
+    """Tokenize questions with their texts; done once, and found again.
+
+    A text that does not fit is cut into windows, each with the whole question. In a window without the answer, and
+    where there is no answer, the span is the tokenizer's token of whole texts (BERT's [CLS]), as in SQuAD 2.0; it is
+    unknown if there is none.
+
+    Args:
+        examples: Rows of questions and texts.
+        tokenizer: A fast tokenizer that pads.
+        columns: Columns of the question and of the text.
+        labels: Column of the answers, with `text` and `answer_start`, of which the first counts; None if there are
+            none. In a row without a value they are unknown; in a row with an empty list there is none.
+        max_length: Most tokens of a window, the question included.
+        doc_stride: Tokens that a window shares with the next.
+
+    Returns:
+        A row a window: `input_ids`, `token_type_ids` if the tokenizer makes them, `is_target`, true of the text and
+        the special token, and `labels` if there are answers: the first and the last token, -100 where they are
+        unknown.
+
+    Raises:
+        InputError: If a question leaves no room for the text, or an answer is not at its `answer_start`.
+    """
+    check_offsets(tokenizer)
+
+    def to_inputs(rows: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, Any]:
+        questions, texts = (["" if text is None else str(text).strip() for text in rows[columns[0]]], rows[columns[1]])
+        _check_texts(questions, texts, indices, tokenizer, room=max_length - doc_stride)
+        found = tokenizer(
+            questions,
+            list(texts),
+            truncation="only_second",
+            max_length=max_length,
+            stride=doc_stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        sources = found["overflow_to_sample_mapping"]
+        windows = [
+            _Window(ids, offsets, found.sequence_ids(number), tokenizer.cls_token_id)
+            for number, (ids, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True))
+        ]
+        inputs = {name: found[name] for name in INPUTS if name in found}
+        inputs["is_target"] = [window.is_target.tolist() for window in windows]
+        if labels is not None:
+            spans = [
+                _answer_span(answer, text, index)
+                for answer, text, index in zip(rows[labels], texts, indices, strict=True)
+            ]
+            inputs["label_ids"] = [window.label(spans[row]) for window, row in zip(windows, sources, strict=True)]
+        return inputs
+
+    key = (list(columns), labels, max_length, doc_stride)
+    return map_texts(examples, to_inputs, tokenizer, key=key, with_indices=True)
+
+
 def map_texts(
     examples: datasets.Dataset,
     function: Callable[..., Mapping[str, Any]],
@@ -74,14 +195,14 @@ def map_texts(
     key: Any,
     with_indices: bool = False,
 ) -> datasets.Dataset:
-    """Make inputs of texts, once: the same of the same texts is found again.
+    """Make inputs of texts, once; a second call finds them in the cache of `datasets`.
 
     Args:
-        examples: Rows of text. Of their columns only `source_id` stays, by which variants of a row are known.
-        function: Takes rows, with their numbers if `with_indices`, and returns inputs, with `label_ids` for `labels`: a column
-            that is overwritten would keep its type.
-        tokenizer: What the function tokenizes with.
-        key: Whatever else decides the result.
+        examples: Rows of text. Only the column `source_id` stays; variants of one row share it.
+        function: Takes rows, with their numbers if `with_indices`, and returns inputs, with `label_ids` for `labels`:
+            an overwritten column would keep its type.
+        tokenizer: Tokenizer of the function.
+        key: All else that decides the result.
         with_indices: Whether the function takes numbers.
     """
     known = (examples._fingerprint, tokenizer_fingerprint(tokenizer), tokenizer.model_input_names)
@@ -132,156 +253,6 @@ def label_number(value: Any, names: Sequence[str] | None, config: PreTrainedConf
     return number
 
 
-class DataCollatorForTask:
-    """Pads examples to the longest of them: `input_ids`, `attention_mask` and what else models read.
-
-    `labels` are ``[B]``, one a text; of classes of tokens ``[B, L]``, -100 at padding; of spans ``[B, 2]``, the first and the
-    last token. `target_positions` ``[T]`` are the flat positions of the tokens that `is_target` marks, row by row.
-
-    Args:
-        tokenizer: A tokenizer with a padding token.
-        pad_to_multiple_of: Lengths are rounded up to a multiple of this.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.pad_to_multiple_of = pad_to_multiple_of
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Make a batch of examples; with `teacher_logits`, one row a prediction, if they have them."""
-        pad = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
-        batch = dict(pad([{name: example[name] for name in INPUTS if name in example} for example in examples]))
-        is_real = batch["attention_mask"].bool()
-        if "is_target" in examples[0]:
-            is_target = _at_tokens([example["is_target"] for example in examples], is_real, fill=False)
-            batch["target_positions"] = is_target.flatten().nonzero().squeeze(1)
-        if "labels" in examples[0]:
-            batch["labels"] = _labels(examples, is_real)
-        if "teacher_logits" in examples[0]:
-            batch["teacher_logits"] = torch.cat([example["teacher_logits"] for example in examples])
-        return batch
-
-
-def _labels(examples: list[dict[str, Any]], is_real: torch.Tensor) -> torch.Tensor:
-    labels = [example["labels"] for example in examples]
-    if not isinstance(labels[0], Sequence):
-        return torch.tensor(labels)
-    if all(len(row) == len(example["input_ids"]) for row, example in zip(labels, examples, strict=True)):
-        return _at_tokens(labels, is_real, fill=IGNORED)
-    places_B2 = torch.tensor(labels)
-    # Padding may stand before the text.
-    return torch.where(places_B2 >= 0, places_B2 + is_real.int().argmax(dim=1, keepdim=True), IGNORED)
-
-
-def _at_tokens(rows: Sequence[Sequence[Any]], is_real: torch.Tensor, *, fill: Any) -> torch.Tensor:
-    """Return a value for each token ``[B, L]``, and `fill` at padding, on whichever side that is."""
-    values = torch.tensor([value for row in rows for value in row])
-    return torch.full(is_real.shape, fill, dtype=values.dtype).masked_scatter(is_real, values)
-
-
-def count_predictions(dataset: datasets.Dataset) -> np.ndarray | None:
-    """Return how many tokens of each example are targets, ``[N]``; None if predictions are made for whole texts."""
-    if "is_target" not in dataset.column_names:
-        return None
-    column = dataset.select_columns("is_target").with_format("arrow")[:]["is_target"].combine_chunks()
-    ends = np.append(0, pc.list_value_length(column).to_numpy(zero_copy_only=False)).cumsum()
-    before = np.append(0, column.flatten().to_numpy(zero_copy_only=False).cumsum())
-    return before[ends[1:]] - before[ends[:-1]]
-
-
-class LengthGroupedSampler(EpochSampler):
-    """An epoch's examples in a keyed random order in which those of a step are of about one length.
-
-    Args:
-        lengths: ``[N]`` tokens of each example.
-        seed: Seed of the run.
-        batch_size: Examples of a step, over all devices and accumulation steps.
-    """
-
-    def __init__(self, lengths: np.ndarray, *, seed: int, batch_size: int) -> None:
-        super().__init__(len(lengths), seed=seed)
-        self.lengths = lengths
-        self.batch_size = batch_size
-
-    @classmethod
-    def of(cls, dataset: EpochDataset, *, seed: int, batch_size: int) -> LengthGroupedSampler:
-        """Return the sampler of a data set with a column `input_ids`."""
-        ids = dataset.base.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
-        return cls(pc.list_value_length(ids).to_numpy(), seed=seed, batch_size=batch_size)
-
-    def _indices(self, epoch: int) -> Iterator[int]:
-        rows, size = draws.permutation(self.num_examples, seed=self.seed, epoch=epoch), self.batch_size
-        for first in range(0, len(rows), size * _STEPS_SORTED):
-            window = rows[first : first + size * _STEPS_SORTED]
-            window[:] = window[np.argsort(self.lengths[window], kind="stable")]
-        # What does not fill a step comes last.
-        steps = len(rows) // size
-        order = draws.permutation(steps, seed=self.seed, epoch=epoch, stream="length groups")
-        rows[: steps * size] = rows[: steps * size].reshape(steps, size)[order].ravel()
-        for number, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
-            yield number * ORDER_STRIDE + index
-
-
-def encode_tokens(
-    examples: datasets.Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    column: str,
-    labels: str | None,
-    config: PreTrainedConfig,
-    max_length: int,
-) -> datasets.Dataset:
-    """Tokenize texts, or words with their classes; done once, and found again.
-
-    Args:
-        examples: Rows of text, or of lists of words, which are joined by spaces.
-        tokenizer: A fast tokenizer that pads.
-        column: Column of the text or the words.
-        labels: Column of the classes of the words, None if there are none.
-        config: The teacher's configuration, with its classes.
-        max_length: Most tokens of an example; what goes beyond is cut off.
-
-    Returns:
-        Rows of `input_ids`, `token_type_ids` if the tokenizer makes them, `is_target`, true of all but special tokens, and
-        `labels` if there are any: of each token, -100 but at the first token of a word.
-
-    Raises:
-        InputError: If words and classes are not equally many, or a class is none of the teacher's, or there are classes but
-            no words.
-    """
-    check_offsets(tokenizer)
-    is_text = getattr(examples.features[column], "dtype", None) in TEXT
-    if is_text and labels is not None:
-        raise InputError(
-            f"text_columns names {column!r}, which holds texts, but label_column={labels!r} has a class for each word: name a "
-            "column of lists of words"
-        )
-    classes = None if labels is None else _Classes(examples, labels, config)
-
-    def to_inputs(rows: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, Any]:
-        words = [[text] if is_text else [str(word).strip() for word in text] for text in rows[column]]
-        found = tokenizer(
-            [_joined(row) for row in words],
-            truncation=True,
-            max_length=max_length,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-        )
-        inputs = {name: found[name] for name in INPUTS if name in found}
-        inputs["is_target"] = [[not flag for flag in row] for row in found["special_tokens_mask"]]
-        if classes is not None:
-            inputs["label_ids"] = [
-                _labels_of_token_examples(row, classes(tags, row, index), offsets, targets)
-                for row, tags, index, offsets, targets in zip(
-                    words, rows[str(labels)], indices, found["offset_mapping"], inputs["is_target"], strict=True
-                )
-            ]
-        return inputs
-
-    key = (column, labels, None if classes is None else classes.key, max_length)
-    return map_texts(examples, to_inputs, tokenizer, key=key, with_indices=True)
-
-
 class _Classes:
     """Numbers the classes of words as the teacher does."""
 
@@ -312,7 +283,7 @@ class _Classes:
 
 
 def _joined(words: Sequence[str]) -> str:
-    """Return words as a text; words of nothing would only be more spaces."""
+    """Return words as a text, without empty words."""
     return " ".join(filter(None, words))
 
 
@@ -326,8 +297,77 @@ def _labels_of_token_examples(
     classes = classes[[bool(word) for word in words]]
     begins, text = np.cumsum([0, *(len(word) + 1 for word in words if word)])[:-1], _joined(words)
     # A token may begin with the space before its word.
-    places = next_visible(character_kinds(text), np.array([begin for begin, _ in offsets], dtype=np.int64))
-    numbers = np.searchsorted(begins, places, side="right") - 1
+    begins_of_tokens = next_visible(character_kinds(text), np.array([begin for begin, _ in offsets], dtype=np.int64))
+    numbers = np.searchsorted(begins, begins_of_tokens, side="right") - 1
     numbers = np.where(is_target, numbers, -1)
     is_first = (numbers >= 0) & (numbers != np.append(-1, numbers)[:-1])
     return np.where(is_first, np.append(classes, IGNORED)[numbers], IGNORED).tolist()
+
+
+def _check_texts(
+    questions: Sequence[str],
+    texts: Sequence[Any],
+    indices: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    room: int,
+) -> None:
+    specials = tokenizer.num_special_tokens_to_add(pair=True)
+    lengths = [len(ids) for ids in tokenizer(list(questions), add_special_tokens=False)["input_ids"]]
+    for text, length, index in zip(texts, lengths, indices, strict=True):
+        if text is None or not str(text).strip():
+            raise InputError(f"row {index} has no text to find the answer in: leave such rows out")
+        if length + specials >= room:
+            raise InputError(
+                f"row {index}: a question of {length} tokens leaves no room for the text: raise max_length, or lower doc_stride"
+            )
+
+
+def _answer_span(answer: Any, text: str, index: int) -> tuple[int, int] | None:
+    """Return begin and end of the first answer in the text; (0, 0) if there is none, None if it is not known."""
+    if answer is None:
+        return None
+    if isinstance(answer, Mapping):
+        texts, starts = answer.get("text"), answer.get("answer_start")
+        first = (texts, starts) if isinstance(texts, str) else next(zip(texts or (), starts or (), strict=True), None)
+    else:
+        first = (answer[0]["text"], answer[0]["answer_start"]) if answer else None
+    if first is None or not first[0].strip():
+        return 0, 0
+    found, begin = first
+    if begin is None or text[begin : begin + len(found)] != found:
+        raise InputError(
+            f"row {index}: the answer {found!r} does not begin at character {begin} of the text: correct answer_start"
+        )
+    begin += len(found) - len(found.lstrip())
+    return begin, begin + len(found.strip())
+
+
+class _Window:
+    """A question with a part of its text, as tokens."""
+
+    def __init__(
+        self,
+        ids: Sequence[int],
+        offsets: Sequence[tuple[int, int]],
+        sequences: Sequence[int | None],
+        cls_token_id: int | None,
+    ) -> None:
+        self.offsets = np.array(offsets)
+        self.in_text = np.array([sequence == 1 for sequence in sequences])
+        is_cls = np.array(ids) == (-1 if cls_token_id is None else cls_token_id)
+        is_cls &= np.array([sequence is None for sequence in sequences])
+        self.cls = int(is_cls.argmax()) if is_cls.any() else IGNORED
+        self.is_target = self.in_text.copy()
+        if self.cls != IGNORED:
+            self.is_target[self.cls] = True
+
+    def label(self, span: tuple[int, int] | None) -> list[int]:
+        """Return the first and the last token of a span of characters."""
+        if span is None:
+            return [IGNORED, IGNORED]
+        begin, end = span
+        shown = self.offsets[self.in_text]
+        tokens = np.flatnonzero(self.in_text & (self.offsets[:, 0] < end) & (self.offsets[:, 1] > begin))
+        is_whole = len(tokens) and shown[0, 0] <= begin and shown[-1, 1] >= end
+        return [int(tokens[0]), int(tokens[-1])] if is_whole else [self.cls, self.cls]

@@ -10,9 +10,9 @@ from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerFast
 from helpers.distilled_tasks import TAGS, question_rows, token_rows, write_rows
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDataArguments
+from hf_pretrain.tasks.batches import count_predictions
 from hf_pretrain.tasks.data import prepare_task
-from hf_pretrain.tasks.examples import count_predictions, encode_tokens
-from hf_pretrain.tasks.questions import encode_questions
+from hf_pretrain.tasks.examples import encode_questions, encode_tokens
 from method_matrix import tiny_tokenizer
 
 CONFIG = BertConfig(id2label=dict(enumerate(TAGS)), label2id={name: i for i, name in enumerate(TAGS)})
@@ -114,7 +114,7 @@ class TestTokens:
 
 
 def asked(tokenizer, rows, **options):
-    settings = {"columns": ("question", "context"), "answers": "answers", "max_length": 64, "doc_stride": 0} | options
+    settings = {"columns": ("question", "context"), "labels": "answers", "max_length": 64, "doc_stride": 0} | options
     return list(encode_questions(Dataset.from_list(rows), tokenizer, **settings))
 
 
@@ -146,7 +146,7 @@ class TestQuestions:
         assert first["labels"] == [0, 0] and second["labels"] == [-100, -100]
         # The text and [CLS] may be answers, the question may not.
         assert first["is_target"] == [True, False, False, True, True, False]
-        assert asked(tiny_tokenizer(), [text], answers=None)[0].keys() == {
+        assert asked(tiny_tokenizer(), [text], labels=None)[0].keys() == {
             "input_ids",
             "token_type_ids",
             "is_target",

@@ -14,8 +14,8 @@ from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import TaskDataArguments
+from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.tasks.data import prepare_task
-from hf_pretrain.tasks.examples import LengthGroupedSampler
 from method_matrix import build, tiny_tokenizer
 
 

@@ -31,8 +31,8 @@ from hf_pretrain.objectives.distillation.targets import (
     report_label_agreement,
 )
 from hf_pretrain.objectives.distillation.trainer import DistillationTrainer, TaskDistillationTrainer, print_comparison
+from hf_pretrain.tasks.batches import DataCollatorForTask
 from hf_pretrain.tasks.data import TaskDataArguments
-from hf_pretrain.tasks.examples import DataCollatorForTask
 
 __all__ = [
     "METHOD",

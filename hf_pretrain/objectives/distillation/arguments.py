@@ -20,7 +20,7 @@ from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.observing.outputs import OutputRequest
 from hf_pretrain.options import check_options, option, schedules_of
-from hf_pretrain.tasks.data import Task
+from hf_pretrain.tasks.files import Task
 from hf_pretrain.training.arguments import PretrainingArguments
 
 
@@ -96,7 +96,7 @@ class DistillationConfig(CompositeConfig):
         attention_windows: Largest distance of the tokens that are compared, for each entry of `layer_map`; None for
             all.
         relation_heads: Parts that states are split into for relations.
-        temperature: What logits are divided by.
+        temperature: Divisor of the logits.
         prediction_positions: "masked" or "all".
         attention_target: "scores" or "probs".
         projection: "shared" or "per_layer".
@@ -178,7 +178,7 @@ _OF_RELATIONS = "losses~relation_qq|relation_kk|relation_vv"
 
 @dataclass
 class DistillationArguments:
-    """What every distillation chooses: the weights of its losses, the layers, and how the teacher runs.
+    """The options of every distillation: the weights of its losses, the layers, and how the teacher runs.
 
     A weight that is left out is that of the method's preset, or 0. A loss whose weight is always 0 is not computed.
 
@@ -225,7 +225,7 @@ class DistillationArguments:
     value_relation_weight: float | str | None = _weight("the relations between values, a relation a head (MiniLM)")
     temperature: float | str | None = option(
         None,
-        "What the logits of both are divided by in the prediction loss, which is multiplied by its square; by "
+        "Divisor of the logits of both models in the prediction loss, which is multiplied by its square; by "
         "default 1, of distilbert 2. A number, or a schedule such as '0%:8, 100%:1'.",
     )
     layer_map: str = option(
@@ -269,7 +269,7 @@ class DistillationArguments:
         return {name: weight for name, weight in found.items() if weight}
 
     def resolve(self, preset: Mapping[str, float], *, temperature: float = 1.0) -> None:
-        """Fill in what was left out, and refuse what is out of range.
+        """Fill in the defaults of the preset, and refuse values out of range.
 
         Args:
             preset: Weights by name; 0 if it does not name a loss.
@@ -314,12 +314,12 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
     )
     cache_top_k: int = option(
         0,
-        "Ask the teacher once for its k likeliest tokens at each selected position, such as 64, with the mass of all "
-        "others, and train without it; 0: ask it at each step. Needs static_masks, such as the number of epochs.",
+        "Run the teacher once for its k likeliest tokens at each selected position, such as 64, with the mass of all "
+        "others, and train without it; 0: run it at each step. Needs static_masks, such as the number of epochs.",
     )
 
     def __post_init__(self) -> None:
-        """Fill in what was left out, and refuse what is out of range."""
+        """Fill in the defaults of the preset, and refuse values out of range."""
         check_choice(self.distillation_method, _PRESETS, name="distillation_method")
         temperature = 2.0 if self.distillation_method == "distilbert" else 1.0
         self.resolve(_PRESETS[self.distillation_method], temperature=temperature)
@@ -335,29 +335,29 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
         super().__post_init__()
 
     def _check_cache(self) -> None:
-        """Refuse to cache what changes in training, or more of the teacher than its predictions at masked positions."""
+        """Refuse a cache if the predictions change in training, or a loss needs more than those at masked positions."""
         if not self.cache_top_k:
             return
-        asked, weights = f"cache_top_k={self.cache_top_k}", self.weights()
+        chosen, weights = f"cache_top_k={self.cache_top_k}", self.weights()
         others = sorted(weights.keys() - {"prediction", "mlm"})
         if "prediction" not in weights:
-            raise InputError(f"{asked} is for the prediction loss: leave it out, or give prediction_weight")
+            raise InputError(f"{chosen} is for the prediction loss: leave it out, or give prediction_weight")
         if others:
             raise InputError(
-                f"{asked} keeps the teacher's predictions alone, but the {others[0]} loss needs its states: set "
+                f"{chosen} keeps the teacher's predictions alone, but the {others[0]} loss needs its states: set "
                 f"{others[0]}_weight=0, or leave cache_top_k out"
             )
         if self.prediction_positions != "masked":
-            raise InputError(f"{asked} keeps predictions at masked positions: set prediction_positions=masked")
+            raise InputError(f"{chosen} keeps predictions at masked positions: set prediction_positions=masked")
         for name, schedule in schedules_of(self).items():
             if not name.endswith("_weight"):
                 raise InputError(
-                    f"{asked} holds for one temperature and one set of masks: give {name}={schedule!r} one number, or leave "
+                    f"{chosen} holds for one temperature and one set of masks: give {name}={schedule!r} one number, or leave "
                     "cache_top_k out"
                 )
         if not self.static_masks:
             raise InputError(
-                f"{asked} needs to know how many maskings of an example there are: set static_masks, such as to the number of "
+                f"{chosen} needs to know how many maskings of an example there are: set static_masks, such as to the number of "
                 "epochs"
             )
 
@@ -386,7 +386,7 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
     )
     labels_weight: float | str | None = _weight("the loss against the labels of the data; they are optional")
     cache_teacher: bool = option(
-        True, "Ask the teacher once for its logits of each example, where nothing else of it is needed."
+        True, "Run the teacher once for its logits of each example, if no loss needs more of it."
     )
     train_sampling_strategy: str = option(
         "group_by_length", "'group_by_length': the examples of a step are of about one length; 'random': of any."
@@ -395,7 +395,7 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
     per_device_train_batch_size: int = option(32, "Examples a step and device.")
 
     def __post_init__(self) -> None:
-        """Fill in what was left out, and refuse what is out of range."""
+        """Fill in the defaults of the preset, and refuse values out of range."""
         check_choice(self.training_stage, _STAGES, name="training_stage")
         check_choice(self.task, get_args(Task), name="task")
         self.resolve(_STAGES[self.training_stage])

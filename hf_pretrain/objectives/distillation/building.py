@@ -59,8 +59,9 @@ from hf_pretrain.objectives.distillation.trainer import (
     describe_origin,
     print_comparison,
 )
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
+from hf_pretrain.tasks.batches import DataCollatorForTask
 from hf_pretrain.tasks.data import TaskDataArguments, prepare_task
-from hf_pretrain.tasks.examples import DataCollatorForTask
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.method import Learning, Method
 
@@ -354,7 +355,8 @@ def build_trainer(
     if data.isolates_documents:
         for part in model.stock_models():
             check_isolation(part, length=data.block_size)
-    collator = DataCollatorForDistillation(data.tokenizer, masking=args.masking, seed=args.seed)
+    collator_class = DataCollatorForDistillation if args.cache_top_k else DataCollatorForMaskedLM
+    collator = collator_class(data.tokenizer, masking=args.masking, seed=args.seed)
     return DistillationTrainer(
         model,
         args,
@@ -368,9 +370,10 @@ METHOD = Method(
     description="""\
 Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's general stage, MiniLM.
 
-    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt --output_dir my-student
-    hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir my-minilm
-    accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml --teacher_name_or_path my-bert ...
+    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt --output_dir
+    my-student hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir
+    my-minilm accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml
+    --teacher_name_or_path my-bert ...
 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The student opens with
 `AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`.""",
@@ -442,8 +445,9 @@ TASK_METHOD = Method(
         --model_name_or_path stage-1 --train_file train.tsv --validation_file dev.tsv --output_dir stage-2
 
 The teacher says what the labels are; the examples need none. The student opens with
-`AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts, or lists
-of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or rows of `question`,
+`AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts,
+or lists of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or
+rows of `question`,
 `context` and `answers`.""",
     arguments=(TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments),
     build_trainer=build_task_trainer,

@@ -150,7 +150,7 @@ def choose_layers(spec: str, *, teacher_layers: int, student_layers: int | None 
         9, 11.
 
     Raises:
-        InputError: If these are not layers of the teacher in ascending order, or not as many as asked for.
+        InputError: If these are not layers of the teacher in ascending order, or not as many as `student_layers`.
 
     Source:
         Sanh et al. 2019, "DistilBERT", section 2; the list is that of the published training code.

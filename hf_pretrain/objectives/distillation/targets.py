@@ -41,7 +41,7 @@ from hf_pretrain.objectives.distillation.arguments import (
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.tasks.augmentation import SOURCE_ID
-from hf_pretrain.tasks.examples import DataCollatorForTask, count_predictions
+from hf_pretrain.tasks.batches import DataCollatorForTask, count_predictions
 from hf_pretrain.training.arguments import PretrainingArguments
 
 # A leading underscore keeps a folder out of what is pushed to the Hub.
@@ -123,7 +123,7 @@ def cache_teacher_top_k(
     data: PreparedData,
     args: DistillationTrainingArguments,
     *,
-    collator: DataCollatorForDistillation,
+    collator: DataCollatorForMaskedLM,
 ) -> PreparedData:
     """Run the teacher once for its likeliest tokens at all masked positions, or find them in `output_dir`.
 

@@ -26,7 +26,7 @@ from hf_pretrain.objectives.distillation.comparison import by_side, comparison_r
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.schedules import weight_symbol
-from hf_pretrain.tasks.examples import LengthGroupedSampler
+from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.program import print_table
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -272,7 +272,7 @@ predictions = classify("The chef made a fine meal.")""",
     )
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Shuffle by the seed and the epoch, with examples of about one length in a step where that is asked for."""
+        """Shuffle by the seed and the epoch, with examples of about one length in a step for `group_by_length`."""
         dataset = cast(EpochDataset, self.train_dataset if train_dataset is None else train_dataset)
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(dataset)

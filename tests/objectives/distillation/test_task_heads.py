@@ -250,5 +250,5 @@ def test_the_official_average_over_classes_has_no_meaning_for_spans():
 
 
 def test_an_unknown_task_is_refused():
-    with pytest.raises(InputError, match="task='tagging' must be sequence-classification"):
+    with pytest.raises(InputError, match="task='tagging' must be one of sequence-classification"):
         TaskDistillationTrainingArguments(output_dir="unused", bf16=False, task="tagging")

@@ -1,4 +1,4 @@
-"""What is chosen: presets, schedules, what is frozen, and what is refused at construction."""
+"""The options of distillation: which layers are compared, which losses have an effect, and weights with a schedule."""
 
 from dataclasses import fields
 
@@ -9,8 +9,9 @@ from transformers import BertForMaskedLM, BertModel
 from helpers.distilled import ALL, bert, collator, examples, pair
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import METHOD as distil
-from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
-from hf_pretrain.objectives.distillation.arguments import RELATIONS
+from hf_pretrain.objectives.distillation import DistillationTrainingArguments, TaskDistillationTrainingArguments, join
+from hf_pretrain.objectives.distillation.arguments import RELATIONS, layer_map
+from hf_pretrain.training.parsing import parse_arguments
 from method_matrix import build
 
 
@@ -116,3 +117,77 @@ class TestTemperature:
             joined(**collator()(examples())).losses["prediction"].sum.sum().backward()
             norms.append(torch.stack([p.grad.norm() for p in joined.parameters() if p.grad is not None]).norm())
         assert max(norms) < 1.35 * min(norms)
+
+
+@pytest.mark.parametrize(
+    ("spec", "student", "teacher", "expected"),
+    [
+        ("uniform", 4, 12, (3, 6, 9, 12)),
+        ("uniform", 6, 12, (2, 4, 6, 8, 10, 12)),
+        ("uniform", 3, 3, (1, 2, 3)),
+        ("last", 4, 12, (9, 10, 11, 12)),
+        ("3,6,9,12", 4, 12, (3, 6, 9, 12)),
+        (" 1, 5", 2, 6, (1, 5)),
+        ([2, 2, 4], 3, 4, (2, 2, 4)),
+        ("21", 1, 24, (21,)),
+    ],
+)
+def test_maps(spec, student, teacher, expected):
+    assert layer_map(spec, student_layers=student, teacher_layers=teacher) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "student", "teacher", "message"),
+    [
+        ("uniform", 5, 12, "'uniform': 5 student layers do not divide 12 teacher layers"),
+        ("uniform", 12, 4, "do not divide"),
+        ("last", 6, 4, "leaves the teacher's layers, 1 to 4"),
+        ("3,6", 3, 12, "has 2 entries for 3 student layers"),
+        ("3,6,13", 3, 12, "leaves the teacher's layers, 1 to 12"),
+        ([0, 6, 12], 3, 12, "leaves the teacher's layers"),
+        ("6,3,9", 3, 12, "falls"),
+        ("first", 3, 12, "'first' is unknown: use 'uniform', 'last'"),
+        ("", 3, 12, "is unknown"),
+    ],
+)
+def test_refusals(spec, student, teacher, message):
+    with pytest.raises(InputError, match=message):
+        layer_map(spec, student_layers=student, teacher_layers=teacher)
+
+
+@pytest.mark.parametrize("arguments", [DistillationTrainingArguments, TaskDistillationTrainingArguments])
+def test_every_loss_has_a_weight_with_a_help(arguments):
+    options = {field.name: field for field in fields(arguments)}
+    for name in arguments.loss_names:
+        option = options[f"{name}_weight"]
+        assert option.default is None and len(option.metadata["help"]) > 20
+        # A loss that is off at the end, or at the start, is computed nevertheless.
+        args = arguments(output_dir="unused", bf16=False, **{f"{name}_weight": "0:1, 5:0"})
+        assert name in args.weights()
+        args = arguments(output_dir="unused", bf16=False, **{f"{name}_weight": "0:0, 5:1"})
+        assert name in args.weights()
+
+
+def test_from_the_command_line(tmp_path):
+    argv = ["--output_dir", str(tmp_path), "--relation_kk_weight", "0%:1, 100%:0", "--cosine_weight", "3"]
+    *_, args = parse_arguments(distil.arguments, argv, prog="distil", description="")
+    assert args.relation_kk_weight.at(1, 4) == 0.75
+    assert args.weights()["cosine"] == 3.0
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"prediction", "mlm"}))
+def test_the_weight_is_that_of_the_step(tmp_path, name):
+    """Of two losses, one is off at the first step and on at the second."""
+    weights = {f"{other}_weight": 0.0 for other in ALL} | {"mlm_weight": 1.0}
+    schedule = {f"{name}_weight": "0:0, 1:2"}
+    model_options = {"hidden_size": 48}
+    scheduled = build(distil, tmp_path / "a", max_steps=2, model_options=model_options, **weights | schedule)
+    scheduled.train()
+    rows = [row for row in scheduled.state.log_history if "loss" in row]
+    for weight, row in zip((0.0, 2.0), rows, strict=True):
+        assert row[f"{name}_weight"] == weight
+        assert row["loss"] == pytest.approx(row["mlm_loss"] + weight * row[f"{name}_loss"], rel=1e-5)
+    plain = build(distil, tmp_path / "b", model_options=model_options, **weights)
+    plain.train()
+    for parameter, gradient in plain.recorder.gradients[0].items():
+        torch.testing.assert_close(scheduled.recorder.gradients[0][parameter], gradient, rtol=1e-4, atol=1e-6)

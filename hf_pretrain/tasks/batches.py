@@ -1,0 +1,111 @@
+"""Batches of a task: the collator, and the sampler that puts examples of about one length into a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from hf_pretrain.data import draws
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.modeling.losses import IGNORED
+
+# Steps whose examples are sorted by length together.
+_STEPS_SORTED = 50
+_INPUTS = ("input_ids", "token_type_ids")
+
+
+class DataCollatorForTask:
+    """Pads examples to the longest of them: `input_ids`, `attention_mask`, and `token_type_ids` if they have them.
+
+    `labels` are ``[B]``, one a text; of classes of tokens ``[B, L]``, -100 at padding; of spans ``[B, 2]``, the first
+    and the last token. `target_positions` ``[T]`` are the flat positions of the tokens that `is_target` marks, row by
+    row.
+
+    Args:
+        tokenizer: A tokenizer with a padding token.
+        pad_to_multiple_of: Lengths are rounded up to a multiple of this.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of examples; with `teacher_logits`, one row a prediction, if they have them."""
+        pad = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
+        batch = dict(pad([{name: example[name] for name in _INPUTS if name in example} for example in examples]))
+        is_real = batch["attention_mask"].bool()
+        if "is_target" in examples[0]:
+            is_target = _at_tokens([example["is_target"] for example in examples], is_real, fill=False)
+            batch["target_positions"] = is_target.flatten().nonzero().squeeze(1)
+        if "labels" in examples[0]:
+            batch["labels"] = _labels(examples, is_real)
+        if "teacher_logits" in examples[0]:
+            batch["teacher_logits"] = torch.cat([example["teacher_logits"] for example in examples])
+        return batch
+
+
+def _labels(examples: list[dict[str, Any]], is_real: torch.Tensor) -> torch.Tensor:
+    labels = [example["labels"] for example in examples]
+    if not isinstance(labels[0], Sequence):
+        return torch.tensor(labels)
+    if all(len(row) == len(example["input_ids"]) for row, example in zip(labels, examples, strict=True)):
+        return _at_tokens(labels, is_real, fill=IGNORED)
+    spans_B2 = torch.tensor(labels)
+    # With padding on the left, the text begins later.
+    return torch.where(spans_B2 >= 0, spans_B2 + is_real.int().argmax(dim=1, keepdim=True), IGNORED)
+
+
+def _at_tokens(rows: Sequence[Sequence[Any]], is_real: torch.Tensor, *, fill: Any) -> torch.Tensor:
+    """Return a value for each token ``[B, L]``, and `fill` at padding, on whichever side that is."""
+    values = torch.tensor([value for row in rows for value in row])
+    return torch.full(is_real.shape, fill, dtype=values.dtype).masked_scatter(is_real, values)
+
+
+def count_predictions(dataset: datasets.Dataset) -> np.ndarray | None:
+    """Return how many tokens of each example are targets, ``[N]``; None if predictions are made for whole texts."""
+    if "is_target" not in dataset.column_names:
+        return None
+    column = dataset.select_columns("is_target").with_format("arrow")[:]["is_target"].combine_chunks()
+    ends = np.append(0, pc.list_value_length(column).to_numpy(zero_copy_only=False)).cumsum()
+    before = np.append(0, column.flatten().to_numpy(zero_copy_only=False).cumsum())
+    return before[ends[1:]] - before[ends[:-1]]
+
+
+class LengthGroupedSampler(EpochSampler):
+    """An epoch's examples in a keyed random order in which those of a step are of about one length.
+
+    Args:
+        lengths: ``[N]`` tokens of each example.
+        seed: Seed of the run.
+        batch_size: Examples of a step, over all devices and accumulation steps.
+    """
+
+    def __init__(self, lengths: np.ndarray, *, seed: int, batch_size: int) -> None:
+        super().__init__(len(lengths), seed=seed)
+        self.lengths = lengths
+        self.batch_size = batch_size
+
+    @classmethod
+    def of(cls, dataset: EpochDataset, *, seed: int, batch_size: int) -> LengthGroupedSampler:
+        """Return the sampler of a data set with a column `input_ids`."""
+        ids = dataset.base.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        return cls(pc.list_value_length(ids).to_numpy(), seed=seed, batch_size=batch_size)
+
+    def _indices(self, epoch: int) -> Iterator[int]:
+        rows, size = draws.permutation(self.num_examples, seed=self.seed, epoch=epoch), self.batch_size
+        for first in range(0, len(rows), size * _STEPS_SORTED):
+            window = rows[first : first + size * _STEPS_SORTED]
+            window[:] = window[np.argsort(self.lengths[window], kind="stable")]
+        # What does not fill a step comes last.
+        steps = len(rows) // size
+        order = draws.permutation(steps, seed=self.seed, epoch=epoch, stream="length groups")
+        rows[: steps * size] = rows[: steps * size].reshape(steps, size)[order].ravel()
+        for number, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
+            yield number * ORDER_STRIDE + index

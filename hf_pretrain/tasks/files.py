@@ -1,0 +1,177 @@
+"""Rows of a task from files or from a dataset with a name; nothing here knows a tokenizer.
+
+[`read_files`] reads tables, JSON and Parquet through `datasets`, tables without a header and files of SQuAD's form
+too; [`load_split`] loads a split of the Hub or of a folder. Each failure is one line that names the option and the
+cause.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import itertools
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from datasets.exceptions import DatasetGenerationError
+
+from hf_pretrain.errors import InputError, one_line
+
+Task = Literal["sequence-classification", "token-classification", "question-answering"]
+
+
+_READERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # No text is a missing value: "null" and "NA" are words.
+    ".tsv": ("csv", {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "keep_default_na": False}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".parquet": ("parquet", {}),
+}
+
+
+_COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+
+_HEADERS = {2: ["sentence", "label"], 3: ["sentence1", "sentence2", "label"]}
+
+
+# Rows in which a class of the first line comes again.
+_ROWS_TO_LOOK_AT = 1000
+
+
+def read_files(paths: Sequence[str], task: Task, *, option: str, names: Sequence[str] = ()) -> datasets.Dataset:
+    """Read the rows of files of one kind.
+
+    A table begins with a header. A table of sentences or pairs, each with a class in the last column, needs none. Its
+    columns are then called `sentence`, or `sentence1` and `sentence2`, and `label`; this is printed.
+
+    Args:
+        paths: Tables, JSON lines, JSON arrays or Parquet, also compressed by gzip, bzip2 or xz; of questions also
+            files of SQuAD's form.
+        task: The task of the rows.
+        option: The option that names them, for messages.
+        names: Known names of columns; a first line with one of these is a header.
+
+    Raises:
+        InputError: If one is missing, or they cannot be read.
+    """
+    missing = next((path for path in paths if not Path(path).is_file()), None)
+    if missing is not None:
+        raise InputError(f"{option}={missing!r} is no file")
+    kinds = {kind_of(path) for path in paths}
+    if len(kinds) != 1 or not kinds <= _READERS.keys():
+        raise InputError(
+            f"{option}={list(paths)} must be files of one kind: {', '.join(_READERS)}, also with .gz, .bz2, .xz"
+        )
+    if task == "question-answering" and kinds == {".json"}:
+        parts = [part for path in paths if (part := read_squad(path)) is not None]
+        if len(parts) == len(paths):
+            return datasets.concatenate_datasets(parts)
+    reader, options = _READERS[kinds.pop()]
+    if reader == "csv" and task == "sequence-classification":
+        options = options | _names_of_columns(paths, option=option, names=names, **options)
+    try:
+        return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
+    except (OSError, ValueError, DatasetGenerationError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = one_line(cause, line=0)
+        if "corresponds to no data" in reason:
+            reason = "there is no example in it"
+        raise InputError(f"{option}={list(paths)} cannot be read as {reader}: {reason}") from error
+
+
+def kind_of(path: str) -> str:
+    """Return the suffix of a file's format, without that of a compression."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _names_of_columns(paths: Sequence[str], *, option: str, names: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Return names for the columns of tables without a header, nothing for tables with one.
+
+    Raises:
+        InputError: If some have a header and others not.
+    """
+    headers = [_header_of(path, names, **options) for path in paths]
+    if all(header is None for header in headers):
+        return {}
+    for path, header in zip(paths, headers, strict=True):
+        if header != headers[0]:
+            raise InputError(
+                f"{option}={list(paths)}: {path} has another header than {paths[0]}; give all the same one"
+            )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{option}: {', '.join(paths)} without a header, taken for {', '.join(headers[0] or [])}", flush=True)
+    return {"names": headers[0]}
+
+
+def _header_of(path: str, names: Sequence[str], *, delimiter: str = ",", **options: Any) -> list[str] | None:
+    """Return the header that a table of sentences lacks, None if it has one or cannot be read."""
+    begin = _COMPRESSED.get(Path(path).suffix.lower(), open)
+    quoting = options.get("quoting", csv.QUOTE_MINIMAL)
+    try:
+        with begin(path, "rt", encoding="utf-8-sig", newline="") as stream:
+            rows = list(itertools.islice(csv.reader(stream, delimiter=delimiter, quoting=quoting), _ROWS_TO_LOOK_AT))
+    except (OSError, ValueError, EOFError, lzma.LZMAError, csv.Error):
+        return None  # The reader says what is wrong.
+    rows = [row for row in rows if row]
+    if not rows or set(rows[0]) & set(names) or any(len(row) != len(rows[0]) for row in rows):
+        return None
+    *texts, label = rows[0]
+    has_text = all(any(character.isalpha() for character in text) for text in texts)
+    is_label = _is_number(label) or label in (row[-1] for row in rows[1:])
+    return _HEADERS.get(len(rows[0])) if has_text and is_label else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def load_split(name: str, config_name: str | None, *, split: str) -> datasets.Dataset:
+    """Load a split of a dataset of the Hub, or of a folder; raise InputError if that fails."""
+    try:
+        return datasets.load_dataset(name, config_name, split=split)
+    except (OSError, ValueError) as error:
+        raise InputError(f"dataset_name={name!r} ({split=}) cannot be loaded: {one_line(error, line=0)}") from error
+
+
+def read_squad(path: str) -> datasets.Dataset | None:
+    """Read a file of SQuAD's form, articles of paragraphs of questions; None if it has another form.
+
+    Returns:
+        Rows of `question`, `context` and, unless no question has any, `answers`: `text` and `answer_start`.
+    """
+    try:
+        whole = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = list(_questions(whole["data"])) if isinstance(whole, dict) else []
+    except (ValueError, KeyError, TypeError):
+        return None
+    if rows and not any(row["answers"] is not None for row in rows):
+        rows = [{name: row[name] for name in ("question", "context")} for row in rows]
+    return datasets.Dataset.from_list(rows) if rows else None
+
+
+def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
+    for article in articles:
+        for paragraph in article["paragraphs"]:
+            for entry in paragraph["qas"]:
+                found = entry.get("answers")
+                answers = None
+                if found is not None:
+                    answers = {name: [answer[name] for answer in found] for name in ("text", "answer_start")}
+                yield {"question": entry["question"], "context": paragraph["context"], "answers": answers}
