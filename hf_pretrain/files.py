@@ -18,6 +18,7 @@ MARKER = "complete.json"
 
 
 PART = ".part"
+"""How the name of a file ends that is still being written; no such file is pushed."""
 
 
 _HASH_BYTES = 1 << 22
@@ -67,10 +68,7 @@ def _flush(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FLUSH:
-            raise
+        _sync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -120,10 +118,6 @@ def first_difference(folder: Path, files: Mapping[str, int]) -> str | None:
     return None
 
 
-PART = ".part"
-"""How the name of a file ends that is still being written; no such file is pushed."""
-
-
 def write_text(path: Path, text: str) -> Path:
     """Write a text file as UTF-8, with a question mark for half of a surrogate pair; see [`write_bytes`]."""
     return write_bytes(path, text.encode("utf-8", errors="replace"))
@@ -156,7 +150,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
-            _flush(file.fileno())
+            _sync(file.fileno())
         if mode is not None:
             part.chmod(mode)
         os.replace(part, path)
@@ -166,12 +160,11 @@ def write_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
-def _flush(descriptor: int) -> None:
+def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Of file systems that have no such call.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in _NO_FLUSH:
             raise
 
 
