@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 NEWEST := .venv-newest/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-newest newest lint format bench clean distclean
+.PHONY: help demo test test-all test-newest newest lint format docs bench clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -15,14 +15,15 @@ help: ## list the targets
 demo: .venv/.installed ## pre-train a small ELECTRA on text found on this machine
 	$(BIN)/hf-pretrain rtd --config trainers/recipes/demo.yaml --output_dir demo-output --overwrite_output_dir true
 
+# A file of tests stays on one worker, which makes its fixtures once.
 test: lint ## lint, then run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: lint ## lint, then run every test, the slow ones and those for a GPU too
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m ""
 
 test-newest: newest ## run the tests on the newest versions that pyproject.toml allows, in an environment of their own
-	$(NEWEST) -m pytest -n 2
+	$(NEWEST) -m pytest -n 2 --dist loadfile
 
 # Not a file: what was newest last week need not be so today. With nothing newer this takes seconds.
 newest: | $(NEWEST)
@@ -38,6 +39,9 @@ lint: .venv/.installed ## style, types and spelling
 format: .venv/.installed ## rewrite the code in the style that lint asks for
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+
+docs: .venv/.installed ## write the tables of the documents from the methods and the recipes
+	$(BIN)/python docs/make_tables.py
 
 bench: .venv/.installed ## run the benchmarks, one after the other
 	@for program in benchmarks/collators.py benchmarks/packing.py benchmarks/training_steps.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done

@@ -24,7 +24,7 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data.documents.tokenizers import train_tokenizer
-from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.tasks.augmentation import augment
 from hf_pretrain.tasks.words import ChangeableWord, WordNeighbours, WordProposer, whole_words
 from timing import interleaved, print_table

@@ -51,8 +51,9 @@ from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.probes import encode, probe_accuracy
-from hf_pretrain.evaluation.students import compare
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.objectives.distillation import METHOD as distil
+from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import (
     DataCollatorForTask,
     DistillationTrainer,
@@ -63,9 +64,10 @@ from hf_pretrain.objectives.distillation import (
     load_task,
     load_text,
 )
+from hf_pretrain.objectives.distillation.comparison import compare
+from hf_pretrain.objectives.encoder import MASKED_LM as mlm
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.tasks.data import prepare_task
-from hf_pretrain.trainers import distil, distil_task, mlm
 from hf_pretrain.training.arguments import bf16_is_fast
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer

@@ -37,8 +37,8 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.objectives.encoder import METHOD as encoder
 from hf_pretrain.objectives.encoder import EncoderTrainer, EncoderTrainingArguments, load_examples
-from hf_pretrain.trainers import encoder
 from hf_pretrain.training.parsing import parse_arguments
 from results import read_results, run_once
 from timing import print_table

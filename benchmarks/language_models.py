@@ -36,7 +36,8 @@ from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.text import bare_name
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.trainers import plm, recurrent_lm
+from hf_pretrain.objectives.permutation_lm import METHOD as plm
+from hf_pretrain.objectives.recurrent_lm import METHOD as recurrent_lm
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 from language_model_options import NOT_SETTINGS, LanguageModelArguments, model_options, training_options
@@ -125,7 +126,7 @@ def run_arm(arm: str, seed: int, args: LanguageModelArguments) -> dict[str, Any]
     shared = folder / "-".join(Path(name).name for name in args.train_file)
     data = prepare_data(data_args, seed=seed, output_dir=shared, first=FileLock(f"{shared}.lock"))
     program = plm if arm.startswith("plm") else recurrent_lm
-    _, model_class, args_class = program.ARGUMENTS
+    _, model_class, args_class = program.arguments
     training = training_options(arm, args) | {"output_dir": str(folder / f"{arm}-{seed}"), "seed": seed}
     set_seed(seed)
     trainer = program.build_trainer(data, model_class(**model_options(arm, args)), args_class(**training))

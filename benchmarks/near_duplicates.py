@@ -2,8 +2,8 @@
 
 Run ``python benchmarks/near_duplicates.py``; no network is needed. The corpus is synthetic: documents of random words, and
 copies of some in which so many words were changed that their exact similarity is one of several. The first table says for each
-similarity which share of its copies was removed; a perfect judge removes all from the threshold on and none below. The second
-table compares what a document costs: reading files, comparing and writing what is kept; comparing alone; and, where datasketch
+similarity which share of its copies was removed; a perfect comparison removes all from the threshold on and none below. The
+second table compares the cost of a document: reading files, comparing and writing; comparing alone; and, where datasketch
 is installed, its MinHash and MinHashLSH on the same shingles with the same bands, each candidate verified as ours are. Memory
 is the rise of ru_maxrss in a forked child, and per document its growth from the first half of the corpus to all of it.
 """
@@ -53,9 +53,7 @@ def print_shares(options: argparse.Namespace) -> None:
     for similarity in SIMILARITIES:
         copies = [changed(text, similarity, size=options.shingle_size) for text in originals]
         exact = np.array([jaccard(*pair, size=options.shingle_size) for pair in zip(originals, copies, strict=True)])
-        removed = np.array(
-            [verdict.kind != "kept" for verdict in judge(options, [*originals, *copies])[len(copies) :]]
-        )
+        removed = np.array([match.kind != "kept" for match in compare(options, [*originals, *copies])[len(copies) :]])
         is_similar = exact >= options.similarity_threshold
         hits += int((removed & is_similar).sum())
         removed_in_all += int(removed.sum())
@@ -65,10 +63,10 @@ def print_shares(options: argparse.Namespace) -> None:
     print(f"precision {hits / max(removed_in_all, 1):.3f}, recall {hits / max(similar_in_all, 1):.3f}\n")
 
 
-def judge(options: argparse.Namespace, texts: Sequence[str]) -> list:
-    """Return our verdicts."""
+def compare(options: argparse.Namespace, texts: Sequence[str]) -> list:
+    """Return our matches."""
     deduplicator = _deduplicator(options)
-    return [verdict for group in groups(texts) for verdict in deduplicator.judge(group)]
+    return [match for group in groups(texts) for match in deduplicator.compare(group)]
 
 
 def groups(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -113,7 +111,7 @@ def clean_files(options: argparse.Namespace, path: Path) -> None:
 def make_sides(options: argparse.Namespace, texts: Sequence[str], path: Path) -> dict[str, Callable[[], object]]:
     """Return by name what is measured."""
     sides: dict[str, Callable[[], object]] = {FILES: partial(clean_files, options, path)}
-    sides[COMPARE] = partial(judge, options, texts)
+    sides[COMPARE] = partial(compare, options, texts)
     if find_spec("datasketch") is not None:
         sides[DATASKETCH] = partial(compare_with_datasketch, options, texts)
     return sides

@@ -53,8 +53,9 @@ from hf_pretrain.evaluation.probes import encode, probe_accuracy
 from hf_pretrain.hub.text import bare_name, is_bookkeeping
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, binary_token_loss
+from hf_pretrain.objectives.encoder import MaskedLMTrainer
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainer, MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionForPreTraining,
@@ -195,11 +196,11 @@ def build_trainer(arm: str, seed: int, args: QualityArguments, data: PreparedDat
     generator = {"generator_size": args.generator_size, "generator_layers": args.generator_layers}
     # At this temperature all of the probability is with the best guess.
     temperature = 1e-4 if arm == "argmax" else 1.0
-    model_args = ReplacedTokenDetectionModelArguments(**sizes, **generator, temperature=temperature)
-    model = build_model(model_args, data.tokenizer)
+    model_args = ReplacedTokenDetectionModelArguments(**sizes, **generator)
+    model = build_model(model_args, data.tokenizer, temperature=temperature)
     if arm == "masked_only":
         model = SelectedTokensOnly(model.config, model.generator, model.discriminator)
-    options = ReplacedTokenDetectionTrainingArguments(**training)
+    options = ReplacedTokenDetectionTrainingArguments(**training, temperature=temperature)
     collator = DataCollatorForReplacedTokenDetection(data.tokenizer, masking=options.masking, seed=seed)
     return ReplacedTokenDetectionTrainer(model, options, data_collator=collator, **data.trainer_inputs())
 

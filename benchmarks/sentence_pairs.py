@@ -25,7 +25,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hf_pretrain.data.documents.documents import tokenize_documents, tokenize_texts
 from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE
-from hf_pretrain.data.examples.sentence_pairs import PairTask, SentencePairDataset
+from hf_pretrain.data.examples.pairing import PairTask
+from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.text.datasets import random_subset, text_dataset
 from hf_pretrain.data.text.docstrings import docstring_dataset
 from timing import interleaved, print_table

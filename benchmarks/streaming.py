@@ -305,7 +305,7 @@ def resume(corpus: Corpus, share: float) -> list[object]:
         num_batches += 1
     expected = next(batches)
     by_replay = time.perf_counter() - begin
-    progress = StreamProgress(dataset.dealt(corpus.args.num_workers).num_lanes, num_batches=num_batches, stops=stops)
+    progress = StreamProgress(dataset.dealt(corpus.args.num_workers).num_readers, num_batches=num_batches, stops=stops)
     begin = time.perf_counter()
     first = next(iter(corpus.loader(TrainingStream(corpus.stream, progress=progress))))
     by_state = time.perf_counter() - begin

@@ -27,8 +27,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from hf_pretrain.cli import main as hf_pretrain
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.students import compare
 from hf_pretrain.objectives.distillation import DataCollatorForTask
+from hf_pretrain.objectives.distillation.comparison import compare
 from hf_pretrain.tasks.examples import encode
 from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments

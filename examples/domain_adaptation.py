@@ -31,8 +31,9 @@ from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.objectives.encoder import MaskedLMTrainer
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainer, MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import held_out_rows, load_data, output_directory, print_table, run
 

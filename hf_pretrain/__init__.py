@@ -26,7 +26,7 @@ _EXPORTS = {
     "FineTuningArguments": "hf_pretrain.transfer.fine_tuning",
     "FineTuningTrainer": "hf_pretrain.transfer.fine_tuning",
     "InputError": "hf_pretrain.errors",
-    "MaskedLMTrainer": "hf_pretrain.objectives.masking",
+    "MaskedLMTrainer": "hf_pretrain.objectives.encoder",
     "MaskedLMTrainingArguments": "hf_pretrain.objectives.masking",
     "MaskingArguments": "hf_pretrain.corruption.arguments",
     "MixtureDataset": "hf_pretrain.data.examples.epochs",

@@ -13,32 +13,43 @@ from collections.abc import Callable
 from importlib import import_module
 
 from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated
+from hf_pretrain.training.method import Listed, Method, registered_methods
 
 METHODS = {
-    "mlm": ("hf_pretrain.trainers.mlm", "masked language modelling: hide tokens, words or spans and find them again"),
-    "encoder": (
-        "hf_pretrain.trainers.encoder",
+    "mlm": Listed(
+        "masked language modelling: hide tokens, words or spans and find them again",
+        "hf_pretrain.objectives.encoder:MASKED_LM",
+    ),
+    "encoder": Listed(
         "masked language modelling with any other objectives of an encoder, in one mixture",
+        "hf_pretrain.objectives.encoder:METHOD",
     ),
-    "rtd": ("hf_pretrain.trainers.rtd", "replaced token detection (ELECTRA): tell replaced tokens from original ones"),
-    "electric": (
-        "hf_pretrain.trainers.electric",
+    "rtd": Listed(
+        "replaced token detection (ELECTRA): tell replaced tokens from original ones",
+        "hf_pretrain.objectives.replaced_token_detection:METHOD",
+    ),
+    "electric": Listed(
         "noise-contrastive estimation (Electric): score every token in its context",
+        "hf_pretrain.objectives.electric:METHOD",
     ),
-    "plm": ("hf_pretrain.trainers.plm", "permutation language modelling (XLNet): predict tokens in a random order"),
-    "recurrent-lm": (
-        "hf_pretrain.trainers.recurrent_lm",
+    "plm": Listed(
+        "permutation language modelling (XLNet): predict tokens in a random order",
+        "hf_pretrain.objectives.permutation_lm:METHOD",
+    ),
+    "recurrent-lm": Listed(
         "language modelling with a memory of the text before (Transformer-XL)",
+        "hf_pretrain.objectives.recurrent_lm:METHOD",
     ),
-    "distil": (
-        "hf_pretrain.trainers.distil",
+    "distil": Listed(
         "distillation of an encoder into a smaller one, on text (TinyBERT, DistilBERT, MiniLM)",
+        "hf_pretrain.objectives.distillation:METHOD",
     ),
-    "distil-task": (
-        "hf_pretrain.trainers.distil_task",
+    "distil-task": Listed(
         "distillation of a fine-tuned classifier, on the examples of its task (TinyBERT)",
+        "hf_pretrain.objectives.distillation:TASK_METHOD",
     ),
 }
+"""The methods of this library; installed packages may register more."""
 
 RECIPES = {
     "bert": ("encoder", "masked tokens and the next sentence (BERT)"),
@@ -76,16 +87,42 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status; see [`run_program`].
     """
-    given = sys.argv[1:] if argv is None else argv
-    if not given or given[0] in ("-h", "--help"):
-        print(_help())
-        return 0
-    if given[0] == "--version":
-        from hf_pretrain import __version__
+    return run_program(_run_named, sys.argv[1:] if argv is None else argv)
 
-        print(f"hf-pretrain {__version__}")
-        return 0
-    return run_program(_run_method, given)
+
+def launch(page: str, method: str) -> None:
+    """Run a method if its page in `trainers/` is the program, as under ``accelerate launch trainers/rtd.py``.
+
+    Args:
+        page: ``__name__`` of the page; an import of the page runs nothing.
+        method: Name of the method.
+    """
+    if page == "__main__":
+        raise SystemExit(main([method, *sys.argv[1:]]))
+
+
+def methods() -> dict[str, Listed]:
+    """Return every method by name: those of this library, then those that installed packages register.
+
+    Raises:
+        InputError: If a package registers a method under a name that there is already.
+    """
+    return registered_methods(METHODS, taken=[*RECIPES, *COMMANDS])
+
+
+def load_method(name: str) -> Method:
+    """Import the record of a method.
+
+    Raises:
+        InputError: If there is no method of that name.
+    """
+    listed = methods()
+    if name not in listed:
+        known = [*listed, *RECIPES, *COMMANDS]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        raise InputError(f"unknown method {name!r}: {hint}")
+    return listed[name].load(name)
 
 
 def run_program(program: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
@@ -143,7 +180,7 @@ def _was_said_by_first(line: str) -> bool:
 
 
 def _system_fault(error: BaseException) -> InputError | RunError | None:
-    from hf_pretrain.training.checkpoints import system_fault
+    from hf_pretrain.training.processes import system_fault
 
     return system_fault(error)
 
@@ -155,40 +192,45 @@ def _known_error_within(error: BaseException | None) -> InputError | RunError | 
     return error
 
 
-def _run_method(argv: list[str] | None) -> int | None:
-    name, *options = argv or []
+def _run_named(argv: list[str] | None) -> int | None:
+    """Run what the first argument names."""
+    name, *options = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        from hf_pretrain import __version__
+
+        print(f"hf-pretrain {__version__}")
+        return 0
+    if name in COMMANDS:
+        return import_module(COMMANDS[name][0]).main(options)
     if name in RECIPES:
         (name, _), options = RECIPES[name], ["--config", name, *options]
-    programs = METHODS | COMMANDS
-    if name not in programs:
-        known = [*METHODS, *RECIPES, *COMMANDS]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
-        raise InputError(f"unknown method {name!r}: {hint}")
-    return import_module(programs[name][0]).main(options)
+    load_method(name).run(options)
+    return 0
 
 
 def _help() -> str:
-    width = max(map(len, [*METHODS, *RECIPES, *COMMANDS]))
-    return "\n".join(
-        [
-            "usage: hf-pretrain <method or command> [--config RECIPE] [options]",
-            "",
-            "Pre-train a text encoder on your own text.",
-            "",
-            "methods:",
-            *(f"  {name:<{width}}  {line}" for name, (_, line) in METHODS.items()),
-            "",
-            "recipes of encoder, called by name:",
-            *(f"  {name:<{width}}  {line}" for name, (_, line) in RECIPES.items()),
-            "",
-            "commands:",
-            *(f"  {name:<{width}}  {line}" for name, (_, line) in COMMANDS.items()),
-            "",
-            "options:",
-            "  -h, --help  show this, or after a method or command: all of its options",
-            "  --version   show the version",
-            "",
-            "  hf-pretrain rtd --train_file corpus.txt --output_dir my-electra",
-        ]
-    )
+    """Return the text of ``hf-pretrain --help``."""
+    groups = {
+        "methods": {name: listed.line for name, listed in methods().items()},
+        "recipes of encoder, called by name": {name: line for name, (_, line) in RECIPES.items()},
+        "commands": {name: line for name, (_, line) in COMMANDS.items()},
+    }
+    width = max(len(name) for lines in groups.values() for name in lines)
+    parts = [
+        "usage: hf-pretrain <method or command> [--config RECIPE] [options]",
+        "Pre-train a text encoder on your own text.",
+    ]
+    for title, lines in groups.items():
+        parts.append("\n".join([f"{title}:", *(f"  {name:<{width}}  {line}" for name, line in lines.items())]))
+    return "\n\n".join([*parts, _OPTIONS])
+
+
+_OPTIONS = """\
+options:
+  -h, --help  show this, or after a method or command: all of its options
+  --version   show the version
+
+  hf-pretrain rtd --train_file corpus.txt --output_dir my-electra"""

@@ -1,14 +1,25 @@
-"""The exceptions whose message is all that a user needs, and the check of numbers that most options share."""
+"""The exceptions whose message is all that a user needs, and the checks that most options share.
+
+`check_choice` refuses an unknown name, `check_range` a number out of range, `nearest` names what a user may have
+meant, and `one_line` takes the cause out of another library's error. `check_numbers` checks all numbers of a dataclass
+of options.
+"""
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, fields
+from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+# An end from here on is no choice of the option's, but where nonsense begins.
+_SENSIBLE = 4096
+_hints = cache(get_type_hints)
 
 
 class InputError(ValueError):
@@ -26,14 +37,71 @@ class RunError(RuntimeError):
     """
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's own words as one line, with its type where they are few."""
-    text = " ".join(str(error).split())
-    return text if len(text.split()) > 3 else f"{type(error).__name__} {text}".strip()
+def one_line(error: BaseException, *, line: int | None = None) -> str:
+    """Return an error's message as one line.
+
+    Args:
+        error: The error.
+        line: Number of the line that says the cause, where the others only repeat the call: 0 is the first, -1 the last.
+            By default all lines are joined, after the error's type where they are few words.
+
+    Returns:
+        The message; the name of the type if there is none.
+    """
+    if line is None:
+        text = " ".join(str(error).split())
+        return text if len(text.split()) > 3 else f"{type(error).__name__} {text}".strip()
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[line if -len(lines) <= line < len(lines) else -1].strip()
 
 
-# An end from here on is no choice of the option's, but where nonsense begins.
-_SENSIBLE = 4096
+def nearest(name: object, known: Collection[str], *, otherwise: str | None = None) -> str:
+    """Return the end of a message about an unknown name: the nearest known one.
+
+    Args:
+        name: The unknown name.
+        known: The known names.
+        otherwise: The end where no known name is near; by default it lists them all.
+    """
+    near = difflib.get_close_matches(str(name), known, n=1)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"choose one of {', '.join(known)}" if otherwise is None else otherwise
+
+
+def check_choice(value: object, known: Collection[Any], *, name: str) -> None:
+    """Refuse a value that is none of the known ones.
+
+    Args:
+        value: The value.
+        known: The values that the argument takes.
+        name: Name of the argument.
+
+    Raises:
+        InputError: Naming the argument, its value, the known ones, and the nearest.
+    """
+    if value in known:
+        return
+    choices = [str(choice) for choice in known if choice is not None]
+    near = nearest(value, choices, otherwise="")
+    raise InputError(f"{name}={value!r} must be one of {', '.join(choices)}{'; ' if near else ''}{near}")
+
+
+def check_range(value: float, allowed: str, *, name: str, hint: str = "") -> None:
+    """Refuse a number that is out of range.
+
+    Args:
+        value: The number.
+        allowed: The range, as `Range.parse` reads it, such as "[1, inf)".
+        name: Name of the argument.
+        hint: What to give instead, such as "0.1 is usual".
+
+    Raises:
+        InputError: Naming the argument, its value, the range and the hint.
+    """
+    known = Range.parse(allowed)
+    if not known.holds(value):
+        raise InputError(f"{name}={value!r} must be a number {known}{'; ' if hint else ''}{hint}")
 
 
 class Range(NamedTuple):
@@ -65,7 +133,7 @@ class Range(NamedTuple):
         return above and (value < self.most if self.below else value <= self.most)
 
     def bound(self, value: float) -> str | None:
-        """Return in words the end that a number is beyond, None where the range is better told as a whole."""
+        """Return in words the end that a number is beyond; None where the message should name the whole range."""
         if self.most < _SENSIBLE or not math.isfinite(value):
             return None
         if value <= self.least:
@@ -107,7 +175,7 @@ _RANGES_OF_NAMES = {
 
 
 def declared(options: Any, name: str) -> dict[str, str]:
-    """Return what the classes of a dataclass of options say of options by name, in their class variable of that name."""
+    """Return a class variable that maps options to text, such as `ranges`, joined over a dataclass and its bases."""
     return {
         option: text for cls in reversed(type(options).__mro__) for option, text in vars(cls).get(name, {}).items()
     }
@@ -132,15 +200,15 @@ def check_numbers(options: Any) -> None:
         InputError: Naming the option, its value and what it takes.
     """
     for field in fields(options):
-        value, kinds = getattr(options, field.name), _kinds(field.type)
+        value, kinds = getattr(options, field.name), types_of(options, field.name)
+        if str in kinds and float not in kinds:  # the value may be a flag or a word too
+            kinds = set()
         if isinstance(value, bool) or not (kinds & {int, float} or isinstance(value, (int, float, list, dict))):
             continue
         allowed = range_of(options, field.name) or (Range() if float in kinds else _ANY)
         if kinds & {int, float}:
             is_number = isinstance(value, Real) and (float in kinds or isinstance(value, Integral))
-            # A parser of transformers takes the None out of the annotation.
-            may_be_none = NoneType in kinds or field.default is None
-            if not (is_number and allowed.holds(value)) and not (value is None and may_be_none):
+            if not (is_number and allowed.holds(value)) and not (value is None and NoneType in kinds):
                 kind = "a number" if float in kinds else "a whole number"
                 beyond = allowed.bound(value) if is_number else None
                 usual = "" if field.default in (MISSING, None, value) else f"; the default is {field.default}"
@@ -149,14 +217,11 @@ def check_numbers(options: Any) -> None:
             raise InputError(f"{field.name}={value!r}: each number in it must be one {allowed}")
 
 
-def _kinds(annotation: Any) -> set[Any]:
-    """Return the members of an annotation, which is text where annotations are not evaluated."""
-    if isinstance(annotation, str):
-        names = {"int": int, "float": float, "bool": bool, "None": NoneType}
-        return {names.get(part.strip(), part) for part in annotation.split("|")}
-    members = set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
-    # An option that may be a flag or a word too is no number.
-    return set() if str in members else members
+def types_of(options: Any, name: str) -> set[Any]:
+    """Return the types that an option may have; `options` is a dataclass or an instance of one."""
+    # Not the field's own annotation: a parser of transformers takes None and str out of that.
+    hint = _hints(options if isinstance(options, type) else type(options))[name]
+    return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
 
 
 def _numbers_in(value: Any) -> Iterator[float]:
@@ -173,7 +238,7 @@ def _numbers_in(value: Any) -> Iterator[float]:
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised where a program is to end at once because of SIGTERM; as after an interrupt, what is open is closed."""
+    """Raised where a program is to end at once because of SIGTERM; open files are closed, as after an interrupt."""
 
 
 class StoppedError(RunError):

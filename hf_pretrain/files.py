@@ -1,31 +1,83 @@
-"""Writing beside a model: a file is there whole or as it was, and others may read it as far as the user lets them."""
+"""Files beside a model: plain data, files and folders that are there whole or as they were, and hashes of weights.
+
+`plain` turns a value into what JSON and YAML hold, and `from_plain` makes it a dataclass again. `write_text` and `write_bytes`
+replace a file at once. A folder is marked as whole when all of it is written (`begin_folder`, `write_marker`), and checked later
+(`is_whole`, `damaged_file`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import xxhash
 
+from hf_pretrain.schedules import Schedule
+
 MARKER = "complete.json"
-
-
 PART = ".part"
 """How the name of a file ends that is still being written; no such file is pushed."""
 
-
 _HASH_BYTES = 1 << 22
-
-
 # Of file systems that have no such call.
 _NO_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON and YAML hold it: mappings, lists, text, numbers, booleans and None.
+
+    A dataclass becomes a mapping of its fields, an enumeration its value, an array of NumPy or torch a list or a number, a set a
+    sorted list. A schedule or anything else, such as a path, becomes text.
+    """
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if isinstance(value, Schedule):
+        return value.text
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value.tolist() if hasattr(value, "tolist") else value  # float64 of NumPy is a float
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item) for item in value)
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Return a value of a type from what `plain` made of it.
+
+    Args:
+        kind: The type: a dataclass, or what the fields of one are annotated with. Sequences become tuples.
+        value: The plain value.
+
+    Raises:
+        TypeError, AttributeError, KeyError: If the value does not fit a dataclass.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
+    if origin in (Union, types.UnionType):
+        fitting = [member for member in arguments if (get_origin(member) is Sequence) == isinstance(value, list)]
+        return value if value is None or isinstance(value, str) or not fitting else from_plain(fitting[0], value)
+    if isinstance(value, list) and arguments:
+        return tuple(from_plain(arguments[0], item) for item in value)
+    if isinstance(value, dict) and arguments:
+        return {key: from_plain(arguments[1], item) for key, item in value.items()}
+    return value
 
 
 def begin_folder(folder: str | Path, *, name: str = MARKER) -> None:
@@ -53,24 +105,32 @@ def write_marker(folder: str | Path, *, name: str = MARKER, has_hashes: bool = F
     part = folder / (name + PART)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in (folder / name, part))
     for path in paths:
-        _flush(path)
+        _flush_path(path)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     if has_hashes:
         facts["hashes"] = {path.relative_to(folder).as_posix(): _hash(path) for path in paths}
     part.write_text(json.dumps(facts | {"files": files}, indent=1), encoding="utf-8")
-    _flush(part)
+    _flush_path(part)
     os.replace(part, folder / name)
-    _flush(folder)
+    _flush_path(folder)
 
 
-def _flush(path: Path) -> None:
+def _flush_path(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _sync(descriptor)
+        _flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _flush(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSH:
+            raise
 
 
 def _hash(path: Path) -> str:
@@ -150,7 +210,7 @@ def write_bytes(path: Path, content: bytes) -> Path:
         with part.open("wb") as file:
             file.write(content)
             file.flush()
-            _sync(file.fileno())
+            _flush(file.fileno())
         if mode is not None:
             part.chmod(mode)
         os.replace(part, path)
@@ -158,14 +218,6 @@ def write_bytes(path: Path, content: bytes) -> Path:
         part.unlink(missing_ok=True)
         raise
     return path
-
-
-def _sync(descriptor: int) -> None:
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_FLUSH:
-            raise
 
 
 def share_weights(folder: Path | str) -> None:

@@ -1,31 +1,63 @@
-"""Values that change in the course of training, as an option writes them down."""
+"""Schedules: numbers that change in the course of training."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from hf_pretrain.errors import InputError, Range
 
-_FORM = "give pairs PLACE:VALUE with rising places, all steps ('0:0.3, 10000:0.15') or all shares ('0%:0.3, 50%:0.15')"
+_FORM = (
+    "give pairs STEP:VALUE with rising steps ('0:0.3, 10000:0.15') or with shares of all steps ('0%:0.3, 50%:0.15')"
+)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """A value that is linear between given places in training, and constant before the first and after the last.
+class Schedule(float):
+    """A number that is linear between given points in training, and constant before the first and after the last.
+
+    As a number it is its last value. Evaluation uses that, so its totals can be compared over the whole training.
 
     Attributes:
-        places: Rising; numbers of steps already done, or shares of all steps from 0 to 1.
-        values: One a place.
-        is_share: Whether places are shares.
+        points: Rising; numbers of steps already done, or shares of all steps from 0 to 1.
+        values: One a point.
+        is_share: Whether points are shares.
+        text: The option as it was written.
     """
 
-    places: tuple[float, ...]
+    points: tuple[float, ...]
     values: tuple[float, ...]
     is_share: bool
+    text: str
+
+    def __new__(cls, points: tuple[float, ...], values: tuple[float, ...], is_share: bool, text: str) -> Schedule:
+        """Make the number from the last value."""
+        schedule = super().__new__(cls, values[-1])
+        schedule.points, schedule.values, schedule.is_share, schedule.text = points, values, is_share, text
+        return schedule
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle all of it."""
+        return type(self), (self.points, self.values, self.is_share, self.text)
+
+    def __bool__(self) -> bool:
+        """Whether it is ever another value than 0."""
+        return any(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare with other schedules; no schedule equals a number."""
+        return isinstance(other, Schedule) and self.__reduce__()[1][:3] == other.__reduce__()[1][:3]
+
+    __hash__ = float.__hash__
+
+    def __repr__(self) -> str:
+        """Return the text, quoted."""
+        return repr(self.text)
+
+    def __str__(self) -> str:
+        """Return the text."""
+        return self.text
 
     @classmethod
     def parse(
@@ -38,7 +70,7 @@ class Schedule:
             name: Name of the option, for messages.
             least: Smallest value that the schedule may take.
             most: Greatest.
-            allowed: Instead of both, the range of the option that the schedule changes.
+            allowed: Instead of both, the range of the option.
 
         Returns:
             The schedule.
@@ -49,19 +81,19 @@ class Schedule:
         pairs = [[part.strip() for part in pair.split(":")] for pair in str(text).split(",")]
         shares = {pair[0].endswith("%") for pair in pairs}
         try:
-            places = tuple(float(place.removesuffix("%")) / (100 if True in shares else 1) for place, _ in pairs)
+            points = tuple(float(point.removesuffix("%")) / (100 if True in shares else 1) for point, _ in pairs)
             values = tuple(float(value) for _, value in pairs)
         except ValueError:
-            raise InputError(f"{name}={text!r} is no schedule: {_FORM}") from None
-        rises = all(a < b for a, b in zip(places, places[1:], strict=False))
+            raise InputError(f"{name}={text!r} is no number and no schedule: {_FORM}") from None
+        rises = all(a < b for a, b in zip(points, points[1:], strict=False))
         last = 1 if True in shares else 2**63
-        if len(shares) > 1 or not rises or not 0 <= places[0] <= places[-1] <= last:
-            raise InputError(f"{name}={text!r} has places that mix, fall or lie outside of training: {_FORM}")
+        if len(shares) > 1 or not rises or not 0 <= points[0] <= points[-1] <= last:
+            raise InputError(f"{name}={text!r} has steps that mix, fall or lie outside of training: {_FORM}")
         allowed = Range(least, most) if allowed is None else allowed
         wrong = [value for value in values if not allowed.holds(value)]
         if wrong:
             raise InputError(f"{name}={text!r} goes to {wrong[0]:g}: values must be finite numbers {allowed}")
-        return cls(places=places, values=values, is_share=True in shares)
+        return cls(points, values, True in shares, str(text))
 
     @overload
     def at(self, step: float, total: int) -> float: ...
@@ -77,8 +109,8 @@ class Schedule:
         Returns:
             One value a step.
         """
-        place = step / max(total, 1) if self.is_share else step
-        values = np.interp(place, self.places, self.values)
+        point = step / max(total, 1) if self.is_share else step
+        values = np.interp(point, self.points, self.values)
         return values if isinstance(step, np.ndarray) else float(values)
 
 
@@ -95,11 +127,11 @@ class TrainingSteps(NamedTuple):
     per_epoch: int
     total: int
 
-    def step_of(self, *, epochs: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def step_of(self, *, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Return the steps done before the one that sees each example: int64 of the shape of both arguments.
 
         Args:
             epochs: Epoch of each example.
-            places: Place of each example in the order of its epoch, over all ranks.
+            indices: Index of each example in the order of its epoch, over all ranks.
         """
-        return epochs * self.per_epoch + places // self.examples_per_step
+        return epochs * self.per_epoch + indices // self.examples_per_step

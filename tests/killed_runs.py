@@ -98,7 +98,8 @@ def _watched(watch):
     from transformers import Trainer
 
     from hf_pretrain.training import program
-    from hf_pretrain.training.pushing import PushingMixin
+    from hf_pretrain.training.pushing import Pushing
+    from hf_pretrain.training.trainer import PretrainingTrainer
 
     def halved(write, place):
         def wrapped(*args, **kwargs):
@@ -128,7 +129,7 @@ def _watched(watch):
     training_step, Trainer.training_step = Trainer.training_step, step
     torch.save = halved(torch.save, 1)
     safetensors.torch.serialize_file = halved(safetensors.torch.serialize_file, 1)
-    PushingMixin._upload, PushingMixin.init_hf_repo = upload, open_repository
+    Pushing.upload, PretrainingTrainer.init_hf_repo = upload, open_repository
     program.repository_of = lambda args: "tester/model"
     sys.addaudithook(watch.audit)
 
@@ -138,12 +139,12 @@ def _run(order, folder=None):
     import torch
 
     from hf_pretrain.cli import run_program
-    from hf_pretrain.trainers import mlm
+    from hf_pretrain.objectives.encoder import MASKED_LM as mlm
 
     signal.alarm(SECONDS)
     torch.set_num_threads(1)
     _watched(_Watch(*(order["fault"] or Fault("nothing"))))
-    status = run_program(mlm.main, order["argv"])
+    status = run_program(mlm.run, order["argv"])
     sys.stdout.flush()
     Path(f"{order['log']}.{os.environ.get('RANK', 0)}").write_text(str(status))
 
@@ -178,7 +179,7 @@ def _serve():
     import matplotlib.pyplot  # noqa: F401
 
     import hf_pretrain.hub.plots  # noqa: F401
-    import hf_pretrain.trainers.mlm  # noqa: F401
+    import hf_pretrain.objectives.encoder  # noqa: F401
 
     for order in map(json.loads, sys.stdin):
         if order is None:

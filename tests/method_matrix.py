@@ -1,16 +1,19 @@
 """Tiny models, data and runs of any method, for the tests that every method has to pass."""
 
 import os
+import sys
+from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "token_deletion"))
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 
 from dataclasses import fields, replace
 from functools import cache
-from importlib import import_module
 from tempfile import TemporaryDirectory
 
 import torch
 from datasets import Dataset
+from token_deletion.trainer import METHOD as EXAMPLE
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForMaskedLM,
@@ -20,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_pretrain.cli import METHODS
+from hf_pretrain.cli import METHODS, load_method
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -36,25 +39,6 @@ TINY = {
     "num_attention_heads": 2,
     "intermediate_size": 64,
     "max_position_embeddings": 32,
-}
-# What some methods ask besides, to fit the tiny text, and to evaluate as they train.
-TINY_TRAINING = {
-    "tgt_len": 8,
-    "mem_len": 8,
-    "eval_tgt_len": 4,
-    "eval_mem_len": 150,
-    "eval_clamp_len": -1,
-    "eval_same_length": False,
-    # What student and teacher are compared by, of about one size.
-    "cosine_weight": 1.0,
-    "embedding_weight": 1.0,
-    "hidden_weight": 1.0,
-    "attention_weight": 0.1,
-    "relation_vv_weight": 1.0,
-    "labels_weight": 0.1,
-    # Two heads of a stock class, and a third target for one of them.
-    "objectives": ["mlm", "sop", "word_order"],
-    "word_order_probability": 0.3,
 }
 # Of a run that nothing disturbs: fp32, one step, unclipped, no words.
 QUIET = {
@@ -76,8 +60,13 @@ NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}'}
 
 
 def programs():
-    """All methods of the command line, as their modules."""
-    return {name: import_module(module) for name, (module, _) in METHODS.items()}
+    """All methods of this library, by name."""
+    return {name: load_method(name) for name in METHODS}
+
+
+def all_programs():
+    """The same, and behind them the method of the example package."""
+    return programs() | {EXAMPLE.name: EXAMPLE}
 
 
 def tiny_tokenizer():
@@ -96,13 +85,16 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=BLOCK_SIZE, **names)
 
 
-def tiny_examples(count, *, seed):
-    """Sequences of 3 to BLOCK_SIZE tokens, each one word over and over, so that context tells everything."""
+def tiny_examples(count, *, seed, text="repeats"):
+    """Sequences of 3 to BLOCK_SIZE tokens; their words are all the same, or count to three again and again."""
     keys = draws.row_keys(range(count), seed=seed, stream="tiny")
     numbers = draws.integers(keys, 2, high=2**30)
     examples = []
     for length, start in numbers.tolist():
-        words = torch.full((1 + length % (BLOCK_SIZE - 2),), start % 11 * 5 + len(SPECIALS))
+        words = torch.full((1 + length % (BLOCK_SIZE - 2),), start % 11 * 5)
+        if text == "counts":
+            words = (words + torch.arange(len(words))) % 3
+        words += len(SPECIALS)
         examples.append({"input_ids": [2, *words.tolist(), 3], "word_starts": [True] * (len(words) + 2)})
     return Dataset.from_list(examples)
 
@@ -119,9 +111,9 @@ def tiny_documents(examples):
     return Dataset.from_dict(columns, features=DOCUMENT_FEATURES)
 
 
-def tiny_data(train=96, held_out=13):
+def tiny_data(train=96, held_out=13, *, text="repeats"):
     """What `prepare_data` returns, made in the process."""
-    examples = {"train": tiny_examples(train, seed=1), "eval": tiny_examples(held_out, seed=2)}
+    examples = {"train": tiny_examples(train, seed=1, text=text), "eval": tiny_examples(held_out, seed=2, text=text)}
     return PreparedData(
         tokenizer=tiny_tokenizer(),
         train_dataset=EpochDataset(examples["train"]),
@@ -131,6 +123,17 @@ def tiny_data(train=96, held_out=13):
         train_documents=tiny_documents(examples["train"]),
         eval_documents=tiny_documents(examples["eval"]),
     )
+
+
+def isolated(data):
+    """The same examples, each of two documents that must not see each other."""
+
+    def halves(row):
+        return {"document_ids": [int(2 * i >= len(row["input_ids"])) for i in range(len(row["input_ids"]))]}
+
+    train, held_out = (EpochDataset(part.base.map(halves)) for part in (data.train_dataset, data.eval_dataset))
+    description = data.description | {"block_mode": "isolated_documents"}
+    return replace(data, train_dataset=train, eval_dataset=held_out, description=description)
 
 
 def as_task(data):
@@ -158,7 +161,7 @@ def tiny_teacher(auto_class):
 
 def teacher_of(program):
     """The checkpoint of a teacher for a program that asks for one, else None."""
-    data_class, model_class, _ = program.ARGUMENTS
+    data_class, model_class, _ = program.arguments
     if not known_options(model_class, {"teacher_name_or_path": None}):
         return None
     is_task = issubclass(data_class, TaskDataArguments)
@@ -168,13 +171,13 @@ def teacher_of(program):
 def data_for(program, data=None):
     """Tiny data, or those that are given, as a program takes them."""
     data = tiny_data() if data is None else data
-    return as_task(data) if issubclass(program.ARGUMENTS[0], TaskDataArguments) else data
+    return as_task(data) if issubclass(program.arguments[0], TaskDataArguments) else data
 
 
 def tiny_model_options(program):
     """Options of a tiny model without dropout, and of its teacher where it has one."""
-    _, model_class, _ = program.ARGUMENTS
-    sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)})
+    _, model_class, _ = program.arguments
+    sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)} | program.tiny_options)
     return sizes | {"config_overrides": NO_DROPOUT_OF.get(getattr(model_class, "model_type", None), NO_DROPOUT)}
 
 
@@ -196,10 +199,10 @@ def known_options(options_class, values):
 
 def build(program, output_dir, data=None, *, model_options=None, **options):
     """Return a Trainer of a program on tiny data: fp32, quiet, unclipped, no dropout unless told otherwise."""
-    _, model_class, args_class = program.ARGUMENTS
+    _, model_class, args_class = program.arguments
     model_args = model_class(**tiny_model_options(program) | (model_options or {}))
     defaults = QUIET | {"output_dir": str(output_dir)}
-    args = args_class(**{**defaults, **known_options(args_class, TINY_TRAINING), **options})
+    args = args_class(**{**defaults, **known_options(args_class, program.tiny_options), **options})
     torch.manual_seed(args.seed)
     trainer = program.build_trainer(data_for(program, data), model_args, args)
     trainer.recorder = RecordGradients()

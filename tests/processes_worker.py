@@ -47,10 +47,10 @@ def main(folder):
     rank = int(os.environ["RANK"])
     trainer = build(programs()["mlm"], folder / "out", per_device_train_batch_size=4, max_steps=8)
     # Shorter than what the first process takes to prepare.
-    wait_at_most(trainer, 2)
+    wait_at_most(trainer, 1)
     with first_process_first(trainer.args):
         if not rank:
-            time.sleep(4)
+            time.sleep(2)
         order = time.time()
     found = {"order": order}
     wait_at_most(trainer, 120)
@@ -62,10 +62,10 @@ def main(folder):
         found["stopped"] = trainer.state.global_step
     found["said"] = said(InputError("of all ranks"))
     found["own"] = said(InputError("of rank 1")) if rank else []
-    wait_at_most(trainer, 2)
+    wait_at_most(trainer, 1)
     started = time.time()
     # Longer than the others wait.
-    time.sleep(6 * rank)
+    time.sleep(4 * rank)
     try:
         dist.all_reduce(torch.ones(1))
     except RuntimeError as error:

@@ -4,12 +4,18 @@ import errno
 import re
 import subprocess
 import sys
-from types import SimpleNamespace
+import tomllib
+from pathlib import Path
 
 import pytest
+from transformers import AutoModel
 
 from hf_pretrain import cli
 from hf_pretrain.errors import InputError, StoppedError, Terminated
+from hf_pretrain.training.method import Method
+
+ROOT = Path(__file__).parents[1]
+PAGES, EXAMPLE = ROOT / "trainers", ROOT / "examples" / "token_deletion"
 
 
 def test_help_lists_every_method_and_command_with_one_line(capsys):
@@ -18,7 +24,10 @@ def test_help_lists_every_method_and_command_with_one_line(capsys):
         lines = capsys.readouterr().out.splitlines()
         commands = lines[lines.index("commands:") + 1 :][: len(cli.COMMANDS)]
         assert [line.split()[0] for line in commands] == list(cli.COMMANDS)
-        for name, (_, summary) in (cli.METHODS | cli.RECIPES | cli.COMMANDS).items():
+        summaries = {name: listed.line for name, listed in cli.METHODS.items()}
+        for name, summary in (
+            summaries | {name: line for name, (_, line) in (cli.RECIPES | cli.COMMANDS).items()}
+        ).items():
             assert sum(line.split()[:1] == [name] and summary in line for line in lines) == 1
 
 
@@ -48,12 +57,89 @@ def test_a_method_without_a_near_name_is_answered_with_all(capsys):
 
 def test_a_method_gets_the_arguments_after_its_name(monkeypatch):
     seen = []
-    monkeypatch.setitem(sys.modules, "toy_program", SimpleNamespace(main=seen.append))
-    monkeypatch.setitem(cli.METHODS, "toy", ("toy_program", "a toy"))
-    assert cli.main(["toy", "--share", "0.2", "--help"]) == 0
-    monkeypatch.setattr(sys, "argv", ["hf-pretrain", "toy", "--from-process"])
+    monkeypatch.setattr(Method, "run", lambda method, argv: seen.append((method.name, argv)))
+    assert cli.main(["mlm", "--share", "0.2", "--help"]) == 0
+    monkeypatch.setattr(sys, "argv", ["hf-pretrain", "plm", "--from-process"])
     assert cli.main() == 0
-    assert seen == [["--share", "0.2", "--help"], ["--from-process"]]
+    assert seen == [("mlm", ["--share", "0.2", "--help"]), ("plm", ["--from-process"])]
+
+
+@pytest.mark.parametrize("name", cli.METHODS)
+def test_a_record_has_the_name_that_it_is_listed_under_and_a_page(name):
+    assert cli.load_method(name).name == name
+    page = PAGES / f"{name.replace('-', '_')}.py"
+    assert f'launch(__name__, "{name}")' in page.read_text(encoding="utf-8")
+
+
+class TestMethodsOfOtherPackages:
+    """As pip leaves them: a module, and beside it the folder with what the package registers."""
+
+    @pytest.fixture
+    def install(self, tmp_path, monkeypatch):
+        monkeypatch.syspath_prepend(tmp_path)
+
+        def install(package, *, summary="Doubles words.", **entry_points):
+            folder = tmp_path / f"{package}-1.0.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(
+                f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\nSummary: {summary}\n"
+            )
+            lines = [f"{name.replace('_', '-')} = {place}" for name, place in entry_points.items()]
+            (folder / "entry_points.txt").write_text("\n".join(["[hf_pretrain.methods]", *lines]))
+
+        return install
+
+    def test_one_is_listed_with_its_package_and_not_imported(self, install, capsys):
+        install("doubling", double_words="no_such_module:METHOD")
+        assert cli.main(["--help"]) == 0
+        assert re.search(r"^  double-words +Doubles words. \(doubling\)$", capsys.readouterr().out, flags=re.M)
+        assert cli.main(["double-word"]) == 2
+        assert "did you mean 'double-words'?" in capsys.readouterr().err
+
+    def test_the_example_trains_two_steps(self, install, tmp_path):
+        project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        install(project["name"], summary=project["description"], **project["entry-points"]["hf_pretrain.methods"])
+        (tmp_path / "corpus.txt").write_text("\n\n".join(f"Sentence number {i} has some words." for i in range(200)))
+        options = {
+            "config": EXAMPLE / "token_deletion.yaml",
+            "train_file": tmp_path / "corpus.txt",
+            "output_dir": tmp_path / "out",
+            "max_steps": 2,
+            "warmup_steps": 0,
+            "hidden_size": 32,
+            "eval_strategy": "no",
+        }
+        assert (
+            cli.main(
+                ["token-deletion", *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+            )
+            == 0
+        )
+        assert AutoModel.from_pretrained(tmp_path / "out").config.model_type == "roformer"
+        assert (tmp_path / "out" / "recipe.yaml").read_text().startswith("# hf-pretrain token-deletion\n")
+
+    @pytest.mark.parametrize("name", ["mlm", "bert", "card"])
+    def test_a_name_that_there_is_already_is_refused(self, install, capsys, name):
+        install("doubling", **{name: "no_such_module:METHOD"})
+        assert cli.main(["rtd", "--help"]) == 2
+        assert capsys.readouterr().err == (
+            f"error: {name!r} is a name of hf-pretrain and of a method of doubling: uninstall one of the two\n"
+        )
+
+    def test_two_packages_with_one_name_are_refused(self, install, capsys):
+        install("doubling", double="no_such_module:METHOD")
+        install("twice", double="no_such_module:METHOD")
+        assert cli.main(["--help"]) == 2
+        assert "'double' is a name of " in (err := capsys.readouterr().err) and "doubling" in err and "twice" in err
+
+    @pytest.mark.parametrize(
+        ("place", "found"),
+        [("hf_pretrain.objectives.encoder:MASKED_LM", "the Method 'mlm'"), ("hf_pretrain.cli:main", "a function")],
+    )
+    def test_what_is_no_record_of_that_name_is_refused(self, install, capsys, place, found):
+        install("doubling", double=place)
+        assert cli.main(["double"]) == 2
+        assert f"method 'double' of doubling: {place} is {found}: register" in capsys.readouterr().err
 
 
 def raising(error):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from method_matrix import build, collate, programs, tiny_data
+from method_matrix import build, collate, programs
 
 PROGRAMS = programs()
 

@@ -18,6 +18,7 @@ from hf_pretrain.data import draws
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 THINGS = ("model", "ship", "cat", "engine", "paper", "garden", "river", "sailor")
+# Epochs enough that the docstrings of other packages, which are another first corpus, end at the same accuracy.
 TINY = {
     "base_steps": 3,
     "adaptation_steps": 40,
@@ -28,7 +29,7 @@ TINY = {
     "vocab_size": 1000,
     "base_corpus_bytes": 60_000,
     "finetuning_learning_rate": 5e-3,
-    "finetuning_epochs": 12,
+    "finetuning_epochs": 30,
     "learning_rate": 5e-3,
 }
 
@@ -229,10 +230,10 @@ def test_fine_tuning_needs_neither_a_checkpoint_nor_a_task(fine_tuning, tmp_path
 def test_fine_tuning_of_a_checkpoint_on_a_task(story, fine_tuning, files, tmp_path, capsys):
     folder = tmp_path / "out"
     given = {"task_train": files / "train.tsv", "task_validation": files / "dev.tsv", "output_dir": folder}
-    rates = {"learning_rate": 5e-3, "num_train_epochs": 12, "layerwise_learning_rate_decay": 0.9}
+    rates = {"learning_rate": 5e-3, "num_train_epochs": 30, "layerwise_learning_rate_decay": 0.9}
     assert run_program(fine_tuning.main, options(model_name_or_path=story / "continued", **given, **rates)) == 0
     measured = accuracy(folder / "classifier", files / "dev.tsv")
-    assert measured > 0.8
+    assert measured > 0.8, measured
     shown = capsys.readouterr().out
     labels = [line.split("\t")[1] for line in (files / "dev.tsv").read_text(encoding="utf-8").splitlines()]
     assert any(line.split() == ["fine-tuned", f"{measured:.4f}"] for line in shown.splitlines())
@@ -290,7 +291,7 @@ def test_distillation_needs_neither_a_checkpoint_nor_a_task(distillation, tmp_pa
 def test_distillation_of_a_checkpoint_on_a_task(story, distillation, files, tmp_path, capsys):
     folder = tmp_path / "out"
     given = {"task_train": files / "train.tsv", "task_validation": files / "dev.tsv", "output_dir": folder}
-    rates = {"learning_rate": 5e-3, "num_train_epochs": 12, "distillation_rate": 5e-3, "max_length": 32}
+    rates = {"learning_rate": 5e-3, "num_train_epochs": 30, "distillation_rate": 5e-3, "max_length": 32}
     steps = {"student_layers": 1, "intermediate_steps": 10, "prediction_steps": 40, "augmentation_rows": 0}
     assert (
         run_program(distillation.main, options(model_name_or_path=story / "continued", **given, **rates, **steps)) == 0
@@ -300,7 +301,7 @@ def test_distillation_of_a_checkpoint_on_a_task(story, distillation, files, tmp_
         measured = accuracy(folder / name, files / "dev.tsv")
         assert any(line[: len(words) + 1] == [*words, f"{measured:.4f}"] for line in shown), name
     measured = accuracy(folder / "student", files / "dev.tsv")
-    assert measured > 0.8
+    assert measured > 0.8, measured
     assert any(line[:5] == ["student", "of", "the", "teacher", f"{measured:.4f}"] for line in shown)
 
 

@@ -198,7 +198,7 @@ def imported_by(name, path, known):
 def test_the_modules_import_each_other_in_no_circle():
     """So any of them can be imported first."""
     known = modules_by_name()
-    assert len(known) > 200
+    assert len(known) > 100
     graph = {name: imported_by(name, path, known) for name, path in known.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(known)
 

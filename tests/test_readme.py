@@ -11,8 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
-import hf_pretrain
-from hf_pretrain.cli import COMMANDS, METHODS
+from hf_pretrain.cli import COMMANDS, METHODS, load_method
 from hf_pretrain.training.parsing import _OptionParser
 from method_matrix import build, log_of
 
@@ -109,9 +108,10 @@ def test_links_lead_somewhere(name):
 def options():
     """Names of the options of each method and command."""
     parsers = {}
-    for method, (module, _) in (METHODS | COMMANDS).items():
-        arguments = importlib.import_module(module).ARGUMENTS
-        parser = _OptionParser(arguments, prog=method, description="")
+    arguments = {method: load_method(method).arguments for method in METHODS}
+    arguments |= {command: importlib.import_module(module).ARGUMENTS for command, (module, _) in COMMANDS.items()}
+    for method, classes in arguments.items():
+        parser = _OptionParser(classes, prog=method, description="")
         parsers[method] = {name for name in parser._option_string_actions if name.startswith("--")}
     return parsers
 
@@ -134,22 +134,6 @@ def test_options_exist(name, options):
     for method, rest in re.findall(r"hf-pretrain ({})((?:[^\n`]|\\\n)*)".format("|".join(METHODS | COMMANDS)), text):
         for option in re.findall(r"(?<![\w-])--[a-z]\w*", rest):
             assert option in options[method] | {"--help"}, f"hf-pretrain {method} {option}"
-
-
-@pytest.mark.parametrize("name", ["README.md", "docs/objectives.md"])
-def test_the_table_of_objectives_names_classes_and_recipes_of_the_method(name):
-    rows = [line for line in text_of(name).splitlines() if re.match(r"\| `({})`".format("|".join(METHODS)), line)]
-    assert {re.match(r"\| `([\w-]+)`", row)[1] for row in rows} == set(METHODS)
-    linked = set()
-    for row in rows:
-        method = re.match(r"\| `([\w-]+)`", row)[1]
-        for class_name in re.findall(r"`(\w+Trainer)`", row):
-            assert getattr(hf_pretrain, class_name).objective.name == method
-        for recipe in re.findall(r"\(([^)]+\.yaml)\)", row):
-            path = ((ROOT / name).parent / recipe).resolve()
-            assert path.read_text(encoding="utf-8").startswith(f"# hf-pretrain {method}\n")
-            linked.add(path.name)
-    assert linked == {path.name for path in (ROOT / "trainers" / "recipes").glob("*.yaml")}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

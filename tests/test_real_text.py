@@ -43,7 +43,7 @@ def unigram_loss(text):
 @pytest.mark.parametrize("method", sorted(STEPS))
 def test_held_out_text_is_better_predicted_than_by_the_baseline(method, text, tmp_path):
     program = programs()[method]
-    _, model_class, args_class = program.ARGUMENTS
+    _, model_class, args_class = program.arguments
     options = {"generator_layers": 0.34} if method == "rtd" else {}
     args = args_class(
         output_dir=str(tmp_path),

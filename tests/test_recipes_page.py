@@ -1,25 +1,22 @@
 """The page on recipes says what the recipes hold: each of its numbers is what the program's own parser makes of them."""
 
-import importlib
 import re
 import shlex
-from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+import make_tables
 import pytest
 import yaml
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from make_tables import resolved, stack
 
-from hf_pretrain.cli import METHODS, RECIPES
-from hf_pretrain.modeling.configuration import parse_overrides
-from hf_pretrain.training.parsing import _OptionParser, parse_arguments
+from hf_pretrain.cli import METHODS, RECIPES, load_method
+from hf_pretrain.training.parsing import _OptionParser
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "trainers" / "recipes"
 LINES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
 FILES = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
-OVERVIEW = "## All recipes"
 
 # Options of a recipe that are no part of its method: what is written down, and when.
 RECORDS = set(
@@ -40,32 +37,6 @@ SHOWN = set(
     hidden_dropout_prob attention_probs_dropout_prob
     """.split()
 )
-
-
-def expanded(command):
-    """Return the method and the arguments of a command of the page; a recipe's name stands for its method."""
-    program, method, *rest = shlex.split(command)
-    assert program == "hf-pretrain", command
-    return (RECIPES[method][0], ["--config", method, *rest]) if method in RECIPES else (method, rest)
-
-
-@cache
-def resolved(command, *more):
-    """Return every option of a command, by name, as the program sees it."""
-    method, argv = expanded(command)
-    instances = parse_arguments(
-        importlib.import_module(METHODS[method][0]).ARGUMENTS,
-        [*argv, *more, "--use_cpu", "true"],
-        prog=f"hf-pretrain {method}",
-        description="",
-    )
-    return {field.name: getattr(instance, field.name) for instance in instances for field in fields(instance)}
-
-
-def stack(command):
-    """Return the names of a command's recipes."""
-    argv = expanded(command)[1]
-    return [value for option, value in zip(argv, argv[1:], strict=False) if option == "--config"]
 
 
 @cache
@@ -90,118 +61,27 @@ def sections():
 
 def commands():
     """Return every command of the page; those at the head of a section are of a table."""
-    return list(dict.fromkeys(re.findall(r"`(hf-pretrain [^`]+)`", "\n".join(LINES))))
+    return list(dict.fromkeys(make_tables.COMMAND.findall("\n".join(LINES))))
 
 
 def heads():
     return [section[0] for section in sections()]
 
 
-# The overview
-
-_ALONE = {"mlm": "mlm", "plm": "plm", "recurrent-lm": "lm"}
+# The tables
 
 
-def scientific(number):
-    digits, exponent = f"{number:e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
+@pytest.mark.parametrize("page", make_tables.TABLES)
+def test_make_docs_changes_nothing(page):
+    assert make_tables.written(page) == (ROOT / page).read_text(encoding="utf-8"), "run make docs"
 
 
-def masked(method, options):
-    """Return which tokens are chosen, and what becomes of them."""
-    if method == "plm":
-        return f"1 of {options['context_factor']:g}, spans to {options['max_span_length']}", "–"
-    share = options.get("mlm_probability")
-    if not share:
-        return "–", "–"
-    units = {
-        "token": "tokens",
-        "word": "words",
-        "ngram": f"n-grams to {options['max_ngram']} {options['ngram_unit']}s",
-        "span": f"spans to {options['max_span_length']} words",
-    }
-    chosen = f"{100 * share:g} % {units[options['masking_unit']]}"
-    if options["masking_count"] != "exact":
-        chosen += f", {options['masking_count']}"
-    if method == "electric":
-        return chosen, "noise"
-    mask, random = 100 * options["mask_share"], 100 * options["random_share"]
-    replaced = f"{mask:g}/{random:g}/{100 - mask - random:g}"
-    if options["replacement_unit"] != "token":
-        replaced += f" by {options['replacement_unit']}"
-    return chosen, replaced + (f", {options['static_masks']} frozen" if options["static_masks"] else "")
-
-
-def trained(method, options):
-    """Return the losses with their weights."""
-    if method in _ALONE:
-        return _ALONE[method]
-    if method == "encoder":
-        return " + ".join(options["objectives"])
-    names = {
-        name.removesuffix("_weight"): options[name] for name in options if name.endswith("_weight") and options[name]
-    }
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in names.items())
-
-
-def dropout(method, options):
-    """Return the dropout of states and of attention: the architecture's own unless the recipe says otherwise."""
-    if method.startswith("distil"):
-        return "the student's"
-    if method == "recurrent-lm":
-        values = options
-    else:
-        values = CONFIG_MAPPING[options["model_type"]]().to_dict() | parse_overrides(options["config_overrides"])
-    states = next(values[name] for name in ("hidden_dropout_prob", "dropout", "mlp_dropout") if name in values)
-    attention = next(
-        (values[name] for name in ("attention_probs_dropout_prob", "attention_dropout") if name in values), states
-    )
-    return f"{states:g} / {attention:g}"
-
-
-def row(names):
-    """Return the row of the overview for recipes that are put on each other in this order."""
-    method = FOLDER.joinpath(f"{names[-1]}.yaml").read_text(encoding="utf-8").split("\n")[0].split()[-1]
-    options = resolved(f"hf-pretrain {method} " + " ".join(f"--config {name}" for name in names))
-    length = next(options[name] for name in ("tgt_len", "max_length", "block_size") if name in options)
-    text = "the teacher's" if method.startswith("distil") else f"{options['vocab_size']} {options['tokenizer_type']}"
-    batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
-    steps = (
-        f"{options['max_steps']:,} steps" if options["max_steps"] > 0 else f"{options['num_train_epochs']:g} epochs"
-    )
-    warmup = options["warmup_steps"]
-    warmup = f"{100 * warmup:g} %" if 0 < warmup < 1 else f"{warmup:,.0f}"
-    schedule = "product" if options["decay_during_warmup"] else str(options["lr_scheduler_type"].value)
-    betas = f"{options['adam_beta1']:g}, {options['adam_beta2']:g}, {scientific(options['adam_epsilon'])}"
-    links = " + ".join(f"[{name}](../trainers/recipes/{name}.yaml)" for name in names)
-    return [
-        links,
-        trained(method, options),
-        *masked(method, options),
-        f"{length}, {text}",
-        f"{batch} × {steps}",
-        f"{scientific(options['learning_rate'])}, {warmup}, {schedule}",
-        f"{betas}, {'yes' if options['adam_bias_correction'] else 'no'}",
-        f"{options['weight_decay']:g}, {options['max_grad_norm']:g}",
-        dropout(method, options),
-    ]
-
-
-def overview():
-    """Return the rows of the overview: the names of each row's recipes, and its cells."""
-    start = LINES.index(OVERVIEW)
-    end = next(number for number in range(start + 1, len(LINES)) if LINES[number].startswith("## "))
-    rows = [re.split(r" ?\| ?", line)[1:-1] for line in LINES[start:end] if line.startswith("| [")]
-    return [(re.findall(r"\[(\w+)\]", cells[0]), cells) for cells in rows]
-
-
-@pytest.mark.parametrize(("names", "cells"), overview(), ids=lambda value: "+".join(value) if value else "")
-def test_a_row_of_the_overview_is_what_the_recipes_hold(names, cells):
-    assert cells == row(names)
-
-
-def test_every_recipe_is_in_the_overview():
-    assert {name for names, _ in overview() for name in names} == set(FILES)
+def test_every_recipe_is_in_the_tables():
+    for page in make_tables.TABLES:
+        linked = set(
+            re.findall(r"\[(\w+)\]\([./]*trainers/recipes/\1\.yaml\)", (ROOT / page).read_text(encoding="utf-8"))
+        )
+        assert linked >= set(FILES), page
 
 
 # The sections
@@ -245,8 +125,8 @@ def test_every_method_and_every_named_recipe_has_a_command():
 
 def test_every_option_that_the_page_names_is_one_of_some_program():
     known = set()
-    for module, _ in METHODS.values():
-        known |= set(_OptionParser(importlib.import_module(module).ARGUMENTS, prog="", description="").options)
+    for method in METHODS:
+        known |= set(_OptionParser(load_method(method).arguments, prog="", description="").options)
     for _, options, others in sections():
         assert set(options) <= known
         assert {option for flags in others for option in re.findall(r"--(\w+)", flags)} <= known

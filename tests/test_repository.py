@@ -11,8 +11,6 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from hf_pretrain.cli import METHODS
-
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -135,12 +133,6 @@ def test_what_we_override_parts_of_is_asked_for_as_it_was_tested(name):
         next(iter(pin.specifier)).version for pin in PINS if canonicalize_name(pin.name) == canonicalize_name(name)
     )
     assert pin.split(".")[:2] == floor.split(".")[:2]
-
-
-def test_the_objectives_table_has_every_method():
-    rows = [line for line in README.splitlines() if line.startswith("|")]
-    for method in METHODS:
-        assert any(f"`{method}`" in row for row in rows), method
 
 
 def test_links_of_the_documents_lead_somewhere():

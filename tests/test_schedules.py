@@ -29,7 +29,7 @@ class TestValues:
                 [50, 40, 25, 25]
             )
 
-    def test_one_place_is_a_constant(self):
+    def test_one_point_is_a_constant(self):
         assert [parse("5:0.2").at(step, 10) for step in (0, 5, 9)] == [0.2] * 3
 
     def test_many_steps_at_once(self):
@@ -45,14 +45,14 @@ class TestValues:
 class TestRefusals:
     @pytest.mark.parametrize("text", ["", "0.3", "0:", ":1", "0:a", "0:1:2", "0:1;5:2", "0:1,", "0: 1 2"])
     def test_what_is_no_list_of_pairs(self, text):
-        with pytest.raises(InputError, match="rate_schedule='.*' is no schedule: give pairs PLACE:VALUE"):
+        with pytest.raises(InputError, match="rate_schedule='.*' is no number and no schedule: give pairs STEP:VALUE"):
             parse(text)
 
     @pytest.mark.parametrize(
         "text", ["0%:1, 10:2", "10:1, 5:2", "5:1, 5:2", "-1:1, 5:2", "0%:1, 101%:2", "nan:1", "0:1, inf%:1"]
     )
-    def test_places(self, text):
-        with pytest.raises(InputError, match="rate_schedule='.*' has places that mix, fall or lie outside"):
+    def test_steps_that_are_none(self, text):
+        with pytest.raises(InputError, match="rate_schedule='.*' has steps that mix, fall or lie outside"):
             parse(text)
 
     @pytest.mark.parametrize("value", ["1.01", "-0.1", "nan", "inf"])
@@ -70,6 +70,6 @@ class TestRefusals:
 def test_the_step_of_an_example_counts_short_steps_at_the_end_of_an_epoch():
     """10 examples in steps of 4 are 3 steps an epoch: the first example of epoch 1 is in step 3, not 2."""
     steps = TrainingSteps(examples_per_step=4, per_epoch=3, total=9)
-    epochs, places = np.repeat([0, 1, 2], 10), np.tile(np.arange(10), 3)
-    expected = [epoch * 3 + place // 4 for epoch in range(3) for place in range(10)]
-    assert steps.step_of(epochs=epochs, places=places).tolist() == expected
+    epochs, indices = np.repeat([0, 1, 2], 10), np.tile(np.arange(10), 3)
+    expected = [epoch * 3 + index // 4 for epoch in range(3) for index in range(10)]
+    assert steps.step_of(epochs=epochs, indices=indices).tolist() == expected

@@ -14,9 +14,9 @@ from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
+from hf_pretrain.objectives.recurrence import RecurrentTrainer
 from hf_pretrain.objectives.recurrent_lm.trainer import DataCollatorForRecurrentLM
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.recurrence import RecurrentTrainer
 from method_matrix import RecordGradients, log_of, tiny_tokenizer
 
 VOCAB_SIZE = 60

@@ -5,14 +5,14 @@ import os
 
 import torch
 
-from method_matrix import build, log_of, programs, teacher_of, tiny_data
+from method_matrix import all_programs, build, log_of, teacher_of, tiny_data
 
 # Before the ranks are there, of which only the first could write.
-TEACHERS = [teacher_of(program) for program in programs().values()]
+TEACHERS = [teacher_of(program) for program in all_programs().values()]
 # Of 13 examples an epoch's second step gets 5, in the second turn of which one rank has a single one and the other has none.
 UNEVEN = {"max_steps": -1, "num_train_epochs": 2, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 3}
 # By name: the method, and options. A model with a memory reads lanes, which are as many as the examples of a step.
-UNEVEN_RUNS = {name: (name, {}) for name in programs() if name not in ("recurrent-lm", "plm")} | {
+UNEVEN_RUNS = {name: (name, {}) for name in all_programs() if name not in ("recurrent-lm", "plm")} | {
     "plm": ("plm", {"mem_len": 0}),
     "rtd-decoupled": ("rtd", {"training_mode": "decoupled"}),
 }
@@ -21,7 +21,7 @@ UNEVEN_RUNS = {name: (name, {}) for name in programs() if name not in ("recurren
 def build_uneven(name, folder, **sizes):
     """Return a Trainer of two epochs of two steps, the second of which is short."""
     method, options = UNEVEN_RUNS[name]
-    return build(programs()[method], folder, tiny_data(train=13), **UNEVEN, **options, **sizes)
+    return build(all_programs()[method], folder, tiny_data(train=13), **UNEVEN, **options, **sizes)
 
 
 def train_uneven(name, folder, rank):
@@ -36,7 +36,7 @@ def train_uneven(name, folder, rank):
 
 def main(folder):
     rank = int(os.environ["RANK"])
-    for name, program in programs().items():
+    for name, program in all_programs().items():
         trainer = build(
             program, folder / f"{name}-run", per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2
         )
@@ -48,5 +48,5 @@ def main(folder):
         torch.save(trainer.recorder.gradients[0], folder / f"{name}-gradients-{rank}.pt")
         torch.save(trainer.model.state_dict(), folder / f"{name}-weights-{rank}.pt")
         (folder / f"{name}-log-{rank}.json").write_text(json.dumps(log_of(trainer)))
-    for name in (name for name, (method, _) in UNEVEN_RUNS.items() if method in programs()):
+    for name in (name for name, (method, _) in UNEVEN_RUNS.items() if method in all_programs()):
         train_uneven(name, folder, rank)

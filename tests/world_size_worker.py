@@ -1,5 +1,6 @@
 """Trains every method on two ranks and takes its checkpoints up again, on as many ranks and on more."""
 
+import json
 import os
 
 import torch
@@ -34,6 +35,7 @@ def train(program, folder, name, *, world_size, dropout=False, resume_from=None)
 
 def main(folder):
     world_size = int(os.environ["WORLD_SIZE"])
+    on_four = json.loads((folder / "on_four.json").read_text())
     for method, program in programs().items():
         home = folder / method
         if world_size == 2:
@@ -42,6 +44,6 @@ def main(folder):
             half = str(home / "dropout" / f"checkpoint-{HALF}")
             train(program, home, "dropout-resumed", world_size=2, dropout=True, resume_from=half)
             train(program, home, "plain", world_size=2)
-        else:
+        elif method in on_four:
             half = str(home / "plain" / f"checkpoint-{HALF}")
             train(program, home, f"on-{world_size}", world_size=world_size, resume_from=half)

@@ -8,8 +8,8 @@ The folder is that of a run, or a copy from the Hub. A file of evaluations is on
      "metrics": {"accuracy": 0.91}, "method": "fine-tuned for 3 epochs, one seed",
      "baseline": {"accuracy": 0.51}, "baseline_name": "most frequent class"}
 
-An evaluation of the same task and split takes the place of the earlier one. What was changed by hand in README.md stays, in its
-front matter and in its sections.
+An evaluation replaces an earlier one of the same task and split. Your changes to the front matter of README.md stay, and so
+does your text above and below the two comments around the card.
 """
 
 import json

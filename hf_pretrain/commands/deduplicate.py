@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_pretrain.cli import run_program
-from hf_pretrain.commands.options import of_data
+from hf_pretrain.commands import of_data, text_files
 from hf_pretrain.curation.deduplication import DOCUMENTS, REPORT, deduplicate_files
 from hf_pretrain.curation.near_duplicates import check_options
 from hf_pretrain.errors import InputError
-from hf_pretrain.tables import print_table
 from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.program import print_table
 
 _SHARD_BYTES = 1 << 28
 _SHOWN_CLUSTERS = 5
@@ -40,12 +40,7 @@ _LABELS = {
 class DeduplicateArguments:
     """What to read, what counts as a repetition and where to write."""
 
-    train_file: list[str] = field(
-        metadata={
-            "help": "Text to read: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
-            "too), folders, globs, or - for the standard input."
-        }
-    )
+    train_file: list[str] = text_files()
     output_dir: str = field(metadata={"help": "Folder to write to: documents/*.jsonl and deduplication.json."})
     against: list[str] | None = field(
         default=None,

@@ -35,7 +35,7 @@ from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import MARKER, damaged_file, is_whole
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.training.checkpoints import was_cut_off
+from hf_pretrain.training.checkpointing import was_cut_off
 from hf_pretrain.training.parsing import parse_arguments
 
 # The composites by the type that their checkpoints name.

@@ -4,10 +4,9 @@
     hf-pretrain statistics --train_file corpus/ --vocab_size 32000 --output_file statistics.json
 
 Shows the lengths of the documents in bytes, characters, words, sentences and tokens, the longest of them, and for every
---block_mode how many blocks there are and what their places hold. The text is read once, in memory that does not grow with it.
+--block_mode how many blocks there are and what their positions hold. The text is prepared as for a training that streams nothing
+and holds nothing out (--validation_fraction 0), so the numbers are those of that training, and it finds the text in the cache.
 Without --tokenizer_name a tokenizer is trained as the programs do, on the first 268 million characters; it is not kept.
-
-The packing has the numbers of a training that streams nothing and holds nothing out (--validation_fraction 0).
 """
 
 import json
@@ -15,33 +14,40 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.cli import run_program
-from hf_pretrain.commands.options import of_data
-from hf_pretrain.curation.statistics import corpus_statistics
+from hf_pretrain.commands import of_data, text_files
+from hf_pretrain.data.documents.documents import UnknownCount, sentence_starts, tokenize_documents
+from hf_pretrain.data.documents.token_store import TokenStore
+from hf_pretrain.data.documents.words import Segmenter, encodable, word_starts
+from hf_pretrain.data.examples.packing import BlockTemplate, PackingMode, block_bounds, pack_rows
 from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
-from hf_pretrain.data.text.files import numbered_documents, read_documents, resolve_paths
+from hf_pretrain.data.text.datasets import text_dataset, text_sizes
+from hf_pretrain.data.text.files import excerpt
+from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import write_text
-from hf_pretrain.tables import print_table
 from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.program import print_table
 
 _BAR = 40
+_QUANTILES = (5, 25, 50, 75, 95, 99)
+_NUM_LONGEST = 5
+_STEP = 1 << 24  # positions that are looked at together
 
 
 @dataclass
 class StatisticsArguments:
     """What to count, with which tokenizer, and for blocks of which size."""
 
-    train_file: list[str] = field(
-        metadata={
-            "help": "Text to read: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
-            "too), folders, globs, or - for the standard input."
-        }
-    )
+    train_file: list[str] = text_files()
     output_file: str | None = field(default=None, metadata={"help": "JSON file to write all the numbers to as well."})
     overwrite_output_file: bool = field(
         default=False, metadata={"help": "Replace the output_file of an earlier count; never a file that is read."}
@@ -87,17 +93,13 @@ class StatisticsArguments:
         if self.output_file is None or not Path(self.output_file).exists():
             return
         folder = Path(self.tokenizer_name or "")
-        others = (
-            [path for path in folder.iterdir() if path.is_file()] if self.tokenizer_name and folder.is_dir() else []
-        )
-        if any(file.exists() and file.samefile(self.output_file) for file in [*map(Path, files), *others]):
+        of_tokenizer = folder.iterdir() if self.tokenizer_name and folder.is_dir() else ()
+        if any(file.exists() and file.samefile(self.output_file) for file in [*map(Path, files), *of_tokenizer]):
             raise InputError(f"output_file={self.output_file!r} is one of the files that are read: name another")
 
     def data_arguments(self) -> DataArguments:
         """Return the options as those of a training."""
-        own = {"train_file", "output_file", "overwrite_output_file"}
-        options = {name: value for name, value in vars(self).items() if name not in own}
-        return DataArguments(train_file=self.train_file, **options)
+        return DataArguments(**{name: value for name, value in vars(self).items() if "output_file" not in name})
 
 
 ARGUMENTS = (StatisticsArguments,)
@@ -106,24 +108,133 @@ ARGUMENTS = (StatisticsArguments,)
 def main(argv: list[str] | None = None) -> None:
     """Read, count, print and write; see the top of the file."""
     (args,) = parse_arguments(ARGUMENTS, argv, prog="hf-pretrain statistics", description=__doc__ or "")
-    reading: dict[str, Any] = {"document_separator": args.document_separator, "text_column": args.text_column}
     args.check_output(resolve_paths(args.train_file))
-    tokenizer = _tokenizer(args, reading)
-    documents = numbered_documents(args.train_file, **reading)
-    segmenter = word_segmenter(args.data_arguments())
-    statistics = corpus_statistics(documents, tokenizer, block_size=args.block_size, word_segmenter=segmenter)
+    texts = text_dataset(args.train_file, text_column=args.text_column, document_separator=args.document_separator)
+    options = args.data_arguments()
+    sample = RepeatableTexts(lambda: first_texts(text or "" for batch in texts.iter(256) for text in batch["text"]))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = run_tokenizer(options, Path(folder), None, sample, None)
+    segmenter = word_segmenter(options)
+    statistics = corpus_statistics(texts, tokenizer, block_size=args.block_size, word_segmenter=segmenter)
     model = type(tokenizer.backend_tokenizer.model).__name__
     statistics = {"tokenizer": model, "vocab_size": len(tokenizer), "block_size": args.block_size} | statistics
     _print(statistics)
     if args.output_file is not None:
-        text = json.dumps(statistics, indent=2, ensure_ascii=False)
-        write_text(Path(args.output_file), text + "\n")
+        write_text(Path(args.output_file), json.dumps(statistics, indent=2, ensure_ascii=False) + "\n")
 
 
-def _tokenizer(args: StatisticsArguments, reading: dict[str, Any]) -> PreTrainedTokenizerBase:
-    texts = RepeatableTexts(lambda: first_texts(read_documents(args.train_file, **reading)))
-    with tempfile.TemporaryDirectory() as folder:
-        return run_tokenizer(args.data_arguments(), Path(folder), None, texts, None)
+def corpus_statistics(
+    texts: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    block_size: int = 128,
+    word_segmenter: Segmenter | None = None,
+) -> dict[str, Any]:
+    """Count documents and what they hold.
+
+    Args:
+        texts: The documents, a dataset with the column ``text``.
+        tokenizer: A fast tokenizer.
+        block_size: Most tokens in a block, special tokens included.
+        word_segmenter: Finds words in text without spaces, see `word_starts`.
+
+    Returns:
+        - ``documents``, and ``documents_without_tokens``;
+        - ``lengths``: of the documents in bytes, characters, words, sentences and tokens: sum, mean, quantiles;
+        - ``histogram``: first and last length in tokens and number of documents, for lengths that double;
+        - ``tokens_per_word``; ``unknown_share`` of the tokens, ``unknown_character_share`` of the visible characters;
+          ``longer_than_block_share`` of the documents, those that do not fit into one block;
+        - ``longest``: the documents with the most tokens;
+        - ``packing``: by mode, blocks and what their positions hold; None for a mode that needs a separator where the
+          tokenizer has none.
+
+    Raises:
+        InputError: If the tokenizer gives no offsets, or ``block_size`` leaves no room for text.
+    """
+    template, unknown = BlockTemplate.of(tokenizer), UnknownCount()
+    budget = template.budget(block_size)
+    documents = tokenize_documents(texts, tokenizer, word_segmenter=word_segmenter, keep_empty=True, unknown=unknown)
+    num_tokens = pc.list_value_length(documents.data.table["input_ids"]).to_numpy().astype(np.int64)
+    lengths = _lengths(texts, word_segmenter) | {"tokens": num_tokens}
+    longest = np.argsort(-num_tokens, kind="stable")[:_NUM_LONGEST].tolist()
+    store = TokenStore(documents)
+    needs_separator = ("full_sentences", "tokens")
+    return {
+        "documents": len(documents),
+        "documents_without_tokens": int((num_tokens == 0).sum()),
+        "lengths": {unit: _summary(values) for unit, values in lengths.items()},
+        "histogram": _doublings(num_tokens),
+        "tokens_per_word": float(num_tokens.sum() / max(lengths["words"].sum(), 1)),
+        "unknown_share": float(unknown.unknown_tokens / max(num_tokens.sum(), 1)),
+        "unknown_character_share": unknown.share,
+        "longer_than_block_share": float((num_tokens > budget).mean()),
+        "longest": [
+            {"number": number, "tokens": int(num_tokens[number]), "excerpt": excerpt(texts[number]["text"])}
+            for number in longest
+        ],
+        "packing": {
+            mode: _packing(store, template, block_size=block_size, mode=mode)
+            if template.separator is not None or mode not in needs_separator
+            else None
+            for mode in get_args(PackingMode)
+        },
+    }
+
+
+def _lengths(texts: datasets.Dataset, segmenter: Segmenter | None) -> dict[str, np.ndarray]:
+    """Return the lengths of the texts by unit, ``int64 [num_texts]`` each."""
+    num_bytes, num_characters = text_sizes(texts)
+    counts = [
+        (len(word_starts(text, segmenter=segmenter)), len(sentence_starts(text)))
+        for batch in tqdm(texts.iter(1000), desc="Counting words", unit=" thousand", delay=2, disable=None)
+        for text in (encodable(text or "") for text in batch["text"])
+    ]
+    num_words, num_sentences = np.array(counts, dtype=np.int64).T
+    return {"bytes": num_bytes, "characters": num_characters, "words": num_words, "sentences": num_sentences}
+
+
+def _summary(lengths: np.ndarray) -> dict[str, float]:
+    """Return sum, mean, least, quantiles (the least length that so many per cent do not exceed) and greatest by name."""
+    quantiles = np.percentile(lengths, _QUANTILES, method="inverted_cdf").tolist()
+    named = {f"p{percent}": int(value) for percent, value in zip(_QUANTILES, quantiles, strict=True)}
+    ends = {"min": int(lengths.min()), **named, "max": int(lengths.max())}
+    return {"total": int(lengths.sum()), "mean": float(lengths.mean()), **ends}
+
+
+def _doublings(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """Return how many lengths are 0, 1, 2 to 3, 4 to 7, and so on: first and last length and count of each range."""
+    powers = np.frexp(lengths)[1]
+    return [
+        (1 << k >> 1, (1 << k) - 1, int((powers == k).sum())) for k in range(int(powers.min()), int(powers.max()) + 1)
+    ]
+
+
+def _packing(store: TokenStore, template: BlockTemplate, *, block_size: int, mode: PackingMode) -> dict[str, Any]:
+    """Return the blocks of one mode, as `BlockDataset` makes them, and the shares of what their positions hold."""
+    bounds = block_bounds(store, budget=template.budget(block_size), mode=mode)
+    starts, stops = bounds[:-1], bounds[1:]
+    special = template.num_special_tokens * len(starts)
+    separators, num_blocks = 0, len(starts)
+    if mode in ("full_sentences", "tokens"):
+        separators = int((store.document_of(stops - 1) - store.document_of(starts)).sum())
+    elif mode == "isolated_documents":
+        num_blocks = len(pack_rows(stops - starts + template.num_special_tokens, capacity=block_size))
+    ranges = ((begin, min(begin + _STEP, store.num_tokens)) for begin in range(0, store.num_tokens, _STEP))
+    sentences = np.concatenate([store.sentence_starts(*each) for each in ranges])
+    holders = np.searchsorted(sentences, stops[:-1], side="right") - 1
+    positions, used = num_blocks * block_size, store.num_tokens + separators + special
+    return {
+        "blocks": num_blocks,
+        "tokens": store.num_tokens,
+        "separators": separators,
+        "special_tokens": special,
+        "sentences_cut": len(np.unique(holders[sentences[holders] != stops[:-1]])),
+        "fill": used / positions,
+        "text_share": store.num_tokens / positions,
+        "separator_share": separators / positions,
+        "special_token_share": special / positions,
+        "padding_share": 1 - used / positions,
+    }
 
 
 def _print(statistics: dict[str, Any]) -> None:
@@ -137,27 +248,18 @@ def _print(statistics: dict[str, Any]) -> None:
     print(f"unknown characters      {statistics['unknown_character_share']:.3%}")
     size = f"longer than {statistics['block_size']} tokens"
     print(f"{size:<23} {statistics['longer_than_block_share']:.1%} of the documents, special tokens counted")
-    _print_histogram(statistics["histogram"], statistics["documents"])
-    print("\nThe longest documents:")
-    for place in statistics["longest"]:
-        print(f"  {place['tokens']:>10,} tokens  {place['source']}:{place['number']}  {place['excerpt']}")
-    _print_packing(statistics["packing"], statistics["block_size"])
-
-
-def _print_histogram(histogram: list[tuple[int, int, int]], num_documents: int) -> None:
-    most = max((count for _, _, count in histogram), default=1)
     print("\nDocuments by their length in tokens:")
-    rows = [(f"{low:,}" if low == high else f"{low:,}-{high:,}", count) for low, high, count in histogram]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, count in rows:
+    most = max(count for _, _, count in statistics["histogram"])
+    for low, high, count in statistics["histogram"]:
         bar = "#" * -(-count * _BAR // most)
-        print(f"  {name:>{width}}  {bar:<{_BAR}}  {count / num_documents:6.1%}")
-
-
-def _print_packing(packing: dict[str, dict[str, Any] | None], block_size: int) -> None:
-    print(f"\nBlocks of {block_size} tokens, and what their places hold:")
+        print(f"  {f'{low:,}-{high:,}':>21}  {bar:<{_BAR}}  {count / statistics['documents']:6.1%}")
+    print("\nThe longest documents:")
+    for document in statistics["longest"]:
+        print(f"  {document['tokens']:>10,} tokens  number {document['number']}  {document['excerpt']}")
+    print(f"\nBlocks of {statistics['block_size']} tokens, and what their positions hold:")
     shares = {"text_share": "text", "special_token_share": "special", "separator_share": "separators"}
     shares |= {"padding_share": "padding"}
+    packing = statistics["packing"]
     rows = [
         (mode, f"{row['blocks']:,}", *(f"{row[name]:.2%}" for name in shares), f"{row['sentences_cut']:,}")
         for mode, row in packing.items()

@@ -1,9 +1,10 @@
 """The options of masking, as a dataclass to be mixed into training arguments."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
 
-from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.options import check_options, option
 from hf_pretrain.schedules import Schedule
 
 MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
@@ -23,7 +24,7 @@ _CHOICES = {
 
 @dataclass
 class MaskingArguments:
-    """Which tokens are hidden, and by what: the options shared by every objective that masks.
+    """The options that all objectives with masks share: which tokens are selected, and what replaces them.
 
     The defaults are BERT's 15 and 80/10/10 percent, drawn anew each epoch. See the `help` of each field.
     A subclass with a `__post_init__` of its own calls `super().__post_init__()` or `validate_masking()`.
@@ -48,83 +49,53 @@ class MaskingArguments:
         **dict.fromkeys(("max_span_length", "span_geometric_p", "span_length_mode"), "masking_unit=span"),
     }
 
-    mlm_probability: float = field(
-        default=0.15, metadata={"help": "Share of the tokens of each example that are selected as targets, 0 to 1."}
+    mlm_probability: float | str = option(
+        0.15,
+        "Share of the tokens of each example that are selected as targets, 0 to 1; or a schedule, linear "
+        "between its points: '0:0.3, 10000:0.15' (steps) or '0%%:0.3, 100%%:0.15' (shares of all steps). Evaluation "
+        "uses the last value.",
     )
-    mlm_probability_schedule: str | None = field(
-        default=None,
-        metadata={
-            "help": "How mlm_probability changes in training, linear between places: '0:0.3, 10000:0.15' (steps) or "
-            "'0%%:0.3, 100%%:0.15' (shares of all steps). Evaluation keeps to mlm_probability."
-        },
+    masking_unit: MaskingUnit = option(
+        "token",
+        "What is selected as a whole: 'token' (BERT), 'word' (whole words), 'ngram' (runs of words, "
+        "ALBERT), 'span' (runs of words cut to the budget, SpanBERT) or 'given' (the ranges in the column spans).",
     )
-    masking_unit: MaskingUnit = field(
-        default="token",
-        metadata={
-            "help": "What is selected as a whole: 'token' (BERT), 'word' (whole words), 'ngram' (runs of words, "
-            "ALBERT), 'span' (runs of words cut to the budget, SpanBERT) or 'given' (the ranges in the column spans)."
-        },
+    masking_count: MaskingCount = option(
+        "exact",
+        "'exact': each example gets its budget of targets, at least one. 'bernoulli': each token, word or "
+        "given span is drawn by itself, so counts vary and may be zero.",
     )
-    masking_count: MaskingCount = field(
-        default="exact",
-        metadata={
-            "help": "'exact': each example gets its budget of targets, at least one. 'bernoulli': each token, word or "
-            "given span is drawn by itself, so counts vary and may be zero."
-        },
+    mask_share: float = option(0.8, "Share of the selected tokens that the mask token replaces, 0 to 1.")
+    random_share: float = option(
+        0.1, "Share of the selected tokens that a random token replaces, 0 to 1; the rest stay as they are."
     )
-    mask_share: float = field(
-        default=0.8, metadata={"help": "Share of the selected tokens that the mask token replaces, 0 to 1."}
+    replacement_unit: ReplacementUnit = option(
+        "token",
+        "For what mask, random or keep is decided at once: each 'token' (BERT), each 'word' (RoBERTa) or "
+        "each selected 'unit' (SpanBERT, where touching spans are one).",
     )
-    random_share: float = field(
-        default=0.1,
-        metadata={
-            "help": "Share of the selected tokens that a random token replaces, 0 to 1; the rest stay as they are."
-        },
+    max_ngram: int = option(
+        3, "Most words of an n-gram; n words are drawn with probability proportional to 1/n, or by ngram_shares."
     )
-    replacement_unit: ReplacementUnit = field(
-        default="token",
-        metadata={
-            "help": "For what mask, random or keep is decided at once: each 'token' (BERT), each 'word' (RoBERTa) or "
-            "each selected 'unit' (SpanBERT, where touching spans are one)."
-        },
+    ngram_shares: list[float] | None = option(
+        None, "Probabilities of n-grams of 1, 2, ..., max_ngram words, instead of 1/n: '0.8 0.1 0.1' (UniLM)."
     )
-    max_ngram: int = field(
-        default=3,
-        metadata={
-            "help": "Most words of an n-gram; n words are drawn with probability proportional to 1/n, or by ngram_shares."
-        },
+    ngram_unit: NgramUnit = option(
+        "word", "What n-grams are made of: 'word' (whole words, ALBERT) or 'token' (UniLM)."
     )
-    ngram_shares: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Probabilities of n-grams of 1, 2, ..., max_ngram words, instead of 1/n: '0.8 0.1 0.1' (UniLM)."
-        },
+    max_span_length: int = option(10, "Most words of a span.")
+    span_geometric_p: float = option(
+        0.2, "Parameter of the geometric distribution of span lengths, above 0, at most 1."
     )
-    ngram_unit: NgramUnit = field(
-        default="word",
-        metadata={"help": "What n-grams are made of: 'word' (whole words, ALBERT) or 'token' (UniLM)."},
+    span_length_mode: SpanLengthMode = option(
+        "renormalise",
+        "Where the geometric distribution goes beyond max_span_length: 'renormalise' (mean 3.8 words by "
+        "default) or 'clip' to the longest (mean 4.5).",
     )
-    max_span_length: int = field(default=10, metadata={"help": "Most words of a span."})
-    span_geometric_p: float = field(
-        default=0.2, metadata={"help": "Parameter of the geometric distribution of span lengths, above 0, at most 1."}
+    static_masks: int = option(
+        0, "0: fresh masks each epoch. k: k frozen maskings of each example, used in turn (epoch modulo k)."
     )
-    span_length_mode: SpanLengthMode = field(
-        default="renormalise",
-        metadata={
-            "help": "Where the geometric distribution goes beyond max_span_length: 'renormalise' (mean 3.8 words by "
-            "default) or 'clip' to the longest (mean 4.5)."
-        },
-    )
-    static_masks: int = field(
-        default=0,
-        metadata={
-            "help": "0: fresh masks each epoch. k: k frozen maskings of each example, used in turn (epoch modulo k)."
-        },
-    )
-    mask_unknown: bool = field(
-        default=True,
-        metadata={"help": "Whether the unknown token may be selected (BERT, ELECTRA) or not (DeBERTa)."},
-    )
+    mask_unknown: bool = option(True, "Whether the unknown token may be selected (BERT, ELECTRA) or not (DeBERTa).")
 
     def __post_init__(self) -> None:
         """Check the options, then let the next class of a mixture do its own."""
@@ -140,11 +111,15 @@ class MaskingArguments:
             InputError: Naming the option, its value and what it takes.
         """
         for name, choices in _CHOICES.items():
-            _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {', '.join(choices)}")
-        check_numbers(self)
+            check_choice(getattr(self, name), choices, name=name)
+        check_options(self)
         if self.ngram_shares is not None:
             self._check_ngram_shares(self.ngram_shares)
-        self.parse_mask_rates()
+        if self.static_masks and isinstance(self.mlm_probability, Schedule):
+            raise InputError(
+                f"static_masks={self.static_masks} freezes the masks, so mlm_probability={self.mlm_probability!r} cannot "
+                "change them: give it one number, or leave static_masks out"
+            )
         if self.mask_share + self.random_share > 1 + 1e-9:
             raise InputError(
                 f"mask_share={self.mask_share} and random_share={self.random_share} add up to more than 1: lower one"
@@ -156,24 +131,12 @@ class MaskingArguments:
             )
 
     def _check_ngram_shares(self, shares: list[float]) -> None:
-        wanted = f"{self.max_ngram} numbers from 0 that add up to 1, one for each n up to max_ngram"
-        holds = len(shares) == self.max_ngram and all(_is_number(share) and share >= 0 for share in shares)
-        _require(holds and abs(sum(shares) - 1) < 1e-6, "ngram_shares", shares, wanted)
-
-    def parse_mask_rates(self) -> Schedule | None:
-        """Return how `mlm_probability` changes in training, or None if it does not.
-
-        Raises:
-            InputError: If the option is no schedule, or masks are frozen.
-        """
-        if self.mlm_probability_schedule is None:
-            return None
-        if self.static_masks:
+        are_shares = all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+        if len(shares) != self.max_ngram or not are_shares or abs(sum(shares) - 1) >= 1e-6:
             raise InputError(
-                f"static_masks={self.static_masks} freezes the masks, so mlm_probability_schedule="
-                f"{self.mlm_probability_schedule!r} cannot change them: drop one of the two"
+                f"ngram_shares={shares!r} must be {self.max_ngram} numbers from 0 that add up to 1, one for each n up to "
+                "max_ngram"
             )
-        return Schedule.parse(self.mlm_probability_schedule, name="mlm_probability_schedule", most=1.0)
 
     @property
     def needs_word_starts(self) -> bool:
@@ -182,12 +145,3 @@ class MaskingArguments:
             self.masking_unit == "ngram" and self.ngram_unit == "word"
         )
         return by_words or self.replacement_unit == "word"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _require(holds: bool, name: str, value: Any, wanted: str) -> None:
-    if not holds:
-        raise InputError(f"{name}={value!r} must be {wanted}")

@@ -1,8 +1,7 @@
-"""What masking must know of a tokenizer, as lookup tables over ids.
+"""Masking of a batch: from rows and options to targets and corrupted ids.
 
-What stands in the place of a selected token: the mask token, a random token, or the token itself.
-
-From rows and options to masked rows: which tokens are hidden, and by what.
+`mask_rows` selects targets (`select_targets`) and replaces them (`replace_tokens`). `Vocabulary` holds what both need
+of a tokenizer, as lookup tables over ids.
 """
 
 from __future__ import annotations
@@ -32,6 +31,9 @@ from hf_pretrain.corruption.spans import (
     select_spans,
 )
 from hf_pretrain.errors import InputError
+
+_HALF = np.uint64(32)
+_LOW_HALF = np.uint64((1 << 32) - 1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Vocabulary:
         return cls(mask_id=tokenizer.mask_token_id, protected=protected, ordinary_ids=ordinary_ids)
 
     def is_protected(self, input_ids: np.ndarray) -> np.ndarray:
-        """Tell which tokens may never be selected.
+        """Return which tokens may never be selected.
 
         Args:
             input_ids: Integers of any shape.
@@ -102,10 +104,6 @@ class Vocabulary:
                 f"input_ids holds the id {input_ids.max()}, but the tokenizer ends at {len(self.protected) - 1}: "
                 "prepare the data with this tokenizer"
             ) from None
-
-
-_HALF = np.uint64(32)
-_LOW_HALF = np.uint64((1 << 32) - 1)
 
 
 def replace_tokens(
@@ -154,7 +152,7 @@ def replace_tokens(
 
 @dataclass(frozen=True)
 class MaskedRows:
-    """Rows with hidden tokens.
+    """Rows with masked tokens.
 
     Attributes:
         input_ids: `[B, L]` int64, corrupted.
@@ -174,12 +172,12 @@ def mask_rows(
     vocabulary: Vocabulary,
     probability: float | np.ndarray | None = None,
 ) -> MaskedRows:
-    """Hide tokens of a batch.
+    """Mask tokens of a batch.
 
     Args:
         rows: The examples.
         arguments: The options of masking.
-        vocabulary: What is special, and what replaces.
+        vocabulary: Special and ordinary tokens.
         probability: Share of the tokens to select, one for all rows or `[B]`; `arguments.mlm_probability` by default.
 
     Returns:
@@ -193,7 +191,7 @@ def mask_rows(
     if arguments.needs_word_starts:
         assert rows.word_starts is not None, "the rows were stacked without words"
         words = partition_words(rows.word_starts, maskable=maskable, borders=rows.document_starts())
-    probability = arguments.mlm_probability if probability is None else probability
+    probability = float(arguments.mlm_probability) if probability is None else probability
     selection = select_targets(rows, maskable=maskable, words=words, arguments=arguments, probability=probability)
     borders = rows.document_starts()
     if borders is not None:

@@ -1,9 +1,9 @@
-"""Factorisation orders of permutation language modelling: who sees whom, as two integers a token.
+"""Permutation language modelling: factorisation orders, and the tokens that are predicted.
 
-Position `i` sees the content of `j` iff `key_ranks[j] < thresholds[i]`; the content stream also sees itself. A row is cut
-into parts: two halves, of which the first never sees the second and may therefore be kept as memory, or one whole.
-
-Which tokens a permutation language model predicts: spans with context around them, chosen in each part of a row.
+An order says who sees whom, as two integers a token: position `i` sees the content of `j` iff
+`key_ranks[j] < thresholds[i]`; the content stream also sees itself. A row is cut into parts: two halves, of which the
+first never sees the second and may therefore be kept as memory, or one whole. `sample_targets` then chooses spans with
+context around them in each part.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from hf_pretrain.errors import InputError
 
 PADDING_RANK = 1 << 30
 """Key rank of padding: above every threshold, so that nobody sees it."""
+
+
+_HALF = np.uint64(32)
+_LOW_HALF = np.uint64((1 << 32) - 1)
 
 
 @dataclass(frozen=True)
@@ -68,33 +72,33 @@ class RowParts:
 
     @property
     def span(self) -> int:
-        """Places of the longest part, `W`, at least 1."""
+        """Tokens of the longest part, `W`, at least 1."""
         return max(int(self.sizes.max()), 1)
 
     @property
     def filled(self) -> np.ndarray:
-        """Return the places that hold a token: `[N, W]` bool."""
+        """Return which offsets of each part hold a token: `[N, W]` bool."""
         return np.arange(self.span) < self.sizes.reshape(-1, 1)
 
     def positions(self, backward: np.ndarray | None = None) -> np.ndarray:
-        """Return the flat position `row * L + column` of each place of each part: `[N, W]` int64.
+        """Return the flat position `row * L + column` of each offset in each part: `[N, W]` int64.
 
         Args:
             backward: `[B]` bool, rows stored in reverse, whose parts are to be read from their end; None for none.
 
         Returns:
-            The positions; those of places without a token are in range and mean nothing.
+            The positions; where an offset has no token they are in range and mean nothing.
         """
-        places, ends = np.arange(self.span), self.sizes[..., None] - 1
+        offsets, ends = np.arange(self.span), self.sizes[..., None] - 1
         if backward is None or not backward.any():
-            columns = self.starts[..., None] + places
+            columns = self.starts[..., None] + offsets
         else:
-            columns = self.starts[..., None] + np.where(backward[:, None, None], ends - places, places)
+            columns = self.starts[..., None] + np.where(backward[:, None, None], ends - offsets, offsets)
         columns = np.clip(columns, 0, self.width - 1)
         return (columns + np.arange(len(columns))[:, None, None] * self.width).reshape(len(self), -1)
 
     def of_columns(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return for each column the number of its part, 0 or 1, and its place in it: `[B, L]` int64 each."""
+        """Return for each column the number of its part, 0 or 1, and its offset in the part: `[B, L]` int64 each."""
         columns = np.arange(self.width)
         if self.sizes.shape[1] == 1:
             return np.zeros((len(self.sizes), self.width), dtype=np.int64), np.tile(columns, (len(self.sizes), 1))
@@ -109,7 +113,7 @@ class FactorisationOrder:
 
     Attributes:
         ranks: `[B, L]` int64, from 0, distinct among the tokens of a part; the first is predicted first.
-        bases: `[B, L]` int64, what lifts the ranks of a part above those of the part before.
+        bases: `[B, L]` int64, added to the ranks of a part to lift them above those of the part before.
     """
 
     ranks: np.ndarray
@@ -132,15 +136,15 @@ def random_order(keys: RowKeys, *, parts: RowParts, perm_size: int | None = None
         XLNet (Yang et al. 2019, section 2.2); `_local_perm` of the official `data_utils.py`.
     """
     blocks = np.maximum(parts.sizes if perm_size is None else np.minimum(parts.sizes, perm_size), 1)
-    num_places = int(blocks.max())
-    bits = keys.bits("permutation_order", length=parts.width).ravel()[parts.positions()[:, :num_places]]
-    permutations = sorted_positions(order_keys(bits, candidates=np.arange(num_places) < blocks.reshape(-1, 1)))
-    part, places = parts.of_columns()
+    longest = int(blocks.max())
+    bits = keys.bits("permutation_order", length=parts.width).ravel()[parts.positions()[:, :longest]]
+    permutations = sorted_positions(order_keys(bits, candidates=np.arange(longest) < blocks.reshape(-1, 1)))
+    part, offsets = parts.of_columns()
     index = part + np.arange(len(part))[:, None] * parts.sizes.shape[1]
-    inside = places if perm_size is None else places % blocks.ravel()[index]
-    # Columns of padding look up what comes out; nobody reads it.
-    ranks = permutations.take(index * num_places + inside, mode="clip")
-    ranks += places - inside
+    inside = offsets if perm_size is None else offsets % blocks.ravel()[index]
+    # Columns of padding look up any value; nobody reads it.
+    ranks = permutations.take(index * longest + inside, mode="clip")
+    ranks += offsets - inside
     capacities = -(-parts.sizes[:, :1] // blocks[:, :1]) * blocks[:, :1]
     return FactorisationOrder(ranks=ranks, bases=part * (capacities + 1))
 
@@ -149,7 +153,7 @@ def given_order(ranks: np.ndarray, *, parts: RowParts) -> FactorisationOrder:
     """Order each part by given ranks.
 
     Args:
-        ranks: `[B, L]` int64, a permutation of the places of each row's tokens.
+        ranks: `[B, L]` int64, a permutation of the columns of each row's tokens.
         parts: The parts of the rows.
 
     Returns:
@@ -162,7 +166,7 @@ def given_order(ranks: np.ndarray, *, parts: RowParts) -> FactorisationOrder:
 def visibility(
     order: FactorisationOrder, *, targets: np.ndarray, functional: np.ndarray, valid: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turn an order into what each position shows and what it sees.
+    """Return key ranks and thresholds: who sees whom in an order.
 
     In a part, ordinary tokens see each other. A target sees them and the targets and functional tokens before it in the
     order, not itself; a functional token also sees itself. Nobody ordinary sees a target or a functional token, which
@@ -190,15 +194,11 @@ def visibility(
     return key_ranks, thresholds
 
 
-_HALF = np.uint64(32)
-_LOW_HALF = np.uint64((1 << 32) - 1)
-
-
 def part_budgets(candidates: np.ndarray, *, parts: RowParts, context_factor: float) -> np.ndarray:
     """Return how many targets each part gets.
 
     A row has the share `1 / context_factor` of its own length, at least one; the parts share it by their sizes, the
-    first gets the half target that is left over. What a part has no candidates for goes to the other.
+    first gets the half target that is left over. Where a part has too few candidates, the other takes the rest.
 
     Args:
         candidates: `[B, L]` bool, the tokens that may be predicted.
@@ -237,7 +237,7 @@ def sample_targets(
     where this one ends. Where less is left of the budget than `n`, the span is shorter.
 
     "official" is the official code's rule: a span is `n` sub-word tokens, whatever words they belong to, and one that
-    would touch the end of its part is left out. "word" does the same with words in the place of tokens, also when it
+    would touch the end of its part is left out. "word" does the same with words instead of tokens, also when it
     fills up; one word a part may be cut, where the budget is met.
 
     Args:
@@ -312,14 +312,14 @@ def _lay_spans(windows: _Windows, *, starts: np.ndarray, ends: np.ndarray) -> np
     Args:
         windows: The windows.
         starts: `[N, W]` bool, where a span may start.
-        ends: `[N]`, the place at which a part ends; a span that goes beyond is left out.
+        ends: `[N]`, the offset at which a part ends; a span that goes beyond is left out.
 
     Returns:
         `[N, W]` bool, what the spans cover.
     """
     num_parts, width = starts.shape
     lengths, lefts, advances = windows
-    # A part's stretch of the table is wide enough for what follows its end, which leads back to the end.
+    # A part's stretch of the table is wider than the part: entries behind its end lead back to the end.
     stretch = width + int(lefts.max() + advances.max()) + 1
     table = np.full((num_parts, stretch), width)
     firsts = np.where(starts, np.arange(width), width)
@@ -340,7 +340,7 @@ def _lay_spans(windows: _Windows, *, starts: np.ndarray, ends: np.ndarray) -> np
 
 
 def _lay_word_spans(windows: _Windows, *, words: WordTable, filled: np.ndarray) -> np.ndarray:
-    """Lay spans of words: as `_lay_spans`, with words for places. `filled` is `[N, W]` bool, the places with a token."""
+    """Lay spans of words, as `_lay_spans` lays spans of tokens. `filled` is `[N, W]` bool: which offsets hold a token."""
     width = filled.shape[1]
     word_of = words.word_of.reshape(filled.shape) - words.word_of[::width, None]
     ends = np.where(filled, word_of + 1, 0).max(axis=1)
@@ -352,24 +352,26 @@ def given_targets(columns: Sequence[Any], *, valid: np.ndarray) -> np.ndarray:
     """Mark the targets that the data gives.
 
     Args:
-        columns: For each example, the places of the tokens to predict.
+        columns: For each example, the positions of the tokens to predict.
         valid: `[B, L]` bool, the tokens of the examples, left-aligned.
 
     Returns:
         `[B, L]` bool.
 
     Raises:
-        InputError: If a place is not in its example.
+        InputError: If a position is not in its example.
     """
     rows = np.repeat(np.arange(len(columns)), [len(column) for column in columns])
-    places = np.concatenate([np.asarray(column, dtype=np.int64) for column in columns])
+    positions = np.concatenate([np.asarray(column, dtype=np.int64) for column in columns])
     lengths = np.count_nonzero(valid, axis=1)[rows]
-    wrong = np.flatnonzero((places < 0) | (places >= lengths))
+    wrong = np.flatnonzero((positions < 0) | (positions >= lengths))
     if wrong.size:
-        place, length = places[wrong[0]], lengths[wrong[0]]
-        raise InputError(f"targets holds {place} in an example of {length} tokens: give places from 0 to {length - 1}")
+        position, length = positions[wrong[0]], lengths[wrong[0]]
+        raise InputError(
+            f"targets holds {position} in an example of {length} tokens: give positions from 0 to {length - 1}"
+        )
     targets = np.zeros(valid.shape, dtype=np.bool_)
-    targets[rows, places] = True
+    targets[rows, positions] = True
     return targets
 
 
@@ -377,7 +379,7 @@ def given_ranks(columns: Sequence[Any], *, valid: np.ndarray) -> np.ndarray:
     """Return the rank of each token in the order that the data gives.
 
     Args:
-        columns: For each example, the places of all its tokens, the one predicted first first.
+        columns: For each example, the positions of all its tokens, in the order of prediction.
         valid: `[B, L]` bool, the tokens of the examples, left-aligned.
 
     Returns:
@@ -391,7 +393,7 @@ def given_ranks(columns: Sequence[Any], *, valid: np.ndarray) -> np.ndarray:
         order = np.asarray(column, dtype=np.int64)
         if not np.array_equal(np.sort(order), np.arange(length)):
             raise InputError(
-                f"order={order.tolist()} is no order of an example of {length} tokens: name each place from 0 to "
+                f"order={order.tolist()} is no order of an example of {length} tokens: name each position from 0 to "
                 f"{length - 1} once"
             )
         ranks[row, order] = np.arange(length)

@@ -19,7 +19,7 @@ _WORDS_FIX = "prepare the data with hf_pretrain (documents have this column), or
 
 @dataclass(frozen=True)
 class RowKeys:
-    """What the draws of a batch are keyed by.
+    """The keys of the draws of a batch.
 
     Attributes:
         example_ids: `[B]` int64.
@@ -70,12 +70,12 @@ class ExampleRows:
         input_ids: `[B, L]` int64.
         valid: `[B, L]` bool, False at padding.
         keys: Keys of the draws.
-        word_starts: `[B, L]` bool, or None if not asked for.
+        word_starts: `[B, L]` bool, or None if the masking does not need them.
         token_type_ids: `[B, L]` int64, or None if the examples have none.
-        spans: `[S, 3]` int64 of (row, start, end), the given spans, or None if not asked for.
+        spans: `[S, 3]` int64 of (row, start, end), the given spans, or None if the masking does not need them.
         document_ids: `[B, L]` int64, which of the row's isolated documents a token belongs to, -1 at padding; None if
             the examples have none.
-        places: `[B]` int64, the place of each example in the order of an epoch, -1 where it has none.
+        order_indices: `[B]` int64, the index of each example in the order of an epoch, -1 where it has none.
         order_epochs: `[B]` int64, the epoch of that order; that of a mixture is not that of the examples' own draws.
         also_maskable: `[B, L]` bool, special tokens that may be selected all the same; None if there are none.
     """
@@ -87,7 +87,7 @@ class ExampleRows:
     token_type_ids: np.ndarray | None = None
     spans: np.ndarray | None = None
     document_ids: np.ndarray | None = None
-    places: np.ndarray | None = None
+    order_indices: np.ndarray | None = None
     order_epochs: np.ndarray | None = None
     also_maskable: np.ndarray | None = None
 
@@ -100,7 +100,7 @@ class ExampleRows:
         return None if self.document_ids is None else np.diff(self.document_ids, axis=1, prepend=-2) != 0
 
     def document_positions(self) -> np.ndarray:
-        """Return the place of each token in its isolated document, from 0: `[B, L]` int64, 0 at padding."""
+        """Return the position of each token in its isolated document, from 0: `[B, L]` int64, 0 at padding."""
         begins = self.document_starts()
         assert begins is not None, "the examples have no document_ids"
         columns = np.arange(begins.shape[1])
@@ -175,7 +175,7 @@ def stack_examples(
     """Stack examples into arrays.
 
     Args:
-        examples: Each with `input_ids`, perhaps with `place`; `token_type_ids` and `document_ids` if the first has
+        examples: Each with `input_ids`, perhaps with `order_index`; `token_type_ids` and `document_ids` if the first has
             them.
         keys: Keys of the draws.
         pad_id: Token id at padding.
@@ -204,7 +204,7 @@ def stack_examples(
     except KeyError as error:
         fix = _WORDS_FIX if error.args[0] == "word_starts" else "give it to every example, or choose another unit"
         raise InputError(f"examples have no column {error}, which these masking options need: {fix}") from None
-    places = np.array([example.get("place", -1) for example in examples], dtype=np.int64)
+    order_indices = np.array([example.get("order_index", -1) for example in examples], dtype=np.int64)
     order_epochs = np.array(
         [example.get("order_epoch", example.get("epoch", 0)) for example in examples], dtype=np.int64
     )
@@ -216,7 +216,7 @@ def stack_examples(
         token_type_ids=types,
         spans=spans,
         document_ids=documents,
-        places=places,
+        order_indices=order_indices,
         order_epochs=order_epochs,
     )
 

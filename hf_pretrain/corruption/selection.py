@@ -1,8 +1,7 @@
-"""Words of a batch as flat tables.
+"""Choosing the targets of masking: budgets, keyed orders, and the selection of tokens and words.
 
-Positions are flat here: `row * L + column`. Every row starts a word, so a batch is one sequence of words.
-
-Choosing what is hidden: budgets, keyed orders, and the selection of tokens and words.
+`WordTable` holds the words of a batch. Positions are flat there: `row * L + column`. Every row starts a word, so a batch
+is one sequence of words.
 """
 
 from __future__ import annotations
@@ -10,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+_POSITION_BITS = 24
+_POSITIONS = np.uint64((1 << _POSITION_BITS) - 1)
+_LAST = np.uint64(1 << 63)
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,9 @@ def partition_words(word_starts: np.ndarray, *, maskable: np.ndarray, borders: n
     )
 
 
-_POSITION_BITS = 24
-_POSITIONS = np.uint64((1 << _POSITION_BITS) - 1)
-_LAST = np.uint64(1 << 63)
-
-
 @dataclass(frozen=True)
 class Selection:
-    """What is hidden of a batch.
+    """The targets of a batch.
 
     Attributes:
         mask: `[B, L]` bool, the selected positions.
@@ -148,7 +146,7 @@ def order_keys(bits: np.ndarray, *, candidates: np.ndarray) -> np.ndarray:
     """Turn random bits into sort keys that carry their position.
 
     Keys differ even where bits collide, so that "the k smallest" are exactly k, and sorting them gives a permutation
-    at the price of a plain sort (an argsort costs twice as much). Who is no candidate comes last.
+    at the price of a plain sort (an argsort costs twice as much). Other tokens come last.
 
     Args:
         bits: `[B, L]` uint64.
@@ -193,7 +191,7 @@ def select_tokens(bits: np.ndarray, *, maskable: np.ndarray, budgets: np.ndarray
 
 
 def fill_budgets(sizes: np.ndarray, *, budgets: np.ndarray) -> np.ndarray:
-    """Take units in the given order, skipping each that would overflow what is left of the budget.
+    """Take units in the given order, skipping each that would overflow the rest of the budget.
 
     Equal to going through the units one by one. A row with a budget in which no unit fits takes its smallest unit.
 
@@ -207,7 +205,7 @@ def fill_budgets(sizes: np.ndarray, *, budgets: np.ndarray) -> np.ndarray:
     taken = np.zeros(sizes.shape, dtype=np.bool_)
     rows, open_sizes, remaining = np.arange(len(sizes)), sizes.copy(), budgets.copy()
     while rows.size:
-        # What does not fit now never will. Of the rest, all up to the first overflow are taken: that many fit in turn.
+        # A unit that does not fit now never will. Of the rest, all up to the first overflow are taken: that many fit in turn.
         open_sizes *= open_sizes <= remaining[:, None]
         fits = np.cumsum(open_sizes, axis=1) <= remaining[:, None]
         fits &= open_sizes > 0

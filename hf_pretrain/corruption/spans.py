@@ -1,9 +1,7 @@
 """Choosing units of several words: n-grams (ALBERT), spans (SpanBERT) and spans that the data gives.
 
-These are sequential rules: what is taken depends on what was taken before. They run one unit at a time, but on all
-rows of the batch at once.
-
-What is predicted of a hidden span from the two tokens around it.
+These are sequential rules: a unit depends on the units taken before. They run one unit at a time, but on all rows of
+the batch at once. `span_boundary_targets` then lists what the boundaries of masked spans predict.
 """
 
 from __future__ import annotations
@@ -140,7 +138,7 @@ def take_runs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Take runs of slots in the given order while the budget lasts; a run that overlaps a taken one is skipped.
 
-    Slots are words or tokens. A run over what is left of the budget is skipped, or, with `shorten`, first tried with
+    Slots are words or tokens. A run over the rest of the budget is skipped, or, with `shorten`, first tried with
     fewer slots. A row with a budget in which no run fits takes its smallest run.
 
     Args:
@@ -245,9 +243,9 @@ def select_given(bits: np.ndarray, *, spans: np.ndarray, maskable: np.ndarray, b
     Returns:
         The selection; each span is a unit.
     """
-    rows, first, size, places = _given_table(spans, maskable=maskable)
+    rows, first, size, numbers = _given_table(spans, maskable=maskable)
     firsts, sizes = (np.zeros(bits.shape, dtype=np.int64) for _ in range(2))
-    firsts[rows, places], sizes[rows, places] = first, size
+    firsts[rows, numbers], sizes[rows, numbers] = first, size
     order = sorted_positions(order_keys(bits, candidates=sizes > 0))
     chosen, begun = take_runs(
         np.take_along_axis(firsts, order, axis=1),
@@ -273,8 +271,8 @@ def select_given_independently(
     Returns:
         The selection; each span is a unit, cut where another selected one starts inside it.
     """
-    rows, first, size, places = _given_table(spans, maskable=maskable)
-    chosen = (to_uniforms(bits[rows, places]) < by_row(probability, num_rows=len(bits))[rows]) & (size > 0)
+    rows, first, size, numbers = _given_table(spans, maskable=maskable)
+    chosen = (to_uniforms(bits[rows, numbers]) < by_row(probability, num_rows=len(bits))[rows]) & (size > 0)
     starts = np.zeros(maskable.size, dtype=np.bool_)
     starts[first[chosen]] = True
     depth = np.bincount(first[chosen], minlength=maskable.size + 1)
@@ -284,7 +282,7 @@ def select_given_independently(
 
 
 def _given_table(spans: np.ndarray, *, maskable: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return each given span's row, flat start, size (0 if it holds a special token) and place in the row."""
+    """Return each given span's row, flat start, size (0 if it holds a special token) and number in the row."""
     rows, starts, ends = spans.T
     barred = np.append(0, np.cumsum(~maskable.ravel()))
     first, end = rows * maskable.shape[1] + starts, rows * maskable.shape[1] + ends
@@ -294,13 +292,13 @@ def _given_table(spans: np.ndarray, *, maskable: np.ndarray) -> tuple[np.ndarray
 
 @dataclass(frozen=True)
 class SpanBoundaryTargets:
-    """Hidden tokens that are predicted from the boundaries of their span.
+    """Masked tokens that are predicted from the boundaries of their span.
 
     Attributes:
         rows: `[S]` int64, the example that a token is in.
         left: `[S]` int64, column of the last token before its span.
         right: `[S]` int64, column of the first token after it.
-        offsets: `[S]` int64, place of the token in the span, from 0.
+        offsets: `[S]` int64, index of the token in its span, from 0.
         labels: `[S]` int64, the original token.
     """
 
@@ -314,16 +312,16 @@ class SpanBoundaryTargets:
 def span_boundary_targets(
     rows: ExampleRows, *, mask: np.ndarray, ordinary: np.ndarray, span_positions: int
 ) -> SpanBoundaryTargets:
-    """Return what the boundaries of the hidden spans of a batch are asked for.
+    """Return the tokens that the boundaries of masked spans predict.
 
     Spans that touch are one. A span beside a special token or padding, at the start or the end of a row, or with a neighbour in
-    another isolated document has no two boundaries, and is left out. Tokens of a span beyond the last place are left out too.
+    another isolated document has no two boundaries, and is left out. Tokens of a span beyond the last index are left out too.
 
     Args:
-        rows: The examples, before anything was hidden.
-        mask: `[B, L]` bool, the hidden tokens.
+        rows: The examples, before masking.
+        mask: `[B, L]` bool, the masked tokens.
         ordinary: `[B, L]` bool, the tokens that are neither special nor padding.
-        span_positions: Places in a span that there are.
+        span_positions: Most tokens of a span that are predicted.
 
     Returns:
         The targets in reading order.

@@ -1,4 +1,4 @@
-"""Shuffling short runs of visible tokens, whose order is to be found again."""
+"""Shuffling short runs of visible tokens, which the model puts in order again (StructBERT)."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def shuffle_runs(
     keep_identity: bool = False,
     breaks: np.ndarray | None = None,
 ) -> ShuffledRows:
-    """Shuffle runs of tokens that nothing else was done to.
+    """Shuffle runs of tokens that masking left as they are.
 
     The runs of a row do not overlap. They are taken at starts in random order, until they cover the share `probability` of its
-    tokens; what is left of a run is rounded up or down at random, so that the share is right on average for rows of any length.
+    tokens. A fraction of a run is rounded up or down at random, so that the share is right on average for rows of any length.
 
     Args:
-        input_ids: `[B, L]` int64, with hidden tokens; left as it is.
+        input_ids: `[B, L]` int64, masked; left as it is.
         free: `[B, L]` bool, the tokens that may be moved.
         lengths: `[B]`, tokens of each row, special ones included.
         keys: Keys of the draws.
@@ -97,7 +97,7 @@ def _take_apart(
     """
     num_rows, width = fits.shape
     order = sorted_positions(order_keys(bits, candidates=fits)) + (np.arange(num_rows) * (width + 2 * size))[:, None]
-    # Room on both sides of a row, so that what a run bars never reaches into the next row.
+    # Room on both sides of a row, so that the positions barred by a run never reach into the next row.
     is_open = np.zeros((num_rows, width + 2 * size), dtype=np.bool_)
     is_open[:, size : size + width] = fits
     is_open, left = is_open.ravel(), np.minimum(budgets, np.count_nonzero(fits, axis=1))

@@ -1,4 +1,8 @@
-"""From files to files: JSON lines of the documents that repeat no other, and a report of what was left out."""
+"""Deduplication from files to files: JSON lines of the documents that repeat no other, and a report of those left out.
+
+`deduplicate_files` claims the output folder and reads the documents in groups. `Deduplicator` finds those that repeat an earlier
+one; the others are written into shards, and the report comes last.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,9 @@ import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -22,8 +25,8 @@ from hf_pretrain.data.text.files import (
     excerpt,
     in_groups,
     numbered_documents,
-    resolve_paths,
 )
+from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError
 
 DOCUMENTS = "documents"
@@ -36,19 +39,6 @@ _LOCK = "_lock"
 _SHARD = re.compile(r"\d{5,}\.jsonl")
 _GROUP_CHARACTERS = 1 << 18
 _MOST_CLUSTERS = 10
-
-
-@dataclass
-class Counts:
-    """How many documents, and how many bytes of UTF-8 their texts are."""
-
-    documents: int = 0
-    bytes: int = 0
-
-    def add(self, text: str) -> None:
-        """Count a document."""
-        self.documents += 1
-        self.bytes += len(text.encode())
 
 
 def deduplicate_files(
@@ -93,15 +83,14 @@ def deduplicate_files(
     reading: dict[str, Any] = {"document_separator": document_separator, "text_column": text_column}
     collector = _Collector(deduplicator)
     with _claimed(folder):
-        with _Writer(folder / _UNFINISHED, text_column, shard_bytes) as writer:
-            for group in _groups(references, "Reading what to hold against", reading):
-                collector.add_references(group)
-            for group in _groups(files, "Comparing", reading):
-                writer.write(collector.kept(group))
+        for group in _groups(references, "Reading what to hold against", reading):
+            collector.add_references(group)
+        kept = (document for group in _groups(files, "Comparing", reading) for document in collector.kept(group))
+        written = _write(kept, folder / _UNFINISHED, text_column=text_column, shard_bytes=shard_bytes)
         report = {
             "options": deduplicator.options | reading,
-            "counts": {name: asdict(counts) for name, counts in collector.counts.items()},
-            "files": writer.files,
+            "counts": collector.counts,
+            "files": written,
             "clusters": collector.largest_clusters(),
         }
         (folder / _UNFINISHED).rename(folder / DOCUMENTS)
@@ -195,27 +184,31 @@ class _Collector:
         self._repetitions: Counter[int] = Counter()
         self._excerpts: dict[int, str] = {}
         names = ("against", "read", "exact_duplicates", "near_duplicates", "in_against", "kept")
-        self.counts = {name: Counts() for name in names}
+        self.counts = {name: {"documents": 0, "bytes": 0} for name in names}
 
     def add_references(self, documents: Sequence[NumberedDocument]) -> None:
         self._note_sources(documents, are_references=True)
         self._deduplicator.add_references([document.text for document in documents])
         self._num_references = self._deduplicator.num_documents
         for document in documents:
-            self.counts["against"].add(document.text)
+            self._count("against", document)
 
     def kept(self, documents: Sequence[NumberedDocument]) -> list[NumberedDocument]:
         """Return those of the documents that repeat none before."""
         self._note_sources(documents, are_references=False)
-        verdicts = self._deduplicator.judge([document.text for document in documents])
-        for document, verdict in zip(documents, verdicts, strict=True):
-            self.counts["read"].add(document.text)
-            kind = f"{verdict.kind}_duplicates" if verdict.kind != "kept" else "kept"
-            self.counts["in_against" if verdict.original < self._num_references else kind].add(document.text)
-            if verdict.kind != "kept":
-                self._repetitions[verdict.original] += 1
-                self._excerpts.setdefault(verdict.original, excerpt(document.text))
-        return [document for document, verdict in zip(documents, verdicts, strict=True) if verdict.kind == "kept"]
+        matches = self._deduplicator.compare([document.text for document in documents])
+        for document, match in zip(documents, matches, strict=True):
+            self._count("read", document)
+            kind = f"{match.kind}_duplicates" if match.kind != "kept" else "kept"
+            self._count("in_against" if match.original < self._num_references else kind, document)
+            if match.kind != "kept":
+                self._repetitions[match.original] += 1
+                self._excerpts.setdefault(match.original, excerpt(document.text))
+        return [document for document, match in zip(documents, matches, strict=True) if match.kind == "kept"]
+
+    def _count(self, name: str, document: NumberedDocument) -> None:
+        self.counts[name]["documents"] += 1
+        self.counts[name]["bytes"] += len(document.text.encode())
 
     def _note_sources(self, documents: Sequence[NumberedDocument], *, are_references: bool) -> None:
         for number, document in enumerate(documents, self._deduplicator.num_documents):
@@ -224,48 +217,33 @@ class _Collector:
                 self._sources.append((document.source, are_references))
 
     def largest_clusters(self) -> list[dict[str, Any]]:
-        """Return the documents with the most repetitions: their place, how many, and how one of these begins."""
+        """Return the documents with the most repetitions: where they are, how many, and how one of these begins."""
         order = sorted(self._repetitions, key=lambda number: (-self._repetitions[number], number))
         clusters = []
         for number in order[:_MOST_CLUSTERS]:
-            place = bisect_right(self._firsts, number) - 1
-            source, is_reference = self._sources[place]
-            cluster = {"source": source, "number": number - self._firsts[place], "against": is_reference}
+            position = bisect_right(self._firsts, number) - 1
+            source, is_reference = self._sources[position]
+            cluster = {"source": source, "number": number - self._firsts[position], "against": is_reference}
             clusters.append(cluster | {"removed": self._repetitions[number], "excerpt": self._excerpts[number]})
         return clusters
 
 
-class _Writer:
-    """Writes documents to JSON-lines files of a folder."""
-
-    def __init__(self, folder: Path, text_column: str, shard_bytes: int) -> None:
-        self._folder = folder
-        self._text_column = text_column
-        self._shard_bytes = shard_bytes
-        self._stream: IO[bytes] | None = None
-        self.files: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Writer:
-        self._folder.mkdir(parents=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def write(self, documents: Iterable[NumberedDocument]) -> None:
+def _write(
+    documents: Iterable[NumberedDocument], folder: Path, *, text_column: str, shard_bytes: int
+) -> list[dict[str, Any]]:
+    """Write documents to JSON-lines files of a new folder; return name, documents and bytes of each file."""
+    folder.mkdir(parents=True)
+    files: list[dict[str, Any]] = []
+    with ExitStack() as opened:
         for document in documents:
-            row = {"source": document.source, "number": document.number, self._text_column: document.text}
+            row = {"source": document.source, "number": document.number, text_column: document.text}
             line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
-            if self._stream is None or self.files[-1]["bytes"] + len(line) > self._shard_bytes:
-                self._stream = self._next_file()
-            self._stream.write(line)
-            self.files[-1]["documents"] += 1
-            self.files[-1]["bytes"] += len(line)
-
-    def _next_file(self) -> IO[bytes]:
-        if self._stream is not None:
-            self._stream.close()
-        name = f"{len(self.files):05d}.jsonl"
-        self.files.append({"name": f"{DOCUMENTS}/{name}", "documents": 0, "bytes": 0})
-        return (self._folder / name).open("wb")
+            if not files or files[-1]["bytes"] + len(line) > shard_bytes:
+                opened.close()
+                name = f"{len(files):05d}.jsonl"
+                stream = opened.enter_context((folder / name).open("wb"))
+                files.append({"name": f"{DOCUMENTS}/{name}", "documents": 0, "bytes": 0})
+            stream.write(line)
+            files[-1]["documents"] += 1
+            files[-1]["bytes"] += len(line)
+    return files

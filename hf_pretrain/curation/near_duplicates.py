@@ -1,9 +1,9 @@
-"""Shingles, the runs of so many words that two texts are compared by, as 64-bit numbers that are the same everywhere.
+"""Which documents repeat an earlier one: equal texts by a hash, near ones by MinHash and LSH.
 
-Removing documents that repeat another: equal ones by a hash of the text, near ones by MinHash and LSH.
-
-A document is compared with those that were kept before it, so the first of several stays. What is near a removed document
-but not near a kept one is kept: a chain of small changes does not pull in what is far from its beginning.
+A text is normalized and cut into shingles, runs of a few words, each a 64-bit number that is the same on every machine
+(`shingle_hashes`). `Deduplicator` compares a document with those that were kept before it, so the first of several stays. A
+document that is near a removed one but not near a kept one is kept: a chain of small changes does not pull in a text that is far
+from its beginning.
 """
 
 from __future__ import annotations
@@ -18,6 +18,14 @@ import numpy as np
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.words import IGNORED, SPACE, character_kinds, word_starts
 from hf_pretrain.errors import InputError
+
+# Of documents as similar as the threshold, the share that is compared at all; of more similar ones it is more.
+_LEAST_RECALL = 0.99
+_SEED = 0
+_HASH_BYTES = 8
+_DIGEST_BYTES = 16
+# A sketch of 4096 numbers is 16 KB a document, and its standard error below 0.008.
+_MOST_PERMUTATIONS = 4096
 
 
 def normalized(text: str) -> str:
@@ -42,10 +50,10 @@ def shingle_hashes(texts: Sequence[str], *, size: int) -> tuple[np.ndarray, np.n
     starts, words = _word_hashes("\n".join(texts))
     text_of = np.searchsorted(begins, starts, side="right") - 1
     hashes = np.zeros(len(words), dtype=np.uint64)
-    for place, weight in enumerate(_weights(size)[: len(words)]):
-        num_runs = len(words) - place
-        is_inside = text_of[place:] == text_of[:num_runs]
-        hashes[:num_runs] += words[place:] * weight * is_inside
+    for offset, weight in enumerate(_weights(size)[: len(words)]):
+        num_runs = len(words) - offset
+        is_inside = text_of[offset:] == text_of[:num_runs]
+        hashes[:num_runs] += words[offset:] * weight * is_inside
     counts = np.bincount(text_of, minlength=len(texts))
     firsts = np.cumsum(counts) - counts
     is_whole = np.zeros(len(words), dtype=np.bool_)
@@ -66,15 +74,15 @@ def _word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")[visible]
     firsts = np.searchsorted(visible, starts)
     lengths = np.diff(firsts, append=len(visible))
-    places = np.arange(len(visible)) - np.repeat(firsts, lengths)
-    hashes = np.add.reduceat((points + np.uint64(1)) * _weights(lengths.max())[places], firsts)
+    positions = np.arange(len(visible)) - np.repeat(firsts, lengths)
+    hashes = np.add.reduceat((points + np.uint64(1)) * _weights(lengths.max())[positions], firsts)
     return starts, draws.row_keys(hashes, seed=0, stream="words")
 
 
-def _weights(num_places: int) -> np.ndarray:
-    """Return a factor for each place, ``uint64 [num_places]``: a sum of products is a hash in which the order counts."""
+def _weights(num_positions: int) -> np.ndarray:
+    """Return a factor for each position, ``uint64 [num_positions]``: a sum of products is a hash in which the order counts."""
     key = draws.row_keys([0], seed=0, stream="places")
-    return draws.bits(key, num_places)[0] | np.uint64(1)
+    return draws.bits(key, num_positions)[0] | np.uint64(1)
 
 
 def jaccard(first: str, second: str, *, size: int) -> float:
@@ -93,16 +101,7 @@ def jaccard(first: str, second: str, *, size: int) -> float:
     return len(left & right) / max(len(left | right), 1)
 
 
-# Of documents as similar as the threshold, the share that is compared at all; of more similar ones it is more.
-_LEAST_RECALL = 0.99
-_SEED = 0
-_HASH_BYTES = 8
-_DIGEST_BYTES = 16
-# A sketch of 4096 numbers is 16 KB a document, and its standard error below 0.008.
-_MOST_PERMUTATIONS = 4096
-
-
-class Verdict(NamedTuple):
+class Match(NamedTuple):
     """What a document is: kept, an equal of another or near to another, and the number of that one (its own if kept)."""
 
     kind: Literal["kept", "exact", "near"]
@@ -110,7 +109,7 @@ class Verdict(NamedTuple):
 
 
 class Deduplicator:
-    """Tells of one document after the other whether it repeats one that was kept before.
+    """Finds documents that repeat an earlier one, in one pass.
 
     Two texts are *equal* if they differ in nothing but letter case, white space and the composition of characters.
     They are *near* if the sets of their shingles, runs of ``shingle_size`` words, have a Jaccard similarity of at least
@@ -119,7 +118,7 @@ class Deduplicator:
     fewer of those more similar. A text of fewer words than a shingle is near to its equals only.
 
     Documents are numbered from 0 in the order in which they come, references too. The same documents give the same
-    verdicts, however they are grouped into calls.
+    matches, however they are grouped into calls.
 
     Args:
         similarity_threshold: Least similarity of near texts, in ``(0, 1]``.
@@ -146,7 +145,7 @@ class Deduplicator:
             "num_permutations": num_permutations,
             "num_bands": bands,
         }
-        """What decides the verdicts."""
+        """What decides the matches."""
         self._candidates = self._rensa.RMinHashLSH(similarity_threshold, num_permutations, bands)
         self._sketches: dict[int, Any] = {}
         self._first_of_digest: dict[bytes, int] = {}
@@ -156,13 +155,13 @@ class Deduplicator:
 
     def add_references(self, texts: Sequence[str]) -> None:
         """Take in texts, all of which later documents are compared with."""
-        self._judge(texts, are_kept=True)
+        self._compare(texts, are_kept=True)
 
-    def judge(self, texts: Sequence[str]) -> list[Verdict]:
+    def compare(self, texts: Sequence[str]) -> list[Match]:
         """Return what each text is, compared with all before it, in this call and in earlier ones."""
-        return self._judge(texts, are_kept=False)
+        return self._compare(texts, are_kept=False)
 
-    def _judge(self, texts: Sequence[str], *, are_kept: bool) -> list[Verdict]:
+    def _compare(self, texts: Sequence[str], *, are_kept: bool) -> list[Match]:
         begin = self.num_documents
         self.num_documents += len(texts)
         comparable = [normalized(text) for text in texts]
@@ -179,7 +178,7 @@ class Deduplicator:
                 self._sketches[number] = sketch
             else:
                 self._original_of_near[number] = near
-        return [self._verdict(number, first) for number, first in enumerate(firsts, begin)]
+        return [self._match(number, first) for number, first in enumerate(firsts, begin)]
 
     def _sketch(self, texts: Sequence[str]) -> Iterator[Any]:
         """Yield the MinHash sketch of each text, None for one without words."""
@@ -200,11 +199,11 @@ class Deduplicator:
         near = [number for number in candidates if sketch.jaccard(self._sketches[number]) >= threshold]
         return min(near, default=None)
 
-    def _verdict(self, number: int, first: int) -> Verdict:
+    def _match(self, number: int, first: int) -> Match:
         original = self._original_of_near.get(first, first)
         if number != first:
-            return Verdict("exact", original)
-        return Verdict("kept" if number == original else "near", original)
+            return Match("exact", original)
+        return Match("kept" if number == original else "near", original)
 
 
 def check_options(similarity_threshold: float, shingle_size: int, num_permutations: int) -> None:

@@ -1,131 +1,113 @@
-"""Options of the data path.
-
-Options of text in several languages.
-"""
+"""Options of the data path: which text is read, how it is cut, and how several languages are mixed."""
 
 import itertools
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from hf_pretrain.data.documents.words import NamedSegmenter
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.options import option
 
-# Least and greatest value. A block has room for two special tokens and two of text; more than the greatest is a mistake.
-_RANGES = {
-    "max_corpus_bytes": (1, 1 << 62),
-    "preprocessing_num_workers": (1, 1024),
-    "block_size": (4, 1 << 20),
-    "vocab_size": (1, 1 << 24),
-    "shuffle_buffer_size": (0, 1 << 30),
-    "split_seed": (0, (1 << 63) - 1),
-}
 # Options of subclasses that name files of text.
 _OTHER_FILES = ("language_file", "parallel_file")
 
 
+# Options that name text without its language.
+_OF_ONE_TEXT = ("train_file", "validation_file", "dataset_name", "max_corpus_bytes")
+
+
 @dataclass
 class DataArguments:
-    """Which text is trained on and how it is cut; by default, the docstrings of the installed packages."""
+    """Which text is trained on and how it is cut; by default, the docstrings of the installed packages.
 
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Text to train on: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
-            "too), folders, globs, or - for the standard input."
-        },
+    Raises:
+        InputError: If two options exclude each other, or a number is out of range.
+    """
+
+    # A block has room for two special tokens and two of text.
+    ranges: ClassVar[dict[str, str]] = {
+        "validation_fraction": "[0, 1)",
+        "max_corpus_bytes": "[1, 4611686018427387904]",
+        "preprocessing_num_workers": "[1, 1024]",
+        "block_size": "[4, 1048576]",
+        "vocab_size": "[1, 16777216]",
+        "shuffle_buffer_size": "[0, 1073741824]",
+        "split_seed": "[0, 9223372036854775807]",
+    }
+
+    train_file: list[str] | None = option(
+        None,
+        "Text to train on: text, JSON, CSV, TSV, Parquet or Arrow files (compressed by gzip, xz, bzip2, zstd or lz4 "
+        "too), folders, globs, or - for the standard input.",
     )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Text to evaluate on; without it, documents are held out from training."}
+    validation_file: list[str] | None = option(
+        None, "Text to evaluate on; without it, documents are held out from training."
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."},
+    dataset_name: str | None = option(
+        None, "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    text_column: str = field(default="text", metadata={"help": "Column or JSON field that holds the text."})
-    document_separator: Literal["blank_line", "line", "file"] = field(
-        default="blank_line", metadata={"help": "What ends a document of a text file."}
+    dataset_config_name: str | None = option(None, "Configuration of the dataset.")
+    dataset_split: str = option("train", "Split of the dataset to train on.")
+    text_column: str = option("text", "Column or JSON field that holds the text.")
+    document_separator: Literal["blank_line", "line", "file"] = option(
+        "blank_line", "What ends a document of a text file."
     )
-    on_bad_text: Literal["refuse", "skip"] | None = field(
-        default=None,
-        metadata={
-            "help": "Refuse files with a document that is not UTF-8 or a row that is not JSON, or skip such documents: up to "
-            "10, and of more than 1000 up to one in a hundred. By default skip while streaming, else refuse."
-        },
+    on_bad_text: Literal["refuse", "skip"] | None = option(
+        None,
+        "Refuse files with a document that is not UTF-8 or a row that is not JSON, or skip such documents: up to "
+        "10, and of more than 1000 up to one in a hundred. By default skip while streaming, else refuse.",
     )
-    validation_fraction: float = field(
-        default=0.02,
-        metadata={"help": "Share of the documents held out if there is no validation_file; 0 holds none."},
+    validation_fraction: float = option(
+        0.02, "Share of the documents held out if there is no validation_file; 0 holds none."
     )
-    split_seed: int = field(
-        default=0,
-        metadata={
-            "help": "Seed of the choice of documents to hold out and of max_corpus_bytes; apart from the seed of the "
-            "run, so that runs of several seeds see the same data."
-        },
+    split_seed: int = option(
+        0,
+        "Seed of the choice of documents to hold out and of max_corpus_bytes; apart from the seed of the "
+        "run, so that runs of several seeds see the same data.",
     )
-    max_corpus_bytes: int | None = field(
-        default=None, metadata={"help": "Use a random part of the documents, of about so many bytes."}
+    max_corpus_bytes: int | None = option(None, "Use a random part of the documents, of about so many bytes.")
+    tokenizer_name: str | None = option(
+        None, "Tokenizer of the Hub or a folder; without it, one is trained on the text."
     )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer of the Hub or a folder; without it, one is trained on the text."}
+    tokenizer_type: Literal["auto", "wordpiece", "bpe", "unigram"] = option(
+        "auto",
+        "Kind of tokenizer to train: as BERT's, RoBERTa's or SentencePiece's; 'auto' takes the one that suits "
+        "the text.",
     )
-    tokenizer_type: Literal["auto", "wordpiece", "bpe", "unigram"] = field(
-        default="auto",
-        metadata={
-            "help": "Kind of tokenizer to train: as BERT's, RoBERTa's or SentencePiece's; 'auto' takes the one that suits "
-            "the text."
-        },
+    vocab_size: int = option(30522, "Vocabulary of a tokenizer to train, in tokens.")
+    lowercase: bool | None = option(
+        None,
+        "Lower the case, in a tokenizer to train; by default, unless the text is program code or the like. "
+        "Accents stay.",
     )
-    vocab_size: int = field(default=30522, metadata={"help": "Vocabulary of a tokenizer to train, in tokens."})
-    lowercase: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Lower the case, in a tokenizer to train; by default, unless the text is program code or the like. "
-            "Accents stay."
-        },
+    strip_accents: bool = option(
+        False, "Strip accents, vowel signs and tones, in a tokenizer to train, as the uncased BERT does."
     )
-    strip_accents: bool = field(
-        default=False,
-        metadata={"help": "Strip accents, vowel signs and tones, in a tokenizer to train, as the uncased BERT does."},
+    max_unknown_share: float = option(
+        0.05, "Refuse text of which the tokenizer does not know a greater share of the characters."
     )
-    max_unknown_share: float = field(
-        default=0.05,
-        metadata={"help": "Refuse text of which the tokenizer does not know a greater share of the characters."},
+    word_segmenter: str | None = option(
+        None,
+        "What finds words in text without spaces (Chinese, Japanese, Thai), for --masking_unit word: 'jieba', "
+        "or package.module:function, which returns the words of a text.",
     )
-    word_segmenter: str | None = field(
-        default=None,
-        metadata={
-            "help": "What finds words in text without spaces (Chinese, Japanese, Thai), for --masking_unit word: 'jieba', "
-            "or package.module:function, which returns the words of a text."
-        },
+    block_size: int = option(128, "Most tokens in an example, special tokens included.")
+    block_mode: Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"] = option(
+        "full_sentences",
+        "Fill examples with whole sentences, also across documents or not, or cut anywhere; or put several "
+        "documents into one that do not see each other.",
     )
-    block_size: int = field(default=128, metadata={"help": "Most tokens in an example, special tokens included."})
-    block_mode: Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"] = field(
-        default="full_sentences",
-        metadata={
-            "help": "Fill examples with whole sentences, also across documents or not, or cut anywhere; or put several "
-            "documents into one that do not see each other."
-        },
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that tokenize; by default one, which uses threads."
     )
-    preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize; by default one, which uses threads."}
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read, tokenize and pack while training instead of storing documents first."}
-    )
-    shuffle_buffer_size: int = field(
-        default=10_000, metadata={"help": "With streaming: examples that are shuffled together; 0 keeps the order."}
+    streaming: bool = option(False, "Read, tokenize and pack while training instead of storing documents first.")
+    shuffle_buffer_size: int = option(
+        10_000, "With streaming: examples that are shuffled together; 0 keeps the order."
     )
 
     def __post_init__(self) -> None:
-        """Refuse options that contradict each other.
-
-        Raises:
-            InputError: If two options exclude each other, or a number is out of range.
-        """
+        """Refuse options that contradict each other."""
         if self.train_file and self.dataset_name:
             raise InputError(
                 f"train_file={self.train_file} and dataset_name={self.dataset_name!r}: give one of the two"
@@ -135,16 +117,7 @@ class DataArguments:
         files = (self.train_file, self.validation_file, *(getattr(self, name, None) for name in _OTHER_FILES))
         if self.on_bad_text and not any(files):
             raise InputError(f"on_bad_text={self.on_bad_text!r} is of files, and none is given: leave it out")
-        if not 0 <= self.validation_fraction < 1:
-            raise InputError(f"validation_fraction={self.validation_fraction} must be in [0, 1); 0.02 is usual")
-        if not 0 <= self.max_unknown_share <= 1:
-            raise InputError(f"max_unknown_share={self.max_unknown_share} must be in [0, 1]; 0.05 is usual")
-        for name, (least, greatest) in _RANGES.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= greatest:
-                if value > 0:
-                    raise InputError(f"{name}={value} must be between {least} and {greatest}")
-                raise InputError(f"{name}={value} must {'be positive' if least else 'not be negative'}")
+        check_numbers(self)
         if self.streaming and not (self.train_file or self.dataset_name):
             raise InputError("streaming=True needs a train_file or a dataset_name: the docstring corpus is stored")
         if self.word_segmenter is not None:
@@ -155,66 +128,50 @@ class DataArguments:
             )
 
 
-# Options that say what to read where languages are not told apart.
-_OF_ONE_TEXT = ("train_file", "validation_file", "dataset_name", "max_corpus_bytes")
-
-
 @dataclass
 class MultilingualDataArguments(DataArguments):
     """Which text is trained on; with `language_file` or `parallel_file`, text of several languages."""
 
-    language_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Text of several languages instead of train_file: LANGUAGE=FILE[,FILE...] for each, such as "
-            "'en=a.txt de=b.txt'; files as in train_file."
-        },
+    ranges: ClassVar[dict[str, str]] = {"language_sampling_alpha": "[0, 1]"}
+
+    language_file: list[str] | None = option(
+        None,
+        "Text of several languages instead of train_file: LANGUAGE=FILE[,FILE...] for each, such as "
+        "'en=a.txt de=b.txt'; files as in train_file.",
     )
-    parallel_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Sentences and their translations: FIRST-SECOND=FILE,FILE for files of parallel lines, such as "
-            "'en-de=a.en,a.de', or FIRST-SECOND=FILE for tab-separated columns, or fields (JSON, tables, "
-            "Parquet) named by the languages; compressed files too."
-        },
+    parallel_file: list[str] | None = option(
+        None,
+        "Sentences and their translations: FIRST-SECOND=FILE,FILE for files of parallel lines, such as "
+        "'en-de=a.en,a.de', or FIRST-SECOND=FILE for tab-separated columns, or fields (JSON, tables, "
+        "Parquet) named by the languages; compressed files too.",
     )
-    language_sampling_alpha: float = field(
-        default=0.5,
-        metadata={
-            "help": "Languages are sampled proportionally to their share of the text to this power: 1 as they are, 0 "
-            "all equally. The same holds for pairs of languages, and for a tokenizer to train."
-        },
+    language_sampling_alpha: float = option(
+        0.5,
+        "Languages are sampled proportionally to their share of the text to this power: 1 as they are, 0 "
+        "all equally. The same holds for pairs of languages, and for a tokenizer to train.",
     )
-    bitext_share: float = field(
-        default=0.5,
-        metadata={"help": "Share of the examples that are translations, where there is text of both kinds."},
+    bitext_share: float = option(
+        0.5, "Share of the examples that are translations, where there is text of both kinds."
     )
-    bitext_frame: Literal["each", "pair"] = field(
-        default="each",
-        metadata={
-            "help": "Special tokens of a sentence and its translation: those of 'each' alone (XLM: </s> x </s> </s> y "
-            "</s>), or as the tokenizer joins a 'pair'."
-        },
+    bitext_frame: Literal["each", "pair"] = option(
+        "each",
+        "Special tokens of a sentence and its translation: those of 'each' alone (XLM: </s> x </s> </s> y "
+        "</s>), or as the tokenizer joins a 'pair'.",
     )
-    tokenizer_frame: Literal["own", "xlm"] = field(
-        default="own",
-        metadata={
-            "help": "Special tokens around a text, of a tokenizer to train for several languages: its kind's 'own', or "
-            "as 'xlm', which has </s> for both ends."
-        },
+    tokenizer_frame: Literal["own", "xlm"] = option(
+        "own",
+        "Special tokens around a text, of a tokenizer to train for several languages: its kind's 'own', or "
+        "as 'xlm', which has </s> for both ends.",
     )
-    mixture_unit: Literal["step", "example"] = field(
-        default="step",
-        metadata={
-            "help": "What is of one language or one pair of languages: each training step (XLM), or each example."
-        },
+    mixture_unit: Literal["step", "example"] = option(
+        "step", "What is of one language or one pair of languages: each training step (XLM), or each example."
     )
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other.
 
         Raises:
-            InputError: If text of one language and of several are asked for, or an entry or a number is wrong.
+            InputError: If the options name text of one language and of several, or an entry or a number is wrong.
         """
         super().__post_init__()
         if self.is_multilingual:
@@ -232,15 +189,12 @@ class MultilingualDataArguments(DataArguments):
                     f"block_mode='isolated_documents' does not go with {given}: use 'doc_sentences', where documents do "
                     "not meet either"
                 )
-        for name in ("language_sampling_alpha", "bitext_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}={getattr(self, name)} must be from 0 to 1; 0.5 is usual")
         self.language_files()
         self.parallel_files()
 
     @property
     def is_multilingual(self) -> bool:
-        """Whether languages are told apart."""
+        """Whether the text is named by its language."""
         return bool(self.language_file or self.parallel_file)
 
     def language_files(self) -> dict[str, list[str]]:
@@ -252,7 +206,7 @@ class MultilingualDataArguments(DataArguments):
         return files
 
     def parallel_files(self) -> dict[str, list[list[str]]]:
-        """Return what was given for each pair of languages, such as "en-de": two files, or one with both languages."""
+        """Return the files of each pair of languages, such as "en-de": two, or one with both languages."""
         files: dict[str, list[list[str]]] = {}
         form = "FIRST-SECOND=FILE,FILE or FIRST-SECOND=FILE, such as en-de=a.en,a.de"
         for entry in self.parallel_file or []:

@@ -1,6 +1,6 @@
 """Keyed randomness: every draw is a pure function of (seed, epoch, example id, stream name, position).
 
-A draw does not depend on the batch, the worker, the rank or what was drawn before, so the same example in the same epoch
+A draw does not depend on the batch, the worker, the rank or earlier draws, so the same example in the same epoch
 gets the same bits however the run is cut up or resumed. Seed, epoch and id are mixed in one after the other, each by itself:
 neighbouring seeds share no epoch. The generator is SplitMix64 (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", OOPSLA 2014) used as a counter: the key of a row is its state, the position its step.
@@ -14,7 +14,7 @@ import hashlib
 import numpy as np
 
 VERSION = 2
-"""Part of the identity of what is kept from draws: raised when a key comes out otherwise."""
+"""Part of the identity of everything that is kept from draws. Raise it when a key changes."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -49,7 +49,7 @@ def row_keys(
         example_ids: Ids of the examples, integers of shape ``[B]``.
         seed: Seed of the run, any integer; seeds are alike modulo 2**64.
         epoch: Epoch of each example, ``[B]``, or one for all.
-        stream: Name of what is drawn ("select", "replace", ...); streams are independent of each other.
+        stream: Name of the draw ("select", "replace", ...); streams are independent of each other.
 
     Returns:
         ``uint64`` keys of shape ``[B]``.
@@ -92,7 +92,7 @@ def generator_seed(number: int = 0, *, seed: int, stream: str) -> int:
     Args:
         number: Which of several generators, such as the rank of its process.
         seed: Seed of the run.
-        stream: Name of what is drawn.
+        stream: Name of the draw.
 
     Returns:
         An integer in ``[0, 2**63)``; those of (seed, number) and (seed + 1, number - 1) have nothing in common.

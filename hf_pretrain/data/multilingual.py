@@ -13,13 +13,12 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import MultilingualDataArguments
 from hf_pretrain.data.documents.documents import UnknownCount, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.tokenizers import frame_by_separators
 from hf_pretrain.data.examples.bitext import BITEXT_FEATURES, BitextDataset, bitext_dataset, tokenize_bitext
-from hf_pretrain.data.examples.epochs import EpochDataset, MixtureDataset, language_shares
+from hf_pretrain.data.examples.epochs import EpochDataset, ExampleView, MixtureDataset, language_shares
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import (
     PreparedData,
@@ -30,6 +29,7 @@ from hf_pretrain.data.prepare import (
     first_texts,
     prepare_data,
     run_tokenizer,
+    shuffled_texts,
     word_segmenter,
 )
 from hf_pretrain.data.text.datasets import text_dataset, text_sizes
@@ -46,8 +46,8 @@ _Corpus = dict[str, datasets.Dataset]
 _Documents = dict[str, tuple[datasets.Dataset, ...]]
 
 
-class LanguageDataset(EpochDataset):
-    """The examples of another dataset, all of one language, which is told in ``langs``: int32, one entry a token.
+class LanguageDataset(ExampleView):
+    """The examples of another dataset, all of one language: ``langs`` has its number, int32, one entry a token.
 
     Args:
         dataset: Map-style, with ``input_ids``.
@@ -58,15 +58,8 @@ class LanguageDataset(EpochDataset):
         super().__init__(EpochDataset.wrap(dataset))
         self.language = language
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the example of an index, which may carry its epoch."""
-        return self._told(self.base[index])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the examples of a batch of indices."""
-        return [self._told(example) for example in self.base.__getitems__(indices)]
-
-    def _told(self, example: dict[str, Any]) -> dict[str, Any]:
+    def view(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return an example with its language."""
         return {**example, "langs": np.full(len(example["input_ids"]), self.language, dtype=np.int32)}
 
 
@@ -80,7 +73,7 @@ def prepare_multilingual(
     step_examples: int = 1,
     lang2id: Mapping[str, int] | None = None,
 ) -> PreparedData:
-    """Prepare text of several languages as `prepare_data` does that of one, and by it where languages are not told apart.
+    """Prepare text of several languages; where no language is named, `prepare_data` does it.
 
     Of every language and every pair of languages, a part is held out. In training, each language and each pair has its
     share to the power of ``language_sampling_alpha``, translations and other text are divided by ``bitext_share``. What is
@@ -88,7 +81,7 @@ def prepare_multilingual(
 
     Args:
         args: What to read, and how to cut and mix it.
-        seed: Seed of the run, for the order of the examples; what is held out depends on ``args.split_seed`` only.
+        seed: Seed of the run, for the order of the examples; the held-out text depends on ``args.split_seed`` only.
         output_dir: Where a trained tokenizer is saved.
         tokenizer: Tokenizer to use; otherwise ``args.tokenizer_name``, otherwise one is trained on text in which each
             language has its share.
@@ -157,7 +150,7 @@ def _numbered(languages: Sequence[str], lang2id: Mapping[str, int] | None) -> di
 
 
 def _read(args: MultilingualDataArguments) -> tuple[_Corpus, _Corpus]:
-    """Return the text to train on, and what is held out of it."""
+    """Return the text to train on and the text that is held out."""
     bad: dict[str, Any] = {"on_bad_text": args.on_bad_text or "refuse"}
     options: dict[str, Any] = {"text_column": args.text_column, "document_separator": args.document_separator} | bad
     corpus = {
@@ -203,7 +196,7 @@ def _tokenizer(
 def balanced_texts(texts: Mapping[str, datasets.Dataset], *, alpha: float, seed: int) -> Iterator[str]:
     """Yield documents such that each language has its share of the characters, as many as a tokenizer needs.
 
-    At most, there are as many characters as in all texts. A language whose share is greater than what it has is read
+    At most, there are as many characters as in all texts. A language whose share is greater than its text is read
     again; of one whose share is less, the rest is left out.
 
     Args:
@@ -230,15 +223,13 @@ def balanced_texts(texts: Mapping[str, datasets.Dataset], *, alpha: float, seed:
 
 def _again_and_again(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
     for epoch in itertools.count():
-        order = draws.permutation(len(texts), seed=seed, epoch=epoch, stream="tokenizer sample")
-        for batch in texts.select(order).iter(batch_size=_BATCH_ROWS):
-            yield from (text for text in batch["text"] if text)
+        yield from filter(None, shuffled_texts(texts, seed=seed, epoch=epoch))
 
 
 def _tokenized(
     args: MultilingualDataArguments, corpus: _Corpus, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[_Documents, dict[str, UnknownCount]]:
-    """Return the documents of each part, and what the tokenizer does not know in it."""
+    """Return the documents of each part, and the count of its unknown characters."""
     unknown = {name: UnknownCount() for name in corpus}
     options: dict[str, Any] = {"num_proc": args.preprocessing_num_workers, "word_segmenter": word_segmenter(args)}
     documents = {
@@ -336,6 +327,6 @@ def _sizes(prefix: str, corpus: _Corpus, documents: _Documents, parts: Mapping[s
 
 
 def _joined(documents: _Documents) -> datasets.Dataset | None:
-    """Return the documents of all languages, which the column ``lang`` tells apart, without translations."""
+    """Return the documents of all languages, with their names in the column ``lang``, without translations."""
     texts = [sides[0] for name, sides in documents.items() if not _is_pair(name)]
     return datasets.concatenate_datasets(texts) if texts else None

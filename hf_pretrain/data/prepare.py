@@ -30,19 +30,19 @@ from hf_pretrain.data.text.datasets import (
     file_stamps,
     load_text_dataset,
     random_subset,
-    read_documents,
-    resolve_paths,
     text_dataset,
     text_sizes,
 )
 from hf_pretrain.data.text.docstrings import docstring_dataset, split_held_out
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.text.files import read_documents
+from hf_pretrain.data.text.search import resolve_paths
+from hf_pretrain.errors import InputError, one_line
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
 
 # Enough text for a vocabulary; more only takes longer.
 _TOKENIZER_CHARACTERS = 1 << 28
-# Says what the tokenizer in output_dir was trained on; the underscore keeps the file out of what is pushed to the Hub.
+# Names the training text of the tokenizer in output_dir. The underscore keeps the file from being pushed to the Hub.
 _TOKENIZER_RECORD = "_tokenizer_training.json"
 # Of a stream, so many characters are looked at before training.
 _STREAM_CHARACTERS = 1 << 20
@@ -66,7 +66,7 @@ class PreparedData:
         block_size: Most tokens in an example.
         train_documents: The tokenized documents behind `train_dataset`, for views of another kind; None for a stream.
         eval_documents: Those behind `eval_dataset`.
-        languages: Number of each language, where languages are told apart.
+        languages: Number of each language, where the options name languages.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -112,7 +112,7 @@ def prepare_data(
 
     Args:
         args: What to read and how to cut it.
-        seed: Seed of the run, for the order of a stream; what is held out depends on ``args.split_seed`` only.
+        seed: Seed of the run, for the order of a stream; the held-out text depends on ``args.split_seed`` only.
         output_dir: Where a trained tokenizer is saved, and found again by other ranks.
         tokenizer: Tokenizer to use; otherwise ``args.tokenizer_name``, otherwise one is trained on the training text.
         first: Entered while files are written, so that one process writes and the others read:
@@ -134,7 +134,7 @@ def _prepare_documents(
 ) -> PreparedData:
     with first:
         texts = _read_texts(args)
-        sample = RepeatableTexts(lambda: first_texts(_shuffled(texts.train, seed=args.split_seed)))
+        sample = RepeatableTexts(lambda: first_texts(shuffled_texts(texts.train, seed=args.split_seed)))
         tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, texts.train._fingerprint)
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
         unknown, documents = {name: UnknownCount() for name in parts}, {}
@@ -225,9 +225,10 @@ class RepeatableTexts:
         return iter(progress)
 
 
-def _shuffled(texts: datasets.Dataset, *, seed: int) -> Iterator[str]:
-    order = draws.permutation(len(texts), seed=seed, stream="tokenizer sample")
-    return (text or "" for batch in texts.select(order).iter(batch_size=256) for text in batch["text"])
+def shuffled_texts(texts: datasets.Dataset, *, seed: int, epoch: int = 0) -> Iterator[str]:
+    """Return the texts of a dataset in a keyed random order, to train a tokenizer on."""
+    order = draws.permutation(len(texts), seed=seed, epoch=epoch, stream="tokenizer sample")
+    return (text or "" for batch in texts.select(order).iter(batch_size=_BATCH_TEXTS) for text in batch["text"])
 
 
 def run_tokenizer(
@@ -293,7 +294,7 @@ def _choice(args: DataArguments, texts: Iterable[str]) -> TokenizerChoice:
 
 
 def _read_record(output_dir: Path) -> dict[str, Any]:
-    """Return what is recorded of the tokenizer that was trained into a folder; empty if there is none."""
+    """Return the record of the tokenizer that was trained into a folder; empty if there is none."""
     try:
         record = json.loads((output_dir / _TOKENIZER_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -324,7 +325,7 @@ def check_unknown(
     Args:
         args: Options with ``max_unknown_share``.
         tokenizer: The tokenizer.
-        unknown: What was counted.
+        unknown: The counts of the text.
         texts: The texts, of which the first is shown in tokens, and the first that are unknown in parts.
         where: Which text it is.
 
@@ -373,8 +374,7 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"tokenizer_name={name!r} can not be loaded: {reason}") from error
+        raise InputError(f"tokenizer_name={name!r} can not be loaded: {one_line(error, line=0)}") from error
 
 
 def _source_name(args: DataArguments) -> str:
@@ -398,7 +398,7 @@ def common_description(
     held_out_source: str | None,
     output_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Return what the description of any data begins with; why the tokenizer is as it is, if it was trained into a folder."""
+    """Return the beginning of every description of data, with the reason for a tokenizer that was trained into a folder."""
     model = type(tokenizer.backend_tokenizer.model).__name__
     record = {} if output_dir is None else _read_record(Path(output_dir))
     is_trained = bool(record) and tokenizer.name_or_path == str(output_dir)
@@ -464,7 +464,7 @@ def _prepare_stream(
 
 
 def count_unknown(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> UnknownCount:
-    """Count what a tokenizer does not know in the first million characters of texts."""
+    """Count the unknown characters in the first million characters of texts."""
     unknown, room, batch = UnknownCount(), _STREAM_CHARACTERS, []
     for text in texts:
         batch.append((text or "")[:room])
@@ -480,7 +480,7 @@ def count_unknown(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBas
 
 
 class StreamTokenizing:
-    """Tokenizes the texts of a stream and goes on counting what is unknown; warns once in each process if it is too much.
+    """Tokenizes the texts of a stream and counts unknown characters; warns once in each process if there are too many.
 
     Args:
         args: Options with ``max_unknown_share`` and ``word_segmenter``.

@@ -18,16 +18,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 
 from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts, evaluating
-from hf_pretrain.modeling.base import longest_sequence
-from hf_pretrain.modeling.configuration import from_pretrained
+from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER
+from hf_pretrain.modeling.loading import find_file, from_pretrained
 
-HEAD_FOLDER = "pretraining/discriminator_head"
 # Stock classes with one logit a token that are no token classifiers.
 _DETECTORS = ("ElectraForPreTraining", "FunnelForPreTraining")
 _LENGTH_OF_UNBOUNDED = 512
@@ -101,7 +100,7 @@ class ReplacedTokenScorer:
         max_length: int | None = None,
         revision: str | None = None,
     ) -> ReplacedTokenScorer:
-        """Open a discriminator: a stock one, or an encoder with a head below `pretraining/discriminator_head`.
+        """Open a discriminator: a stock one, or an encoder with a head in the folder of such heads.
 
         Args:
             name_or_path: A folder, or a repository of the Hub.
@@ -118,7 +117,9 @@ class ReplacedTokenScorer:
             # Not above: the objectives are built upon what is here.
             from hf_pretrain.modeling.heads import DiscriminatorHead
 
-            head = from_pretrained(DiscriminatorHead, name_or_path, subfolder=HEAD_FOLDER, revision=revision)
+            head = from_pretrained(
+                DiscriminatorHead, name_or_path, subfolder=DISCRIMINATOR_HEAD_FOLDER, revision=revision
+            )
             head = head.to(device)
         else:
             model_class = _detector_class(name_or_path, config)
@@ -225,8 +226,7 @@ def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def _has_head(name_or_path: str, *, revision: str | None) -> bool:
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(name_or_path, "config.json", subfolder=HEAD_FOLDER, revision=revision, **quiet) is not None
+    return find_file(name_or_path, "config.json", subfolder=DISCRIMINATOR_HEAD_FOLDER, revision=revision) is not None
 
 
 def _detector_class(name_or_path: str, config: PreTrainedConfig) -> Any:

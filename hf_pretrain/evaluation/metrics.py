@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -19,7 +18,6 @@ import evaluate
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -47,18 +45,6 @@ class Accuracy(evaluate.Metric):
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Ask a model without dropout and without gradients, and leave it in the mode that it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def checked_texts(texts: Sequence[str], *, batch_size: int = 1) -> list[str]:

@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts, evaluating
-from hf_pretrain.modeling.base import check_model_fits, longest_sequence
+from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.losses import GatheredHead
 
 WithinWord = Literal["visible", "l2r"]

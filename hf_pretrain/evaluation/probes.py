@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts, evaluating
-from hf_pretrain.modeling.base import check_model_fits, longest_sequence
+from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.base import check_model_fits
 
 Pooling = Literal["mean", "cls"]
 

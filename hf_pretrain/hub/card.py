@@ -5,32 +5,22 @@ A card holds numbers that were measured and nothing else: what is not known is l
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
-from hf_pretrain.errors import InputError
-from hf_pretrain.files import write_bytes, write_text
+from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.files import plain, write_bytes, write_text
 from hf_pretrain.hub import plots
 from hf_pretrain.hub import text as card_text
 from hf_pretrain.hub.environment import compute_rows
 from hf_pretrain.hub.evaluation import Evaluation, card_metadata, evaluation_table, hub_id
-from hf_pretrain.hub.record import (
-    PretrainingCard,
-    Written,
-    check_weights,
-    describe_written,
-    merge,
-    read_record,
-    read_written,
-    was_cut_off,
-    write_record,
-)
+from hf_pretrain.hub.record import PretrainingCard, check_weights, read_content, read_record, write_record
 from hf_pretrain.hub.text import label
 
 logger = logging.get_logger(__name__)
@@ -38,6 +28,12 @@ logger = logging.get_logger(__name__)
 _TEMPLATE = "pretraining.md.jinja"
 # A leading underscore keeps a file out of what is pushed to the Hub.
 _SET_ASIDE = "_README.before.md"
+_BEGIN = "<!-- hf_pretrain makes the text from here on; what you write above this line stays -->"
+_END = "<!-- up to here; what you write below this line stays -->"
+_PARTS = re.compile(
+    rf"---\n(?P<front>.*?)^---[ \t]*\n(?P<above>.*?)^{re.escape(_BEGIN)}\n(?P<made>.*)^{re.escape(_END)}$(?P<below>.*)",
+    flags=re.DOTALL | re.MULTILINE,
+)
 
 
 def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER) -> str:
@@ -64,6 +60,8 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         title=card_text.escaped(card.model_name),
         evaluation_name=card_text.escaped(card.evaluation_name),
         metadata=card_metadata(card).to_yaml(),
+        begin=_BEGIN,
+        end=_END,
         origin=card.origin or card_text.origin(card.base_model, hub_id=hub_id(card.base_model)),
         fresh=f"; {card_text.cell(card.fresh_parameters)} began anew" if card.fresh_parameters else "",
         root=card_text.root_sentence(
@@ -78,8 +76,8 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         ),
         parts=card_text.part_rows(card.parts),
         part_snippet=card_text.parts_snippet(card.repo, parts=card.parts),
-        data=card_text.rows(card_text.without_folders(card_text.plain(card.data))),
-        recipe=card_text.yaml_block(card_text.without_folders(card_text.plain(card.recipe))),
+        data=card_text.rows(card_text.without_folders(plain(card.data))),
+        recipe=card_text.yaml_block(card_text.without_folders(plain(card.recipe))),
         metrics=card_text.metric_table(
             card.metrics_before,
             card.metrics_after,
@@ -106,8 +104,8 @@ def _loading_snippets(card: PretrainingCard) -> list[str]:
 def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
     """Write README.md, the pictures it shows and the record of the run into a folder.
 
-    What the user changed in a card that was written before stays; see [`hf_pretrain.hub.record`]. A README.md of another origin,
-    or words of the user about what the run has changed too, are set aside in `_README.before.md`, with a warning.
+    The text that the user wrote before and behind the card stays, and so does the front matter that the user changed; see
+    [`keep_edits`]. Where this is not possible, the old file is kept as `_README.before.md`, with a warning.
 
     Args:
         card: The facts.
@@ -117,13 +115,19 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
         The path of README.md.
     """
     path = Path(output_dir, "README.md")
-    text = render_card(card)
-    written = describe_written(text)
+    made = text = render_card(card)
     if path.is_file():
-        text = _with_edits(path, text, read_written(output_dir))
+        content, record = path.read_bytes(), read_content(output_dir)
+        try:
+            old = re.sub(r"\r\n?", "\n", content.decode("utf-8-sig"))
+            text, lost = keep_edits(old, made, before=_front_matter(output_dir), known=record.get("readme"))
+        except ValueError as error:  # it is not UTF-8, or not our card
+            lost = str(error)
+        if lost:
+            logger.warning(f"{path} is replaced, and kept as {_set_aside(path, content)}: {lost}")
     plots.plot_training(card.log_history, output_dir, exported_step=card.weights_step)
     write_text(path, text)
-    write_record(card, output_dir, written=written)
+    write_record(card, output_dir, readme=_digest(_take_apart(made).made))
     return path
 
 
@@ -166,40 +170,95 @@ def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), *
     return write_card(dataclasses.replace(card, evaluations=tuple(known.values()), **changes), folder)
 
 
-def _with_edits(path: Path, text: str, written: Written | None) -> str:
-    """Return a card with what the user changed in the one that is there, which is kept if words of it would be lost."""
-    content = path.read_bytes()
-    encoding = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+class _Parts(NamedTuple):
+    """A README.md: front matter, text of the user, the card, text of the user."""
+
+    front: dict[str, Any]
+    above: str
+    made: str
+    below: str
+
+
+def _take_apart(text: str) -> _Parts:
+    """Return the parts of a README.md.
+
+    Raises:
+        ValueError: If the front matter or one of the two marks around the card is missing or damaged.
+    """
+    import yaml
+
+    found = _PARTS.fullmatch(text)
+    if found is None:
+        raise ValueError("it was not written here, or a mark around the card is gone")
     try:
-        old, reason = content.decode(encoding), ""
-    except UnicodeDecodeError:
-        # Any byte has a meaning there, so nothing is lost.
-        old, reason = content.decode("latin-1"), "it is not UTF-8, and was read as Latin-1"
-    old = re.sub(r"\r\n?", "\n", old)
-    if written is None:
-        reason = "it was not written here"
-    else:
-        is_cut_off = was_cut_off(old, written, made=_made_before(path.parent))
-        try:
-            text, replaced = merge(old, text, written, is_cut_off=is_cut_off)
-        except ValueError as error:
-            reason = str(error)
+        front = yaml.safe_load(found["front"])
+    except yaml.YAMLError as error:
+        raise ValueError(f"the front matter is no YAML: {one_line(error)}") from error
+    if not isinstance(front, dict):
+        raise ValueError("the front matter holds no names and values")
+    return _Parts(front, found["above"].strip("\n"), found["made"], found["below"].strip("\n"))
+
+
+def keep_edits(old: str, new: str, *, before: Mapping[str, Any], known: str | None) -> tuple[str, str]:
+    """Return a new card with what the user wrote around the old one.
+
+    Text above and below the two marks stays. An entry of the front matter that the user changed stays, unless the run changed
+    it too; results that others added to the model-index stay.
+
+    Args:
+        old: The README.md that is there.
+        new: The card as it is made from the facts.
+        before: The front matter that was written last.
+        known: Digest of the card that was written last.
+
+    Returns:
+        The text; and which words of the user are not in it, "" if all are.
+
+    Raises:
+        ValueError: If the old text has no front matter or lacks a mark.
+    """
+    from huggingface_hub import CardData
+
+    theirs, ours = _take_apart(old), _take_apart(new)
+    front, lost = {}, []
+    for name in dict.fromkeys((*ours.front, *theirs.front)):
+        mine, made, last = (values.get(name) for values in (theirs.front, ours.front, before))
+        if name == "model-index":
+            front[name] = _with_results_of_others(mine, made, last)
         else:
-            if is_cut_off and replaced:
-                reason = "it was cut off, and what it lacked is made again"
-            elif replaced:
-                reason = f"the run has changed what you did: {', '.join(replaced)}"
-            if not reason:
-                return text
-    logger.warning(f"{path} is replaced, and kept as {_set_aside(path, content)}: {reason}")
-    return text
+            front[name] = made if mine == last or made != last else mine
+            if mine not in (None, last, front[name]):
+                lost.append(f"{name} of the front matter")
+    if _digest(theirs.made) not in (known, _digest(ours.made)):
+        lost.append("the text between the two marks")
+    metadata = CardData(**{name: value for name, value in front.items() if value}).to_yaml()
+    body = "\n\n".join(filter(None, (theirs.above, f"{_BEGIN}\n{ours.made}{_END}", theirs.below)))
+    return f"---\n{metadata}\n---\n\n{body}\n", f"you have changed {', '.join(lost)}" if lost else ""
 
 
-def _made_before(folder: Path) -> str | None:
+def _with_results_of_others(theirs: Any, ours: Any, before: Any) -> Any:
+    """Return our model-index with the results of another one that are neither ours nor were."""
+    from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+
     try:
-        return render_card(read_record(folder))
+        known, added = ([] if not index else model_index_to_eval_results(index)[1] for index in (before, theirs))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"the model-index of the front matter is damaged: {error!r}") from error
+    own = model_index_to_eval_results(ours)[1] if ours else []
+    results = own + [one for one in added if not any(one.is_equal_except_value(other) for other in (*own, *known))]
+    return eval_results_to_model_index((ours or theirs)[0]["name"], results) if results else None
+
+
+def _front_matter(folder: Path | str) -> dict[str, Any]:
+    """Return the front matter that the record of a folder makes; {} without a record."""
+    try:
+        return card_metadata(read_record(folder)).to_dict()
     except InputError:
-        return None
+        return {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
 
 
 def _set_aside(path: Path, content: bytes) -> str:
@@ -226,8 +285,8 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
         The chosen options in the order of `options`.
     """
     chosen = {}
-    for name, value in card_text.plain(options).items():
-        changed = value != card_text.plain(defaults.get(name))
+    for name, value in plain(options).items():
+        changed = value != plain(defaults.get(name))
         if value is None or not (changed or name in _ESSENTIAL_OPTIONS) or name.startswith(_HOUSEKEEPING_OPTIONS):
             continue
         chosen[name] = value

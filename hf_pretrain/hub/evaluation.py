@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import plain
 from hf_pretrain.hub import text as card_text
 from hf_pretrain.hub.text import bare_name, is_loss, label, split_by_held_out_set
 
@@ -150,7 +151,7 @@ def _scores(values: Any, where: str) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: give names and values, not {values!r}")
     scores = {}
-    for name, value in card_text.plain(values).items():
+    for name, value in plain(values).items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise InputError(f"{where}: {name}={value!r} is no finite number")
         scores[name] = float(value)

@@ -10,14 +10,13 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_pretrain.files import write_bytes
+from hf_pretrain.files import plain, write_bytes
 from hf_pretrain.hub.text import (
     is_bookkeeping,
     is_foreign,
     is_loss,
     is_quality,
     label,
-    plain,
     split_by_held_out_set,
 )
 

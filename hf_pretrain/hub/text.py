@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
+
+from hf_pretrain.files import plain
 
 _BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "tokens", "targets", "count", "flos", "mib")
 _QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
@@ -120,23 +121,6 @@ def label(key: str) -> str:
 _MOST_ITEMS = 8  # of a list in a table cell
 
 Row = tuple[str, ...]
-
-
-def plain(value: Any) -> Any:
-    """Return `value` as what YAML knows: scalars of NumPy and torch, paths, enumerations and tuples converted."""
-    if isinstance(value, Enum):
-        return plain(value.value)
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain(item) for item in value)
-    if hasattr(value, "tolist"):  # NumPy and torch, scalars too
-        return value.tolist()
-    return value if isinstance(value, float) else str(value)
 
 
 def without_folders(value: Any) -> Any:

@@ -5,7 +5,6 @@ The model side of the Trainer contract.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -19,21 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import share_weights
+from hf_pretrain.modeling.backbone import input_names, longest_sequence, note_what_is_counted, vocabulary_size
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.losses import PretrainingOutput
-from hf_pretrain.modeling.visibility.isolation import find_out_what_is_counted
 
 TRIAL_ROWS, TRIAL_LENGTH = 2, 8
 """Shape of the batch that is tried, in examples and tokens."""
 
 _Scalar = bool | int | float | str | None
-
-
-def vocabulary_size(embeddings: nn.Module) -> int:
-    """Return how many tokens a stock model's word embeddings hold; not every kind of them is one table."""
-    number = getattr(embeddings, "num_embeddings", None)
-    return len(embeddings.get_parameter("weight")) if number is None else int(number)
 
 
 def trial_tokens(model: PreTrainedModel) -> torch.Tensor:
@@ -210,7 +203,7 @@ class PretrainingModel(PreTrainedModel):
                 if part is not self:
                     part.config.dtype = dtype
                     # Before a graph is compiled, which would break at the look into the model.
-                    find_out_what_is_counted(part)
+                    note_what_is_counted(part)
         self.to(dtype)
         super().post_init()
 
@@ -365,25 +358,6 @@ def check_trainable(model: Any, *, gradient_checkpointing: bool) -> None:
     model.try_out(gradient_checkpointing=gradient_checkpointing)
 
 
-def longest_sequence(model: PreTrainedModel) -> int | None:
-    """Return how many tokens the position table of a stock model holds, or None where positions are not a table.
-
-    RoBERTa and its kin number positions from `padding_idx + 1`, so their table is shorter than it looks; Nystromformer and its
-    kin from 2, which only the configuration tells.
-    """
-    for name, module in model.named_modules():
-        table = getattr(module, "weight", None)
-        if name.endswith(_POSITION_TABLES) and isinstance(table, torch.Tensor) and table.ndim == 2:
-            padding = getattr(module, "padding_idx", None)
-            rows = table.shape[0] - (0 if padding is None else int(padding) + 1)
-            own = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-            return min(rows, own) if isinstance(own, int) and own > 0 else rows
-    return None
-
-
-_POSITION_TABLES = ("position_embeddings", "embed_positions")
-
-
 def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, block_size: int) -> None:
     """Refuse a model that cannot take the tokenizer's ids or the blocks' length.
 
@@ -410,14 +384,6 @@ def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def input_names(model: PreTrainedModel) -> set[str]:
-    """Return the inputs that a stock model takes by name, with its head and without; types of segments only where it has two."""
-    parts = {type(model), type(model.base_model)}
-    names = set.intersection(*(set(inspect.signature(part.forward).parameters) for part in parts))
-    # A table of one type has no row for a second segment, and one of none is never read.
-    return names - ({"token_type_ids"} if getattr(model.config, "type_vocab_size", 2) < 2 else set())
-
-
 @contextmanager
 def tokenizer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrainedTokenizerBase]:
     """Let a tokenizer make, and name when it is saved, no input that a stock model does not take.
@@ -430,7 +396,8 @@ def tokenizer_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         The tokenizer.
     """
     names, options = tokenizer.model_input_names, tokenizer.init_kwargs
-    taken = [name for name in names if name in input_names(model)]
+    known = input_names(model)
+    taken = [name for name in names if name in known]
     try:
         if taken != list(names):
             tokenizer.model_input_names, tokenizer.init_kwargs = taken, options | {"model_input_names": taken}

@@ -9,6 +9,13 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.modeling.backbone import (
+    FEED_FORWARD_OF_FOUR_WIDTHS,
+    POSITIONS_AFTER_PADDING,
+    READ_WITHOUT_DEFAULT,
+    WITHOUT_LENGTH,
+    feed_forward_name,
+)
 from hf_pretrain.modeling.loading import (
     MODEL_DTYPES,
     first_line,
@@ -120,7 +127,7 @@ def build_config(
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "embedding_size")
         if getattr(args, name) is not None
     }
-    if args.model_type in _FEED_FORWARD_OF_FOUR_WIDTHS:
+    if args.model_type in FEED_FORWARD_OF_FOUR_WIDTHS:
         if args.intermediate_size != 4 * args.hidden_size:
             raise InputError(
                 f"intermediate_size={args.intermediate_size}: that of {args.model_type} is always four times hidden_size, "
@@ -130,7 +137,7 @@ def build_config(
     if "intermediate_size" in values:
         values[feed_forward_name(args.model_type)] = values.pop("intermediate_size")
     values["vocab_size"] = len(tokenizer)
-    if args.model_type not in _WITHOUT_POSITIONS:
+    if args.model_type not in WITHOUT_LENGTH:
         values["max_position_embeddings"] = args.max_position_embeddings
     values |= {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos", "cls", "sep")
@@ -140,7 +147,7 @@ def build_config(
     try:
         known = CONFIG_MAPPING[args.model_type]()
         _check_options(args, values, overrides=overrides, known=known)
-        if args.model_type in _POSITIONS_AFTER_PADDING:
+        if args.model_type in POSITIONS_AFTER_PADDING:
             values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
         # Under its own names: what is set under another comes too late for sizes that follow from it, such as XLNet's d_head.
         values = {known.attribute_map.get(name, name): value for name, value in values.items()}
@@ -151,11 +158,40 @@ def build_config(
         raise InputError(f"{args.model_type} cannot be built: {first_line(error)}") from error
 
 
+def load_or_build(
+    choose: Any,
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    options: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Any:
+    """Open the checkpoint that the arguments name, or build the model that they describe.
+
+    Args:
+        choose: The Auto class, or a function from the configuration to it.
+        args: What to open or to build.
+        tokenizer: Sizes the vocabulary of a model from scratch.
+        options: Keywords of `from_pretrained` and `from_config`; by default the attention backend of `args`.
+        **changes: Arguments of [`build_config`], for a model from scratch.
+
+    Raises:
+        InputError: If there is no such checkpoint, or the sizes do not fit the architecture.
+    """
+    name, options = args.model_name_or_path, attention_options(args) if options is None else options
+    is_class = isinstance(choose, type)
+    if name is not None:
+        auto_class = choose if is_class else choose(from_pretrained(AutoConfig, name))
+        return from_pretrained(auto_class, name, **options)
+    config = build_config(args, tokenizer, **({"auto_class": choose} if is_class else {}) | changes)
+    return from_config(choose if is_class else choose(config), config, **options)
+
+
 def _check_options(
     args: ModelArguments, values: dict[str, Any], *, overrides: dict[str, Any], known: PreTrainedConfig
 ) -> None:
     """Refuse what an architecture has no option for: one that was given, or one of the usual sizes."""
-    further = _READ_WITHOUT_DEFAULT.get(args.model_type, frozenset())
+    further = READ_WITHOUT_DEFAULT.get(args.model_type, frozenset())
     unknown = sorted(
         name for name in values if not hasattr(known, name) and not name.endswith("_token_id") and name not in further
     )
@@ -196,42 +232,6 @@ def _padding_id(model_type: str, tokenizer: PreTrainedTokenizerBase) -> int:
             f"model_type='mpnet' takes token 1 for padding, but the tokenizer's is {padding_id}: train a bpe one"
         )
     return padding_id
-
-
-# What a few architectures call the width of the feed-forward layers.
-_FEED_FORWARD_NAMES = {"distilbert": "hidden_dim", "xlnet": "d_inner"}
-
-# Architectures that cannot be told that width.
-_FEED_FORWARD_OF_FOUR_WIDTHS = frozenset({"xlm", "flaubert"})
-
-# Architectures that refuse to be told how long a sequence may be.
-_WITHOUT_POSITIONS = frozenset({"xlnet"})
-
-# What a model looks for in its configuration although the class has no such field: it is in published files only.
-_READ_WITHOUT_DEFAULT = {"deberta-v2": frozenset({"position_buckets", "norm_rel_ebd", "share_att_key"})}
-
-# Architectures that number positions from the padding id on (RoBERTa and its kin).
-_POSITIONS_AFTER_PADDING = frozenset(
-    {
-        "roberta",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "camembert",
-        "mpnet",
-        "data2vec-text",
-        "longformer",
-        "roberta-prelayernorm",
-        "esm",
-        "ibert",
-        "luke",
-        "xmod",
-    }
-)
-
-
-def feed_forward_name(model_type: str) -> str:
-    """Return what an architecture calls the width of its feed-forward layers."""
-    return _FEED_FORWARD_NAMES.get(model_type, "intermediate_size")
 
 
 def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> PreTrainedConfig:

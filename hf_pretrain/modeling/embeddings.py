@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import name_of, position_tables, word_table_name
 
 # A projection is told apart from noise in a published table by this share of the table's norm.
 _TIED_TOLERANCE = 1e-3
@@ -221,8 +222,7 @@ def disentangle_embedding(model: PreTrainedModel, name: str, base: nn.Parameter,
 
 
 def _replace(model: PreTrainedModel, old: nn.Module, new: nn.Module) -> None:
-    name = next(name for name, module in model.named_modules() if module is old)
-    model.set_submodule(name, new)
+    model.set_submodule(name_of(model, old), new)
 
 
 def shared_embedding_names(target: PreTrainedModel, source: PreTrainedModel) -> dict[str, str]:
@@ -242,7 +242,7 @@ def shared_embedding_names(target: PreTrainedModel, source: PreTrainedModel) -> 
         InputError: If the two embeddings do not have the same parameters with the same shapes.
     """
     if is_factorized(source):
-        return {f"{_words(target)}.weight": f"{_words(source)}.weight"}
+        return {f"{word_table_name(target)}.weight": f"{word_table_name(source)}.weight"}
     ours, theirs = _embedding_parameters(target), _embedding_parameters(source)
     return _pair(ours, theirs, target, source, "embedding_sharing='tied'", "the same embedding width")
 
@@ -253,14 +253,14 @@ def shared_table_names(target: PreTrainedModel, source: PreTrainedModel) -> dict
     Raises:
         InputError: If the word tables differ in shape.
     """
-    words = {_words(target): _words(source)}
+    words = {word_table_name(target): word_table_name(source)}
     shapes = [tuple(model.get_input_embeddings().weight.shape) for model in (target, source)]
     if shapes[0] != shapes[1]:
         raise InputError(
             f"embedding_sharing: {type(target).__name__} has a word table of {shapes[0]} and {type(source).__name__} one of "
             f"{shapes[1]}: use one tokenizer and one embedding width for both, or set embedding_sharing='none'"
         )
-    tables = zip(_position_tables(target).items(), _position_tables(source).items(), strict=False)
+    tables = zip(*(position_tables(model, learned=True).items() for model in (target, source)), strict=False)
     same = {name: other for (name, ours), (other, theirs) in tables if ours.weight.shape == theirs.weight.shape}
     return words | same
 
@@ -300,22 +300,9 @@ def _pair(
     return {ours[name][0]: theirs[name][0] for name in ours}
 
 
-def _words(model: PreTrainedModel) -> str:
-    words = model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is words)
-
-
-def _position_tables(model: PreTrainedModel) -> dict[str, nn.Embedding]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
-    }
-
-
 def _embedding_parameters(model: PreTrainedModel) -> _Named:
     """Return name within the embeddings -> (name within the model, parameter), for tables and norms."""
-    prefix = _words(model).rpartition(".")[0] + "."
+    prefix = word_table_name(model).rpartition(".")[0] + "."
     return {
         f"{name}.{parameter_name}"[len(prefix) :]: (f"{name}.{parameter_name}", parameter)
         for name, module in model.named_modules()
@@ -326,7 +313,7 @@ def _embedding_parameters(model: PreTrainedModel) -> _Named:
 
 def _body_parameters(model: PreTrainedModel) -> _Named:
     body = model.base_model
-    prefix = next(name for name, module in model.named_modules() if module is body)
+    prefix = name_of(model, body)
     prefix = f"{prefix}." if prefix else ""
     return {name: (f"{prefix}{name}", parameter) for name, parameter in body.named_parameters()}
 

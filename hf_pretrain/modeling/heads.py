@@ -18,10 +18,11 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoModelForPreTraining, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.loading import read_safetensors
+from hf_pretrain.modeling.backbone import shared_options
+from hf_pretrain.modeling.loading import find_file, read_safetensors
 
 HeadKind = Literal["none", "masked_lm", "classification", "regression", "token_classification", "question_answering"]
 
@@ -93,28 +94,6 @@ def entity_counts(guesses: torch.Tensor, labels: torch.Tensor, *, outside: int) 
 
 # What the stock classes with a second head call its labels.
 _PAIR_LABELS = frozenset({"next_sentence_label", "sentence_order_label"})
-# What architectures call the same thing.
-_OTHER_NAMES = {
-    "layer_norm_eps": ("norm_eps",),
-    "initializer_range": ("init_std",),
-    "hidden_dropout_prob": ("dropout", "mlp_dropout"),
-}
-
-
-def shared_options(config: PreTrainedConfig, *names: str) -> dict[str, Any]:
-    """Return options that a head takes over from its encoder, under the names that BERT gave them, where it has them.
-
-    Args:
-        config: Configuration of the encoder.
-        *names: Names of the options.
-    """
-    values = {}
-    for name in names:
-        found = (getattr(config, other, None) for other in (name, *_OTHER_NAMES.get(name, ())))
-        value = next((value for value in found if value is not None), None)
-        if value is not None:
-            values[name] = value
-    return values
 
 
 def takes_pair_labels(model_class: type[PreTrainedModel]) -> bool:
@@ -154,8 +133,7 @@ def load_head(head: PreTrainedModel, name: str, *, folder: str) -> bool:
     Returns:
         Whether it was filled; otherwise it is as it was.
     """
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(name, "model.safetensors", subfolder=folder, **quiet)
+    path = find_file(name, "model.safetensors", subfolder=folder)
     if path is None:
         return False
     state = read_safetensors(path)
@@ -288,6 +266,7 @@ class SpanBoundaryHead(PreTrainedModel):
         return F.linear(hidden_SE, word_table, self.bias)
 
 
+DISCRIMINATOR_HEAD_FOLDER = "pretraining/discriminator_head"
 DISCRIMINATOR_HEADS = ("stock", "electra", "deberta_v3")
 
 
@@ -336,15 +315,8 @@ class DiscriminatorHead(PreTrainedModel):
     @classmethod
     def of_kind(cls, kind: str, config: PreTrainedConfig) -> DiscriminatorHead:
         """Build a head for an encoder with this configuration."""
-        # ModernBERT has names of its own.
-        names = {
-            "hidden_act": "hidden_activation",
-            "layer_norm_eps": "norm_eps",
-            "initializer_range": "initializer_range",
-        }
-        values = {name: getattr(config, name, getattr(config, other, None)) for name, other in names.items()}
-        known = {name: value for name, value in values.items() if value is not None}
-        return cls(DiscriminatorHeadConfig(kind=kind, hidden_size=config.hidden_size, **known))
+        options = shared_options(config, "hidden_size", "hidden_act", "layer_norm_eps", "initializer_range")
+        return cls(DiscriminatorHeadConfig(kind=kind, **options))
 
     def forward(self, hidden_states: torch.Tensor, first_columns: torch.Tensor | None = None) -> torch.Tensor:
         """Return the logits.

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils import cached_file
 
 from hf_pretrain.errors import InputError
 
@@ -128,6 +129,19 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file may raise anything
         damage = _damage_of(Path(path)) or f"cannot be read ({first_line(error)})"
         raise InputError(f"{str(path)!r} {damage}") from error
+
+
+def find_file(name_or_path: str, filename: str, **where: Any) -> str | None:
+    """Return the path of a file of a checkpoint, None if it has none or nobody can be asked.
+
+    Args:
+        name_or_path: Folder or repository.
+        filename: Name of the file.
+        **where: `subfolder` and `revision`, as transformers takes them.
+    """
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path: str | None = cached_file(name_or_path, filename, **quiet, **where)
+    return path
 
 
 def _cause(error: BaseException) -> str:

@@ -1,7 +1,4 @@
-"""The collator of masked language modelling, for every masking unit.
-
-Masked language modelling.
-"""
+"""The batches and options of masked language modelling, for every masking unit; other objectives build on them."""
 
 from __future__ import annotations
 
@@ -16,10 +13,9 @@ from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.masking import MaskedRows, Vocabulary, mask_rows
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.options import schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.trainer import PretrainingTrainer
 
 IGNORED = -100
 
@@ -64,8 +60,8 @@ class DataCollatorForMaskedLM:
 
     What is hidden depends on the seed and on each example's `epoch` and `example_id` only: not on the batch, the
     worker, the rank or the side of padding. Each epoch draws anew unless `masking.static_masks` is set. With
-    `masking.mlm_probability_schedule` it also depends on the step that the example's `place` in the epoch's order
-    belongs to; an example without a place, and any before `training_steps` is set, has `masking.mlm_probability`.
+    a schedule of `masking.mlm_probability` it also depends on the step of training, which follows from the example's
+    `order_index`. An example without that, and any before `training_steps` is set, gets the schedule's last value.
 
     The examples are dicts of lists or arrays: `input_ids` with the special tokens, `example_id`, `epoch`, where the
     options need it `word_starts` or `spans`, and optionally `token_type_ids` and `document_ids`. The batch is a dict of
@@ -120,7 +116,7 @@ class DataCollatorForMaskedLM:
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of
         self.target_slots = target_slots
-        self._mask_rates = self.masking.parse_mask_rates()
+        self._mask_rates = schedules_of(self.masking).get("mlm_probability")
         self.training_steps: TrainingSteps | None = None  # The Trainer sets it before the first batch.
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -147,12 +143,12 @@ class DataCollatorForMaskedLM:
 
     def mask_probability(self, rows: ExampleRows) -> float | np.ndarray:
         """Return the share of tokens to select: one for all rows, or `[B]` where it changes in training."""
-        if self._mask_rates is None or self.training_steps is None or rows.places is None:
-            return self.masking.mlm_probability
-        assert rows.order_epochs is not None, "they are stacked with the places"
-        steps = self.training_steps.step_of(epochs=rows.order_epochs, places=rows.places)
+        if self._mask_rates is None or self.training_steps is None or rows.order_indices is None:
+            return float(self.masking.mlm_probability)
+        assert rows.order_epochs is not None, "they are stacked with the indices"
+        steps = self.training_steps.step_of(epochs=rows.order_epochs, indices=rows.order_indices)
         rates = self._mask_rates.at(steps, self.training_steps.total)
-        return np.where(rows.places < 0, self.masking.mlm_probability, rates)
+        return np.where(rows.order_indices < 0, float(self.masking.mlm_probability), rates)
 
     def layout(self, rows: ExampleRows, masked: MaskedRows) -> PaddedLayout:
         """Return where the rows lie in the batch: padded on the tokenizer's side."""
@@ -231,44 +227,15 @@ class DataCollatorForMaskedLM:
 
 @dataclass
 class MaskedLMTrainingArguments(MaskingArguments, PretrainingArguments):
-    """Options of [`MaskedLMTrainer`]: those of masking and of every pre-training."""
+    """Options of `MaskedLMTrainer`: those of masking and of every pre-training."""
 
     def __post_init__(self) -> None:
         """Refuse to learn from masks where nothing is masked."""
         super().__post_init__()
-        if not self.mlm_probability and self.mlm_probability_schedule is None and getattr(self, "mlm_weight", True):
+        if not self.mlm_probability and getattr(self, "mlm_weight", True):
             raise InputError("mlm_probability=0.0 leaves no target: set it to 0.15, or as much as the tokens to find")
 
     @property
     def masking(self) -> MaskingArguments:
         """The options of masking alone, as the collator takes them."""
         return MaskingArguments(**{field.name: getattr(self, field.name) for field in fields(MaskingArguments)})
-
-
-class MaskedLMTrainer(PretrainingTrainer):
-    """Trains an [`EncoderForPreTraining`] to fill in masked tokens."""
-
-    objective = ObjectiveDescription(
-        name="mlm",
-        title="Masked language modelling",
-        description=(
-            "A fraction of the tokens is selected; of those, most are hidden behind the mask token, some are exchanged for a "
-            "random token and some are left as they are. The model predicts the original token at every selected position."
-        ),
-        formula=r"\mathcal{L} = -\frac{1}{|M|} \sum_{i \in M} \log p_\theta(x_i \mid \tilde{x})",
-        citations=(
-            """\
-@inproceedings{devlin2019bert,
-  title = {{BERT}: Pre-training of Deep Bidirectional Transformers for Language Understanding},
-  author = {Devlin, Jacob and Chang, Ming-Wei and Lee, Kenton and Toutanova, Kristina},
-  booktitle = {Proceedings of {NAACL-HLT}},
-  year = {2019}
-}""",
-        ),
-        pipeline_tag="fill-mask",
-        usage="""\
-from transformers import pipeline
-
-fill_mask = pipeline("fill-mask", model="{repo}")
-predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")""",
-    )

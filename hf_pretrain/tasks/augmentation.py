@@ -1,7 +1,7 @@
 """More sentences for a task: words exchanged for others that a language model or word vectors propose."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import datasets
@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.errors import InputError, check_numbers
-from hf_pretrain.evaluation.metrics import evaluating
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint, weights_fingerprint
+from hf_pretrain.options import option
 from hf_pretrain.tasks.words import ChangeableWord, WordNeighbours, WordProposer
 
 SOURCE_ID = "source_id"
@@ -49,32 +50,25 @@ class AugmentationArguments:
         "augmentation_model",
     )
 
-    augmentation_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Masked language model that proposes other words, such as the one that the teacher was fine-tuned from; "
-            "without it nothing is augmented."
-        },
+    augmentation_model: str | None = option(
+        None,
+        "Masked language model that proposes other words, such as the one that the teacher was fine-tuned from; "
+        "without it nothing is augmented.",
     )
-    augmentation_vectors: str | None = field(
-        default=None,
-        metadata={
-            "help": "Text file of word vectors (GloVe, word2vec), the most frequent first, for words of several tokens; "
-            "without it, the model's own embeddings."
-        },
+    augmentation_vectors: str | None = option(
+        None,
+        "Text file of word vectors (GloVe, word2vec), the most frequent first, for words of several tokens; "
+        "without it, the model's own embeddings.",
     )
-    augmentation_rows: int = field(
-        default=20,
-        metadata={"help": "Tries a row; duplicates are dropped. TinyBERT: 20, large tasks 10, small ones 30."},
+    augmentation_rows: int = option(
+        20, "Tries a row; duplicates are dropped. TinyBERT: 20, large tasks 10, small ones 30."
     )
-    augmentation_probability: float = field(default=0.4, metadata={"help": "Share of the words exchanged in a try."})
-    augmentation_candidates: int = field(default=15, metadata={"help": "Proposals for a word, all equally likely."})
-    augmentation_stop_words: Literal["english", "none"] = field(
-        default="english", metadata={"help": "Words that are left as they are: scikit-learn's list, or none."}
+    augmentation_probability: float = option(0.4, "Share of the words exchanged in a try.")
+    augmentation_candidates: int = option(15, "Proposals for a word, all equally likely.")
+    augmentation_stop_words: Literal["english", "none"] = option(
+        "english", "Words that are left as they are: scikit-learn's list, or none."
     )
-    augmentation_batch_size: int = field(
-        default=128, metadata={"help": "Masked sentences in a batch; changes no result."}
-    )
+    augmentation_batch_size: int = option(128, "Masked sentences in a batch; changes no result.")
 
     def __post_init__(self) -> None:
         """Refuse numbers that are out of range.

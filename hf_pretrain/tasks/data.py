@@ -13,7 +13,7 @@ import lzma
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +27,7 @@ from hf_pretrain.data.prepare import PreparedData, RepeatableTexts, check_unknow
 from hf_pretrain.data.text.docstrings import split_held_out
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import from_pretrained
+from hf_pretrain.options import option
 from hf_pretrain.tasks.augmentation import TEXT, AugmentationArguments, augment
 from hf_pretrain.tasks.examples import encode, encode_tokens
 from hf_pretrain.tasks.questions import encode_questions, read_squad
@@ -185,55 +186,39 @@ class TaskDataArguments(AugmentationArguments):
     ranges: ClassVar[dict[str, str]] = {"max_length": "[3, 16777216]", "doc_stride": "[0, 16777216]"}
     needs: ClassVar[dict[str, str]] = {"doc_stride": "task=question-answering"}
 
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Examples to train on: .tsv, .csv, .jsonl, .json, .parquet (.gz, .bz2, .xz too), or .json as of SQuAD. A "
-            "table of sentences and classes, sentence<TAB>label, needs no header."
-        },
+    train_file: list[str] | None = option(
+        None,
+        "Examples to train on: .tsv, .csv, .jsonl, .json, .parquet (.gz, .bz2, .xz too), or .json as of SQuAD. A "
+        "table of sentences and classes, sentence<TAB>label, needs no header.",
     )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Examples to evaluate on; without them, some are held out from training."}
+    validation_file: list[str] | None = option(
+        None, "Examples to evaluate on; without them, some are held out from training."
     )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."}
+    dataset_name: str | None = option(
+        None, "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."
     )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset: 'sst2'."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    validation_split: str | None = field(default=None, metadata={"help": "Split of the dataset to evaluate on."})
-    text_columns: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the text, or two of pairs; for token-classification of the lists of words, or of the text; for "
-            "question-answering of question and text; by default those of the usual names (sentence, text, tokens, ...)."
-        },
+    dataset_config_name: str | None = option(None, "Configuration of the dataset: 'sst2'.")
+    dataset_split: str = option("train", "Split of the dataset to train on.")
+    validation_split: str | None = option(None, "Split of the dataset to evaluate on.")
+    text_columns: list[str] | None = option(
+        None,
+        "Column of the text, or two of pairs; for token-classification of the lists of words, or of the text; for "
+        "question-answering of question and text; by default those of the usual names (sentence, text, tokens, ...).",
     )
-    label_column: str | None = field(
-        default=None,
-        metadata={
-            "help": "Column of the labels, which are optional; by default label, tags or answers, if there is one."
-        },
+    label_column: str | None = option(
+        None, "Column of the labels, which are optional; by default label, tags or answers, if there is one."
     )
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Share of the examples held out if nothing else is; 0 holds none."}
+    validation_fraction: float = option(0.05, "Share of the examples held out if nothing else is; 0 holds none.")
+    split_seed: int = option(0, "Seed of the choice of examples to hold out.")
+    max_length: int = option(
+        128, "Most tokens of an example; what goes beyond is cut off, or of a question's text, another example."
     )
-    split_seed: int = field(default=0, metadata={"help": "Seed of the choice of examples to hold out."})
-    max_length: int = field(
-        default=128,
-        metadata={
-            "help": "Most tokens of an example; what goes beyond is cut off, or of a question's text, another example."
-        },
+    doc_stride: int = option(32, "Of a text too long for a question: tokens that a part shares with the next.")
+    tokenizer_name: str | None = option(
+        None, "Tokenizer of the Hub or a folder; by default the student's, or the teacher's."
     )
-    doc_stride: int = field(
-        default=32, metadata={"help": "Of a text too long for a question: tokens that a part shares with the next."}
-    )
-    tokenizer_name: str | None = field(
-        default=None,
-        metadata={"help": "Tokenizer of the Hub or a folder; by default the student's, or the teacher's."},
-    )
-    max_unknown_share: float = field(
-        default=0.5,
-        metadata={"help": "Refuse examples of which the tokenizer does not know a greater share of the characters."},
+    max_unknown_share: float = option(
+        0.5, "Refuse examples of which the tokenizer does not know a greater share of the characters."
     )
 
     def __post_init__(self) -> None:

@@ -14,16 +14,15 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets.fingerprint import Hasher
-from torch.utils.data import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.words import character_kinds, next_visible
-from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.observing.cache import TaskLogitsCache, tokenizer_fingerprint
+from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint
 from hf_pretrain.tasks.augmentation import SOURCE_ID, TEXT
 
 INPUTS = ("input_ids", "token_type_ids")
@@ -190,33 +189,6 @@ def count_predictions(dataset: datasets.Dataset) -> np.ndarray | None:
     return before[ends[1:]] - before[ends[:-1]]
 
 
-class AnsweredDataset(Dataset[dict[str, Any]]):
-    """Examples with what the teacher predicts of each, as it was found once.
-
-    Args:
-        base: Map-style examples.
-        cache: The teacher's logits of these.
-    """
-
-    def __init__(self, base: Any, cache: TaskLogitsCache) -> None:
-        self.base = base
-        self.cache = cache
-
-    def __len__(self) -> int:
-        """Return the number of examples."""
-        return len(self.base)
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """Return an example with its `teacher_logits`, one row a prediction."""
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Return examples with their `teacher_logits`, read together."""
-        examples = [self.base[row] for row in rows]
-        logits = self.cache.lookup_each(rows)
-        return [{**example, "teacher_logits": row} for example, row in zip(examples, logits, strict=True)]
-
-
 class LengthGroupedSampler(EpochSampler):
     """An epoch's examples in a keyed random order in which those of a step are of about one length.
 
@@ -234,8 +206,7 @@ class LengthGroupedSampler(EpochSampler):
     @classmethod
     def of(cls, dataset: EpochDataset, *, seed: int, batch_size: int) -> LengthGroupedSampler:
         """Return the sampler of a data set with a column `input_ids`."""
-        base: datasets.Dataset = getattr(dataset.base, "base", dataset.base)
-        ids = base.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        ids = dataset.base.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
         return cls(pc.list_value_length(ids).to_numpy(), seed=seed, batch_size=batch_size)
 
     def _indices(self, epoch: int) -> Iterator[int]:
@@ -247,8 +218,8 @@ class LengthGroupedSampler(EpochSampler):
         steps = len(rows) // size
         order = draws.permutation(steps, seed=self.seed, epoch=epoch, stream="length groups")
         rows[: steps * size] = rows[: steps * size].reshape(steps, size)[order].ravel()
-        for place, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
-            yield place * PLACE_STRIDE + index
+        for number, index in enumerate((rows + epoch * EPOCH_STRIDE).tolist(), start=1):
+            yield number * ORDER_STRIDE + index
 
 
 def encode_tokens(

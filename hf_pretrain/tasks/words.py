@@ -21,7 +21,7 @@ from hf_pretrain.corruption.masking import Vocabulary
 from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import batches_by_length
-from hf_pretrain.modeling.base import longest_sequence
+from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.losses import GatheredHead
 
 _QUERIES = 1 << 10

@@ -1,8 +1,6 @@
-"""Which number format the machine computes fast.
+"""Options that every method has, and a check of them before any text is read.
 
-Optimizers and schedules of the official recipes that transformers does not have.
-
-Options that every method has, and what can be known of them before any text is read.
+Beside them are the optimizer and the schedule of the official recipes that transformers does not have.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
@@ -24,15 +21,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
 
-from hf_pretrain.errors import InputError, check_numbers, one_line, range_of
-from hf_pretrain.schedules import Schedule
+from hf_pretrain.errors import InputError, check_choice, check_numbers, one_line
+from hf_pretrain.options import check_options, option
 from hf_pretrain.training.effects import check_refused
 from hf_pretrain.training.processes import first_process_first
+
+_MANY_STEPS = 2.0**40
+_COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 
 def bf16_is_fast() -> bool:
@@ -42,11 +43,8 @@ def bf16_is_fast() -> bool:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     if accelerator.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Elsewhere (mps, xpu, ...) bf16 autocast is not known to pay: it has to be asked for.
+    # Elsewhere (mps, xpu, ...) bf16 autocast is not known to pay: the user must set bf16.
     return False
-
-
-_MANY_STEPS = 2.0**40
 
 
 class AdamWithoutBiasCorrection(torch.optim.AdamW):
@@ -83,9 +81,6 @@ def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_
 
 def _linear_product(step: int, *, warmup: int, total: int) -> float:
     return max(0.0, 1.0 - step / total) * min(1.0, step / max(1, warmup) if warmup else 1.0)
-
-
-_COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 
 @dataclass
@@ -125,78 +120,69 @@ class PretrainingArguments(TrainingArguments):
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {}
     """Values that a method honours of options that others refuse, by option; see `hf_pretrain.training.effects.REFUSED`."""
 
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Replace the earlier run in output_dir, once all is read and checked."}
+    overwrite_output_dir: bool = option(False, "Replace the earlier run in output_dir, once all is read and checked.")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or "
+        "(`auto`) from the last whole one if there is any and else from the start: for jobs that are started again.",
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or "
-            "(`auto`) from the last whole one if there is any and else from the start: for jobs that are started again."
-        },
+    bf16: bool | None = option(
+        None, "Compute in bf16 autocast; by default on machines whose matrix units are fast in it."
     )
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Compute in bf16 autocast; by default on machines whose matrix units are fast in it."},
+    adam_bias_correction: bool = option(
+        True, "Adam's bias correction; the official BERT and ELECTRA optimizers have none."
     )
-    adam_bias_correction: bool = field(
-        default=True, metadata={"help": "Adam's bias correction; the official BERT and ELECTRA optimizers have none."}
+    decay_during_warmup: bool = option(
+        False, "Multiply the linear schedule's decay and warm-up, as the official ELECTRA does."
     )
-    decay_during_warmup: bool = field(
-        default=False,
-        metadata={"help": "Multiply the linear schedule's decay and warm-up, as the official ELECTRA does."},
+    weight_decay: float = option(0.01, "Decoupled weight decay of all but biases and norms.")
+    learning_rate: float = option(5e-4, "Peak learning rate.")
+    warmup_steps: float = option(
+        0.1, "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of all but biases and norms."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
-    warmup_steps: float = field(
-        default=0.1,
-        metadata={
-            "help": "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
-        },
+    eval_on_start: bool = option(
+        True, "Evaluate before the first step, to compare with; only if there is held-out text."
     )
-    eval_on_start: bool = field(
-        default=True,
-        metadata={"help": "Evaluate before the first step, to compare with; only if there is held-out text."},
+    remove_unused_columns: bool = option(False, "Keep off: collators need columns that no model takes.")
+    logging_nan_inf_filter: bool = option(
+        False, "Hide losses that are not finite, at the price of a device sync a step."
     )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Keep off: collators need columns that no model takes."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide losses that are not finite, at the price of a device sync a step."}
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Let DDP look for parameters without gradient; every objective uses all of its own."},
+    ddp_find_unused_parameters: bool | None = option(
+        False, "Let DDP look for parameters without gradient; every objective uses all of its own."
     )
 
     def __post_init__(self) -> None:
         """Choose the precision, then let transformers check the rest."""
         check_refused(self, self.also_honoured)
-        check_numbers(self)
+        check_options(self)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")
         if self.decay_during_warmup and self.lr_scheduler_type != "linear":
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
             )
-        self.parse_schedules()
         optim = str(getattr(self.optim, "value", self.optim))
         if not self.adam_bias_correction and not optim.startswith("adamw_torch"):
             raise InputError(
                 f"adam_bias_correction=False is Adam's, but optim={optim!r}: set it to True or leave optim out"
             )
         if torch.accelerator.current_accelerator(check_available=True) is None:
-            # transformers refuses bf16 on a CPU that was not asked for by name.
+            # transformers refuses bf16 on a CPU unless use_cpu is set.
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except Exception:
+            # transformers keeps the settings of DeepSpeed for the whole process; later models would be built for it.
+            unset_hf_deepspeed_config()
+            raise
         self._check_mappings()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
 
     def _check_mappings(self) -> None:
-        """Refuse mappings that are none, and what they hold without effect."""
+        """Refuse mappings that are none, and entries without effect."""
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, dict):
@@ -216,18 +202,10 @@ class PretrainingArguments(TrainingArguments):
         """Let one process work while the others wait, however long it takes; see `transformers.TrainingArguments`."""
         return super().main_process_first(local=local, desc=desc) if local else first_process_first(self)
 
-    def parse_schedules(self) -> dict[str, Schedule]:
-        """Return the schedules that are set, by the option that they change: `x_schedule` is that of `x`.
 
-        Raises:
-            InputError: If the value of one is no schedule.
-        """
-        schedules: dict[str, Schedule] = {}
-        for name in (known.name for known in fields(self) if known.name.endswith("_schedule")):
-            text, option = getattr(self, name), name.removesuffix("_schedule")
-            if text is not None:
-                schedules[option] = Schedule.parse(text, name=name, allowed=range_of(self, option))
-        return schedules
+def global_batch_size(args: TrainingArguments) -> int:
+    """Return the examples of a step, over all processes and accumulation steps."""
+    return args.world_size * args.train_batch_size * args.gradient_accumulation_steps
 
 
 def check_training_options(args: PretrainingArguments) -> None:
@@ -253,9 +231,8 @@ def check_training_options(args: PretrainingArguments) -> None:
     for name in args.report_to:
         _check_report(name)
     known = {"every_n_layers", "offload", *signature(checkpoint).parameters} - {"function", "args", "kwargs"}
-    unknown = sorted((args.activation_checkpointing_kwargs or {}).keys() - known)
-    if unknown:
-        raise InputError(f"activation_checkpointing_kwargs has {unknown[0]!r}: choose of {', '.join(sorted(known))}")
+    for name in sorted(args.activation_checkpointing_kwargs or {}):
+        check_choice(name, sorted(known), name="activation_checkpointing_kwargs")
     with _in_one_line("accelerator_config"):
         GradientAccumulationPlugin(**{"num_steps": 1} | (args.accelerator_config.gradient_accumulation_kwargs or {}))
     # The module's numbers are drawn; a run draws its own as if there were none.
@@ -280,12 +257,7 @@ def _in_one_line(options: str) -> Iterator[None]:
 
 
 def _check_report(name: str) -> None:
-    if name not in INTEGRATION_TO_CALLBACK:
-        near = get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
-        hint = (
-            f"did you mean {near[0]!r}?" if near else f"choose of {', '.join(INTEGRATION_TO_CALLBACK)}, none and all"
-        )
-        raise InputError(f"report_to={name!r} is unknown: {hint}")
+    check_choice(name, (*INTEGRATION_TO_CALLBACK, "none", "all"), name="report_to")
     if name in ("azure_ml", "flyte"):
         # They are not always listed where they are installed.
         with _in_one_line(f"report_to={name!r}"):

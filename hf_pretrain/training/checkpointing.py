@@ -1,54 +1,147 @@
-"""Going on with a run as if nothing had cut it off.
+"""Checkpoints: written so that a whole one can be told from one that was cut off, and gone on from.
 
-What a run leaves behind: whole checkpoints to resume from, and the export to share.
+[`Checkpointing`] does both for a Trainer. Below it are the facts of a run that a resume compares; the functions on top look
+at a folder alone.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
 import xxhash
-from torch import nn
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import IterableDataset
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import sort_checkpoints
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import begin_folder, read_marker, share_weights, write_marker
-from hf_pretrain.hub.card import write_card
-from hf_pretrain.hub.record import PretrainingCard
-from hf_pretrain.modeling.base import PretrainingModel, tokenizer_for
-from hf_pretrain.training.card import HeldOutMixin, describe_run
-from hf_pretrain.training.checkpoints import (
-    are_finite,
-    check_hashes,
-    full_disk,
-    is_full_disk,
-    last_whole_checkpoint,
-    not_finite,
-    remove_old_checkpoints,
-    reported_faults,
+from hf_pretrain.files import (
+    MARKER,
+    PART,
+    begin_folder,
+    damaged_file,
+    first_difference,
+    is_whole,
+    plain,
+    read_marker,
+    share_weights,
+    write_marker,
 )
+from hf_pretrain.hub.text import portable_options
+from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.parsing import resolved_options
+from hf_pretrain.training.processes import full_disk, is_full_disk, last_whole_checkpoint, not_finite
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+_STATE = "trainer_state.json"
+# What only training needs: the learning rate, or with DeepSpeed, which keeps it with the rest, the name of that.
+_FOR_TRAINING = ("scheduler.pt", "latest")
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+
+def was_cut_off(folder: str | Path) -> bool:
+    """Whether a checkpoint was begun and never became whole; one of an earlier version, without a marker, was not."""
+    folder = Path(folder)
+    return (folder / (MARKER + PART)).exists() or not (folder / _STATE).is_file()
+
+
+def check_checkpoint(folder: str | Path, *, reads_files: bool = True) -> int:
+    """Refuse a checkpoint that a run cannot go on from.
+
+    Args:
+        folder: The checkpoint; one without a marker, of an earlier version, must have files that open.
+        reads_files: Whether to compare the files with their hashes.
+
+    Returns:
+        Its step.
+
+    Raises:
+        InputError: If it is incomplete or damaged, or holds weights alone.
+    """
+    folder = Path(folder)
+    asked = f"resume_from_checkpoint={str(folder)!r}"
+    if not folder.is_dir():
+        raise InputError(f"{asked} is no folder: name a checkpoint-* folder, or `true` for the last")
+    facts = read_marker(folder)
+    if facts is None:
+        _check_files(folder, asked)
+    elif (difference := first_difference(folder, facts["files"])) is not None:
+        raise InputError(f"{asked} is incomplete ({difference}): name another, or `true` for the last that is whole")
+    elif reads_files:
+        check_hashes(folder)
+    if not any((folder / name).is_file() for name in _FOR_TRAINING):
+        raise InputError(
+            f"{asked} holds the weights alone (made with save_only_model?), which a run cannot go on from: name another"
+        )
+    try:
+        return int(json.loads((folder / _STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{asked} has no readable {_STATE}: name a checkpoint-* folder that is whole") from error
+
+
+def check_hashes(folder: str | Path) -> None:
+    """Refuse a checkpoint of which a file is not as it was saved.
+
+    Raises:
+        InputError: Naming the file.
+    """
+    damaged = damaged_file(folder)
+    if damaged is not None:
+        raise InputError(
+            f"resume_from_checkpoint={str(folder)!r} is damaged ({damaged} is not as it was saved): name another, or `true` for "
+            "the last that is whole"
+        )
+
+
+def _check_files(folder: Path, asked: str) -> None:
+    """Open every file whose end tells whether it is whole."""
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                zipfile.ZipFile(path).close()
+        except (OSError, SafetensorError, zipfile.BadZipFile) as error:
+            raise InputError(
+                f"{asked} is incomplete ({path.name} cannot be read: {error}): name another checkpoint"
+            ) from error
+
+
+def remove_old_checkpoints(output_dir: str | Path, *, limit: int | None, keep: tuple[str | Path | None, ...]) -> None:
+    """Remove the oldest checkpoints, those that are not whole before all others.
+
+    Args:
+        output_dir: Folder of the run.
+        limit: Checkpoints to leave; no limit if None or not positive.
+        keep: Checkpoints that stay whatever the limit: the newest and the best.
+    """
+    if limit is None or limit <= 0:
+        return
+    found = [Path(path) for path in sort_checkpoints(str(output_dir), use_mtime=True)]
+    kept = {Path(path).resolve() for path in keep if path is not None}
+    removable = [path for path in found if path.resolve() not in kept]
+    # The time of one that was being removed when the run was killed is that of the kill: it would pass for the newest.
+    removable.sort(key=is_whole)
+    for path in removable[: max(0, len(found) - limit)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _are_finite(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return whether the norm of every tensor is finite, as a tensor; of sharded ones, the part of this process."""
+    local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
+    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32) for tensor in local]
+    return torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all()
 
 
 # Options that change nothing of what is learned, or that are compared in another way; by how their names begin.
@@ -64,132 +157,236 @@ _NOT_COMPARED = (
 _MOST_HASHED = 1 << 33
 
 
-class ResumingMixin(_Base):
-    """Resuming for a Trainer of composites.
+class Checkpointing:
+    """Writes the checkpoints of a Trainer, and finds the one that a run goes on from.
 
-    The weights must fit, what was measured before is not measured again, and a run that has done all its steps is not trained
-    any more.
+    A checkpoint is marked as whole when all processes have written their part; only then older ones are removed. It holds the
+    composite as it is trained, so that a resume is strict. Numbers that are not finite are not saved.
+
+    Args:
+        trainer: The Trainer; its `save_progress` writes what else a resume needs.
     """
 
-    model: PretrainingModel
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.is_writing = False
+        self._as_given: Mapping[str, Any] = {}
+        self._failure: Exception | None = None
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`.
+    # Writing
+
+    def check_finite(self) -> None:
+        """Refuse weights, or a loss since the last row of the log, that are not finite on any process.
+
+        Raises:
+            RunError: If one is not; it names the last whole checkpoint.
+        """
+        trainer = self.trainer
+        numbers = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+        loss = getattr(trainer, "_tr_loss", None)
+        finite = _are_finite(numbers if loss is None else [*numbers, loss])
+        if self.any_rank(~finite):
+            what = f"the weights or the loss are not finite at step {trainer.state.global_step}"
+            raise not_finite(trainer.args.output_dir, what)
+
+    def any_rank(self, flag: torch.Tensor | bool) -> bool:
+        """Return whether a flag is set on any process; all must ask."""
+        flag = torch.as_tensor(flag, device=self.trainer.args.device).to(torch.int64)
+        return bool(self.trainer.accelerator.reduce(flag, reduction="sum"))
+
+    def save(self, folder: Path, *, write: Callable[[], None]) -> None:
+        """Write a checkpoint, on every process.
 
         Args:
-            resume_from_checkpoint: Path of a checkpoint, or True for the last whole one in the output folder.
-            **kwargs: Other arguments of the stock method.
+            folder: The checkpoint.
+            write: The stock method, which calls [`Checkpointing.options_to_keep`] where it saves the options.
+        """
+        self.check_finite()
+        args = self.trainer.args
+        self.is_writing = True
+        try:
+            with self.together(remove=folder):
+                # No file of a run that was cut off here must pass for one of this run's.
+                self._if_writer(begin_folder, folder)
+            # A push, and the removal of older checkpoints, have to wait for the marker.
+            with (
+                self.together(remove=folder),
+                changed(args, push_to_hub=False, save_total_limit=None) as self._as_given,
+            ):
+                write()
+            if not args.save_only_model:
+                with self.together(remove=folder):
+                    self.trainer.save_progress(folder)
+            with self.together(remove=folder):
+                self._if_writer(self._mark, folder)
+        finally:
+            self.is_writing = False
+
+    def _mark(self, folder: Path) -> None:
+        share_weights(folder)
+        args, step = self.trainer.args, self.trainer.state.global_step
+        write_marker(folder, has_hashes=True, step=step, world_size=args.world_size, run=self.run_facts())
+
+    def remove_old(self, newest: Path) -> None:
+        """Remove the oldest checkpoints beyond `save_total_limit`, but not the newest and the best."""
+        best, limit = self.trainer.state.best_model_checkpoint, self.trainer.args.save_total_limit
+        self._if_writer(remove_old_checkpoints, newest.parent, limit=limit, keep=(newest, best))
+
+    @contextmanager
+    def options_to_keep(self) -> Iterator[None]:
+        """Set the options as they were given, but without token and folders: a checkpoint may be pushed for all to read."""
+        # Here and not later a full disk is noted: the stock method has all processes wait for one another next.
+        with self._noted_failure(), changed(self.trainer.args, **self._as_given):
+            kinds = (str, dict, list, os.PathLike)
+            values = {name: value for name, value in vars(self.trainer.args).items() if isinstance(value, kinds)}
+            portable = portable_options(values)
+            others = {name: portable[name] for name, value in values.items() if portable[name] != plain(value)}
+            with changed(self.trainer.args, **others | {"hub_token": None}):
+                yield
+
+    def _if_writer(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self.trainer.args.should_save:
+            function(*args, **kwargs)
+
+    @contextmanager
+    def together(self, *, remove: Path | None = None) -> Iterator[None]:
+        """Write on every process, and stop all of them when one finds the disk full.
+
+        Args:
+            remove: Folder that then holds nothing whole, and whose room is needed.
+        """
+        with self._noted_failure():
+            yield
+        failure, self._failure = self._failure, None
+        if self.any_rank(failure is not None):
+            if remove is not None:
+                self._if_writer(shutil.rmtree, remove, ignore_errors=True)
+            raise full_disk(self.trainer.args.output_dir, failure) from failure
+
+    @contextmanager
+    def _noted_failure(self) -> Iterator[None]:
+        """Keep the error of a full disk until all processes know of it: the others would wait for this one forever."""
+        try:
+            yield
+        except Exception as error:
+            # Where the processes write together, the next call of the others already needs this one.
+            if not is_full_disk(error) or self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled:
+                raise
+            self._failure = self._failure or error
+
+    # Going on
+
+    def find(self, checkpoint: str | bool | None) -> str | None:
+        """Return the checkpoint to go on from, and say what has changed since it was made.
+
+        Args:
+            checkpoint: Its path, or True for the last whole one in the output folder.
 
         Raises:
-            InputError: If there is nothing to resume from, or it does not fit.
-            RunError: If a disk is full, a worker died, or what was learned is not finite.
+            InputError: If there is none, it is damaged, or it is of another model or seed.
         """
-        if resume_from_checkpoint is True:
-            found = last_whole_checkpoint(self.args.output_dir)
+        args = self.trainer.args
+        if checkpoint is True:
+            found = last_whole_checkpoint(args.output_dir)
             if found is None:
-                raise InputError(f"resume_from_checkpoint=True, but {self.args.output_dir} holds no whole checkpoint")
-            resume_from_checkpoint = str(found)
-        if isinstance(resume_from_checkpoint, str):
-            if resume_from_checkpoint != self.args.resume_from_checkpoint:
-                # Otherwise the program has looked at it.
-                check_hashes(resume_from_checkpoint)
-            self._compare(resume_from_checkpoint)
-        with reported_faults(self.args.output_dir):
-            return super().train(resume_from_checkpoint, **kwargs)
-
-    def run_facts(self) -> dict[str, Any]:
-        """Return what a checkpoint tells of its run, so that a resume can say what has changed."""
-        args = self.args
-        options = getattr(self, "recipe", None) or resolved_options([args])
-        return {
-            "seed": args.seed,
-            "draws": draws.VERSION,
-            "model": self._model_types(),
-            "examples_per_step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "text": self._text_fingerprint,
-            "options": {name: value for name, value in options.items() if not name.startswith(_NOT_COMPARED)},
-        }
-
-    def _model_types(self) -> list[str]:
-        config = self.model.config
-        parts = [getattr(config, name, None) for name in config.sub_configs]
-        return [part.model_type for part in parts if part is not None]
-
-    @cached_property
-    def _text_fingerprint(self) -> str | None:
-        return text_fingerprint(self.train_dataset)
-
-    def _compare(self, checkpoint: str) -> None:
-        """Refuse the checkpoint of another model or seed, and say what else has changed since it was made.
-
-        Raises:
-            InputError: If it is of another model or seed.
-        """
+                raise InputError(f"resume_from_checkpoint=True, but {args.output_dir} holds no whole checkpoint")
+            checkpoint = str(found)
+        if not isinstance(checkpoint, str):
+            return None
+        if checkpoint != args.resume_from_checkpoint:
+            # Otherwise the program has looked at it.
+            check_hashes(checkpoint)
         facts = (read_marker(checkpoint) or {}).get("run")
         if facts is None:
-            if self.is_world_process_zero():
-                print(f"{checkpoint} is of an earlier version: order and masks go on as others", flush=True)
-            return
-        for name, now in (("seed", self.args.seed), ("model", self._model_types())):
+            self._say(f"{checkpoint} is of an earlier version: order and masks go on as others")
+            return checkpoint
+        for name, now in (("seed", args.seed), ("model", self._model_types())):
             was = facts[name]
             if was != now:
                 raise InputError(
                     f"resume_from_checkpoint={checkpoint!r} was made with the {name} {was}, and this run has {now}: give that of "
                     "the checkpoint, or start anew in another output_dir"
                 )
-        if not self.is_world_process_zero():
-            return
-        changes = list(_changes(facts, self.run_facts()))
+        changes = list(_changes(facts, self.run_facts())) if self.trainer.is_world_process_zero() else []
         if changes:
-            print(f"this run differs from {checkpoint}: {'; '.join(changes)}", flush=True)
+            self._say(f"this run differs from {checkpoint}: {'; '.join(changes)}")
+        return checkpoint
 
-    @property
-    def num_steps_trained(self) -> int:
-        """Steps since the last call of `train`, without those of the checkpoint that it went on from."""
-        return self.state.global_step - self._initial_global_step
+    def _say(self, line: str) -> None:
+        if self.trainer.is_world_process_zero():
+            print(line, flush=True)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Train for an epoch; the stock method would take one more step where all of them are done."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(**kwargs)
+    def run_facts(self) -> dict[str, Any]:
+        """Return the facts of the run that a checkpoint keeps, so that a resume can say what has changed."""
+        args = self.trainer.args
+        options = self.trainer.recipe or resolved_options([args])
+        return {
+            "seed": args.seed,
+            "draws": draws.VERSION,
+            "model": self._model_types(),
+            "examples_per_step": global_batch_size(args),
+            "text": self._text_fingerprint,
+            "options": {name: value for name, value in options.items() if not name.startswith(_NOT_COMPARED)},
+        }
 
-    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
-        # Only the evaluation before the first step leaves the schedule alone, and a resumed run has had that one.
-        if skip_scheduler and self.state.global_step > 0:
-            return {}
-        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+    def _model_types(self) -> list[str]:
+        config = self.trainer.model.config
+        parts = [getattr(config, name, None) for name in config.sub_configs]
+        return [part.model_type for part in parts if part is not None]
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, but no speed or mean loss of a run that trained no step; see `transformers.Trainer.log`."""
-        if "train_runtime" in logs and not self.num_steps_trained:
-            for name in [name for name in logs if name.startswith("train_")]:
-                del logs[name]
-        super().log(logs, start_time)
+    @cached_property
+    def _text_fingerprint(self) -> str | None:
+        return text_fingerprint(self.trainer.train_dataset)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:
-            # torch lists every parameter of another shape, a line each.
-            first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
-            if first is None:
-                raise
-            raise InputError(
-                f"resume_from_checkpoint: the checkpoint does not fit the model ({first}): "
-                "resume with the options it was made with"
-            ) from error
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint that does not fit; the stock Trainer would go on from fresh weights with a log line."""
-        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
-        if missing or load_result.unexpected_keys:
-            raise InputError(
-                f"resume_from_checkpoint: the checkpoint does not fit the model (missing {sorted(missing)[:3]}, unexpected "
-                f"{sorted(load_result.unexpected_keys)[:3]}): resume with the options it was made with"
-            )
-        self.model.tie_weights()
+@contextmanager
+def changed(args: TrainingArguments, **values: Any) -> Iterator[dict[str, Any]]:
+    """Set options for a while; yields them as they were."""
+    before = {name: getattr(args, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(args, name, value)
+        yield before
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+@contextmanager
+def fitting_shapes() -> Iterator[None]:
+    """Say in one line which parameter of a checkpoint has another shape: torch lists all of them, a line each.
+
+    Raises:
+        InputError: If one has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), None)
+        if first is None:
+            raise
+        raise InputError(_DOES_NOT_FIT.format(first)) from error
+
+
+def check_loaded(load_result: Any, *, tied: Mapping[str, str]) -> None:
+    """Refuse a checkpoint that does not fit; the stock Trainer would go on from fresh weights with a log line.
+
+    Args:
+        load_result: Missing and unexpected keys.
+        tied: Keys of tied parameters, which a checkpoint leaves out.
+
+    Raises:
+        InputError: If other keys are missing, or some are unexpected.
+    """
+    missing = set(load_result.missing_keys) - set(tied)
+    if missing or load_result.unexpected_keys:
+        keys = f"missing {sorted(missing)[:3]}, unexpected {sorted(load_result.unexpected_keys)[:3]}"
+        raise InputError(_DOES_NOT_FIT.format(keys))
+
+
+_DOES_NOT_FIT = (
+    "resume_from_checkpoint: the checkpoint does not fit the model ({}): resume with the options it was made with"
+)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -250,143 +447,3 @@ def _stored_tables(value: Any, seen: set[int]) -> Iterator[datasets.Dataset]:
             yield from _stored_tables(part, seen)
     elif type(value).__module__.startswith("hf_pretrain."):
         yield from _stored_tables(getattr(value, "__dict__", {}), seen)
-
-
-class SavingMixin(HeldOutMixin, ResumingMixin, _Base):
-    """Saving for a Trainer of composites.
-
-    `checkpoint-*` holds the composite as it is trained, so that a resume is strict; `save_model` and `push_to_hub` write the
-    export: stock models with the card. A checkpoint is marked as whole when all processes have written their part; only then
-    is it pushed, and older ones are removed. Numbers that are not finite are not saved.
-    """
-
-    _in_checkpoint = False
-    # What the stock method must not see while it writes a checkpoint, as it was asked for.
-    _asked: Mapping[str, Any] = {}
-    _failure: Exception | None = None
-
-    def check_finite(self) -> None:
-        """Refuse weights, or a loss since the last row of the log, that are not finite on any process.
-
-        Raises:
-            RunError: If one is not; it names the last whole checkpoint.
-        """
-        numbers = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        loss = getattr(self, "_tr_loss", None)
-        finite = are_finite(numbers if loss is None else [*numbers, loss])
-        if self._any_rank(~finite):
-            raise not_finite(
-                self.args.output_dir, f"the weights or the loss are not finite at step {self.state.global_step}"
-            )
-
-    def _any_rank(self, flag: torch.Tensor | bool) -> bool:
-        flag = torch.as_tensor(flag, device=self.args.device).to(torch.int64)
-        return bool(self.accelerator.reduce(flag, reduction="sum"))
-
-    # Checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.check_finite()
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self._in_checkpoint = True
-        try:
-            with self._together(remove=folder):
-                # No file of a run that was cut off here must pass for one of this run's.
-                self._if_writer(begin_folder, folder)
-            with self._together(remove=folder), self._options(push_to_hub=False, save_total_limit=None) as self._asked:
-                super()._save_checkpoint(model, trial)
-            if not self.args.save_only_model:
-                with self._together(remove=folder):
-                    self._save_progress(folder)
-            self._if_writer(share_weights, folder)
-            with self._together(remove=folder):
-                self._if_writer(self._mark, folder)
-            if self.args.push_to_hub:
-                with self._together():
-                    self._push_from_checkpoint(str(folder))
-        finally:
-            self._in_checkpoint = False
-        best, limit = self.state.best_model_checkpoint, self.args.save_total_limit
-        self._if_writer(remove_old_checkpoints, folder.parent, limit=limit, keep=(folder, best))
-
-    def _mark(self, folder: Path) -> None:
-        facts = {"step": self.state.global_step, "world_size": self.args.world_size, "run": self.run_facts()}
-        write_marker(folder, has_hashes=True, **facts)
-
-    def _if_writer(self, function: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        if self.args.should_save:
-            function(*args, **kwargs)
-
-    def _save_progress(self, folder: Path) -> None:
-        """Write what else a resume needs into a checkpoint; called on every process, before it is marked as whole."""
-
-    @contextmanager
-    def _options(self, **values: Any) -> Iterator[dict[str, Any]]:
-        """Set options of the arguments for a while; yields them as they were."""
-        before = {name: getattr(self.args, name) for name in values}
-        try:
-            self._set_options(values)
-            yield before
-        finally:
-            self._set_options(before)
-
-    def _set_options(self, values: Mapping[str, Any]) -> None:
-        for name, value in values.items():
-            setattr(self.args, name, value)
-
-    @contextmanager
-    def _together(self, *, remove: Path | None = None) -> Iterator[None]:
-        """Write on every process, and stop all of them when one finds the disk full.
-
-        Args:
-            remove: Folder that then holds nothing whole, and whose room is needed.
-        """
-        with self._noted_failure():
-            yield
-        failure, self._failure = self._failure, None
-        if self._any_rank(failure is not None):
-            if remove is not None:
-                self._if_writer(shutil.rmtree, remove, ignore_errors=True)
-            raise full_disk(self.args.output_dir, failure) from failure
-
-    @contextmanager
-    def _noted_failure(self) -> Iterator[None]:
-        """Keep the error of a full disk until all processes know of it: the others would wait for this one forever."""
-        try:
-            yield
-        except Exception as error:
-            # Where the processes write together, the next call of the others already needs this one.
-            if not is_full_disk(error) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise
-            self._failure = self._failure or error
-
-    # Files
-
-    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
-        if self._in_checkpoint:
-            # Here and not later: the stock method has all processes wait for one another next.
-            with self._noted_failure(), self._options(**self._asked):
-                super()._save(output_dir, state_dict)
-        elif self.args.should_save:
-            folder = Path(self.args.output_dir if output_dir is None else output_dir)
-            self.model.export(folder, state_dict=state_dict)
-            if self.processing_class is not None:
-                with tokenizer_for(
-                    getattr(self.model, self.model.export_parts[""]), self.processing_class
-                ) as tokenizer:
-                    tokenizer.save_pretrained(folder)
-
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """Write the model card and its plots into the output folder, from what was logged.
-
-        Args:
-            model_name: Title of the card; by default the name of the repository or the folder.
-            **facts: Other fields of [`PretrainingCard`]; those that only the stock card knows are ignored.
-        """
-        if not self.is_world_process_zero():
-            return
-        known = {field.name for field in dataclasses.fields(PretrainingCard)}
-        chosen = {name: value for name, value in facts.items() if name in known and value is not None}
-        if model_name is not None:
-            chosen["model_name"] = model_name
-        write_card(describe_run(self, **chosen), self.args.output_dir)

@@ -1,4 +1,4 @@
-"""Which options have an effect: those of transformers that every Trainer of this library honours, and those that need others."""
+"""Which options have an effect: those of transformers that every Trainer here honours, and those that need others."""
 
 from __future__ import annotations
 
@@ -10,38 +10,9 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError, declared
+from hf_pretrain.schedules import Schedule
 
 logger = logging.get_logger(__name__)
-
-HONOURED: dict[str, str] = {
-    "the stock training loop": """
-        output_dir per_device_train_batch_size num_train_epochs max_steps gradient_accumulation_steps max_grad_norm
-        auto_find_batch_size torch_empty_cache_steps neftune_noise_alpha resume_from_checkpoint ignore_data_skip
-        restore_callback_states_from_checkpoint logging_nan_inf_filter""",
-    "the stock optimizer and schedule": """
-        learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2
-        adam_epsilon optim_target_modules""",
-    "the stock evaluation loop": """
-        eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start eval_accumulation_steps
-        load_best_model_at_end metric_for_best_model greater_is_better""",
-    "the stock callbacks": """
-        logging_strategy logging_steps logging_first_step log_on_each_node log_level log_level_replica disable_tqdm report_to
-        run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug""",
-    "the checkpoints": """
-        save_only_model save_strategy save_steps save_on_each_node save_total_limit enable_jit_checkpoint""",
-    "the pushes to the Hub": """
-        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
-    "the samplers and the data loaders": """
-        seed data_seed full_determinism dataloader_drop_last dataloader_num_workers dataloader_pin_memory
-        dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order""",
-    "the device and the launcher": """
-        use_cpu local_rank bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode activation_checkpointing
-        activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs accelerator_config fsdp fsdp_config
-        deepspeed ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-        ddp_timeout""",
-    "eval_strategy, which sets it": "do_eval",
-}
-"""Options of `transformers.TrainingArguments` that have their effect, by what honours them."""
 
 _USER_METRICS = "compute_metrics is not used here: a method's metrics come from sums over all held-out examples"
 _ALWAYS_TRAINS = "the programs always train, and evaluate as eval_strategy says"
@@ -74,23 +45,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
 """Options of `transformers.TrainingArguments` that would have no effect, or a wrong one: the only value allowed, and why."""
 
 
-def check_refused(args: Any, allowed: Mapping[str, Collection[Any]]) -> None:
-    """Refuse options that a Trainer of this library does not honour.
-
-    Args:
-        args: The training arguments, before transformers fills them in.
-        allowed: Further values that a method honours, by option.
-
-    Raises:
-        InputError: If one is set.
-    """
-    for name, (value, why) in REFUSED.items():
-        given = getattr(args, name)
-        given = {False: "no", True: "all"}.get(given, given) if value == "no" else given
-        if given != value and given not in allowed.get(name, ()):
-            raise InputError(f"{name}={given!r} is not supported: {why}: leave it out")
-
-
 _CHECKPOINT = "!model_name_or_path"
 # Optimizers without Adam's moments, and with moments but without its epsilon.
 _OTHERS = (
@@ -99,7 +53,6 @@ _OTHERS = (
 )
 _LIONS = "|lion_8bit|lion_32bit|paged_lion_8bit|paged_lion_32bit"
 _TRACKIO = "report_to~trackio|all"
-
 _NEEDS: dict[str, tuple[str, ...]] = {
     # Sizes of a model from scratch, beside a checkpoint that has its own.
     **dict.fromkeys(
@@ -157,9 +110,25 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 "name": that option is set; "!name": it is not; "name=a|b" or "name!=a|b": it is or is not one of these; "name~a|b": it holds
 one of these. All must hold; of those joined by "or", one.
 """
-
 # Command lines share these from one run to the next, so they are noted and not refused.
 _ONLY_NOTED = {"vocab_size", "warmup_steps", "logging_steps", "block_size", "validation_fraction"}
+
+
+def check_refused(args: Any, allowed: Mapping[str, Collection[Any]]) -> None:
+    """Refuse options that a Trainer of this library does not honour.
+
+    Args:
+        args: The training arguments, before transformers fills them in.
+        allowed: Further values that a method honours, by option.
+
+    Raises:
+        InputError: If one is set.
+    """
+    for name, (value, why) in REFUSED.items():
+        given = getattr(args, name)
+        given = {False: "no", True: "all"}.get(given, given) if value == "no" else given
+        if given != value and given not in allowed.get(name, ()):
+            raise InputError(f"{name}={given!r} is not supported: {why}: leave it out")
 
 
 def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:
@@ -248,7 +217,7 @@ def _shown(value: Any) -> str:
 
 
 def check_together(instances: Iterable[Any]) -> None:
-    """Refuse what no text can make right: options of different dataclasses that contradict each other.
+    """Refuse options of different dataclasses that contradict each other, whatever the text is.
 
     Raises:
         InputError: Naming both.
@@ -270,10 +239,10 @@ def check_together(instances: Iterable[Any]) -> None:
             raise InputError(
                 f"max_steps={values['max_steps']}: a stream has no known end, say how many steps to train"
             )
-        if values.get("mlm_probability_schedule") is not None:
+        if isinstance(values.get("mlm_probability"), Schedule):
             raise InputError(
-                "mlm_probability_schedule needs each example's place in training, which a stream does not know: leave out "
-                "streaming, or the schedule"
+                f"mlm_probability={values['mlm_probability']!r} needs each example's step, which a stream does not know: "
+                "leave out streaming, or give one number"
             )
         if values.get("tgt_len") or values.get("mem_len"):
             raise InputError("streaming=True: a memory needs stored text, to cut into lanes; leave streaming out")

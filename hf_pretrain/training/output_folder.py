@@ -19,16 +19,17 @@ from filelock import FileLock, Timeout
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import damaged_file, is_whole
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.checkpoints import check_checkpoint, list_checkpoints, was_cut_off
+from hf_pretrain.training.checkpointing import check_checkpoint, was_cut_off
+from hf_pretrain.training.processes import list_checkpoints
 
-# A leading underscore keeps a file out of what is pushed to the Hub.
+# A leading underscore keeps a file from being pushed to the Hub.
 _LOCK = "_lock"
-# There from the start of a run to its end: what a folder holds without a checkpoint is then what a killed run has left.
+# Lies in the folder from the start of a run to its end. If it is there without a checkpoint, the run was killed.
 _UNFINISHED = "_unfinished"
-# What an earlier run left, until the new one begins to train; and until it is gone.
+# The files of an earlier run: until the new one begins to train, and while they are removed.
 _REPLACED, _REMOVED = "_replaced", "_removed"
 _AUTO, _LAST = "auto", "true"
-# What a run writes before it trains: it is made again from the same text and options.
+# Files that a run writes before it trains, and can make again from the same text and options.
 _BEFORE_TRAINING = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "spiece.model", "spm.model", "sentencepiece*.model", "tokenizer.model"),
@@ -55,7 +56,7 @@ class OutputFolder:
     """The output folder of a run, as long as it is claimed.
 
     Args:
-        args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide what happens to what is there.
+        args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide about the files that are there.
         inputs: Files and folders that the run reads.
     """
 
@@ -67,7 +68,7 @@ class OutputFolder:
         self._is_new = False
 
     def claim(self) -> str | None:
-        """Lock the folder, set aside what is to be replaced, and return the checkpoint to go on from.
+        """Lock the folder, set aside an earlier run that is replaced, and return the checkpoint to go on from.
 
         Raises:
             InputError: As [`output_directory`].
@@ -92,7 +93,7 @@ class OutputFolder:
         except Timeout as error:
             raise InputError(in_use) from error
         if not (self.path / _LOCK).exists():
-            # It ended between the opening of the file and its lock, which then is that of a file that is gone.
+            # The other process ended between the opening of the file and its lock: the locked file is gone.
             self.lock.release()
             raise InputError(in_use)
 
@@ -126,7 +127,7 @@ class OutputFolder:
         return all(path.name in (_LOCK, _UNFINISHED) for path in self.path.iterdir())
 
     def _is_used(self) -> bool:
-        """Whether there is more than a try leaves that never came to train."""
+        """Whether the folder holds more than the files of a run that never came to train."""
         names = {path.name for path in self.path.iterdir()} - {_LOCK, _REMOVED}
         free: tuple[str, ...] = (_UNFINISHED, *_BEFORE_TRAINING) if _UNFINISHED in names else ()
         return any(not _is_named(name, free) for name in names)
@@ -155,7 +156,7 @@ class OutputFolder:
             raise InputError(f"{what}, which is no run: remove it yourself or name another output_dir")
 
     def _restore(self) -> None:
-        """Bring back what was set aside by a run that never came to train."""
+        """Bring back the files that a run set aside before it failed to train."""
         aside = self.path / _REPLACED
         if not aside.is_dir():
             return
@@ -172,19 +173,19 @@ class OutputFolder:
         """Remove the run that is replaced: all is read and checked."""
         aside = self.path / _REPLACED
         if self.lock.is_locked and aside.is_dir():
-            # What is half removed must not come back.
+            # A run that is half removed must not come back.
             os.replace(aside, self.path / _REMOVED)
             shutil.rmtree(self.path / _REMOVED, ignore_errors=True)
 
     def ended(self) -> None:
-        """Note that the run has come to its end."""
+        """Note that the run has ended."""
         self.training_begins()
         if self.lock.is_locked:
             (self.path / _UNFINISHED).unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Let go of the folder, and leave nothing in one that nothing was written to."""
-        # Not held where the folder was refused: then the file is another process's.
+        """Release the folder, and remove it if it is new and empty."""
+        # Without the lock the folder was refused: the lock file is another process's.
         if not self.lock.is_locked:
             if self._is_new:
                 with suppress(OSError):
@@ -194,7 +195,7 @@ class OutputFolder:
         is_empty = self._is_empty()
         if is_empty:
             (self.path / _UNFINISHED).unlink(missing_ok=True)
-        # Before it is free: a start in between would hold the lock of a file that is gone.
+        # Before the release: a run that starts in between would hold the lock of a removed file.
         (self.path / _LOCK).unlink(missing_ok=True)
         self.lock.release()
         if is_empty and self._is_new:
@@ -204,10 +205,10 @@ class OutputFolder:
 
 @contextmanager
 def output_directory(args: PretrainingArguments, *, inputs: Iterable[str] = ()) -> Iterator[OutputFolder]:
-    """Claim the output folder for this run, from its emptiness to its last file.
+    """Claim the output folder for this run.
 
-    What an earlier run left is only set aside where it is to be replaced, until `training_begins` of the folder is called; it is
-    brought back if that never comes.
+    An earlier run that is replaced is only set aside until `training_begins` of the folder is called. It is brought back if
+    that never happens.
 
     Args:
         args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide. The last becomes the path of the last
@@ -215,7 +216,7 @@ def output_directory(args: PretrainingArguments, *, inputs: Iterable[str] = ()) 
         inputs: Files and folders that the run reads, which are never replaced; see [`paths_in`].
 
     Raises:
-        InputError: If the folder holds an earlier run, or what is not of a run or read by this one is to be replaced, another
+        InputError: If the folder holds an earlier run, or files to be replaced are of no run or read by this one, another
             process writes to it, it cannot be written, or there is nothing to resume from.
     """
     folder = OutputFolder(args, inputs)
@@ -266,12 +267,12 @@ def _first_foreign(folder: Path) -> Path | None:
 
 
 def _remove(path: Path) -> None:
-    # A link is removed, never what it points to.
+    # A link is removed, never its target.
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _decided_by_first(args: PretrainingArguments, decide: Callable[[], str | None]) -> str | None:
-    """Return on every process what the first one decides, or refuse on every process what it refuses."""
+    """Return the decision of the first process on every process, or raise its refusal there."""
     outcome: list[Any] = [None]
     if args.process_index == 0:
         try:
@@ -286,7 +287,7 @@ def _decided_by_first(args: PretrainingArguments, decide: Callable[[], str | Non
 
 
 def _checkpoint_to_resume(folder: Path, asked: str) -> str | None:
-    """Return the checkpoint that is asked for, and say so; None if there need not be one."""
+    """Return the checkpoint of `resume_from_checkpoint`, and print it; None if there need not be one."""
     if asked.lower() not in (_AUTO, _LAST):
         print(f"going on from step {check_checkpoint(asked)}: {asked}", flush=True)
         return asked

@@ -1,9 +1,8 @@
-"""A made-up text for the rehearsal of a run, in the shape that the real one will have.
+"""A rehearsal of a run: model and Trainer are made on a made-up text, to find mistakes before the real one is read.
 
-A rehearsal of a run: model and Trainer are made on a made-up text, so that mistakes are found before the real one is read.
-
-Parameters are on the `meta` device, which knows shapes and holds no numbers: it takes a moment and no memory. What cannot be done
-there is tried once more on the CPU, for models that are small. Nothing is written, printed or left changed.
+The made-up text has the shape that the real one will have. Parameters are on the `meta` device, which knows shapes and
+holds no numbers: it takes a moment and no memory. Small models are tried once more on the CPU where `meta` cannot do
+it. Nothing is written, printed or left changed.
 """
 
 from __future__ import annotations
@@ -43,11 +42,23 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.checkpoints import is_refused_by_a_library
+from hf_pretrain.training.processes import is_refused_by_a_library
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 _SENTENCE, _SENTENCES = 6, 5
 _TEXTS = ["a ba ab bab aba. b abb bba bb aa."] * 4
+
+
+logger = transformers_logging.get_logger(__name__)
+# Parameters of a model that is quickly made for real: 0.2 GB.
+_MOST_PARAMETERS = 50_000_000
+_OF_META = re.compile(
+    r"\bmeta (?:tensor|device)|register_meta|device meta\b|data-independent|\bmeta\b.*\bcpu\b|\bcpu\b.*\bmeta\b"
+)
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+# The keys that `transformers.Trainer.evaluate` adds by itself.
+_OF_EVERY_EVALUATION = ("runtime", "samples_per_second", "steps_per_second")
+_from_pretrained = PreTrainedModel.from_pretrained.__func__
 
 
 def made_up_data(
@@ -59,7 +70,7 @@ def made_up_data(
         args: How the text is cut, and whether text is held out.
         model_args: Not used; other data may depend on the model.
         training: How many lanes the text must do for, and the seed.
-        tokenizer: The tokenizer of the run; None to make one up, of the kind and the size that are asked for.
+        tokenizer: The tokenizer of the run; None to make one up, of the kind and the size in the options.
 
     Raises:
         InputError: If no text could be cut in this way.
@@ -152,18 +163,6 @@ def _of_languages(args: MultilingualDataArguments, tokenizer: PreTrainedTokenize
     )
 
 
-logger = transformers_logging.get_logger(__name__)
-
-# Parameters of a model that is quickly made for real: 0.2 GB.
-_MOST_PARAMETERS = 50_000_000
-_OF_META = re.compile(
-    r"\bmeta (?:tensor|device)|register_meta|device meta\b|data-independent|\bmeta\b.*\bcpu\b|\bcpu\b.*\bmeta\b"
-)
-_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-# The keys that `transformers.Trainer.evaluate` adds by itself.
-_OF_EVERY_EVALUATION = ("runtime", "samples_per_second", "steps_per_second")
-
-
 def rehearse(
     options: tuple[Any, Any, PretrainingArguments],
     *,
@@ -172,14 +171,14 @@ def rehearse(
     made_up: Callable[..., PreparedData],
     left_out: Mapping[str, Any],
 ) -> None:
-    """Refuse what a run would refuse after its text was read.
+    """Refuse now everything that the run would refuse after its text was read.
 
     Args:
         options: Those of data, model and training.
         build_trainer: Puts the method's model, collator and Trainer together.
         tokenizer: The tokenizer of the run; None if it is to be trained.
         made_up: Makes examples of a text that is none, called as [`made_up_data`] is.
-        left_out: Options of training that only cost time here, such as that a teacher is asked beforehand.
+        left_out: Options of training that only cost time here, such as the caching of a teacher.
 
     Raises:
         InputError: If the model cannot be built, does not fit the options, or the Trainer refuses these.
@@ -279,11 +278,11 @@ def _leaving_no_trace() -> Iterator[str]:
 
 @contextmanager
 def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
-    """Let models be built on a device, from configurations alone; their parameters are counted."""
+    """Build models on a device, from configurations alone, and count their parameters."""
     seen: set[int] = set()
 
     def moved(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        # What transformers loads by itself has no numbers yet.
+        # A parameter that transformers loads itself has no numbers yet.
         if parameter is None or id(parameter) in seen or parameter.is_meta:
             return None
         counted[0] += parameter.numel()
@@ -295,17 +294,17 @@ def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
     def moved_buffer(module: nn.Module, name: str, buffer: torch.Tensor | None) -> torch.Tensor | None:
         return None if buffer is None or buffer.is_meta else buffer.to(device)
 
-    # A number of an object is only its own as long as it is there.
+    # The id of an object is only its own while the object lives.
     alive: list[nn.Parameter] = []
     handles = [
-        # torch's annotations leave out that a hook may return what takes the place.
+        # torch's annotations leave out that a hook may return a replacement.
         hooks.register_module_parameter_registration_hook(cast(Any, moved)),
         hooks.register_module_buffer_registration_hook(cast(Any, moved_buffer)),
     ]
     try:
         with (
             patch.object(PreTrainedModel, "from_pretrained", classmethod(_from_configuration)),
-            # The device of the run is for the run.
+            # The rehearsal must not use the device of the run.
             patch.object(Trainer, "_move_model_to_device", lambda self, model, device: None),
         ):
             yield
@@ -314,13 +313,10 @@ def _without_numbers(device: str, counted: list[int]) -> Iterator[None]:
             handle.remove()
 
 
-_from_pretrained = PreTrainedModel.from_pretrained.__func__
-
-
 def _from_configuration(
     cls: type[PreTrainedModel], name_or_path: str, *args: Any, config: Any = None, **options: Any
 ) -> Any:
-    """Build what `from_pretrained` loads, without its weights; where these are missing or damaged, it is to say so."""
+    """Build the model of `from_pretrained` without its weights; where these are missing or damaged, let it refuse."""
     if not _has_weights(name_or_path):
         return _from_pretrained(cls, name_or_path, *args, config=config, **options)
     if config is None:
@@ -364,14 +360,14 @@ def _try_optimizer(trainer: PretrainingTrainer) -> None:
 
 
 def _try_forward(trainer: PretrainingTrainer, device: str) -> set[str] | None:
-    """Let the model see two examples; return the names of what an evaluation would measure, None if that is not known."""
+    """Run the model on two examples; return the names of the metrics of an evaluation, None if they are not known."""
     dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
     if isinstance(dataset, dict):
         dataset = next(iter(dataset.values()))
     if dataset is None or isinstance(dataset, IterableDataset):
         return None
     batch = trainer.data_collator([dataset[row] for row in range(min(2, len(dataset)))])
-    # Lanes are the Trainer's affair.
+    # The Trainer takes the lanes out of a batch.
     batch = {name: value.to(device) for name, value in batch.items() if name != "lanes"}
     try:
         # As when a graph is recorded, transformers then looks at no number of a mask.
@@ -393,16 +389,16 @@ def _try_forward(trainer: PretrainingTrainer, device: str) -> set[str] | None:
 
 def _check_metric(trainer: PretrainingTrainer, names: set[str] | None) -> None:
     """Refuse a `metric_for_best_model` that no evaluation has."""
-    asked = trainer.args.metric_for_best_model
-    if asked is None or names is None or trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
+    wanted = trainer.args.metric_for_best_model
+    if wanted is None or names is None or trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
         return
-    if asked.removeprefix("eval_") not in names:
+    if wanted.removeprefix("eval_") not in names:
         known = ", ".join(sorted(names - set(_OF_EVERY_EVALUATION)))
-        raise InputError(f"metric_for_best_model={asked!r} is not measured: choose one of {known}")
+        raise InputError(f"metric_for_best_model={wanted!r} is not measured: choose one of {known}")
 
 
 def _is_of_meta(error: BaseException | None) -> bool:
-    """Whether something went wrong only because the parameters had no numbers."""
+    """Whether an error came only from parameters without numbers."""
     while error is not None:
         if isinstance(error, NotImplementedError) or _OF_META.search(str(error)):
             return True

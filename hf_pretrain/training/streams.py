@@ -1,76 +1,49 @@
-"""Training on a stream, and going on with it after a resume where it was left, without reading what was before."""
+"""Training on a stream, and going on with it after a resume where it was left, without reading what was before.
+
+A process reads its own shards of the text. The micro-batches that were trained on tell how far each worker's part was taken,
+whatever the workers had read ahead; a checkpoint has it in `stream_state.json`.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_pretrain.data.streaming.blocks import Place, Stop, StreamingBlocks, StreamProgress, TrainingStream
+from hf_pretrain.data.streaming.blocks import Stop, StreamingBlocks, StreamPosition, StreamProgress, TrainingStream
 from hf_pretrain.errors import InputError
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
-
 
 STREAM_STATE = "stream_state.json"
 _PROGRESS = "stream_progress"
 
 
-class _CollateWithProgress:
-    """A collator that tells, beside the batch, how far its lane has come with it."""
+class StreamReader:
+    """Reads a stream for the Trainer of one process, and knows how far it was taken.
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        lane, stop = examples[-1]["progress"]
-        batch = self.collate([{name: x for name, x in row.items() if name != "progress"} for row in examples])
-        return batch | {_PROGRESS: torch.tensor([lane, stop.item, *stop.place])}
-
-
-class _ShareOfSteps(TrainerCallback):
-    """Keeps the epoch of a stream, its share of all steps, right after a resume: nothing is skipped, so nothing is counted."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        state.epoch = state.global_step / state.max_steps
-
-
-class StreamTrainingMixin(_Base):
-    """What a Trainer needs for a [`StreamingBlocks`] to train on; other datasets are left to the stock Trainer.
-
-    Every process reads shards of its own. The micro-batches that were trained on tell how far the stream was taken, whatever
-    the workers had read ahead; a checkpoint has it in `stream_state.json`.
+    Args:
+        stream: The stream.
+        args: Options of the run.
     """
 
-    _stream: TrainingStream
-    _stops: dict[int, Stop]
-    _num_batches = 0
+    def __init__(self, stream: StreamingBlocks, args: TrainingArguments) -> None:
+        self.stream = stream
+        self.args = args
+        self._own = TrainingStream(stream, rank=args.process_index, world_size=args.world_size)
+        self._stops: dict[int, Stop] = {}
+        self._num_batches = 0
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Return the loader of the training examples; see `transformers.Trainer`."""
-        stream = self.train_dataset
-        if not isinstance(stream, StreamingBlocks):
-            return super().get_train_dataloader()
-        if not any(isinstance(callback, _ShareOfSteps) for callback in self.callback_handler.callbacks):
-            self.add_callback(_ShareOfSteps)
+    def loader(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], *, batch_size: int) -> DataLoader:
+        """Return the loader of this process; accelerate would let each process read all of the text and keep its part."""
         args = self.args
-        self._stops, self._num_batches = {}, 0
-        self._stream = TrainingStream(stream, rank=args.process_index, world_size=args.world_size)
-        # accelerate would let each process read all of the text and keep its part.
         return DataLoader(
-            self._stream,
-            batch_size=self._train_batch_size,
-            collate_fn=_CollateWithProgress(self.data_collator),
+            self._own,
+            batch_size=batch_size,
+            collate_fn=_CollateWithProgress(collate),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
@@ -79,51 +52,74 @@ class StreamTrainingMixin(_Base):
             generator=torch.Generator(),
         )
 
-    def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
-        """Return the micro-batches of a step and their counts, and note how far the stream is taken."""
-        batches, counts = super().get_batch_samples(*args)
+    def note(self, batches: Iterable[dict[str, Any]]) -> None:
+        """Take the progress out of the micro-batches of a step, and note it."""
         for batch in batches:
-            if _PROGRESS in batch:
-                lane, item, *place = batch.pop(_PROGRESS).tolist()
-                self._stops[lane] = Stop(item, Place(*place))
-                self._num_batches += 1
-        return batches, counts
+            reader, item, *position = batch.pop(_PROGRESS).tolist()
+            self._stops[reader] = Stop(item, StreamPosition(*position))
+            self._num_batches += 1
 
-    def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        epochs, steps = super()._init_training_state(*args)
-        if not isinstance(self.train_dataset, StreamingBlocks):
-            return epochs, steps
-        *_, checkpoint, _ = args
+    def resume(self, checkpoint: str | None) -> None:
+        """Go on where a checkpoint left the stream, or start anew.
+
+        Raises:
+            InputError: If the checkpoint was trained on no stream, or on another one.
+        """
         shows = self.args.process_index == 0
-        self._stream.progress = (
-            None if checkpoint is None else _read_progress(checkpoint, self.train_dataset, shows=shows)
-        )
-        # The stream goes on by itself: there is nothing for the Trainer to skip.
-        return epochs, 0
+        self._own.progress = None if checkpoint is None else _read_progress(checkpoint, self.stream, shows=shows)
 
-    def _save_progress(self, folder: Path) -> None:
-        """Write how far all processes have taken the stream."""
-        super()._save_progress(folder)
-        if not isinstance(self.train_dataset, StreamingBlocks):
-            return
-        dealt = self._stream.dealt(self.args.dataloader_num_workers)
-        # A lane is one process's alone, so the sum over processes is what that one knows.
-        known = torch.zeros(dealt.num_lanes, 2 + len(Place._fields), dtype=torch.int64, device=self.args.device)
-        for lane, stop in self._stops.items():
-            known[lane] = torch.tensor([1, stop.item, *stop.place])
-        rows = self.accelerator.reduce(known, reduction="sum").tolist()
-        stops = {lane: Stop(item, Place(*place)) for lane, (seen, item, *place) in enumerate(rows) if seen}
+    def save(self, folder: Path, *, reduce: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Write into a checkpoint how far all processes have taken the stream.
+
+        Args:
+            folder: The checkpoint.
+            reduce: Sums a tensor over the processes.
+        """
+        dealt = self._own.dealt(self.args.dataloader_num_workers)
+        # A reader is one process's alone, so the sum over processes is what that one knows.
+        known = torch.zeros(
+            dealt.num_readers, 2 + len(StreamPosition._fields), dtype=torch.int64, device=self.args.device
+        )
+        for reader, stop in self._stops.items():
+            known[reader] = torch.tensor([1, stop.item, *stop.position])
+        rows = reduce(known).tolist()
+        stops = {
+            reader: Stop(item, StreamPosition(*position))
+            for reader, (seen, item, *position) in enumerate(rows)
+            if seen
+        }
         progress = StreamProgress(
-            dealt.num_lanes,
+            dealt.num_readers,
             num_batches=dealt.num_batches + self._num_batches * self.args.world_size,
             pending=dealt.pending,
             tail=dealt.tail,
             stops={**(dealt.stops or {}), **stops},
         )
         if self.args.should_save:
-            stream = self.train_dataset
-            state = {"stream": stream.identity(), "cuts": stream.cuts(), "progress": progress.to_json()}
+            state = {"stream": self.stream.identity(), "cuts": self.stream.cuts(), "progress": progress.to_json()}
             (folder / STREAM_STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+class _CollateWithProgress:
+    """A collator that tells, beside the batch, how far its reader has come with it."""
+
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        reader, stop = examples[-1]["progress"]
+        batch = self.collate([{name: x for name, x in row.items() if name != "progress"} for row in examples])
+        return batch | {_PROGRESS: torch.tensor([reader, stop.item, *stop.position])}
+
+
+class ShareOfSteps(TrainerCallback):
+    """Keeps the epoch of a stream, its share of all steps, right after a resume: nothing is skipped, so nothing is counted."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch."""
+        state.epoch = state.global_step / state.max_steps
 
 
 def _read_progress(checkpoint: str, stream: StreamingBlocks, *, shows: bool = True) -> StreamProgress:
@@ -144,7 +140,7 @@ def _read_progress(checkpoint: str, stream: StreamingBlocks, *, shows: bool = Tr
     changed = stream.cut_like(state.get("cuts"))
     if changed and shows:
         print(
-            f"changed since {checkpoint} was made: {', '.join(changed)}; the run goes on at the same places, where a document "
+            f"changed since {checkpoint} was made: {', '.join(changed)}; the run goes on at the same positions, where a document "
             "may be cut, read twice or left out once",
             flush=True,
         )

@@ -1,8 +1,7 @@
-"""Running sums of named quantities, kept on the device between two log lines.
+"""The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
-Peak memory of the process.
-
-The base of every method's Trainer.
+Three objects do what only some runs need: `training/streams.py` reads a stream, `training/checkpointing.py` writes checkpoints
+and finds the one to go on from, `training/pushing.py` uploads to the Hub. `hub/run.py` keeps the numbers of the card.
 """
 
 from __future__ import annotations
@@ -11,9 +10,10 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, HubStrategy
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import (
@@ -34,51 +34,21 @@ from hf_pretrain.data.examples.epochs import (
     FilledDataset,
     FilledSampler,
 )
-from hf_pretrain.errors import InputError
-from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import PretrainingModel, check_trainable
-from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput
+from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.hub.card import recipe_options, write_card
+from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
+from hf_pretrain.hub.run import HeldOutNumbers, describe_run
+from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
+from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, SumAccumulator
+from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, PretrainingArguments, linear_product_schedule
-from hf_pretrain.training.checkpoints import not_finite
-from hf_pretrain.training.processes import check_batches, check_sharding, sharded_by_blocks
-from hf_pretrain.training.pushing import PushingMixin
-from hf_pretrain.training.streams import StreamTrainingMixin
-
-
-class SumAccumulator:
-    """Adds up sums and counts by name; nothing is copied to the host before [`SumAccumulator.means`]."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, torch.Tensor] = {}
-
-    def add(self, sums: Mapping[str, ExampleSum]) -> None:
-        """Add one micro-batch."""
-        for name, value in sums.items():
-            total = torch.stack([value.sum.detach().sum(), value.count.detach().sum()]).double()
-            self._totals[name] = self._totals[name] + total if name in self._totals else total
-
-    def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
-        """Return the mean of each quantity since the last call, over all ranks.
-
-        Args:
-            reduce: Sums a tensor over the ranks; called once, on every rank.
-        """
-        if not self._totals:
-            return {}
-        names = sorted(self._totals)
-        sums, counts = reduce(torch.stack([self._totals[name] for name in names])).T.tolist()
-        self._totals.clear()
-        return {name: s / c for name, s, c in zip(names, sums, counts, strict=True) if c > 0}
-
-
-def peak_memory_mib() -> float:
-    """Return the most memory held so far, in MiB: the accelerator's allocations, or the process's resident set without one."""
-    if torch.accelerator.current_accelerator(check_available=True) is not None:
-        return round(torch.accelerator.max_memory_allocated() / 2**20, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
-
+from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
+from hf_pretrain.training.parsing import resolved_options
+from hf_pretrain.training.processes import check_launch, not_finite, reported_faults, sharded_by_blocks
+from hf_pretrain.training.pushing import Pushing, repository_of
+from hf_pretrain.training.streams import ShareOfSteps, StreamReader
 
 # Options beside those of every method that are read at each step.
 _READ_IN_TRAINING = {"generator_learning_rate", "generator_steps"}
@@ -88,15 +58,55 @@ _MADE_BEFORE = (
 )
 
 
-class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
+class PretrainingTrainer(Trainer):
     """Trains a [`PretrainingModel`], dividing each of its losses by that loss's own global count.
 
     The model returns sums. Before a step, the targets of every loss are counted over all its micro-batches and all ranks, so
     the gradient does not depend on how the global batch is cut. All components are logged, and evaluated weighted by tokens.
 
     A method gives its `objective` and, if it has any, its `evaluation_metrics`; a loss called "x" is weighted by the option
-    `x_weight` (1 if there is none). An option `y_schedule` changes the option `y` in the course of training; evaluation keeps
-    to `y` itself, so that totals can be compared.
+    `x_weight` (1 if there is none). An option may be a [`Schedule`], which changes in training; evaluation uses its last value,
+    so that totals can be compared. The other hooks of a method are `loss_weight`, `run_model`, `begin_training`,
+    `training_metrics`, `evaluated`, `card_facts` and `save_progress`.
+
+    What is overridden of `transformers.Trainer`, and why; a method that overrides one too is named:
+
+    | Stock method | Why |
+    | --- | --- |
+    | `get_batch_samples` | counts the tokens of a step, and notes how far a stream was taken |
+    | `_get_num_items_in_batch` | counts the targets of each loss by name, over micro-batches and ranks |
+    | `compute_loss` | divides each sum by its own count, weights it, keeps the components for the log |
+    | `training_step` | rtd: generator and discriminator in turn, or in two stages |
+    | `set_initial_training_values` | gives the collator the number of steps before the first batch is made |
+    | `get_train_dataloader` | a stream is read by each process alone |
+    | `_get_train_sampler` | keyed order that carries the epoch; distil-task: examples of about one length in a step |
+    | `_get_eval_sampler` | memory: windows in the order of time |
+    | `_get_dataloader` | processes with nothing left take a marked example instead of one that was seen |
+    | `get_optimizer_cls_and_kwargs` | Adam without bias correction |
+    | `create_optimizer` | rtd: a learning rate of the generator's own |
+    | `create_scheduler` | decay times warm-up; rtd: one schedule for each of two stages |
+    | `_prepare_for_training` | FSDP shards the blocks that share no parameter, and keeps the rest together |
+    | `train` | seeds dropout by rank, finds the checkpoint to go on from, reports faults in one line |
+    | `_init_training_state` | a stream goes on by itself; a run that has done all its steps takes no other |
+    | `_evaluate` | what was measured before the first step is not measured again after a resume |
+    | `call_model_init` | a model of a search is checked and seeded as the first |
+    | `_hp_search_setup` | refuses to search over an option that has had its effect |
+    | `log` | adds components, rates and peak memory; a loss that is not finite ends the run |
+    | `evaluate` | leaves the random state and the clock of training alone, and marks whose numbers these are |
+    | `evaluation_loop` | memory: an evaluation has memory of its own |
+    | `prediction_step` | returns sums and counts by example instead of logits |
+    | `_save_checkpoint` | marks a checkpoint as whole when all processes have written it |
+    | `_load_from_checkpoint` | one line for weights of another shape |
+    | `_issue_warnings_after_load` | refuses missing and unexpected weights |
+    | `_load_optimizer_and_scheduler` | memory: loads the memory of the lanes too |
+    | `_load_best_model` | notes of which step the weights are |
+    | `_save` | outside of a checkpoint, writes the export |
+    | `save_model` | waits for an upload that reads the files |
+    | `create_model_card` | writes our card, from the log |
+    | `init_hf_repo` | finds out before training whether it may push |
+    | `push_to_hub` | pushes the export with its card; says how to repeat a push that failed |
+    | `_push_from_checkpoint` | pushes the export of the moment, not the composite |
+    | `_finish_current_push` | says which uploads failed |
 
     Args:
         model: The composite to train; None if `model_init`, a function that makes one, is among the other arguments, as
@@ -111,6 +121,8 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         InputError: If the arguments ask for what cannot be right, such as one process driving several GPUs.
     """
 
+    model: PretrainingModel
+    hub_model_id: str | None
     objective: ClassVar[ObjectiveDescription]
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
     loss_is_scaled_for_ga = True
@@ -135,11 +147,11 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             )
         if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
             raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
-        schedules = args.parse_schedules()
+        schedules = schedules_of(args)
         if isinstance(train_dataset, IterableDataset) and "mlm_probability" in schedules:
             raise InputError(
-                "mlm_probability_schedule needs each example's place in training, which a stream does not know: leave out "
-                "streaming, or the schedule"
+                f"mlm_probability={schedules['mlm_probability']!r} needs each example's step, which a stream does not know: "
+                "leave out streaming, or give one number"
             )
         if eval_dataset is None:
             if args.eval_strategy != "no":
@@ -154,6 +166,8 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             eval_dataset = _with_epochs(eval_dataset)
         if model is not None:
             check_trainable(model, gradient_checkpointing=bool(args.activation_checkpointing))
+        # The stock method opens the repository with them.
+        self.held_out, self.checkpoints, self.pushing = HeldOutNumbers(self), Checkpointing(self), Pushing(self)
         super().__init__(
             model,
             args,
@@ -162,24 +176,49 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             compute_metrics=self._reduce_statistics,
             **kwargs,
         )
-        check_sharding(self.accelerator)
-        check_batches(self.accelerator)
+        check_launch(self.accelerator)
         self._schedules = schedules
         self.data_description = dict(data_description or {})
+        if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
+            self._refuse_lost_documents(self.data_collator([self.train_dataset[0]]))
         self.recipe: dict[str, Any] = {}
-        self._components = SumAccumulator()
+        self.stream: StreamReader | None = None
+        self.has_begun = False
+        self._is_evaluating = False
         self._statistic_names: list[str] = []
-        # Counted on the device since the last look, and found since the last row of the log.
         self._num_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._start_counting()
+
+    def _start_counting(self) -> None:
+        """Begin the next row of the log: what was counted before is of no row."""
+        self._components = SumAccumulator()
+        # Counted on the device since the last look, and found since the last row of the log.
+        self._num_tokens.zero_()
         self._tokens_since_row = 0
         self._clock = time.perf_counter()
 
-    # Normalisation
+    @property
+    def _isolates_documents(self) -> bool:
+        return self.data_description.get("block_mode") == "isolated_documents"
+
+    def _refuse_lost_documents(self, batch: Mapping[str, Any]) -> None:
+        """Refuse a collator that drops `document_ids` where documents are kept apart: they would see each other."""
+        if self._isolates_documents and "document_ids" not in batch:
+            raise InputError(
+                f"block_mode='isolated_documents', but the batches of {type(self.data_collator).__name__} have no document_ids: "
+                "choose another block_mode, such as 'doc_sentences'"
+            )
+
+    # Losses
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""
         batches, counts = super().get_batch_samples(*args)
+        self.has_begun = True
+        if self.stream is not None:
+            self.stream.note(batches)
         for batch in batches:
+            self._refuse_lost_documents(batch)
             if FILLER not in batch:
                 self._num_tokens += batch["attention_mask"].sum().to(self._num_tokens.device)
         return batches, counts
@@ -220,21 +259,23 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         total = torch.zeros((), device=self.args.device)
         for name, loss in outputs.losses.items():
             mean = loss.sum.sum() / num_items_in_batch[name].clamp(min=1.0).float()
-            weight = self.loss_weight(name)
-            total = total + (self.scheduled(f"{name}_weight", weight) if model.training else weight) * mean
-        if model.training:
-            self._components.add({f"{name}_loss": loss for name, loss in outputs.losses.items()} | outputs.metrics)
+            total = total + self.scheduled(f"{name}_weight", self.loss_weight(name)) * mean
+        self._components.add({f"{name}_loss": loss for name, loss in outputs.losses.items()} | outputs.metrics)
         # Distributed training averages gradients over ranks; the counts are already global, so what is wanted is their sum.
         total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
 
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
-        """Return what the model makes of a micro-batch, in training and in evaluation."""
+        """Return the model's losses of a micro-batch, in training and in evaluation; a temperature follows its schedule."""
+        if model.training and "temperature" in self._schedules:
+            value = self._schedules["temperature"].at(self.state.global_step, self.state.max_steps)
+            # A tensor: a compiled model would be compiled anew for every number.
+            inputs = inputs | {"temperature": torch.tensor(value, device=self.args.device)}
         return cast(PretrainingOutput, model(**inputs))
 
     def loss_weight(self, name: str) -> float:
-        """Return the weight of a loss in the total: the option `<name>_weight`, else 1; its schedule is for training alone."""
-        return getattr(self.args, f"{name}_weight", 1.0)
+        """Return the weight of a loss in the total: the option `<name>_weight`, else 1; of a schedule the last value."""
+        return float(getattr(self.args, f"{name}_weight", 1.0))
 
     def scheduled(self, option: str, constant: float) -> float:
         """Return an option's value at this step of training: by its schedule if it has one, else the constant given."""
@@ -244,19 +285,30 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader
     ) -> tuple[int, int, int, int, int, int | None, int]:
-        """Return what transformers finds out about the course of training, and tell the collator; no batch is made before."""
+        """Return the course of training as transformers finds it, and give it to the collator, before a batch is made."""
         values = super().set_initial_training_values(args, dataloader)
         if hasattr(self.data_collator, "training_steps"):
             _, per_epoch, _, _, examples_per_step, _, total = values
             self.data_collator.training_steps = TrainingSteps(examples_per_step, per_epoch, total)
         return values
 
-    # Data order
+    # Data
 
-    def _get_train_sampler(self, train_dataset: Dataset) -> Sampler | None:
-        """Shuffle by the seed and the epoch alone, and send the epoch along with each index."""
+    def get_train_dataloader(self) -> DataLoader:
+        """Return the loader of the training examples; that of a stream reads the part of this process."""
+        self.stream = None
+        if not isinstance(self.train_dataset, StreamingBlocks):
+            return super().get_train_dataloader()
+        if not any(isinstance(callback, ShareOfSteps) for callback in self.callback_handler.callbacks):
+            self.add_callback(ShareOfSteps)
+        self.stream = StreamReader(self.train_dataset, self.args)
+        return self.stream.loader(self.data_collator, batch_size=self._train_batch_size)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """Order by the seed and the epoch alone, or as the dataset says, and send the epoch along with each index."""
+        dataset = cast(EpochDataset, self.train_dataset if train_dataset is None else train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochSampler(len(cast(Sized, train_dataset)), seed=seed)
+        return EpochSampler(len(dataset), seed=seed, shuffle=not dataset.in_order)
 
     def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
         """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
@@ -281,7 +333,7 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         loader.batch_sampler.sampler = filled
         return loader
 
-    # Optimizer
+    # Rates
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -302,31 +354,62 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
-    # Training and logging
+    # Training
 
-    def _prepare_for_training(self, *args: Any) -> Any:
-        """Wrap the model for distributed training; see `transformers.Trainer`."""
-        with sharded_by_blocks(self.model):
-            return super()._prepare_for_training(*args)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`.
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`."""
+        Args:
+            resume_from_checkpoint: Path of a checkpoint, or True for the last whole one in the output folder.
+            **kwargs: Other arguments of the stock method.
+
+        Raises:
+            InputError: If there is nothing to resume from, or it does not fit.
+            RunError: If a disk is full, a worker died, or what was learned is not finite.
+        """
         # An evaluation before training marks the model as prepared, and accelerate would then leave it out of DDP.
         for wrapped in (self.model, self.model_wrapped):
             # Between two trials of a search there is none.
             if wrapped is not None:
                 wrapped._is_accelerate_prepared = False
         self._seed_dropout()
-        # What an earlier training counted after its last row of the log belongs to no row of this one.
-        self._components = SumAccumulator()
-        self._num_tokens.zero_()
-        self._tokens_since_row = 0
-        self._clock = time.perf_counter()
-        return super().train(*args, **kwargs)
+        self._start_counting()
+        self.held_out.begin()
+        self.begin_training()
+        checkpoint = self.checkpoints.find(resume_from_checkpoint)
+        with reported_faults(self.args.output_dir):
+            output = super().train(checkpoint, **kwargs)
+        self.held_out.end()
+        return output
+
+    def begin_training(self) -> None:
+        """Forget an earlier training, which may have been of another model; called before each."""
 
     def _seed_dropout(self) -> None:
         """Give each rank dropout of its own: transformers seeds all alike. A resume restores each rank's own state."""
         torch.manual_seed(draws.generator_seed(self.args.process_index, seed=self.args.seed, stream="dropout"))
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """Wrap the model for distributed training; see `transformers.Trainer`."""
+        with sharded_by_blocks(self.model):
+            return super()._prepare_for_training(*args)
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, *args: Any
+    ) -> tuple[int, int]:
+        """Return the epochs that are done, and the batches to skip in the next one."""
+        done, skipped = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *args)
+        if self.stream is not None:
+            self.stream.resume(args[0])
+            # The stream goes on by itself: there is nothing to skip.
+            skipped = 0
+        # The stock loop would take one more step where all of them are done.
+        return (num_epochs, 0) if self.state.global_step >= max_steps else (done, skipped)
+
+    @property
+    def num_steps_trained(self) -> int:
+        """Steps since the last call of `train`, without those of the checkpoint that it went on from."""
+        return self.state.global_step - self._initial_global_step
 
     # Search of hyper-parameters
 
@@ -348,16 +431,23 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         super()._hp_search_setup(trial)
         known = {field.name for field in fields(PretrainingArguments)} | _READ_IN_TRAINING
         for name in (name for name, value in vars(self.args).items() if value != before.get(name)):
-            if name not in known and not name.endswith(("_weight", "_schedule")):
+            if name not in known and not name.endswith("_weight"):
                 raise InputError(f"{name}={getattr(self.args, name)!r} cannot be searched over: {_MADE_BEFORE}")
             if name.endswith("batch_size") and getattr(self.train_dataset, "group_size", 1) > 1:
                 raise InputError(
                     f"{name} cannot be searched over: all examples of a step are of one kind; {_MADE_BEFORE}"
                 )
-        self._schedules = self.args.parse_schedules()
+        check_options(self.args)
+        self._schedules = schedules_of(self.args)
+        self.check_trial()
+
+    def check_trial(self) -> None:
+        """Refuse the options of a trial that a method cannot train with; the base does nothing."""
+
+    # The log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of every component, throughput and peak memory to a training step's log line."""
+        """Add the mean of every component, throughput and peak memory to a row of training; see `transformers.Trainer.log`."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
                 what = f"the loss is {logs['loss']} at step {self.state.global_step}"
@@ -367,6 +457,10 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             done = self.state.global_step - 1  # before the last step, whose values these are
             logs |= {name: schedule.at(done, self.state.max_steps) for name, schedule in self._schedules.items()}
             logs |= self._throughput()
+        if "train_runtime" in logs and not self.num_steps_trained:
+            # There is no speed or mean loss of a run that trained no step.
+            for name in [name for name in logs if name.startswith("train_")]:
+                del logs[name]
         super().log(logs, start_time)
 
     def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -391,28 +485,46 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
         self._tokens_since_row += tokens
         self.state.num_input_tokens_seen += tokens
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # The checkpoint may lie between two rows of the log.
-        self._count_tokens()
-        super()._save_checkpoint(model, trial)
-
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
     # Evaluation
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate; masks and samples are fixed, so two calls give the same numbers. See `transformers.Trainer.evaluate`."""
-        trained = time.perf_counter() - self._clock
-        # A data loader draws a seed when it is opened; training must not depend on how often it is evaluated.
-        with torch.random.fork_rng(devices=[]):
-            metrics = super().evaluate(*args, **kwargs)
-        # Not a sum: with several held-out sets this call contains one for each.
+        if self._is_evaluating:  # one of several sets, called from below
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        first, trained = len(self.state.log_history), time.perf_counter() - self._clock
+        self._is_evaluating = True
+        try:
+            # A data loader draws a seed when it is opened; training must not depend on how often it is evaluated.
+            with torch.random.fork_rng(devices=[]):
+                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._is_evaluating = False
         self._clock = time.perf_counter() - trained
-        # Of several sets each is evaluated with a prefix of its own, and then all together.
-        if self.is_in_train and kwargs.get("metric_key_prefix", "eval") == "eval":
+        is_own = (eval_dataset is None or eval_dataset is self.eval_dataset) and metric_key_prefix == "eval"
+        self.held_out.note(self.state.log_history[first:], metrics, is_own=is_own)
+        if self.is_in_train and metric_key_prefix == "eval":
             self._check_best_metric(metrics)
+        self.evaluated(metrics)
         return metrics
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Look at the metrics of an evaluation, to warn of something; the base does nothing."""
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
+        # Only the evaluation before the first step leaves the schedule alone, and a resumed run has had that one.
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+
+    def evaluate_export(self) -> None:
+        """Evaluate the weights that will be exported, if there is held-out text and they were not evaluated so far."""
+        if self.eval_dataset is not None and not self.held_out.is_measured():
+            self.evaluate()
 
     def _check_best_metric(self, metrics: Mapping[str, float]) -> None:
         """Refuse a `metric_for_best_model` that an evaluation has not measured, at the first one and not with a checkpoint."""
@@ -471,6 +583,161 @@ class PretrainingTrainer(StreamTrainingMixin, PushingMixin, Trainer):
             means: The means computed so far.
         """
         return {}
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint, then push, then remove older ones."""
+        # It may lie between two rows of the log.
+        self._count_tokens()
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        self.checkpoints.save(folder, write=partial(super()._save_checkpoint, model, trial))
+        if self.args.push_to_hub:
+            with self.checkpoints.together():
+                self._push_from_checkpoint(str(folder))
+        self.checkpoints.remove_old(folder)
+
+    def save_progress(self, folder: Path) -> None:
+        """Write what else a resume needs into a checkpoint; called on every process, before it is marked as whole."""
+        if self.stream is not None:
+            self.stream.save(folder, reduce=self._sum_over_ranks)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with fitting_shapes():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        check_loaded(load_result, tied=self.model.all_tied_weights_keys)
+        self.model.tie_weights()
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.held_out.load(self.state.best_model_checkpoint)
+
+    # Export and card
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the composite into a checkpoint, and the export everywhere else."""
+        if self.checkpoints.is_writing:
+            with self.checkpoints.options_to_keep():
+                super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = Path(self.args.output_dir if output_dir is None else output_dir)
+            self.model.export(folder, state_dict=state_dict)
+            if self.processing_class is not None:
+                root = getattr(self.model, self.model.export_parts[""])
+                with tokenizer_for(root, self.processing_class) as tokenizer:
+                    tokenizer.save_pretrained(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the export; see `transformers.Trainer.save_model`."""
+        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+            # The upload reads the files that would be written over.
+            self._finish_current_push()
+        super().save_model(output_dir, _internal_call)
+
+    @property
+    def weights_step(self) -> int | None:
+        """Step of the weights that the model holds, the best or the last one; None if they were changed since, by hand."""
+        return self.held_out.weights_step
+
+    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
+        """Write the model card and its plots into the output folder, from what was logged.
+
+        Args:
+            model_name: Title of the card; by default the name of the repository or the folder.
+            **facts: Other fields of [`PretrainingCard`]; those that only the stock card knows are ignored.
+        """
+        if not self.is_world_process_zero():
+            return
+        facts |= {} if model_name is None else {"model_name": model_name}
+        known = {field.name for field in fields(PretrainingCard)}
+        chosen = {name: value for name, value in facts.items() if name in known and value is not None}
+        write_card(describe_run(self, **self.card_facts() | chosen), self.args.output_dir)
+
+    def card_facts(self) -> dict[str, Any]:
+        """Return fields of [`PretrainingCard`] that a method knows better than its description."""
+        return {}
+
+    def recipe_for_card(self) -> dict[str, Any]:
+        """Return the options that make up the run: those of the program, or those that differ from their defaults."""
+        if self.recipe:
+            return recipe_options(self.recipe, defaults={})
+        options, own = self.args.to_dict(), resolved_options([self.args])
+        return recipe_options(options, defaults={name: value for name, value in options.items() if name not in own})
+
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find that what is there may be written to; called when the Trainer is made.
+
+        Raises:
+            InputError: If token, name or rights do not allow it.
+            RunError: If the Hub does not answer.
+        """
+        if self.is_world_process_zero():
+            self.hub_model_id = repository_of(self.args, token=token, private=private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **facts: Any,
+    ) -> Any:
+        """Push the export with its card; see `transformers.Trainer.push_to_hub`.
+
+        Args:
+            commit_message: Title of the commit.
+            blocking: Wait for the upload; otherwise return its future.
+            token: Token with write permission, instead of the arguments'.
+            revision: Branch to write to, instead of the arguments'; made if it is not there.
+            private: Whether a new repository is private, instead of the arguments'.
+            **facts: Facts for the card, as [`create_model_card`] takes them.
+
+        Raises:
+            InputError: If there was no repository or branch so far, and token, name or rights do not allow one.
+            RunError: If the Hub does not answer or the upload fails; the message says how to repeat it.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        try:
+            if self.hub_model_id is None or revision is not None:
+                self.hub_model_id = repository_of(self.args, token=token, private=private, revision=revision)
+        except (InputError, RunError) as error:
+            raise type(error)(f"{error}; the model lies whole in {self.args.output_dir}") from error
+        finally:
+            self.create_model_card(**facts)
+        return self.pushing.push_export(commit_message, blocking=blocking, token=token, revision=revision)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push while training: the export of this moment, not the composite that the checkpoint holds."""
+        if self.args.hub_strategy == HubStrategy.END:
+            return
+        # Only the first rank knows, but all have to export.
+        if self.checkpoints.any_rank(self.pushing.is_going_on()) and not self.args.hub_always_push:
+            return
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.create_model_card()
+            self.pushing.push_checkpoint(Path(checkpoint_folder))
+
+    def _finish_current_push(self) -> None:
+        """Wait for the uploads that go on, and say which failed."""
+        self.pushing.finish()
+
+
+def peak_memory_mib() -> float:
+    """Return the most memory held so far, in MiB: the accelerator's allocations, or the process's resident set without one."""
+    if torch.accelerator.current_accelerator(check_available=True) is not None:
+        return round(torch.accelerator.max_memory_allocated() / 2**20, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def _nothing(sums: Mapping[str, ExampleSum]) -> dict[str, ExampleSum]:

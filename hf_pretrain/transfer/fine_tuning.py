@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import layers_name, module_lists
 
 DecayMode = Literal["paper", "official"]
 
@@ -80,7 +81,10 @@ def check_decay(decay: float, mode: str) -> None:
 def _parameter_depths(model: PreTrainedModel) -> tuple[dict[nn.Parameter, int], int]:
     """Return the depth of each parameter, 0 for the embeddings and 1 to L for the layers, and the head's, L + 1."""
     base = model.base_model
-    layers = _layers_name(base)
+    layers = layers_name(base)
+    if layers is None:
+        lists = [f"{name} of {len(modules)}" for name, modules in module_lists(base).items()]
+        raise InputError(f"{_refusal(base)}; this one has {', '.join(lists) or 'no list of modules'}: set it to 1")
     top = len(base.get_submodule(layers)) + 1
     below = _names_below_layers(base, layers)
     depths: dict[nn.Parameter, int] = {}
@@ -91,19 +95,6 @@ def _parameter_depths(model: PreTrainedModel) -> tuple[dict[nn.Parameter, int], 
             raise InputError(f"{_refusal(base)}, but these share the weight {name!r}: set it to 1")
         depths[parameter] = min(depth, depths.get(parameter, depth))
     return {parameter: depths.get(parameter, top) for parameter in model.parameters()}, top
-
-
-def _layers_name(base: PreTrainedModel) -> str:
-    """Return the name of the one list of modules, not inside of another, that has as many as the model has layers."""
-    lists = {name: module for name, module in base.named_modules() if isinstance(module, nn.ModuleList)}
-    outermost = {
-        name: len(module) for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
-    }
-    found = [name for name, length in outermost.items() if length == base.config.num_hidden_layers]
-    if len(found) != 1:
-        described = ", ".join(f"{name} of {length}" for name, length in outermost.items()) or "no list of modules"
-        raise InputError(f"{_refusal(base)}; this one has {described}: set it to 1")
-    return found[0]
 
 
 def _refusal(base: PreTrainedModel) -> str:

@@ -163,7 +163,6 @@ def test_ids_of_another_tokenizer_are_refused(small_tokenizer):
     ("option", "value"),
     [
         ("mlm_probability", 1.5),
-        ("mlm_probability", "0.15"),
         ("mask_share", -0.1),
         ("masking_unit", "words"),
         ("masking_count", "poisson"),

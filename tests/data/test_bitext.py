@@ -157,7 +157,7 @@ def test_workers_and_pickling_change_nothing(workers):
         pickle.loads(pickle.dumps(dataset)), batch_size=3, sampler=sampler, collate_fn=list, num_workers=workers
     )
     found = [example for batch in loader for example in batch]
-    assert [example["place"] for example in found] == list(range(len(dataset)))
+    assert [example["order_index"] for example in found] == list(range(len(dataset)))
     for example in found:
         expected = dataset[EPOCH_STRIDE + example["example_id"]]
         assert all(np.array_equal(example[name], expected[name]) for name in expected)

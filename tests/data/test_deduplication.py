@@ -14,9 +14,9 @@ import pytest
 
 from hf_pretrain.curation import deduplication
 from hf_pretrain.curation.deduplication import DOCUMENTS, REPORT, deduplicate_files
-from hf_pretrain.curation.near_duplicates import Deduplicator, Verdict, jaccard, normalized, num_bands, shingle_hashes
+from hf_pretrain.curation.near_duplicates import Deduplicator, Match, jaccard, normalized, num_bands, shingle_hashes
 from hf_pretrain.data import draws
-from hf_pretrain.data.text.datasets import read_documents
+from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
 
 
@@ -44,7 +44,7 @@ def textbook_jaccard(first, second):
 
 
 def kinds(texts, **options):
-    return [verdict.kind for verdict in Deduplicator(**options).judge(texts)]
+    return [match.kind for match in Deduplicator(**options).compare(texts)]
 
 
 def write(path, texts, separator="\n\n"):
@@ -93,10 +93,10 @@ def test_planted_near_duplicates_well_above_go_and_well_below_stay():
     far = [changed(text, 30) for text in originals]  # (596 - 150) / (596 + 150)
     assert 0.91 < jaccard(originals[0], near[0], size=5) < 0.93
     assert 0.59 < jaccard(originals[0], far[0], size=5) < 0.61
-    verdicts = Deduplicator().judge([*originals, *near, *far])
-    assert verdicts[:40] == [Verdict("kept", k) for k in range(40)]
-    assert verdicts[40:80] == [Verdict("near", k) for k in range(40)]
-    assert verdicts[80:] == [Verdict("kept", k) for k in range(80, 120)]
+    matches = Deduplicator().compare([*originals, *near, *far])
+    assert matches[:40] == [Match("kept", k) for k in range(40)]
+    assert matches[40:80] == [Match("near", k) for k in range(40)]
+    assert matches[80:] == [Match("kept", k) for k in range(80, 120)]
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
@@ -126,7 +126,7 @@ def test_random_documents_agree_with_brute_force():
             kept.append((number, runs))
     assert not [similarity for similarity in seen if 0.7 < similarity < 0.9]
     assert 100 < len(kept) < 250 and sum(similarity > 0.3 for similarity in seen) > 1000
-    assert [verdict.original for verdict in Deduplicator(num_permutations=512).judge(texts)] == expected
+    assert [match.original for match in Deduplicator(num_permutations=512).compare(texts)] == expected
 
 
 def test_how_often_similar_documents_are_found():
@@ -135,8 +135,8 @@ def test_how_often_similar_documents_are_found():
     rates = {}
     for num_changes in (3, 6, 7, 14):
         similarity = jaccard(base[0], changed(base[0], num_changes), size=5)
-        verdicts = Deduplicator().judge([*base, *(changed(text, num_changes) for text in base)])[150:]
-        rates[round(similarity, 2)] = np.mean([verdict.kind == "near" for verdict in verdicts])
+        matches = Deduplicator().compare([*base, *(changed(text, num_changes) for text in base)])[150:]
+        rates[round(similarity, 2)] = np.mean([match.kind == "near" for match in matches])
     assert list(rates) == [0.9, 0.82, 0.79, 0.62]
     assert rates[0.9] >= 0.99 and rates[0.62] == 0
     assert 0.5 < rates[0.82] < 0.9 and 0.15 < rates[0.79] < 0.55
@@ -167,11 +167,11 @@ def test_a_chain_of_changes_is_compared_with_what_was_kept():
 def test_a_copy_of_a_removed_document_goes_with_it():
     text = " ".join(words(0, 200))
     near = changed(text, 1)
-    assert Deduplicator().judge([text, near, near, text]) == [
-        Verdict("kept", 0),
-        Verdict("near", 0),
-        Verdict("exact", 0),
-        Verdict("exact", 0),
+    assert Deduplicator().compare([text, near, near, text]) == [
+        Match("kept", 0),
+        Match("near", 0),
+        Match("exact", 0),
+        Match("exact", 0),
     ]
 
 
@@ -210,10 +210,10 @@ def test_text_without_spaces_has_a_word_a_character():
 def test_verdicts_do_not_depend_on_the_groups():
     texts = [" ".join(words(k % 37, 60)) for k in range(100)]
     texts = [changed(text, k % 2, gap=3) for k, text in enumerate(texts)]
-    whole = Deduplicator().judge(texts)
+    whole = Deduplicator().compare(texts)
     for size in (1, 7, 50):
         deduplicator = Deduplicator()
-        parts = [deduplicator.judge(texts[k : k + size]) for k in range(0, 100, size)]
+        parts = [deduplicator.compare(texts[k : k + size]) for k in range(0, 100, size)]
         assert sum(parts, []) == whole
 
 
@@ -224,7 +224,7 @@ def test_all_references_count_even_those_near_to_each_other():
     deduplicator = Deduplicator(num_permutations=512)
     deduplicator.add_references([first, second])
     # Near to the second only.
-    assert deduplicator.judge([third, first]) == [Verdict("near", 1), Verdict("exact", 0)]
+    assert deduplicator.compare([third, first]) == [Match("near", 1), Match("exact", 0)]
 
 
 def corpus():

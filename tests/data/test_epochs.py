@@ -11,7 +11,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import (
     EPOCH_STRIDE,
     FILLER,
-    PLACE_STRIDE,
+    ORDER_STRIDE,
     CollatorOfFilled,
     EpochDataset,
     EpochSampler,
@@ -70,7 +70,7 @@ def keys(batches):
 
 
 def index_of(place, row, *, epoch=0):
-    return (place + 1) * PLACE_STRIDE + epoch * EPOCH_STRIDE + row
+    return (place + 1) * ORDER_STRIDE + epoch * EPOCH_STRIDE + row
 
 
 @pytest.mark.parametrize("base", [Rows(), CountingRows(), Dataset.from_dict({"value": list(range(0, 230, 10))})])
@@ -163,7 +163,7 @@ def test_set_epoch_while_iterating_does_not_mix_epochs():
     sampler = EpochSampler(10, seed=SEED)
     indices = iter(sampler)
     sampler.set_epoch(3)
-    assert [index % PLACE_STRIDE // EPOCH_STRIDE for index in indices] == [0] * 10
+    assert [index % ORDER_STRIDE // EPOCH_STRIDE for index in indices] == [0] * 10
 
 
 def test_sampler_refuses_nothing_to_sample():
@@ -183,7 +183,7 @@ def test_the_place_in_the_epochs_order_reaches_every_rank_and_worker(workers, nu
         )
         loader.set_epoch(3)
         for batch in skip_first_batches(loader, 1):
-            places |= {example["example_id"]: example["place"] for example in batch}
+            places |= {example["example_id"]: example["order_index"] for example in batch}
     order = order_of(3)
     seen = order[4 * num_processes :]
     assert {row: places[row] for row in seen} == {row: order.index(row) for row in seen}
@@ -193,10 +193,10 @@ def test_the_place_in_the_epochs_order_reaches_every_rank_and_worker(workers, nu
 
 def test_an_example_read_by_its_row_has_no_place():
     dataset = EpochDataset(Rows())
-    assert "place" not in dataset[EPOCH_STRIDE + 3]
-    assert dataset[index_of(9, 3, epoch=1)] == {"value": 30, "example_id": 3, "epoch": 1, "place": 9}
+    assert "order_index" not in dataset[EPOCH_STRIDE + 3]
+    assert dataset[index_of(9, 3, epoch=1)] == {"value": 30, "example_id": 3, "epoch": 1, "order_index": 9}
     first, second = dataset.__getitems__([index_of(0, 4), 4])
-    assert first == {**second, "place": 0}
+    assert first == {**second, "order_index": 0}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -114,7 +114,7 @@ def test_epochs_read_the_same_lanes_after_pickling():
 def test_too_little_text_is_refused():
     with pytest.raises(InputError, match="num_lanes=90: the text has only 89 tokens"):
         stream(90)
-    with pytest.raises(InputError, match="num_lanes=0 must be positive"):
+    with pytest.raises(InputError, match="num_lanes=0 must be a number of at least 1"):
         stream(0)
     with pytest.raises(InputError, match="89 tokens in 10 lanes do not fill windows of 9"):
         LaneDataset(stream(10), window=9)

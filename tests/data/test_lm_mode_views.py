@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, PLACE_STRIDE, EpochDataset
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset
 from hf_pretrain.data.examples.lm_modes import LMMode, LMModeView, mode_token_types, stop_candidates
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
@@ -85,10 +85,14 @@ class EpochEcho(EpochDataset):
 
 def test_epoch_and_place_reach_the_dataset():
     view = LMModeView(EpochEcho([{}] * 4), mode="sequence_to_sequence", type_vocab_size=6)
-    indices = [3, 2 * EPOCH_STRIDE + 1, 5 * PLACE_STRIDE + 7 * EPOCH_STRIDE]
+    indices = [3, 2 * EPOCH_STRIDE + 1, 5 * ORDER_STRIDE + 7 * EPOCH_STRIDE]
     examples = view.__getitems__(indices)
     assert [e["input_ids"][1] for e in examples] == [10, 12, 17]
-    assert [(e["example_id"], e["epoch"], e.get("place")) for e in examples] == [(3, 0, None), (1, 2, None), (0, 7, 4)]
+    assert [(e["example_id"], e["epoch"], e.get("order_index")) for e in examples] == [
+        (3, 0, None),
+        (1, 2, None),
+        (0, 7, 4),
+    ]
     for one, index in zip(examples, indices, strict=True):
         other = view[index]
         assert one.keys() == other.keys() and np.array_equal(one["token_type_ids"], other["token_type_ids"])
@@ -105,7 +109,7 @@ def test_the_dataset_is_left_as_it_is():
 
 
 def test_what_a_mode_cannot_read_is_refused():
-    with pytest.raises(InputError, match="mode='causal' is unknown; choose one of bidirectional, left_to_right"):
+    with pytest.raises(InputError, match="mode='causal' must be one of bidirectional, left_to_right"):
         LMModeView(blocks(), mode="causal", type_vocab_size=6)
     with pytest.raises(InputError, match=r"source_length=0 of an example of 5 tokens .* needs a dataset of pairs"):
         LMModeView(blocks(), mode="sequence_to_sequence", type_vocab_size=6)[0]

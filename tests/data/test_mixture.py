@@ -113,9 +113,9 @@ def test_place_is_the_samplers_and_travels_with_the_mixtures_epoch():
     sampler = EpochSampler(len(dataset), seed=SEED, shuffle=False)
     sampler.set_epoch(2)
     examples = dataset.__getitems__(list(sampler))
-    assert [example["place"] for example in examples] == list(range(80))
+    assert [example["order_index"] for example in examples] == list(range(80))
     assert {example["order_epoch"] for example in examples} == {2}
-    assert "place" not in dataset[3] and "order_epoch" not in dataset[3]
+    assert "order_index" not in dataset[3] and "order_epoch" not in dataset[3]
     plain = epoch_of(dataset, 2)
     assert [example["row"] for example in examples] == [example["row"] for example in plain]
 

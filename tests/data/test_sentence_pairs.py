@@ -339,10 +339,12 @@ def test_workers_read_the_epochs_pairs(workers, persistent):
     for epoch in (0, 1, 4):
         sampler.set_epoch(epoch)
         received = [example for batch in loader for example in batch]
-        assert [example["place"] for example in received] == list(range(len(pairs)))
+        assert [example["order_index"] for example in received] == list(range(len(pairs)))
         order = draws.permutation(len(pairs), seed=1, epoch=epoch)
         assert [example["example_id"] for example in received] == order.tolist()
-        expected = [alone[epoch * EPOCH_STRIDE + row] | {"place": place} for place, row in enumerate(order.tolist())]
+        expected = [
+            alone[epoch * EPOCH_STRIDE + row] | {"order_index": place} for place, row in enumerate(order.tolist())
+        ]
         assert as_lists(received) == as_lists(expected)
         assert all(example["epoch"] == epoch for example in received)
 
@@ -440,9 +442,9 @@ def test_documents_are_read_in_their_new_order_and_empty_ones_are_none():
 def test_what_can_not_be_pairs_is_refused():
     corpus = sentence_lengths(0, documents=5)
     for options, message in (
-        ({"task": "nextsent"}, "task='nextsent' is unknown; choose one of nsp, sop, structural, none"),
-        ({"short_probability": 1.5}, r"short_probability=1.5 must be in \[0, 1\]"),
-        ({"static_epochs": -1}, "static_epochs=-1 must not be negative"),
+        ({"task": "nextsent"}, "task='nextsent' must be one of nsp, sop, structural, none"),
+        ({"short_probability": 1.5}, r"short_probability=1.5 must be a number from 0 to 1"),
+        ({"static_epochs": -1}, "static_epochs=-1 must be a number of at least 0"),
         ({"block_size": 4}, "block_size=4 leaves no room for a pair"),
     ):
         with pytest.raises(InputError, match=message):

@@ -6,13 +6,12 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_pretrain.curation import statistics
-from hf_pretrain.curation import statistics as packing_statistics
-from hf_pretrain.curation.statistics import LengthHistogram, PackingCounter, corpus_statistics
+from hf_pretrain.commands import statistics
+from hf_pretrain.commands.statistics import corpus_statistics
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import sentence_starts, tokenize_documents
 from hf_pretrain.data.documents.words import word_starts
-from hf_pretrain.data.examples.packing import BlockDataset, BlockTemplate
+from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.text.files import NumberedDocument, excerpt, in_groups, numbered_documents
 from hf_pretrain.errors import InputError
 
@@ -32,12 +31,12 @@ def corpus(count=60, *, most_sentences=7, longest=12, seed=0):
     return texts
 
 
-def numbered(texts):
-    return [NumberedDocument("corpus.txt", number, text) for number, text in enumerate(texts)]
+def dataset(texts):
+    return datasets.Dataset.from_dict({"text": texts})
 
 
 def stored(texts, tokenizer):
-    return tokenize_documents(datasets.Dataset.from_dict({"text": texts}), tokenizer)
+    return tokenize_documents(dataset(texts), tokenizer)
 
 
 def cut_sentences(blocks):
@@ -53,13 +52,13 @@ def cut_sentences(blocks):
     return sum(count > 1 for count in holders.values())
 
 
-@pytest.mark.parametrize("group_characters", [1, 300, 1 << 20])
+@pytest.mark.parametrize("step", [7, 1 << 20])
 @pytest.mark.parametrize("block_size", [5, 16, 64, 1000])
-def test_packing_has_the_numbers_of_the_blocks(block_size, group_characters, tokenizer, monkeypatch):
-    monkeypatch.setattr(statistics, "_GROUP_CHARACTERS", group_characters)
+def test_packing_has_the_numbers_of_the_blocks(block_size, step, tokenizer, monkeypatch):
+    monkeypatch.setattr(statistics, "_STEP", step)
     texts = corpus(40)
     documents = stored(texts, tokenizer)
-    packing = corpus_statistics(numbered(texts), tokenizer, block_size=block_size)["packing"]
+    packing = corpus_statistics(dataset(texts), tokenizer, block_size=block_size)["packing"]
     assert list(packing) == MODES
     for mode in MODES:
         blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode=mode)
@@ -81,25 +80,14 @@ def test_packing_has_the_numbers_of_the_blocks(block_size, group_characters, tok
 
 def test_rows_of_isolated_documents_are_formed_window_by_window(tokenizer, monkeypatch):
     monkeypatch.setattr("hf_pretrain.data.examples.packing.WINDOW_PIECES", 16)
-    monkeypatch.setattr(packing_statistics, "WINDOW_PIECES", 16)
     texts = corpus(100)
     blocks = BlockDataset(stored(texts, tokenizer), tokenizer=tokenizer, block_size=64, mode="isolated_documents")
-    assert (
-        len(blocks) == corpus_statistics(numbered(texts), tokenizer, block_size=64)["packing"][blocks.mode]["blocks"]
-    )
-
-
-def test_a_counter_keeps_no_more_than_a_block(tokenizer):
-    counter = PackingCounter(BlockTemplate.of(tokenizer), block_size=32, mode="full_sentences")
-    for _ in range(20):
-        counter.add(np.array([50, 0, 7]), np.arange(57) % 10 == 0)
-        assert len(counter._sent_starts) <= 30 and counter._lengths.sum() == len(counter._sent_starts)
-    assert counter.finish()["tokens"] == 20 * 57
+    assert len(blocks) == corpus_statistics(dataset(texts), tokenizer, block_size=64)["packing"][blocks.mode]["blocks"]
 
 
 def test_lengths_are_those_of_a_plain_loop(tokenizer):
     texts = [*corpus(), "nothing known here .", "w1", "Ein Satz. Noch einer! \u4e2d\u6587\u3002"]
-    result = corpus_statistics(numbered(texts), tokenizer, block_size=32)
+    result = corpus_statistics(dataset(texts), tokenizer, block_size=32)
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     expected = {
         "bytes": [len(text.encode()) for text in texts],
@@ -127,15 +115,8 @@ def test_lengths_are_those_of_a_plain_loop(tokenizer):
     json.dumps(result)
 
 
-def test_the_groups_make_no_difference(tokenizer, monkeypatch):
-    texts = corpus()
-    whole = corpus_statistics(numbered(texts), tokenizer)
-    monkeypatch.setattr(statistics, "_GROUP_CHARACTERS", 100)
-    assert corpus_statistics(iter(numbered(texts)), tokenizer) == whole
-
-
 def test_documents_without_tokens(tokenizer):
-    result = corpus_statistics(numbered(["w1 w2 .", "\u200b", "w3"]), tokenizer, block_size=8)
+    result = corpus_statistics(dataset(["w1 w2 .", "\u200b", "w3"]), tokenizer, block_size=8)
     assert result["documents"] == 3
     assert result["packing"]["doc_sentences"]["blocks"] == 3 - result["documents_without_tokens"]
 
@@ -147,41 +128,14 @@ def test_a_tokenizer_without_a_separator_leaves_two_modes_out():
 
     backend = tiny_tokenizer().backend_tokenizer
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
-    packing = corpus_statistics(numbered(corpus()), bare)["packing"]
+    packing = corpus_statistics(dataset(corpus()), bare)["packing"]
     assert packing["full_sentences"] is packing["tokens"] is None
     assert packing["doc_sentences"]["blocks"] > 0 and packing["isolated_documents"]["blocks"] > 0
 
 
 def test_a_block_without_room_is_refused(tokenizer):
     with pytest.raises(InputError, match="block_size=2 leaves no room"):
-        corpus_statistics(numbered(corpus()), tokenizer, block_size=2)
-
-
-def test_a_histogram_is_exact_for_short_lengths_and_close_for_long_ones():
-    keys = draws.row_keys([0, 1, 2], seed=0, stream="lengths")
-    for high, error in ((4000, 0), (1 << 31, 2**-12)):
-        lengths = draws.integers(keys, 5000, high=high).ravel()
-        histogram = LengthHistogram()
-        for part in np.array_split(lengths, 7):
-            histogram.add(part)
-        histogram.add(lengths[:0])
-        assert (histogram.least, histogram.greatest) == (lengths.min(), lengths.max())
-        assert (histogram.total, histogram.num_lengths) == (lengths.sum(), len(lengths))
-        for percent in (0, 1, 5, 25, 50, 75, 95, 99, 100):
-            exact = np.percentile(lengths, percent, method="inverted_cdf")
-            assert histogram.quantile(percent) == pytest.approx(exact, rel=error, abs=0)
-
-
-def test_a_histogram_does_not_grow_with_what_it_counts():
-    histogram = LengthHistogram()
-    for exponent in range(40):
-        histogram.add(np.arange(1 << exponent, (1 << exponent) + 5000))
-    assert len(histogram._counts) < 4096 + 40 * 2048
-
-
-def test_an_empty_histogram():
-    histogram = LengthHistogram()
-    assert set(histogram.summary().values()) == {0} and histogram.doublings() == []
+        corpus_statistics(dataset(corpus()), tokenizer, block_size=2)
 
 
 def test_documents_have_their_place(tmp_path):
@@ -198,7 +152,7 @@ def test_documents_have_their_place(tmp_path):
 
 def test_groups_end_where_they_are_large_enough():
     sizes = [3, 4, 5, 20, 1, 1]
-    groups = in_groups(numbered(["x" * size for size in sizes]), num_characters=7)
+    groups = in_groups([NumberedDocument("", 0, "x" * size) for size in sizes], num_characters=7)
     assert [[len(document.text) for document in group] for group in groups] == [[3, 4], [5, 20], [1, 1]]
 
 

@@ -17,11 +17,11 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.text.datasets import (
     load_text_dataset,
     random_subset,
-    read_documents,
-    resolve_paths,
     text_dataset,
     text_sizes,
 )
+from hf_pretrain.data.text.files import read_documents
+from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError
 
 TEXT = "\ufeffFirst line\r\nsecond é\r\n \t\r\n\r\n  third \U0001f600\rfourth\n\n"

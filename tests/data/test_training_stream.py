@@ -1,4 +1,4 @@
-"""A stream that training takes: shared out among lanes, without end, and taken up again anywhere."""
+"""A stream that training takes: shared out among readers, without end, and taken up again anywhere."""
 
 import itertools
 from collections import Counter
@@ -8,7 +8,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from hf_pretrain.data.streaming import blocks as stream_progress
-from hf_pretrain.data.streaming.blocks import Place, ShardSampler, Stop, StreamProgress, TrainingStream
+from hf_pretrain.data.streaming.blocks import ShardSampler, Stop, StreamProgress, TrainingStream
+from hf_pretrain.data.streaming.blocks import StreamPosition as At
 from hf_pretrain.errors import InputError
 from sharded_text import PATHS, Source, as_list, make_stream, rows
 
@@ -38,9 +39,9 @@ class Run:
         for _ in range(rounds):
             for loader in self.loaders:
                 batch = next(loader)
-                lane, stop = batch[-1]["progress"]
-                assert {example["progress"][0] for example in batch} == {lane}
-                self.stops[lane] = stop
+                reader, stop = batch[-1]["progress"]
+                assert {example["progress"][0] for example in batch} == {reader}
+                self.stops[reader] = stop
                 batches.append([key(example) for example in batch])
             self.rounds += 1
         return batches
@@ -49,7 +50,7 @@ class Run:
         """What a checkpoint would hold, after a trip through JSON."""
         dealt = self.dealt
         progress = StreamProgress(
-            dealt.num_lanes,
+            dealt.num_readers,
             num_batches=dealt.num_batches + self.rounds * self.world_size,
             pending=dealt.pending,
             tail=dealt.tail,
@@ -70,14 +71,14 @@ def all_examples(stream, epochs):
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (1, 2), (2, 2)])
 def test_it_goes_on_exactly_where_it_was_left(world_size, workers, shuffle):
     stream = make_stream(shuffle_buffer_size=shuffle)
-    lanes = {"world_size": world_size, "workers": workers}
-    straight = Run(stream, **lanes).take(40)
+    readers = {"world_size": world_size, "workers": workers}
+    straight = Run(stream, **readers).take(40)
     for rounds in (5,) if workers else (1, 2, 13):
-        first = Run(stream, **lanes)
+        first = Run(stream, **readers)
         seen = first.take(rounds)
-        second = Run(stream, **lanes, progress=first.progress())
+        second = Run(stream, **readers, progress=first.progress())
         seen += second.take(rounds)
-        third = Run(stream, **lanes, progress=second.progress())
+        third = Run(stream, **readers, progress=second.progress())
         assert seen + third.take(40 - 2 * rounds) == straight
 
 
@@ -95,7 +96,7 @@ def test_every_example_comes_once_an_epoch(world_size, workers):
 @pytest.mark.parametrize("before", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("after", [(1, 0), (3, 0), (2, 2)])
 def test_other_processes_go_on_without_a_loss_or_a_repeat(before, after):
-    """Twice with other numbers of lanes, from the middle of windows and shards."""
+    """Twice with other numbers of readers, from the middle of windows and shards."""
     stream = make_stream(shuffle_buffer_size=7)
     seen = Counter()
     progress = None
@@ -108,7 +109,7 @@ def test_other_processes_go_on_without_a_loss_or_a_repeat(before, after):
 
 
 def test_two_ranks_and_two_workers_read_the_same():
-    """Micro-batch m is of lane m modulo the lanes, whoever reads it."""
+    """Micro-batch m is of reader m modulo the readers, whoever reads it."""
     stream = make_stream(shuffle_buffer_size=7)
     runs = [Run(stream, world_size=w, workers=n).take(24 // w) for w, n in ((1, 2), (2, 0))]
     assert runs[0] == runs[1]
@@ -125,7 +126,7 @@ def test_resuming_reads_no_shard_that_is_done():
     stream = make_stream(Watched(PATHS[:3]))
     run = Run(stream)
     run.take(15)
-    place = run.progress().stops[0].place
+    place = run.progress().stops[0].position
     assert (place.number, place.start) > (0, 0)
     opened.clear()
     Run(stream, progress=run.progress()).take(1)
@@ -159,39 +160,49 @@ def test_each_epoch_has_every_shard_once_in_an_order_of_its_own():
 
 @pytest.fixture
 def unturned(monkeypatch):
-    """Item n is of lane n modulo the lanes."""
-    monkeypatch.setattr(stream_progress, "first_lane", lambda dealing, num_lanes: 0)
+    """Item n is of reader n modulo the readers."""
+    monkeypatch.setattr(stream_progress, "first_reader", lambda round_number, num_readers: 0)
 
 
 def test_every_item_has_one_lane():
     progress = StreamProgress(3)
-    dealt = {lane: [stop.item for stop in itertools.islice(progress.items(lane), 8)] for lane in range(3)}
+    dealt = {reader: [stop.item for stop in itertools.islice(progress.items(reader), 8)] for reader in range(3)}
     assert sorted(itertools.chain.from_iterable(dealt.values())) == list(range(24))
-    assert all(progress.owner(item) == lane for lane, items in dealt.items() for item in items)
+    assert all(progress.owner(item) == reader for reader, items in dealt.items() for item in items)
     assert any({item % 3 for item in items} == {0, 1, 2} for items in dealt.values()), "the rounds are not turned"
 
 
 def test_what_nobody_finished_is_dealt_out_anew(unturned):
-    """By hand: three lanes, the second is far ahead, the third has not begun."""
-    stops = {0: Stop(0, Place(0, 40, 9, 2)), 1: Stop(7, Place(7, 1, 1, 1))}
+    """By hand: three readers, the second is far ahead, the third has not begun."""
+    stops = {0: Stop(0, At(0, 40, 9, 2)), 1: Stop(7, At(7, 1, 1, 1))}
     progress = StreamProgress(3, num_batches=5, stops=stops)
     assert progress.among(3) is progress
     other = progress.among(2)
     # Of the items up to 7: the first is open, the second and the fifth are done.
-    assert other.pending == (Place(0, 40, 9, 2), Place(2), Place(3), Place(5), Place(6), Place(7, 1, 1, 1))
+    assert other.pending == (
+        At(0, 40, 9, 2),
+        At(2),
+        At(3),
+        At(5),
+        At(6),
+        At(7, 1, 1, 1),
+    )
     assert (other.tail, other.num_batches, other.stops) == (8, 0, None)
-    assert [stop.place for stop in itertools.islice(other.items(1), 4)] == [
-        Place(2),
-        Place(5),
-        Place(7, 1, 1, 1),
-        Place(9),
+    assert [stop.position for stop in itertools.islice(other.items(1), 4)] == [
+        At(2),
+        At(5),
+        At(7, 1, 1, 1),
+        At(9),
     ]
 
 
 def test_places_that_are_left_over_survive_another_dealing(unturned):
     first = StreamProgress(
-        2, pending=(Place(5, 3), Place(8), Place(9), Place(11)), tail=20, stops={0: Stop(2, Place(9, 7))}
+        2,
+        pending=(At(5, 3), At(8), At(9), At(11)),
+        tail=20,
+        stops={0: Stop(2, At(9, 7))},
     )
     other = first.among(1)
-    assert other.pending == (Place(8), Place(9, 7), Place(11))
+    assert other.pending == (At(8), At(9, 7), At(11))
     assert other.tail == 20

@@ -1,13 +1,11 @@
 """From scores of tokens to scores of words."""
 
-import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
@@ -22,9 +20,9 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.detector import HEAD_FOLDER, ReplacedTokenScorer, _windows
-from hf_pretrain.modeling.heads import DiscriminatorHead
-from loopback_hub import LoopbackHub, hub_environment
+from hf_pretrain.evaluation.detector import ReplacedTokenScorer, _windows
+from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DiscriminatorHead
+from loopback_hub import LoopbackHub, connected
 
 
 class FixedModel(nn.Module):
@@ -294,21 +292,6 @@ class TestWindows:
             ReplacedTokenScorer(electra(tokenizer), tokenizer, max_length=max_length)
 
 
-FROM_HUB = """
-import json, sys
-from pathlib import Path
-from huggingface_hub import HfApi, create_repo
-from hf_pretrain.evaluation.detector import ReplacedTokenScorer
-
-work, scores = Path(sys.argv[1]), {}
-for name in ("export", "stock"):
-    create_repo(f"tester/{name}")
-    HfApi().upload_folder(repo_id=f"tester/{name}", folder_path=work / name)
-    scores[name] = ReplacedTokenScorer.from_pretrained(f"tester/{name}")("the cat")
-(work / "scores.json").write_text(json.dumps(scores))
-"""
-
-
 class TestFromPretrained:
     def test_a_stock_discriminator(self, tmp_path):
         tokenizer = wordpiece()
@@ -335,28 +318,32 @@ class TestFromPretrained:
         assert tokenizer.tokenize(text) == ["the", "Ġcat"]
         assert [word.score for word in scorer(text)] == pytest.approx(p, abs=1e-6)
 
-    def test_from_the_hub(self, tmp_path):
-        """A repository says by its files alone whether the head is a stock one."""
+    def test_from_the_hub(self, tmp_path, monkeypatch):
+        """The files of a repository alone tell whether the head is a stock one."""
         tokenizer = byte_level()
         encoder = roberta(tokenizer)
-        folder = tmp_path / "export"
-        encoder.save_pretrained(folder)
-        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(folder / HEAD_FOLDER)
-        electra(tokenizer).save_pretrained(tmp_path / "stock")
-        for each in (folder, tmp_path / "stock"):
-            tokenizer.save_pretrained(each)
-        with LoopbackHub(tmp_path / "hub") as hub:
-            subprocess.run(
-                [sys.executable, "-c", FROM_HUB, str(tmp_path)],
-                env=hub_environment(hub.url, tmp_path / "home"),
-                check=True,
-                timeout=300,
-            )
+        folders = {"export": tmp_path / "export", "stock": tmp_path / "stock"}
+        encoder.save_pretrained(folders["export"])
+        DiscriminatorHead.of_kind("electra", encoder.config).save_pretrained(
+            folders["export"] / DISCRIMINATOR_HEAD_FOLDER
+        )
+        electra(tokenizer).save_pretrained(folders["stock"])
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        with LoopbackHub(tmp_path / "hub") as hub, connected(hub.url):
+            api = HfApi(endpoint=hub.url)
+            for name, folder in folders.items():
+                tokenizer.save_pretrained(folder)
+                api.create_repo(f"tester/{name}")
+                api.upload_folder(repo_id=f"tester/{name}", folder_path=folder)
+                found, expected = (
+                    ReplacedTokenScorer.from_pretrained(place)("the cat") for place in (f"tester/{name}", str(folder))
+                )
+                assert [word.score for word in found] == pytest.approx([word.score for word in expected], abs=1e-6)
             assert hub.unknown == []
-        scores = json.loads((tmp_path / "scores.json").read_text())
-        for name in ("export", "stock"):
-            expected = ReplacedTokenScorer.from_pretrained(str(tmp_path / name))("the cat")
-            assert [score for *_, score in scores[name]] == pytest.approx([word.score for word in expected], abs=1e-6)
+        assert {path.name for path in (tmp_path / "cache").glob("models--*")} == {
+            "models--tester--export",
+            "models--tester--stock",
+        }
 
     @pytest.mark.parametrize("model_class", [ElectraForMaskedLM, ElectraForTokenClassification])
     def test_what_is_no_discriminator_is_refused(self, tmp_path, model_class):

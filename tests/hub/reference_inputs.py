@@ -12,7 +12,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from hf_pretrain.evaluation.students import comparison_rows
 from hf_pretrain.hub.card import render_card
 from hf_pretrain.hub.environment import Compute, Energy
 from hf_pretrain.hub.evaluation import Evaluation
@@ -20,6 +19,7 @@ from hf_pretrain.hub.plots import plot_training
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.text import Row
 from hf_pretrain.objectives.distillation import StudentArguments
+from hf_pretrain.objectives.distillation.comparison import comparison_rows
 from hf_pretrain.objectives.distillation.trainer import (
     DistillationTrainer,
     TaskDistillationTrainer,
@@ -27,9 +27,8 @@ from hf_pretrain.objectives.distillation.trainer import (
     describe_origin,
 )
 from hf_pretrain.objectives.electric import ElectricTrainer
-from hf_pretrain.objectives.encoder import EncoderTrainer
+from hf_pretrain.objectives.encoder import EncoderTrainer, MaskedLMTrainer
 from hf_pretrain.objectives.encoder.arguments import describe as describe_encoder
-from hf_pretrain.objectives.masking import MaskedLMTrainer
 from hf_pretrain.objectives.permutation_lm import PermutationLMTrainer
 from hf_pretrain.objectives.recurrent_lm import RecurrentLMTrainer
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionTrainer

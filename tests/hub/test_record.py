@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from hf_pretrain.commands import card as command
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import share_weights, write_text
-from hf_pretrain.hub.card import add_evaluation, render_card, write_card
+from hf_pretrain.hub.card import add_evaluation, keep_edits, render_card, write_card
 from hf_pretrain.hub.evaluation import Evaluation
-from hf_pretrain.hub.record import RECORD, PretrainingCard, describe_written, merge, read_record, write_record
+from hf_pretrain.hub.record import RECORD, PretrainingCard, read_record, write_record
 
 PLAIN = REFERENCE_CARDS["mlm"]
 BARE = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
@@ -52,7 +52,7 @@ def _edit(folder: Path, *changes: tuple[str, str]) -> None:
 
 
 def _record(card: PretrainingCard, folder: Path) -> Path:
-    return write_record(card, folder, written=describe_written(render_card(card)))
+    return write_record(card, folder, readme="")
 
 
 class TestRoundTrip:
@@ -205,48 +205,54 @@ class TestEvaluation:
             Evaluation.from_mapping({name: PROBE[name] for name in PROBE if name != "method"}, source="results")
 
 
+def _with_text_around(folder: Path, *, above: str = "", below: str = "") -> None:
+    first, last = re.findall(r"^<!-- .* -->$", _readme(folder), flags=re.MULTILINE)
+    _edit(folder, (first, f"{above}\n\n{first}"), (last, f"{last}\n\n{below}"))
+
+
 class TestEdits:
     @pytest.mark.parametrize("name", REFERENCE_CARDS)
-    def test_without_edits_the_card_is_what_is_made(self, name: str) -> None:
-        text = render_card(REFERENCE_CARDS[name])
-        assert merge(text, text, describe_written(text)) == (text, [])
+    def test_without_edits_the_card_is_what_is_made(self, name: str, tmp_path: Path) -> None:
+        card = REFERENCE_CARDS[name]
+        write_card(card, tmp_path)
+        write_card(card, tmp_path)
+        assert _readme(tmp_path) == render_card(card)
+        write_card(dataclasses.replace(card, limits="New."), tmp_path)
+        assert _readme(tmp_path) == render_card(dataclasses.replace(card, limits="New."))
+        assert not list(tmp_path.glob("_README*"))
 
-    def test_the_users_front_matter_and_sections_stay(self, tmp_path: Path) -> None:
+    def test_the_users_front_matter_and_text_stay(self, tmp_path: Path) -> None:
         write_card(PLAIN, tmp_path)
         _edit(
             tmp_path,
             ("- generated_from_trainer\n", "- generated_from_trainer\n- medical\n"),
             ("library_name: transformers\n", "library_name: transformers\nlicense: mit\nthumbnail: a.png\n"),
             ("language:\n- en\n", "language:\n- de\n"),
-            (
-                "## Training data\n",
-                "## Intended use\n\nOur wards.\n\n```\n# no heading\n```\n\n### Not for\n\nDoses.\n\n## Training data\n",
-            ),
-            ("## Limits\n\n", "## Limits\n\nIt knows no drugs.\n\n"),
         )
-        text = add_evaluation(tmp_path, TASKS[0]).read_text(encoding="utf-8")
-        data = ModelCard(text).data
-        assert (data.license, data.language, data.thumbnail) == ("mit", ["de"], "a.png")
-        assert data.tags == ["hf_pretrain", "mlm", "generated_from_trainer", "medical"]
-        assert (
-            "## Intended use\n\nOur wards.\n\n```\n# no heading\n```\n\n### Not for\n\nDoses.\n\n## Training data\n"
-            in text
-        )
-        assert "## Limits\n\nIt knows no drugs.\n\nThe model reproduces" in text
-        assert "| SST-2 |" in text
-        again = add_evaluation(tmp_path, TASKS[1]).read_text(encoding="utf-8")
-        assert all(
-            part in again for part in ("license: mit", "- medical", "Our wards.", "It knows no drugs.", "| Topics |")
-        )
-        assert again.count("## Intended use") == 1
-        assert not (tmp_path / "_README.before.md").exists()
+        below = "## Intended use\n\nOur wards.\n\n```\n# no heading\n```\n\n### Not for\n\nDoses."
+        _with_text_around(tmp_path, above="Ask us first.", below=below)
+        for number, task in enumerate(TASKS):
+            text = add_evaluation(tmp_path, task).read_text(encoding="utf-8")
+            data = ModelCard(text).data
+            assert (data.license, data.language, data.thumbnail) == ("mit", ["de"], "a.png")
+            assert data.tags == ["hf_pretrain", "mlm", "generated_from_trainer", "medical"]
+            assert text.endswith(f" -->\n\n{below}\n") and "---\n\nAsk us first.\n\n<!-- " in text
+            assert "| SST-2 |" in text and ("| Topics |" in text) == (number > 0)
+            assert text.count("## Intended use") == text.count("## Limits") == 1
+        assert not list(tmp_path.glob("_README*"))
 
-    def test_what_the_user_removed_stays_away(self, tmp_path: Path) -> None:
+    def test_line_ends_of_another_system_are_no_edit(self, tmp_path: Path) -> None:
+        text = write_card(PLAIN, tmp_path).read_text(encoding="utf-8")
+        (tmp_path / "README.md").write_bytes(text.replace("\n", "\r\n").encode("utf-8-sig"))
         write_card(PLAIN, tmp_path)
-        text = re.sub(r"## Framework versions.*\Z", "", _readme(tmp_path), flags=re.DOTALL)
-        (tmp_path / "README.md").write_text(text.replace("- generated_from_trainer\n", ""), encoding="utf-8")
+        assert _readme(tmp_path) == text and not list(tmp_path.glob("_README*"))
+
+    def test_an_entry_that_the_user_removed_stays_away(self, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path)
+        _edit(tmp_path, ("language:\n- en\n", ""), ("- generated_from_trainer\n", ""))
         add_evaluation(tmp_path, TASKS[0])
-        assert "Framework versions" not in _readme(tmp_path) and "generated_from" not in _readme(tmp_path)
+        data = ModelCard(_readme(tmp_path)).data
+        assert data.language is None and "generated_from_trainer" not in data.tags
 
     def test_results_of_others_stay_and_ours_are_renewed(self, tmp_path: Path) -> None:
         write_card(dataclasses.replace(BARE, metrics_after={"eval_mlm_loss": 3.0}), tmp_path)
@@ -256,61 +262,64 @@ class TestEdits:
         )
         card.data.eval_results.append(theirs)
         card.save(tmp_path / "README.md")
-        write_card(dataclasses.replace(BARE, metrics_after={"eval_mlm_loss": 2.0}), tmp_path)
-        results = ModelCard(_readme(tmp_path)).data.eval_results
-        assert [(result.metric_type, result.metric_value) for result in results] == [
-            ("mlm_loss", 2.0),
-            ("accuracy", 0.5),
-        ]
+        for metrics, ours in (({"eval_mlm_loss": 2.0}, [("mlm_loss", 2.0)]), ({}, [])):
+            write_card(dataclasses.replace(BARE, metrics_after=metrics), tmp_path)
+            results = ModelCard(_readme(tmp_path)).data.eval_results
+            assert [(each.metric_type, each.metric_value) for each in results] == [*ours, ("accuracy", 0.5)]
 
-    def test_a_section_that_both_changed_is_the_runs_and_the_users_words_are_set_aside(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    @pytest.mark.parametrize("edit", [("Old.", "Mine."), ("- mlm\n", "- mlm\n- Mine.\n")])
+    def test_words_that_cannot_stay_are_set_aside(
+        self, edit: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
+        """Text between the marks, and an entry of the front matter that the run has changed too."""
         write_card(dataclasses.replace(PLAIN, limits="Old."), tmp_path)
-        _edit(tmp_path, ("Old.", "Mine."))
-        write_card(dataclasses.replace(PLAIN, limits="New."), tmp_path)
-        assert "New." in _readme(tmp_path) and "Mine." not in _readme(tmp_path)
-        assert "Mine." in (tmp_path / "_README.before.md").read_text(encoding="utf-8")
+        _edit(tmp_path, edit)
+        _with_text_around(tmp_path, below="Below.")
+        edited = _readme(tmp_path)
+        objective = dataclasses.replace(PLAIN.objective, name="other")
+        write_card(dataclasses.replace(PLAIN, limits="New.", objective=objective), tmp_path)
+        text = _readme(tmp_path)
+        assert "New." in text and "- other" in text and "Mine." not in text and text.endswith("Below.\n")
+        assert (tmp_path / "_README.before.md").read_text(encoding="utf-8") == edited
 
     @pytest.mark.parametrize("text", ["# Of another origin\n", "---\nlicense: [\n---\n\n# Broken\n"])
     def test_a_readme_that_cannot_be_followed_is_set_aside(self, text: str, tmp_path: Path) -> None:
         if text.startswith("---"):
-            write_card(BARE, tmp_path)
+            marks = write_card(BARE, tmp_path).read_text(encoding="utf-8").partition("---\n\n")[2]
+            text += marks
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
         write_card(BARE, tmp_path)
         assert _readme(tmp_path) == render_card(BARE)
         assert (tmp_path / "_README.before.md").read_text(encoding="utf-8") == text
 
-    @pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 0.999])
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95, 0.98])
     def test_a_card_that_was_cut_off_is_made_whole(self, share: float, tmp_path: Path) -> None:
-        """Whatever its length: nothing counts as removed by the user, neither now nor later."""
+        """Whatever its length; what was left of it is kept."""
         whole = write_card(PLAIN, tmp_path).read_bytes()
         cut = whole[: int(share * len(whole))]
         (tmp_path / "README.md").write_bytes(cut)
         write_card(PLAIN, tmp_path)
         assert (tmp_path / "README.md").read_bytes() == whole
-        add_evaluation(tmp_path, TASKS[0])
-        assert all(heading in _readme(tmp_path) for heading in ("## Limits", "## Citation", "## Framework versions"))
-
-    def test_the_users_sections_survive_a_cut(self, tmp_path: Path) -> None:
-        write_card(PLAIN, tmp_path)
-        _edit(tmp_path, ("## Training data\n", "## Mine\n\nWords.\n\n## Training data\n"))
-        content = (tmp_path / "README.md").read_bytes()
-        (tmp_path / "README.md").write_bytes(content[: content.index(b"## Limits") + 12])
-        write_card(PLAIN, tmp_path)
-        assert "## Mine\n\nWords." in _readme(tmp_path) and "## Citation" in _readme(tmp_path)
+        assert (tmp_path / "_README.before.md").read_bytes() == cut
 
     @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-    def test_the_words_of_a_card_in_another_encoding_stay(self, encoding: str, tmp_path: Path) -> None:
+    def test_a_card_in_another_encoding_is_set_aside(self, encoding: str, tmp_path: Path) -> None:
         write_card(PLAIN, tmp_path)
-        _edit(tmp_path, ("## Training data\n", "## Zweck\n\nFür Ärzte.\n\n## Training data\n"))
-        content = _readme(tmp_path).replace("🤗", "HF").encode(encoding)
+        _with_text_around(tmp_path, below="## Zweck\n\nF\u00fcr \u00c4rzte.")
+        content = _readme(tmp_path).replace("\U0001f917", "HF").encode(encoding)
         (tmp_path / "README.md").write_bytes(content)
         write_card(PLAIN, tmp_path)
-        assert "Für Ärzte." in _readme(tmp_path)
-        # What is not known to be right is kept byte by byte too.
-        kept = [path.read_bytes() for path in tmp_path.glob("_README*")]
-        assert kept == ([content] if encoding == "latin-1" else [])
+        assert _readme(tmp_path) == render_card(PLAIN)
+        assert (tmp_path / "_README.before.md").read_bytes() == content
+
+    def test_a_record_of_before_the_marks_sets_the_readme_aside(self, tmp_path: Path) -> None:
+        text = render_card(PLAIN)
+        write_record(PLAIN, tmp_path, readme={"metadata": {}, "sections": {}})
+        assert keep_edits(text, text, before={}, known=None) == (text, "")
+        old = re.sub(r"^<!-- .*\n\n", "", text, flags=re.MULTILINE)
+        (tmp_path / "README.md").write_text(old, encoding="utf-8")
+        write_card(PLAIN, tmp_path)
+        assert _readme(tmp_path) == text and (tmp_path / "_README.before.md").read_text(encoding="utf-8") == old
 
     def test_nothing_that_was_set_aside_is_written_over(self, tmp_path: Path) -> None:
         for words in ("first", "second", "second"):
@@ -343,7 +352,7 @@ class TestFiles:
     def test_a_full_disk_leaves_every_old_file_whole(self, tmp_path: Path) -> None:
         """In a process of its own, whose files may not grow beyond a size, as on a disk without room."""
         write_card(PLAIN, tmp_path)
-        _edit(tmp_path, ("## Training data\n", "## Notes\n\n" + "My words. " * 6000 + "\n\n## Training data\n"))
+        _with_text_around(tmp_path, below="My words. " * 6000)
         before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
         code = (
             "import resource, sys; from hf_pretrain.commands.card import main; from hf_pretrain.cli import run_program\n"
@@ -407,7 +416,7 @@ class TestCommand:
         assert capsys.readouterr().out == f"model card  {tmp_path / 'model' / 'README.md'}\n"
         card = ModelCard.load(tmp_path / "model" / "README.md")
         assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", ["en", "de"], ["org/set"])
-        assert 'from_pretrained("me/new")' in card.text and card.text.lstrip().startswith("# new\n")
+        assert 'from_pretrained("me/new")' in card.text and "\n# new\n" in card.text
         assert len(read_record(tmp_path / "model").evaluations) == 3
         command.main([str(tmp_path / "model")])
         assert ModelCard.load(tmp_path / "model" / "README.md").content == card.content

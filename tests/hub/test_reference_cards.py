@@ -10,7 +10,7 @@ from reference_inputs import REFERENCE_CARDS, REFERENCE_DIR
 from fresh_process import run_fresh
 from hf_pretrain.cli import METHODS
 from hf_pretrain.hub.card import snippets, write_card
-from hf_pretrain.training.card import describe_run
+from hf_pretrain.hub.run import describe_run
 from method_matrix import build, programs
 
 

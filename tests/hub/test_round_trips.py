@@ -25,6 +25,9 @@ WAYS = {
     "option": SAVING | {"hub_strategy": "every_save", "hub_private_repo": True, "hub_revision": "trained"},
     "end": {"hub_strategy": "end"},
 }
+# The ways do not depend on the method: every method takes one of them, and these two, with two models and with code of its
+# own, take all. The slow tests take all with all.
+IN_ALL_WAYS = ("rtd", "recurrent-lm")
 BRANCHES = {"call": "main", "option": "trained", "end": "main"}
 SAID = {
     "call": [f"Training in progress, step {step}" for step in (1, 1, 2, 2)] + ["End of training"],
@@ -139,13 +142,19 @@ def push(program, folder, way):
     return trainer
 
 
+def labels_of(items):
+    """The methods and ways of the tests of this module that are to run."""
+    given = [item.callspec.params for item in items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    return dict.fromkeys(f"{params['name']}.{params.get('way', 'call')}" for params in given)
+
+
 @pytest.fixture(scope="module")
-def pushed(tmp_path_factory):
+def pushed(request, tmp_path_factory):
     work = tmp_path_factory.mktemp("push")
     with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
         pushed, plans = Pushed(hub), {}
         with connected(hub.url):
-            for label in [f"{name}.{way}" for name in PROGRAMS for way in WAYS]:
+            for label in labels_of(request.session.items):
                 name, _, way = label.partition(".")
                 try:
                     trainer = pushed.trainers[label] = push(PROGRAMS[name], work / label, way)
@@ -161,8 +170,14 @@ def pushed(tmp_path_factory):
         yield pushed
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", sorted(PROGRAMS))
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=() if way == "call" or name in IN_ALL_WAYS else pytest.mark.slow)
+        for name in sorted(PROGRAMS)
+        for way in WAYS
+    ],
+)
 class TestEveryWay:
     def test_it_opens_where_only_transformers_is(self, pushed, name, way):
         """Stock models without a word, one of our own by the code that lies beside it; outputs are the trained model's."""

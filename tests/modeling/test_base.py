@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import check_model_fits, longest_sequence, tokenizer_for
+from hf_pretrain.modeling.backbone import longest_sequence
+from hf_pretrain.modeling.base import check_model_fits, tokenizer_for
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from method_matrix import TINY, VOCAB_SIZE
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import longest_sequence
+from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
 
+from hf_pretrain.modeling.backbone import shared_options
 from hf_pretrain.modeling.heads import (
     PairHead,
     PairHeadConfig,
     SpanBoundaryHead,
     SpanBoundaryHeadConfig,
     load_head,
-    shared_options,
     stock_class,
 )
 from method_matrix import TINY

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,11 +12,10 @@ from transformers.masking_utils import flash_attention_mask
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.visibility import isolation
-from hf_pretrain.modeling.visibility import isolation as attention_masks
+from hf_pretrain.modeling.visibility import isolation, rules
 from hf_pretrain.modeling.visibility.isolation import check_isolation, isolated_inputs, sequence_bounds
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import TINY, VOCAB_SIZE, build, relative_difference, tiny_data
+from method_matrix import TINY, VOCAB_SIZE, build, programs, relative_difference, tiny_data
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "legacy": False}
 BACKBONES = {
@@ -263,7 +261,7 @@ def test_an_unknown_backend_is_refused():
 
 def test_the_trial_finds_wrong_masks_and_wrong_positions(monkeypatch):
     """The silent traps: a boolean mask under eager, no mask at all, positions that count on or from the wrong place."""
-    mask_inputs, attention_inputs = attention_masks.mask_inputs, isolation._attention_inputs
+    mask_inputs, attention_inputs = rules.mask_inputs, isolation._attention_inputs
 
     def as_booleans(*args, **kwargs):
         return mask_inputs(*args, **kwargs) == 0
@@ -272,9 +270,9 @@ def test_the_trial_finds_wrong_masks_and_wrong_positions(monkeypatch):
         return attention_inputs(backbone, plan, document_ids=document_ids, position_ids=torch.arange(32)[None])
 
     for name, model, module, attribute, wrong in (
-        ("boolean", "bert", attention_masks, "mask_inputs", as_booleans),
-        ("none", "bert", attention_masks, "mask_inputs", lambda *args, **kwargs: None),
-        ("zero", "roberta", attention_masks, "first_position", lambda body: 0),
+        ("boolean", "bert", rules, "mask_inputs", as_booleans),
+        ("none", "bert", rules, "mask_inputs", lambda *args, **kwargs: None),
+        ("zero", "roberta", rules, "first_position", lambda body: 0),
         ("row", "bert", isolation, "_attention_inputs", positions_of_the_row),
     ):
         with monkeypatch.context() as patch:
@@ -324,7 +322,7 @@ def test_half_precision(name):
 
 def test_a_trainer_learns_from_packed_rows_as_from_separate_ones(tmp_path):
     """The whole path: the collator's masks, the Trainer's counts, accumulation, evaluation, another batch shape."""
-    program = import_module("hf_pretrain.trainers.mlm")
+    program = programs()["mlm"]
     lengths = [4, 9, 11, 3, 8, 12, 6, 7, 5, 9, 4, 10] * 4
     rows = Dataset.from_list(
         [

@@ -7,7 +7,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.visibility import isolation as attention_masks
+from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes, lm_mode_inputs, mode_visibility
 from method_matrix import TINY, VOCAB_SIZE
 
@@ -281,7 +281,7 @@ def test_flash_attention_is_refused_and_an_unknown_backend():
 
 def test_the_trial_finds_wrong_masks(monkeypatch):
     """The silent traps: a boolean mask under eager, which BERT and MPNet add as a number; none; one turned around; too much."""
-    mask_inputs = attention_masks.mask_inputs
+    mask_inputs = rules.mask_inputs
 
     def as_booleans(*args, **kwargs):
         return mask_inputs(*args, **kwargs) == 0
@@ -305,13 +305,13 @@ def test_the_trial_finds_wrong_masks(monkeypatch):
     for wrong in (as_booleans, transposed, only_itself, no_padding, lambda *args, **kwargs: None):
         for name in ("bert", "mpnet"):
             with monkeypatch.context() as patch:
-                patch.setattr(attention_masks, "mask_inputs", wrong)
+                patch.setattr(rules, "mask_inputs", wrong)
                 with pytest.raises(InputError, match="cannot read text in one direction"):
                     check_lm_modes(tiny_model(name))
                     pytest.fail(f"{wrong} {name}")
             check_lm_modes(tiny_model(name))
     with monkeypatch.context() as patch:
-        patch.setattr(attention_masks, "first_position", lambda body: 0)
+        patch.setattr(rules, "first_position", lambda body: 0)
         with pytest.raises(InputError, match="the states of a row that sees all of itself"):
             check_lm_modes(tiny_model("roberta"))
 

@@ -13,7 +13,7 @@ from transformers import (
     ElectraForPreTraining,
 )
 
-from distilled import arguments
+from helpers.distilled import arguments
 from hf_pretrain.objectives.distillation.arguments import TaskDistillationTrainingArguments
 from hf_pretrain.objectives.distillation.building import join
 from hf_pretrain.objectives.electric.modeling import ElectricForPreTraining

@@ -116,8 +116,8 @@ def test_content_rows_are_the_stock_model(model_type):
     adapter, rows = streams(model), torch.arange(3)[:, None] * 16 + torch.arange(12)
     inputs = {
         "input_ids": torch.cat([batch.input_ids, torch.full((3, 4), MASK)], dim=1),
-        "attention_mask": adapter._masks(batch.visible(), batch.of_rows(batch.places())),
-        "position_ids": batch.of_rows(batch.places()) + adapter.first_position,
+        "attention_mask": adapter._masks(batch, batch.of_rows(batch.places())),
+        "position_ids": batch.of_rows(batch.places()) + adapter.plan.first_position,
     }
     with torch.no_grad():
         content = model.base_model(**inputs)[0].flatten(0, 1)[rows]
@@ -142,7 +142,7 @@ def test_windows_of_local_layers_are_kept():
         ("deberta-v2", "only 'sdpa'"),
         ("mpnet", "only 'sdpa'"),
         ("roformer", "no position_ids"),
-        ("esm", "fails on a mask a row"),
+        ("esm", "its forward fails with such a mask"),
     ],
 )
 def test_architectures_that_cannot_are_refused_by_name(model_type, message):

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.objectives.electric import DataCollatorForElectric, two_tower
+from hf_pretrain.modeling.visibility import rules
+from hf_pretrain.objectives.electric import DataCollatorForElectric
 from method_matrix import build, programs, tiny_data
 from replaced_tokens import BERT, LIKELY, UNTIED, batch_of, run
 
@@ -225,7 +226,13 @@ class TestIsolatedDocuments:
         options = {"model_type": "llama", "generator_size": 1.0, "config_overrides": None, **UNTIED}
         with pytest.raises(InputError, match="LlamaForTokenClassification .*cannot isolate documents"):
             build(PROGRAM, tmp_path, data, model_options=options)
-        monkeypatch.setattr(two_tower, "given_positions", lambda tower, mask, positions=None: {})
+        position_inputs = rules.position_inputs
+
+        def of_the_row(plan, positions):
+            """What the towers were tried out with is short."""
+            return position_inputs(plan, positions) if positions.shape[1] <= 16 else {}
+
+        monkeypatch.setattr(rules, "position_inputs", of_the_row)
         with pytest.raises(InputError, match="model_type='bert' as Electric's generator cannot isolate documents"):
             build(PROGRAM, tmp_path, data, model_options=BERT)
         build(PROGRAM, tmp_path, tiny, model_options=BERT)

@@ -187,7 +187,7 @@ class TestRuns:
 
     def test_the_recipe_is_accepted(self, tmp_path):
         argv = ["--config", "electric_small", "--output_dir", str(tmp_path), "--bf16", "false"]
-        data_args, model_args, args = parse_arguments(PROGRAM.ARGUMENTS, argv, prog="electric", description="")
+        data_args, model_args, args = parse_arguments(PROGRAM.arguments, argv, prog="electric", description="")
         masking = MaskingArguments(mask_share=0.0, random_share=0.0, mask_unknown=False)
         assert args.max_steps == 1_000_000 and args.nce_weight == 50 and args.masking == masking
         assert model_args == ElectricModelArguments(embedding_size=128)

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import sample_tokens
+from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.objectives.electric import TwoTowerClozeConfig, TwoTowerClozeModel, two_tower
 from hf_pretrain.objectives.electric.two_tower import build_two_tower
 
@@ -191,28 +192,28 @@ class TestRefused:
     def test_towers_that_mix_documents_are_refused_by_name(self, monkeypatch):
         """The silent traps: a mask that knows no documents, positions that count on or from the wrong place, an error."""
         model = make("roberta")
-        directed_mask, given_positions = two_tower.directed_mask, two_tower.given_positions
+        position_inputs, sees_within = rules.position_inputs, rules.sees_within
 
-        def of_one_document(documents, **options):
-            return directed_mask(torch.zeros_like(documents), **options)
+        def of_one_document(documents, orders):
+            return sees_within(torch.zeros_like(documents), orders)
 
-        def of_the_row(tower, mask, positions=None):
-            return given_positions(tower, mask)
+        def of_the_row(plan, positions):
+            return position_inputs(plan, torch.arange(positions.shape[1]).expand_as(positions))
 
-        def of_bert(tower, mask, positions=None):
-            return given_positions(tower, mask) if positions is None else {"position_ids": positions}
+        def of_bert(plan, positions):
+            return {"position_ids": positions}
 
-        def failing(documents, **options):
+        def failing(documents, orders):
             assert documents.dim() == 1, "a mask of its own"
 
         for attribute, wrong, reason in (
-            ("directed_mask", of_one_document, "the states of a document change"),
-            ("given_positions", of_the_row, "are not those that it has alone"),
-            ("given_positions", of_bert, "are not those that it has alone"),
-            ("directed_mask", failing, "it fails on a row of 40 tokens"),
+            ("sees_within", of_one_document, "the states of a document change"),
+            ("position_inputs", of_the_row, "are not those that it has alone"),
+            ("position_inputs", of_bert, "are not those that it has alone"),
+            ("sees_within", failing, "its forward fails with such a mask"),
         ):
             with monkeypatch.context() as patch:
-                patch.setattr(two_tower, attribute, wrong)
+                patch.setattr(rules, attribute, wrong)
                 with pytest.raises(InputError, match=f"model_type='roberta'.*cannot isolate documents: .*{reason}"):
                     model.check_isolation(length=40)
         model.check_isolation(length=40)

@@ -1,16 +1,14 @@
 """All heads at once in a Trainer: what every method has to pass."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import test_methods as matrix
 
 from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.objectives.encoder import DataCollatorForEncoder
+from hf_pretrain.objectives.encoder import MASKED_LM as mlm
+from hf_pretrain.objectives.encoder import DataCollatorForEncoder, MaskedLMTrainer
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from hf_pretrain.objectives.masking import MaskedLMTrainer
-from hf_pretrain.trainers import mlm
 from method_matrix import build, log_of, tiny_data
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
@@ -33,7 +31,7 @@ def program_of(pair_classes):
         )
         return MaskedLMTrainer(model, args, data_collator=collator, **data.trainer_inputs())
 
-    return SimpleNamespace(ARGUMENTS=mlm.ARGUMENTS, build_trainer=build_trainer)
+    return replace(mlm, build_trainer=build_trainer)
 
 
 @pytest.fixture(params=[2, 3])

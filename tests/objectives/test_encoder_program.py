@@ -13,8 +13,9 @@ from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.objectives.encoder import METHOD as program
 from hf_pretrain.objectives.encoder import EncoderTrainingArguments
-from hf_pretrain.trainers import encoder as program
+from hf_pretrain.training import program as program_module
 from hf_pretrain.training.parsing import parse_arguments, read_recipe
 from method_matrix import BLOCK_SIZE, NO_DROPOUT, TINY, build, log_of, relative_difference, tiny_data, tiny_tokenizer
 
@@ -205,7 +206,7 @@ def test_weights_and_their_schedules_are_those_of_the_losses(tmp_path):
     options = {"objectives": ["mlm", "sop"], "learning_rate": 0.0, "max_steps": 3}
     plain = build(program, tmp_path / "plain", **options, pair_weight=0.0)
     plain.train()
-    falling = build(program, tmp_path / "falling", **options, pair_weight_schedule="0:1, 2:0")
+    falling = build(program, tmp_path / "falling", **options, pair_weight="0:1, 2:0")
     falling.train()
     rows = [row for row in log_of(falling) if "loss" in row]
     assert [row["pair_weight"] for row in rows] == [1.0, 0.5, 0.0]
@@ -220,7 +221,7 @@ def test_weights_and_their_schedules_are_those_of_the_losses(tmp_path):
     ("options", "message"),
     [
         ({"objectives": ["sop"]}, "leaves out mlm"),
-        ({"objectives": ["mlm", "sopp"]}, "'sopp' is unknown"),
+        ({"objectives": ["mlm", "sopp"]}, "objectives='sopp' must be one of .*did you mean 'sop'"),
         ({"objectives": ["mlm", "nsp", "sop"]}, "different questions about the same pairs"),
         ({"objectives": ["mlm", "span_boundary"]}, "masking_unit='token' makes none"),
         ({"objectives": ["mlm", "word_order", "left_to_right"]}, "which left_to_right hides"),
@@ -276,10 +277,10 @@ def test_views_that_need_documents_refuse_others(tmp_path):
 @pytest.mark.parametrize("name", cli.RECIPES)
 def test_a_name_is_the_program_with_its_recipe(name, monkeypatch):
     seen = []
-    monkeypatch.setattr(program, "main", seen.append)
+    monkeypatch.setattr(program_module, "train_method", lambda *given: seen.append(given))
     assert cli.main([name, "--seed", "3"]) == 0
-    assert seen == [["--config", name, "--seed", "3"]]
-    parsed = parse_arguments(program.ARGUMENTS, ["--config", name, "--output_dir", "x"], prog="test", description="")
+    assert seen == [(program, ["--config", name, "--seed", "3"])]
+    parsed = parse_arguments(program.arguments, ["--config", name, "--output_dir", "x"], prog="test", description="")
     assert len(parsed) == 3
 
 

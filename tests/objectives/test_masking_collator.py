@@ -314,7 +314,7 @@ class TestMaskRatesThatChange:
     RATES = (0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1, 0.1)
 
     def collator(self, tokenizer, *, target_slots=None, **options):
-        masking = MaskingArguments(mlm_probability_schedule="0:0.5, 4:0.1", **options)
+        masking = MaskingArguments(mlm_probability="0:0.5, 4:0.1", **options)
         collator = DataCollatorForMaskedLM(tokenizer, masking=masking, target_slots=target_slots)
         collator.training_steps = self.STEPS
         return collator
@@ -323,12 +323,12 @@ class TestMaskRatesThatChange:
         """Two epochs of 30 examples in steps of 8, 8, 8 and 6, shuffled."""
         examples = []
         for epoch in range(2):
-            for place, example in enumerate(make_examples(30, epoch=epoch)):
-                examples.append({**example, "place": place})
+            for index, example in enumerate(make_examples(30, epoch=epoch)):
+                examples.append({**example, "order_index": index})
         return [examples[index] for index in np.random.default_rng(1).permutation(60)]
 
     def rate(self, example):
-        return self.RATES[4 * example["epoch"] + example["place"] // 8]
+        return self.RATES[4 * example["epoch"] + example["order_index"] // 8]
 
     @pytest.mark.parametrize(
         "options",
@@ -350,8 +350,8 @@ class TestMaskRatesThatChange:
         rates = map(self.rate, examples)
         assert counts == [min(n - 2, max(1, round(rate * n))) for n, rate in zip(lengths, rates, strict=True)]
 
-    def test_without_a_place_or_before_training_the_rate_is_constant(self, small_tokenizer):
-        constant = DataCollatorForMaskedLM(small_tokenizer)
+    def test_without_an_index_or_before_training_the_rate_is_the_last(self, small_tokenizer):
+        constant = DataCollatorForMaskedLM(small_tokenizer, masking=MaskingArguments(mlm_probability=0.1))
         without = make_examples(30)
         assert rows_of([self.collator(small_tokenizer)(without)]) == rows_of([constant(without)])
         before = self.collator(small_tokenizer)
@@ -363,14 +363,14 @@ class TestMaskRatesThatChange:
         for epoch in range(2):
             for start in range(0, 32, 8):
                 examples = make_examples(8, least=96, most=96, epoch=epoch)
-                batch = collator([{**example, "place": start + i} for i, example in enumerate(examples)])
+                batch = collator([{**example, "order_index": start + i} for i, example in enumerate(examples)])
                 assert batch["target_positions"].shape == (8 * 48,)
 
     def test_refusals(self):
-        with pytest.raises(InputError, match="mlm_probability_schedule='0:2' goes to 2: .* from 0 to 1"):
-            MaskingArguments(mlm_probability_schedule="0:2")
+        with pytest.raises(InputError, match="mlm_probability='0:2' goes to 2: .* from 0 to 1"):
+            MaskingArguments(mlm_probability="0:2")
         with pytest.raises(InputError, match="static_masks=10 freezes the masks"):
-            MaskingArguments(mlm_probability_schedule="0:0.2", static_masks=10)
+            MaskingArguments(mlm_probability="0:0.2", static_masks=10)
 
 
 def isolated_examples(num_examples: int) -> list[dict]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, XLNetConfig, XLNetLMHeadModel
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.permutation_lm import METHOD as plm
 from hf_pretrain.objectives.permutation_lm import (
     DataCollatorForPermutationLM,
     PermutationLMForPreTraining,
@@ -20,7 +21,6 @@ from hf_pretrain.objectives.permutation_lm import (
     score_texts,
 )
 from hf_pretrain.objectives.permutation_lm.scoring import _batch, _log_likelihoods
-from hf_pretrain.trainers import plm
 from method_matrix import TINY, build, log_of, relative_difference, tiny_data, tiny_tokenizer
 from permuted_batches import VOCAB, in_order, permuted
 

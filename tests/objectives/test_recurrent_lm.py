@@ -15,13 +15,13 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.streams import stream_evaluate
 from hf_pretrain.modeling.losses import RecurrentMemory
+from hf_pretrain.objectives.recurrent_lm import METHOD as program
 from hf_pretrain.objectives.recurrent_lm import (
     RecurrentLMForPreTraining,
     RecurrentLMTrainingArguments,
     TransformerXLModelArguments,
     build_model,
 )
-from hf_pretrain.trainers import recurrent_lm as program
 from method_matrix import NO_DROPOUT, build, tiny_data, tiny_tokenizer
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}

@@ -204,7 +204,6 @@ class TestBuilding:
             ({"discriminator_head": "bert"}, "discriminator_head='bert'"),
             ({"generator_size": 0.0}, "generator_size=0.0"),
             ({"generator_layers": -1.0}, "generator_layers=-1.0"),
-            ({"temperature": 0.0}, "temperature=0.0"),
         ],
     )
     def test_values_out_of_range_are_refused(self, options, match):

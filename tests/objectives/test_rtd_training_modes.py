@@ -196,9 +196,7 @@ def test_a_learning_rate_of_the_generators_own(tmp_path):
 
 
 def test_weight_and_temperature_follow_their_schedules(tmp_path):
-    trainer = build(
-        PROGRAM, tmp_path, max_steps=3, rtd_weight_schedule="0:0, 2:50", temperature_schedule="0%:1, 100%:0.001"
-    )  # fmt: skip
+    trainer = build(PROGRAM, tmp_path, max_steps=3, rtd_weight="0:0, 2:50", temperature="0%:1, 100%:0.001")
     seen = []
     forward = trainer.model.forward
     trainer.model.forward = lambda **inputs: (seen.append(inputs), forward(**inputs))[1]
@@ -208,7 +206,15 @@ def test_weight_and_temperature_follow_their_schedules(tmp_path):
         assert row["loss"] == pytest.approx(row["mlm_loss"] + weight * row["rtd_loss"], rel=1e-4)
     assert [float(inputs["temperature"]) for inputs in seen] == pytest.approx([1.0, 0.667, 0.334])
     trainer.evaluate()
-    assert "temperature" not in seen[-1]
+    assert "temperature" not in seen[-1] and trainer.model.config.temperature == 0.001
+
+
+def test_a_constant_temperature_is_that_of_the_model(tmp_path):
+    trainer = build(PROGRAM, tmp_path, temperature=0.5)
+    assert trainer.model.config.temperature == 0.5
+    trainer.args.temperature = 2.0
+    with pytest.raises(InputError, match="temperature=2.0, but the model was built to sample at 0.5"):
+        type(trainer)(trainer.model, trainer.args)
 
 
 def test_a_discriminator_that_learned_nothing_is_told(tmp_path, monkeypatch):

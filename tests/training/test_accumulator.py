@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from hf_pretrain.modeling.losses import ExampleSum
-from hf_pretrain.training.trainer import SumAccumulator
+from hf_pretrain.modeling.losses import ExampleSum, SumAccumulator
 
 
 def pair(sums, counts):

@@ -13,13 +13,14 @@ from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import begin_folder, damaged_file, is_whole, read_marker, write_marker
-from hf_pretrain.training.checkpointing import text_fingerprint
-from hf_pretrain.training.checkpoints import (
+from hf_pretrain.training.checkpointing import (
     check_checkpoint,
-    last_whole_checkpoint,
     remove_old_checkpoints,
+    text_fingerprint,
     was_cut_off,
 )
+from hf_pretrain.training.processes import last_whole_checkpoint
+from hf_pretrain.training.pushing import remove_paths
 from method_matrix import build, programs, tiny_data, tiny_documents, tiny_tokenizer
 from toy_recurrence import build_toy
 
@@ -60,6 +61,15 @@ class TestMarker:
         }
         assert "shards/0.bin" in sizes and not list(whole.glob("*.part"))
         assert is_whole(whole) and not was_cut_off(whole)
+
+    def test_it_is_right_without_the_paths_of_the_machine_too(self, folder):
+        """What is pushed is another file then, of another size and hash; a run must go on from it."""
+        state = {"global_step": 4, "best_model_checkpoint": str(folder)}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        write_marker(folder, has_hashes=True, step=4, world_size=2)
+        remove_paths(folder)
+        assert json.loads((folder / "trainer_state.json").read_text())["best_model_checkpoint"] == "checkpoint-4"
+        assert check_checkpoint(folder) == 4
 
     def test_without_it_nothing_is_whole(self, folder):
         assert not is_whole(folder) and was_cut_off(folder)

@@ -11,7 +11,7 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
 from hf_pretrain.errors import InputError, RunError
-from hf_pretrain.training.checkpoints import is_full_disk, last_whole_checkpoint, reported_faults
+from hf_pretrain.training.processes import is_full_disk, last_whole_checkpoint, reported_faults
 from killed_runs import Fault, KilledRuns
 from method_matrix import build, programs
 
@@ -194,7 +194,7 @@ class TestFullDisk:
 
     @pytest.mark.parametrize(
         ("method", "number"),
-        [("_save_rng_state", errno.ENOSPC), ("_save_progress", errno.EDQUOT), ("save_model", errno.EFBIG)],
+        [("_save_rng_state", errno.ENOSPC), ("save_progress", errno.EDQUOT), ("save_model", errno.EFBIG)],
     )
     def test_wherever_it_is_found_nothing_but_the_incomplete_one_goes(self, tmp_path, monkeypatch, method, number):
         trainer = build(MLM, tmp_path, max_steps=3, save_strategy="steps", save_steps=1)

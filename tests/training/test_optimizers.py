@@ -183,7 +183,7 @@ class TestTrainer:
         assert type(optimizer) is torch.optim.AdamW
 
     def test_the_defaults_are_those_of_the_official_code(self):
-        args = PROGRAM.ARGUMENTS[2](output_dir="unused", bf16=False, report_to=[])
+        args = PROGRAM.arguments[2](output_dir="unused", bf16=False, report_to=[])
         assert (args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (0.9, 0.999, 1e-6)
         assert (args.weight_decay, args.max_grad_norm, args.learning_rate) == (0.01, 1.0, 5e-4)
         assert (args.adam_bias_correction, args.decay_during_warmup, args.warmup_steps) == (False, True, 0.1)

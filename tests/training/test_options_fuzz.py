@@ -1,6 +1,5 @@
 """Whatever is typed for whichever options: they are taken, or refused in one line."""
 
-import importlib
 import json
 from dataclasses import fields
 
@@ -8,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_pretrain.cli import METHODS
+from hf_pretrain.cli import METHODS, load_method
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.arguments import check_training_options
 from hf_pretrain.training.parsing import parse_arguments, resolved_options, write_recipe
@@ -85,18 +84,13 @@ VALUES = st.one_of(
 
 
 def options_of(method):
-    names = [
-        known.name
-        for cls in importlib.import_module(METHODS[method][0]).ARGUMENTS
-        for known in fields(cls)
-        if known.init
-    ]
+    names = [known.name for cls in load_method(method).arguments for known in fields(cls) if known.init]
     return st.dictionaries(st.sampled_from(sorted(set(names) - LEFT_OUT)), VALUES, min_size=1, max_size=3)
 
 
 def outcome(method, argv):
     """Parse and try the options of a method; return them, or None where they are refused in one line."""
-    arguments = importlib.import_module(METHODS[method][0]).ARGUMENTS
+    arguments = load_method(method).arguments
     try:
         instances = parse_arguments(arguments, argv, prog=f"hf-pretrain {method}", description="")
         check_training_options(instances[-1])

@@ -1,6 +1,5 @@
 """Options from dataclasses, recipes and the command line: types, precedence, refusals, and back to a recipe."""
 
-import importlib
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from enum import StrEnum
@@ -10,9 +9,10 @@ from typing import Literal
 import pytest
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SchedulerType
 
-from hf_pretrain.cli import METHODS
+from hf_pretrain.cli import METHODS, load_method
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments, resolved_options, write_recipe
@@ -303,7 +303,7 @@ def test_there_are_recipes():
 def test_every_recipe_parses_by_path_and_by_name(path, tmp_path):
     program, method = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").split()
     assert program == "hf-pretrain"
-    arguments = importlib.import_module(METHODS[method][0]).ARGUMENTS
+    arguments = load_method(method).arguments
     beside = ["--output_dir", str(tmp_path), "--use_cpu", "true"]
     for spelling in (str(path), path.stem, path.name):
         instances = parse("--config", spelling, *beside, types=arguments)
@@ -321,7 +321,7 @@ def test_every_recipe_parses_by_path_and_by_name(path, tmp_path):
 
 def program(method, *argv, config=None):
     recipe_option = [] if config is None else ["--config", config]
-    arguments = importlib.import_module(METHODS[method][0]).ARGUMENTS
+    arguments = load_method(method).arguments
     return parse_arguments(arguments, [*recipe_option, *argv], prog=f"hf-pretrain {method}", description="")
 
 
@@ -493,12 +493,14 @@ def test_what_transformers_refuses_is_one_line_too(argv, tmp_path):
     with pytest.raises(InputError) as refused:
         program("mlm", *argv, "--output_dir", str(tmp_path))
     assert len(" ".join(str(refused.value).split())) < 1000
+    # Nothing of the refused options stays in the process.
+    assert not is_deepspeed_zero3_enabled()
 
 
 def test_a_parser_of_transformers_takes_the_options_too(tmp_path):
     """Scripts use it: no field may carry what argparse does not know."""
     for method in METHODS:
-        for cls in importlib.import_module(METHODS[method][0]).ARGUMENTS:
+        for cls in load_method(method).arguments:
             assert HfArgumentParser(cls).format_help
 
 
@@ -521,9 +523,6 @@ def test_names_of_other_programs_lead_to_the_option_here(typed, meant):
 
 def test_every_synonym_leads_to_an_option():
     options = {
-        field.name
-        for method in METHODS
-        for cls in importlib.import_module(METHODS[method][0]).ARGUMENTS
-        for field in dataclass_fields(cls)
+        field.name for method in METHODS for cls in load_method(method).arguments for field in dataclass_fields(cls)
     }
     assert set(_SYNONYMS.values()) <= options and not set(_SYNONYMS) & options - {"max_length"}

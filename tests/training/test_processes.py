@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from hf_pretrain import cli
 from hf_pretrain.errors import RunError, StoppedError, Terminated
 from hf_pretrain.files import is_whole
-from hf_pretrain.training.checkpoints import reported_faults
-from hf_pretrain.training.processes import Stopping, StopWhenAsked, stopping_on_sigterm
+from hf_pretrain.training.processes import Stopping, StopWhenAsked, reported_faults, stopping_on_sigterm
 from hf_pretrain.training.program import run
 from method_matrix import build, programs
 from two_ranks import run_on_two_ranks
@@ -108,11 +107,15 @@ class TestSigterm:
         assert worker.exitcode == -signal.SIGKILL
 
     def test_a_forked_process_takes_it_as_usual(self):
+        ready, begun = os.pipe()
         with stopping_on_sigterm():
             process = os.fork()
             if not process:
+                os.write(begun, b"!")
                 time.sleep(30)
                 os._exit(0)
+            # A signal is lost that comes while a process is being forked.
+            os.read(ready, 1)
             os.kill(process, signal.SIGTERM)
             assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
 
@@ -168,7 +171,7 @@ def test_two_ranks(tmp_path):
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0]["order"] < seen[1]["order"]
     # ddp_timeout is kept, on a CPU too.
-    assert "timeout" in seen[0] and seen[0]["waited"] < 5
+    assert "timeout" in seen[0] and seen[0]["waited"] < 3.5
     assert seen[0]["stopped"] == seen[1]["stopped"] and seen[0]["stopped"] in (3, 4, 5)
     assert is_whole(tmp_path / "out" / f"checkpoint-{seen[0]['stopped']}")
     assert [len(row["said"]) for row in seen] == [1, 0]

@@ -22,7 +22,7 @@ from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.output_folder import OutputFolder, output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import run
-from method_matrix import TINY_TRAINING, data_for, known_options, programs, tiny_data, tiny_model_options
+from method_matrix import data_for, programs, tiny_data, tiny_model_options
 
 PROGRAMS = programs()
 
@@ -485,7 +485,7 @@ def ran(program, folder, *argv):
         tiny += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     argv = [*tiny, "--output_dir", str(folder), "--bf16", "false", *argv]
     argv = ["--logging_steps", "1", "--max_steps", "2", "--warmup_steps", "0", "--save_strategy", "no", *argv]
-    options = parse_arguments(program.ARGUMENTS, argv, prog="hf-pretrain", description="")
+    options = parse_arguments(program.arguments, argv, prog="hf-pretrain", description="")
     with output_directory(options[-1]):
         trainer = program.build_trainer(data_for(program), options[1], options[-1])
         run(trainer, options)
@@ -494,7 +494,7 @@ def ran(program, folder, *argv):
 
 def tiny_options(program):
     """What makes a program's model tiny, and its training fit the tiny text."""
-    return tiny_model_options(program) | known_options(program.ARGUMENTS[-1], TINY_TRAINING)
+    return tiny_model_options(program) | dict(program.tiny_options)
 
 
 class TestRun:

@@ -11,7 +11,7 @@ from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import RecurrentMemory
-from hf_pretrain.training.recurrence import LaneMemory
+from hf_pretrain.objectives.recurrence import LaneMemory
 from method_matrix import log_of, relative_difference, tiny_tokenizer
 from toy_recurrence import MEMORY_SIZE, TWO_RANKS, build_toy, documents, watch_lanes
 from two_ranks import run_on_two_ranks

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_pretrain import cli
-from hf_pretrain.training import program, rehearsal
+from hf_pretrain.training import rehearsal
 from method_matrix import programs, teacher_of
 
 PROGRAMS = programs()
@@ -90,7 +91,7 @@ RIGHT = {
 def argv_of(method, folder, words):
     program = PROGRAMS[method]
     options = {"train_file": NOWHERE, "output_dir": str(folder), "report_to": "none", "bf16": "false"}
-    fields = set().union(*(cls.__dataclass_fields__ for cls in program.ARGUMENTS))
+    fields = set().union(*(cls.__dataclass_fields__ for cls in program.arguments))
     teacher = teacher_of(program)
     options |= {"teacher_name_or_path": teacher, "block_size": 24, "max_length": 24} if teacher else SIZES
     for word in filter(None, words.split(" ") if "{" not in words else words.replace(": ", ":").split(" ")):
@@ -190,9 +191,7 @@ def test_a_rehearsal_that_is_itself_wrong_refuses_nothing(tmp_path, capsys, monk
         return tokenizer.no_such_method()
 
     argv = argv_of("mlm", tmp_path / "out", "")[1:]
-    mlm = PROGRAMS["mlm"]
-    options = {"name": "mlm", "description": "", "arguments": mlm.ARGUMENTS, "build_trainer": mlm.build_trainer}
-    assert cli.run_program(lambda argv: program.train_method(argv, **options, made_up=broken), argv) == 2
+    assert cli.run_program(replace(PROGRAMS["mlm"], made_up=broken).run, argv) == 2
     assert "no file" in capsys.readouterr().err
 
 

@@ -12,7 +12,8 @@ from hf_pretrain.hub.card import add_evaluation, render_card
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import training_figures
 from hf_pretrain.hub.record import read_record
-from hf_pretrain.training.card import describe_run
+from hf_pretrain.hub.run import describe_run
+from hf_pretrain.hub.text import number
 from hf_pretrain.training.program import print_report
 from method_matrix import build, programs, tiny_data
 
@@ -36,6 +37,14 @@ def test_the_record_holds_exactly_the_facts_of_the_card(finished):
     trainer, folder = finished
     assert read_record(folder) == describe_run(trainer)
     assert str(folder.parent) not in (folder / "pretraining" / "run.json").read_text()
+
+
+def test_before_training_is_step_0_and_after_training_is_the_last_step(finished):
+    trainer, folder = finished
+    first, *_, last = [row for row in trainer.state.log_history if "eval_loss" in row]
+    assert (first["step"], last["step"]) == (0, 2) and first["eval_loss"] != last["eval_loss"]
+    for facts in (describe_run(trainer), read_record(folder)):
+        assert (facts.metrics_before, facts.metrics_after) == (first, last)
 
 
 def test_a_dataset_of_the_hub_is_in_the_metadata(finished):
@@ -182,14 +191,22 @@ def test_evaluations_of_another_run_of_the_folder_are_dropped(tmp_path):
         assert describe_run(trainer).evaluations == (PROBE,)
 
 
-def test_a_student_is_compared_anew_when_it_has_learned_more(tmp_path, monkeypatch):
-    """A card that is pushed while training compares what the student is then."""
-    trainer, compared = build(programs()["distil"], tmp_path, max_steps=2), []
-    monkeypatch.setattr(trainer, "compare", lambda: compared.append(trainer.state.global_step) or {})
-    for step in (1, 1, 2, 2):
-        trainer.state.global_step = step
-        trainer.comparison_rows()
-    assert compared == [1, 2]
+def test_a_student_is_compared_by_the_numbers_of_its_own_weights(tmp_path):
+    """The table has the numbers of the log, of the whole held-out text, or none; sizes and times are measured once."""
+    trainer = build(programs()["distil"], tmp_path, max_steps=2)
+    costs = [row for row in trainer.comparison_rows() if row[0] != ""]
+    assert {"Parameters", "Speed-up, batch of 1"} <= {row[0] for row in costs}
+    assert "MLM loss" not in {row[0] for row in costs}
+    trainer.train()
+    metrics = trainer.evaluate()
+    rows = {row[0]: row[1:] for row in trainer.comparison_rows()}
+    assert rows["MLM loss"] == (number(metrics["eval_mlm_loss"]), number(metrics["eval_teacher_mlm_loss"]))
+    assert rows["Same prediction as the teacher"] == (number(metrics["eval_agreement"]), "")
+    assert rows["Divergence from the teacher, nats"] == (number(metrics["eval_kl"]), "")
+    assert all(rows[row[0]] == row[1:] for row in costs)
+    with torch.no_grad():
+        trainer.model.student.get_input_embeddings().weight.mul_(1.5)
+    assert trainer.comparison_rows() == [("", "Student", "Teacher"), *costs]
 
 
 def test_an_adapter_is_called_one(tmp_path, capsys, monkeypatch):

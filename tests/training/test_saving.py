@@ -267,8 +267,8 @@ class Uploads:
     def __init__(self, trainer, monkeypatch):
         self.jobs, self.asked, self.root_weights = [], [], []
         self.trainer = trainer
-        trainer.args.push_to_hub, trainer.hub_model_id, trainer.push_in_progress = True, "tester/model", None
-        monkeypatch.setattr(trainer, "_upload", self.upload)
+        trainer.args.push_to_hub, trainer.hub_model_id = True, "tester/model"
+        monkeypatch.setattr(trainer.pushing, "upload", self.upload)
 
     def upload(self, folder, **options):
         self.asked.append((Path(folder).name, options.get("path_in_repo")))

@@ -1,6 +1,8 @@
 """Loss weights and mask rates that change in the course of training."""
 
-from dataclasses import dataclass, field
+import copy
+import pickle
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +13,10 @@ from torch.utils.data import DataLoader
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
+from hf_pretrain.options import schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.parsing import parse_arguments, resolved_options
 from method_matrix import BLOCK_SIZE, build, programs, tiny_tokenizer
 
 MLM = programs()["mlm"]
@@ -21,11 +24,10 @@ MLM = programs()["mlm"]
 
 @dataclass
 class WeightedArguments(MaskedLMTrainingArguments):
-    mlm_weight: float = field(default=2.0)
-    mlm_weight_schedule: str | None = field(default=None)
+    mlm_weight: float | str = field(default=2.0)
 
 
-WEIGHTED = SimpleNamespace(ARGUMENTS=(*MLM.ARGUMENTS[:2], WeightedArguments), build_trainer=MLM.build_trainer)
+WEIGHTED = replace(MLM, arguments=(*MLM.arguments[:2], WeightedArguments))
 
 
 def step_rows(trainer):
@@ -57,7 +59,7 @@ class TestLossWeight:
     def test_the_gradient_of_each_step_has_its_weight(self, tmp_path, schedule, weights):
         plain = build(MLM, tmp_path / "plain", **self.OPTIONS)
         plain.train()
-        trainer = build(WEIGHTED, tmp_path / "scheduled", mlm_weight_schedule=schedule, **self.OPTIONS)
+        trainer = build(WEIGHTED, tmp_path / "scheduled", mlm_weight=schedule, **self.OPTIONS)
         trainer.train()
         for step, weight in enumerate(weights):
             unweighted, row = plain.recorder.gradients[step], step_rows(trainer)[step]
@@ -66,17 +68,15 @@ class TestLossWeight:
             assert row["mlm_weight"] == pytest.approx(weight)
             assert row["loss"] == pytest.approx(weight * row["mlm_loss"], rel=1e-4)
 
-    def test_evaluation_keeps_to_the_constant_weight(self, tmp_path):
-        trainer = build(
-            WEIGHTED, tmp_path, mlm_weight_schedule="0:0, 1:5", eval_strategy="steps", eval_steps=1, **self.OPTIONS
-        )
+    def test_evaluation_uses_the_last_weight(self, tmp_path):
+        trainer = build(WEIGHTED, tmp_path, mlm_weight="0:0, 1:5", eval_strategy="steps", eval_steps=1, **self.OPTIONS)
         trainer.train()
         rows = [row for row in trainer.state.log_history if "eval_loss" in row]
         assert len(rows) == 4
-        assert all(row["eval_loss"] == pytest.approx(2.0 * row["eval_mlm_loss"]) for row in rows)
+        assert all(row["eval_loss"] == pytest.approx(5.0 * row["eval_mlm_loss"]) for row in rows)
 
     def test_a_resume_goes_on_with_the_schedule(self, tmp_path):
-        options = {**self.OPTIONS, "mlm_weight_schedule": "0:0, 4:4", "save_strategy": "steps", "save_steps": 2}
+        options = {**self.OPTIONS, "mlm_weight": "0:0, 4:4", "save_strategy": "steps", "save_steps": 2}
         build(WEIGHTED, tmp_path, **options).train()
         resumed = build(WEIGHTED, tmp_path, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -101,7 +101,7 @@ class TestMaskRate:
             MLM,
             folder,
             **{
-                "mlm_probability_schedule": cls.SCHEDULE,
+                "mlm_probability": cls.SCHEDULE,
                 "max_steps": 8,
                 "per_device_train_batch_size": batch,
                 "gradient_accumulation_steps": accumulation,
@@ -162,14 +162,14 @@ class TestMaskRate:
             rows = [label[mask.bool()].tolist() for label, mask in zip(labels, masks, strict=True)]
             assert rows == [row_labels for _, row_labels in whole.steps[5 + step]]
 
-    def test_evaluation_keeps_to_the_constant_rate(self, whole, tmp_path):
-        constant = build(MLM, tmp_path)
+    def test_evaluation_uses_the_last_rate(self, whole, tmp_path):
+        constant = build(MLM, tmp_path, mlm_probability=0.1)
         examples = [constant.eval_dataset[i] for i in range(len(constant.eval_dataset))]
         expected, batch = constant.data_collator(examples), whole.trainer.data_collator(examples)
         assert all(torch.equal(values, expected[name]) for name, values in batch.items())
 
     def test_shares_are_of_all_steps(self, tmp_path):
-        trainer = self.build(tmp_path, mlm_probability_schedule="0%:0.5, 100%:0.1", max_steps=4)
+        trainer = self.build(tmp_path, mlm_probability="0%:0.5, 100%:0.1", max_steps=4)
         steps = record_steps(trainer)
         trainer.train()
         for rate, rows in zip((0.5, 0.4, 0.3, 0.2), steps.values(), strict=True):
@@ -181,27 +181,46 @@ class TestMaskRate:
         corpus = tmp_path / "corpus.txt"
         corpus.write_text("w1 w2 w3.\n")
         stream = StreamingBlocks([corpus], tokenizer=tiny_tokenizer(), block_size=BLOCK_SIZE)
-        with pytest.raises(InputError, match="mlm_probability_schedule needs each example's place"):
+        with pytest.raises(InputError, match="mlm_probability='.*' needs each example's step"):
             type(known)(known.model, known.args, train_dataset=stream, data_collator=known.data_collator)
 
 
 class TestOptions:
-    @pytest.mark.parametrize("name", ["mlm_weight_schedule", "mlm_probability_schedule"])
+    @pytest.mark.parametrize("name", ["mlm_weight", "mlm_probability"])
     def test_a_wrong_schedule_is_refused_with_the_options(self, tmp_path, name):
-        with pytest.raises(InputError, match=f"{name}='0.3' is no schedule"):
-            WeightedArguments(output_dir=str(tmp_path), **{name: "0.3"})
+        with pytest.raises(InputError, match=f"{name}='0.3x' is no number and no schedule"):
+            WeightedArguments(output_dir=str(tmp_path), **{name: "0.3x"})
 
     def test_recipes_and_the_command_line_hold_schedules(self, tmp_path):
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("mlm_weight_schedule: 0%:1, 50%:2\nmlm_probability_schedule: '0:0.3, 10:0.15'\n")
+        recipe.write_text("mlm_weight: 0%:1, 50%:2\nmlm_probability: '0:0.3, 10:0.15'\n")
         options = ["--config", str(recipe), "--output_dir", str(tmp_path)]
         args = parse_arguments([WeightedArguments], options, prog="toy", description="A toy.")[0]
-        schedules = args.parse_schedules()
+        schedules = schedules_of(args)
         assert sorted(schedules) == ["mlm_probability", "mlm_weight"]
         assert schedules["mlm_weight"].at(1, 4) == 1.5
-        given = ["--mlm_probability_schedule", "0%:0.4,100%:0.2"]
+        given = ["--mlm_probability", "0%:0.4,100%:0.2"]
         args = parse_arguments([WeightedArguments], [*options, *given], prog="toy", description="A toy.")[0]
-        assert args.masking.parse_mask_rates().at(5, 10) == pytest.approx(0.3)
+        assert args.masking.mlm_probability.at(5, 10) == pytest.approx(0.3)
+        assert resolved_options([args])["mlm_probability"] == "0%:0.4,100%:0.2"
+
+    def test_a_number_is_a_number_from_everywhere(self, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("mlm_weight: 3\n")
+        options = ["--config", str(recipe), "--mlm_probability", "0.25", "--output_dir", str(tmp_path)]
+        args = parse_arguments([WeightedArguments], options, prog="toy", description="A toy.")[0]
+        assert (args.mlm_weight, args.mlm_probability) == (3.0, 0.25) and not schedules_of(args)
+        assert WeightedArguments(output_dir=str(tmp_path), mlm_weight="0.5").mlm_weight == 0.5
+
+    @pytest.mark.parametrize("name", ["mlm_weight", "mlm_probability"])
+    def test_the_option_of_earlier_versions_is_answered_with_the_new_one(self, tmp_path, name):
+        with pytest.raises(InputError, match=f"give the schedule to '--{name}', which takes a number or a schedule"):
+            parse_arguments([WeightedArguments], [f"--{name}_schedule", "0:1, 2:0"], prog="toy", description="A toy.")
+
+    def test_a_copy_is_the_same_schedule(self, tmp_path):
+        args = WeightedArguments(output_dir=str(tmp_path), mlm_weight="0:0, 4:1")
+        for again in (copy.deepcopy(args).mlm_weight, pickle.loads(pickle.dumps(args.mlm_weight))):
+            assert again == args.mlm_weight and again.at(1, 4) == 0.25 and float(again) == 1.0
 
     def test_none_is_set_by_default(self, tmp_path):
-        assert PretrainingArguments(output_dir=str(tmp_path)).parse_schedules() == {}
+        assert schedules_of(PretrainingArguments(output_dir=str(tmp_path))) == {}

@@ -58,7 +58,7 @@ def test_a_resume_reads_on_and_takes_every_example_once(tmp_path, text):
             trainer.train(resume_from_checkpoint=checkpoint)
             states = [json.loads((tmp_path / "run" / f"checkpoint-{n}" / STREAM_STATE).read_text()) for n in (4, 8)]
             before, after = (StreamProgress.from_json(state["progress"]) for state in states)
-            assert (before.num_lanes, after.num_lanes) == (1, 2)
+            assert (before.num_readers, after.num_readers) == (1, 2)
             assert after.num_batches == 8
         else:
             trainer = build(MLM, tmp_path / "run", data, **options)

@@ -1,6 +1,7 @@
 """The base Trainer: what it refuses, what it logs, how it seeds, streams and evaluates."""
 
 import itertools
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -8,15 +9,19 @@ import pytest
 import torch
 from accelerate.utils.memory import release_memory
 from safetensors.torch import load_file
-from transformers import TrainerCallback, integrations
+from transformers import Trainer, TrainerCallback, integrations
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.objectives.distillation.trainer import TaskDistillationTrainer
+from hf_pretrain.objectives.recurrence import RecurrentTrainer
+from hf_pretrain.objectives.replaced_token_detection.trainer import ReplacedTokenDetectionTrainer
 from hf_pretrain.training import trainer as trainer_module
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.trainer import PretrainingTrainer
 from method_matrix import BLOCK_SIZE, build, log_of, programs, tiny_data, tiny_examples
 
 PROGRAMS = programs()
@@ -114,6 +119,38 @@ class TestRefusals:
             type(known)(known.model, known.args, train_dataset=object())
 
 
+class TestTableOfOverriddenMethods:
+    """The docstring of the Trainer names what is overridden of the stock one, and which method does it."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def trainers(cls):
+        found, new = set(), {PretrainingTrainer}
+        while new:
+            found |= new
+            new = {sub for kind in new for sub in kind.__subclasses__()}
+        return {kind for kind in found if kind.__module__.startswith("hf_pretrain.")}
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def table(cls):
+        return dict(re.findall(r"^ +\| `(\w+)` \| (.+) \|$", PretrainingTrainer.__doc__, flags=re.MULTILINE))
+
+    @staticmethod
+    def overridden(trainer):
+        return {name for name in vars(trainer) if callable(getattr(Trainer, name, None)) and not name.startswith("__")}
+
+    def test_it_is_complete_and_true(self, trainers, table):
+        assert {RecurrentTrainer, ReplacedTokenDetectionTrainer, TaskDistillationTrainer} <= trainers
+        assert table.keys() == set().union(*map(self.overridden, trainers))
+
+    def test_it_says_which_methods_override_what(self, trainers, table):
+        for trainer in trainers - {PretrainingTrainer}:
+            label = trainer.objective.name if hasattr(trainer, "objective") else "memory"
+            named = {name for name, reason in table.items() if re.search(rf"(^|; ){label}: ", reason)}
+            assert named == self.overridden(trainer), label
+
+
 class TestLog:
     @pytest.mark.parametrize(
         ("program", "components", "measured"),
@@ -169,8 +206,8 @@ class TestLog:
         resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{save_steps}"))
         assert [row["num_tokens"] for row in step_rows(resumed)] == [row["num_tokens"] for row in step_rows(straight)]
 
-    @pytest.mark.parametrize("sets", [1, 3])
-    def test_evaluation_does_not_count_as_training_time(self, tmp_path, monkeypatch, sets):
+    @pytest.mark.parametrize(("sets", "logging_steps"), [(1, 1), (3, 1), (1, 2)])
+    def test_evaluation_does_not_count_as_training_time(self, tmp_path, monkeypatch, sets, logging_steps):
         """With a clock that goes one second a training step and a hundred an evaluation of a set."""
         clock = FakeClock()
         monkeypatch.setattr(trainer_module, "time", clock)
@@ -179,14 +216,15 @@ class TestLog:
         )
         data = tiny_data()
         data.eval_dataset = held_out
-        trainer = build(MLM, tmp_path, data, max_steps=3, eval_strategy="steps", eval_steps=1, eval_on_start=True)
+        options = {"max_steps": 4, "logging_steps": logging_steps, "eval_on_start": True}
+        trainer = build(MLM, tmp_path, data, eval_strategy="steps", eval_steps=1, **options)
         monkeypatch.setattr(trainer, "training_step", clock.after(1.0, trainer.training_step))
         monkeypatch.setattr(trainer, "evaluation_loop", clock.after(100.0, trainer.evaluation_loop))
         trainer.train()
         rows = step_rows(trainer)
         tokens = [b - a for a, b in itertools.pairwise([0, *(row["num_tokens"] for row in rows)])]
-        assert clock.now == 3 + 4 * sets * 100
-        assert [row["tokens_per_second"] for row in rows] == tokens
+        assert clock.now == 4 + 5 * sets * 100 and len(rows) == 4 // logging_steps
+        assert [row["tokens_per_second"] for row in rows] == [round(count / logging_steps, 1) for count in tokens]
 
     def test_time_between_two_trainings_does_not_count(self, tmp_path, monkeypatch):
         clock = FakeClock()

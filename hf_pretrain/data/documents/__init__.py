@@ -1,1 +1,4 @@
-"""From text to tokens: words and sentences, tokenizers, documents, and the store that holds them."""
+"""From text to documents: tokens in Arrow files, with the words and sentences of the text marked on them.
+
+words -> tokenizers (training one) -> documents (tokenizing) -> token_store (reading ranges of tokens).
+"""

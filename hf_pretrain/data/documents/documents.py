@@ -1,8 +1,8 @@
-"""Where sentences begin: a fast splitter by regular expression, and the interface of any other.
+"""From text to documents: one row a document, tokens with the words and sentences of the text marked on them.
 
-A splitter is a callable from a text to the ascending character offsets at which its sentences start.
-
-From text to documents: one row a document, tokens with the words and sentences of the text marked on them.
+`tokenize_documents` maps a dataset of texts to an Arrow file in the document schema; `tokenize_texts` does the same in
+memory, for streams. Sentences are found by a splitter: a callable from a text to the ascending character offsets at
+which its sentences start. `sentence_starts` is the usual one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SentenceSplitter = Callable[[str], Sequence[int]]
 _FULL_STOPS = ".!?…؟۔।॥։።"
 _WIDE_STOPS = "。！？｡．"
 _CLOSERS = "\"'”’»›)\\]}」』）】》〉］｝〕"
-# A bound, lest a long run of stops be read to its end from each of them.
+# A bound: else a long run of stops would be read to its end from each of them.
 _MOST_CLOSERS = 8
 _LETTERS = [chr(point) for point in range(0x2000)]
 _LOWER = "".join(letter for letter in _LETTERS if letter.islower())
@@ -53,6 +53,25 @@ _ABBREVIATIONS = (
 _LONGEST = max(map(len, _ABBREVIATIONS))
 
 
+DOCUMENT_FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "word_starts": datasets.List(datasets.Value("bool")),
+        "sent_starts": datasets.List(datasets.Value("bool")),
+        "doc_id": datasets.Value("int64"),
+    }
+)
+# Longer documents go through the tokenizer in pieces, cut at white space, and pieces in groups of about this size: a
+# Python object a token is too much for a long book otherwise.
+_PIECE_CHARACTERS = 1 << 20
+_GROUP_CHARACTERS = 1 << 21
+# Part of every fingerprint: raise it when the documents of the same text change.
+_VERSION = 2
+# A stored document has these counts beside the columns of the schema.
+_COUNTS = ("characters", "unknown_characters", "unknown_tokens")
+_MOST_WEIGHT = 1000
+
+
 def _guards(initials: str) -> str:
     """Return look-behinds that refuse the full stop of an abbreviation, an initial or a number that counts a line."""
     by_length = [[re.escape(word) for word in _ABBREVIATIONS if len(word) == n] for n in range(1, _LONGEST + 1)]
@@ -63,7 +82,7 @@ def _guards(initials: str) -> str:
 
 
 def _boundary(not_before: str, initials: str) -> re.Pattern[str]:
-    """Compile what lies between two sentences: a match ends where the next one starts.
+    """Compile the boundary between two sentences: a match ends where the next sentence starts.
 
     A class of characters comes first, so that the engine skips to the next candidate; the branches then look back.
     """
@@ -112,25 +131,6 @@ def one_per_line(text: str) -> list[int]:
             starts.append(offset)
         offset += len(line) + 1
     return starts
-
-
-DOCUMENT_FEATURES = datasets.Features(
-    {
-        "input_ids": datasets.List(datasets.Value("int32")),
-        "word_starts": datasets.List(datasets.Value("bool")),
-        "sent_starts": datasets.List(datasets.Value("bool")),
-        "doc_id": datasets.Value("int64"),
-    }
-)
-# Longer documents go through the tokenizer in pieces, cut at white space, and pieces in groups of about this size: a
-# Python object a token is too much for a long book otherwise.
-_PIECE_CHARACTERS = 1 << 20
-_GROUP_CHARACTERS = 1 << 21
-# Part of every fingerprint: raise it when the documents of the same text change.
-_VERSION = 2
-# Beside those of the schema, a stored document has what is counted of it.
-_COUNTS = ("characters", "unknown_characters", "unknown_tokens")
-_MOST_WEIGHT = 1000
 
 
 @dataclass
@@ -214,7 +214,7 @@ def tokenize_texts(
         tokenizer: A fast tokenizer, because the words are found by character offsets.
         sentence_splitter: Returns the offsets at which the sentences of a text start.
         word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
-        unknown: What is unknown in the texts is added to it.
+        unknown: The counts of the texts are added to it.
 
     Returns:
         The columns ``input_ids`` (``int32 [n]`` a text), ``word_starts`` and ``sent_starts`` (``bool [n]``), with one
@@ -242,12 +242,12 @@ def _counted_columns(
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "word_starts", "sent_starts", *_COUNTS)}
     for text, tokens in zip(texts, _tokenize(texts, tokenizer), strict=True):
         kinds = character_kinds(text)
-        places = next_visible(kinds, tokens.starts)
+        visible = next_visible(kinds, tokens.starts)
         words = word_starts(text, segmenter=word_segmenter, kinds=kinds)
         sentences = np.asarray(sentence_splitter(text), dtype=np.int64)
         columns["input_ids"].append(tokens.ids)
-        columns["word_starts"].append(_begins_unit(words, places))
-        columns["sent_starts"].append(_begins_unit(sentences, places))
+        columns["word_starts"].append(_begins_unit(words, visible))
+        columns["sent_starts"].append(_begins_unit(sentences, visible))
         for name, count in zip(_COUNTS, _count_unknown(tokens, kinds, tokenizer.unk_token_id), strict=True):
             columns[name].append(count)
     return columns
@@ -273,10 +273,10 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _begins_unit(unit_starts: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return whether each place is the first of its unit among the places: ``bool [n]``, the first always."""
-    units = np.searchsorted(unit_starts, places, side="right")
-    begins = np.ones(len(places), dtype=np.bool_)
+def _begins_unit(unit_starts: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Return whether each visible character is the first of its unit here: ``bool [n]``, the first always."""
+    units = np.searchsorted(unit_starts, visible, side="right")
+    begins = np.ones(len(visible), dtype=np.bool_)
     begins[1:] = units[1:] != units[:-1]
     return begins
 
@@ -377,14 +377,14 @@ def tokenize_documents(
     """Tokenize a dataset of texts into the document schema, once: the result is an Arrow file that is found again.
 
     Args:
-        texts: Dataset with a column ``text``, and ``lang`` where languages are told apart.
+        texts: Dataset with a column ``text``, and perhaps ``lang``.
         tokenizer: A fast tokenizer.
         sentence_splitter: Returns the offsets at which the sentences of a text start.
         word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
         num_proc: Processes to work in; the tokenizer uses threads anyway where there is one process.
         batch_size: Texts in one call of the tokenizer.
         keep_empty: Whether texts without tokens stay, so that there is one document for each text.
-        unknown: What is unknown in the texts is added to it, also where the documents were made before.
+        unknown: The counts of the texts are added to it, also where the documents were made before.
 
     Returns:
         Dataset with ``input_ids``, ``word_starts``, ``sent_starts``, ``doc_id`` and, if given, ``lang``, in the order

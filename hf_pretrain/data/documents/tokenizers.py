@@ -1,9 +1,8 @@
-"""Special tokens around the texts of a tokenizer that was trained here.
+"""Tokenizers: choosing a kind for a text, training one, framing it as XLM does, and checking one that is given.
 
-Training a tokenizer whose tokens never reach over two words, and checking one that is given.
-
-All kinds split the text as `hf_pretrain.data.documents.words` does before they look for sub-words, so that a model's vocabulary
-does not decide what whole-word masking calls a word. Training twice on the same texts gives the same vocabulary.
+All kinds split the text as `hf_pretrain.data.documents.words` does before they look for sub-words. So no token reaches
+over two words, and a model's vocabulary does not decide what whole-word masking calls a word. Training twice on the
+same texts gives the same vocabulary.
 """
 
 from __future__ import annotations
@@ -46,36 +45,10 @@ from hf_pretrain.data.documents.words import (
     encodable,
     word_starts,
 )
-from hf_pretrain.errors import InputError
-
-
-def frame_by_separators(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Let a tokenizer put its separator where XLM does: ``</s> x </s>`` around a text, ``</s> x </s> y </s>`` around two.
-
-    As XLM's, it has then the one token for ``cls_token``, ``sep_token`` and ``eos_token``. What was the classification token
-    is the ``bos_token``, as XLM's ``<s>`` that it never puts anywhere. Saved and opened again it is the same.
-
-    Args:
-        tokenizer: A tokenizer as `train_tokenizer` returns it, of any kind; changed in place.
-
-    Source:
-        `XLMTokenizer` of transformers, which is written in Python and gives no character offsets.
-    """
-    separator = tokenizer.sep_token
-    if tokenizer.bos_token is None:
-        tokenizer.bos_token = tokenizer.cls_token
-    tokenizer.cls_token = tokenizer.eos_token = separator
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{separator}:0 $A:0 {separator}:0",
-        pair=f"{separator}:0 $A:0 {separator}:0 $B:1 {separator}:1",
-        special_tokens=[(separator, tokenizer.sep_token_id)],
-    )
-
+from hf_pretrain.errors import InputError, check_choice
 
 logger = logging.get_logger(__name__)
-
 TokenizerKind = Literal["wordpiece", "bpe", "unigram"]
-
 _BERT_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -106,7 +79,7 @@ _LONGEST_WORD, _MOST_PARTS = 1000, 100
 _UNBROKEN_CHARACTERS = 1 << 22
 # Below so many characters a training takes no more than about two seconds.
 _QUICK_CHARACTERS = {"wordpiece": 1 << 22, "bpe": 1 << 22, "unigram": 1 << 18}
-# What a text is like shows in its beginning, and in no more than so much of any document.
+# A tokenizer is chosen by so many characters of the text, and so many at most of one document.
 _LOOKED_AT, _LOOKED_AT_IN_ONE = 1 << 20, 1 << 13
 # Words are longer than this in no language that separates them, but for single ones.
 _LONG_WORD = 25
@@ -131,7 +104,7 @@ class TokenizerChoice(NamedTuple):
 
 
 def choose_tokenizer(texts: Iterable[str | None]) -> TokenizerChoice:
-    """Choose the tokenizer to train by what the text is, from its first million characters.
+    """Choose the tokenizer to train by the first million characters of the text.
 
     WordPiece in lower case, as BERT's, where words are separated. Byte-level BPE that keeps the case for program code and
     for long runs of ASCII letters (DNA, proteins, base64), of which it loses nothing. Unigram for scripts that are written
@@ -141,12 +114,7 @@ def choose_tokenizer(texts: Iterable[str | None]) -> TokenizerChoice:
         texts: The texts; the same texts give the same choice.
     """
     look = _look_at(texts)
-    shares = {
-        "long": look.long / max(look.visible, 1),
-        "operators": look.operators / max(look.visible, 1),
-        "kana": look.kana / max(look.visible, 1),
-        "joiners": look.joiners / max(look.visible, 1),
-    }
+    shares = {name: getattr(look, name) / max(look.visible, 1) for name in ("long", "operators", "kana", "joiners")}
     if shares["operators"] >= _LEAST_OPERATOR_SHARE:
         reason = f"operators and brackets are {shares['operators']:.0%} of the text, as in program code"
         return TokenizerChoice("bpe", False, reason)
@@ -193,8 +161,8 @@ def _look_at(texts: Iterable[str | None]) -> _Look:
         look.operators += len(_OPERATORS.findall(part))
         if any(joiner in part for joiner in _JOINERS):
             letter = np.concatenate([[False], (kinds == LETTER) | (kinds == MARK), [False]])
-            places = np.array([place for place, character in enumerate(part) if character in _JOINERS])
-            look.joiners += int((letter[places] & letter[places + 2]).sum())
+            found = np.array([index for index, character in enumerate(part) if character in _JOINERS])
+            look.joiners += int((letter[found] & letter[found + 2]).sum())
         if (room := room - len(part)) <= 0:
             break
     return look
@@ -234,24 +202,24 @@ def train_tokenizer(
     Source:
         Schuster and Nakajima (2012) as in BERT; Sennrich et al. (2016) as in GPT-2 and RoBERTa; Kudo (2018).
     """
-    if kind not in get_args(TokenizerKind):
-        raise InputError(f"tokenizer_type={kind!r} is unknown; choose one of {', '.join(get_args(TokenizerKind))}")
+    check_choice(kind, get_args(TokenizerKind), name="tokenizer_type")
     if iter(texts) is texts:
         texts = list(texts)
     if not any((text or "").strip() for text in texts):
         raise InputError("texts hold no text to train a tokenizer on; check the files")
     learned = _LearnedTexts.of(texts, kind)
-    options: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "lowercase": lowercase,
-        "strip_accents": strip_accents,
-        "model_max_length": model_max_length,
-    }
-    if kind == "wordpiece":
-        return _train_wordpiece(learned, min_frequency=min_frequency, **options)
-    if kind == "bpe":
-        return _train_bpe(learned, min_frequency=min_frequency, **options)
-    return _train_unigram(learned, **options)
+    train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}[kind]
+    return train(learned, _Options(vocab_size, lowercase, strip_accents, model_max_length, min_frequency))
+
+
+class _Options(NamedTuple):
+    """The options of `train_tokenizer`."""
+
+    vocab_size: int
+    lowercase: bool
+    strip_accents: bool
+    model_max_length: int
+    min_frequency: int
 
 
 @dataclass
@@ -272,7 +240,7 @@ class _LearnedTexts:
 
     @classmethod
     def of(cls, texts: Iterable[str | None], kind: TokenizerKind) -> _LearnedTexts:
-        """Look through the texts for words that are too long, and say what becomes of them."""
+        """Look through the texts for words that are too long, and warn of them."""
         total = num_long = num_characters = 0
         for text in texts:
             lengths = [stop - start for start, stop in _too_long(text or "")]
@@ -331,33 +299,24 @@ def _too_long(text: str) -> list[tuple[int, int]]:
     return found
 
 
-def _train_wordpiece(
-    learned: _LearnedTexts,
-    *,
-    vocab_size: int,
-    lowercase: bool,
-    strip_accents: bool,
-    model_max_length: int,
-    min_frequency: int,
-) -> BertTokenizer:
+def _train_wordpiece(learned: _LearnedTexts, wanted: _Options) -> BertTokenizer:
     # The stock class builds the whole pipeline, and AutoTokenizer finds it again under its own name.
     # Left to itself, it strips accents where it lowers the case.
-    options: dict[str, Any] = {"do_lower_case": lowercase, "strip_accents": strip_accents, **_BERT_TOKENS}
-    options["model_max_length"] = model_max_length
+    options: dict[str, Any] = {"do_lower_case": wanted.lowercase, "strip_accents": wanted.strip_accents}
+    options |= {"model_max_length": wanted.model_max_length, **_BERT_TOKENS}
     pipeline = BertTokenizer(**options).backend_tokenizer
     fixed = len(_BERT_TOKENS)
     frequency = _character_counts(learned.texts, pipeline.normalizer)
-    alphabet = _alphabet(frequency, vocab_size=vocab_size, num_fixed=fixed)
+    alphabet = _alphabet(frequency, vocab_size=wanted.vocab_size, num_fixed=fixed)
     # The trainer numbers continuation characters in the random order of a hash map, and numbers decide between pairs
     # that are equally frequent. Named as special tokens they have their numbers beforehand.
     continued = [f"##{character}" for character in alphabet if _joins_words(character, pipeline)]
-    if fixed + len(alphabet) + len(continued) > vocab_size:
-        raise _too_small(vocab_size, fixed + len(alphabet) + len(continued))
+    _check_size(wanted.vocab_size, fixed + len(alphabet) + len(continued))
     backend = Tokenizer(models.WordPiece(unk_token=_BERT_TOKENS["unk_token"]))
     backend.normalizer, backend.pre_tokenizer = pipeline.normalizer, pipeline.pre_tokenizer
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        vocab_size=wanted.vocab_size,
+        min_frequency=wanted.min_frequency,
         special_tokens=[*_BERT_TOKENS.values(), *alphabet, *continued],
         initial_alphabet=alphabet,
         limit_alphabet=len(alphabet),
@@ -372,21 +331,12 @@ def _joins_words(character: str, pipeline: Tokenizer) -> bool:
     return len(pipeline.pre_tokenizer.pre_tokenize_str(pipeline.normalizer.normalize_str("a" + character))) == 1
 
 
-def _train_bpe(
-    learned: _LearnedTexts,
-    *,
-    vocab_size: int,
-    lowercase: bool,
-    strip_accents: bool,
-    model_max_length: int,
-    min_frequency: int,
-) -> PreTrainedTokenizerFast:
-    if vocab_size < len(_ROBERTA_TOKENS) + _NUM_BYTES:
-        raise _too_small(vocab_size, len(_ROBERTA_TOKENS) + _NUM_BYTES)
+def _train_bpe(learned: _LearnedTexts, wanted: _Options) -> PreTrainedTokenizerFast:
+    _check_size(wanted.vocab_size, len(_ROBERTA_TOKENS) + _NUM_BYTES)
     backend = Tokenizer(models.BPE())
-    if steps := _letter_steps(lowercase=lowercase, strip_accents=strip_accents):
+    if steps := _letter_steps(wanted):
         backend.normalizer = normalizers.Sequence(steps)
-    # As GPT-2's expression, but that a word is what this library calls a word; a space stays with what follows it.
+    # As GPT-2's expression, but with this library's words; a space stays with the word behind it.
     lone = f"[{_lone_characters()}]"
     pattern = (
         rf" ?{lone}\p{{M}}*| ?[\p{{L}}\p{{M}}&&[^{_lone_characters()}]]+| ?\p{{N}}+"
@@ -402,8 +352,8 @@ def _train_bpe(
     mask = AddedToken("<mask>", lstrip=True, normalized=False, special=True)
     names = list(_ROBERTA_TOKENS.values())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        vocab_size=wanted.vocab_size,
+        min_frequency=wanted.min_frequency,
         special_tokens=[*names[:-1], mask],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=learned.show_progress,
@@ -414,33 +364,28 @@ def _train_bpe(
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **(_ROBERTA_TOKENS | {"bos_token": "<s>", "eos_token": "</s>", "mask_token": mask}),
-        model_max_length=model_max_length,
+        model_max_length=wanted.model_max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
 
 
-def _letter_steps(*, lowercase: bool, strip_accents: bool) -> list[Any]:
+def _letter_steps(wanted: _Options) -> list[Any]:
     """Return the normalizers that change letters."""
     stripping = [normalizers.NFD(), normalizers.StripAccents(), normalizers.NFC()]
-    return [*stripping * strip_accents, *[normalizers.Lowercase()] * lowercase]
+    return [*stripping * wanted.strip_accents, *[normalizers.Lowercase()] * wanted.lowercase]
 
 
-def _train_unigram(
-    learned: _LearnedTexts, *, vocab_size: int, lowercase: bool, strip_accents: bool, model_max_length: int
-) -> PreTrainedTokenizerFast:
+def _train_unigram(learned: _LearnedTexts, wanted: _Options) -> PreTrainedTokenizerFast:
     fixed = len(_BERT_TOKENS) + len(_SPACE)
     # SentencePiece's rules would also change characters for others that mean the same: NFKC takes the Thai vowel am to
     # pieces, and full-width forms; and they put a space for the joiners of Persian and Sinhala.
     spaces = [normalizers.Replace(Regex(r"[\s\x{200b}]+"), " "), normalizers.Strip()]
-    letters = _letter_steps(lowercase=lowercase, strip_accents=strip_accents)
-    normalizer = normalizers.Sequence(
-        [normalizers.Replace(Regex(_INVISIBLE), ""), normalizers.NFC(), *spaces, *letters]
-    )
+    invisible = normalizers.Replace(Regex(_INVISIBLE), "")
+    normalizer = normalizers.Sequence([invisible, normalizers.NFC(), *spaces, *_letter_steps(wanted)])
     frequency = _character_counts(learned.texts, normalizer)
-    alphabet = _alphabet(frequency, vocab_size=vocab_size, num_fixed=fixed)
-    if fixed + len(alphabet) > vocab_size:
-        raise _too_small(vocab_size, fixed + len(alphabet))
+    alphabet = _alphabet(frequency, vocab_size=wanted.vocab_size, num_fixed=fixed)
+    _check_size(wanted.vocab_size, fixed + len(alphabet))
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizer
     lone = f"{_SPACE}?[{_lone_characters()}]" + r"\p{M}*"
@@ -449,12 +394,12 @@ def _train_unigram(
     )
     # More pieces than wanted are trained, because the trainer cuts ties at the end of the list at random; and it
     # refuses to leave out a character.
-    size = max(vocab_size + vocab_size // 20, len(frequency)) + 8
+    size = max(wanted.vocab_size + wanted.vocab_size // 20, len(frequency)) + 8
     trainer = trainers.UnigramTrainer(
         vocab_size=size, unk_token="[UNK]", special_tokens=["[UNK]"], show_progress=learned.show_progress
     )
     backend.train_from_iterator(_batches(learned), trainer)
-    vocabulary = _settled_vocabulary(backend, [_SPACE, *alphabet], vocab_size)
+    vocabulary = _settled_vocabulary(backend, [_SPACE, *alphabet], wanted.vocab_size)
     names = list(_BERT_TOKENS.values())
     backend.model = models.Unigram(vocabulary, unk_id=names.index("[UNK]"), byte_fallback=False)
     backend.decoder = decoders.Metaspace(replacement=_SPACE)
@@ -466,7 +411,7 @@ def _train_unigram(
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **_BERT_TOKENS,
-        model_max_length=model_max_length,
+        model_max_length=wanted.model_max_length,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     )
@@ -495,11 +440,12 @@ def _settled_vocabulary(backend: Tokenizer, alphabet: list[str], vocab_size: int
     return [*((name, 0.0) for name in _BERT_TOKENS.values()), *chosen]
 
 
-def _too_small(vocab_size: int, least: int) -> InputError:
-    return InputError(
-        f"vocab_size={vocab_size} is too small for the special tokens and the characters of the text: "
-        f"use at least {least}, usually 8000 or more"
-    )
+def _check_size(vocab_size: int, least: int) -> None:
+    if least > vocab_size:
+        raise InputError(
+            f"vocab_size={vocab_size} is too small for the special tokens and the characters of the text: "
+            f"use at least {least}, usually 8000 or more"
+        )
 
 
 def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
@@ -521,10 +467,10 @@ def _character_counts(texts: Iterable[str | None], normalizer: Any) -> dict[str,
 
 
 def _alphabet(frequency: dict[str, int], *, vocab_size: int, num_fixed: int) -> list[str]:
-    """Return the characters that deserve a place, most frequent first.
+    """Return the characters that the vocabulary holds, the most frequent first.
 
     Raises:
-        InputError: If those that have room are too few for the text.
+        InputError: If the vocabulary has room for too few of them.
     """
     total = sum(frequency.values())
     ordered = sorted(frequency, key=lambda character: (-frequency[character], character))
@@ -542,16 +488,39 @@ def _alphabet(frequency: dict[str, int], *, vocab_size: int, num_fixed: int) -> 
 
 @cache
 def _lone_characters() -> str:
-    """Return what stands inside the brackets of a regular expression for characters that are words of their own."""
+    """Return the characters that are words of their own, as the inside of a regular expression's brackets."""
     ranges = "".join(f"{chr(low)}-{chr(high)}" for low, high in IDEOGRAPH_RANGES)
     return r"\p{P}" + "".join(f"\\{symbol}" for symbol in ASCII_SYMBOLS) + ranges
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, roles: Sequence[str] = ("mask", "pad")) -> None:
-    """Raise InputError if a tokenizer has no vocabulary, as one that was made up for a folder without, or lacks a special token.
+def frame_by_separators(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let a tokenizer put its separator where XLM does: ``</s> x </s>`` around a text, ``</s> x </s> y </s>`` around two.
+
+    As XLM's, it has then the one token for ``cls_token``, ``sep_token`` and ``eos_token``. The former classification token
+    is the ``bos_token``, as XLM's ``<s>`` that it never puts anywhere. Saved and opened again it is the same.
 
     Args:
-        tokenizer: Any tokenizer; what stands around a sequence is its own affair.
+        tokenizer: A tokenizer as `train_tokenizer` returns it, of any kind; changed in place.
+
+    Source:
+        `XLMTokenizer` of transformers, which is written in Python and gives no character offsets.
+    """
+    separator = tokenizer.sep_token
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.cls_token
+    tokenizer.cls_token = tokenizer.eos_token = separator
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{separator}:0 $A:0 {separator}:0",
+        pair=f"{separator}:0 $A:0 {separator}:0 $B:1 {separator}:1",
+        special_tokens=[(separator, tokenizer.sep_token_id)],
+    )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, roles: Sequence[str] = ("mask", "pad")) -> None:
+    """Raise InputError if a tokenizer has no vocabulary or lacks a special token.
+
+    Args:
+        tokenizer: Any tokenizer, whatever it puts around a sequence.
         roles: The tokens that are needed; masked language models need a mask and a pad token.
     """
     special = {*tokenizer.all_special_tokens, "▁"}

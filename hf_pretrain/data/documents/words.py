@@ -17,7 +17,7 @@ from functools import cache
 
 import numpy as np
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 
 Segmenter = Callable[[str], Sequence[str]]
 
@@ -130,7 +130,7 @@ def _begins_word(kinds: np.ndarray) -> np.ndarray:
     closes = is_alone | is_space
     is_mark = kinds == MARK
     if is_mark.any():
-        # A mark is what its base is: after a space it is a letter, after a lone character it belongs to that one.
+        # A mark is of the kind of its base: after a space it is a letter, after a lone character it belongs to that one.
         base = np.maximum.accumulate(np.where(is_mark, -1, np.arange(len(kinds))))
         has_letter = (base >= 0) & ~is_space[base]
         closes = np.where(is_mark, has_letter & is_alone[base], closes)
@@ -169,8 +169,7 @@ def _pieces(run: str, segmenter: Segmenter) -> list[str]:
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 (somebody else's code)
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"word_segmenter={name!r} fails for {run[:40]!r}: {cause}") from error
+        raise InputError(f"word_segmenter={name!r} fails for {run[:40]!r}: {one_line(error)}") from error
     if not all(isinstance(piece, str) for piece in pieces) or "".join(pieces) != run:
         shown = str(pieces[:20])[:80]
         raise InputError(
@@ -193,7 +192,7 @@ class NamedSegmenter:
     name: str
 
     def __post_init__(self) -> None:
-        """Import it, lest a mistake show after the text was read."""
+        """Import it now: a mistake must show before the text is read."""
         _segmenter(self.name)
 
     def __call__(self, run: str) -> Sequence[str]:
@@ -226,8 +225,7 @@ def _segmenter(name: str) -> Segmenter:
         for part in function.split("."):
             found = getattr(found, part)
     except Exception as error:  # noqa: BLE001 (importing somebody else's code)
-        cause = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"word_segmenter={name!r} cannot be imported: {cause}") from error
+        raise InputError(f"word_segmenter={name!r} cannot be imported: {one_line(error)}") from error
     if not callable(found):
         raise InputError(f"word_segmenter={name!r} is a {type(found).__name__}, not a function")
     return found

@@ -18,19 +18,19 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import UnknownCount, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import Segmenter
-from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import DrawnDataset
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.data.text.datasets import file_stamps, generate_dataset, with_language
 from hf_pretrain.data.text.files import BadTextCount, OnBadText, read_rows
-from hf_pretrain.data.text.kinds import file_kind
+from hf_pretrain.data.text.kinds import file_kind, text_kind
 from hf_pretrain.data.text.lines import BadText
 from hf_pretrain.data.text.search import copied_pipe, is_pipe
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 
 BitextFrame = Literal["each", "pair"]
 
-# What has fields that are named; a table may have a header or none.
+# Formats whose fields have names; a table may have a header or none.
 _ROW_FORMATS = ("json", "json_lines", "parquet", "arrow")
 BITEXT_FEATURES = datasets.Features({"first": datasets.Value("string"), "second": datasets.Value("string")})
 
@@ -45,7 +45,7 @@ def read_bitext(
             separated by a tab, or JSON, Parquet, Arrow, or a table whose header has both languages, with a field for each.
             Compressed files are decompressed on the fly, and pipes are read. Only line feeds end lines.
         languages: Names of the first and the second language.
-        on_bad_text: What becomes of a pair of which a side is no text, see `hf_pretrain.data.text.files.BadTextCount`.
+        on_bad_text: Whether to refuse or skip a pair with a side that is no text, see `hf_pretrain.data.text.files.BadTextCount`.
 
     Yields:
         Pairs of texts, without those of which one is blank.
@@ -60,8 +60,7 @@ def read_bitext(
         problem = f"{missing[0]} is no file" if missing else f"{len(files)} files are given"
         raise InputError(f"parallel text of {'-'.join(languages)}: {problem}; give two files, or one with two columns")
     for file in files:
-        if (kind := file_kind(file)).reason:
-            raise InputError(f"{file} is {kind.reason}, not text: {kind.advice}")
+        text_kind(file)
     is_empty, bad = True, BadTextCount(on_bad_text)
     for pair in _rows_of_two(*files) if len(files) == 2 else _rows_of_one(files[0], languages):
         error = next((side for side in pair if isinstance(side, BadText)), None)
@@ -156,7 +155,7 @@ def tokenize_bitext(
         languages: Names of the two languages, for the column ``lang``.
         word_segmenter: Finds words in text without spaces, see `word_starts`.
         num_proc: Processes to work in.
-        unknown: What is unknown in the texts is added to it.
+        unknown: The counts of the texts are added to it.
 
     Returns:
         Two datasets of documents whose n-th rows are translations of each other; none is without tokens.
@@ -181,8 +180,7 @@ def tokenize_bitext(
 
 def _frame(tokenizer: PreTrainedTokenizerBase, kind: BitextFrame) -> tuple[tuple[int, ...], ...]:
     """Return the special tokens before and behind the sentence that comes first, and those of the second."""
-    if kind not in get_args(BitextFrame):
-        raise InputError(f"bitext_frame={kind!r} is unknown; choose one of {', '.join(get_args(BitextFrame))}")
+    check_choice(kind, get_args(BitextFrame), name="bitext_frame")
     if kind == "pair":
         pair = PairTemplate.of(tokenizer)
         return pair.prefix, pair.middle, (), pair.suffix
@@ -195,7 +193,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, kind: BitextFrame) -> tuple[tuple
     return each.prefix, each.suffix, each.prefix, each.suffix
 
 
-class BitextDataset(EpochDataset):
+class BitextDataset(DrawnDataset):
     """Pairs of a sentence and its translation, with positions and a language that start anew at the translation.
 
     Which of the two comes first is drawn for each pair, and changes from epoch to epoch. A pair that is too long loses
@@ -209,7 +207,7 @@ class BitextDataset(EpochDataset):
         languages: Numbers of the languages of ``first`` and ``second``.
         frame: ``"each"``: each sentence has special tokens as if it were alone, so that an XLM tokenizer's four are in
             ``</s> x </s> </s> y </s>``; ``"pair"``: as the tokenizer joins two texts: ``</s> x </s> y </s>`` or
-            ``[CLS] x [SEP] y [SEP]``. What stands between the two belongs to the first.
+            ``[CLS] x [SEP] y [SEP]``. The tokens between the two belong to the first.
         seed: Seed of the run.
 
     Raises:
@@ -250,8 +248,7 @@ class BitextDataset(EpochDataset):
         self.languages = languages
         self.seed = seed
         self._stream = f"bitext {languages}"
-        # What comes first changes with the epoch, so there are no rows to wrap.
-        self.base = self
+        super().__init__()
 
     def __len__(self) -> int:
         """Return the number of pairs."""
@@ -262,7 +259,7 @@ class BitextDataset(EpochDataset):
 
         Returns:
             ``input_ids`` int32, ``word_starts`` bool (True at special tokens), ``position_ids`` int32 and ``langs`` int32,
-            ``[n]`` each; ``is_bitext``, True; ``example_id``, ``epoch`` and, if the index has one, ``place``.
+            ``[n]`` each; ``is_bitext``, True; ``example_id``, ``epoch`` and, if the index has one, ``order_index``.
 
         Raises:
             IndexError: If there is no such pair.
@@ -279,10 +276,6 @@ class BitextDataset(EpochDataset):
             for side, (start, _), length in zip(sides, spans, kept, strict=True)
         ]
         return self._joined(texts, [self.languages[side] for side in sides]) | {"is_bitext": True} | keys
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the pairs of a batch of indices."""
-        return [self[index] for index in indices]
 
     def _joined(self, texts: list[tuple[np.ndarray, np.ndarray]], languages: list[int]) -> dict[str, np.ndarray]:
         before, behind, before_second, behind_second = self.frame

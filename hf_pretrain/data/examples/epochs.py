@@ -1,6 +1,6 @@
 """Examples that know their epoch: it travels inside the index, so it reaches workers and survives resume.
 
-So does an example's place in the order of its epoch, for what changes in the course of training.
+So does an example's index in the order of its epoch: masking rates that change in training depend on it.
 
 Several datasets as one, in fixed shares: languages, or kinds of examples for several objectives.
 """
@@ -16,13 +16,13 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from hf_pretrain.data import draws
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_range
 
 EPOCH_STRIDE = 1 << 40
 """Index = epoch * EPOCH_STRIDE + row: room for 2**40 rows and 2**23 epochs in a signed 64-bit integer."""
 
-PLACE_STRIDE = 1 << 64
-"""A sampler that knows the order adds (place + 1) * PLACE_STRIDE; Python's integers have no bound."""
+ORDER_STRIDE = 1 << 64
+"""A sampler that knows the order adds (order_index + 1) * ORDER_STRIDE; Python's integers have no bound."""
 
 FILLER = "is_filler"
 """Entry of a batch that only keeps a process in step with the others: nothing of it may count."""
@@ -30,12 +30,18 @@ FILLER = "is_filler"
 _YIELD_CHUNK = 1 << 16
 
 
+# Groups of a part are counted in advance at every so many groups, and in between when an index is read.
+_COUNTED = 256
+# The draws of so many epochs are kept, because an epoch begins before the last one is drained.
+_KEPT_EPOCHS = 2
+
+
 class EpochDataset(Dataset[dict[str, Any]]):
     """A map-style dataset whose examples carry ``example_id`` and ``epoch``, the keys of every random draw.
 
     Index ``epoch * EPOCH_STRIDE + row`` is the example of that row in that epoch. A plain index below the length is
     the row in epoch 0, so the dataset can also be used with any stock sampler. The indices of :class:`EpochSampler`
-    also say at which ``place`` of the epoch's order the example comes, and so do the examples read by them.
+    also say the example's ``order_index``, its index in the order of the epoch; the examples have it as an entry.
 
     Args:
         base: A map-style dataset of dicts: a ``datasets.Dataset`` or a torch dataset with a length.
@@ -58,12 +64,17 @@ class EpochDataset(Dataset[dict[str, Any]]):
         """Return ``dataset`` itself if it is an ``EpochDataset`` already, else wrap it."""
         return dataset if isinstance(dataset, cls) else cls(dataset)
 
+    @property
+    def in_order(self) -> bool:
+        """Whether samplers must not shuffle: the windows of lanes are read in the order of time."""
+        return hasattr(self.base, "num_lanes")
+
     def __len__(self) -> int:
         """Return the number of rows, that is the examples of one epoch."""
         return len(self.base)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return ``{**base[row], "example_id": row, "epoch": epoch}``, with ``place`` if the index has one.
+        """Return ``{**base[row], "example_id": row, "epoch": epoch}``, with ``order_index`` if the index has one.
 
         Raises:
             IndexError: If the index is negative or its row is not below the length.
@@ -84,18 +95,45 @@ class EpochDataset(Dataset[dict[str, Any]]):
         return f"{type(self).__name__}({self.base!r})"
 
     def _locate(self, index: int) -> dict[str, int]:
-        place, rest = divmod(operator.index(index), PLACE_STRIDE)
+        order, rest = divmod(operator.index(index), ORDER_STRIDE)
         epoch, row = divmod(rest, EPOCH_STRIDE)
-        if place < 0 or row >= len(self.base):
+        if order < 0 or row >= len(self.base):
             raise IndexError(
                 f"index {index} (epoch {epoch}, row {row}) is out of range for a dataset of {len(self.base)} examples"
             )
         keys = {"example_id": row, "epoch": epoch}
-        return keys | {"place": place - 1} if place else keys
+        return keys | {"order_index": order - 1} if order else keys
+
+
+class ExampleView(EpochDataset):
+    """The examples of an `EpochDataset`, each changed by the `view` of the subclass."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return the example of an index, which may carry its epoch and its index in the order."""
+        return self.view(self.base[index])
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the examples of a batch of indices."""
+        return [self.view(example) for example in self.base.__getitems__(indices)]
+
+    def view(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return an example as this dataset has it."""
+        return example
+
+
+class DrawnDataset(EpochDataset):
+    """Examples that are drawn anew in every epoch: there are no rows to wrap, so a subclass reads an index by itself."""
+
+    def __init__(self) -> None:
+        self.base = self
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the examples of a batch of indices."""
+        return [self[index] for index in indices]
 
 
 class EpochSampler(Sampler[int]):
-    """Yields each example of an epoch once, as indices of an :class:`EpochDataset` that hold epoch and place.
+    """Yields each example of an epoch once, as indices of an `EpochDataset` that hold the epoch and the order.
 
     The order is ``draws.permutation(num_examples, seed=seed, epoch=epoch)``: the same on every rank and after any
     resume. accelerate's loaders reach ``set_epoch`` by themselves; a bare ``DataLoader`` needs the call before each
@@ -141,8 +179,8 @@ class EpochSampler(Sampler[int]):
             rows = np.arange(self.num_examples)
         for begin in range(0, self.num_examples, _YIELD_CHUNK):  # Python integers of one chunk at a time
             indices = (rows[begin : begin + _YIELD_CHUNK] + epoch * EPOCH_STRIDE).tolist()
-            for place, index in enumerate(indices, begin + 1):
-                yield place * PLACE_STRIDE + index
+            for order, index in enumerate(indices, begin + 1):
+                yield order * ORDER_STRIDE + index
 
 
 class FilledSampler(Sampler[int]):
@@ -150,7 +188,7 @@ class FilledSampler(Sampler[int]):
 
     Processes take turns with batches, and each needs as many as the others. accelerate would fill the last turn with examples
     of the epoch's beginning, which would then be trained on twice. A marked index is ``-1 - index`` of such an example;
-    :class:`FilledDataset` reads it as what it is.
+    :class:`FilledDataset` knows it by its sign.
 
     Args:
         sampler: Yields the indices of an epoch, none below zero.
@@ -228,12 +266,6 @@ class CollatorOfFilled:
         return {**self.collate(rows), FILLER: torch.tensor(True)}
 
 
-# Groups of a part are counted at every so many groups; in between they are counted when asked for.
-_COUNTED = 256
-# What is drawn for an epoch is kept for so many, because an epoch begins before the last one is drained.
-_KEPT_EPOCHS = 2
-
-
 class _Order(NamedTuple):
     """Which part each group of an epoch belongs to: parts ``[G]``; and counts ``[G / 256, P]`` of the groups before."""
 
@@ -248,7 +280,7 @@ class _Order(NamedTuple):
 
 
 class _Draw(NamedTuple):
-    """What an index of the mixture stands for: the number of a part, the part's own index, and what it is keyed by."""
+    """The example behind an index of the mixture: the number of a part, the part's own index, and further entries."""
 
     part: int
     row: int
@@ -261,11 +293,11 @@ class MixtureDataset(EpochDataset):
     Each group of ``group_size`` examples in a row is of one part: a group of one mixes parts within a batch, a group of
     the global batch (all devices and accumulation steps) makes steps of one part, the same on all ranks. An epoch has
     the same number of groups of a part as any other, in a keyed order. A part is read in keyed orders of its own, epoch
-    after epoch: none of its examples comes again before all have come, however often it is asked for.
+    after epoch: none of its examples comes again before all have come, however often the part is drawn.
 
     An example's ``epoch`` is that of its part, so a second reading within one epoch of the mixture is drawn anew. Its
     ``example_id`` is that of its part plus an offset, so that the draws of two parts are independent. ``order_epoch`` is
-    the epoch of the mixture, in the order of which it has its ``place``.
+    the epoch of the mixture, in whose order it has its ``order_index``.
 
     Args:
         parts: The datasets by name, map-style; one that is to be read in order itself, such as a mixture, is.
@@ -334,11 +366,11 @@ class MixtureDataset(EpochDataset):
         drawn = [self._draw(index) for index in indices]
         examples: list[dict[str, Any]] = [{}] * len(drawn)
         for number, part in enumerate(self.parts.values()):
-            places = [place for place, draw in enumerate(drawn) if draw.part == number]
-            found = part.__getitems__([drawn[place].row for place in places]) if places else []
-            for place, example in zip(places, found, strict=True):
+            slots = [slot for slot, draw in enumerate(drawn) if draw.part == number]
+            found = part.__getitems__([drawn[slot].row for slot in slots]) if slots else []
+            for slot, example in zip(slots, found, strict=True):
                 own_id = {"example_id": self._id_offsets[number] + example["example_id"]}
-                examples[place] = {**example, **own_id, **drawn[place].keys}
+                examples[slot] = {**example, **own_id, **drawn[slot].keys}
         return examples
 
     def _draw(self, index: int) -> _Draw:
@@ -347,16 +379,16 @@ class MixtureDataset(EpochDataset):
         group, inside = divmod(row, self.group_size)
         order = self._recent("", epoch, self._order)
         number, rank = order.find(group)
-        # The place of this example among all that are ever drawn of its part.
+        # How many examples of its part are drawn before this one, over all epochs.
         drawn = (epoch * int(self._groups[number]) + rank) * self.group_size + inside
         name, part = list(self.parts.items())[number]
-        part_epoch, place = divmod(drawn, len(part))
+        part_epoch, own_row = divmod(drawn, len(part))
         if not getattr(part, "in_order", False):
             rows = self._recent(f"rows of {name}", part_epoch, lambda epoch: self._rows(name, epoch))
-            place = int(rows[place])
+            own_row = int(rows[own_row])
         if keys:
             keys["order_epoch"] = epoch
-        return _Draw(number, part_epoch * EPOCH_STRIDE + place, keys)
+        return _Draw(number, part_epoch * EPOCH_STRIDE + own_row, keys)
 
     def _order(self, epoch: int) -> _Order:
         num_parts = len(self.parts)
@@ -371,7 +403,7 @@ class MixtureDataset(EpochDataset):
         return draws.permutation(len(self.parts[name]), seed=self.seed, epoch=epoch, stream=f"rows of {name}")
 
     def _recent(self, kind: Hashable, epoch: int, draw: Callable[[int], Any]) -> Any:
-        """Return what is drawn for an epoch, drawn once as long as it is one of the last."""
+        """Return the draws of an epoch, which are kept while it is one of the last."""
         known = self._drawn.setdefault(kind, {})
         if epoch not in known:
             if len(known) == _KEPT_EPOCHS:
@@ -380,7 +412,7 @@ class MixtureDataset(EpochDataset):
         return known[epoch]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle without what can be drawn again."""
+        """Pickle without the draws, which can be made again."""
         return self.__dict__ | {"_drawn": {}}
 
     def __repr__(self) -> str:
@@ -398,7 +430,7 @@ def apportion(total: int, weights: np.ndarray) -> np.ndarray:
     """Divide a number by weights into whole numbers, by the largest remainders.
 
     Args:
-        total: What is divided.
+        total: The number to divide.
         weights: Not negative, ``[P]``.
 
     Returns:
@@ -428,10 +460,7 @@ def language_shares(counts: Mapping[str, int], *, alpha: float) -> dict[str, flo
     Source:
         Conneau and Lample, "Cross-lingual Language Model Pretraining" (2019), section 3.1.
     """
-    if not 0 <= alpha <= 1:
-        raise InputError(
-            f"language_sampling_alpha={alpha} must be from 0 (all equal) to 1 (as they are); 0.5 is usual"
-        )
+    check_range(alpha, "[0, 1]", name="language_sampling_alpha", hint="0.5 is usual")
     total = sum(counts.values())
     powers = {name: (count / total) ** alpha for name, count in counts.items()}
     return {name: power / sum(powers.values()) for name, power in powers.items()}
@@ -443,10 +472,9 @@ def _check(parts: Mapping[str, Any], shares: Mapping[str, float], group_size: in
     if parts.keys() != shares.keys():
         raise InputError(f"parts are {', '.join(parts)}, but shares are for {', '.join(shares)}: give one for each")
     for name, part in parts.items():
-        if not shares[name] > 0 or shares[name] == float("inf"):
-            raise InputError(f"shares[{name!r}]={shares[name]} must be a positive number; leave the part out for none")
+        check_range(shares[name], "(0, inf)", name=f"shares[{name!r}]", hint="leave the part out for none")
         if hasattr(part, "__len__") and not len(part):
             raise InputError(f"parts[{name!r}] holds no example: leave it out")
     for option, value in (("group_size", group_size), ("num_examples", num_examples)):
-        if value is not None and value < 1:
-            raise InputError(f"{option}={value} must be positive")
+        if value is not None:
+            check_range(value, "[1, inf)", name=option)

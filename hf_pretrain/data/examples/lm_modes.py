@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
-from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.examples.epochs import EpochDataset, ExampleView
+from hf_pretrain.errors import InputError, check_choice
 
 NUM_MODE_TYPES = 6
 """Token types that tell modes and segments apart."""
@@ -32,9 +32,7 @@ class LMMode(IntEnum):
         """
         if isinstance(mode, cls):
             return mode
-        names = [known.name.lower() for known in cls]
-        if mode not in names:
-            raise InputError(f"mode={mode!r} is unknown; choose one of {', '.join(names)}")
+        check_choice(mode, [known.name.lower() for known in cls], name="mode")
         return cls[str(mode).upper()]
 
 
@@ -90,7 +88,7 @@ def stop_candidates(valid: np.ndarray, *, lm_modes: np.ndarray) -> np.ndarray:
     return is_last
 
 
-class LMModeView(EpochDataset):
+class LMModeView(ExampleView):
     """The examples of a dataset as examples of one attention mode.
 
     To those of the dataset, the examples add or change:
@@ -102,7 +100,7 @@ class LMModeView(EpochDataset):
     - `pair_label`: -100 in all modes but the bidirectional, where there is one.
 
     Args:
-        dataset: Bidirectional: pairs or single segments. From sequence to sequence: pairs of what follows on each other, with
+        dataset: Bidirectional: pairs or single segments. From sequence to sequence: pairs of connected text, with
             `source_length`. In one direction: single segments, such as blocks.
         mode: The mode or its name in lower case.
         type_vocab_size: Token types of the model: `config.type_vocab_size`, 0 where the model has none.
@@ -117,19 +115,12 @@ class LMModeView(EpochDataset):
         self.mode = LMMode.of(mode)
         self.type_vocab_size = type_vocab_size
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the example of an index, which may carry its epoch and its place."""
-        return self._view(self.base[index])
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the examples of a batch of indices."""
-        return [self._view(example) for example in self.base.__getitems__(indices)]
-
     def __repr__(self) -> str:
         """Show the mode and the dataset."""
         return f"{type(self).__name__}({self.mode.name.lower()}, {self.base!r})"
 
-    def _view(self, example: dict[str, Any]) -> dict[str, Any]:
+    def view(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return an example with its mode and the token types of the mode."""
         if "document_ids" in example:
             raise InputError(
                 f"mode={self.mode.name.lower()!r} orders the tokens of a row, but its documents are isolated; "

@@ -1,13 +1,13 @@
-"""Which pieces share a row: best-fit decreasing, a whole group of equal lengths at a time.
+"""Packing documents into blocks: only where to cut is computed, no token is copied.
 
-Packing documents into blocks of whole sentences: only where to cut is computed, no token is copied.
+`BlockDataset` reads a block, a range of token positions, from the Arrow buffers when its index is read. `block_bounds`
+cuts greedily. With ``v`` the position of a sentence's first token plus the number of separators before it, and ``e``
+the same for its end, the sentences ``a..b`` take ``e[b] - v[a]`` tokens of a block. ``e`` rises, so one
+``searchsorted`` finds the longest block from every possible start, and following the chain from the first start gives
+the greedy packing.
 
-A block is a range of token positions; it is read from the Arrow buffers when it is asked for. With ``v`` the position
-of a sentence's first token plus the number of separators before it, and ``e`` the same for its end, the sentences
-``a..b`` fill ``e[b] - v[a]`` places of a block. ``e`` rises, so one ``searchsorted`` finds the longest block from
-every possible start, and following the chain from the first start gives the greedy packing.
-
-Where documents are isolated, what is cut that way are pieces, and a block is several of them.
+Where documents are isolated, the ranges are pieces, and a block is several of them: `pack_rows` puts them together,
+best-fit decreasing, a whole group of equal lengths at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data.documents.token_store import TokenStore
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 
 # Rows are formed of pieces that lie no further apart than this, so that memory stays bounded and order local.
 WINDOW_PIECES = 1 << 16
+
+
+PackingMode = Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"]
+_WINDOW_TOKENS = 1 << 22
+_WINDOW_DOCUMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,8 @@ def pack_rows(lengths: np.ndarray, *, capacity: int) -> PackedRows:
     """Put pieces into rows, each into the fullest row that still has room for it, the longest pieces first.
 
     Args:
-        lengths: `int64 [num_pieces]`, places that each piece takes, from 1 to `capacity`.
-        capacity: Places in a row.
+        lengths: `int64 [num_pieces]`, tokens that each piece takes, from 1 to `capacity`.
+        capacity: Tokens in a row.
 
     Returns:
         The rows, in the order of their first pieces. Memory beyond the result: that of 65 536 pieces.
@@ -83,7 +88,7 @@ def _best_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     num_rows = 0
     for pieces in groups:
         length = int(lengths[pieces[0]])
-        # What a row has left once filled is less than this length, so it is not among these.
+        # A row that this length has filled has less room than the length, so it is not among these.
         for room in [*sorted(room for room in open_rows if room >= length), capacity]:
             if not len(pieces):
                 break
@@ -115,15 +120,9 @@ def _rows_by_first_piece(row_of: np.ndarray) -> np.ndarray:
     return rank[number]
 
 
-PackingMode = Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"]
-
-_WINDOW_TOKENS = 1 << 22
-_WINDOW_DOCUMENTS = 1 << 16
-
-
 @dataclass(frozen=True)
 class BlockTemplate:
-    """What a tokenizer puts around a single sequence, and what separates two documents inside one."""
+    """The special tokens around a single sequence, and the separator of two documents inside one."""
 
     prefix: tuple[int, ...]
     suffix: tuple[int, ...]
@@ -176,12 +175,6 @@ class BlockTemplate:
         return block_size - self.num_special_tokens
 
 
-def check_mode(mode: str) -> None:
-    """Raise :class:`InputError` if there is no such packing mode."""
-    if mode not in get_args(PackingMode):
-        raise InputError(f"mode={mode!r} is unknown; choose one of {', '.join(get_args(PackingMode))}")
-
-
 def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int]]]:
     """Yield encodings of short texts as (ids, special-token mask), likely ones first."""
     if hasattr(tokenizer, "build_inputs_with_special_tokens"):
@@ -198,10 +191,10 @@ def block_bounds(store: TokenStore, *, budget: int, mode: PackingMode = "full_se
 
     Args:
         store: The documents' tokens.
-        budget: Places in a block for tokens and for separators between documents.
-        mode: ``"full_sentences"``: as many whole sentences as fit, across documents, with one place for a separator
+        budget: Tokens in a block, separators between documents included.
+        mode: ``"full_sentences"``: as many whole sentences as fit, across documents, with room for one separator
             at each border; ``"doc_sentences"`` and ``"isolated_documents"``: the same, but a block ends with its
-            document; ``"tokens"``: every place is filled, sentences are cut anywhere. A sentence longer than the
+            document; ``"tokens"``: every block is filled, sentences are cut anywhere. A sentence longer than the
             budget is cut into parts of the budget's length, the first of which begins a block and the last of which is
             packed like a sentence.
 
@@ -238,7 +231,7 @@ def _cut_at_sentences(store: TokenStore, budget: int, *, cross_documents: bool) 
 
 
 def _split_long(starts: np.ndarray, budget: int) -> np.ndarray:
-    """Add starts inside the sentences that are longer than the budget, so that none is."""
+    """Cut the sentences that are longer than the budget: add starts inside them."""
     long = np.flatnonzero(np.diff(starts) > budget)
     added = [np.arange(starts[k] + budget, starts[k + 1], budget) for k in long]
     return np.sort(np.concatenate([starts, *added])) if added else starts
@@ -255,10 +248,10 @@ def _longest_from_each(store: TokenStore, starts: np.ndarray, budget: int, cross
 
 
 def _cut_anywhere(store: TokenStore, budget: int) -> Iterator[np.ndarray]:
-    """Yield the inner bounds of blocks that fill every place, a window of documents at a time.
+    """Yield the inner bounds of blocks without room left, a window of documents at a time.
 
     On the line of all tokens with one separator between documents, blocks are ``budget`` apart, except that a block
-    does not begin with a separator: then it begins one place later.
+    does not begin with a separator: then it begins one token later.
     """
     separators = store.begins[1:-1] + np.arange(store.num_documents - 1)
     at = 0
@@ -271,8 +264,8 @@ def _cut_anywhere(store: TokenStore, budget: int) -> Iterator[np.ndarray]:
             at += budget
             at += at in known
             positions.append(at)
-        places = np.array(positions, dtype=np.int64)
-        yield places - np.searchsorted(separators, places)
+        bounds = np.array(positions, dtype=np.int64)
+        yield bounds - np.searchsorted(separators, bounds)
 
 
 class BlockDataset(Dataset[dict[str, np.ndarray]]):
@@ -283,7 +276,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         tokenizer: Tokenizer that made them; gives the special tokens around a block and the separator between
             documents.
         block_size: Most tokens in a block, special tokens included.
-        mode: How to cut, see :func:`block_bounds`. With ``"isolated_documents"`` what is cut are pieces: each has its
+        mode: How to cut, see :func:`block_bounds`. With ``"isolated_documents"`` the cuts give pieces: each has its
             own special tokens, and a block is the pieces that :func:`hf_pretrain.data.examples.packing.pack_rows` puts
             together. The entry ``document_ids`` of a block tells them apart, so that no piece need see another.
 
@@ -300,7 +293,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         block_size: int = 128,
         mode: PackingMode = "full_sentences",
     ) -> None:
-        check_mode(mode)
+        check_choice(mode, get_args(PackingMode), name="mode")
         self.template = BlockTemplate.of(tokenizer)
         self.store = TokenStore(documents)
         self.block_size = block_size
@@ -342,17 +335,17 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         if self._rows is None:
             return self._read_many(numbers)
         order, bounds = self._rows.order, self._rows.bounds
-        places = [order[bounds[number] : bounds[number + 1]] for number in numbers.tolist()]
-        pieces = iter(self._read_many(np.concatenate([numbers[:0], *places])))
-        return [_join([next(pieces) for _ in place]) for place in places]
+        members = [order[bounds[number] : bounds[number + 1]] for number in numbers.tolist()]
+        pieces = iter(self._read_many(np.concatenate([numbers[:0], *members])))
+        return [_join([next(pieces) for _ in group]) for group in members]
 
     def _read_many(self, numbers: np.ndarray) -> list[dict[str, np.ndarray]]:
-        """Return what lies between the given bounds and the next."""
+        """Return the tokens between each of the given bounds and the next."""
         starts, stops = self._bounds[numbers], self._bounds[numbers + 1]
         firsts, lasts = self.store.document_of(starts), self.store.document_of(stops - 1)
         return [
-            self._read(*place)
-            for place in zip(starts.tolist(), stops.tolist(), firsts.tolist(), lasts.tolist(), strict=True)
+            self._read(*span)
+            for span in zip(starts.tolist(), stops.tolist(), firsts.tolist(), lasts.tolist(), strict=True)
         ]
 
     def _read(self, start: int, stop: int, first_document: int, last_document: int) -> dict[str, np.ndarray]:
@@ -391,7 +384,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
 
     @property
     def _lengths(self) -> np.ndarray:
-        """Tokens that what lies between two bounds takes in a block."""
+        """Tokens that the stretch between two bounds takes in a block, special tokens included."""
         starts, stops = self._bounds[:-1], self._bounds[1:]
         separators = self.store.document_of(stops - 1) - self.store.document_of(starts)
         return stops - starts + separators + self.template.num_special_tokens
@@ -402,7 +395,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         return float(self.lengths.mean()) / self.block_size
 
     def __repr__(self) -> str:
-        """Show what was packed and how well it fills."""
+        """Show the packing and how well it fills."""
         return (
             f"{type(self).__name__}({len(self)} blocks of at most {self.block_size} tokens, mode={self.mode!r}, "
             f"{self.num_tokens} tokens of {self.store.num_documents} documents, fill={self.fill:.3f})"

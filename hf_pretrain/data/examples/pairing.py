@@ -1,10 +1,10 @@
-"""From documents to pairs of segments: where to cut, what stays together and what is exchanged, all by keyed draws.
+"""From documents to pairs of segments: where to cut, which parts stay together and which are exchanged, all by keyed draws.
 
-A document is cut into chunks of whole sentences, a chunk is split in two, and its second part stays, changes places with
-the first or gives way to text of another document. Which chunk begins where depends on what became of the one before:
-text that gave way is put back. But what would become of a chunk that begins with a given sentence is a matter of keyed
-draws alone. So it is computed for all sentences at once, and following the chain from each document's first sentence
-gives the epoch's chunks. A pair is two ranges of token positions; no token is copied.
+A document is cut into chunks of whole sentences, a chunk is split in two, and its second part stays, is swapped with
+the first, or is replaced by text of another document. Replaced text is put back and begins the next chunk. So where a
+chunk begins depends on the chunk before it. But keyed draws alone decide about a chunk that begins with a given
+sentence. So all sentences are drawn at once, and following the chain from each document's first sentence gives the
+epoch's chunks. A pair is two ranges of token positions; no token is copied.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_pretrain.data.documents.token_store import TokenStore
 
 PairTask = Literal["nsp", "sop", "structural", "none"]
 
-# What becomes of a chunk's two parts. The label of a pair is the place of its kind among those of the task.
+# What happens to a chunk's two parts. The label of a pair is the index of its kind among those of the task.
 _NEXT, _SWAPPED, _RANDOM = range(3)
 _KINDS = {
     "nsp": (_NEXT, _RANDOM),
@@ -158,7 +158,7 @@ def draw_pairs(sentences: SentenceIndex, *, rule: PairRule, epoch: int) -> PairT
 
 
 def draw_chunks(sentences: SentenceIndex, *, rule: PairRule, epoch: int, documents: tuple[int, int]) -> Chunks:
-    """Cut a range of documents into chunks, split these and say what becomes of them.
+    """Cut a range of documents into chunks, split these and draw their kinds.
 
     Args:
         sentences: Where sentences and documents begin.
@@ -199,7 +199,7 @@ def draw_chunks(sentences: SentenceIndex, *, rule: PairRule, epoch: int, documen
 
 
 def _chain(following: np.ndarray) -> np.ndarray:
-    """Return what is met from 0 on, going from each number to the one that follows it, until there is no more."""
+    """Return the numbers on the way from 0 to the end, going from each to the one that follows it."""
     chain, at, steps = [], 0, following.tolist()
     while at < len(steps):
         chain.append(at)

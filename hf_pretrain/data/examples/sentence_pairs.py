@@ -1,6 +1,7 @@
-"""What a tokenizer puts before, between and behind two sequences, and the token types that it gives them.
+"""Pairs of text segments for next-sentence and sentence-order prediction, made anew in every epoch.
 
-Pairs of text segments for next-sentence and sentence-order prediction, made anew in every epoch.
+`PairTemplate` reads off a tokenizer which tokens it puts before, between and behind two sequences, and their token types.
+`SentencePairDataset` joins the segments that `hf_pretrain.data.examples.pairing` draws.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.token_store import TokenStore
-from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import DrawnDataset
 from hf_pretrain.data.examples.pairing import PairRule, PairTable, PairTask, SentenceIndex, draw_pairs
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice, check_range
 
 _Probe = tuple[list[int], list[int], Sequence[int | None]]
+
+
+_KEPT_EPOCHS = 2
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class PairTemplate:
             The template.
 
         Raises:
-            InputError: If nothing would stand between the sequences, or no text of the vocabulary shows what does.
+            InputError: If the tokenizer puts nothing between the sequences, or around no text of its vocabulary.
         """
         expected = tokenizer.num_special_tokens_to_add(pair=True)
         name = type(tokenizer).__name__
@@ -152,12 +156,7 @@ def _probes(tokenizer: Any) -> Iterator[_Probe]:  # noqa: ANN401 (what a Python 
         yield encoding["input_ids"], encoding["token_type_ids"], encoding.sequence_ids(0)
 
 
-__all__ = ["PairTable", "PairTask", "SentencePairDataset"]
-
-_KEPT_EPOCHS = 2
-
-
-class SentencePairDataset(EpochDataset):
+class SentencePairDataset(DrawnDataset):
     """Pairs of segments of whole sentences, made anew from the documents in every epoch.
 
     A chunk is as many sentences of a document as reach `block_size` without its special tokens, or, in a share
@@ -168,8 +167,8 @@ class SentencePairDataset(EpochDataset):
     - `"structural"`: 0 the second part follows, 1 it precedes, 2 text from another document;
     - `"none"`: the two parts, without a label.
 
-    Each label comes as often as the others. Where other text takes the place of the second part, the next chunk begins with
-    that part. What is too long loses tokens of the longer segment, each in front or at the back with equal chances.
+    Each label comes as often as the others. Where other text replaces the second part, the next chunk begins with
+    that part. A pair that is too long loses tokens of the longer segment, each in front or at the back with equal chances.
 
     A chunk of one sentence can not be split. With `balanced`, a chunk takes a second sentence, and the last one of a
     document if it would be left alone, even if they are too long; a sentence that is alone all the same, in its document
@@ -186,7 +185,7 @@ class SentencePairDataset(EpochDataset):
         documents: Documents in the document schema (`input_ids`, `word_starts`, `sent_starts`).
         tokenizer: Tokenizer that made them; gives the special tokens and the token types.
         block_size: Most tokens in an example, special tokens included.
-        task: What is to be told of a pair.
+        task: What the label of a pair says.
         seed: Seed of the run.
         balanced: Whether all labels have the same share; otherwise BERT's rule.
         short_probability: Share of the documents with shorter chunks.
@@ -213,12 +212,9 @@ class SentencePairDataset(EpochDataset):
         short_probability: float = 0.1,
         static_epochs: int = 0,
     ) -> None:
-        if task not in get_args(PairTask):
-            raise InputError(f"task={task!r} is unknown; choose one of {', '.join(get_args(PairTask))}")
-        if not 0 <= short_probability <= 1:
-            raise InputError(f"short_probability={short_probability} must be in [0, 1]; 0.1 is usual")
-        if static_epochs < 0:
-            raise InputError(f"static_epochs={static_epochs} must not be negative; 0 makes new pairs in every epoch")
+        check_choice(task, get_args(PairTask), name="task")
+        check_range(short_probability, "[0, 1]", name="short_probability", hint="0.1 is usual")
+        check_range(static_epochs, "[0, inf)", name="static_epochs", hint="0 makes new pairs in every epoch")
         self.template = PairTemplate.of(tokenizer)
         self.store = TokenStore(documents)
         self.block_size = block_size
@@ -226,8 +222,7 @@ class SentencePairDataset(EpochDataset):
         room = self.template.budget(block_size)
         self.rule = PairRule(task, room, seed=seed, balanced=balanced, short_probability=short_probability)
         self._check_documents()
-        # The pairs of an epoch are not those of another, so there are none to wrap.
-        self.base = self
+        super().__init__()
         self._tables: dict[int, PairTable] = {}
         first = self.pairs(0)
         self._num_pairs = len(first.labels)
@@ -282,12 +277,12 @@ class SentencePairDataset(EpochDataset):
         return self._num_pairs
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return the example of an index, which may carry its epoch and place.
+        """Return the example of an index, which may carry its epoch and its index in the order.
 
         Returns:
             `input_ids` int32, `word_starts` bool and `token_type_ids` int64, `[n]` each; `source_length`, the tokens up to
-            and with what stands between the segments; `pair_label`, unless the task is `"none"`; `example_id`, `epoch`
-            and, if the index has one, `place`.
+            and with those between the segments; `pair_label`, unless the task is `"none"`; `example_id`, `epoch`
+            and, if the index has one, `order_index`.
 
         Raises:
             IndexError: If there is no such example.
@@ -295,17 +290,12 @@ class SentencePairDataset(EpochDataset):
         keys = self._locate(index)
         table, row = self._table(keys["epoch"]), keys["example_id"]
         a, b = (
-            self.store.read(*place)
-            for place in zip(table.starts[row].tolist(), table.stops[row].tolist(), strict=True)
+            self.store.read(*span) for span in zip(table.starts[row].tolist(), table.stops[row].tolist(), strict=True)
         )
         example = self.template.join(a, b)
         if self.rule.task != "none":
             example["pair_label"] = int(table.labels[row])
         return example | keys
-
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the examples of a batch of indices."""
-        return [self[index] for index in indices]
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -330,13 +320,13 @@ class SentencePairDataset(EpochDataset):
         return (counts / len(self)).tolist()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is found again where the dataset arrives."""
+        """Leave out the tables, which are made again where the dataset arrives."""
         state = {name: value for name, value in vars(self).items() if name not in ("sentences", "lengths")}
         # `base` is this object.
         return state | {"_tables": {}}
 
     def __repr__(self) -> str:
-        """Show what the pairs are and how well they fill."""
+        """Show the pairs and how well they fill."""
         shares = "/".join(f"{share:.3f}" for share in self.label_shares)
         labels = f", labels={shares}" if len(self.rule.kinds) > 1 else ""
         return (

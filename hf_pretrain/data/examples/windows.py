@@ -1,14 +1,13 @@
-"""All text as one stream, cut into lanes that are read side by side: the input of models with a memory.
+"""All text as one stream, cut into lanes: the input of models with a memory.
 
-A model that remembers the segment before must get, in the same row of the next batch, the text that follows. So the stream is
-cut into as many equal parts, the lanes, as a batch has rows, and the n-th batch holds the n-th window of every lane.
-
-XLNet's examples: a stretch of a lane to be kept as memory, then two segments with their separators.
+A lane is a row of the batch. A model that remembers the segment before must get, in the same row of the next batch,
+the text that follows. So `LaneStream` cuts the stream into as many equal lanes as a batch has rows, and the n-th batch
+holds the n-th window of every lane: `LaneDataset` for Transformer-XL, and `XLNetWindows`, whose window is a stretch
+that is kept as memory and then two segments with their separators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -18,8 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.token_store import TokenStore
-from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.examples.epochs import DrawnDataset
+from hf_pretrain.errors import InputError, check_range
+
+_NUM_SPECIAL = 3
 
 
 class LaneStream:
@@ -47,8 +48,7 @@ class LaneStream:
         separator = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         if separator is None:
             raise InputError("the tokenizer has no eos_token and no sep_token to put between documents: add one")
-        if num_lanes < 1:
-            raise InputError(f"num_lanes={num_lanes} must be positive")
+        check_range(num_lanes, "[1, inf)", name="num_lanes")
         self.store = TokenStore(documents)
         self.separator = separator
         self.num_lanes = num_lanes
@@ -73,7 +73,7 @@ class LaneStream:
         Args:
             lane: Number of the lane.
             start: First position; -1 is the token before the lane: the last of the lane before it, or a separator.
-            stop: Position after the last, at most ``lane_length``; what lies behind the text's end is left out.
+            stop: Position after the last, at most ``lane_length``; tokens behind the text's end are left out.
 
         Returns:
             ``input_ids`` int32, ``word_starts`` bool and ``sent_starts`` bool, each of at most ``stop - start``.
@@ -88,11 +88,11 @@ class LaneStream:
         if start >= stop:
             return np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.bool_)
         first, last = np.searchsorted(self._ends, [start, stop])
-        places = self._ends[first:last] - start
+        separators = self._ends[first:last] - start
         if start == -1:
-            places = np.concatenate([[0], places])
+            separators = np.concatenate([[0], separators])
         is_text = np.ones(stop - start, dtype=np.bool_)
-        is_text[places] = False
+        is_text[separators] = False
         ids = np.full(len(is_text), self.separator, dtype=np.int32)
         words, sentences = np.ones_like(is_text), np.ones_like(is_text)
         low, high = max(start, 0) - first, stop - last
@@ -119,8 +119,7 @@ class LaneDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(self, stream: LaneStream, *, window: int, reset_at_documents: bool = False) -> None:
-        if window < 1:
-            raise InputError(f"window={window} must be positive: give the length of a segment in tokens")
+        check_range(window, "[1, inf)", name="window", hint="give the length of a segment in tokens")
         self.stream = stream
         self.window = window
         self.reset_at_documents = reset_at_documents
@@ -163,11 +162,13 @@ class LaneDataset(Dataset[dict[str, Any]]):
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} windows")
         time, lane = divmod(index, self.num_lanes)
-        start, stop, is_new = self._document_window(time, lane) if self.reset_at_documents else self._place(time, lane)
+        start, stop, is_new = (
+            self._document_window(time, lane) if self.reset_at_documents else self._window(time, lane)
+        )
         ids, _, _ = self.stream.read_range(start - 1, stop)
         return {"input_ids": ids[:-1], "labels": ids[1:], "lane": lane, "memory_reset": is_new or time == 0}
 
-    def _place(self, time: int, lane: int) -> tuple[int, int, bool]:
+    def _window(self, time: int, lane: int) -> tuple[int, int, bool]:
         """Return the stream positions of the targets of a window, and whether a document begins with it."""
         length = self.stream.lane_length
         start = time * self.window
@@ -189,9 +190,6 @@ class LaneDataset(Dataset[dict[str, Any]]):
         return f"{type(self).__name__}({self.num_windows} windows of {self.window} tokens in {self.num_lanes} lanes)"
 
 
-_NUM_SPECIAL = 3
-
-
 class _Tokens(NamedTuple):
     """A stretch of a lane in the lane's direction: `[n]` each. A border is where a sentence begins, or ended."""
 
@@ -200,7 +198,7 @@ class _Tokens(NamedTuple):
     is_border: np.ndarray
 
 
-class XLNetWindows(EpochDataset):
+class XLNetWindows(DrawnDataset):
     """Windows over lanes: `reuse_len` tokens, then A SEP B SEP CLS; index `time * num_lanes + lane`, read in order.
 
     A follows on the first tokens and ends at a sentence border. Half of the time B follows on A, else it is drawn from
@@ -259,8 +257,7 @@ class XLNetWindows(EpochDataset):
                 f"fewer lanes than {stream.num_lanes} (a smaller batch over all devices) or a shorter window"
             )
         self.num_windows = room // self.reuse_len + 1
-        # The windows of an epoch are not those of another, so there are none to wrap.
-        self.base = self
+        super().__init__()
 
     def __len__(self) -> int:
         """Return the number of windows of all lanes."""
@@ -286,14 +283,10 @@ class XLNetWindows(EpochDataset):
             example["backward"] = lane >= self.stream.num_lanes
         return example | keys
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return the windows of a batch of indices."""
-        return [self[index] for index in indices]
-
     def _segments(self, lane: int, start: int, uniforms: np.ndarray) -> tuple[_Tokens, _Tokens, _Tokens]:
-        """Return the first stretch, A and B of the window at `start`, given draws for B's kind, A's end and B's place."""
+        """Return the first stretch, A and B of the window at `start`, given draws for B's kind, A's end and B's start."""
         begin, room = start + self.reuse_len, self.text_length
-        # A and B each take at most the room for both, so what lies beyond twice that changes nothing.
+        # A and B each take at most the room for both, so text beyond twice that changes nothing.
         tokens = self._read(lane, start, begin + 2 * room)
         first, text = _cut(tokens, 0, self.reuse_len), _cut(tokens, self.reuse_len, len(tokens.ids))
         borders = np.flatnonzero(text.is_border)

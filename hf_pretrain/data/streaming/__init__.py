@@ -1,1 +1,4 @@
-"""Text that does not fit the disk: shards are read, tokenized and packed while the model trains."""
+"""Text that is read, tokenized and packed while training runs.
+
+sources (shards of files or of a streamed dataset) -> blocks (examples, and how far each reader has come).
+"""

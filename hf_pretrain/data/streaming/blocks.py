@@ -1,10 +1,11 @@
-"""How the shards of a stream are dealt out to those who read it, and how far each of them has come.
+"""Blocks made while training reads the text, for corpora that one does not want to store as documents.
 
-The text is one endless list: all shards in the order of epoch 0, all in the order of epoch 1, and so on. A reader, called a
-lane, is a data loader's worker on one of the processes. The list is dealt out in rounds: of L items in a row, each of L lanes
-gets one, beginning with another lane in each round, by a keyed draw.
+`StreamingBlocks` reads, tokenizes and packs. `TrainingStream` goes on epoch after epoch and deals the shards out to
+readers. A reader is one worker of one process' data loader.
 
-Blocks made while training reads the text, for corpora that one does not want to store as documents.
+The text is one endless list: all shards in the order of epoch 0, all in the order of epoch 1, and so on. The list is
+dealt out in rounds. Of R items in a row, each of R readers gets one. A keyed draw says which reader begins.
+`StreamProgress` says how far each reader has come.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import datasets
 import numpy as np
@@ -27,17 +28,23 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import tokenize_texts
-from hf_pretrain.data.examples.packing import BlockDataset, BlockTemplate, PackingMode, check_mode
+from hf_pretrain.data.examples.packing import BlockDataset, BlockTemplate, PackingMode
 from hf_pretrain.data.streaming.sources import FileShards, ShardSource, as_source
 from hf_pretrain.data.text.files import DocumentSeparator, OnBadText
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice, check_range
+
+_SHARD_BITS = 32
+_COLUMN_TYPES: dict[str, type[np.generic]] = {"input_ids": np.int32, "word_starts": np.bool_, "sent_starts": np.bool_}
+_READ_BLOCKS = 256
+_MOST_EMPTY = 100
+Tokenize = Callable[[list[str]], Mapping[str, Sequence[Any]]]
 
 
-class Place(NamedTuple):
-    """A place in the list of shards: just before a block that has not been taken.
+class StreamPosition(NamedTuple):
+    """A position in the endless list of shards: just before a block that nobody has taken.
 
     Attributes:
-        number: Epoch * number of shards + place in the order of that epoch.
+        number: Epoch * number of shards + position in the order of that epoch.
         start: Where the text of the block's window begins in the shard, as the source counts.
         first_block: Blocks of the shard before the window.
         taken: Blocks of the window that have been taken, in the window's own order.
@@ -50,80 +57,85 @@ class Place(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """How far a lane has come: the place, and the number of its item in the list that is dealt."""
+    """How far a reader has come: the position, and the number of its item in the list that is dealt."""
 
     item: int
-    place: Place
+    position: StreamPosition
 
 
 @dataclass(frozen=True)
 class StreamProgress:
-    """How far all lanes have come; plain data, to be saved with a checkpoint.
+    """How far all readers have come, to be saved with a checkpoint.
 
     Attributes:
-        num_lanes: Number of lanes.
-        num_batches: Micro-batches that all lanes have given; the next one is of lane ``num_batches % num_lanes``.
-        pending: The list begins with these, left over from an earlier dealing;
-        tail: then come the places from this number on.
-        stops: Lane -> how far it has come; lanes that gave nothing yet are not in it.
+        num_readers: Number of readers.
+        num_batches: Micro-batches that all readers have given; the next one is of reader ``num_batches % num_readers``.
+        pending: The list begins with these, which an earlier number of readers left over.
+        tail: Then come the shards from this number of the list on.
+        stops: How far each reader has come, by its number, without readers that gave nothing yet.
     """
 
-    num_lanes: int
+    num_readers: int
     num_batches: int = 0
-    pending: tuple[Place, ...] = ()
+    pending: tuple[StreamPosition, ...] = ()
     tail: int = 0
     stops: Mapping[int, Stop] | None = None
 
-    def item(self, number: int) -> Place:
+    def item(self, number: int) -> StreamPosition:
         """Return an item of the list."""
         pending = self.pending
-        return pending[number] if number < len(pending) else Place(self.tail + number - len(pending))
+        return pending[number] if number < len(pending) else StreamPosition(self.tail + number - len(pending))
 
-    def items(self, lane: int) -> Iterator[Stop]:
-        """Yield what a lane still has to read: the rest of the item it was in, then its next ones, without end."""
-        stop = (self.stops or {}).get(lane)
+    def items(self, reader: int) -> Iterator[Stop]:
+        """Yield the rest of a reader's items: first the one that it was in, then its next ones, without end."""
+        stop = (self.stops or {}).get(reader)
         if stop is not None:
             yield stop
-        for dealing in itertools.count(0 if stop is None else 1 + stop.item // self.num_lanes):
-            number = dealing * self.num_lanes + (lane + first_lane(dealing, self.num_lanes)) % self.num_lanes
+        for round_number in itertools.count(0 if stop is None else 1 + stop.item // self.num_readers):
+            turned = (reader + first_reader(round_number, self.num_readers)) % self.num_readers
+            number = round_number * self.num_readers + turned
             yield Stop(number, self.item(number))
 
     def owner(self, number: int) -> int:
-        """Return the lane that an item is dealt to."""
-        dealing, place = divmod(number, self.num_lanes)
-        return (place - first_lane(dealing, self.num_lanes)) % self.num_lanes
+        """Return the reader that an item is dealt to."""
+        round_number, position = divmod(number, self.num_readers)
+        return (position - first_reader(round_number, self.num_readers)) % self.num_readers
 
-    def among(self, num_lanes: int) -> StreamProgress:
-        """Return the same progress for another number of lanes: what nobody has finished is dealt out anew."""
-        if num_lanes == self.num_lanes:
+    def among(self, num_readers: int) -> StreamProgress:
+        """Return the same progress for another number of readers: unfinished items are dealt out anew."""
+        if num_readers == self.num_readers:
             return self
-        stops = {lane: next(self.items(lane)) for lane in range(self.num_lanes)}
+        stops = {reader: next(self.items(reader)) for reader in range(self.num_readers)}
         end = max(len(self.pending), 1 + max(stop.item for stop in stops.values()))
         pending = []
         for number in range(end):
             stop = stops[self.owner(number)]
             if number >= stop.item:
-                pending.append(stop.place if number == stop.item else self.item(number))
-        return StreamProgress(num_lanes, pending=tuple(pending), tail=self.tail + end - len(self.pending))
+                pending.append(stop.position if number == stop.item else self.item(number))
+        return StreamProgress(num_readers, pending=tuple(pending), tail=self.tail + end - len(self.pending))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return asdict(self) | {"stops": sorted((lane, *stop) for lane, stop in (self.stops or {}).items())}
+        data = asdict(self)
+        # The name of the number in checkpoints of earlier versions.
+        data["num_lanes"] = data.pop("num_readers")
+        return data | {"stops": sorted((reader, *stop) for reader, stop in (self.stops or {}).items())}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> StreamProgress:
         """Return what `to_json` made plain."""
-        stops = {lane: Stop(item, Place(*place)) for lane, item, place in data["stops"]}
-        return cls(**{**data, "pending": tuple(Place(*place) for place in data["pending"]), "stops": stops})
+        stops = {reader: Stop(item, StreamPosition(*position)) for reader, item, position in data["stops"]}
+        pending = tuple(StreamPosition(*position) for position in data["pending"])
+        return cls(data["num_lanes"], data["num_batches"], pending, data["tail"], stops)
 
 
-def first_lane(dealing: int, num_lanes: int) -> int:
-    """Return by how many lanes a round of the dealing is turned: no lane must get the same shards in every epoch."""
-    return int(draws.integers(draws.row_keys([dealing], seed=0, stream="lanes"), 1, high=num_lanes)[0, 0])
+def first_reader(round_number: int, num_readers: int) -> int:
+    """Return which reader a round begins with: no reader must get the same shards in every epoch."""
+    return int(draws.integers(draws.row_keys([round_number], seed=0, stream="lanes"), 1, high=num_readers)[0, 0])
 
 
 class ShardSampler:
-    """Says which shard comes at a place: every epoch has each shard once, in a keyed order of its own.
+    """Says which shard comes at a position: every epoch has each shard once, in a keyed order of its own.
 
     Args:
         num_shards: Shards of the text.
@@ -137,9 +149,9 @@ class ShardSampler:
         self.shuffle = shuffle
 
     def locate(self, number: int) -> tuple[int, int]:
-        """Return the epoch and the shard of a place."""
-        epoch, place = divmod(number, self.num_shards)
-        return epoch, (self.order(epoch)[place] if self.shuffle else place)
+        """Return the epoch and the shard of a position."""
+        epoch, position = divmod(number, self.num_shards)
+        return epoch, (self.order(epoch)[position] if self.shuffle else position)
 
     def order(self, epoch: int) -> list[int]:
         """Return the shards in the order of an epoch."""
@@ -148,21 +160,13 @@ class ShardSampler:
         return draws.permutation(self.num_shards, seed=self.seed, epoch=epoch, stream="shards").tolist()
 
 
-_SHARD_BITS = 32
-_COLUMN_TYPES: dict[str, type[np.generic]] = {"input_ids": np.int32, "word_starts": np.bool_, "sent_starts": np.bool_}
-_READ_BLOCKS = 256
-_MOST_EMPTY = 100
-
-Tokenize = Callable[[list[str]], Mapping[str, Sequence[Any]]]
-
-
 class StreamingBlocks(IterableDataset[dict[str, Any]]):
     """Blocks of text that is read, tokenized and packed on the fly, a window of documents at a time.
 
     Each example has ``input_ids`` and ``word_starts`` as in :class:`BlockDataset`, ``epoch``, and ``example_id`` =
     shard number * 2**32 + number of the block in its shard: the same for any number of workers and ranks. Iterating
     gives one epoch; data loader workers share the shards out among themselves. Training takes a
-    :class:`TrainingStream` of it, which goes on epoch after epoch and can go on from any place.
+    :class:`TrainingStream` of it, which goes on epoch after epoch and can go on from any position.
 
     Args:
         source: Paths of files; or a ``datasets.IterableDataset``; or a :class:`ShardSource`. Large files are cut into
@@ -177,7 +181,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
             the shards is drawn each epoch too. 0 keeps the order, and a window is a buffer of documents.
         seed: Key of the shuffle.
         tokenize: Maps texts to columns of the document schema; default `hf_pretrain.data.documents.documents.tokenize_texts`.
-        on_bad_text: What becomes of a document of a file that is no text: ``"skip"`` or ``"refuse"``, see
+        on_bad_text: Whether to ``"skip"`` or ``"refuse"`` a document of a file that is no text, see
             `hf_pretrain.data.text.files.BadTextCount`.
 
     Raises:
@@ -199,9 +203,8 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         tokenize: Tokenize | None = None,
         on_bad_text: OnBadText = "skip",
     ) -> None:
-        if documents_per_buffer < 1:
-            raise InputError(f"documents_per_buffer={documents_per_buffer} must be positive; 1000 is usual")
-        check_mode(mode)
+        check_range(documents_per_buffer, "[1, inf)", name="documents_per_buffer", hint="1000 is usual")
+        check_choice(mode, get_args(PackingMode), name="mode")
         room = BlockTemplate.of(tokenizer).budget(block_size)
         self.source = as_source(
             source, document_separator=document_separator, text_column=text_column, on_bad_text=on_bad_text
@@ -240,13 +243,13 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         begin = self.epoch * self.num_shards
         for number in range(begin + own, begin + self.num_shards, num_workers):
-            for example, _ in self.read(Place(number)):
+            for example, _ in self.read(StreamPosition(number)):
                 yield example
 
-    def read(self, place: Place) -> Iterator[tuple[dict[str, Any], Place]]:
-        """Yield the examples from a place to the end of its shard, and with each the place behind it."""
-        epoch, shard = self.sampler.locate(place.number)
-        number, start, first_block, taken = place
+    def read(self, position: StreamPosition) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
+        """Yield the examples from a position to the end of its shard, and with each the position behind it."""
+        epoch, shard = self.sampler.locate(position.number)
+        number, start, first_block, taken = position
         for documents, stop in self._windows(shard, epoch=epoch, start=start):
             blocks = BlockDataset(documents, tokenizer=self.tokenizer, block_size=self.block_size, mode=self.mode)
             order = self._order(len(blocks), epoch=epoch, window=f"{shard} {first_block}")
@@ -255,11 +258,11 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
                 for done, (row, block) in enumerate(zip(rows, blocks.__getitems__(rows), strict=True), begin + 1):
                     example_id = (shard << _SHARD_BITS) + first_block + row
                     example = {**block, "example_id": example_id, "epoch": epoch}
-                    yield example, Place(number, start, first_block, done)
+                    yield example, StreamPosition(number, start, first_block, done)
             start, first_block, taken = stop, first_block + len(blocks), 0
 
     def identity(self) -> str:
-        """Return a digest of all that decides what comes at a place."""
+        """Return a digest of the text and of all options that decide its examples."""
         options = [self.block_size, self.mode, self.documents_per_buffer, self.shuffle_buffer_size, self.seed]
         known = [draws.VERSION, *options, len(self.tokenizer), self.source.identity()]
         return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
@@ -269,7 +272,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         return self.source.cuts() if isinstance(self.source, FileShards) else None
 
     def cut_like(self, cuts: Any) -> list[str]:
-        """Cut the files as they were when a checkpoint was made, so that places in them still hold.
+        """Cut the files as they were when a checkpoint was made, so that positions in them still hold.
 
         Args:
             cuts: What `cuts` returned then; the stream must have the same `identity`.
@@ -292,7 +295,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         return draws.permutation(num_blocks, seed=self.seed, epoch=epoch, stream=f"window {window}")
 
     def _windows(self, shard: int, *, epoch: int, start: int) -> Iterator[tuple[datasets.Dataset, int]]:
-        """Yield the documents of a shard a window at a time, none of them without a token, and the place behind each."""
+        """Yield the documents of a shard a window at a time, without empty ones, and with each where the source goes on."""
         texts = self.source.read(shard, start=start, epoch=epoch)
         gathered: dict[str, list[Any]] = {name: [] for name in _COLUMN_TYPES}
         num_tokens = stop = 0
@@ -313,8 +316,8 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
 class TrainingStream(IterableDataset[dict[str, Any]]):
     """A stream for training: epoch after epoch without end, shared out among all workers of all processes.
 
-    Each example has an entry ``progress``, the number of the lane that gave it and its :class:`Stop`: where the lane goes on
-    behind this example. Micro-batch m, counted over all processes, is of lane m modulo the number of lanes.
+    Each example has an entry ``progress``: the number of its reader, and a `Stop`, which says where the reader goes on after it.
+    Micro-batch m, counted over all processes, is of reader m modulo the number of readers.
 
     Args:
         stream: The text.
@@ -337,7 +340,7 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         self.progress = progress
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield the examples of this worker's lane.
+        """Yield the examples of this worker's reader.
 
         Raises:
             InputError: If no shard holds text.
@@ -345,20 +348,20 @@ class TrainingStream(IterableDataset[dict[str, Any]]):
         worker = get_worker_info()
         own, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         progress = self.dealt(num_workers)
-        lane = (progress.num_batches + own * self.world_size + self.rank) % progress.num_lanes
+        reader = (progress.num_batches + own * self.world_size + self.rank) % progress.num_readers
         num_empty = 0
-        for item, place in progress.items(lane):
+        for item, position in progress.items(reader):
             num_empty += 1
-            for example, behind in self.stream.read(place):
+            for example, behind in self.stream.read(position):
                 num_empty = 0
-                yield example | {"progress": (lane, Stop(item, behind))}
+                yield example | {"progress": (reader, Stop(item, behind))}
             if num_empty > _MOST_EMPTY * self.stream.num_shards:
                 raise InputError(f"no text in {num_empty} readings of the {self.stream.num_shards} shards: give text")
 
     def dealt(self, num_workers: int) -> StreamProgress:
         """Return the progress with which these workers begin."""
-        num_lanes = self.world_size * max(1, num_workers)
-        return StreamProgress(num_lanes) if self.progress is None else self.progress.among(num_lanes)
+        num_readers = self.world_size * max(1, num_workers)
+        return StreamProgress(num_readers) if self.progress is None else self.progress.among(num_readers)
 
 
 def _documents(columns: Mapping[str, Sequence[Any]]) -> datasets.Dataset:

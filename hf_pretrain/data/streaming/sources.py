@@ -1,6 +1,6 @@
-"""Shards: parts of text files, each read on its own, from any document on, and together the files' documents in order.
+"""Where a stream's text comes from: shards of files or of a streamed dataset, each readable from any document on.
 
-Where a stream's text comes from: shards of files or of a streamed dataset, each readable from any place in it.
+`list_shards` cuts files into parts of about one size. Together the parts hold the documents of the files, in order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import datasets
 import pyarrow as pa
@@ -20,17 +20,16 @@ from hf_pretrain.data.text.files import (
     BadTextCount,
     DocumentSeparator,
     OnBadText,
-    check_separator,
-    missing_column,
     open_arrow,
     open_parquet,
     read_part,
-    resolve_paths,
 )
 from hf_pretrain.data.text.kinds import file_kind
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.text.rows import missing_column
+from hf_pretrain.data.text.search import resolve_paths
+from hf_pretrain.errors import InputError, check_choice, check_range, one_line
 
-_NUM_SHARDS = 256
+_NUM_SHARDS, _BATCH_ROWS = 256, 256
 _LEAST_BYTES, _MOST_BYTES = 10**6, 64 * 10**6
 
 
@@ -71,9 +70,9 @@ def list_shards(
     Raises:
         InputError: If a path stands for no file or one of a format that is not read, or ``most_bytes`` is not positive.
     """
-    check_separator(document_separator)
-    if most_bytes is not None and most_bytes < 1:
-        raise InputError(f"most_bytes={most_bytes} must be positive; {_MOST_BYTES} is usual for a large corpus")
+    check_choice(document_separator, get_args(DocumentSeparator), name="document_separator")
+    if most_bytes is not None:
+        check_range(most_bytes, "[1, inf)", name="most_bytes", hint=f"{_MOST_BYTES} is usual for a large corpus")
     files = resolve_paths(paths)
     if most_bytes is None:
         total = sum(Path(file).stat().st_size for file in files)
@@ -93,12 +92,12 @@ def read_shard(
 
     Args:
         shard: One that `list_shards` returned for the same ``document_separator``.
-        start: Where to go on: a position that was yielded with a document of this shard, or 0 for its front. What lies
-            before is not read again, but decompressed if the file is compressed, and a Parquet file is read from the row
+        start: Where to go on: a position that was yielded with a document of this shard, or 0 for its front. Earlier text
+            is not read again, but decompressed if the file is compressed, and a Parquet file is read from the row
             group on that the position lies in.
         document_separator: What ends a document of a text file.
         text_column: Name of the field or column that holds the text.
-        bad: What becomes of a document that is no text; by default, it is refused.
+        bad: Whether to refuse or skip a document that is no text; by default it is refused.
 
     Yields:
         Each document as `hf_pretrain.data.text.files.read_documents` yields it, with the position behind it.
@@ -106,7 +105,7 @@ def read_shard(
     Raises:
         InputError: As `read_documents`.
     """
-    check_separator(document_separator)
+    check_choice(document_separator, get_args(DocumentSeparator), name="document_separator")
     return read_part(
         shard.path,
         start=shard.start,
@@ -157,9 +156,6 @@ def _arrow_groups(file: str) -> Iterator[int]:
             yield batch.nbytes
 
 
-_BATCH_ROWS = 256
-
-
 class ShardSource(Protocol):
     """Text in shards; any object like this can be streamed."""
 
@@ -168,16 +164,16 @@ class ShardSource(Protocol):
         """Number of shards, each of which a different process can read."""
 
     def read(self, shard: int, *, start: int = 0, epoch: int = 0) -> Iterator[tuple[str, int]]:
-        """Yield the documents of a shard and, with each, the place behind it: `start` of a call that yields the rest.
+        """Yield the documents of a shard, each with the position behind it: the `start` of a call that yields the rest.
 
         Args:
             shard: Number of the shard.
-            start: 0, or a place that an earlier call has yielded.
+            start: 0, or a position that an earlier call has yielded.
             epoch: For a source that changes from epoch to epoch.
         """
 
     def identity(self) -> Any:
-        """Return what tells this text from another, as plain data."""
+        """Return plain data that differs for another text."""
 
 
 class FileShards:
@@ -187,7 +183,7 @@ class FileShards:
         paths: Files, folders or globs, as `hf_pretrain.data.text.datasets.read_documents` takes them.
         document_separator: What ends a document of a text file.
         text_column: Field or column that holds the text of JSON, tables, Parquet and Arrow.
-        on_bad_text: What becomes of a document that is no text, see `hf_pretrain.data.text.files.BadTextCount`.
+        on_bad_text: Whether to refuse or skip a document that is no text, see `hf_pretrain.data.text.files.BadTextCount`.
     """
 
     def __init__(
@@ -258,7 +254,7 @@ class FileShards:
             parts = [Shard(path, start, stop) for start, stop in spans]
             if size != size_before:
                 changed.append(name)
-                # The last part takes what is behind its end now.
+                # The last part takes the new text behind its end too.
                 parts[-1] = Shard(path, parts[-1].start, None)
             shards += parts
         self.shards = shards
@@ -303,20 +299,20 @@ class DatasetShards:
         except InputError:
             raise
         except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            cause = one_line(error, line=0)
             raise InputError(
-                f"the streamed dataset can not be read: {reason}; is it whole, and within reach?"
+                f"the streamed dataset can not be read: {cause}; is it whole, and within reach?"
             ) from error
 
     def identity(self) -> Any:
-        """Return the number of shards and the column: a streamed dataset tells no more of itself."""
+        """Return the number of shards and the column: more is not known of a streamed dataset."""
         return [self.num_shards, self.text_column]
 
 
 def as_source(
     source: Any, *, document_separator: DocumentSeparator, text_column: str, on_bad_text: OnBadText = "skip"
 ) -> ShardSource:
-    """Return a source of what a user gives: paths, a `datasets.IterableDataset`, or a source.
+    """Return a source for paths, a `datasets.IterableDataset`, or a source itself.
 
     Raises:
         InputError: If it is none of them, or there is no text of that column.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,32 +19,18 @@ from hf_pretrain.data.text.files import (
     DocumentSeparator,
     OnBadText,
     check_text_column,
-    missing_column,
     read_documents,
-    resolve_paths,
 )
-from hf_pretrain.data.text.search import pipe_digest
-from hf_pretrain.errors import InputError
-
-__all__ = [
-    "DocumentSeparator",
-    "file_stamps",
-    "generate_dataset",
-    "load_text_dataset",
-    "random_subset",
-    "read_documents",
-    "resolve_paths",
-    "text_dataset",
-    "text_sizes",
-    "with_language",
-]
+from hf_pretrain.data.text.lines import DISK_FULL
+from hf_pretrain.data.text.rows import missing_column
+from hf_pretrain.data.text.search import pipe_digest, resolve_paths
+from hf_pretrain.errors import InputError, one_line
 
 TEXT_FEATURES = datasets.Features({"text": datasets.Value("string")})
 # Part of every fingerprint: raise it when the documents of the same files change.
 _VERSION = 2
 _BATCH_ROWS = 1000
 _STREAM_SHARDS = 64
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def text_dataset(
@@ -63,8 +48,8 @@ def text_dataset(
         source: Files, folders or globs as in `read_documents`, or a dataset with a column of text.
         text_column: Name of the column that holds the text.
         document_separator: What ends a document of a text file.
-        on_bad_text: What becomes of a document of a file that is no text, see `read_documents`.
-        language: Language of all the documents, to be told in a column ``lang``; by default there is none.
+        on_bad_text: Whether to refuse or skip a document of a file that is no text, see `read_documents`.
+        language: Language of all the documents, for a column ``lang``; by default there is no such column.
         cache_dir: Folder of the Arrow files; the cache of 🤗 datasets by default. The same files, unchanged, and the
             same options are read once.
 
@@ -117,21 +102,21 @@ def with_language(texts: datasets.Dataset, language: str) -> datasets.Dataset:
 
 
 def file_stamps(paths: Sequence[str]) -> list[tuple[str | int, ...]]:
-    """Return what a cache is keyed by.
+    """Return the identity of files, by which caches are keyed.
 
     Args:
         paths: Files.
 
     Returns:
-        Of each file its place, the times (ns) of the last change of its text and of its status, which can not be set back,
+        For each file its path, the times (ns) of the last change of its text and of its status, which can not be set back,
         and its size (bytes); of a pipe, a digest of what came through it.
     """
     stamps: list[tuple[str | int, ...]] = []
     for path in paths:
         digest = pipe_digest(path)
         stat = Path(path).stat()
-        place = (str(Path(path).resolve()), stat.st_mtime_ns, stat.st_ctime_ns) if digest is None else ("pipe", digest)
-        stamps.append((*place, stat.st_size))
+        identity = (str(Path(path).resolve()), stat.st_mtime_ns, stat.st_ctime_ns)
+        stamps.append((*(identity if digest is None else ("pipe", digest)), stat.st_size))
     return stamps
 
 
@@ -205,11 +190,13 @@ def load_text_dataset(
         raise
     except Exception as error:
         # Builders raise whatever the code inside of them does.
-        if getattr(error, "errno", None) in _DISK_FULL:
+        if getattr(error, "errno", None) in DISK_FULL:
             raise
-        raise InputError(
-            f"dataset_name={name!r} ({config_name=}, {split=}) can not be loaded: {_reason(error)}"
-        ) from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = one_line(cause, line=0)
+        raise InputError(f"dataset_name={name!r} ({config_name=}, {split=}) can not be loaded: {reason}") from error
     if not streaming:
         return text_dataset(loaded, text_column=text_column)
     if loaded.column_names is not None and text_column not in loaded.column_names:
@@ -223,13 +210,6 @@ def _is_text(text: str | None) -> bool:
     return text is not None
 
 
-def _reason(error: BaseException) -> str:
-    """Return the first line of the error that another one came from."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _is_saved(name: str) -> bool:
     """Return whether a name is that of a folder that ``save_to_disk`` wrote."""
     return Path(name, "dataset_dict.json").is_file() or (
@@ -238,10 +218,10 @@ def _is_saved(name: str) -> bool:
 
 
 def _load_saved(name: str, split: str) -> datasets.Dataset:
-    """Return a split, or a slice of one, of what was saved to a folder."""
+    """Return a split, or a slice of one, of a folder that ``save_to_disk`` wrote."""
     loaded = datasets.load_from_disk(name)
     if isinstance(loaded, datasets.Dataset):
-        # What was saved by itself may have no name of its split.
+        # A split that was saved alone may have no name.
         own = str(loaded.split or split.partition("[")[0])
         loaded = datasets.DatasetDict({own: loaded})
     lengths = {own: len(rows) for own, rows in loaded.items()}
@@ -272,7 +252,7 @@ def text_sizes(texts: datasets.Dataset) -> tuple[np.ndarray, np.ndarray]:
 def random_subset(texts: datasets.Dataset, *, max_bytes: int, seed: int) -> datasets.Dataset:
     """Return a keyed random part of the texts that has at most so many bytes, in the order of the texts.
 
-    Texts are taken in a random order, in rounds: those longer than what is left are left out, and the first that does not
+    Texts are taken in a random order, in rounds: those longer than the bytes left are left out, and the first that does not
     fit ends the round. There is another one while less than nine tenths of the bytes are filled. So a text is the rarer
     the longer it is, but only where it is long beside `max_bytes`: one of a thousandth of it is hardly ever left out.
 

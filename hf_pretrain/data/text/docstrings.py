@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.text.datasets import generate_dataset
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_range
 
 _LEAST_CHARACTERS = 200
 _NOT_OURS = {"__pycache__", "site-packages", "dist-packages"}
@@ -157,8 +157,7 @@ def split_held_out(num_documents: int, fraction: float, *, seed: int = 0) -> tup
     Raises:
         InputError: If the fraction is not in ``[0, 1)``, or there are too few documents to hold one out.
     """
-    if not 0 <= fraction < 1:
-        raise InputError(f"validation_fraction={fraction} must be in [0, 1); 0.02 is usual, 0 holds nothing out")
+    check_range(fraction, "[0, 1)", name="validation_fraction", hint="0.02 is usual, 0 holds nothing out")
     num_held_out = max(1, round(num_documents * fraction)) if fraction else 0
     if num_held_out and num_held_out >= num_documents:
         raise InputError(

@@ -1,9 +1,9 @@
-"""Reading text files: plain, compressed, JSON, tables, Parquet and Arrow as a stream of documents.
+"""Documents of text files, as a stream: plain or compressed text, JSON, tables, Parquet and Arrow.
 
-Text is cut into lines, and lines are joined into documents, as bytes: so a part of a file can be read on its own, from any
-byte on, and the place behind each document is known. What begins in a part is read to its end, wherever that is.
-
-Documents of several files with the place that each came from, one after the other or in groups of about one size.
+`read_documents` reads whole files, `read_part` a part of one. Text is cut into lines, and lines are joined into
+documents, as bytes. So a part of a file can be read on its own, from any byte on, and the position behind each
+document is known. A document that begins in a part is read to its end, also behind the end of the part.
+`numbered_documents` names the file of each document.
 """
 
 from __future__ import annotations
@@ -20,25 +20,11 @@ from typing import Literal, NamedTuple, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_pretrain.data.text.kinds import FileKind, file_kind
+from hf_pretrain.data.text.kinds import FileKind, file_kind, text_kind
 from hf_pretrain.data.text.lines import CHUNK, BadText, decode_lines, is_blank, read_lines, readable
 from hf_pretrain.data.text.rows import Row, json_line_rows, json_rows, missing_column, table_rows
 from hf_pretrain.data.text.search import pipe_digest, resolve_paths
-from hf_pretrain.errors import InputError
-
-__all__ = [
-    "BadTextCount",
-    "DocumentSeparator",
-    "OnBadText",
-    "check_separator",
-    "check_text_column",
-    "missing_column",
-    "open_parquet",
-    "read_documents",
-    "read_part",
-    "read_rows",
-    "resolve_paths",
-]
+from hf_pretrain.errors import InputError, check_choice, one_line
 
 DocumentSeparator = Literal["blank_line", "line", "file"]
 OnBadText = Literal["refuse", "skip"]
@@ -59,9 +45,7 @@ class BadTextCount:
     """
 
     def __init__(self, on_bad_text: OnBadText = "refuse") -> None:
-        if on_bad_text not in get_args(OnBadText):
-            names = ", ".join(get_args(OnBadText))
-            raise InputError(f"on_bad_text={on_bad_text!r} is unknown; choose one of {names}")
+        check_choice(on_bad_text, get_args(OnBadText), name="on_bad_text")
         self.on_bad_text = on_bad_text
         self.num_documents = 0
         self.num_skipped = 0
@@ -97,11 +81,11 @@ def read_documents(
     Args:
         paths: Files, folders (see `hf_pretrain.data.text.search.find_files`), globs, pipes, or ``"-"`` for the standard
             input. JSON, CSV, TSV, Parquet and Arrow files hold one document a row; any other file is read as UTF-8 text.
-            What is compressed by gzip, xz, bzip2, zstd or lz4 is decompressed on the fly.
+            Files compressed by gzip, xz, bzip2, zstd or lz4 are decompressed on the fly.
         document_separator: What ends a document of a text file: ``"blank_line"``, ``"line"`` or only its end,
             ``"file"``.
         text_column: Name of the field or column that holds the text.
-        on_bad_text: What becomes of a document that is not UTF-8, or a row that is not JSON, see [`BadTextCount`].
+        on_bad_text: Whether to refuse or skip a document that is not UTF-8, or a row that is not JSON, see [`BadTextCount`].
 
     Yields:
         Documents without white space around them; blank ones are left out.
@@ -109,7 +93,7 @@ def read_documents(
     Raises:
         InputError: If a file is missing, empty, of a kind that is not read, not UTF-8 or damaged, or has no such column.
     """
-    check_separator(document_separator)
+    check_choice(document_separator, get_args(DocumentSeparator), name="document_separator")
     bad = BadTextCount(on_bad_text)
     for path in resolve_paths(paths):
         documents = read_part(path, document_separator=document_separator, text_column=text_column, bad=bad)
@@ -135,17 +119,17 @@ def read_part(
         position: Where to go on: a position that was yielded with a document of the part, or 0 for its front.
         document_separator: What ends a document of a text file; parts need another than ``"file"``.
         text_column: Name of the field or column that holds the text.
-        bad: What becomes of a document that is no text; by default, it is refused.
+        bad: Whether to refuse or skip a document that is no text; by default it is refused.
 
     Yields:
-        As `read_documents`, each document with the position behind it: a byte (of what is decompressed), or in a Parquet,
+        As `read_documents`, each document with the position behind it: a byte (after decompression), or in a Parquet,
         Arrow or JSON file that is not JSON lines the number of the row in the part.
 
     Raises:
         InputError: As `read_documents`; the first part raises it if there is no text in the whole file.
     """
     bad = BadTextCount() if bad is None else bad
-    kind = file_kind(path)
+    kind = text_kind(path)
     is_empty = True
     for document, behind in _rows(path, kind, document_separator, text_column, (start, stop), position):
         if isinstance(document, BadText):
@@ -161,13 +145,6 @@ def read_part(
             raise InputError(f"{path} holds no text; give a file that does, or leave it out")
 
 
-def check_separator(document_separator: str) -> None:
-    """Raise InputError if there is no such separator of documents."""
-    if document_separator not in get_args(DocumentSeparator):
-        names = ", ".join(get_args(DocumentSeparator))
-        raise InputError(f"document_separator={document_separator!r} is unknown; choose one of {names}")
-
-
 def read_rows(path: str | Path, *, text_column: str | None = None) -> Iterator[str | BadText]:
     """Read the rows of one file, blank ones too: its lines, or the values of a field or column.
 
@@ -176,12 +153,12 @@ def read_rows(path: str | Path, *, text_column: str | None = None) -> Iterator[s
         text_column: Name of the field or column; without it, lines are read, which end at line feeds alone.
 
     Returns:
-        The texts as they are, lines with their ends; what is no text as an error.
+        The texts as they are, lines with their ends; a text that is none comes as an error.
 
     Raises:
         InputError: As `read_documents` when a row is read, but that a file may be empty.
     """
-    kind = file_kind(path)
+    kind = text_kind(path)
     if text_column is None:
         if kind.line_end != b"\n":
             raise InputError(
@@ -201,8 +178,6 @@ def _rows(
     position: int,
 ) -> Iterator[Row]:
     """Yield the texts of a part of a file as they are, blank ones too, each with the position behind it."""
-    if kind.reason:
-        raise InputError(f"{path} is {kind.reason}, not text: {kind.advice}")
     start, stop = part
     if kind.format == "parquet":
         return _parquet_rows(path, text_column, part, position)
@@ -212,7 +187,7 @@ def _rows(
         return json_rows(path, position, text_column)
     if kind.format == "csv":
         return table_rows(path, position, text_column, line_end=kind.line_end)
-    # What begins in a part is what it goes on with, so a part that has been read to a position is one that starts there.
+    # A part that has been read to a position goes on as one that starts there.
     end = math.inf if stop is None else stop
     begin = position or start
     if kind.format == "json_lines":
@@ -283,7 +258,7 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.
 
     Raises:
-        InputError: If it is none, or what is read from it turns out to be damaged.
+        InputError: If it is none, or is found damaged while it is read.
     """
     with readable(path):
         try:
@@ -291,7 +266,7 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(path, buffer_size=CHUNK) as file:
                 yield file
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no whole Parquet file: {' '.join(str(error).split())}") from error
+            raise InputError(f"{path} is no whole Parquet file: {one_line(error)}") from error
 
 
 def _parquet_rows(path: str, text_column: str, part: tuple[int, int | None], position: int) -> Iterator[Row]:
@@ -311,7 +286,7 @@ def open_arrow(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]
     """Open an Arrow file, or the stream that `datasets.Dataset.save_to_disk` writes: its schema and its batches.
 
     Raises:
-        InputError: If it is none, or what is read from it turns out to be damaged.
+        InputError: If it is none, or is found damaged while it is read.
     """
     with readable(path):
         try:
@@ -323,7 +298,7 @@ def open_arrow(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]
                     stream = pa.ipc.open_stream(file)
                     yield stream.schema, iter(stream)
         except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no whole Arrow file: {' '.join(str(error).split())}") from error
+            raise InputError(f"{path} is no whole Arrow file: {one_line(error)}") from error
 
 
 def _arrow_rows(path: str, text_column: str, part: tuple[int, int | None], position: int) -> Iterator[Row]:
@@ -395,7 +370,7 @@ def numbered_documents(
     document_separator: DocumentSeparator = "blank_line",
     text_column: str = "text",
 ) -> Iterator[NumberedDocument]:
-    """Read documents as `read_documents` does, each with its place.
+    """Read documents as `read_documents` does, each with its file and its number in it.
 
     Args:
         paths: Files, folders and globs.
@@ -409,8 +384,8 @@ def numbered_documents(
         InputError: As `read_documents`.
     """
     files = resolve_paths(paths)
-    places = [Path(file).resolve() for file in files if pipe_digest(file) is None]
-    root = os.path.commonpath([place.parent for place in places]) if places else ""
+    real_paths = [Path(file).resolve() for file in files if pipe_digest(file) is None]
+    root = os.path.commonpath([path.parent for path in real_paths]) if real_paths else ""
     for file in files:
         is_piped = pipe_digest(file) is not None
         source = Path(file).name if is_piped else Path(file).resolve().relative_to(root).as_posix()

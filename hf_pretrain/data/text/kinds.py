@@ -1,4 +1,4 @@
-"""What a file is: told by its suffix where that says something, and by its first bytes where it does not."""
+"""The kind of a file: by its suffix where that says something, and else by its first bytes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hf_pretrain.data.text.lines import COMPRESSED_SUFFIXES, compression_of, normalized_lines, open_bytes, readable
+from hf_pretrain.errors import InputError
 
 # "marked_text" has the lines <doc ...> and </doc> around each document, as WikiExtractor writes them; "json_lines" has an
 # object a line; "json" has arrays of objects, or objects over several lines.
@@ -30,7 +31,7 @@ _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
 # Text beyond doubt: a file with such a name that is not UTF-8 is an error, not something else.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
 _MARKUP_SUFFIXES = (".xml", ".html", ".htm", ".xhtml", ".svg", ".rss", ".atom", ".tmx", ".sgml", ".sgm")
-# None that is a language too, as in train.pt (Portuguese), .so (Somali) and .ps (Pashto): those are told by content.
+# None that is a language too, as in train.pt (Portuguese), .so (Somali) and .ps (Pashto): those are known by their content.
 _OTHER_SUFFIXES = {
     "an archive": ".zip .tar .tgz .tbz2 .txz .7z .rar .jar .whl .iso .dmg .deb .rpm .epub",
     "an office document": ".doc .docx .odt .rtf .xls .xlsx .ods .ppt .pptx .odp",
@@ -95,11 +96,11 @@ _DECODER = json.JSONDecoder()
 
 
 class FileKind(NamedTuple):
-    """What a file is.
+    """The kind of a file.
 
     Attributes:
         format: How it is read.
-        reason: What it is, if it is not read.
+        reason: Its kind in words, if it is not read; else empty.
         line_end: What ends its lines: a line feed, or a carriage return if it has no line feeds.
         is_compressed: Whether it is decompressed as a whole.
         is_utf8: Whether it begins with text.
@@ -123,7 +124,7 @@ _known: dict[str, tuple[tuple[int, int, int, int], FileKind]] = {}
 
 
 def file_kind(path: str | Path) -> FileKind:
-    """Return what a file is.
+    """Return the kind of a file.
 
     Raises:
         InputError: If it can not be read, or decompressed.
@@ -135,14 +136,26 @@ def file_kind(path: str | Path) -> FileKind:
     if known is not None and known[0] == key:
         return known[1]
     kind = _look(str(path))
-    # The clock of a file system may be too coarse to tell a file that has just been written from what it is written to next.
+    # The clock of a file system may be too coarse to show that a file was written twice in a row.
     if time.time() - max(status.st_mtime, status.st_ctime) > _RECENT_SECONDS:
         _known[str(path)] = (key, kind)
     return kind
 
 
+def text_kind(path: str | Path) -> FileKind:
+    """Return the kind of a file of text.
+
+    Raises:
+        InputError: If it is of a kind that is not read, or as `file_kind`.
+    """
+    kind = file_kind(path)
+    if kind.reason:
+        raise InputError(f"{path} is {kind.reason}, not text: {kind.advice}")
+    return kind
+
+
 def file_suffix(path: str | Path) -> str:
-    """Return the suffix that tells the format, in lower case, without that of a compression."""
+    """Return the suffix that stands for the format, in lower case, without that of a compression."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED_SUFFIXES:
         suffixes.pop()
@@ -182,7 +195,7 @@ def _look(path: str) -> FileKind:
 
 
 def _unread(suffix: str, head: bytes, is_compressed: bool) -> str:
-    """Return what a file is that is not read; empty if it is."""
+    """Return in words the kind of a file that is not read; empty if it is read."""
     if _MAGIC[_LFS].match(head):
         return _LFS
     if suffix in _MARKUP_SUFFIXES:
@@ -253,7 +266,7 @@ def _json_layout(path: str, text: str, *, is_whole: bool, is_named_so: bool) -> 
         return unknown
     first, line_feed, rest = text.partition("\n")
     if not line_feed and not is_whole:
-        # The first line is longer than what was read of it: rows in a list inside of the only object, or a row.
+        # Only the beginning of the first line was read: it is a row, or the only object, with rows in a list inside.
         has_rows = _JSON_LIST_INSIDE.search(text) is not None
         return "json" if has_rows and _has_one_line(path) else "json_lines"
     if _is_object(first):
@@ -280,13 +293,17 @@ def _is_object(line: str) -> bool:
         return True  # a number that is too long, or too many brackets: for the reader to say
 
 
+def is_cut_off(error: json.JSONDecodeError, text: str) -> bool:
+    """Return whether JSON is wrong only because text ends inside of a value."""
+    return error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+
+
 def _value_state(text: str, begin: int, *, is_whole: bool) -> Literal["good", "cut", "bad"]:
     """Return whether text holds a JSON value from ``begin`` on, or the beginning of one."""
     try:
         _DECODER.raw_decode(text, begin)
     except json.JSONDecodeError as error:
-        is_cut = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
-        return "cut" if is_cut and not is_whole else "bad"
+        return "cut" if is_cut_off(error, text) and not is_whole else "bad"
     except (ValueError, RecursionError):
         return "good"
     return "good"

@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 
-# Suffixes of compressed files; what a file is compressed with is told by its first bytes.
+# Suffixes of compressed files. The first bytes of a file say with what it is compressed.
 COMPRESSED_SUFFIXES = (".gz", ".gzip", ".xz", ".bz2", ".zst", ".zstd", ".lz4")
 # Bytes read at a time: little against a part of a file, because as much is read in vain behind its end.
 CHUNK = 1 << 16
@@ -48,7 +48,7 @@ _MARKS_AT_LINE_STARTS = re.compile("^\ufeff+", re.MULTILINE)
 _BLANKS = frozenset(blank.encode()[0] for blank in "\t\n\v\f\r\x1c\x1d\x1e\x1f \x85\u1680\u2000\u3000")
 _TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 _NOT_PERMITTED = (errno.EACCES, errno.EPERM)
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadText(InputError):
@@ -61,7 +61,7 @@ def has_compressed_name(path: str | Path) -> bool:
 
 
 def compression_of(head: bytes) -> str:
-    """Return with what a file is compressed that begins with these bytes; empty if it is not."""
+    """Return the compression of a file that begins with these bytes; empty if it has none."""
     return next((name for name, magic in _MAGIC.items() if magic.match(head)), "")
 
 
@@ -100,7 +100,7 @@ def _not_text(path: str, byte: int) -> BadText:
 
 
 def open_bytes(path: str) -> IO[bytes]:
-    """Open a file to read what is in it, or in what was compressed, whatever its suffix says.
+    """Open a file to read its bytes, decompressed if its first bytes say so, whatever its suffix is.
 
     Raises:
         InputError: If its suffix says that it is compressed, and it is not.
@@ -118,13 +118,13 @@ def open_bytes(path: str) -> IO[bytes]:
 
 @contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Turn what the system and the decompressors say about a file into an InputError."""
+    """Turn the errors of the system and of decompressors into an InputError that names the file."""
     try:
         yield
     except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         number = getattr(error, "errno", None)
-        if number in _DISK_FULL:
-            raise  # what was read is being written: not the fault of the file
+        if number in DISK_FULL:
+            raise  # the text is being written elsewhere: not the fault of this file
         if number in _TOO_MANY_FILES:
             raise InputError(
                 f"{path} can not be read: too many files are open; raise the limit (ulimit -n) or lower "
@@ -132,7 +132,7 @@ def readable(path: str | Path) -> Iterator[None]:
             ) from error
         if number in _NOT_PERMITTED:
             raise InputError(f"{path} can not be read: there is no permission; change its mode or owner") from error
-        raise InputError(f"{path} can not be read: {' '.join(str(error).split())}; is it whole?") from error
+        raise InputError(f"{path} can not be read: {one_line(error)}; is it whole?") from error
 
 
 def read_lines(path: str, start: int, stop: float, *, end: bytes = b"\n") -> Iterator[tuple[list[bytes], int]]:
@@ -169,7 +169,7 @@ def _skip_to(stream: IO[bytes], offset: int) -> None:
 
 
 def _behind_line(stream: IO[bytes], offset: int, stop: float, end: bytes) -> tuple[bytes, int]:
-    """Return what was read behind the line that byte ``offset`` is in, and where it begins, if that is before ``stop``."""
+    """Return the bytes read behind the line at byte ``offset``, and where they begin, if that is before ``stop``."""
     while offset < stop and (data := stream.read(CHUNK)):
         behind = data.find(end) + 1
         if behind:
@@ -179,7 +179,7 @@ def _behind_line(stream: IO[bytes], offset: int, stop: float, end: bytes) -> tup
 
 
 def _split(stream: IO[bytes], rest: bytes, offset: int, end: bytes) -> Iterator[tuple[list[bytes], int]]:
-    """Yield the lines of ``rest``, which begins at byte ``offset``, and of what follows in the stream."""
+    """Yield the lines of ``rest``, which begins at byte ``offset``, and of the rest of the stream."""
     # As much again as there is of a line, so that a very long one is not copied over and over.
     while data := stream.read(max(CHUNK, len(rest))):
         data = rest + data
@@ -217,7 +217,7 @@ class LineBefore(NamedTuple):
 
 
 class AtLine(NamedTuple):
-    """What is wrong with the line that ends before a byte of a file; the message of an error that may never be shown."""
+    """A message about the line before a byte of a file; lines are only counted if it is shown."""
 
     where: Any
     problem: str

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
-from hf_pretrain.data.text.kinds import file_suffix
+from hf_pretrain.data.text.kinds import file_suffix, is_cut_off
 from hf_pretrain.data.text.lines import (
     AtLine,
     BadText,
@@ -24,17 +24,18 @@ from hf_pretrain.data.text.lines import (
 )
 from hf_pretrain.errors import InputError
 
-# A text as it is, or why it is none, and the place behind it.
+# A text as it is, or the error of one that is no text, and the position behind it.
 Row = tuple[str | BadText, int]
 
 _CHUNK = 1 << 18
 _DECODER = json.JSONDecoder()
-# Python does not turn more than some thousand digits into a whole number; nobody asks for what they stand for.
+# Python refuses whole numbers of more than some thousand digits. Their value does not matter here.
 _LONG_NUMBERS = json.JSONDecoder(parse_int=float)
 # Bytes that are not UTF-8, as "surrogateescape" decodes them; halves of a surrogate pair; both are no characters.
 _BAD_BYTE = re.compile("[\udc80-\udcff\0]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BETWEEN_VALUES = re.compile(r"[\s,\ufeff]*")
+_NOT_UTF8 = "is not text in UTF-8; convert it, e.g. with iconv, or drop the row"
 _MOST_COLUMNS, _MOST_LETTERS = 20, 40
 _SAMPLE_CHARACTERS = 1 << 22
 _LONGEST_FIELD = 1 << 30
@@ -77,7 +78,7 @@ def _line_value(line: str, where: LineBefore) -> Any:
 
 
 def _decoded(text: str, begin: int, *, is_line: bool = False) -> tuple[Any, int]:
-    """Return the JSON value at a place of text, and the place behind it."""
+    """Return the JSON value at an index of text, and the index behind it."""
     try:
         value, stop = _DECODER.raw_decode(text, begin)
     except json.JSONDecodeError:
@@ -104,7 +105,7 @@ def _field(row: Any, text_column: str, where: Any, may_be_bad: bool) -> str | Ba
         raise InputError(f"text_column={text_column!r} of {where} is a {type(text).__name__}, not text; name another")
     if may_be_bad and text is not None and _SURROGATE.search(text):
         if _BAD_BYTE.search(text):
-            return BadText(AtLine(where, "is not text in UTF-8; convert it, e.g. with iconv, or drop the row"))
+            return BadText(AtLine(where, _NOT_UTF8))
         return BadText(AtLine(where, "holds half of a surrogate pair, which is no character; repair or drop the line"))
     return text or ""
 
@@ -187,10 +188,8 @@ def _next_value(text: str, at: int, characters: _Characters, where: str) -> tupl
         except RecursionError as error:
             raise InputError(f"{where} is JSON with too many brackets inside of each other") from error
         except json.JSONDecodeError as error:
-            # At the end of what was read, the value may only be cut off.
-            is_cut = error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
             # As much again, so that a very long value is not tried over and over.
-            more = characters.read(max(_CHUNK, len(text) - at)) if is_cut else ""
+            more = characters.read(max(_CHUNK, len(text) - at)) if is_cut_off(error, text) else ""
             if not more:
                 raise InputError(
                     f"{where} is not JSON ({error.msg}); write one object a line, or an array of objects"
@@ -267,7 +266,7 @@ def table_rows(path: str, position: int, text_column: str, *, line_end: bytes = 
         if _BAD_BYTE.search(row[column]):
             where = LineBefore(path, lines.behind, line_end)
             yield (
-                BadText(AtLine(where, "is not text in UTF-8; convert it, e.g. with iconv, or drop the row")),
+                BadText(AtLine(where, _NOT_UTF8)),
                 lines.behind,
             )
         else:

@@ -1,4 +1,4 @@
-"""Files of text that paths, folders, globs and pipes stand for, and what lies among them that is not read."""
+"""Files of text that paths, folders, globs and pipes stand for, and the files among them that are not read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hf_pretrain.data.text.kinds import TEXT_SUFFIXES, file_kind, file_suffix
+from hf_pretrain.data.text.kinds import TEXT_SUFFIXES, file_kind, file_suffix, text_kind
 from hf_pretrain.data.text.lines import has_compressed_name, readable
 from hf_pretrain.errors import InputError
 
@@ -60,8 +60,14 @@ _BACKUP = re.compile(r".*(?:~|\.(?:bak|orig|tmp|swp|part|crdownload))|#.*#", re.
 _MOST_NAMED, _MOST_KINDS = 8, 6
 
 
+_shown: set[str] = set()
+# Pipe -> its copy; copy -> digest of its bytes.
+_copies: dict[tuple[str, int, int], str] = {}
+_digests: dict[str, str] = {}
+
+
 class LeftOut(NamedTuple):
-    """A file or folder that is not read, and what it is."""
+    """A file or folder that is not read, and why."""
 
     path: str
     reason: str
@@ -73,7 +79,7 @@ class FoundFiles:
 
     Attributes:
         paths: The files to read, each once.
-        left_out: What lies in the folders, or matches the globs, and is not read.
+        left_out: Files and folders in the folders, or of the globs, that are not read.
         searched: The folders and globs.
     """
 
@@ -95,14 +101,14 @@ class FoundFiles:
 
 
 def described(left_out: Sequence[LeftOut]) -> str:
-    """Return the names of what is not read, with the reasons; of many, the first."""
+    """Return the names of files that are not read, with the reasons; of many, the first."""
     return _some([f"{entry.path} ({entry.reason})" for entry in left_out], most=_MOST_NAMED)
 
 
 def find_files(paths: str | Path | Sequence[str | Path]) -> FoundFiles:
     """Return the files that paths, folders, globs and pipes stand for: in the order given, sorted inside of each.
 
-    A file that is named is read or refused. Of what lies in a folder, or matches a glob, files are left out that are not
+    A file that is named is read or refused. In a folder or a glob, files are left out that are not
     text, that are empty or hidden, the README and the licence of the folder, copies of editors, and what training writes:
     checkpoints, models and tokenizers. A folder that `datasets.Dataset.save_to_disk` wrote is read as such.
 
@@ -138,11 +144,8 @@ def find_files(paths: str | Path | Sequence[str | Path]) -> FoundFiles:
     return FoundFiles(list(files), list(left_out), searched)
 
 
-_shown: set[str] = set()
-
-
 def resolve_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    """Return the paths of `find_files`; the first process prints, once, what was found in folders and by globs.
+    """Return the paths of `find_files`; the first process prints, once, the files found in folders and by globs.
 
     Raises:
         InputError: As `find_files`.
@@ -157,15 +160,13 @@ def resolve_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _expand(path: str | Path) -> tuple[list[Path], list[LeftOut], bool]:
-    """Return the files that a path stands for, what is left out, and whether that had to be searched for."""
+    """Return the files of a path, those left out, and whether it is a folder or a glob."""
     try:
         expanded = Path(path).expanduser()
     except RuntimeError as error:
         raise InputError(f"{path} is in the home of a user who does not exist; write the path in full") from error
     if expanded.is_file():
-        kind = file_kind(expanded)
-        if kind.reason:
-            raise InputError(f"{path} is {kind.reason}, not text: {kind.advice}")
+        text_kind(expanded)
         return [expanded], [], False
     if expanded.is_dir():
         return *_folder(expanded, expanded), True
@@ -205,7 +206,7 @@ def _is_inside_run(folder: Path, *, root: Path) -> bool:
 
 
 def _folder(folder: Path, root: Path) -> tuple[list[Path], list[LeftOut]]:
-    """Return the files of a folder and of those inside of it that are read, sorted, and what is not."""
+    """Return the files in a folder, at any depth, that are read, sorted, and those that are not."""
     found: list[Path] = []
     left_out: list[LeftOut] = []
 
@@ -215,8 +216,8 @@ def _folder(folder: Path, root: Path) -> tuple[list[Path], list[LeftOut]]:
     def refused(error: OSError) -> None:
         leave_out(error.filename, "no permission to read it", "/")
 
-    for place, subfolders, names in os.walk(folder, onerror=refused):
-        here = Path(place)
+    for path, subfolders, names in os.walk(folder, onerror=refused):
+        here = Path(path)
         saved = _saved_dataset(here, names)
         if saved is not None:
             splits, files = saved
@@ -339,11 +340,6 @@ def _some(names: Sequence[str], *, most: int) -> str:
     return ", ".join(shown)
 
 
-# Pipe -> its copy; copy -> digest of its bytes.
-_copies: dict[tuple[str, int, int], str] = {}
-_digests: dict[str, str] = {}
-
-
 def is_pipe(path: str | Path) -> bool:
     """Return whether a path is the standard input or a pipe, such as that of ``<(command)``."""
     if str(path) == STANDARD_INPUT:
@@ -360,7 +356,7 @@ def pipe_digest(path: str) -> str | None:
 
 
 def copied_pipe(path: str | Path) -> str:
-    """Return the file that a pipe was copied to; a pipe is read once, however often it is asked for.
+    """Return the file that a pipe was copied to; a pipe is read once.
 
     Raises:
         InputError: If there is nothing in it, it is a terminal, or this is one of several processes.

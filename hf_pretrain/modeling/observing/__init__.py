@@ -1,1 +1,6 @@
-"""Reads a stock model while it runs: hidden states, attentions, predictions at some positions."""
+"""Read a stock model while it runs.
+
+`capture.py` records queries, keys, values and hidden states of one forward pass; `outputs.py` runs a model for the
+requested outputs alone; `cache.py` keeps the logits of a teacher on disk, by example and epoch, with a fingerprint of
+all that decides them.
+"""

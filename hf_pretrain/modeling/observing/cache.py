@@ -1,15 +1,18 @@
-"""Digests of models, examples and tokenizers, by which what was computed from them is known again.
+"""The logits of a teacher on disk, by example and epoch; refused for any other teacher, data or tokenizer.
 
-A teacher that was asked once: its answers on disk, by example id, and refused to any other teacher, data or tokenizer.
+A cache is a folder of arrays and a header, which is written last. The header holds a fingerprint: digests of the
+model, the examples, the tokenizer and the options. A builder runs the teacher once; `open` compares fingerprints and
+maps the arrays.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -19,11 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import is_whole, read_marker, write_marker
-from hf_pretrain.modeling.observing.observation import TopKTargets, top_k_targets
+from hf_pretrain.modeling.observing.outputs import TopKTargets, top_k_targets
 
-# What of a configuration does not change what the model computes.
+# Fields of a configuration that do not change the outputs.
 _IRRELEVANT = ("_name_or_path", "architectures", "dtype", "transformers_version")
-# What of an example decides what a teacher is asked, and where.
+# Columns of an example that decide the teacher's inputs and targets.
 _COLUMNS = ("input_ids", "token_type_ids", "is_target", "document_ids", "word_starts", "spans")
 _ROWS = 4096
 _SIZE = 16
@@ -43,13 +46,14 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 def cache_fingerprint(
     teacher: PreTrainedModel, dataset: Any, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> dict[str, str]:
-    """Return what a cache belongs to: digests of the teacher, of the examples' tokens, of the tokenizer and of options.
+    """Return digests of the teacher, the examples, the tokenizer and the options; a cache belongs to these alone.
 
     Args:
         teacher: The teacher; another dtype is another teacher.
-        dataset: Map-style examples with `input_ids`, in the order of their ids; `is_target` says which tokens are asked for.
-        tokenizer: What made them.
-        **options: Whatever else decides the answers, such as the options of masking, the seed or the temperature.
+        dataset: Map-style examples with `input_ids`, in the order of their ids; `is_target` marks the tokens with a
+            prediction.
+        tokenizer: The tokenizer of the examples.
+        **options: All else that decides the logits, such as the options of masking, the seed or the temperature.
     """
     return {
         "teacher": weights_fingerprint(teacher),
@@ -60,7 +64,7 @@ def cache_fingerprint(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a digest of what decides the tokens of a text: not how the tokenizer was last called."""
+    """Return a digest of a tokenizer's rules; the truncation and padding of its last call are left out."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
     return _digest(json.dumps(backend, sort_keys=True))
@@ -85,18 +89,12 @@ def _digest(text: str) -> str:
 Examples = list[dict[str, Any]]
 Fingerprint = Mapping[str, str]
 
-# Written last: a folder without it, or without a file that it names, was not finished.
+# Written last: a folder without it, or without a file that it names, is not finished.
 _HEADER = "cache.json"
-# Batches read at a time, so that those of one length come together.
+# Batches that are read at a time and sorted by length together.
 _WINDOW = 64
-# Of log-probabilities on disk.
+# Type of log-probabilities on disk.
 _HALF = np.float16
-
-
-def _windows(dataset: EpochDataset, *, size: int, epoch: int = 0) -> Iterator[Examples]:
-    for begin in range(0, len(dataset), size):
-        rows = range(begin, min(begin + size, len(dataset)))
-        yield dataset.__getitems__([epoch * EPOCH_STRIDE + row for row in rows])
 
 
 def has_cache(folder: str | Path) -> bool:
@@ -104,72 +102,134 @@ def has_cache(folder: str | Path) -> bool:
     return is_whole(folder, name=_HEADER)
 
 
-def _write_header(folder: Path, kind: str, fingerprint: Fingerprint, **facts: Any) -> None:
-    write_marker(folder, name=_HEADER, kind=kind, fingerprint=dict(fingerprint), **facts)
-
-
-def _read_header(folder: Path, kind: str, fingerprint: Fingerprint) -> Mapping[str, Any]:
-    header = read_marker(folder, name=_HEADER)
-    if header is None or not has_cache(folder):
-        raise InputError(
-            f"cache folder {str(folder)!r} holds no finished cache: build it first, or name another folder"
-        )
-    if header["kind"] != kind:
-        raise InputError(f"cache folder {str(folder)!r} holds {header['kind']}, not {kind}: name another folder")
-    found = header["fingerprint"]
-    names = sorted(name for name in {*found, *fingerprint} if found.get(name) != fingerprint.get(name))
-    if names:
-        raise InputError(
-            f"cache folder {str(folder)!r} was made with another {' and another '.join(names)}: remove it, or name another folder"
-        )
-    return header
-
-
-def _fresh_folder(folder: str | Path) -> Path:
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / _HEADER).unlink(missing_ok=True)
-    return path
-
-
-class TaskLogitsCache:
-    """The teacher's logits for every example of a task, in fp32: a few bytes a prediction.
+class TeacherCache(ABC):
+    """Arrays with one row a prediction; those of an example come together, in the order of the examples, epoch by epoch.
 
     Args:
-        logits: ``[R, C]``, one row a prediction; those of an example come together, in the order of the examples.
-        starts: ``[N + 1]`` first row of each example, and the number of rows.
+        *columns: ``[R, ...]`` arrays.
+        starts: ``[E, N + 1]`` first row of each example in each epoch, and where the last one ends.
     """
 
-    kind = "task logits"
+    kind: ClassVar[str]
 
-    def __init__(self, logits: np.ndarray, starts: np.ndarray) -> None:
-        self.logits = logits
-        self.starts = starts
+    def __init__(self, *columns: np.ndarray, starts: np.ndarray) -> None:
+        self.columns = columns
+        self.starts = np.atleast_2d(starts)
 
     @classmethod
-    def open(cls, folder: str | Path, *, fingerprint: Fingerprint) -> TaskLogitsCache:
+    def open(cls, folder: str | Path, *, fingerprint: Fingerprint) -> Self:
         """Map a cache into memory.
 
         Args:
-            folder: Where it was built.
-            fingerprint: What it must belong to; see [`cache_fingerprint`].
+            folder: Folder of the builder.
+            fingerprint: See [`cache_fingerprint`].
 
         Raises:
             InputError: If it is not finished, or belongs to another teacher, other data or another tokenizer.
         """
-        _read_header(Path(folder), cls.kind, fingerprint)
         path = Path(folder)
-        return cls(np.load(path / "logits.npy", mmap_mode="r"), np.load(path / "starts.npy"))
+        header = cls._read_header(path, fingerprint)
+        starts = np.load(path / "starts.npy")
+        return cls(*cls._open_columns(path, int(starts.flat[-1]), header), starts=starts)
 
-    def lookup(self, example_ids: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Return the logits of examples: ``[B]`` ids in, one row a prediction ``[R, C]`` in fp32 out, on the CPU."""
-        ids = _checked_ids(example_ids, len(self.starts) - 1)
-        return torch.from_numpy(np.array(self.logits[_rows_of(self.starts, ids)]))
+    @classmethod
+    def _read_header(cls, folder: Path, fingerprint: Fingerprint) -> Mapping[str, Any]:
+        header = read_marker(folder, name=_HEADER)
+        if header is None or not has_cache(folder):
+            raise InputError(
+                f"cache folder {str(folder)!r} holds no finished cache: build it first, or name another folder"
+            )
+        if header["kind"] != cls.kind:
+            raise InputError(
+                f"cache folder {str(folder)!r} holds {header['kind']}, not {cls.kind}: name another folder"
+            )
+        found = header["fingerprint"]
+        names = sorted(name for name in {*found, *fingerprint} if found.get(name) != fingerprint.get(name))
+        if names:
+            raise InputError(
+                f"cache folder {str(folder)!r} was made with another {' and another '.join(names)}: remove it, or name another "
+                "folder"
+            )
+        return header
 
-    def lookup_each(self, example_ids: Sequence[int] | np.ndarray) -> list[torch.Tensor]:
-        """Return the logits of each example by itself, ``[predictions, C]``."""
-        ids = np.asarray(example_ids)
-        return list(self.lookup(ids).split((self.starts[ids + 1] - self.starts[ids]).tolist()))
+    @classmethod
+    @abstractmethod
+    def _open_columns(cls, folder: Path, num_rows: int, header: Mapping[str, Any]) -> tuple[np.ndarray, ...]: ...
+
+    @property
+    def num_epochs(self) -> int:
+        """The number of epochs that it holds."""
+        return len(self.starts)
+
+    def rows(
+        self, example_ids: Sequence[int] | np.ndarray | torch.Tensor, epochs: Sequence[int] | np.ndarray | int = 0
+    ) -> np.ndarray:
+        """Return the rows of examples, one example after the other.
+
+        Args:
+            example_ids: ``[B]``.
+            epochs: ``[B]``, or one for all.
+
+        Raises:
+            InputError: If an example or an epoch is not in the cache.
+        """
+        ids, count = np.asarray(example_ids), self.starts.shape[1] - 1
+        unknown = ids[(ids < 0) | (ids >= count)]
+        if unknown.size:
+            raise InputError(
+                f"example {unknown[0]} is not in the cache, which holds {count} examples: build it from the data at hand"
+            )
+        rounds = np.broadcast_to(np.asarray(epochs), ids.shape)
+        if rounds.size and rounds.max() >= self.num_epochs:
+            raise InputError(
+                f"epoch {rounds.max()} is not in the cache, which holds {self.num_epochs}: build it for more, or train with "
+                f"static_masks={self.num_epochs}"
+            )
+        return _rows_of(self.starts[rounds, ids], self.starts[rounds, ids + 1])
+
+
+class TaskLogitsCache(TeacherCache):
+    """The teacher's logits for every example of a task, ``[R, C]`` in fp32: a few bytes a prediction."""
+
+    kind = "task logits"
+
+    @classmethod
+    def _open_columns(cls, folder: Path, num_rows: int, header: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+        return (np.load(folder / "logits.npy", mmap_mode="r"),)
+
+    def lookup(
+        self, example_ids: Sequence[int] | np.ndarray | torch.Tensor, epochs: Sequence[int] | np.ndarray | int = 0
+    ) -> torch.Tensor:
+        """Return the logits of examples ``[R, C]``, on the CPU; see [`TeacherCache.rows`]."""
+        (logits,) = self.columns
+        return torch.from_numpy(np.array(logits[self.rows(example_ids, epochs)]))
+
+
+class TopKCache(TeacherCache):
+    """A masked language model's likeliest tokens at every masked position, by epoch and example: 6k + 2 bytes each.
+
+    The masks are keyed by epoch and example, so the student's collator masks the same tokens. It holds a fixed number
+    of epochs: train with `static_masks` of this number to repeat them.
+    """
+
+    kind = "top-k log-probabilities"
+
+    @classmethod
+    def _open_columns(cls, folder: Path, num_rows: int, header: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+        k = header["k"]
+        return (
+            np.memmap(folder / "ids.int32", dtype=np.int32, mode="r", shape=(num_rows, k)),
+            np.memmap(folder / "log_probs.float16", dtype=_HALF, mode="r", shape=(num_rows, k + 1)),
+        )
+
+    def lookup(
+        self, example_ids: Sequence[int] | np.ndarray | torch.Tensor, epochs: Sequence[int] | np.ndarray | int = 0
+    ) -> TopKTargets:
+        """Return the targets of examples, one example after the other; see [`TeacherCache.rows`]."""
+        rows, (ids, halves) = self.rows(example_ids, epochs), self.columns
+        # Rounding to 16 bits changed the sum: here the probabilities add up to one again.
+        log_probs = torch.from_numpy(halves[rows].astype(np.float32)).log_softmax(-1)
+        return TopKTargets(torch.from_numpy(ids[rows].astype(np.int64)), log_probs[:, :-1], log_probs[:, -1])
 
 
 def build_task_logits(
@@ -181,97 +241,39 @@ def build_task_logits(
     counts: np.ndarray | None = None,
     batch_size: int = 64,
 ) -> TaskLogitsCache:
-    """Ask a teacher for its logits of every example and keep them.
+    """Run a teacher on every example and keep its logits.
 
     Args:
-        teacher_forward: Takes examples, with `example_id`, and returns their logits, one row a prediction ``[R, C]``, one
-            example after the other.
+        teacher_forward: Takes examples, with `example_id`, and returns their logits, one row a prediction ``[R, C]``,
+            one example after the other.
         dataset: Map-style examples with `input_ids`; the row is the id. Those of one batch are of about one length.
-        folder: Where to write; an older cache in it is replaced.
-        fingerprint: What the cache belongs to; see [`cache_fingerprint`].
+        folder: Output folder; an older cache in it is replaced.
+        fingerprint: See [`cache_fingerprint`].
         counts: ``[N]`` predictions of each example; one by default.
-        batch_size: Examples the teacher is asked for at a time.
+        batch_size: Examples in a batch.
 
     Returns:
         The cache, opened.
     """
     path, examples, logits = _fresh_folder(folder), EpochDataset.wrap(dataset), None
     starts = np.append(0, np.cumsum(np.ones(len(examples), dtype=np.int64) if counts is None else counts))
-    with tqdm(total=len(examples), desc="Asking the teacher", unit=" examples", delay=2, disable=None) as bar:
+    with _progress(len(examples)) as bar:
         for window in _windows(examples, size=_WINDOW * batch_size):
             window.sort(key=lambda example: -len(example["input_ids"]))
             for begin in range(0, len(window), batch_size):
                 batch = window[begin : begin + batch_size]
-                answers = teacher_forward(batch).detach().float().cpu().numpy()
+                found = teacher_forward(batch).detach().float().cpu().numpy()
                 if logits is None:
-                    shape = (int(starts[-1]), answers.shape[1])
+                    shape = (int(starts[-1]), found.shape[1])
                     logits = np.lib.format.open_memmap(path / "logits.npy", "w+", dtype=np.float32, shape=shape)
-                logits[_rows_of(starts, np.array([example["example_id"] for example in batch]))] = answers
+                ids = np.array([example["example_id"] for example in batch])
+                logits[_rows_of(starts[ids], starts[ids + 1])] = found
                 bar.update(len(batch))
-    assert logits is not None, "an EpochDataset with examples was asked for"
+    assert logits is not None, "an EpochDataset has examples"
     logits.flush()
     np.save(path / "starts.npy", starts)
-    _write_header(path, TaskLogitsCache.kind, fingerprint)
+    write_marker(path, name=_HEADER, kind=TaskLogitsCache.kind, fingerprint=dict(fingerprint))
     return TaskLogitsCache.open(path, fingerprint=fingerprint)
-
-
-class TopKCache:
-    """A masked language model's likeliest tokens at every masked position, by epoch and example: 6k + 2 bytes each.
-
-    The masks are keyed by epoch and example, so the student's collator hides the tokens that the teacher's did. As many epochs
-    as were asked for are there; train on `static_masks` of so many to go round them.
-    """
-
-    kind = "top-k log-probabilities"
-
-    def __init__(self, ids: np.ndarray, log_probs: np.ndarray, starts: np.ndarray) -> None:
-        self.ids = ids
-        self.log_probs = log_probs
-        self.starts = starts
-
-    @classmethod
-    def open(cls, folder: str | Path, *, fingerprint: Fingerprint) -> TopKCache:
-        """Map a cache into memory; see [`TaskLogitsCache.open`]."""
-        path = Path(folder)
-        header = _read_header(path, cls.kind, fingerprint)
-        starts = np.load(path / "starts.npy")
-        num_targets, k = int(starts[-1, -1]), header["k"]
-        return cls(
-            np.memmap(path / "ids.int32", dtype=np.int32, mode="r", shape=(num_targets, k)),
-            np.memmap(path / "log_probs.float16", dtype=_HALF, mode="r", shape=(num_targets, k + 1)),
-            starts,
-        )
-
-    @property
-    def num_epochs(self) -> int:
-        """Epochs that it holds."""
-        return len(self.starts)
-
-    def lookup(
-        self,
-        example_ids: Sequence[int] | np.ndarray | torch.Tensor,
-        epochs: Sequence[int] | np.ndarray | torch.Tensor | int = 0,
-    ) -> TopKTargets:
-        """Return the targets of examples, one example after the other.
-
-        Args:
-            example_ids: ``[B]``.
-            epochs: ``[B]``, or one for all.
-
-        Raises:
-            InputError: If an example or an epoch is not in the cache.
-        """
-        ids = _checked_ids(example_ids, self.starts.shape[1] - 1)
-        rounds = np.broadcast_to(np.asarray(epochs), ids.shape)
-        if rounds.size and rounds.max() >= self.num_epochs:
-            raise InputError(
-                f"epoch {rounds.max()} is not in the cache, which holds {self.num_epochs}: build it for more, or train with "
-                f"static_masks={self.num_epochs}"
-            )
-        rows = _ranges(self.starts[rounds, ids], self.starts[rounds, ids + 1])
-        # What 16 bits have rounded adds up to one again.
-        log_probs = torch.from_numpy(self.log_probs[rows].astype(np.float32)).log_softmax(-1)
-        return TopKTargets(torch.from_numpy(self.ids[rows].astype(np.int64)), log_probs[:, :-1], log_probs[:, -1])
 
 
 def build_top_k(
@@ -285,27 +287,26 @@ def build_top_k(
     temperature: float = 1.0,
     batch_size: int = 32,
 ) -> TopKCache:
-    """Ask a masked language model for its predictions at every masked position and keep the likeliest tokens.
+    """Run a masked language model on every example and keep its likeliest tokens at every masked position.
 
     Args:
-        teacher_forward: Takes examples, with `example_id` and `epoch`, and returns the logits at the masked positions, one
-            example after the other, ``[T, V]``, and how many positions each example has, ``[B]``.
+        teacher_forward: Takes examples, with `example_id` and `epoch`, and returns the logits at the masked positions,
+            one example after the other, ``[T, V]``, and how many positions each example has, ``[B]``.
         dataset: Map-style examples; the row is the id.
-        folder: Where to write; an older cache in it is replaced.
-        fingerprint: What the cache belongs to; see [`cache_fingerprint`]. The options of masking, the seed, k and the temperature
-            are part of it.
+        folder: Output folder; an older cache in it is replaced.
+        fingerprint: See [`cache_fingerprint`]; with the options of masking, the seed, k and the temperature.
         num_epochs: Epochs to keep, each with masks of its own.
         k: Tokens to keep at a position.
-        temperature: What the logits are divided by; the mass of the tail cannot be found at another one later.
-        batch_size: Examples the teacher is asked for at a time.
+        temperature: Divisor of the logits; the mass of the tail at another one cannot be computed later.
+        batch_size: Examples in a batch.
 
     Returns:
         The cache, opened.
     """
     path, examples = _fresh_folder(folder), EpochDataset.wrap(dataset)
     starts, total = np.zeros((num_epochs, len(examples) + 1), dtype=np.int64), 0
-    bar = tqdm(total=num_epochs * len(examples), desc="Asking the teacher", unit=" examples", delay=2, disable=None)
-    with bar, open(path / "ids.int32", "wb") as ids_file, open(path / "log_probs.float16", "wb") as log_probs_file:
+    files = open(path / "ids.int32", "wb"), open(path / "log_probs.float16", "wb")
+    with files[0] as ids_file, files[1] as log_probs_file, _progress(num_epochs * len(examples)) as bar:
         for epoch in range(num_epochs):
             starts[epoch, 0] = total
             for batch in _windows(examples, size=batch_size, epoch=epoch):
@@ -321,27 +322,30 @@ def build_top_k(
             assert starts[epoch, -1] == total, "the teacher counts the rows that it returns"
     if not total:
         raise InputError(
-            "the teacher was asked at no position: examples need masked tokens, by mlm_probability above 0"
+            "the teacher predicts at no position: examples need masked tokens, by mlm_probability above 0"
         )
     np.save(path / "starts.npy", starts)
-    _write_header(path, TopKCache.kind, fingerprint, k=min(k, logits_TV.shape[1]))
+    k = min(k, logits_TV.shape[1])
+    write_marker(path, name=_HEADER, kind=TopKCache.kind, fingerprint=dict(fingerprint), k=k)
     return TopKCache.open(path, fingerprint=fingerprint)
 
 
-def _rows_of(starts: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Return the rows of examples, one example after the other."""
-    return _ranges(starts[ids], starts[ids + 1])
+def _fresh_folder(folder: str | Path) -> Path:
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _HEADER).unlink(missing_ok=True)
+    return path
 
 
-def _ranges(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _progress(total: int) -> Any:
+    return tqdm(total=total, desc="Running the teacher", unit=" examples", delay=2, disable=None)
+
+
+def _windows(dataset: EpochDataset, *, size: int, epoch: int = 0) -> Iterator[Examples]:
+    for begin in range(0, len(dataset), size):
+        rows = range(begin, min(begin + size, len(dataset)))
+        yield dataset.__getitems__([epoch * EPOCH_STRIDE + row for row in rows])
+
+
+def _rows_of(begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
     return np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True)])
-
-
-def _checked_ids(example_ids: Sequence[int] | np.ndarray | torch.Tensor, count: int) -> np.ndarray:
-    ids = np.asarray(example_ids)
-    strangers = ids[(ids < 0) | (ids >= count)]
-    if strangers.size:
-        raise InputError(
-            f"example {strangers[0]} is not in the cache, which holds {count} examples: build it from the data at hand"
-        )
-    return ids

@@ -21,23 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_pretrain.errors import InputError
-
-DISENTANGLED = frozenset({"deberta-v2"})
-
-
-@contextmanager
-def watch_disentangled(body: nn.Module, on_attention: Callable[..., None]) -> Iterator[None]:
-    """Call back with what each attention of a DeBERTa-v2 gives, and what it compares as parts of an `AttentionRecord`.
-
-    What positions add to the products, which the model itself holds as ``[B * h, L, L]``, is the bias.
-    """
-    from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
-
-    with ExitStack() as stack:
-        for module in body.modules():
-            if isinstance(module, DisentangledSelfAttention):
-                _watch(module, on_attention, stack)
-        yield
+from hf_pretrain.modeling.backbone import evaluating, layer_modules, longest_sequence, window_of
 
 
 def _watch(module: Any, on_attention: Callable[..., None], stack: ExitStack) -> None:
@@ -171,25 +155,6 @@ class LayerTrace:
             )
 
 
-def layer_modules(body: PreTrainedModel) -> list[nn.Module]:
-    """Return the modules whose calls are the layers; one that is called again is another layer.
-
-    Raises:
-        InputError: If the architecture does not show them.
-    """
-    recorded = (getattr(type(body), "_can_record_outputs", None) or {}).get("hidden_states")
-    kind = getattr(recorded, "target_class", recorded)
-    modules: list[nn.Module] = list(body.modules())
-    if isinstance(kind, type):
-        layers = [module for module in modules if isinstance(module, kind)]
-    else:
-        lists = [module for module in modules if isinstance(module, nn.ModuleList)]
-        layers = next((list(one) for one in lists if len(one) == body.config.num_hidden_layers), [])
-    if not layers:
-        raise InputError(f"{type(body).__name__} does not show its layers: distil from and to another architecture")
-    return layers
-
-
 # Of the trial in `check_capture`, against the largest value: rounding in bfloat16 is below, another kind of attention above.
 _TOLERANCE = 0.05
 
@@ -319,9 +284,11 @@ def _tracing_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterato
     trace = LayerTrace(model, layers)
     backend = model.config._attn_implementation
     with ExitStack() as stack:
-        if model.config.model_type in DISENTANGLED:
+        disentangled = [module for module in trace.body.modules() if hasattr(module, "disentangled_attention_bias")]
+        if disentangled:
             keep = lambda output, **parts: trace.keep(lambda: AttentionRecord(**parts), output=output)  # noqa: E731
-            stack.enter_context(watch_disentangled(trace.body, keep))
+            for module in disentangled:
+                _watch(module, keep, stack)
         elif backend in ALL_ATTENTION_FUNCTIONS and model._can_set_attn_implementation():
             stack.enter_context(_watching(backend))
         else:
@@ -395,7 +362,6 @@ def run_to_layer(model: PreTrainedModel, depth: int, **inputs: Any) -> None:
             handle.remove()
 
 
-@torch.no_grad()
 def check_capture(model: PreTrainedModel) -> None:
     """Refuse a model whose attention cannot be recorded.
 
@@ -411,19 +377,13 @@ def check_capture(model: PreTrainedModel) -> None:
     body = model.base_model
     if any(parameter.is_meta for parameter in body.parameters()):
         return  # There are no values to compare.
-    # So many that a window shows; some position tables begin with two rows for padding.
-    most = (getattr(body.config, "max_position_embeddings", None) or 512) - 2
-    length = min(max(getattr(body.config, "sliding_window", None) or 0, 6) + 2, most)
+    # So many that a window shows.
+    length = max(window_of(body.config) or 0, 6) + 2
+    length = min(length, longest_sequence(body) or length)
     input_ids = torch.arange(length, device=body.device)[None] % min(body.config.vocab_size, 100)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with _tracing_attention(model, range(1, body.config.num_hidden_layers + 1)) as trace:
-            trace.outputs = {}
-            body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-    finally:
-        for module in training:
-            module.training = True
+    with evaluating(model), _tracing_attention(model, range(1, body.config.num_hidden_layers + 1)) as trace:
+        trace.outputs = {}
+        body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
     for layer, output in trace.outputs.items():
         expected = _attend(trace.records[layer])
         if not (output.reshape(expected.shape) - expected).abs().max() <= _TOLERANCE * expected.abs().max():

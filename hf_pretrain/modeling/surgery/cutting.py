@@ -9,14 +9,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 from transformers import DistilBertConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.configuration import feed_forward_name
-
-# What a configuration says of each layer, in a list.
-_PER_LAYER = ("layer_types", "attention_window")
+from hf_pretrain.modeling.backbone import feed_forward_name, layers_name, per_layer_values
 
 _State = Mapping[str, torch.Tensor]
 
@@ -72,11 +68,6 @@ def check_layers(layers: Sequence[int], *, teacher_layers: int) -> None:
         )
 
 
-def per_layer_values(config: PreTrainedConfig) -> dict[str, list[Any]]:
-    """Return what a configuration says of each layer."""
-    return {name: value for name in _PER_LAYER if isinstance(value := getattr(config, name, None), list)}
-
-
 def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreTrainedConfig:
     """Return a copy of a configuration with other values, under the names of `ModelArguments` or the configuration's own.
 
@@ -111,7 +102,13 @@ def _state_of_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> dict[st
             f"student_layers: {type(teacher).__name__} shares its {config.num_hidden_layers} layers in {groups} groups, "
             "which cannot be cut: give the sizes of a new student instead"
         )
-    prefix = _layers_prefix(teacher)
+    name = layers_name(teacher)
+    if name is None:
+        raise InputError(
+            f"student_layers: {type(teacher).__name__} keeps its {config.num_hidden_layers} layers in no single list that "
+            "could be cut: give the sizes of a new student instead"
+        )
+    prefix = f"{name}."
     new_number = {str(old): str(new) for new, old in enumerate(layers)}
     kept = {}
     for name, value in state.items():
@@ -122,18 +119,6 @@ def _state_of_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> dict[st
             name = prefix + new_number[number] + dot + rest
         kept[name] = value
     return kept
-
-
-def _layers_prefix(model: PreTrainedModel) -> str:
-    """Return the name of the list of layers, with a dot."""
-    number = model.config.num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return f"{name}."
-    raise InputError(
-        f"student_layers: {type(model).__name__} keeps its {number} layers in no single list that could be cut: "
-        "give the sizes of a new student instead"
-    )
 
 
 def _build(

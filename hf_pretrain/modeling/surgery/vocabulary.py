@@ -18,11 +18,11 @@ import datasets
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import counts_from_padding
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 _TOKENIZER_FILE = "tokenizer.json"
@@ -110,7 +110,7 @@ def kept_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, keep_id
         )
     keep |= _needed_ids(_specification(tokenizer), vocabulary, keep)
     keep |= {*tokenizer.all_special_ids, *_configured_ids(model.config).values()}
-    if _numbers_positions_from_padding(model):
+    if counts_from_padding(model):
         # The padding id has to stay what it is.
         keep |= set(range(model.config.pad_token_id))
     return torch.tensor(sorted(keep & known))
@@ -131,7 +131,7 @@ def trim_model(model: PreTrainedModel, kept: torch.Tensor) -> PreTrainedModel:
     config = type(model.config).from_dict(model.config.to_dict() | {"vocab_size": len(kept)})
     for name, token in _configured_ids(model.config).items():
         setattr(config, name, new_ids.get(token))
-    if _numbers_positions_from_padding(model) and config.pad_token_id != model.config.pad_token_id:
+    if counts_from_padding(model) and config.pad_token_id != model.config.pad_token_id:
         raise InputError(
             f"the padding token of {type(model).__name__} would move from {model.config.pad_token_id} to "
             f"{config.pad_token_id}, and its positions with it: keep the tokens before it in their places"
@@ -250,11 +250,3 @@ def _merges(model: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
     for merge in model.get("merges", ()):
         first, second = merge.split(" ") if isinstance(merge, str) else merge
         yield (first, second), first + second[prefix:]
-
-
-def _numbers_positions_from_padding(model: PreTrainedModel) -> bool:
-    """Return whether a model, as RoBERTa and its kin do, gives the first token the position after the padding id's."""
-    return any(
-        isinstance(module, nn.Embedding) and name.endswith("position_embeddings") and module.padding_idx is not None
-        for name, module in model.named_modules()
-    )

@@ -1,4 +1,10 @@
-"""Knowledge distillation: TinyBERT, DistilBERT, MiniLM, and any mixture of their losses."""
+"""Knowledge distillation: TinyBERT, DistilBERT, MiniLM, and any mixture of their losses.
+
+`arguments.py` has the options and the configuration, `student.py` the student, `building.py` brings data, student and
+teacher together. A step runs `modeling.py` with the losses of `losses.py` and `predictions.py`; `targets.py` replaces
+the teacher by a cache of its predictions. `trainer.py` logs and describes the run, `comparison.py` measures the
+student beside its teacher.
+"""
 
 from hf_pretrain.objectives.distillation.arguments import (
     DistillationConfig,
@@ -6,19 +12,22 @@ from hf_pretrain.objectives.distillation.arguments import (
     TaskDistillationTrainingArguments,
 )
 from hf_pretrain.objectives.distillation.building import (
-    ask_once,
+    METHOD,
+    TASK_METHOD,
+    auto_class_for,
     build_model,
     check_labels,
-    general_class,
     join,
     load_task,
     load_text,
 )
+from hf_pretrain.objectives.distillation.comparison import compare
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.targets import (
     DataCollatorForDistillation,
-    ask_for_top_k,
+    cache_teacher_logits,
+    cache_teacher_top_k,
     report_label_agreement,
 )
 from hf_pretrain.objectives.distillation.trainer import DistillationTrainer, TaskDistillationTrainer, print_comparison
@@ -26,6 +35,8 @@ from hf_pretrain.tasks.data import TaskDataArguments
 from hf_pretrain.tasks.examples import DataCollatorForTask
 
 __all__ = [
+    "METHOD",
+    "TASK_METHOD",
     "DataCollatorForDistillation",
     "DataCollatorForTask",
     "DistillationConfig",
@@ -37,11 +48,12 @@ __all__ = [
     "TaskDistillationTrainer",
     "TaskDistillationTrainingArguments",
     "Teacher",
-    "ask_for_top_k",
-    "ask_once",
+    "auto_class_for",
     "build_model",
+    "cache_teacher_logits",
+    "cache_teacher_top_k",
     "check_labels",
-    "general_class",
+    "compare",
     "join",
     "load_task",
     "load_text",

@@ -1,24 +1,25 @@
-"""Which layer of the teacher each layer of the student learns from.
+"""The options of distillation: its losses, the layers that they compare, and how the teacher runs.
 
-What a distillation compares: its configuration, and what has to be read off either model.
-
-The options of distillation: which losses, between which layers, and how the teacher runs.
+[`layer_map`] and [`DistillationConfig`] come first: they say which layers are compared, and which outputs both models
+return. The options of text and of tasks follow; they fill in weights from a preset, and `building.py` makes a
+configuration of them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, cast, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from hf_pretrain.corruption.arguments import MaskingArguments
-from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
-from hf_pretrain.modeling.observing.observation import Wanted
+from hf_pretrain.modeling.observing.outputs import OutputRequest
+from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.tasks.data import Task
 from hf_pretrain.training.arguments import PretrainingArguments
 
@@ -27,8 +28,8 @@ def layer_map(spec: str | Sequence[int], *, student_layers: int, teacher_layers:
     """Return the teacher's layer for each of the student's layers 1 to M; embeddings (layer 0) go with embeddings.
 
     Args:
-        spec: "uniform" (every N/M-th layer, up to the last), "last" (the last M layers), or the M layers themselves, as numbers
-            or as text such as "3,6,9,12"; layers count from 1 and may repeat, but not fall.
+        spec: "uniform" (every N/M-th layer, up to the last), "last" (the last M layers), or the M layers themselves,
+            as numbers or as text such as "3,6,9,12"; layers count from 1 and may repeat, but not fall.
         student_layers: M.
         teacher_layers: N.
 
@@ -87,18 +88,19 @@ class DistillationConfig(CompositeConfig):
     Attributes:
         student: Configuration of the student.
         losses: Names of the losses that are computed.
-        head: What stands on both models; see [`hf_pretrain.modeling.heads.head_kind`].
+        head: Kind of the head of both models; see [`hf_pretrain.modeling.heads.head_kind`].
         layer_map: Layer of the teacher that each layer of the student learns from; None if no loss needs it.
         teacher_layer: Layer of the teacher that the relations are taken from.
         teacher_size: Width of the teacher.
         teacher_layers: Number of the teacher's layers.
-        attention_windows: Largest distance of the tokens that are compared, for each entry of `layer_map`; None for all.
+        attention_windows: Largest distance of the tokens that are compared, for each entry of `layer_map`; None for
+            all.
         relation_heads: Parts that states are split into for relations.
         temperature: What logits are divided by.
         prediction_positions: "masked" or "all".
         attention_target: "scores" or "probs".
         projection: "shared" or "per_layer".
-        official: Whether to follow TinyBERT's code where it differs from the paper.
+        tinybert_official: Whether to follow TinyBERT's code where it differs from the paper.
     """
 
     model_type = "hf_pretrain_distillation"
@@ -117,7 +119,7 @@ class DistillationConfig(CompositeConfig):
     prediction_positions: str = "masked"
     attention_target: str = "scores"
     projection: str = "shared"
-    official: bool = False
+    tinybert_official: bool = False
     tie_word_embeddings: bool = True
 
     @property
@@ -135,8 +137,8 @@ class DistillationConfig(CompositeConfig):
         """Layers of the student and the layers of the teacher that they learn from, embeddings left out."""
         return list(enumerate(self.layer_map or (), start=1))
 
-    def wanted(self) -> tuple[Wanted, Wanted]:
-        """Return what the losses need of the student and of the teacher."""
+    def requests(self) -> tuple[OutputRequest, OutputRequest]:
+        """Return the outputs of the student and of the teacher that the losses need."""
         names, last = set(self.losses or ()), self.student_config.num_hidden_layers
         hidden: list[tuple[int, int]] = self.pairs if "hidden" in names else []
         hidden = hidden + [(0, 0)] * ("embedding" in names) + [(last, self.teacher_layers)] * ("cosine" in names)
@@ -145,7 +147,9 @@ class DistillationConfig(CompositeConfig):
             attention = [*attention, (last, self.teacher_layer)]
         runs_head = (bool(names & OF_PREDICTIONS), "prediction" in names)
         student, teacher = (
-            Wanted(runs_head[side], *(tuple(sorted({pair[side] for pair in pairs})) for pairs in (hidden, attention)))
+            OutputRequest(
+                runs_head[side], *(tuple(sorted({pair[side] for pair in pairs})) for pairs in (hidden, attention))
+            )
             for side in (0, 1)
         )
         return student, teacher
@@ -165,13 +169,8 @@ _STAGES: dict[str, dict[str, float]] = {"intermediate": _PRESETS["tinybert"], "p
 
 
 def _weight(what: str) -> Any:
-    """Return the option of a loss's weight; that of the preset if it is left out."""
-    return field(default=None, metadata={"help": f"Weight of {what}."})
-
-
-def _schedule(option: str, *, form: str = "") -> Any:
-    """Return the option that says how another one changes in training."""
-    return field(default=None, metadata={"help": f"How {option} changes in training{': ' * bool(form)}{form}."})
+    """Return the option of a loss's weight, a number or a schedule; that of the preset if it is left out."""
+    return option(None, f"Weight of {what}; a number, or a schedule such as '0%:1, 50%:0.5'.")
 
 
 _OF_RELATIONS = "losses~relation_qq|relation_kk|relation_vv"
@@ -181,7 +180,7 @@ _OF_RELATIONS = "losses~relation_qq|relation_kk|relation_vv"
 class DistillationArguments:
     """What every distillation chooses: the weights of its losses, the layers, and how the teacher runs.
 
-    A weight that is left out is that of the method's preset, or 0; a loss whose weight is 0 is not computed.
+    A weight that is left out is that of the method's preset, or 0. A loss whose weight is always 0 is not computed.
 
     Raises:
         InputError: If an option is out of range, or no loss is left.
@@ -202,7 +201,7 @@ class DistillationArguments:
 
     ranges: ClassVar[dict[str, str]] = {"teacher_layer": "[1, 4096]", "relation_heads": "[1, 65536]"}
     needs: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("temperature", "temperature_schedule"), "losses~prediction"),
+        "temperature": "losses~prediction",
         "layer_map": "losses~hidden|attention",
         "teacher_layer": f"{_OF_RELATIONS}|attention_distribution|value_relation",
         "relation_heads": _OF_RELATIONS,
@@ -210,97 +209,64 @@ class DistillationArguments:
         "projection": "losses~embedding|hidden",
     }
 
-    prediction_weight: float | None = _weight(
+    prediction_weight: float | str | None = _weight(
         "the divergence of the student's predictions from the teacher's; of a regression, the squared difference"
     )
-    prediction_weight_schedule: str | None = _schedule("prediction_weight", form="'0%:1, 50%:0.5' (linear between)")
-    cosine_weight: float | None = _weight("1 - cosine of the last hidden states (DistilBERT)")
-    cosine_weight_schedule: str | None = _schedule("cosine_weight")
-    embedding_weight: float | None = _weight("the squared difference of the embeddings (TinyBERT)")
-    embedding_weight_schedule: str | None = _schedule("embedding_weight")
-    hidden_weight: float | None = _weight("the squared differences of the layers' outputs (TinyBERT)")
-    hidden_weight_schedule: str | None = _schedule("hidden_weight")
-    attention_weight: float | None = _weight("the squared differences of the attention scores (TinyBERT)")
-    attention_weight_schedule: str | None = _schedule("attention_weight")
-    relation_qq_weight: float | None = _weight("the relations between queries (MiniLM v2)")
-    relation_qq_weight_schedule: str | None = _schedule("relation_qq_weight")
-    relation_kk_weight: float | None = _weight("the relations between keys (MiniLM v2)")
-    relation_kk_weight_schedule: str | None = _schedule("relation_kk_weight")
-    relation_vv_weight: float | None = _weight("the relations between values (MiniLM v2)")
-    relation_vv_weight_schedule: str | None = _schedule("relation_vv_weight")
-    attention_distribution_weight: float | None = _weight("the divergence of the last layer's attention (MiniLM)")
-    attention_distribution_weight_schedule: str | None = _schedule("attention_distribution_weight")
-    value_relation_weight: float | None = _weight("the relations between values, a relation a head (MiniLM)")
-    value_relation_weight_schedule: str | None = _schedule("value_relation_weight")
-    temperature: float | None = field(
-        default=None,
-        metadata={
-            "help": "What the logits of both are divided by in the prediction loss, which is multiplied by its square; by "
-            "default 1, of distilbert 2."
-        },
+    cosine_weight: float | str | None = _weight("1 - cosine of the last hidden states (DistilBERT)")
+    embedding_weight: float | str | None = _weight("the squared difference of the embeddings (TinyBERT)")
+    hidden_weight: float | str | None = _weight("the squared differences of the layers' outputs (TinyBERT)")
+    attention_weight: float | str | None = _weight("the squared differences of the attention scores (TinyBERT)")
+    relation_qq_weight: float | str | None = _weight("the relations between queries (MiniLM v2)")
+    relation_kk_weight: float | str | None = _weight("the relations between keys (MiniLM v2)")
+    relation_vv_weight: float | str | None = _weight("the relations between values (MiniLM v2)")
+    attention_distribution_weight: float | str | None = _weight(
+        "the divergence of the last layer's attention (MiniLM)"
     )
-    temperature_schedule: str | None = _schedule("temperature", form="'0%:8, 100%:1'")
-    layer_map: str = field(
-        default="uniform",
-        metadata={
-            "help": "Which layer of the teacher each layer of the student learns from: 'uniform', 'last', or a list as "
-            "'3,6,9,12'."
-        },
+    value_relation_weight: float | str | None = _weight("the relations between values, a relation a head (MiniLM)")
+    temperature: float | str | None = option(
+        None,
+        "What the logits of both are divided by in the prediction loss, which is multiplied by its square; by "
+        "default 1, of distilbert 2. A number, or a schedule such as '0%:8, 100%:1'.",
     )
-    teacher_layer: int | None = field(
-        default=None,
-        metadata={"help": "Layer of the teacher that the relations are taken from; by default the last."},
+    layer_map: str = option(
+        "uniform",
+        "Which layer of the teacher each layer of the student learns from: 'uniform', 'last', or a list as "
+        "'3,6,9,12'.",
     )
-    relation_heads: int | None = field(
-        default=None,
-        metadata={
-            "help": "Parts that states are split into for the relations, a divisor of both widths; by default the teacher's "
-            "attention heads. MiniLM v2: 48 for BERT-base."
-        },
+    teacher_layer: int | None = option(
+        None, "Layer of the teacher that the relations are taken from; by default the last."
     )
-    attention_target: Literal["scores", "probs"] = field(
-        default="scores",
-        metadata={"help": "Compare attention before the softmax (TinyBERT) or after it (TextBrewer)."},
+    relation_heads: int | None = option(
+        None,
+        "Parts that states are split into for the relations, a divisor of both widths; by default the teacher's "
+        "attention heads. MiniLM v2: 48 for BERT-base.",
     )
-    projection: Literal["shared", "per_layer"] = field(
-        default="shared",
-        metadata={
-            "help": "Where widths differ: one projection for all layers (and one for the embeddings), or one each."
-        },
+    attention_target: Literal["scores", "probs"] = option(
+        "scores", "Compare attention before the softmax (TinyBERT) or after it (TextBrewer)."
     )
-    official: bool = field(
-        default=False,
-        metadata={
-            "help": "As TinyBERT's code where it differs from the paper: one projection with a bias for embeddings and all "
-            "layers, of equal widths too; predictions averaged over classes, without the square of the temperature. Its heads, "
-            "which stock classes cannot hold, are left out."
-        },
+    projection: Literal["shared", "per_layer"] = option(
+        "shared", "Where widths differ: one projection for all layers (and one for the embeddings), or one each."
     )
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
-        default=None,
-        metadata={"help": "Type of the teacher's weights; by default bfloat16 if bf16 is on, else float32."},
+    tinybert_official: bool = option(
+        False,
+        "As TinyBERT's code where it differs from the paper: one projection with a bias for embeddings and all "
+        "layers, of equal widths too; predictions averaged over classes, without the square of the temperature. Its heads, "
+        "which stock classes cannot hold, are left out.",
     )
-    teacher_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "Device of the teacher, such as cuda:1; by default that of the batch, which is the student's."
-        },
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Type of the teacher's weights; by default bfloat16 if bf16 is on, else float32."
     )
-    teacher_compile: bool = field(
-        default=False,
-        metadata={
-            "help": "Run the teacher's layers under torch.compile; not with losses that look into its attention."
-        },
+    teacher_device: str | None = option(
+        None, "Device of the teacher, such as cuda:1; by default that of the batch, which is the student's."
+    )
+    teacher_compile: bool = option(
+        False, "Run the teacher's layers under torch.compile; not with losses that look into its attention."
     )
 
     def weights(self) -> dict[str, float]:
         """Return the weight of every loss that is computed, by name."""
         found = {name: getattr(self, f"{name}_weight") for name in self.loss_names}
-        return {
-            name: weight
-            for name, weight in found.items()
-            if weight or getattr(self, f"{name}_weight_schedule", None) is not None
-        }
+        return {name: weight for name, weight in found.items() if weight}
 
     def resolve(self, preset: Mapping[str, float], *, temperature: float = 1.0) -> None:
         """Fill in what was left out, and refuse what is out of range.
@@ -309,7 +275,7 @@ class DistillationArguments:
             preset: Weights by name; 0 if it does not name a loss.
             temperature: That of the preset.
         """
-        check_numbers(self)
+        check_options(self)
         for name in self.loss_names:
             option = f"{name}_weight"
             if getattr(self, option) is None:
@@ -332,42 +298,29 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
     ranges: ClassVar[dict[str, str]] = {"cache_top_k": "[0, 65536]"}
     needs: ClassVar[dict[str, str]] = {"prediction_positions": "losses~prediction"}
 
-    distillation_method: Method = field(
-        default="distilbert",
-        metadata={
-            "help": "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
-        },
+    distillation_method: Method = option(
+        "distilbert", "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
     )
-    mlm_weight: float | None = _weight("the student's own masked-language-model loss (DistilBERT)")
-    mlm_weight_schedule: str | None = _schedule("mlm_weight")
-    mlm_probability: float | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={
-            "help": "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
-            "predictions, and 0 without them: then both models read the text as it is."
-        },
+    mlm_weight: float | str | None = _weight("the student's own masked-language-model loss (DistilBERT)")
+    mlm_probability: float | str | None = option(  # type: ignore[assignment]
+        None,
+        "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "
+        "predictions, and 0 without them: then both models read the text as it is.",
     )
-    prediction_positions: Literal["masked", "all"] = field(
-        default="masked",
-        metadata={
-            "help": "Where predictions are compared: at the selected positions, or at all real tokens, as the released "
-            "DistilBERT was; that costs several times as much."
-        },
+    prediction_positions: Literal["masked", "all"] = option(
+        "masked",
+        "Where predictions are compared: at the selected positions, or at all real tokens, as the released "
+        "DistilBERT was; that costs several times as much.",
     )
-    cache_top_k: int = field(
-        default=0,
-        metadata={
-            "help": "Ask the teacher once for its k likeliest tokens at each selected position, such as 64, with the mass of all "
-            "others, and train without it; 0: ask it at each step. Needs static_masks, such as the number of epochs."
-        },
+    cache_top_k: int = option(
+        0,
+        "Ask the teacher once for its k likeliest tokens at each selected position, such as 64, with the mass of all "
+        "others, and train without it; 0: ask it at each step. Needs static_masks, such as the number of epochs.",
     )
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and refuse what is out of range."""
-        if self.distillation_method not in _PRESETS:
-            raise InputError(
-                f"distillation_method={self.distillation_method!r} must be distilbert, tinybert, minilm or minilmv2"
-            )
+        check_choice(self.distillation_method, _PRESETS, name="distillation_method")
         temperature = 2.0 if self.distillation_method == "distilbert" else 1.0
         self.resolve(_PRESETS[self.distillation_method], temperature=temperature)
         needs_targets = {"mlm", "prediction"} & self.weights().keys()
@@ -396,10 +349,11 @@ class DistillationTrainingArguments(DistillationArguments, MaskingArguments, Pre
             )
         if self.prediction_positions != "masked":
             raise InputError(f"{asked} keeps predictions at masked positions: set prediction_positions=masked")
-        for option in ("temperature_schedule", "mlm_probability_schedule"):
-            if getattr(self, option) is not None:
+        for name, schedule in schedules_of(self).items():
+            if not name.endswith("_weight"):
                 raise InputError(
-                    f"{asked} holds for one temperature and one set of masks: leave out {option}, or cache_top_k"
+                    f"{asked} holds for one temperature and one set of masks: give {name}={schedule!r} one number, or leave "
+                    "cache_top_k out"
                 )
         if not self.static_masks:
             raise InputError(
@@ -420,38 +374,29 @@ class TaskDistillationTrainingArguments(DistillationArguments, PretrainingArgume
     loss_names: ClassVar[tuple[str, ...]] = ("prediction", "labels", *DistillationArguments.loss_names[1:])
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {"train_sampling_strategy": ("group_by_length",)}
 
-    task: Task = field(
-        default="sequence-classification",
-        metadata={
-            "help": "What the teacher predicts: a class or a value of one text or two, 'token-classification': a class of each "
-            "word, or 'question-answering': where in a text the answer begins and ends."
-        },
+    task: Task = option(
+        "sequence-classification",
+        "What the teacher predicts: a class or a value of one text or two, 'token-classification': a class of each "
+        "word, or 'question-answering': where in a text the answer begins and ends.",
     )
-    training_stage: TrainingStage = field(
-        default="prediction",
-        metadata={
-            "help": "Which losses have weight 1 if none is given: 'intermediate' (embeddings, hidden states, attention), and "
-            "then, from its result, 'prediction'."
-        },
+    training_stage: TrainingStage = option(
+        "prediction",
+        "Which losses have weight 1 if none is given: 'intermediate' (embeddings, hidden states, attention), and "
+        "then, from its result, 'prediction'.",
     )
-    labels_weight: float | None = _weight("the loss against the labels of the data; they are optional")
-    labels_weight_schedule: str | None = _schedule("labels_weight")
-    cache_teacher: bool = field(
-        default=True,
-        metadata={"help": "Ask the teacher once for its logits of each example, where nothing else of it is needed."},
+    labels_weight: float | str | None = _weight("the loss against the labels of the data; they are optional")
+    cache_teacher: bool = option(
+        True, "Ask the teacher once for its logits of each example, where nothing else of it is needed."
     )
-    train_sampling_strategy: str = field(
-        default="group_by_length",
-        metadata={"help": "'group_by_length': the examples of a step are of about one length; 'random': of any."},
+    train_sampling_strategy: str = option(
+        "group_by_length", "'group_by_length': the examples of a step are of about one length; 'random': of any."
     )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
+    learning_rate: float = option(5e-5, "Peak learning rate.")
+    per_device_train_batch_size: int = option(32, "Examples a step and device.")
 
     def __post_init__(self) -> None:
         """Fill in what was left out, and refuse what is out of range."""
-        if self.training_stage not in _STAGES:
-            raise InputError(f"training_stage={self.training_stage!r} must be 'intermediate' or 'prediction'")
-        if self.task not in get_args(Task):
-            raise InputError(f"task={self.task!r} must be {', '.join(get_args(Task))}")
+        check_choice(self.training_stage, _STAGES, name="training_stage")
+        check_choice(self.task, get_args(Task), name="task")
         self.resolve(_STAGES[self.training_stage])
         super().__post_init__()

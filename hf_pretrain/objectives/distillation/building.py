@@ -1,19 +1,23 @@
-"""Put student and teacher together, and refuse what cannot be compared before any step is trained.
+"""From options to data and model: the examples in the student's vocabulary, then student and teacher with their losses.
 
-From options to examples in the vocabulary of the student, and to what the teacher says of them.
+[`load_text`] and [`load_task`] make the examples. [`build_model`] loads the teacher, builds the student, and joins
+them; [`check_fit`] refuses a pair that the losses cannot compare, before any step is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -24,39 +28,49 @@ from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import window_of
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import dtype_option, from_pretrained
 from hf_pretrain.modeling.heads import head_kind
-from hf_pretrain.modeling.observing.cache import TaskLogitsCache, build_task_logits, cache_fingerprint, has_cache
 from hf_pretrain.modeling.observing.capture import check_capture
 from hf_pretrain.modeling.surgery.vocabulary import match_vocabulary, trim_vocabulary, used_ids
+from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
     RELATIONS,
     DistillationArguments,
     DistillationConfig,
+    DistillationTrainingArguments,
     TaskDistillationTrainingArguments,
     layer_map,
 )
 from hf_pretrain.objectives.distillation.losses import check_relation_heads, check_same_heads
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
 from hf_pretrain.objectives.distillation.student import StudentArguments, build_student, choose_layers
-from hf_pretrain.objectives.distillation.trainer import describe_origin
-from hf_pretrain.tasks.data import TaskDataArguments, prepare_task
-from hf_pretrain.tasks.examples import (
-    AnsweredDataset,
-    DataCollatorForTask,
-    count_predictions,
+from hf_pretrain.objectives.distillation.targets import (
+    DataCollatorForDistillation,
+    cache_teacher_logits,
+    cache_teacher_top_k,
+    report_label_agreement,
 )
+from hf_pretrain.objectives.distillation.trainer import (
+    DistillationTrainer,
+    TaskDistillationTrainer,
+    describe_origin,
+    print_comparison,
+)
+from hf_pretrain.tasks.data import TaskDataArguments, prepare_task
+from hf_pretrain.tasks.examples import DataCollatorForTask
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.method import Learning, Method
 
 _LAST_LAYER = {*RELATIONS, "attention_distribution"}
 _OF_ATTENTION = {"attention", *_LAST_LAYER}
 _OF_EQUAL_HEADS = ("attention", "attention_distribution", "value_relation")
 
 
-def general_class(args: DistillationArguments) -> Any:
-    """Return the Auto class of both models in general distillation: with a head only where predictions are compared."""
+def auto_class_for(args: DistillationArguments) -> Any:
+    """Return the Auto class of both models in distillation on text: with a head only if a loss compares predictions."""
     return AutoModelForMaskedLM if args.weights().keys() & OF_PREDICTIONS else AutoModel
 
 
@@ -65,8 +79,8 @@ def load_teacher(args: StudentArguments, *, auto_class: Any, tokenizer: PreTrain
 
     Args:
         args: Names the teacher.
-        auto_class: How to open it.
-        tokenizer: Tokenizer of the run; each of its tokens has to be one of the teacher's.
+        auto_class: Its Auto class.
+        tokenizer: Tokenizer of the run; the teacher must know each of its tokens.
 
     Raises:
         InputError: If no teacher is named, or it cannot be loaded, or has no trained head, or does not know a token.
@@ -104,11 +118,11 @@ def build_model(
     """Load the teacher and build the student that the options describe.
 
     Args:
-        model_args: Who teaches, and who is taught.
+        model_args: The teacher and the student.
         args: The losses between them.
         auto_class: The Auto class of both.
         tokenizer: The tokenizer of both.
-        block_size: Longest sequence that both are shown, in tokens.
+        block_size: Longest sequence of the data, in tokens.
 
     Returns:
         The composite to train.
@@ -136,9 +150,11 @@ def join(
     """Let a student learn from a teacher; the student is trained in place, the teacher is frozen.
 
     Args:
-        student: A stock model: an encoder, a masked language model, a classifier of sequences or tokens, or one of questions.
+        student: A stock model: an encoder, a masked language model, a classifier of sequences or tokens, or one of
+            questions.
         teacher: Another, of the same kind and with the same vocabulary.
-        args: The losses between them. What no loss reaches is frozen too, such as a head without a loss of predictions.
+        args: The losses between them. Weights that no loss reaches are frozen, such as a head without a loss of
+            predictions.
         dtype: Type of the student's weights.
 
     Raises:
@@ -152,17 +168,17 @@ def join(
     if config.head == "none":
         for model in (student, teacher):
             if getattr(model, "pooler", None) is not None:
-                model.pooler = None  # No loss reaches it, and it is not the encoder's.
+                model.pooler = None  # No loss reaches it, and it is no part of the encoder.
     precision = getattr(args, "teacher_dtype", None) or ("bfloat16" if getattr(args, "bf16", False) else "float32")
-    asked = Teacher(
+    frozen = Teacher(
         teacher,
-        config.wanted()[1],
+        config.requests()[1],
         gathers=config.gathers,
         dtype=getattr(torch, precision),
         device=args.teacher_device,
         compiles=args.teacher_compile,
     )
-    model = DistillationModel(config, student, asked)
+    model = DistillationModel(config, student, frozen)
     model.try_out()
     return model
 
@@ -179,6 +195,7 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
             f"teacher_layer={args.teacher_layer}: the teacher has {last} layers: set --teacher_layer {last} or less"
         )
     pairs = list(enumerate(mapped or (), start=1))
+    assert args.temperature is not None, "the options were resolved"
     return DistillationConfig(
         student=student.config,
         losses=names,
@@ -189,26 +206,22 @@ def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: Distillati
         teacher_layers=last,
         attention_windows=[_window(student, m, teacher, n) for m, n in pairs] or None,
         relation_heads=args.relation_heads or teacher.config.num_attention_heads,
-        temperature=args.temperature,
+        temperature=float(args.temperature),
         prediction_positions=getattr(args, "prediction_positions", "masked"),
         attention_target=args.attention_target,
         projection=args.projection,
-        official=args.official,
+        tinybert_official=args.tinybert_official,
     )
 
 
 def _window(student: PreTrainedModel, layer: int, teacher: PreTrainedModel, teacher_layer: int) -> int | None:
     """Return the largest distance at which tokens see each other in both layers, None if all do."""
-    windows = []
-    for model, number in ((student, layer), (teacher, teacher_layer)):
-        kinds = getattr(model.config, "layer_types", None)
-        if kinds and kinds[number - 1] == "sliding_attention":
-            windows.append(model.config.sliding_window)
-    return min(windows, default=None)
+    windows = [window_of(student.config, layer), window_of(teacher.config, teacher_layer)]
+    return min((window for window in windows if window is not None), default=None)
 
 
 def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: DistillationConfig) -> None:
-    """Refuse a pair that cannot be compared by the losses of a configuration.
+    """Refuse two models that the losses of a configuration cannot compare.
 
     Raises:
         InputError: Naming the loss and what to change.
@@ -227,9 +240,9 @@ def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: Distil
         )
     if getattr(teacher.config, "problem_type", None) == "multi_label_classification":
         raise InputError("the teacher's problem_type is multi_label_classification, which has no loss here yet")
-    if config.official and config.head == "question_answering" and "prediction" in names:
+    if config.tinybert_official and config.head == "question_answering" and "prediction" in names:
         raise InputError(
-            "official=True: TinyBERT's code averages over classes, of which spans have none; leave it out"
+            "tinybert_official=True: TinyBERT's code averages over classes, of which spans have none; leave it out"
         )
     if names & _OF_ATTENTION:
         for model in (student, teacher):
@@ -239,10 +252,6 @@ def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: Distil
     if names & (set(RELATIONS) - {"value_relation"}):
         widths = {"student_width": student.config.hidden_size, "teacher_width": teacher.config.hidden_size}
         check_relation_heads(config.relation_heads, **widths)
-
-
-# A leading underscore keeps a folder out of what is pushed to the Hub.
-_ANSWERS = "_teacher_logits"
 
 
 def load_text(
@@ -293,7 +302,7 @@ def _in_vocabulary(
     model_args: StudentArguments,
     special_tokens: Sequence[str],
 ) -> PreparedData:
-    """Prepare examples, and once more with a trimmed tokenizer if that is asked for."""
+    """Prepare examples, and once more with a trimmed tokenizer for `trim_vocabulary`."""
     name = tokenizer_name or model_args.model_name_or_path or teacher_name(model_args)
     tokenizer = from_pretrained(AutoTokenizer, name)
     check_tokenizer(tokenizer, roles=special_tokens)
@@ -322,46 +331,127 @@ def check_labels(data: PreparedData, args: TaskDistillationTrainingArguments) ->
             )
 
 
-def ask_once(model: DistillationModel, data: PreparedData, args: TaskDistillationTrainingArguments) -> PreparedData:
-    """Ask the teacher for its logits of every example, or find them in `output_dir`, where no loss needs more of it.
+_TINY_OPTIONS = {
+    "cosine_weight": 1.0,
+    "embedding_weight": 1.0,
+    "hidden_weight": 1.0,
+    "attention_weight": 0.1,
+    "relation_vv_weight": 1.0,
+}
 
-    Args:
-        model: Student and teacher.
-        data: Examples of a task.
-        args: Options of the run.
 
-    Returns:
-        The data, with examples that bring `teacher_logits`; as it was, if the teacher has to see every batch anew.
-    """
-    teacher = model.teacher
-    if teacher is None or not args.cache_teacher or not teacher.wanted.predictions or teacher.wanted.depth:
-        return data
-    asked, collate = teacher, DataCollatorForTask(data.tokenizer)
+def build_trainer(
+    data: PreparedData, model_args: StudentArguments, args: DistillationTrainingArguments
+) -> DistillationTrainer:
+    """Put student and teacher, the collator and the Trainer together."""
+    model = build_model(
+        model_args,
+        args,
+        auto_class=auto_class_for(args),
+        tokenizer=data.tokenizer,
+        block_size=data.block_size,
+    )
+    if data.isolates_documents:
+        for part in model.stock_models():
+            check_isolation(part, length=data.block_size)
+    collator = DataCollatorForDistillation(data.tokenizer, masking=args.masking, seed=args.seed)
+    return DistillationTrainer(
+        model,
+        args,
+        data_collator=collator,
+        **cache_teacher_top_k(model, data, args, collator=collator).trainer_inputs(),
+    )
 
-    def logits_of(examples: list[dict[str, Any]]) -> torch.Tensor:
-        batch = {name: value.to(args.device) for name, value in collate(examples).items() if name != "labels"}
-        positions = batch.pop("target_positions", None)
-        logits = asked(batch, positions).logits
-        assert logits is not None, "predictions are wanted of this teacher"
-        return logits
 
-    def answered(dataset: Any, name: str) -> AnsweredDataset:
-        dataset = EpochDataset.wrap(dataset).base
-        folder = Path(args.output_dir) / _ANSWERS / name
-        fingerprint = cache_fingerprint(asked.model, dataset, data.tokenizer)
-        with args.main_process_first(local=False, desc="the teacher's answers"):
-            if args.process_index == 0 and not has_cache(folder):
-                build_task_logits(
-                    logits_of,
-                    dataset,
-                    folder,
-                    fingerprint=fingerprint,
-                    counts=count_predictions(dataset),
-                    batch_size=args.per_device_eval_batch_size,
-                )
-            return AnsweredDataset(dataset, TaskLogitsCache.open(folder, fingerprint=fingerprint))
+METHOD = Method(
+    trainer=DistillationTrainer,
+    description="""\
+Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's general stage, MiniLM.
 
-    data.train_dataset = answered(data.train_dataset, "train")
-    if data.eval_dataset is not None:
-        data.eval_dataset = answered(data.eval_dataset, "held_out")
-    return data
+    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt --output_dir my-student
+    hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir my-minilm
+    accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml --teacher_name_or_path my-bert ...
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The student opens with
+`AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`.""",
+    arguments=(DataArguments, StudentArguments, DistillationTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(left={"prediction_loss": 0.44}),
+    tiny_options=_TINY_OPTIONS,
+    load=load_text,
+    demonstrate=print_comparison,
+    left_out={"cache_top_k": 0},
+)
+
+
+AUTO_CLASSES = {
+    "sequence-classification": AutoModelForSequenceClassification,
+    "token-classification": AutoModelForTokenClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+}
+
+
+def build_task_trainer(
+    data: PreparedData, model_args: StudentArguments, args: TaskDistillationTrainingArguments
+) -> TaskDistillationTrainer:
+    """Put student and teacher, the collator and the Trainer together."""
+    check_labels(data, args)
+    model = build_model(
+        model_args,
+        args,
+        auto_class=AUTO_CLASSES[args.task],
+        tokenizer=data.tokenizer,
+        block_size=data.block_size,
+    )
+    report_label_agreement(model, data, args)
+    return TaskDistillationTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForTask(data.tokenizer),
+        **cache_teacher_logits(model, data, args).trainer_inputs(),
+    )
+
+
+def made_up_examples(
+    data_args: TaskDataArguments,
+    model_args: StudentArguments,
+    args: TaskDistillationTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> PreparedData:
+    """Return examples of the task for the rehearsal: a few tokens, with the first label of the teacher."""
+    config = from_pretrained(AutoConfig, teacher_name(model_args))
+    assert tokenizer is not None, "there is a teacher, so there is a tokenizer"
+    ids = tokenizer("a b c", truncation=True, max_length=data_args.max_length)["input_ids"]
+    row: dict[str, Any] = {"input_ids": ids, "labels": 0.0 if config.num_labels == 1 else 0}
+    if args.task != "sequence-classification":
+        labels = [0] * len(ids) if args.task == "token-classification" else [0, 0]
+        row |= {"is_target": [True] * len(ids), "labels": labels}
+    examples = datasets.Dataset.from_list([row] * 8)
+    holds_out = data_args.validation_file or data_args.validation_split or data_args.validation_fraction
+    held_out = examples if holds_out else None
+    return PreparedData(tokenizer, examples, held_out, {"source": "made up"}, data_args.max_length)
+
+
+TASK_METHOD = Method(
+    trainer=TaskDistillationTrainer,
+    description=r"""Distil a fine-tuned model into a smaller one, on the examples of its task: TinyBERT's task stages.
+
+    hf-pretrain distil-task --config tinybert_intermediate --teacher_name_or_path my-classifier \
+        --model_name_or_path my-tinybert --train_file train.tsv --validation_file dev.tsv --output_dir stage-1
+    hf-pretrain distil-task --config tinybert_prediction --teacher_name_or_path my-classifier \
+        --model_name_or_path stage-1 --train_file train.tsv --validation_file dev.tsv --output_dir stage-2
+
+The teacher says what the labels are; the examples need none. The student opens with
+`AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts, or lists
+of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or rows of `question`,
+`context` and `answers`.""",
+    arguments=(TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments),
+    build_trainer=build_task_trainer,
+    learning=Learning(left={"prediction_loss": 0.44}),
+    tiny_options=_TINY_OPTIONS | {"labels_weight": 0.1},
+    load=load_task,
+    made_up=made_up_examples,
+    demonstrate=print_comparison,
+    special_tokens=("pad",),
+    left_out={"cache_teacher": False},
+)

@@ -1,6 +1,8 @@
-"""The teacher: a stock model that is asked and never trained.
+"""The frozen teacher, and the student with its projections and the losses between the two.
 
-The student with what it is trained through, and the losses between it and its teacher.
+A batch goes through both models, each no deeper than the losses need. The head's logits become [`Predictions`] and
+their losses; hidden states and attention become the losses of `losses.py`. In evaluation the model also returns
+metrics of the predictions.
 """
 
 from __future__ import annotations
@@ -16,76 +18,87 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import layer_modules
 from hf_pretrain.modeling.base import PretrainingModel
-from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, begin_in_column_0
-from hf_pretrain.modeling.observing.capture import layer_modules
-from hf_pretrain.modeling.observing.observation import Observation, Observer, TopKTargets, Wanted
-from hf_pretrain.objectives.distillation import losses as between
-from hf_pretrain.objectives.distillation import predictions
+from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
+from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest, TopKTargets
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, RELATIONS, DistillationConfig
-from hf_pretrain.objectives.distillation.losses import attention_distribution_loss, relation_loss
+from hf_pretrain.objectives.distillation.losses import (
+    attention_distribution_loss,
+    attention_loss,
+    attention_probability_loss,
+    cosine_loss,
+    hidden_loss,
+    relation_loss,
+)
+from hf_pretrain.objectives.distillation.predictions import (
+    OUTSIDE,
+    Predictions,
+    has_label,
+    prediction_losses,
+    prediction_metrics,
+)
+
+# Heads that predict at positions of the batch, not for whole sequences.
+_AT_POSITIONS = ("masked_lm", "token_classification", "question_answering")
 
 
 class Teacher:
-    """A stock model in evaluation mode, without a graph, that runs no deeper than it is asked.
+    """A frozen stock model in evaluation mode, that runs without a graph and no deeper than its request.
 
-    It is no module: what holds it does not register it, so that no optimizer, no distributed wrapper, no checkpoint and no change
-    of mode ever reaches it.
+    It is no module, and its owner does not register it: no optimizer, distributed wrapper, checkpoint or change of
+    mode reaches it.
 
     Args:
         model: The stock model. It is frozen, put into evaluation mode and cast in place.
-        wanted: What it is asked for.
+        request: The outputs that the losses need.
         gathers: Whether its head runs on chosen positions.
         dtype: Type of its weights; logits are in fp32 nevertheless.
-        device: Where it runs, if not where the batch is; batches are sent there, and what it makes of them comes back.
+        device: Its device, if not that of the batch; inputs are sent there, and outputs come back.
         compiles: Whether its layers run under torch.compile.
 
     Raises:
-        InputError: If there is no such device, or layers are to be compiled whose attention is looked into.
+        InputError: If there is no such device, or layers are to be compiled whose attention is captured.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        wanted: Wanted,
+        request: OutputRequest,
         *,
         gathers: bool,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device | None = None,
         compiles: bool = False,
     ) -> None:
-        if compiles and wanted.attention:
+        if compiles and request.attention:
             raise InputError(
                 "teacher_compile=True: a loss of attention or relations looks into the teacher's layers, which a compiled layer "
                 "does not let it; leave out one of the two"
             )
         self.model = model.to(dtype).requires_grad_(False).eval()
+        self.request = request
         self.device = None if device is None else _checked(device)
-        self.observer = Observer(model, wanted, gathers=gathers)
+        self.runner = ModelRunner(model, request, gathers=gathers)
         self._compiled = _compiled_layers(model) if compiles else {}
 
-    @property
-    def wanted(self) -> Wanted:
-        """What it is asked for."""
-        return self.observer.wanted
-
     @torch.compiler.disable
-    def __call__(self, inputs: dict[str, torch.Tensor], positions: torch.Tensor | None = None) -> Observation:
-        """Return what the teacher makes of a batch, on the batch's device; see [`Observer`]."""
+    def __call__(self, inputs: dict[str, torch.Tensor], positions: torch.Tensor | None = None) -> ModelOutputs:
+        """Return the requested outputs on the batch's device; see [`ModelRunner`]."""
         home = inputs["input_ids"].device
         device = home if self.device is None else self.device
         if self.model.device != device:
             self.model.to(device)
         inputs = {name: values.to(device) for name, values in inputs.items()}
         positions = None if positions is None else positions.to(device)
-        # The student's autocast is not the teacher's: it has a type of its own.
+        # The teacher has a type of its own, and the student's autocast does not apply.
         autocast = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
         with torch.no_grad(), autocast, self._running_compiled():
-            return self.observer(self.model, inputs, positions).to(home)
+            return self.runner(self.model, inputs, positions).to(home)
 
     @contextmanager
     def _running_compiled(self) -> Iterator[None]:
-        """Let the layers run compiled, in the block alone: others who use the model find it as it was."""
+        """Let the layers run compiled in the block alone; other users of the model find it as it was."""
         for layer, forward in self._compiled.items():
             layer.forward = forward
         try:
@@ -115,44 +128,42 @@ def _compiled_layers(model: PreTrainedModel) -> dict[nn.Module, Callable[..., An
     return {layer: partial(forwards[type(layer)], layer) for layer in layers}
 
 
-# The usual name of the class of tokens that belong to no entity.
-_OUTSIDE = "O"
-
-
 @dataclass(frozen=True)
-class Lesson:
-    """A batch as both models saw it.
+class PairedOutputs:
+    """The outputs of both models on one batch.
 
     Attributes:
-        student: What was read off the student.
-        teacher: What was read off the teacher.
+        student: Outputs of the student.
+        teacher: Outputs of the teacher.
         mask: ``[B, L]`` attention mask.
         document_ids: ``[B, L]`` document of each token, where the documents of a row do not see each other.
     """
 
-    student: Observation
-    teacher: Observation
+    student: ModelOutputs
+    teacher: ModelOutputs
     mask: torch.Tensor
     document_ids: torch.Tensor | None
 
 
 class DistillationModel(PretrainingModel):
-    """A student and the projections from its width to the teacher's; the teacher is asked, but is no part of it.
+    """A student and the projections from its width to the teacher's; the teacher is no part of it.
 
-    With `official` too, the head is the stock one. TinyBERT's code has a ReLU between pooler and classifier: no weights of BERT's
-    stock head compute that, and a student trained with it would compute something else once it is exported. So a fine-tuned
-    checkpoint of that code opens, but its logits are others until it is trained further. That code has no dropout there either,
-    which is `config_overrides={"classifier_dropout": 0.0}` here.
+    With `tinybert_official` too, the head is the stock one. TinyBERT's code has a ReLU between pooler and classifier.
+    No weights of BERT's stock head compute that, so a student that was trained with it would compute something else
+    after the export. A fine-tuned checkpoint of that code opens, but has other logits until it is trained further.
+    That code has no dropout there
+    either: `config_overrides={"classifier_dropout": 0.0}`.
 
     Args:
-        config: What is compared.
+        config: The losses, and the layers that they compare.
         student: The stock model to train, in place.
-        teacher: Whom to ask; None if every batch brings the teacher's logits, and no loss needs more.
+        teacher: The teacher; None if every batch brings its logits, and no loss needs more.
 
     Attributes:
         origin: How the student began, for the card; "" if that is not known.
 
-    Source: Jiao et al. 2020, "TinyBERT"; Sanh et al. 2019, "DistilBERT"; Wang et al. 2020, "MiniLM", and 2021, "MiniLMv2".
+    Source: Jiao et al. 2020, "TinyBERT"; Sanh et al. 2019, "DistilBERT"; Wang et al. 2020, "MiniLM", and 2021,
+        "MiniLMv2".
     """
 
     config_class = DistillationConfig
@@ -164,7 +175,15 @@ class DistillationModel(PretrainingModel):
         self.student = student
         self.projections = _projections(config)
         self.teacher = teacher
-        self.observer = Observer(student, config.wanted()[0], gathers=config.gathers)
+        self.runner = ModelRunner(student, config.requests()[0], gathers=config.gathers)
+        self._names = frozenset(config.losses or ())
+        self._last_layer = config.student_config.num_hidden_layers
+        self._pairs = {
+            "embedding": [(0, 0)],
+            "cosine": [(self._last_layer, config.teacher_layers)],
+            **dict.fromkeys(("hidden", "attention"), config.pairs),
+        }
+        self._outside = (config.student_config.label2id or {}).get(OUTSIDE)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -172,10 +191,10 @@ class DistillationModel(PretrainingModel):
         return self.student.get_input_embeddings()
 
     def try_out(self, *, gradient_checkpointing: bool = False) -> None:
-        """Run one step on a few tokens, and freeze what no loss reaches; see [`PretrainingModel.try_out`].
+        """Run one step on a few tokens, and freeze the weights that no loss reaches; see [`PretrainingModel.try_out`].
 
-        Such are a head without a loss of predictions, and what lies behind the queries, keys and values of a last layer of which
-        only those are compared. Without a teacher nothing is tried: a batch would have to bring what it predicts.
+        These are a head without a loss of predictions, and all behind the queries, keys and values of a last layer if
+        only those are compared. Without a teacher there is no trial: a batch would have to bring its predictions.
         """
         if self.teacher is not None:
             super().try_out(gradient_checkpointing=gradient_checkpointing)
@@ -184,20 +203,19 @@ class DistillationModel(PretrainingModel):
 
     def trial_batch(self) -> dict[str, torch.Tensor]:
         """Return a few tokens with labels of the student's head; see [`PretrainingModel.trial_batch`]."""
-        config = self.config.student_config
-        ids = 5 + torch.arange(8, device=self.device)[None] % max(1, min(config.vocab_size, 100) - 5)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.config.head == "masked_lm":
-            batch |= {"labels": ids, "target_positions": torch.arange(2, device=self.device)}
-            batch["labels"] = torch.where(torch.arange(8, device=self.device)[None] < 2, ids, -100)
-        elif self.config.head == "token_classification":
-            batch |= {"labels": torch.zeros_like(ids), "target_positions": torch.arange(8, device=self.device)}
-        elif self.config.head == "question_answering":
-            batch |= {"labels": ids[:, :2] * 0 + 1, "target_positions": torch.arange(8, device=self.device)}
-        elif self.config.head == "regression":
+        config, count = self.config.student_config, torch.arange(8, device=self.device)
+        ids = 5 + count[None] % max(1, min(config.vocab_size, 100) - 5)
+        head, batch = self.config.head, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if head == "masked_lm":
+            batch |= {"labels": torch.where(count[None] < 2, ids, IGNORED), "target_positions": count[:2]}
+        elif head == "token_classification":
+            batch |= {"labels": torch.zeros_like(ids), "target_positions": count}
+        elif head == "question_answering":
+            batch |= {"labels": torch.ones_like(ids[:, :2]), "target_positions": count}
+        elif head != "none":
             batch["labels"] = torch.zeros(1, device=self.device)
-        elif self.config.head == "classification":
-            batch["labels"] = torch.zeros(1, dtype=torch.long, device=self.device)
+            if head == "classification":
+                batch["labels"] = batch["labels"].long()
         return batch
 
     def stock_models(self) -> list[PreTrainedModel]:
@@ -208,26 +226,23 @@ class DistillationModel(PretrainingModel):
     def count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """Return the targets of each loss: tokens, pairs of tokens a head, sequences."""
         lengths = batch["attention_mask"].sum(dim=1)
-        tokens, heads = lengths.sum(), self.config.student_config.num_attention_heads
+        tokens, heads = lengths.sum(), self.student.config.num_attention_heads
         labels = batch.get("labels")
-        labelled = torch.zeros_like(tokens) if labels is None else predictions.has_label(labels).sum()
+        labelled = torch.zeros_like(tokens) if labels is None else has_label(labels).sum()
         of_sequences = torch.full_like(tokens, len(lengths))
         in_tokens = tokens if self.config.prediction_positions == "all" else labelled
-        # Of a span, the start and the end.
+        # A span has two targets: the start and the end.
         predicted = {"masked_lm": in_tokens, "question_answering": 2 * of_sequences}
         if self.config.head == "token_classification":
             predicted["token_classification"] = torch.full_like(tokens, batch["target_positions"].numel())
         counts: dict[str, torch.Tensor] = {
             "prediction": predicted.get(self.config.head, of_sequences),
-            "mlm": labelled,
-            "labels": labelled,
-            "cosine": tokens,
-            "embedding": tokens,
-            "hidden": tokens,
-            "attention": visible_pairs(batch, self.config.attention_windows or [None]) * heads,
-            "attention_distribution": tokens * heads,
-        } | dict.fromkeys(RELATIONS, tokens * self.config.relation_heads)
-        counts["value_relation"] = tokens * heads
+            **dict.fromkeys(("mlm", "labels"), labelled),
+            **dict.fromkeys(("cosine", "embedding", "hidden"), tokens),
+            **dict.fromkeys(RELATIONS, tokens * self.config.relation_heads),
+            **dict.fromkeys(("attention_distribution", "value_relation"), tokens * heads),
+            "attention": _visible_pairs(batch, self.config.attention_windows or [None]) * heads,
+        }
         return {name: counts[name] for name in self.config.losses or ()}
 
     def forward(
@@ -243,119 +258,100 @@ class DistillationModel(PretrainingModel):
         temperature: torch.Tensor | None = None,
         **inputs: torch.Tensor,
     ) -> PretrainingOutput:
-        """Show a batch to both models and compare what they make of it.
+        """Run both models on a batch and compare their outputs.
 
         Args:
             input_ids: ``[B, L]``, the same for both.
             attention_mask: ``[B, L]``.
-            labels: ``[B, L]`` original ids at the selected positions, or classes of tokens, -100 elsewhere; ``[B]`` labels of
-                sequences; or ``[B, 2]`` places where spans begin and end.
-            target_positions: ``[T]`` flat positions of the selected tokens: those that are masked, that have a class, or where
-                a span may begin or end.
-            teacher_logits: ``[B, C]``, or ``[T, C]`` at these positions: what the teacher predicted when it was asked before; it
-                is not asked again.
-            teacher_ids: ``[T, k]`` the tokens that the teacher found likeliest at these positions, when it was asked before.
+            labels: ``[B, L]`` original ids at the selected positions, or classes of tokens, -100 elsewhere; ``[B]``
+                labels of sequences; or ``[B, 2]`` positions where spans begin and end.
+            target_positions: ``[T]`` flat positions of the tokens that are masked, that have a class, or where a span
+                may begin or end.
+            teacher_logits: ``[B, C]``, or ``[T, C]`` at these positions: the teacher's logits from a cache; it does
+                not run.
+            teacher_ids: ``[T, k]`` the teacher's likeliest tokens at these positions from a cache; it does not run.
             teacher_log_probs: ``[T, k + 1]`` log-probabilities of these, and of all others together.
             temperature: ``[]``, in place of the configuration's.
-            **inputs: Further inputs of both models, such as `token_type_ids`, or `document_ids` and `position_ids` for documents
-                that do not see each other.
+            **inputs: Further inputs of both models, such as `token_type_ids`, or `document_ids` and `position_ids` for
+                documents that do not see each other.
 
         Returns:
             The losses that the configuration names; in evaluation also metrics of the predictions.
         """
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
-        if self.config.head in ("classification", "regression"):
+        head = self.config.head
+        if head in ("classification", "regression"):
             # The stock heads of sequences read column 0.
             inputs, _ = begin_in_column_0(inputs, [])
             attention_mask = inputs["attention_mask"]
-        positions = self._positions(attention_mask, target_positions)
-        teacher = Observation(logits=teacher_logits)
+        is_everywhere = self.config.prediction_positions == "all"
+        positions = target_positions if head in _AT_POSITIONS else None
+        if head == "masked_lm" and is_everywhere:
+            positions = attention_mask.flatten().nonzero().squeeze(1)
+        teacher = ModelOutputs(logits=teacher_logits)
         if teacher_ids is not None and teacher_log_probs is not None:
             teacher.top_k = TopKTargets(teacher_ids, teacher_log_probs[:, :-1], teacher_log_probs[:, -1])
         elif teacher_logits is None and self.teacher is not None:
             teacher = self.teacher(inputs, positions)
-        student = self.observer(self.student, inputs, positions)
-        answers = None
+        student = self.runner(self.student, inputs, positions)
+        predictions = None
         if student.logits is not None:
-            answers = self._answers(student.logits, teacher, labels, positions, attention_mask.shape)
+            rows = {"head": head, "positions": positions, "shape": attention_mask.shape, "everywhere": is_everywhere}
+            predictions = Predictions.of_batch(student.logits, teacher.logits, labels, **rows, top_k=teacher.top_k)
         # A tensor does all that a number does.
         chosen = self.config.temperature if temperature is None else cast(float, temperature)
-        found = self._prediction_losses(answers, temperature=chosen)
-        lesson = Lesson(student, teacher, attention_mask, inputs.get("document_ids"))
-        found |= {name: self._loss(name, lesson) for name in self.config.losses or () if name not in found}
-        output = PretrainingOutput(losses=found, metrics={})
-        if not self.training and answers is not None and self.config.head != "regression":
-            outside = (self.config.student_config.label2id or {}).get(_OUTSIDE)
-            output.metrics.update(predictions.quality(answers, head=self.config.head, outside=outside))
-            if "mlm" in found:
+        losses = self._prediction_losses(predictions, temperature=chosen)
+        both = PairedOutputs(student, teacher, attention_mask, inputs.get("document_ids"))
+        losses |= {name: self._loss(name, both) for name in self.config.losses or () if name not in losses}
+        output = PretrainingOutput(losses=losses, metrics={})
+        if not self.training and predictions is not None:
+            output.metrics.update(prediction_metrics(predictions, head=head, outside=self._outside))
+            if "mlm" in losses:
                 del output.metrics["mlm_loss"]
         return output
 
-    def _positions(self, mask: torch.Tensor, targets: torch.Tensor | None) -> torch.Tensor | None:
-        """Return the flat positions that predictions are made for, or None where they are made for sequences."""
-        if not (self.config.gathers or self.config.head == "question_answering"):
-            return None
-        is_everywhere = self.config.head == "masked_lm" and self.config.prediction_positions == "all"
-        return mask.flatten().nonzero().squeeze(1) if is_everywhere else targets
-
-    def _answers(
-        self,
-        student: torch.Tensor,
-        teacher: Observation,
-        labels: torch.Tensor | None,
-        positions: torch.Tensor | None,
-        shape: torch.Size,
-    ) -> predictions.Answers:
-        if positions is None:
-            return predictions.Answers(student, teacher.logits, labels, None)
-        rows: dict[str, Any] = {"positions": positions, "shape": shape}
-        if self.config.head == "question_answering":
-            return predictions.span_answers(student, teacher.logits, labels, **rows)
-        everywhere = self.config.head != "masked_lm" or self.config.prediction_positions == "all"
-        at_logits = _at(labels, positions)
-        return predictions.Answers(
-            student, teacher.logits, at_logits, rows, everywhere=everywhere, top_k=teacher.top_k
-        )
-
-    def _prediction_losses(self, answers: predictions.Answers | None, *, temperature: float) -> dict[str, ExampleSum]:
-        names = OF_PREDICTIONS & set(self.config.losses or ())
+    def _prediction_losses(self, predictions: Predictions | None, *, temperature: float) -> dict[str, ExampleSum]:
+        names = OF_PREDICTIONS & self._names
         if not names:
             return {}
-        assert answers is not None, "the student's head runs for a loss of predictions"
-        options = {"is_regression": self.config.head == "regression", "official": self.config.official}
-        return predictions.prediction_losses(answers, names, temperature=temperature, **options)
+        assert predictions is not None, "the student's head runs for a loss of predictions"
+        return prediction_losses(
+            predictions,
+            names,
+            temperature=temperature,
+            is_regression=self.config.head == "regression",
+            averages_classes=self.config.tinybert_official,
+        )
 
-    def _loss(self, name: str, lesson: Lesson) -> ExampleSum:
+    def _loss(self, name: str, both: PairedOutputs) -> ExampleSum:
         if name in RELATIONS or name == "attention_distribution":
-            return self._last_attention_loss(name, lesson)
-        last = self.config.student_config.num_hidden_layers
-        pairs = {"embedding": [(0, 0)], "cosine": [(last, self.config.teacher_layers)]}.get(name, self.config.pairs)
+            return self._last_attention_loss(name, both)
+        pairs = self._pairs[name]
         if name == "attention":
-            scores = self.config.attention_target == "scores"
-            compare = between.attention_loss if scores else between.attention_probability_loss
-            ours, theirs = lesson.student.attention, lesson.teacher.attention
+            compare = attention_loss if self.config.attention_target == "scores" else attention_probability_loss
+            ours, theirs = both.student.attention, both.teacher.attention
             return _over_layers(
-                compare(ours[m], theirs[n], lesson.mask, document_ids=lesson.document_ids) for m, n in pairs
+                compare(ours[m], theirs[n], both.mask, document_ids=both.document_ids) for m, n in pairs
             )
-        compare_states = between.cosine_loss if name == "cosine" else between.hidden_loss
+        compare_states = cosine_loss if name == "cosine" else hidden_loss
         return _over_layers(
-            compare_states(self._project(name, m, lesson.student.hidden[m]), lesson.teacher.hidden[n], lesson.mask)
+            compare_states(self._project(name, m, both.student.hidden[m]), both.teacher.hidden[n], both.mask)
             for m, n in pairs
         )
 
-    def _last_attention_loss(self, name: str, lesson: Lesson) -> ExampleSum:
+    def _last_attention_loss(self, name: str, both: PairedOutputs) -> ExampleSum:
         """Return a loss of the student's last layer against the teacher's chosen one."""
-        ours = lesson.student.attention[self.config.student_config.num_hidden_layers]
-        theirs = lesson.teacher.attention[self.config.teacher_layer]
+        ours = both.student.attention[self._last_layer]
+        theirs = both.teacher.attention[self.config.teacher_layer]
         if name == "attention_distribution":
-            return attention_distribution_loss(ours, theirs, lesson.mask, document_ids=lesson.document_ids)
+            return attention_distribution_loss(ours, theirs, both.mask, document_ids=both.document_ids)
         part = RELATIONS[name]
         return relation_loss(
             ours.concatenated(part),
             theirs.concatenated(part),
-            lesson.mask,
+            both.mask,
             relation_heads=ours.num_heads if name == "value_relation" else self.config.relation_heads,
-            document_ids=lesson.document_ids,
+            document_ids=both.document_ids,
         )
 
     def _project(self, name: str, layer: int, states: torch.Tensor) -> torch.Tensor:
@@ -365,7 +361,7 @@ class DistillationModel(PretrainingModel):
 
 def _projection_of(name: str, layer: int, config: DistillationConfig) -> str:
     """Return the name of the projection that a layer's states go through."""
-    if config.official and name != "cosine":
+    if config.tinybert_official and name != "cosine":
         return "shared"
     return f"{name}_{layer}" if name == "hidden" and config.projection == "per_layer" else name
 
@@ -384,22 +380,23 @@ def _projections(config: DistillationConfig) -> nn.ModuleDict:
     )
 
 
-def visible_pairs(batch: Mapping[str, Any], windows: Sequence[int | None]) -> torch.Tensor:
-    """Return how many pairs of tokens see each other, on average over layers.
+def _visible_pairs(batch: Mapping[str, Any], windows: Sequence[int | None]) -> torch.Tensor:
+    """Return the number of pairs of tokens that see each other, on average over layers.
 
     Args:
-        batch: With `attention_mask`, and where documents of a row do not see each other, `document_ids` and `position_ids`.
+        batch: With `attention_mask`, and where documents of a row do not see each other, `document_ids` and
+            `position_ids`.
         windows: Largest distance of the tokens that see each other, by layer; None for all.
 
     Returns:
         ``[]``, fp32.
     """
     mask_BL = batch["attention_mask"]
-    places_BL = batch["position_ids"] if "document_ids" in batch else mask_BL.cumsum(dim=1) - 1
+    positions_BL = batch["position_ids"] if "document_ids" in batch else mask_BL.cumsum(dim=1) - 1
     pairs = []
     for window in windows:
-        # With itself, and with each that comes before it in both directions.
-        before_BL = places_BL if window is None else places_BL.clamp(max=window)
+        # Each token has one pair with itself, and two with each earlier token.
+        before_BL = positions_BL if window is None else positions_BL.clamp(max=window)
         pairs.append(((2 * before_BL + 1) * mask_BL).sum())
     return torch.stack(pairs).float().mean()
 
@@ -408,7 +405,3 @@ def _over_layers(terms: Iterable[ExampleSum]) -> ExampleSum:
     """Add up a loss over layers; the count is their mean, so that the loss is the sum of the layers' means where counts agree."""
     sums, counts = zip(*terms, strict=True)
     return ExampleSum(torch.stack(sums).sum(dim=0), torch.stack(counts).mean(dim=0))
-
-
-def _at(labels: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor | None:
-    return labels if labels is None or positions is None else labels.flatten().index_select(0, positions)

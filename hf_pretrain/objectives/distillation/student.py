@@ -1,26 +1,25 @@
 """The student of a distillation: cut from its teacher, new, or loaded; always a stock model."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import longest_sequence
+from hf_pretrain.modeling.backbone import feed_forward_name, longest_sequence, per_layer_values, position_tables
 from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
     build_config,
-    feed_forward_name,
     from_config,
     from_pretrained,
     parse_overrides,
 )
 from hf_pretrain.modeling.loading import ShapesDiffer
-from hf_pretrain.modeling.surgery.cutting import changed_config, check_layers, cut_student, per_layer_values
+from hf_pretrain.modeling.surgery.cutting import changed_config, check_layers, cut_student
 from hf_pretrain.objectives.distillation.arguments import layer_map
+from hf_pretrain.options import option
 
 _SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "embedding_size", "max_position_embeddings")
 _LABELS = ("id2label", "label2id", "problem_type")
@@ -29,48 +28,38 @@ _CHOICES = ("every_other", "uniform", "first", "last")
 
 @dataclass
 class StudentArguments(ModelArguments):
-    """Who teaches, and who is taught: layers of the teacher, a new model, or a checkpoint."""
+    """The teacher, and the student: layers of the teacher, a new model, or a checkpoint."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Checkpoint of a student to go on with, such as one of general distillation."}
+    model_name_or_path: str | None = option(
+        None, "Checkpoint of a student to go on with, such as one of general distillation."
     )
-    model_type: str | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Architecture of a new student; by default the teacher's."}
+    model_type: str | None = option(None, "Architecture of a new student; by default the teacher's.")
+    hidden_size: int | None = option(None, "Width of a new student; by default the teacher's.")
+    num_hidden_layers: int | None = option(
+        None, "Layers of the student; by default as many as the teacher's, or half of them if it is cut."
     )
-    hidden_size: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Width of a new student; by default the teacher's."}
+    num_attention_heads: int | None = option(
+        None, "Attention heads a layer of a new student; by default the teacher's."
     )
-    num_hidden_layers: int | None = field(  # type: ignore[assignment]
-        default=None,
-        metadata={"help": "Layers of the student; by default as many as the teacher's, or half of them if it is cut."},
+    intermediate_size: int | None = option(
+        None, "Width of a new student's feed-forward layers; by default the teacher's."
     )
-    num_attention_heads: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Attention heads a layer of a new student; by default the teacher's."}
+    max_position_embeddings: int | None = option(
+        None, "Longest sequence of a new student, in tokens; by default the teacher's."
     )
-    intermediate_size: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Width of a new student's feed-forward layers; by default the teacher's."}
+    teacher_name_or_path: str | None = option(None, "Checkpoint of the teacher.")
+    student_layers: str | None = option(
+        None,
+        "Cut the student from the teacher: 'every_other' (spread from the first layer to the last), 'uniform' (the "
+        "last of each of num_hidden_layers equal groups), 'first' or 'last'; or the layers, counted from 0, such as "
+        "0,2,4,7,9,11. Without it the student is new and has the sizes that are given.",
     )
-    max_position_embeddings: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Longest sequence of a new student, in tokens; by default the teacher's."}
+    student_type: str | None = option(None, "'distilbert' makes a DistilBERT of what is cut from a BERT.")
+    trim_vocabulary: bool = option(
+        False, "Drop the tokens that the training text does not use, from tokenizer, teacher and student."
     )
-    teacher_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint of the teacher."})
-    student_layers: str | None = field(
-        default=None,
-        metadata={
-            "help": "Cut the student from the teacher: 'every_other' (spread from the first layer to the last), 'uniform' (the "
-            "last of each of num_hidden_layers equal groups), 'first' or 'last'; or the layers, counted from 0, such as "
-            "0,2,4,7,9,11. Without it the student is new and has the sizes that are given."
-        },
-    )
-    student_type: str | None = field(
-        default=None, metadata={"help": "'distilbert' makes a DistilBERT of what is cut from a BERT."}
-    )
-    trim_vocabulary: bool = field(
-        default=False,
-        metadata={"help": "Drop the tokens that the training text does not use, from tokenizer, teacher and student."},
-    )
-    freeze_position_embeddings: bool = field(
-        default=False, metadata={"help": "Hold the student's position embeddings constant, as DistilBERT's were."}
+    freeze_position_embeddings: bool = option(
+        False, "Hold the student's position embeddings constant, as DistilBERT's were."
     )
 
     def __post_init__(self) -> None:
@@ -103,7 +92,7 @@ def build_student(
     """Load, cut or build the student that the arguments describe.
 
     Args:
-        args: What the student is.
+        args: The options of the student.
         teacher: The teacher; with the trimmed vocabulary, if the student is to have one.
         tokenizer: The tokenizer of both.
         auto_class: The Auto class of both, such as `AutoModelForMaskedLM`.
@@ -112,7 +101,7 @@ def build_student(
         A stock model in float32 and evaluation mode, with the teacher's labels.
 
     Raises:
-        InputError: If the arguments name no student, or one that cannot be.
+        InputError: If the arguments name no student, or one that cannot be built.
     """
     if args.model_name_or_path is not None:
         student = _load_student(args, teacher, auto_class)
@@ -156,8 +145,9 @@ def choose_layers(spec: str, *, teacher_layers: int, student_layers: int | None 
         student_layers: Layers of the student; by default as many as indices, or half of the teacher's.
 
     Returns:
-        Indices from 0, ascending. "every_other" spreads them evenly from the first layer to the last, which gives DistilBERT's
-        0, 2, 4, 7, 9, 11 of 12; "uniform" gives those that a uniform layer map compares with: 1, 3, 5, 7, 9, 11.
+        Indices from 0, ascending. "every_other" spreads them evenly from the first layer to the last, which gives
+        DistilBERT's 0, 2, 4, 7, 9, 11 of 12; "uniform" gives those that a uniform layer map compares with: 1, 3, 5, 7,
+        9, 11.
 
     Raises:
         InputError: If these are not layers of the teacher in ascending order, or not as many as asked for.
@@ -202,8 +192,8 @@ def fresh_student(
 ) -> PreTrainedModel:
     """Build a student with new weights.
 
-    A student of the teacher's architecture has the teacher's configuration but for the sizes that are given; one of another
-    architecture has the teacher's sizes where none are given, its vocabulary and its labels.
+    A student of the teacher's architecture has the teacher's configuration but for the sizes that are given; one of
+    another architecture has the teacher's sizes where none are given, its vocabulary and its labels.
 
     Args:
         teacher: The teacher.
@@ -274,11 +264,7 @@ def freeze_position_embeddings(model: PreTrainedModel) -> None:
     Raises:
         InputError: If the model has none.
     """
-    tables = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings")
-    ]
+    tables = position_tables(model, learned=True).values()
     if not tables:
         raise InputError(f"freeze_position_embeddings: {type(model).__name__} has no table of positions; leave it out")
     for table in tables:

@@ -1,6 +1,8 @@
-"""What a reader should know of a distillation: its losses in words and formulas, the student against its teacher.
+"""The Trainers of distillation, on text and on the examples of a task, and the words of their model cards.
 
-The Trainers of distillation: on text, and on the examples of a task.
+[`DistillationTrainer`] adds three things to the shared Trainer: the step's temperature, the description of the run's
+losses, and a table of the student beside its teacher. The table's numbers of predictions are those of the log; sizes
+and times are measured once.
 """
 
 from __future__ import annotations
@@ -11,29 +13,28 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset, Sampler
 
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.students import compare, comparison_rows
 from hf_pretrain.hub.evaluation import hub_id
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.hub.text import Row
-from hf_pretrain.modeling.losses import PretrainingOutput
+from hf_pretrain.hub.text import Row, bare_name, split_by_held_out_set
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, DistillationArguments
+from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.tasks.examples import LengthGroupedSampler
+from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.program import print_table
-from hf_pretrain.training.recurrence import global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 TINYBERT = """\
 @inproceedings{jiao2020tinybert,
   title = {{TinyBERT}: Distilling {BERT} for Natural Language Understanding},
-  author = {Jiao, Xiaoqi and Yin, Yichun and Shang, Lifeng and Jiang, Xin and Chen, Xiao and Li, Linlin and Wang, Fang and
+  author = {Jiao, Xiaoqi and Yin, Yichun and Shang, Lifeng and Jiang, Xin and Chen, Xiao and Li, Linlin and Wang, Fang
+  and
             Liu, Qun},
   booktitle = {Findings of {EMNLP}},
   year = {2020}
@@ -60,7 +61,7 @@ MINILMV2 = """\
   year = {2021}
 }"""
 
-# In words, in a formula ("S" the student, "T" the teacher), and where it is from.
+# In words, as a formula ("S" the student, "T" the teacher), and its paper.
 _LOSSES: dict[str, tuple[str, str, str]] = {
     "prediction": (
         "its predictions",
@@ -84,7 +85,7 @@ _LOSSES: dict[str, tuple[str, str, str]] = {
     "value_relation": ("the relations between its values", r"\mathrm{KL}(R_T^{VV} \,\|\, R_S^{VV})", MINILM),
 }
 
-# Of other heads than a Trainer describes: the Hub's name of the task, and code.
+# The Hub's name of the task, and code, of heads that no Trainer describes.
 _HEADS = {
     "masked_lm": (
         "fill-mask",
@@ -123,7 +124,7 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     """Return an objective's description with the losses of one run.
 
     Args:
-        objective: What all runs have in common.
+        objective: The description that all runs have in common.
         weights: The weight of each loss.
         head: See [`hf_pretrain.modeling.heads.head_kind`].
     """
@@ -142,7 +143,7 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     changes: dict[str, object] = {
         "description": description,
         "formula": r"\mathcal{L} = " + " + ".join(terms),
-        # A loss that all methods have in common is cited for the objective.
+        # A loss without a paper of its own is cited by those of the objective.
         "citations": tuple(
             dict.fromkeys(entry for source in sources for entry in ((source,) if source else objective.citations))
         ),
@@ -153,10 +154,10 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
 
 
 def describe_origin(args: StudentArguments, *, teacher: str, layers: Sequence[int] = (), last_layer: int = 0) -> str:
-    """Return how a student began, for the card; of names only those of the Hub are told.
+    """Return how a student began, for the card; with names of the Hub alone.
 
     Args:
-        args: What the student is.
+        args: The options of the student.
         teacher: Name or folder of the teacher.
         layers: The teacher's layers that the student was cut from, if it was; counted from 0.
         last_layer: The number of the teacher's last layer.
@@ -171,7 +172,7 @@ def describe_origin(args: StudentArguments, *, teacher: str, layers: Sequence[in
 
 
 def _linked(name: str) -> str | None:
-    """Return a link to a model of the Hub; None of a local one, whose path would tell nothing."""
+    """Return a link to a model of the Hub; None of a local one, whose path means nothing to a reader."""
     return None if Path(name).exists() or hub_id(name) is None else f"[{name}](https://huggingface.co/{name})"
 
 
@@ -180,8 +181,6 @@ def _enumerate(parts: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-# Both models predict these once more, to be timed and compared for the card.
-_EXAMPLES_TO_COMPARE = 128
 _ENCODER_ONLY = "**Encoder only**: this run trained no head; go on with a loss of predictions, or fine-tune it."
 
 
@@ -207,81 +206,49 @@ class DistillationTrainer(PretrainingTrainer):
             raise InputError(
                 f"{type(self).__name__} has no {sorted(missing)[0]} loss: build the model with its options"
             )
-        self._comparison: dict[str, float] | None = None
-        self._compared_at: tuple[int, int | None] | None = None
-
-    def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
-        """Run the model, at this step's temperature where it is scheduled; see `PretrainingTrainer.run_model`."""
-        if model.training and "temperature" in self._schedules:
-            value = self.scheduled("temperature", self.model.config.temperature)
-            # A tensor: a compiled model would be compiled anew for every number.
-            inputs = inputs | {"temperature": torch.tensor(value, device=self.args.device)}
-        return super().run_model(model, inputs)
+        self._costs: dict[str, float] | None = None
 
     def loss_weight(self, name: str) -> float:
-        """Return the weight of a loss in the total; what was measured beside the losses has none."""
+        """Return the weight of a loss in the total; 0 of a metric."""
         return super().loss_weight(name) if name in (self.model.config.losses or ()) else 0.0
 
-    # The student against its teacher
+    def comparison_rows(self) -> list[Row]:
+        """Return the header and the rows of a table of the student beside its teacher.
 
-    def compare(self) -> dict[str, float]:
-        """Measure the student beside its teacher on held-out examples; {} where there are none, or the student is in shards.
-
-        Returns:
-            See [`hf_pretrain.evaluation.students.compare`].
+        Sizes and times are measured at the first call. The numbers of predictions are those of the last evaluation of
+        the very weights that the model holds; they are left out if there is none.
         """
-        held_out = self.eval_dataset
+        if self._costs is None:
+            self._costs = self._measure_costs()
+        if not self._costs:
+            return []
+        # Of several held-out sets the first.
+        metrics = next(iter(split_by_held_out_set(self.held_out.after()).values()), {})
+        return comparison_rows(self._costs | by_side({bare_name(key): value for key, value in metrics.items()}))
+
+    def _measure_costs(self) -> dict[str, float]:
+        """Return sizes and times on held-out examples; {} where there are none, or the student is in shards."""
+        held_out, teacher = self.eval_dataset, self.model.teacher
         if isinstance(held_out, dict):
             held_out = next(iter(held_out.values()))
-        teacher = self.model.teacher
-        if (
-            not isinstance(held_out, EpochDataset)
-            or teacher is None
-            or self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-        ):
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not isinstance(held_out, EpochDataset) or teacher is None or is_sharded:
             return {}
-        student, answers = self.model.student, bool(OF_PREDICTIONS & set(self.model.config.losses or ()))
-        models = (student, teacher.model.to(student.device))
-        ours, theirs = (model if answers else model.base_model for model in models)
+        models: tuple[Any, ...] = (self.model.student, teacher.model.to(self.model.student.device))
+        if not OF_PREDICTIONS & set(self.model.config.losses or ()):
+            models = tuple(model.base_model for model in models)
         with self.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
-            return compare(
-                ours,
-                theirs,
-                held_out,
-                collator=self._collate_to_compare,
-                max_examples=_EXAMPLES_TO_COMPARE,
-            )
+            return measure_costs(*models, held_out, collator=self.data_collator)
 
-    def _collate_to_compare(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch: dict[str, torch.Tensor] = self.data_collator(examples)
-        return {name: value for name, value in batch.items() if name != "teacher_logits"}
-
-    def comparison_rows(self) -> list[Row]:
-        """Return the header and the rows of a table of the student beside its teacher, measured once training has ended."""
-        # A card that is pushed while training has measured other weights.
-        now = (self.state.global_step, self.weights_step)
-        if self._comparison is None or self._compared_at != now or now[1] is None:
-            self._comparison, self._compared_at = self.compare(), now
-        return comparison_rows(self._comparison) if self._comparison else []
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`."""
-        self._comparison = None
-        return super().train(*args, **kwargs)
-
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """Write the model card, with the student beside its teacher; see `SavingMixin.create_model_card`."""
-        if not self.is_world_process_zero():
-            return
+    def card_facts(self) -> dict[str, Any]:
+        """Return the run's losses, how the student began, and the student beside its teacher."""
         config, args = self.model.config, cast(DistillationArguments, self.args)
-        own = {
+        return {
             "objective": describe(self.objective, args.weights(), head=config.head),
             "origin": self.model.origin,
             "note": "" if OF_PREDICTIONS & args.weights().keys() else _ENCODER_ONLY,
             "comparison": self.comparison_rows(),
         }
-        super().create_model_card(model_name, **(own | facts))
 
 
 class TaskDistillationTrainer(DistillationTrainer):

@@ -3,6 +3,7 @@
 from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import ElectricConfig, ElectricForPreTraining, score_texts
 from hf_pretrain.objectives.electric.trainer import (
+    METHOD,
     ElectricModelArguments,
     ElectricTrainer,
     ElectricTrainingArguments,
@@ -11,6 +12,7 @@ from hf_pretrain.objectives.electric.trainer import (
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel
 
 __all__ = [
+    "METHOD",
     "DataCollatorForElectric",
     "ElectricConfig",
     "ElectricForPreTraining",

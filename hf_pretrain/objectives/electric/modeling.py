@@ -16,13 +16,14 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import batches_by_length, evaluating
-from hf_pretrain.modeling.base import PretrainingModel, longest_sequence, masked_trial_batch
+from hf_pretrain.evaluation.metrics import batches_by_length
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence, row_position_inputs
+from hf_pretrain.modeling.base import PretrainingModel, masked_trial_batch
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, sum_by_example
 from hf_pretrain.modeling.visibility.isolation import isolated_inputs
-from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel, given_positions
+from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
 from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
 
 EMBEDDING_SHARING = ("tied", "none")
@@ -227,7 +228,7 @@ class ElectricForPreTraining(PretrainingModel):
     ) -> torch.Tensor:
         """Return the discriminator's logit of every position, ``[B * L]``."""
         if document_ids is None:
-            inputs |= given_positions(self.discriminator, attention_mask, position_ids)
+            inputs |= row_position_inputs(self.discriminator, attention_mask, whatever_the_ids=True)
         else:
             inputs |= {"document_ids": document_ids, "position_ids": position_ids}
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -20,9 +20,12 @@ from transformers import (
 from transformers.utils import cached_file
 
 from hf_pretrain.corruption.masking import Vocabulary
+from hf_pretrain.data.arguments import DataArguments
+from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
 from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import (
     ModelArguments,
     attention_options,
@@ -33,10 +36,13 @@ from hf_pretrain.modeling.configuration import (
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import say_once
+from hf_pretrain.modeling.visibility.isolation import check_isolation
+from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection.modeling import build_discriminator
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 _GENERATOR = "pretraining/generator"
@@ -175,9 +181,9 @@ class ElectricTrainingArguments(MaskedLMTrainingArguments):
     Source: `configure_pretraining.py` of the official code, with `electric_objective`.
     """
 
-    cloze_weight: float = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    nce_weight: float = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
-    mlm_probability: float = field(
+    cloze_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
+    nce_weight: float | str = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
+    mlm_probability: float | str = field(
         default=0.15, metadata={"help": "Share of the tokens of each example that noise replaces, 0 to 1."}
     )
     mask_share: float = field(default=0.0, metadata={"help": "Keep at 0: the generator reads the text itself."})
@@ -242,3 +248,39 @@ score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pa
     ) -> dict[str, float]:
         """Return the same of the held-out text; who tells noise from text at sight is no better a model of the text."""
         return self.training_metrics(means)
+
+
+def build_trainer(
+    data: PreparedData, model_args: ElectricModelArguments, args: ElectricTrainingArguments
+) -> ElectricTrainer:
+    """Put the pair of models, the collator and the Trainer together."""
+    model = build_model(model_args, data.tokenizer)
+    for part in (model.generator, model.discriminator):
+        check_model_fits(part, data.tokenizer, block_size=data.block_size)
+    if data.isolates_documents:
+        model.generator.check_isolation(length=data.block_size)
+        check_isolation(model.discriminator, length=data.block_size)
+    return ElectricTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForElectric(data.tokenizer, masking=args.masking, seed=args.seed),
+        **data.trainer_inputs(),
+    )
+
+
+METHOD = Method(
+    trainer=ElectricTrainer,
+    description="""\
+Pre-train an Electric: an encoder that gives every token an energy, an estimate of -log p given the rest of the text.
+
+    hf-pretrain electric --train_file corpus.txt --output_dir my-electric
+    accelerate launch trainers/electric.py --config trainers/recipes/electric_small.yaml --train_file corpus.txt \
+        --output_dir my-electric
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+`AutoModel.from_pretrained("my-electric")`; `hf_pretrain.objectives.electric.score_texts` scores texts with it. The generator
+is in its folder `pretraining/generator`.""",
+    arguments=(DataArguments, ElectricModelArguments, ElectricTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(left={"cloze_loss": 0.44}),
+)

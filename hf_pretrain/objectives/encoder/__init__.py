@@ -3,7 +3,10 @@
 from hf_pretrain.objectives.encoder.arguments import EncoderTrainingArguments
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.trainer import (
+    MASKED_LM,
+    METHOD,
     EncoderTrainer,
+    MaskedLMTrainer,
     build_model,
     held_out_examples,
     load_examples,
@@ -11,9 +14,12 @@ from hf_pretrain.objectives.encoder.trainer import (
 )
 
 __all__ = [
+    "METHOD",
+    "MASKED_LM",
     "DataCollatorForEncoder",
     "EncoderTrainer",
     "EncoderTrainingArguments",
+    "MaskedLMTrainer",
     "build_model",
     "held_out_examples",
     "load_examples",

@@ -1,6 +1,6 @@
 """The options of an encoder's pre-training: which objectives, in which shares, with which weights.
 
-What a reader should know of an encoder's objectives: in words, in a formula, and where they are from.
+`describe` says for the card what a run trains: each objective in words, in a formula, and with its source.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.objectives.masking import MaskedLMTrainer, MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
+from hf_pretrain.options import option
 
 PAIR_OBJECTIVES = ("nsp", "sop", "sentence_structure")
 """Those that ask how the two segments of an example belong together; their examples are pairs."""
@@ -23,18 +24,17 @@ ONE_WAY_OBJECTIVES = ("left_to_right", "right_to_left", "sequence_to_sequence")
 """Masked language modelling where tokens do not see all others."""
 
 VIEWS = ("mlm", *PAIR_OBJECTIVES, *ONE_WAY_OBJECTIVES)
-"""Objectives with examples of their own, of which shares are sampled; the others are asked of all examples, or of those that
+"""Objectives with examples of their own, of which shares are sampled; the others apply to all examples, or to those that
 the data has for them (translations)."""
 
 OBJECTIVES = (*VIEWS, "tlm", "span_boundary", "word_order")
 
 _OPTIONS_OF = {
-    "tlm": ("tlm_weight", "tlm_weight_schedule"),
-    "|".join(PAIR_OBJECTIVES): ("pair_weight", "pair_weight_schedule", "short_pair_probability", "balanced_pairs"),
-    "span_boundary": ("span_boundary_weight", "span_boundary_weight_schedule", "span_positions"),
+    "tlm": ("tlm_weight",),
+    "|".join(PAIR_OBJECTIVES): ("pair_weight", "short_pair_probability", "balanced_pairs"),
+    "span_boundary": ("span_boundary_weight", "span_positions"),
     "word_order": (
         "word_order_weight",
-        "word_order_weight_schedule",
         "word_order_probability",
         "word_order_size",
         "keep_identity_order",
@@ -55,55 +55,36 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
         option: f"objectives~{objective}" for objective, options in _OPTIONS_OF.items() for option in options
     }
 
-    objectives: list[str] = field(
-        default_factory=lambda: ["mlm"],
-        metadata={
-            "help": "What is trained together: mlm, one of nsp (BERT), sop (ALBERT) and sentence_structure (StructBERT), "
-            "span_boundary (SpanBERT), word_order (StructBERT), tlm (XLM), and left_to_right, right_to_left and "
-            "sequence_to_sequence (UniLM)."
-        },
+    objectives: list[str] = option(
+        factory=lambda: ["mlm"],
+        help="What is trained together: mlm, one of nsp (BERT), sop (ALBERT) and sentence_structure (StructBERT), "
+        "span_boundary (SpanBERT), word_order (StructBERT), tlm (XLM), and left_to_right, right_to_left and "
+        "sequence_to_sequence (UniLM).",
     )
-    objective_shares: str | None = field(
-        default=None,
-        metadata={
-            "help": "How often examples of each kind are drawn, where there are several: 'nsp:1/3, left_to_right:1/6, ...'; "
-            "equally often by default. 'mlm' stands for text as it is, without pairs: blocks, and translations if there "
-            "are any."
-        },
+    objective_shares: str | None = option(
+        None,
+        "How often examples of each kind are drawn, where there are several: 'nsp:1/3, left_to_right:1/6, ...'; "
+        "equally often by default. 'mlm' stands for text as it is, without pairs: blocks, and translations if there "
+        "are any.",
     )
-    mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the masked-language-model loss."})
-    mlm_weight_schedule: str | None = field(default=None, metadata={"help": "How mlm_weight changes in training."})
-    tlm_weight: float = field(default=1.0, metadata={"help": "Weight of the same on translations."})
-    tlm_weight_schedule: str | None = field(default=None, metadata={"help": "How tlm_weight changes in training."})
-    pair_weight: float = field(default=1.0, metadata={"help": "Weight of the loss of nsp, sop or sentence_structure."})
-    pair_weight_schedule: str | None = field(default=None, metadata={"help": "How pair_weight changes in training."})
-    span_boundary_weight: float = field(default=1.0, metadata={"help": "Weight of the span-boundary loss."})
-    span_boundary_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How span_boundary_weight changes in training."}
+    mlm_weight: float | str = option(
+        1.0, "Weight of the masked-language-model loss; each weight is a number, or a schedule such as '0%:1, 50%:0'."
     )
-    word_order_weight: float = field(default=1.0, metadata={"help": "Weight of the word-order loss."})
-    word_order_weight_schedule: str | None = field(
-        default=None, metadata={"help": "How word_order_weight changes in training."}
+    tlm_weight: float | str = option(1.0, "Weight of the same on translations.")
+    pair_weight: float | str = option(1.0, "Weight of the loss of nsp, sop or sentence_structure.")
+    span_boundary_weight: float | str = option(1.0, "Weight of the span-boundary loss.")
+    word_order_weight: float | str = option(1.0, "Weight of the word-order loss.")
+    span_positions: int = option(20, "Tokens of a span that are predicted from its boundaries; later ones are not.")
+    word_order_probability: float = option(0.05, "Share of the tokens that lie in shuffled runs.")
+    word_order_size: int = option(3, "Tokens of a shuffled run.")
+    keep_identity_order: bool = option(False, "Whether a shuffle may leave a run as it was; StructBERT does not say.")
+    short_pair_probability: float = option(
+        0.1, "Share of the documents whose pairs are of a random shorter length (BERT)."
     )
-    span_positions: int = field(
-        default=20, metadata={"help": "Tokens of a span that are predicted from its boundaries; later ones are not."}
-    )
-    word_order_probability: float = field(
-        default=0.05, metadata={"help": "Share of the tokens that lie in shuffled runs."}
-    )
-    word_order_size: int = field(default=3, metadata={"help": "Tokens of a shuffled run."})
-    keep_identity_order: bool = field(
-        default=False, metadata={"help": "Whether a shuffle may leave a run as it was; StructBERT does not say."}
-    )
-    short_pair_probability: float = field(
-        default=0.1, metadata={"help": "Share of the documents whose pairs are of a random shorter length (BERT)."}
-    )
-    balanced_pairs: bool = field(
-        default=True,
-        metadata={
-            "help": "Keep the classes of pairs equally frequent; false: as BERT's script, where a chunk of one sentence "
-            "always gets a random partner."
-        },
+    balanced_pairs: bool = option(
+        True,
+        "Keep the classes of pairs equally frequent; false: as BERT's script, where a chunk of one sentence "
+        "always gets a random partner.",
     )
 
     def __post_init__(self) -> None:
@@ -143,7 +124,7 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
         views = [name for name in self.objectives if name in VIEWS]
         if self.objective_shares is not None:
             return parse_shares(self.objective_shares, views=views)
-        # Pairs are masked too: text as it is is drawn only where it is asked for.
+        # Pairs are masked too: plain text is drawn only where it is needed.
         is_plain = self.pair_objective is None or "tlm" in self.objectives
         kinds = [name for name in views if name != "mlm" or is_plain]
         return {name: 1 / len(kinds) for name in kinds}
@@ -155,9 +136,8 @@ def check_objectives(objectives: Sequence[str], *, masking_unit: str) -> None:
     Raises:
         InputError: With the reason.
     """
-    unknown = [name for name in objectives if name not in OBJECTIVES]
-    if unknown:
-        raise InputError(f"objectives={unknown[0]!r} is unknown: choose of {', '.join(OBJECTIVES)}")
+    for name in objectives:
+        check_choice(name, OBJECTIVES, name="objectives")
     if "mlm" not in objectives:
         raise InputError(
             f"objectives={','.join(objectives)} leaves out mlm, which all others are trained with: add it (its weight may "
@@ -219,7 +199,13 @@ def parse_shares(text: str, *, views: Sequence[str]) -> dict[str, float]:
     return {name: share / total for name, share in shares.items() if share}
 
 
-(BERT,) = MaskedLMTrainer.objective.citations
+BERT = """\
+@inproceedings{devlin2019bert,
+  title = {{BERT}: Pre-training of Deep Bidirectional Transformers for Language Understanding},
+  author = {Devlin, Jacob and Chang, Ming-Wei and Lee, Kenton and Toutanova, Kristina},
+  booktitle = {Proceedings of {NAACL-HLT}},
+  year = {2019}
+}"""
 ALBERT = """\
 @inproceedings{lan2020albert,
   title = {{ALBERT}: A Lite {BERT} for Self-supervised Learning of Language Representations},
@@ -326,7 +312,7 @@ def describe(
             terms.append(f"{factor}{formula}" if not factor else rf"{factor}\left({formula}\right)")
     return dataclasses.replace(
         objective,
-        description=" ".join([objective.description, *(words for _, words, _, _ in known)]),
+        description=" ".join([objective.description, *(words for _, words, _, _ in known)]).strip(),
         formula=r"\mathcal{L} = "
         + " ".join(term if term.startswith("-") or i == 0 else f"+ {term}" for i, term in enumerate(terms)),
         citations=tuple(dict.fromkeys(source for *_, source in known)),

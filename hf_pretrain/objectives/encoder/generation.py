@@ -20,8 +20,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.examples.lm_modes import LMMode, mode_token_types
 from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import evaluating
-from hf_pretrain.modeling.base import longest_sequence
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence, num_token_types
 from hf_pretrain.modeling.losses import GatheredHead, sample_tokens
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 
@@ -163,8 +162,8 @@ class _Frame:
         known[: len(vocabulary.protected)] &= ~vocabulary.protected[: len(known)]
         barred = torch.from_numpy(~known)
         barred[template.suffix[-1]] = False
-        type_vocab_size = getattr(model.config, "type_vocab_size", 0)
-        types = mode_token_types(LMMode.SEQUENCE_TO_SEQUENCE, np.arange(2), type_vocab_size=type_vocab_size)
+        num_types = num_token_types(model.config)
+        types = mode_token_types(LMMode.SEQUENCE_TO_SEQUENCE, np.arange(2), type_vocab_size=num_types)
         return cls(
             template=template,
             mask_id=vocabulary.mask_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,16 +18,14 @@ from transformers import (
 
 from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import first_position, num_token_types
 from hf_pretrain.modeling.base import TRIAL_ROWS, PretrainingModel, masked_trial_batch
 from hf_pretrain.modeling.configuration import (
     CompositeConfig,
     ModelArguments,
     SubModelConfig,
-    attention_options,
-    build_config,
     dtype_option,
-    from_config,
-    from_pretrained,
+    load_or_build,
 )
 from hf_pretrain.modeling.embeddings import language_input, language_inputs
 from hf_pretrain.modeling.heads import (
@@ -46,7 +45,7 @@ from hf_pretrain.modeling.losses import (
     masked_lm_accuracy,
     masked_lm_loss,
 )
-from hf_pretrain.modeling.visibility.isolation import first_position, isolated_inputs
+from hf_pretrain.modeling.visibility.isolation import isolated_inputs
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
@@ -165,20 +164,14 @@ class EncoderForPreTraining(PretrainingModel):
         Raises:
             InputError: If the model cannot be loaded or built.
         """
-        name, classes = args.model_name_or_path, options.get("pair_classes", 2)
+        name, choose = args.model_name_or_path, AutoModelForMaskedLM
         options |= dtype_option(args)
-        if name is None:
-            config = build_config(args, tokenizer, **(changes or {}))
-            auto_class = stock_class(config, heads=heads, pair_classes=classes)
-            model = from_config(auto_class, config, **attention_options(args))
-            return cls.from_model(model, heads=list(heads), **options)
-        auto_class = AutoModelForMaskedLM
         if "pair" in heads:
-            auto_class = stock_class(from_pretrained(AutoConfig, name), heads=heads, pair_classes=classes)
-        model = from_pretrained(auto_class, name, **attention_options(args))
+            choose = partial(stock_class, heads=heads, pair_classes=options.get("pair_classes", 2))
+        model = load_or_build(choose, args, tokenizer, **(changes or {}))
         joined = cls.from_model(model, heads=list(heads), **options)
         for head, folder in _HEAD_FOLDERS.items():
-            if getattr(joined, head) is not None:
+            if name is not None and getattr(joined, head) is not None:
                 load_head(getattr(joined, head), name, folder=folder)
         return joined
 
@@ -276,7 +269,7 @@ class EncoderForPreTraining(PretrainingModel):
 
     def _stock_inputs(self, inputs: dict[str, Any], lm_modes: torch.Tensor | None) -> dict[str, Any]:
         """Turn the batch into what the stock model takes."""
-        if (getattr(self.model.config, "type_vocab_size", None) or 0) < 2:
+        if num_token_types(self.model.config) < 2:
             # One type tells nothing, and a second has no embedding.
             inputs.pop("token_type_ids", None)
         if "langs" in inputs:

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from torch.utils.data import Dataset, Sampler
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_pretrain.data.examples.epochs import EpochDataset, EpochSampler, MixtureDataset
+from hf_pretrain.data.arguments import DataArguments
+from hf_pretrain.data.examples.epochs import EpochDataset, MixtureDataset
 from hf_pretrain.data.examples.lm_modes import NUM_MODE_TYPES, LMModeView
-from hf_pretrain.data.examples.sentence_pairs import PairTask, SentencePairDataset
+from hf_pretrain.data.examples.pairing import PairTask
+from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
@@ -28,10 +29,12 @@ from hf_pretrain.modeling.embeddings import known_languages, language_changes, s
 from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
 from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
+from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from hf_pretrain.objectives.masking import MaskedLMTrainer
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
+from hf_pretrain.training.arguments import global_batch_size
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import load_data
-from hf_pretrain.training.recurrence import global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 _PAIR_TASKS: dict[str, PairTask] = {
@@ -176,6 +179,13 @@ def _config_changes(model_type: str, args: EncoderTrainingArguments, data: Prepa
     return changes
 
 
+_FILL_MASK = """\
+from transformers import pipeline
+
+fill_mask = pipeline("fill-mask", model="{repo}")
+predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")"""
+
+
 class EncoderTrainer(PretrainingTrainer):
     """Trains an [`EncoderForPreTraining`] with any heads that can share it."""
 
@@ -184,19 +194,103 @@ class EncoderTrainer(PretrainingTrainer):
         title="Pre-training of an encoder",
         description="One encoder is trained with several objectives, each with a loss of its own.",
         pipeline_tag="fill-mask",
-        usage=MaskedLMTrainer.objective.usage,
+        usage=_FILL_MASK,
     )
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """Keep the order of a mixture, which is drawn anew each epoch by itself."""
-        dataset = cast(EpochDataset, self.train_dataset if train_dataset is None else train_dataset)
-        if getattr(dataset, "in_order", False):
-            return EpochSampler(len(dataset), seed=self.args.seed, shuffle=False)
-        return super()._get_train_sampler(dataset)
-
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """Write the model card, with the objectives of this run; see `SavingMixin.create_model_card`."""
+    def card_facts(self) -> dict[str, Any]:
+        """Return the description of this run's objectives."""
         args = cast(EncoderTrainingArguments, self.args)
         weights = {name: self.loss_weight(name) for name in args.loss_names}
-        own = {"objective": describe(self.objective, args.objectives, weights)}
-        super().create_model_card(model_name, **(own | facts))
+        return {"objective": describe(self.objective, args.objectives, weights)}
+
+
+def build_trainer(data: PreparedData, model_args: ModelArguments, args: EncoderTrainingArguments) -> EncoderTrainer:
+    """Put the model, the examples, the collator and the Trainer together."""
+    model = build_model(model_args, args, data)
+    type_vocab_size = getattr(model.model.config, "type_vocab_size", None) or 0
+    collator = DataCollatorForEncoder(
+        data.tokenizer,
+        heads=args.heads,
+        word_order_probability=args.word_order_probability,
+        word_order_size=args.word_order_size,
+        keep_identity_order=args.keep_identity_order,
+        span_positions=args.span_positions,
+        masking=args.masking,
+        seed=args.seed,
+    )
+    return EncoderTrainer(
+        model,
+        args,
+        data_collator=collator,
+        **data.trainer_inputs()
+        | {
+            "train_dataset": training_examples(data, args, type_vocab_size=type_vocab_size),
+            "eval_dataset": held_out_examples(data, args, type_vocab_size=type_vocab_size),
+        },
+    )
+
+
+METHOD = Method(
+    trainer=EncoderTrainer,
+    description="""\
+Pre-train an encoder with any combination of objectives, from scratch or from a checkpoint.
+
+    hf-pretrain encoder --objectives mlm sop --train_file corpus.txt --output_dir my-encoder
+    hf-pretrain albert --train_file corpus.txt --output_dir my-albert
+    hf-pretrain structbert --train_file corpus.txt --output_dir my-structbert --word_order_weight 0.5
+    hf-pretrain xlm --language_file en=en.txt de=de.txt --parallel_file en-de=a.en,a.de --output_dir my-xlm
+    accelerate launch trainers/encoder.py --config trainers/recipes/spanbert.yaml --train_file corpus.txt --output_dir my-spanbert
+
+bert, roberta, albert, spanbert, structbert, unilm and xlm are this program with a recipe of that name. Without a file or a
+dataset it trains on the docstrings of the installed Python packages.""",
+    arguments=(MultilingualDataArguments, ModelArguments, EncoderTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(left={"mlm_loss": 0.44}),
+    tiny_options={"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3},
+    load=load_examples,
+)
+
+
+class MaskedLMTrainer(PretrainingTrainer):
+    """Trains an [`EncoderForPreTraining`] to fill in masked tokens, and nothing else."""
+
+    objective = describe(
+        ObjectiveDescription(
+            name="mlm", title="Masked language modelling", description="", pipeline_tag="fill-mask", usage=_FILL_MASK
+        ),
+        ["mlm"],
+        {"mlm": 1.0},
+    )
+
+
+def build_masked_lm_trainer(
+    data: PreparedData, model_args: ModelArguments, args: MaskedLMTrainingArguments
+) -> MaskedLMTrainer:
+    """Put the model, the collator and the Trainer together."""
+    model = EncoderForPreTraining.from_arguments(model_args, data.tokenizer)
+    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
+    if data.isolates_documents:
+        check_isolation(model.model, length=data.block_size)
+    return MaskedLMTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed),
+        **data.trainer_inputs(),
+    )
+
+
+MASKED_LM = Method(
+    trainer=MaskedLMTrainer,
+    description="""\
+Pre-train a masked language model, from scratch or from a checkpoint.
+
+    hf-pretrain mlm --train_file corpus.txt --output_dir my-bert
+    hf-pretrain mlm --model_name_or_path bert-base-uncased --train_file corpus.txt --output_dir my-domain-bert
+    accelerate launch trainers/mlm.py --config trainers/recipes/roberta_base.yaml --train_file corpus.txt --output_dir my-roberta
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+`AutoModelForMaskedLM.from_pretrained("my-bert")`.""",
+    arguments=(DataArguments, ModelArguments, MaskedLMTrainingArguments),
+    build_trainer=build_masked_lm_trainer,
+    learning=Learning(left={"mlm_loss": 0.44}),
+)

@@ -9,12 +9,14 @@ from hf_pretrain.objectives.permutation_lm.modeling import (
 )
 from hf_pretrain.objectives.permutation_lm.scoring import TextScore, log_likelihood, score_texts
 from hf_pretrain.objectives.permutation_lm.trainer import (
+    METHOD,
     PermutationLMTrainer,
     PermutationLMTrainingArguments,
     plm_inputs,
 )
 
 __all__ = [
+    "METHOD",
     "DataCollatorForPermutationLM",
     "PermutationArguments",
     "PermutationLMConfig",

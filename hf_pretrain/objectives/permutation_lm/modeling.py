@@ -30,10 +30,9 @@ from hf_pretrain.modeling.configuration import (
     ModelArguments,
     SubModelConfig,
     attention_options,
-    build_config,
     dtype_option,
-    from_config,
     from_pretrained,
+    load_or_build,
 )
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput, RecurrentMemory, masked_lm_accuracy, masked_lm_loss
 from hf_pretrain.objectives.permutation_lm.two_stream import (
@@ -70,16 +69,13 @@ def build_stock_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) 
     Raises:
         InputError: If there is no such checkpoint, or the sizes do not fit the architecture.
     """
-    if args.model_name_or_path is not None:
-        config = from_pretrained(AutoConfig, args.model_name_or_path)
-    else:
-        auto_class = AutoModelForCausalLM if args.model_type == "xlnet" else AutoModelForMaskedLM
-        config = build_config(args, tokenizer, auto_class=auto_class)
+    name = args.model_name_or_path
+    is_xlnet = (args.model_type if name is None else from_pretrained(AutoConfig, name).model_type) == "xlnet"
     # XLNet's attention is replaced, so that its own class need not know the backend.
-    options = {} if config.model_type == "xlnet" else attention_options(args)
-    if args.model_name_or_path is not None:
-        return from_pretrained(stock_class(config), args.model_name_or_path, **options)
-    return from_config(stock_class(config), config, **options)
+    options = {} if is_xlnet else attention_options(args)
+    auto_class = AutoModelForCausalLM if is_xlnet else AutoModelForMaskedLM
+    model: PreTrainedModel = load_or_build(auto_class, args, tokenizer, options=options)
+    return model
 
 
 @strict

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
 from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch
 
@@ -81,9 +82,7 @@ def score_texts(
     jobs = [(i, number) for i in range(len(texts)) for number in range(num_orders)]
     jobs.sort(key=lambda job: len(ids[job[0]]))
     found = np.zeros((len(texts), num_orders))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for begin in tqdm(
             range(0, len(jobs), batch_size), desc="Scoring texts", unit=" batches", delay=2, disable=None
         ):
@@ -92,8 +91,6 @@ def score_texts(
             batch = _batch([ids[text] for text, _ in part], [columns[text] for text, _ in part], ranks)
             for (text, number), value in zip(part, _log_likelihoods(model, batch), strict=True):
                 found[text, number] = value
-    finally:
-        model.train(was_training)
     return [TextScore(len(columns[i]), found[i].tolist()) for i in range(len(texts))]
 
 

@@ -4,13 +4,17 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.objectives.permutation_lm.collator import PermutationArguments
-from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size
+from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
+from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
+from hf_pretrain.objectives.recurrence import RecurrentTrainer
+from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
+from hf_pretrain.training.method import Learning, Method
 
 
 @dataclass
@@ -153,3 +157,38 @@ inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
 with torch.no_grad():
     states = model(**inputs).last_hidden_state  # [1, length, width]: a vector for each token""",
     )
+
+
+def build_trainer(
+    data: PreparedData, model_args: PermutationLMModelArguments, args: PermutationLMTrainingArguments
+) -> PermutationLMTrainer:
+    """Put the model, the collator and the Trainer together."""
+    reuse_len = (data.block_size + 1) // 2 if args.reuse_len is None else args.reuse_len
+    model = PermutationLMForPreTraining.from_arguments(
+        model_args, data.tokenizer, mem_len=args.mem_len, reuse_len=reuse_len
+    )
+    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
+    return PermutationLMTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForPermutationLM(data.tokenizer, permutation=args.permutation, seed=args.seed),
+        **plm_inputs(data, args),
+    )
+
+
+METHOD = Method(
+    trainer=PermutationLMTrainer,
+    description="""\
+Pre-train a permutation language model: an XLNet, or another encoder that takes its positions as an input.
+
+    hf-pretrain plm --train_file corpus.txt --output_dir my-xlnet
+    hf-pretrain plm --model_type modernbert --train_file corpus.txt --output_dir my-modernbert
+    accelerate launch trainers/plm.py --config trainers/recipes/xlnet_base.yaml --train_file corpus.txt --output_dir my-xlnet
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+`AutoModel.from_pretrained("my-xlnet")`.""",
+    arguments=(DataArguments, PermutationLMModelArguments, PermutationLMTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(left={"plm_loss": 0.44}),
+    tiny_options={"mem_len": 8},
+)

@@ -3,25 +3,25 @@
 Both streams are rows of one sequence with the same weights: S content rows, then P query rows, one a target. Only content
 rows are keys and values. Who sees whom follows from two integers a token, so no mask leaves the collator.
 
-The two streams of any stock masked language model that takes its positions as an input.
-
-The two streams of a stock XLNet, on its own parameters.
+`PermutedBatch` is what both classes read. `PositionTwoStreams` runs any stock masked language model that takes its positions as
+an input, under a rule of `modeling/visibility`; `XLNetTwoStreams` runs a stock XLNet, whose attention knows two streams.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import takes_input
 from hf_pretrain.modeling.losses import GatheredHead, RecurrentMemory
+from hf_pretrain.modeling.visibility import rules
+from hf_pretrain.modeling.visibility.rules import AttentionPlan, MaskFunction
 
 
 class PermutedBatch(NamedTuple):
@@ -56,11 +56,26 @@ class PermutedBatch(NamedTuple):
         visible_BTS[:, own_S, own_S] = True
         return visible_BTS
 
+    def rule(self) -> MaskFunction:
+        """Return the same as a rule over rows of ``S + P`` tokens; nobody sees a query, but one that sees nothing else."""
+        length, num_queries = self.input_ids.shape[1], self.target_columns.shape[1]
+        ranks_BS = self.key_ranks.masked_fill(self.attention_mask == 0, _NEVER)
+        ranks_BT = F.pad(ranks_BS, (0, num_queries), value=_NEVER)
+        thresholds_BT = self.of_rows(self.thresholds)
+        sees_itself_BT = thresholds_BT <= ranks_BS.amin(dim=1, keepdim=True)
+        sees_itself_BT[:, :length] = True
+
+        def visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            own = (query == key) & sees_itself_BT[row, query]
+            return (ranks_BT[row, key] < thresholds_BT[row, query]) | own
+
+        return visible
+
     def places(self) -> torch.Tensor:
         """Return ``[B, S]`` the place of each token in its row, however the row is padded."""
         if self.positions is not None:
             return self.positions
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        return rules.row_positions(self.attention_mask)
 
     def of_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Extend values of the tokens, ``[B, S]``, to those of all rows, ``[B, S + P]``: a query has its token's."""
@@ -100,6 +115,7 @@ class TwoStreams(Protocol):
         ...
 
 
+_RULE = "two_streams"
 _INSTEAD = "use one of xlnet, bert, roberta, electra, albert, distilbert, modernbert"
 
 
@@ -121,8 +137,7 @@ class PositionTwoStreams:
 
     def __init__(self, model: PreTrainedModel, *, mask_token_id: int | None) -> None:
         self.name = type(model).__name__
-        self._parameters = inspect.signature(model.forward).parameters
-        if "position_ids" not in self._parameters:
+        if not takes_input(model, "position_ids"):
             raise InputError(
                 f"{self.name} takes no position_ids, which permutation language modelling needs: {_INSTEAD}"
             )
@@ -138,7 +153,7 @@ class PositionTwoStreams:
         self.model = model
         self.mask_token_id = mask_token_id
         self.head = GatheredHead(model)
-        self.first_position = _first_position(model)
+        self.plan = rules.make_plan(model, _RULE)
 
     def __call__(
         self,
@@ -156,10 +171,10 @@ class PositionTwoStreams:
         queries_BP = torch.full_like(batch.target_columns, self.mask_token_id)
         inputs = {
             "input_ids": torch.cat([batch.input_ids, queries_BP], dim=1),
-            "attention_mask": self._masks(batch.visible(), places_BT),
-            "position_ids": places_BT + self.first_position,
+            "attention_mask": self._masks(batch, places_BT),
+            **rules.position_inputs(self.plan, places_BT),
         }
-        if "token_type_ids" in self._parameters:
+        if takes_input(self.model, "token_type_ids"):
             # Given always: some models would look them up by the length of the input.
             types = batch.token_type_ids
             inputs["token_type_ids"] = batch.of_rows(torch.zeros_like(batch.input_ids) if types is None else types)
@@ -167,13 +182,9 @@ class PositionTwoStreams:
         positions = rows * length + (length - num_targets) + slots % num_targets
         return self.head(self.model, positions, **inputs), None
 
-    def _masks(self, visible: torch.Tensor, places: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Return ``[B, 1, T, T]`` bool, or one a kind of layer where a model has layers with a window."""
-        if getattr(self.model.config, "layer_types", None) is None:
-            return _square(visible)
-        distances = (places[:, :, None] - places[:, None, : visible.shape[2]]).abs()
-        near = distances <= (self.model.config.sliding_window or 0)
-        return {"full_attention": _square(visible), "sliding_attention": _square(visible & near)}
+    def _masks(self, batch: PermutedBatch, places: torch.Tensor) -> Any:
+        """Return the mask of all rows; windows are measured by places, as the queries are stored behind the text."""
+        return rules.mask_inputs(self.model, self.plan, batch.rule(), like=places, positions=places)
 
     def check(self) -> None:
         """Try the model out on a few tokens.
@@ -182,23 +193,14 @@ class PositionTwoStreams:
             InputError: If it fails, if a target's own token changes its prediction, if one that is seen does not, or if the
                 prediction depends on where tokens are stored.
         """
-        if any(parameter.device.type == "meta" for parameter in self.model.parameters()):
-            return
-        was_training = self.model.training
-        self.model.eval()
         try:
-            with torch.no_grad():
-                problem = self._problem()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            problem = f"fails on a mask a row ({str(error).splitlines()[0]})"
-        finally:
-            self.model.train(was_training)
-        if problem is not None:
+            rules.try_out(self.model, _RULE, self._problem)
+        except InputError as error:
             raise InputError(
-                f"{self.name} cannot be trained by permutation language modelling: it {problem}; {_INSTEAD}"
-            )
+                f"{self.name} cannot be trained by permutation language modelling: {error}; {_INSTEAD}"
+            ) from None
 
-    def _problem(self) -> str | None:
+    def _problem(self, body: PreTrainedModel, plan: AttentionPlan) -> str | None:
         words = self.model.get_input_embeddings()
         places = torch.arange(8, device=words.weight.device)[None]
         # Two ordinary tokens by turns; there are special ones at the ends of many vocabularies.
@@ -211,14 +213,14 @@ class PositionTwoStreams:
             return float((self._first_logits(other) - expected).abs().max())
 
         if change(batch._replace(input_ids=ids.where(places < 5, others))) > 0:
-            return "lets a token be seen that is hidden from it"
+            return "it lets a token be seen that is hidden from it"
         seen = change(batch._replace(input_ids=ids.where(places != 4, others)))
         if seen == 0:
-            return "does not let a token be seen that is not hidden"
+            return "it does not let a token be seen that is not hidden"
         order = torch.tensor([6, 2, 5, 0, 7, 3, 1, 4], device=ids.device)
         stored = batch._replace(**{name: getattr(batch, name)[:, order] for name in _STORED})
         if change(stored._replace(target_columns=(order == 5).nonzero())) > 1e-2 * seen:
-            return "reads positions off the order of its input, not off position_ids"
+            return "it reads positions off the order of its input, not off position_ids"
         return None
 
     def _first_logits(self, batch: PermutedBatch) -> torch.Tensor:
@@ -226,23 +228,6 @@ class PositionTwoStreams:
 
 
 _STORED = ("input_ids", "attention_mask", "key_ranks", "thresholds", "positions")
-
-
-def _square(visible: torch.Tensor) -> torch.Tensor:
-    """Return ``[B, 1, T, T]`` of ``[B, T, S]``: nobody sees a query, but one that sees nothing else has itself for a key."""
-    length, num_content = visible.shape[1:]
-    square = F.pad(visible, (0, length - num_content))
-    queries = torch.arange(num_content, length, device=visible.device)
-    square[:, queries, queries] = ~visible[:, num_content:].any(dim=2)
-    return square[:, None]
-
-
-def _first_position(model: PreTrainedModel) -> int:
-    """Return the number of the first position: RoBERTa and its kin count from the padding id on."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name.endswith("position_embeddings"):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
 
 
 BACKENDS = ("sdpa", "flex_attention")

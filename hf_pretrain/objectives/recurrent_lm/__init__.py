@@ -7,6 +7,7 @@ from hf_pretrain.objectives.recurrent_lm.modeling import (
     build_model,
 )
 from hf_pretrain.objectives.recurrent_lm.trainer import (
+    METHOD,
     DataCollatorForRecurrentLM,
     RecurrentLMTrainer,
     RecurrentLMTrainingArguments,
@@ -14,6 +15,7 @@ from hf_pretrain.objectives.recurrent_lm.trainer import (
 )
 
 __all__ = [
+    "METHOD",
     "DataCollatorForRecurrentLM",
     "RecurrentLMConfig",
     "RecurrentLMForPreTraining",

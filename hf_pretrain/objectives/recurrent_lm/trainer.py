@@ -6,15 +6,16 @@ Options and Trainer of language modelling with a memory.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalPrediction, SchedulerType
 
 from hf_pretrain.corruption.rows import stack_column
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
@@ -22,8 +23,10 @@ from hf_pretrain.evaluation.streams import memory_lengths
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
-from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.recurrence import RecurrentTrainer, global_batch_size
+from hf_pretrain.objectives.recurrence import RecurrentTrainer
+from hf_pretrain.objectives.recurrent_lm.modeling import TransformerXLModelArguments, build_model
+from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
+from hf_pretrain.training.method import Learning, Method
 
 
 class DataCollatorForRecurrentLM:
@@ -162,13 +165,51 @@ outputs = model.generate(inputs.input_ids, max_new_tokens=20)
 print(tokenizer.decode(outputs[0]))""",
     )
 
-    def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate with the lengths of evaluation; see `transformers.Trainer.evaluation_loop`."""
+    def settings_of_evaluation(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the lengths of evaluation."""
         model: TransformerXLForCausalLM = self.accelerator.unwrap_model(self.model).model
         lengths = {name: getattr(self.args, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
-        with memory_lengths(model, **lengths):
-            return super().evaluation_loop(dataloader, *args, **kwargs)
+        return memory_lengths(model, **lengths)
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         means = super()._reduce_statistics(prediction)
         return means | {"perplexity": float(np.exp(means["lm_loss"]))}
+
+
+def build_trainer(
+    data: PreparedData, model_args: TransformerXLModelArguments, args: RecurrentLMTrainingArguments
+) -> RecurrentLMTrainer:
+    """Put the model, the lanes and the Trainer together."""
+    model = build_model(
+        model_args,
+        data.tokenizer,
+        mem_len=args.mem_len,
+        clamp_len=args.clamp_len,
+        same_length=args.same_length,
+    )
+    return RecurrentLMTrainer(model, args, data_collator=DataCollatorForRecurrentLM(), **lane_inputs(data, args))
+
+
+METHOD = Method(
+    trainer=RecurrentLMTrainer,
+    description="""\
+Pre-train a Transformer-XL: a language model that remembers the segments before.
+
+    hf-pretrain recurrent-lm --config transformer_xl_small --train_file corpus.txt --output_dir my-transformer-xl
+    accelerate launch trainers/recurrent_lm.py --config transformer_xl_wt103 --train_file corpus.txt --output_dir my-txl
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+`AutoModelForCausalLM.from_pretrained("my-transformer-xl", trust_remote_code=True)`, and generates.""",
+    arguments=(DataArguments, TransformerXLModelArguments, RecurrentLMTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(left={"lm_loss": 0.44}),
+    tiny_options={
+        "tgt_len": 8,
+        "mem_len": 8,
+        "eval_tgt_len": 4,
+        "eval_mem_len": 150,
+        "eval_clamp_len": -1,
+        "eval_same_length": False,
+    },
+    special_tokens=(),
+)

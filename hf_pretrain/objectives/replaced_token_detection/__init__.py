@@ -6,6 +6,7 @@ from hf_pretrain.objectives.replaced_token_detection.modeling import (
     ReplacedTokenDetectionForPreTraining,
 )
 from hf_pretrain.objectives.replaced_token_detection.trainer import (
+    METHOD,
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionTrainer,
     ReplacedTokenDetectionTrainingArguments,
@@ -13,6 +14,7 @@ from hf_pretrain.objectives.replaced_token_detection.trainer import (
 )
 
 __all__ = [
+    "METHOD",
     "DataCollatorForReplacedTokenDetection",
     "ReplacedTokenDetectionConfig",
     "ReplacedTokenDetectionForPreTraining",

@@ -242,7 +242,6 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
             "checkpoint's does."
         },
     )
-    temperature: float = field(default=1.0, metadata={"help": "Temperature at which the generator is sampled."})
     disallow_correct: bool = field(
         default=False, metadata={"help": "Never draw the true token, so that every selected one is replaced."}
     )
@@ -256,13 +255,14 @@ class ReplacedTokenDetectionModelArguments(ModelArguments):
 
 
 def build_model(
-    args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase
+    args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase, *, temperature: float = 1.0
 ) -> ReplacedTokenDetectionForPreTraining:
     """Build or load generator and discriminator and join them.
 
     Args:
         args: What to build.
         tokenizer: Its vocabulary sizes the tables; its special tokens are never sampled.
+        temperature: Temperature at which the generator is sampled.
 
     Returns:
         The composite to train.
@@ -278,9 +278,10 @@ def build_model(
     assert pair.generator is not None
     options = pair.options | {
         name: getattr(args, name)
-        for name in ("embedding_sharing", "enhanced_mask_decoder", "temperature", "disallow_correct")
+        for name in ("embedding_sharing", "enhanced_mask_decoder", "disallow_correct")
         if getattr(args, name) is not None
     }
+    options["temperature"] = temperature
     options["generator_embedding_size"] = _prepare_tables(pair, args, is_fresh=is_fresh, is_new=not has_generator)
     options |= dtype_option(args)
     vocab_size = pair.generator.config.vocab_size

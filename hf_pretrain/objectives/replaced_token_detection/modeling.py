@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import layer_modules
 from hf_pretrain.modeling.base import PretrainingModel, masked_trial_batch
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, from_config
 from hf_pretrain.modeling.embeddings import (
@@ -34,7 +35,7 @@ from hf_pretrain.modeling.embeddings import (
     shared_embedding_names,
     shared_table_names,
 )
-from hf_pretrain.modeling.heads import DISCRIMINATOR_HEADS, DiscriminatorHead
+from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DISCRIMINATOR_HEADS, DiscriminatorHead
 from hf_pretrain.modeling.losses import (
     IGNORED,
     ExampleSum,
@@ -84,8 +85,7 @@ class EnhancedMaskDecoder(PreTrainedModel):
         Raises:
             InputError: If the architecture's layers take no queries of their own, or its input has absolute positions already.
         """
-        layers = getattr(getattr(model.base_model, "encoder", None), "layer", None)
-        takes_queries = layers is not None and "query_states" in inspect.signature(layers[-1].forward).parameters
+        takes_queries = "query_states" in inspect.signature(layer_modules(model.base_model)[-1].forward).parameters
         if not takes_queries or getattr(model.config, "position_biased_input", True):
             raise InputError(
                 f"enhanced_mask_decoder=True needs a DeBERTa without absolute positions in its input, not "
@@ -104,7 +104,7 @@ class EnhancedMaskDecoder(PreTrainedModel):
     def attach(self, model: PreTrainedModel) -> None:
         """Make the model's last layer decode in this way from now on."""
         model.base_model.register_forward_pre_hook(self._note_positions, with_kwargs=True)
-        model.base_model.encoder.layer[-1].register_forward_pre_hook(self._decode, with_kwargs=True)
+        layer_modules(model.base_model)[-1].register_forward_pre_hook(self._decode, with_kwargs=True)
 
     def _note_positions(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the encoder is told of positions, which without absolute ones it has no use for."""
@@ -239,7 +239,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         kind, config = self.config.discriminator_head, self.config.discriminator
         if kind == "stock" or (kind == "electra" and config.model_type == "electra"):
             return None
-        self.export_parts["pretraining/discriminator_head"] = "discriminator_head"
+        self.export_parts[DISCRIMINATOR_HEAD_FOLDER] = "discriminator_head"
         return DiscriminatorHead.of_kind(kind, config)
 
     def _share_parameters(self, *, is_trained: bool) -> None:

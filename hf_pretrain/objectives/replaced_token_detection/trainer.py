@@ -1,11 +1,4 @@
-"""Batches for replaced token detection.
-
-The order in which generator and discriminator are trained: in one step, one after the other in each step, or in two stages.
-
-Options and Trainer of replaced token detection.
-
-Show what a discriminator has learned: held-out sentences with one wrong word each.
-"""
+"""Replaced token detection: its batches, its options, its Trainer, and a demonstration on sentences with one wrong word."""
 
 from __future__ import annotations
 
@@ -13,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_pretrain.data import draws
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import word_starts
 from hf_pretrain.data.examples.packing import BlockDataset
@@ -32,17 +26,18 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics, discrimination_gain
 from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
+from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
+from hf_pretrain.objectives.replaced_token_detection.building import ReplacedTokenDetectionModelArguments, build_model
 from hf_pretrain.objectives.replaced_token_detection.modeling import Stage
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import coloured_words
 from hf_pretrain.training.trainer import PretrainingTrainer
 
-if TYPE_CHECKING:
-    from hf_pretrain.training.trainer import PretrainingTrainer as _Base
-else:
-    _Base = object
+logger = logging.get_logger(__name__)
 
 
 class DataCollatorForReplacedTokenDetection(DataCollatorForMaskedLM):
@@ -61,142 +56,12 @@ class DataCollatorForReplacedTokenDetection(DataCollatorForMaskedLM):
 TRAINING_MODES = ("joint", "decoupled", "two_stage")
 
 
-class TrainingModesMixin(_Base):
-    """Trains a [`ReplacedTokenDetectionForPreTraining`] in the order that the option `training_mode` names.
-
-    One optimizer serves all: it skips what has no gradient, so a step taken after the generator's backward pass moves the
-    generator alone, with moments, clipping and weight decay of its own.
-    """
-
-    _replaced_ids: torch.Tensor | None = None
-    _handed_over = False
-
-    def check_training_mode(self) -> None:
-        """Refuse a mode that the models or the launcher do not allow."""
-        self._waiting: list[dict[str, Any]] = []
-        mode = self.args.training_mode
-        if mode != "joint" and self.is_deepspeed_enabled:
-            raise InputError(f"training_mode={mode!r} steps by itself, and so does DeepSpeed: use DDP, or 'joint'")
-        if mode != "two_stage":
-            return
-        if self.model.config.embedding_sharing != "none":
-            raise InputError(
-                "training_mode='two_stage' starts the discriminator from the whole generator, which shares nothing with it "
-                "afterwards: set embedding_sharing='none'"
-            )
-        shared_body_names(self.model.discriminator, self.model.generator, option="training_mode='two_stage'")
-
-    @property
-    def generator_steps(self) -> int:
-        """Steps of the first stage."""
-        share: float = self.args.generator_steps
-        return round(share * self.state.max_steps) if share < 1 else int(share)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train; see `transformers.Trainer.train`."""
-        # Of an earlier training, which may have been of another model.
-        self._handed_over, self._waiting, self._replaced_ids = False, [], None
-        return super().train(*args, **kwargs)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run one micro-batch forward and backward."""
-        step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
-        if self.args.training_mode == "decoupled":
-            return self._decoupled_step(model, step, inputs)
-        return step(inputs | {"stage": self._stage()})
-
-    def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
-        """Run the model and keep what the generator sampled, for the discriminator's turn; see `PretrainingTrainer`."""
-        outputs = super().run_model(model, inputs)
-        self._replaced_ids = outputs.replaced_ids
-        return outputs
-
-    # One after the other in each step
-
-    def _decoupled_step(
-        self, model: nn.Module, step: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]
-    ) -> torch.Tensor:
-        """Run the generator; with the step's last micro-batch also move it, and then run the discriminator on them all."""
-        loss = step(inputs | {"stage": "generator"})
-        self._waiting.append(inputs | {"stage": "discriminator", "replaced_ids": self._replaced_ids})
-        if not self.accelerator.sync_gradients:
-            return loss
-        if self.args.max_grad_norm > 0:
-            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        waiting, self._waiting = self._waiting, []
-        for number, batch in enumerate(waiting, start=1):
-            # The gradients of the ranks are exchanged once, with the last.
-            with nullcontext() if number == len(waiting) else self.accelerator.no_sync(model):
-                loss = loss + step(batch)
-        return loss
-
-    # In two stages
-
-    def _stage(self) -> Stage:
-        if self.args.training_mode != "two_stage":
-            return "joint"
-        if self.state.global_step < self.generator_steps:
-            return "generator"
-        # A checkpoint of this very step was written before the hand-over, any later one after it.
-        is_first = self.state.global_step == self.generator_steps
-        if is_first and not self._handed_over:
-            body = self.model.generator.base_model.state_dict()
-            self.model.discriminator.base_model.load_state_dict(body)
-            self._handed_over = True
-        return "discriminator"
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Return the schedule; in two stages, one for each of them."""
-        create = partial(super().create_scheduler, optimizer=optimizer)
-        if self.args.training_mode != "two_stage" or self.lr_scheduler is not None:
-            return create(num_training_steps)
-        share = self.args.generator_steps
-        first = round(share * num_training_steps) if share < 1 else int(share)
-        if not 0 < first < num_training_steps:
-            raise InputError(
-                f"generator_steps={share} leaves a stage without steps: there are {num_training_steps} in all"
-            )
-        stages = []
-        for steps in (first, num_training_steps - first):
-            self.lr_scheduler = None
-            stages.append(create(steps))
-        if not all(isinstance(stage, LambdaLR) for stage in stages):
-            raise InputError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type!r} cannot start anew: use 'linear' or 'cosine'"
-            )
-        factors = [stage.lr_lambdas[0] for stage in stages]
-        self.lr_scheduler = LambdaLR(stages[0].optimizer, partial(_one_after_the_other, factors=factors, first=first))
-        return self.lr_scheduler
-
-    # A learning rate of the generator's own
-
-    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
-        """Return the optimizer, with groups of the generator's own if it has a learning rate of its own."""
-        is_new, rate = self.optimizer is None, self.args.generator_learning_rate
-        optimizer = super().create_optimizer(model)
-        if is_new and rate is not None:
-            ours = {id(parameter) for parameter in self.model.generator.parameters()}
-            for group in list(optimizer.param_groups):
-                generator = [parameter for parameter in group["params"] if id(parameter) in ours]
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
-                optimizer.add_param_group({**group, "params": generator, "lr": rate})
-        return optimizer
-
-
-def _one_after_the_other(step: int, *, factors: list[Callable[[int], float]], first: int) -> float:
-    return factors[0](step) if step < first else factors[1](step - first)
-
-
 # No class of transformers has such a head: the root is the encoder alone.
 _USAGE_OF_ANOTHER_HEAD = """\
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer  # opens the encoder with its head
 
 scorer = ReplacedTokenScorer.from_pretrained("{repo}")
 words = scorer("The chef ate the meal.")  # of each word: word, start, end, and score, the probability that it is a replacement"""
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -209,13 +74,17 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
     ranges: ClassVar[dict[str, str]] = {"generator_steps": "(0, 2147483647]"}
     needs: ClassVar[dict[str, str]] = {"generator_steps": "training_mode=two_stage"}
 
-    mlm_weight: float = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    rtd_weight: float = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
-    rtd_weight_schedule: str | None = field(
-        default=None, metadata={"help": "Weight over the steps, e.g. '0:10, 10000:50' or '0%:10, 50%:50'."}
+    mlm_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
+    rtd_weight: float | str = field(
+        default=50.0,
+        metadata={
+            "help": "Weight of the discriminator's loss (lambda); a number, or a schedule such as '0:10, 10000:50' or "
+            "'0%:10, 50%:50'."
+        },
     )
-    temperature_schedule: str | None = field(
-        default=None, metadata={"help": "Temperature of the generator's samples over the steps, in the same form."}
+    temperature: float | str = field(
+        default=1.0,
+        metadata={"help": "Temperature at which the generator is sampled; a number, or a schedule in the same form."},
     )
     training_mode: str = field(
         default="joint",
@@ -255,8 +124,12 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
         super().__post_init__()
 
 
-class ReplacedTokenDetectionTrainer(TrainingModesMixin, PretrainingTrainer):
-    """Trains a [`ReplacedTokenDetectionForPreTraining`]: jointly, decoupled or in two stages."""
+class ReplacedTokenDetectionTrainer(PretrainingTrainer):
+    """Trains a [`ReplacedTokenDetectionForPreTraining`] in the order of the option `training_mode`.
+
+    One optimizer serves both models: it skips what has no gradient, so a step taken after the generator's backward pass moves
+    the generator alone, with moments, clipping and weight decay of its own.
+    """
 
     objective = ObjectiveDescription(
         name="rtd",
@@ -292,43 +165,150 @@ with torch.no_grad():
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.check_training_mode()
+        self.begin_training()
+        built = self.model.config.temperature
+        if float(self.args.temperature) != built:
+            raise InputError(
+                f"temperature={self.args.temperature!r}, but the model was built to sample at {built}: give build_model the "
+                "same temperature"
+            )
+        mode = self.args.training_mode
+        if mode != "joint" and self.is_deepspeed_enabled:
+            raise InputError(f"training_mode={mode!r} steps by itself, and so does DeepSpeed: use DDP, or 'joint'")
+        if mode != "two_stage":
+            return
+        if self.model.config.embedding_sharing != "none":
+            raise InputError(
+                "training_mode='two_stage' starts the discriminator from the whole generator, which shares nothing with it "
+                "afterwards: set embedding_sharing='none'"
+            )
+        shared_body_names(self.model.discriminator, self.model.generator, option="training_mode='two_stage'")
 
-    def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
-        """Write the card, with code that opens the head at hand; see `SavingMixin.create_model_card`."""
-        if self.model.discriminator_head is not None:
-            facts = {"objective": replace(self.objective, usage=_USAGE_OF_ANOTHER_HEAD)} | facts
-        super().create_model_card(model_name, **facts)
+    def generator_steps(self, num_steps: int) -> int:
+        """Return the steps of the first of two stages, of so many in all; 0 where there is one stage."""
+        share: float = self.args.generator_steps if self.args.training_mode == "two_stage" else 0
+        return round(share * num_steps) if share < 1 else int(share)
+
+    def begin_training(self) -> None:
+        """Forget an earlier training, which may have been of another model."""
+        super().begin_training()
+        self._handed_over = False
+        self._waiting: list[dict[str, Any]] = []
+        self._replaced_ids: torch.Tensor | None = None
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one micro-batch forward and backward."""
+        step = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        if self.args.training_mode == "decoupled":
+            return self._decoupled_step(model, step, inputs)
+        return step(inputs | {"stage": self._stage()})
 
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
-        """Run the model, at this step's temperature where it is scheduled; see `PretrainingTrainer.run_model`."""
-        if model.training and "temperature" in self._schedules:
-            value = self.scheduled("temperature", self.model.config.temperature)
-            # A tensor: a compiled model would be compiled anew for every number.
-            inputs = inputs | {"temperature": torch.tensor(value, device=self.args.device)}
-        return super().run_model(model, inputs)
+        """Run the model and keep what the generator sampled, for the discriminator's turn; see `PretrainingTrainer.run_model`."""
+        outputs = super().run_model(model, inputs)
+        self._replaced_ids = outputs.replaced_ids
+        return outputs
+
+    # One after the other in each step
+
+    def _decoupled_step(
+        self, model: nn.Module, step: Callable[[dict[str, Any]], torch.Tensor], inputs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Run the generator; with the step's last micro-batch also move it, and then run the discriminator on them all."""
+        loss = step(inputs | {"stage": "generator"})
+        self._waiting.append(inputs | {"stage": "discriminator", "replaced_ids": self._replaced_ids})
+        if not self.accelerator.sync_gradients:
+            return loss
+        if self.args.max_grad_norm > 0:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        waiting, self._waiting = self._waiting, []
+        for number, batch in enumerate(waiting, start=1):
+            # The gradients of the ranks are exchanged once, with the last.
+            with nullcontext() if number == len(waiting) else self.accelerator.no_sync(model):
+                loss = loss + step(batch)
+        return loss
+
+    # In two stages
+
+    def _stage(self) -> Stage:
+        if self.args.training_mode != "two_stage":
+            return "joint"
+        first = self.generator_steps(self.state.max_steps)
+        if self.state.global_step < first:
+            return "generator"
+        # A checkpoint of this very step was written before the hand-over, any later one after it.
+        if self.state.global_step == first and not self._handed_over:
+            body = self.model.generator.base_model.state_dict()
+            self.model.discriminator.base_model.load_state_dict(body)
+            self._handed_over = True
+        return "discriminator"
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Return the schedule; in two stages, one for each of them."""
+        create = partial(super().create_scheduler, optimizer=optimizer)
+        if self.args.training_mode != "two_stage" or self.lr_scheduler is not None:
+            return create(num_training_steps)
+        first = self.generator_steps(num_training_steps)
+        if not 0 < first < num_training_steps:
+            raise InputError(
+                f"generator_steps={self.args.generator_steps} leaves a stage without steps: there are {num_training_steps} in all"
+            )
+        stages = []
+        for steps in (first, num_training_steps - first):
+            self.lr_scheduler = None
+            stages.append(create(steps))
+        if not all(isinstance(stage, LambdaLR) for stage in stages):
+            raise InputError(
+                f"lr_scheduler_type={self.args.lr_scheduler_type!r} cannot start anew: use 'linear' or 'cosine'"
+            )
+        factors = [stage.lr_lambdas[0] for stage in stages]
+        self.lr_scheduler = LambdaLR(stages[0].optimizer, partial(_one_after_the_other, factors=factors, first=first))
+        return self.lr_scheduler
+
+    # A learning rate of the generator's own
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Return the optimizer, with groups of the generator's own if it has a learning rate of its own."""
+        is_new, rate = self.optimizer is None, self.args.generator_learning_rate
+        optimizer = super().create_optimizer(model)
+        if is_new and rate is not None:
+            ours = {id(parameter) for parameter in self.model.generator.parameters()}
+            for group in list(optimizer.param_groups):
+                generator = [parameter for parameter in group["params"] if id(parameter) in ours]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ours]
+                optimizer.add_param_group({**group, "params": generator, "lr": rate})
+        return optimizer
+
+    # Measurements and card
 
     def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return the share of the labels' entropy that the discriminator explains."""
-        if "rtd_loss" not in means:
-            return {}
-        return discrimination_gain(means["rtd_loss"], means["fake_rate"])
+        return discrimination_gain(means["rtd_loss"], means["fake_rate"]) if "rtd_loss" in means else {}
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate, and warn of a discriminator that has learned nothing; see `PretrainingTrainer.evaluate`."""
-        metrics = super().evaluate(*args, **kwargs)
-        trained = self.state.global_step - (self.generator_steps if self.args.training_mode == "two_stage" else 0)
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Warn of a discriminator that has learned nothing."""
+        trained = self.state.global_step - self.generator_steps(self.state.max_steps)
         if trained > 2 * self.args.get_warmup_steps(max(1, self.state.max_steps)):
             warning = collapse_warning(metrics)
             if warning is not None:
                 logger.warning(warning)
-        return metrics
 
     def evaluation_metrics(
         self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
     ) -> dict[str, float]:
         """Return the discriminator's metrics, padding left out."""
         return detection_metrics(scores, labels, loss=means["rtd_loss"])
+
+    def card_facts(self) -> dict[str, Any]:
+        """Return code that opens the head at hand, where no class of transformers has it."""
+        has_own_head = self.model.discriminator_head is not None
+        return {"objective": replace(self.objective, usage=_USAGE_OF_ANOTHER_HEAD)} if has_own_head else {}
+
+
+def _one_after_the_other(step: int, *, factors: list[Callable[[int], float]], first: int) -> float:
+    return factors[0](step) if step < first else factors[1](step - first)
 
 
 _WORDS = range(8, 21)
@@ -420,3 +400,41 @@ def print_suspicions(trainer: ReplacedTokenDetectionTrainer, data: PreparedData)
             f"    {wrong.word!r} instead of {sentence.original!r}: probability {wrong.score:.2f}, rank {rank} of "
             f"{len(words)} words"
         )
+
+
+def build_trainer(
+    data: PreparedData,
+    model_args: ReplacedTokenDetectionModelArguments,
+    args: ReplacedTokenDetectionTrainingArguments,
+) -> ReplacedTokenDetectionTrainer:
+    """Put the pair of models, the collator and the Trainer together."""
+    model = build_model(model_args, data.tokenizer, temperature=float(args.temperature))
+    for part in (model.generator, model.discriminator):
+        check_model_fits(part, data.tokenizer, block_size=data.block_size)
+        if data.isolates_documents:
+            check_isolation(part, length=data.block_size)
+    return ReplacedTokenDetectionTrainer(
+        model,
+        args,
+        data_collator=DataCollatorForReplacedTokenDetection(data.tokenizer, masking=args.masking, seed=args.seed),
+        **data.trainer_inputs(),
+    )
+
+
+METHOD = Method(
+    trainer=ReplacedTokenDetectionTrainer,
+    description="""\
+Pre-train an ELECTRA: a generator replaces tokens, a discriminator finds them.
+
+    hf-pretrain rtd --train_file corpus.txt --output_dir my-electra
+    accelerate launch trainers/rtd.py --config trainers/recipes/electra_small.yaml --train_file corpus.txt --output_dir my-electra
+
+Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+`AutoModel.from_pretrained("my-electra")`; the generator is in its folder `pretraining/generator`.""",
+    arguments=(DataArguments, ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments),
+    build_trainer=build_trainer,
+    learning=Learning(
+        left={"mlm_loss": 0.44}, gained={"disc_auc": 0.08}, least={"disc_gain": -0.01}, steps=400, examples=384
+    ),
+    demonstrate=print_suspicions,
+)

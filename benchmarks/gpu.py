@@ -1,0 +1,519 @@
+"""Every method on a GPU: does it train there as on a CPU, how fast in each precision, and where does the host wait.
+
+    python benchmarks/gpu.py [--device cuda] [--size base] [--methods mlm rtd ...] [--precisions fp32 bf16 fp16] [--steps 10]
+        [--seconds 170] [--output gpu]
+
+The text is made up: words drawn by Zipf's law, each often followed by the same word. There is no dropout. First each method is
+checked with a tiny model in fp32: the program trains, evaluates and exports; the first loss is compared with that of a CPU, the
+losses after a checkpoint with those of a run resumed from it, and the hidden states of the export, opened with `AutoModel`, with
+those of the trained model. Then each method trains at the chosen size in fp32, bf16 and fp16, and last, masked language
+modelling with activation checkpointing and with `torch.compile`.
+
+A step is forward, backward and optimizer, between two synchronisations; the best counts. Peak memory is that of the device's
+allocations. Waits are the operations in one forward and backward for which the host waits for the device, as PyTorch warns of
+them. What fails leaves its last lines in the results and does not end the rest. Results are written after each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
+
+from hf_pretrain.cli import METHODS
+from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.program import load_data, train_method
+from timing import print_table
+
+SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+SIZES = {
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+BLOCK_SIZE = {"tiny": 32, "base": 512}
+BATCH_SIZE = {"tiny": 8, "base": 32}
+WORDS = {"tiny": 500, "base": 30000}
+DOCUMENTS = {"tiny": 300, "base": 4000}
+PRECISIONS: dict[str, dict[str, object]] = {
+    "fp32": {"bf16": False},
+    "bf16": {"bf16": True},
+    "fp16": {"bf16": False, "fp16": True},
+}
+EXTRAS: dict[str, dict[str, object]] = {
+    "bf16, checkpointing": {"bf16": True, "activation_checkpointing": True},
+    "bf16, torch.compile": {"bf16": True, "torch_compile": True},
+}
+NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
+WATCHED_STEP = 2
+CHECK_STEPS, CHECKPOINT = 8, 4
+LAST_LINES, LINE_LENGTH = 6, 300
+
+Results = dict[str, Any]
+
+
+# Text and models to start from
+
+
+def write_inputs(folder: Path, size: str) -> None:
+    """Write a text, its tokenizer, and a teacher that has learned nothing."""
+    numbers = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(WORDS[size])]
+    shares = 1 / np.arange(1, len(words) + 1)
+    after = numbers.permutation(len(words))
+    documents = []
+    for _ in range(DOCUMENTS[size]):
+        drawn = numbers.choice(len(words), p=shares / shares.sum(), size=int(numbers.integers(40, 160)))
+        follows = numbers.random(len(drawn)) < 0.5
+        for place in range(1, len(drawn)):
+            if follows[place]:
+                drawn[place] = after[drawn[place - 1]]
+        ends = [" ." if place % 12 == 11 else "" for place in range(len(drawn))]
+        documents.append(" ".join(words[word] + end for word, end in zip(drawn, ends, strict=True)) + " .")
+    folder.mkdir(parents=True)
+    (folder / "text.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    vocabulary = {token: number for number, token in enumerate([*SPECIALS, ".", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    roles = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=BLOCK_SIZE[size], **roles)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=len(vocabulary), max_position_embeddings=BLOCK_SIZE[size], initializer_range=0.1, **SIZES[size]
+    )
+    BertForMaskedLM(config).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+
+
+def options_of(method: str, size: str, inputs: Path) -> dict[str, object]:
+    """Return the options of a method at a size, but those of precision, length and output."""
+    block = BLOCK_SIZE[size]
+    options: dict[str, object] = SIZES[size] | {
+        "train_file": inputs / "text.txt",
+        "tokenizer_name": inputs / "tokenizer",
+        "validation_fraction": 0.05,
+        "config_overrides": NO_DROPOUT,
+        "per_device_train_batch_size": BATCH_SIZE[size],
+        "per_device_eval_batch_size": BATCH_SIZE[size],
+        "learning_rate": 1e-3 if size == "tiny" else 2e-4,
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "seed": 7,
+    }
+    if method == "recurrent-lm":
+        lengths = {
+            "tgt_len": block // 2,
+            "mem_len": block // 2,
+            "eval_tgt_len": block // 2,
+            "eval_mem_len": block // 2,
+        }
+        return options | lengths | {"eval_clamp_len": -1}
+    options["block_size"] = block
+    if method == "plm":
+        return options | {"config_overrides": '{"dropout": 0.0}'}
+    if method == "distil":
+        del options["tokenizer_name"]
+        return options | {"teacher_name_or_path": inputs / "teacher", "num_hidden_layers": len_of_student(size)}
+    return options | {"max_position_embeddings": block}
+
+
+def len_of_student(size: str) -> int:
+    """Return the layers of a student: half of its teacher's."""
+    return int(SIZES[size]["num_hidden_layers"]) // 2
+
+
+def command(options: dict[str, object]) -> list[str]:
+    """Return options as a command line has them."""
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+# One method
+
+
+class Watch(TrainerCallback):
+    """Keeps the rows of a run's log, the time of its steps, its peak memory and its waits."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.on_cuda = trainer.args.device.type == "cuda"
+        self.losses: list[float] = []
+        self.tokens: list[int] = []
+        self.seconds: list[float] = []
+        self.waits: Counter[str] = Counter()
+        self.peak = self.begin = 0.0
+        train = trainer.training_step
+
+        def training_step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if not (self.on_cuda and len(self.seconds) == WATCHED_STEP):
+                return train(*args, **kwargs)
+            with waits_counted(self.waits):
+                return train(*args, **kwargs)
+
+        trainer.training_step = training_step
+        trainer.add_callback(self)
+
+    def _now(self) -> float:
+        if self.on_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Forget the memory of runs before."""
+        if self.on_cuda:
+            torch.cuda.reset_peak_memory_stats()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self.begin = self._now()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(self._now() - self.begin)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Keep a row of training."""
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+            self.tokens.append(int(logs["num_tokens"]))
+            self.peak = logs["peak_memory_mib"]
+
+    def results(self) -> Results:
+        """Return what was measured."""
+        timed = [seconds for number, seconds in enumerate(self.seconds) if number > WATCHED_STEP] or self.seconds
+        # The last batch of an epoch may be smaller.
+        tokens = max(np.diff([0, *self.tokens]).tolist(), default=0)
+        tail = self.losses[-2:]
+        found = {
+            "losses": self.losses,
+            "falls": bool(np.isfinite(self.losses).all() and sum(tail) / len(tail) < self.losses[0]),
+            "seconds": min(timed),
+            "all_seconds": self.seconds,
+            "tokens_per_step": tokens,
+            "tokens_per_second": tokens / min(timed),
+            "peak_memory_mib": self.peak,
+        }
+        return found | ({"waits": dict(self.waits.most_common())} if self.on_cuda else {})
+
+
+@contextmanager
+def waits_counted(counts: Counter[str]) -> Iterator[None]:
+    """Count the operations for which the host waits for the device, by the line that asked for them."""
+
+    def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        if "called a synchronizing" in str(message):
+            counts[_cause()] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with patch.object(warnings, "showwarning", note):
+                yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _cause() -> str:
+    of_this = (Path(__file__).name, "warnings.py", "_py_warnings.py")
+    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).name not in of_this]
+    ours = [frame for frame in frames if "/hf_pretrain/" in frame.filename]
+    theirs = [frame for frame in frames if "/transformers/" in frame.filename or "/accelerate/" in frame.filename]
+    chosen = [part[-1] for part in (ours, theirs) if part]
+    shown = []
+    for frame in chosen or frames[-1:]:
+        path = "/".join(Path(frame.filename).parts[-3:])
+        shown.append(f"{path}:{frame.lineno} {frame.line}")
+    return " | ".join(shown)
+
+
+class Method:
+    """The program of a method, and its data at one size."""
+
+    def __init__(self, name: str, size: str, inputs: Path, out: Path, device: str) -> None:
+        self.name, self.out, self.device = name, out, device
+        self.options = options_of(name, size, inputs)
+        self.program = self._program()
+        self.data: Any = None
+
+    def _program(self) -> dict[str, Any]:
+        # What the program hands to `train_method`.
+        module = import_module(METHODS[self.name][0])
+        with patch.object(module, "train_method") as handed:
+            module.main([])
+        return handed.call_args.kwargs
+
+    def _command(self, out: str, **options: object) -> list[str]:
+        shared = self.options | {"use_cpu": self.device == "cpu", "output_dir": self.out / out}
+        return command(shared | options)
+
+    def run(self, **options: object) -> tuple[Trainer, Watch]:
+        """Run the whole program in fp32."""
+        last: list[tuple[Trainer, Watch]] = []
+
+        def build(data: Any, *args: Any) -> Trainer:
+            trainer = self.program["build_trainer"](data, *args)
+            # The rehearsal builds too, before the text is read.
+            last[:] = [(trainer, Watch(trainer))]
+            self.data = data
+            return trainer
+
+        program = self.program | {"build_trainer": build}
+        train_method(self._command("program", **PRECISIONS["fp32"], **options), **program)
+        return last[0]
+
+    def train(self, *, out: str, resume: Path | None = None, **options: object) -> Watch:
+        """Train with the data of the program, or load them."""
+        program = self.program
+        parsed = parse_arguments(
+            program["arguments"], self._command(out, **options), prog=self.name, description=self.name
+        )
+        data_args, model_args, args = parsed
+        if self.data is None:
+            special = program.get("special_tokens", ("mask", "pad"))
+            self.data = program.get("load", load_data)(data_args, model_args, args, special_tokens=special)
+        transformers.set_seed(args.seed)
+        trainer = program["build_trainer"](self.data, model_args, args)
+        watch = Watch(trainer)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return watch
+
+
+def relative(found: Sequence[float], expected: Sequence[float]) -> float:
+    """Return the largest difference, relative to what is expected."""
+    if len(found) != len(expected):
+        return float("inf")
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def checks(method: Method) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield the checks of a method by name, to be made in this order."""
+    state: dict[str, Any] = {}
+
+    def program() -> Results:
+        saving = {"save_strategy": "steps", "save_steps": CHECKPOINT, "max_steps": CHECK_STEPS}
+        state["trainer"], state["watch"] = method.run(**saving)
+        return state["watch"].results()
+
+    def evaluation() -> float:
+        rows = [row["eval_loss"] for row in state["trainer"].state.log_history if "eval_loss" in row]
+        again = state["trainer"].evaluate()["eval_loss"]
+        if not rows or not np.isfinite([*rows, again]).all():
+            raise ValueError(f"evaluation losses {rows}, and then {again}")
+        return again
+
+    def export() -> float:
+        return export_difference(state["trainer"])
+
+    def cpu() -> float:
+        options = PRECISIONS["fp32"] | {"use_cpu": True, "max_steps": 1}
+        first = method.train(out="cpu", **options).losses
+        return relative(state["watch"].losses[:1], first)
+
+    def resume() -> float:
+        checkpoint = method.out / "program" / f"checkpoint-{CHECKPOINT}"
+        options = PRECISIONS["fp32"] | {"max_steps": CHECK_STEPS}
+        losses = method.train(out="resumed", resume=checkpoint, **options).losses
+        return relative(losses, state["watch"].losses[CHECKPOINT:])
+
+    yield from {"program": program, "eval_loss": evaluation, "export": export, "cpu": cpu, "resume": resume}.items()
+
+
+def export_difference(trainer: Trainer) -> float:
+    """Return the largest difference of hidden states between the trained model and its export, over all parts."""
+    largest = 0.0
+    for folder, attribute in trainer.model.export_parts.items():
+        part = getattr(trainer.model, attribute).eval()
+        # What only training needs may be of our own making, which AutoModel does not know.
+        opens = AutoModel if type(part.base_model) is not type(part) or not folder else type(part)
+        opened = opens.from_pretrained(Path(trainer.args.output_dir) / folder).eval().to(trainer.args.device)
+        ids = torch.arange(len(SPECIALS), len(SPECIALS) + 40, device=trainer.args.device).reshape(2, 20)
+        with torch.no_grad():
+            expected, found = (model(ids)[0].float() for model in (part.base_model, opened))
+        largest = max(largest, float((found - expected).abs().max() / expected.abs().max()))
+    return largest
+
+
+# All of it
+
+
+class Bench:
+    """Runs what there is time for and keeps the results in a file."""
+
+    def __init__(self, args: argparse.Namespace, work: Path) -> None:
+        self.args, self.work = args, work
+        self.begin = time.monotonic()
+        self.path = Path(args.output) / "gpu.json"
+        on_cuda = args.device == "cuda"
+        self.results: Results = {
+            "settings": vars(args),
+            "device": torch.cuda.get_device_name() if on_cuda else platform.processor(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__}
+            | {"transformers": transformers.__version__, "cuda": torch.version.cuda},
+            "checks": {},
+            "training": {},
+            "left_out": [],
+        }
+        self.inputs = {}
+        for size in dict.fromkeys(("tiny", args.size)):
+            self.inputs[size] = work / size
+            write_inputs(self.inputs[size], size)
+
+    def all(self) -> None:
+        """Check and train each method, and last what is asked of masked language modelling besides."""
+        for name in self.args.methods:
+            method = Method(name, "tiny", self.inputs["tiny"], self.work / "checks" / name, self.args.device)
+            found = self.results["checks"].setdefault(name, {})
+            for check, run in checks(method):
+                self.guarded(f"{name}, {check}", run, found, check)
+                if is_error(found.get("program", {})):
+                    break
+            del method
+            free()
+        for name in self.args.methods:
+            self.train(name, {kind: PRECISIONS[kind] for kind in self.args.precisions})
+        if "mlm" in self.args.methods:
+            self.train("mlm", EXTRAS)
+
+    def train(self, name: str, kinds: dict[str, dict[str, object]]) -> None:
+        """Train a method in several ways."""
+        size = self.args.size
+        method = Method(name, size, self.inputs[size], self.work / "training" / name, self.args.device)
+        found = self.results["training"].setdefault(name, {})
+        for kind, options in kinds.items():
+            out = kind.replace(", ", "-")
+
+            def run(out: str = out, options: dict[str, object] = options) -> Results:
+                return method.train(out=out, **options, max_steps=self.args.steps).results()
+
+            self.guarded(f"{name}, {kind}", run, found, kind)
+
+    def guarded(self, what: str, run: Callable[[], Any], results: Results, name: str) -> None:
+        """Run something if there is time left, and keep its result or its error."""
+        begin = time.monotonic()
+        if begin - self.begin > self.args.seconds:
+            self.results["left_out"].append(what)
+            return
+        with (Path(self.args.output) / "gpu.log").open("a", encoding="utf-8") as log:
+            print(f"== {what}", file=log, flush=True)
+            try:
+                with redirect_stdout(log), redirect_stderr(log):
+                    results[name] = run()
+            except (Exception, SystemExit):
+                print(traceback.format_exc(), file=log, flush=True)
+                lines = traceback.format_exc().splitlines()[-LAST_LINES:]
+                results[name] = {"error": [line[:LINE_LENGTH] for line in lines]}
+        free()
+        outcome = "failed" if is_error(results[name]) else "done"
+        print(f"{begin - self.begin:4.0f} s {what}: {outcome}", file=sys.stderr, flush=True)
+        self.path.write_text(json.dumps(self.results, indent=1, default=str), encoding="utf-8")
+
+    def print(self) -> None:
+        """Print a table, the lines that wait and what failed."""
+        rows = []
+        for name, kinds in ({name: {} for name in self.results["checks"]} | self.results["training"]).items():
+            checked = self.results["checks"].get(name, {})
+            fp32 = kinds.get("fp32", {}).get("seconds")
+            of_program = self._training_cells(checked.get("program", {}), None)
+            shown = [_number(checked.get(check)) for check in ("cpu", "resume", "export", "eval_loss")]
+            rows.append([name, "fp32, tiny", *of_program, *shown])
+            rows += [[name, kind, *self._training_cells(found, fp32), *[""] * 4] for kind, found in kinds.items()]
+        headers = ["method", "run", "first loss", "last loss", "falls", "ms", "tokens/s", "speed-up", "MiB", "waits"]
+        print_table(rows, [*headers, "to CPU", "to resumed", "to export", "eval loss"])
+        for title, group in (("checks", self.results["checks"]), ("training", self.results["training"])):
+            for name, kinds in group.items():
+                for kind, found in kinds.items():
+                    if is_error(found):
+                        print(f"\n{title}: {name}, {kind} failed:", *found["error"], sep="\n  ")
+        waits: dict[str, list[str]] = {}
+        for name, kinds in self.results["training"].items():
+            for kind, found in kinds.items():
+                for line, count in found.get("waits", {}).items():
+                    waits.setdefault(line, []).append(f"{name} {kind} {count}")
+        if waits:
+            print("\nwaits by line:", *(f"- {line}: {'; '.join(at)}" for line, at in waits.items()), sep="\n")
+        if self.results["left_out"]:
+            print("\nleft out for time:", ", ".join(self.results["left_out"]))
+
+    @staticmethod
+    def _training_cells(found: Results, fp32: float | None) -> list[object]:
+        if is_error(found):
+            return ["failed", *[""] * 7]
+        if not found:
+            return [""] * 8
+        losses, seconds = found["losses"], found["seconds"]
+        cells: list[object] = [losses[0], losses[-1], "yes" if found["falls"] else "NO", 1e3 * seconds]
+        speed_up = "" if fp32 is None else f"{fp32 / seconds:.2f}"
+        waits = sum(found["waits"].values()) if "waits" in found else ""
+        return [*cells, found["tokens_per_second"], speed_up, found["peak_memory_mib"], waits]
+
+
+def is_error(found: object) -> bool:
+    """Whether this is what is kept of a failure."""
+    return isinstance(found, dict) and "error" in found
+
+
+def _number(found: object) -> object:
+    return "" if found is None else "failed" if is_error(found) else found
+
+
+def free() -> None:
+    """Give back the memory of the run before."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """Check and measure, and print one table."""
+    known = [name for name in METHODS if name != "distil-task"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--size", choices=list(SIZES), default="base")
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--steps", type=int, default=10, help="of each training at the chosen size")
+    parser.add_argument("--seconds", type=float, default=170, help="no run starts later than this")
+    parser.add_argument("--output", default="gpu", help="folder of gpu.json and gpu.log")
+    args = parser.parse_args()
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    # A run that hangs ends all of it; what was measured is in the file.
+    faulthandler.dump_traceback_later(args.seconds + 60, exit=True)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["HF_DATASETS_CACHE"] = folder
+        bench = Bench(args, Path(folder))
+        bench.all()
+        bench.print()
+
+
+if __name__ == "__main__":
+    main()

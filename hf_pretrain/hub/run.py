@@ -1,0 +1,291 @@
+"""The facts of a run for its model card, and of which weights each held-out number is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, TrainerState
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.files import weights_digest
+from hf_pretrain.hub.environment import Compute, hardware, measured_energy, versions
+from hf_pretrain.hub.evaluation import hub_id
+from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, read_record, read_weights
+from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at
+
+logger = logging.get_logger(__name__)
+
+_LIMITS = (
+    "The model knows only the text described above and repeats its biases. It was trained to restore text, not to follow "
+    "instructions or to tell truth from falsehood; fine-tune it on the task at hand and evaluate it there before use."
+)
+# A model of one of these has a task already.
+_TASKS = {"text-classification", "token-classification", "question-answering"}
+
+
+class Run(Protocol):
+    """What a card is made from: a Trainer, usually after training."""
+
+    args: Any
+    model: Any
+    state: TrainerState
+    objective: ObjectiveDescription
+    hub_model_id: str | None
+    data_description: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    held_out: HeldOutNumbers
+
+    def recipe_for_card(self) -> dict[str, Any]:
+        """Return the options that make up the run."""
+
+
+class HeldOutNumbers:
+    """Knows of which weights each held-out number of a run is, so that none stands beside others.
+
+    A row of the log keeps the step of the weights that it measured. A row of other data than the run's own, or of weights that
+    were changed by hand, is marked, and is no part of the card.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget an earlier training."""
+        self._loaded_step: int | None = None
+        self._trained: tuple[int, torch.Tensor] | None = None
+        self._by_hand: tuple[torch.Tensor, dict[str, Any]] | None = None
+
+    def end(self) -> None:
+        """Note the weights at the end of training."""
+        args, state = self.run.args, self.run.state
+        self._trained = (state.global_step, self._norms())
+        best, held = state.best_global_step, self._loaded_step or state.global_step
+        if args.load_best_model_at_end and best not in (None, held):
+            logger.warning(
+                f"step {best} was the best by {args.metric_for_best_model}, but has no checkpoint: the weights are those of "
+                f"step {held}; set save_steps to eval_steps to keep the best"
+            )
+
+    def load(self, checkpoint: str | None) -> None:
+        """Note that the weights are those of a checkpoint now."""
+        best = Path(str(checkpoint))
+        found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", best.name)
+        if found and best.is_dir():
+            self._loaded_step = int(found[1])
+
+    @property
+    def weights_step(self) -> int | None:
+        """Step of the weights that the model holds, the best or the last one; None if they were changed since, by hand."""
+        step, trained = self.run.state.global_step, self._trained
+        if trained is not None and trained[0] == step and not _alike(trained[1], self._norms()):
+            return None
+        return step if self._loaded_step is None else self._loaded_step
+
+    def is_measured(self) -> bool:
+        """Whether the log has the held-out numbers of the weights that the model holds."""
+        step = self.run.state.global_step
+        return self.weights_step == step and step in evaluated_steps(self.run.state.log_history)
+
+    def after(self) -> dict[str, Any]:
+        """Return what was measured of the weights that the model holds; {} if nothing was, or before the first step."""
+        step = self.weights_step
+        if step is not None:
+            return evaluation_at(self.run.state.log_history, step) if step else {}
+        norms, metrics = self._by_hand or (None, {})
+        return metrics if norms is not None and _alike(norms, self._norms()) else {}
+
+    def note(self, rows: Sequence[dict[str, Any]], metrics: Mapping[str, float], *, is_own: bool) -> None:
+        """Mark the rows of an evaluation in the log.
+
+        Args:
+            rows: The rows.
+            metrics: The metrics of all of them.
+            is_own: Whether the data is the run's own held-out text.
+        """
+        step = self.weights_step
+        if is_own and step is None:
+            self._by_hand = (self._norms(), dict(metrics))
+        for row in rows:
+            if not is_own:
+                row[OTHER_DATA] = True
+            elif step is None:
+                row[OTHER_WEIGHTS] = True
+            elif step != row["step"]:
+                row["epoch"] = row.get("epoch", 0) * step / row["step"]
+                row["step"] = step
+
+    def _norms(self) -> torch.Tensor:
+        """Return the norm of each parameter; of a sharded one, the norm of the part that this process holds."""
+        tensors = (parameter.detach() for parameter in self.run.model.parameters())
+        local = (tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors)
+        floating = (tensor for tensor in local if tensor.is_floating_point())
+        return torch.stack([torch.linalg.vector_norm(tensor, dtype=torch.float32).cpu() for tensor in floating])
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    # On another device the sums are rounded otherwise.
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=0.0, equal_nan=True)
+
+
+def describe_run(trainer: Run, **changes: Any) -> PretrainingCard:
+    """Gather what a run logged and measured.
+
+    Args:
+        trainer: The Trainer, usually after training.
+        **changes: Fields of [`PretrainingCard`] that are known better elsewhere, such as `license` or `language`.
+    """
+    args, model, log = trainer.args, trainer.model, trainer.state.log_history
+    root = getattr(model, model.export_parts[""])
+    weights_step = trainer.held_out.weights_step
+    is_earlier = weights_step is not None and weights_step < trainer.state.global_step
+    # The Trainer knows the whole name once the repository exists.
+    repo = trainer.hub_model_id or args.hub_model_id
+    facts: dict[str, Any] = {
+        "model_name": Path(repo or args.output_dir).name,
+        "model_class": type(root).__name__,
+        "has_own_code": not _is_stock(root),
+        "adapter": ", ".join(adapter_names(root).values()),
+        "fresh_parameters": _fresh_parameters(root, model),
+        "repo": repo or ".",
+        "objective": trainer.objective,
+        "base_model": _base_model(root.config.name_or_path),
+        "language": _languages(trainer.data_description),
+        "datasets": _datasets(trainer.recipe),
+        "data": trainer.data_description,
+        "recipe": trainer.recipe_for_card(),
+        "log_history": log,
+        "metrics_before": evaluation_at(log, 0),
+        "metrics_after": trainer.held_out.after(),
+        "weights_step": weights_step if is_earlier else None,
+        "chosen_by": args.metric_for_best_model or "" if is_earlier else "",
+        "compute": _compute(trainer, root_parameters=root.num_parameters()),
+        "parts": {
+            folder: (_importable(getattr(model, attribute)), f"the {attribute}, needed to go on training")
+            for folder, attribute in model.export_parts.items()
+            if folder
+        },
+        "limits": _LIMITS,
+        "versions": versions(),
+    }
+    earlier = _known_before(trainer, weights_step=facts["weights_step"])
+    facts |= {name: value for name, value in earlier.items() if value and not facts.get(name)} | changes
+    if facts["objective"].pipeline_tag not in _TASKS and not facts["adapter"]:
+        facts.setdefault("fine_tuning_class", _fine_tuning_class(root.config))
+    return PretrainingCard(**facts)
+
+
+def adapter_names(part: nn.Module) -> dict[str, str]:
+    """Return the adapters of a stock model, each with its kind; where it has some, they alone are what it saves."""
+    if not getattr(part, "_hf_peft_config_loaded", False):
+        return {}
+    kinds = {
+        name: getattr(config.peft_type, "value", config.peft_type)
+        for name, config in cast(Any, part).peft_config.items()
+    }
+    return {name: str(kind) for name, kind in kinds.items()}
+
+
+def _fresh_parameters(*models: nn.Module) -> str:
+    """Return what began anew in a model that was continued, as its building noted it; "" if that was nothing."""
+    for model in models:
+        fresh = getattr(model, "fresh_parameters", None)
+        if fresh:
+            return fresh if isinstance(fresh, str) else ", ".join(map(str, fresh))
+    return ""
+
+
+def _known_before(trainer: Run, *, weights_step: int | None) -> dict[str, Any]:
+    """Return what was added to the card of this run by hand, and what was measured of these very weights."""
+    folder = trainer.args.output_dir
+    try:
+        before = read_record(folder)
+    except InputError:
+        return {}
+    known: dict[str, Any] = {name: getattr(before, name) for name in ("license", "language", "datasets")}
+    is_same = (before.compute.steps, before.weights_step) == (trainer.state.global_step or None, weights_step)
+    is_same = is_same and read_weights(folder) in (None, weights_digest(folder))
+    return known | ({"evaluations": before.evaluations} if is_same else {})
+
+
+def _languages(data: Mapping[str, Any]) -> list[str] | None:
+    """Return the languages of multilingual text, if they are named by their codes."""
+    names = [str(name) for name in data.get("languages") or ()]
+    return names if names and all(re.fullmatch(r"[a-z]{2,3}", name) for name in names) else None
+
+
+def _datasets(recipe: Mapping[str, Any]) -> tuple[str, ...]:
+    name = recipe.get("dataset_name")
+    return (name,) if name and hub_id(name) and not Path(name).exists() else ()
+
+
+def _fine_tuning_class(config: PretrainedConfig) -> str:
+    return (
+        AutoModelForSequenceClassification.__name__
+        if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        else ""
+    )
+
+
+def _is_stock(part: nn.Module) -> bool:
+    return type(part).__module__.startswith("transformers.")
+
+
+def _importable(part: nn.Module) -> str:
+    """Return the class of a sub-model as a card names it: alone if transformers has it, else with its module."""
+    kind = type(part)
+    return kind.__name__ if _is_stock(part) else f"{kind.__module__}.{kind.__name__}"
+
+
+def _base_model(name_or_path: str) -> str | None:
+    """Return the Hub's name of the model that was continued, or the absolute path that tells the card it is a local one."""
+    is_local = bool(name_or_path) and Path(name_or_path).exists()
+    return str(Path(name_or_path).resolve()) if is_local else name_or_path or None
+
+
+def _compute(trainer: Run, *, root_parameters: int) -> Compute:
+    args, log, state = trainer.args, trainer.state.log_history, trainer.state
+    steps = [row for row in log if "num_tokens" in row]
+    tokens = steps[-1]["num_tokens"] if steps else None
+    # The clock of transformers starts anew with each resume; so these two tell what it has seen.
+    resumed_at = getattr(trainer, "_initial_global_step", 0)
+    tokens_before = getattr(trainer, "_initial_num_input_tokens_seen", 0)
+    return Compute(
+        parameters=root_parameters,
+        trained_parameters=trainer.model.num_parameters(only_trainable=True),
+        steps=state.global_step or None,
+        planned_steps=state.max_steps if state.global_step else None,
+        examples_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        tokens=tokens,
+        # The row at the end of this training, not that of one before a resume.
+        seconds=next((row["train_runtime"] for row in reversed(log) if _ends(row, state.global_step)), None),
+        resumed_at_step=resumed_at or None,
+        timed_tokens=tokens - tokens_before if tokens and resumed_at else None,
+        hardware=hardware(device_type=args.device.type, num_devices=args.world_size),
+        processes=args.world_size,
+        precision=_precision(trainer),
+        peak_memory_mib=max((row["peak_memory_mib"] for row in steps), default=None),
+        energy=measured_energy(args.output_dir),
+    )
+
+
+def _precision(trainer: Run) -> str:
+    """Return the format of the computation, and that of the weights where it is not fp32."""
+    weights = {"float32": "fp32", "bfloat16": "bf16"}.get(str(trainer.model.dtype).removeprefix("torch."), "fp32")
+    computed = str(trainer.args.mixed_precision).replace("no", weights)
+    return computed if weights == "fp32" else f"{computed} (weights in {weights})"
+
+
+def _ends(row: Mapping[str, Any], step: int) -> bool:
+    return "train_runtime" in row and row["step"] == step

@@ -1,0 +1,288 @@
+"""What a stock encoder is like: its layers, tables and positions, what it takes, and what it calls its sizes.
+
+The library asks here and nowhere else. Modules and configuration answer where they can, the name of the architecture where they
+cannot. A new architecture is fitted in this file.
+
+The order: architectures that need a word of their own; names in a configuration; layers; the word table; positions; inputs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_pretrain.errors import InputError
+
+# Attention of their own, none of transformers' functions: a mask is boolean and may be square, ``[B, L, L]``.
+DISENTANGLED = frozenset({"deberta", "deberta-v2"})
+
+# Architectures whose segments are compared, not looked up in a table, so that their configuration has no number of them.
+_COMPARED_SEGMENTS = {"xlnet": 2}
+
+# Names for the width of the feed-forward layers.
+_FEED_FORWARD_NAMES = {"distilbert": "hidden_dim", "xlnet": "d_inner"}
+
+FEED_FORWARD_OF_FOUR_WIDTHS = frozenset({"xlm", "flaubert"})
+"""Architectures whose feed-forward layers are always four times as wide as the states."""
+
+WITHOUT_LENGTH = frozenset({"xlnet"})
+"""Architectures whose configuration refuses a longest sequence."""
+
+READ_WITHOUT_DEFAULT = {"deberta-v2": frozenset({"position_buckets", "norm_rel_ebd", "share_att_key"})}
+"""Options that a model reads from its configuration although the class has no such field: published files have them."""
+
+POSITIONS_AFTER_PADDING = frozenset(
+    """roberta xlm-roberta xlm-roberta-xl camembert mpnet data2vec-text longformer roberta-prelayernorm esm ibert luke
+    xmod""".split()
+)
+"""Architectures that number positions from the padding id on: RoBERTa and its kin. A model tells by itself, see
+[`counts_from_padding`]; this is for the sizes of one that is not built yet."""
+
+# Names for the same option, BERT's first.
+_OTHER_NAMES = {
+    "layer_norm_eps": ("norm_eps",),
+    "initializer_range": ("init_std",),
+    "hidden_act": ("hidden_activation", "activation", "ff_activation"),
+    "hidden_dropout_prob": ("dropout", "mlp_dropout"),
+}
+
+# Options that are lists with a value a layer.
+_PER_LAYER = ("layer_types", "attention_window")
+
+_POSITION_TABLES = ("position_embeddings", "embed_positions")
+
+
+def feed_forward_name(model_type: str) -> str:
+    """Return what an architecture calls the width of its feed-forward layers."""
+    return _FEED_FORWARD_NAMES.get(model_type, "intermediate_size")
+
+
+def shared_options(config: PreTrainedConfig, *names: str) -> dict[str, Any]:
+    """Return options that a head takes over from its encoder, under the names that BERT gave them, where it has them."""
+    values = {}
+    for name in names:
+        found = (getattr(config, other, None) for other in (name, *_OTHER_NAMES.get(name, ())))
+        value = next((value for value in found if value is not None), None)
+        if value is not None:
+            values[name] = value
+    return values
+
+
+def num_token_types(config: PreTrainedConfig) -> int:
+    """Return how many segments a model tells apart, 0 where it has no token types."""
+    own = getattr(config, "type_vocab_size", None)
+    return _COMPARED_SEGMENTS.get(config.model_type, 0) if own is None else int(own)
+
+
+def per_layer_values(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """Return the options of a configuration that have a value for each layer."""
+    return {name: value for name in _PER_LAYER if isinstance(value := getattr(config, name, None), list)}
+
+
+def window_of(config: PreTrainedConfig, layer: int | None = None) -> int | None:
+    """Return the largest distance at which tokens see each other in a layer with a window, None where all do.
+
+    Args:
+        config: Configuration of a model on transformers' attention functions.
+        layer: Number of the layer, from 1; None for any that has a window.
+    """
+    kinds = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" not in (kinds if layer is None else kinds[layer - 1 : layer]):
+        return None
+    return int(config.sliding_window)
+
+
+def module_lists(model: PreTrainedModel) -> dict[str, nn.ModuleList]:
+    """Return the lists of modules that are not inside of another list, by name."""
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+
+
+def layers_name(model: PreTrainedModel) -> str | None:
+    """Return the name of the one list whose modules are the layers.
+
+    None where no list is as long as the model is deep (ALBERT runs one module again and again, Funnel nests its lists) or
+    several are (XLM keeps the parts of a layer apart, BART has an encoder and a decoder).
+    """
+    depth = model.config.num_hidden_layers
+    found = [name for name, modules in module_lists(model).items() if len(modules) == depth]
+    nested = [name for name in found if isinstance(model.get_submodule(name)[0], nn.ModuleList)]
+    return found[0] if len(found) == 1 and not nested else None
+
+
+def layer_modules(body: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules whose calls are the layers, in order; one that is called again is another layer.
+
+    Args:
+        body: A stock model without a head.
+
+    Raises:
+        InputError: If the architecture does not show them.
+    """
+    name = layers_name(body)
+    if name is not None:
+        return list(body.get_submodule(name).children())
+    recorded = (getattr(type(body), "_can_record_outputs", None) or {}).get("hidden_states")
+    kind = getattr(recorded, "target_class", recorded)
+    if isinstance(kind, type):
+        layers = [module for module in body.modules() if isinstance(module, kind)]
+    else:
+        # The first part of each layer, or an encoder's before its decoder's.
+        layers = next((_flat(one) for one in module_lists(body).values() if len(_flat(one)) == _depth(body)), [])
+    if not layers:
+        raise InputError(f"{type(body).__name__} does not show its layers: distil from and to another architecture")
+    return layers
+
+
+def _depth(body: PreTrainedModel) -> int:
+    return int(body.config.num_hidden_layers)
+
+
+def _flat(modules: nn.ModuleList) -> list[nn.Module]:
+    return [inner for one in modules for inner in (_flat(one) if isinstance(one, nn.ModuleList) else [one])]
+
+
+def vocabulary_size(embeddings: nn.Module) -> int:
+    """Return how many tokens a stock model's word embeddings hold; not every kind of them is one table."""
+    number = getattr(embeddings, "num_embeddings", None)
+    return len(embeddings.get_parameter("weight")) if number is None else int(number)
+
+
+def name_of(model: nn.Module, part: nn.Module) -> str:
+    """Return the name of a module in a model, "" for the model itself."""
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def word_table_name(model: PreTrainedModel) -> str:
+    """Return the name of the table of words in a model."""
+    return name_of(model, model.get_input_embeddings())
+
+
+def position_tables(model: nn.Module, *, learned: bool = False) -> dict[str, Any]:
+    """Return the tables of absolute positions by name; most models have one, those with relative positions none.
+
+    Args:
+        model: A stock model, with or without a head.
+        learned: Whether to leave out what is no `nn.Embedding` with weights that are trained, such as sinusoids.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith(_POSITION_TABLES)
+        and (isinstance(module, nn.Embedding) or (not learned and getattr(module, "weight", None) is not None))
+        and not (learned and name.endswith("embed_positions"))
+    }
+
+
+def counts_from_padding(model: nn.Module) -> bool:
+    """Return whether a model gives the first token the position after the padding id's, as RoBERTa and its kin do."""
+    table = next(iter(position_tables(model).values()), None)
+    return getattr(table, "padding_idx", None) is not None
+
+
+def first_position(model: nn.Module) -> int:
+    """Return the row of the first position in a model's table: 0, the one after the padding id's, or a fixed one.
+
+    Nystromformer and its kin begin with row 2; their configuration tells how many rows are positions.
+    """
+    table = next(iter(position_tables(model).values()), None)
+    padding = getattr(table, "padding_idx", None)
+    if padding is not None:
+        return int(padding) + 1
+    own = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return max(0, _rows(table) - own) if table is not None and isinstance(own, int) and own > 0 else 0
+
+
+def longest_sequence(model: PreTrainedModel) -> int | None:
+    """Return how many tokens the position table of a stock model holds, or None where positions are not a table."""
+    table = next(iter(position_tables(model).values()), None)
+    return None if table is None else _rows(table) - first_position(model)
+
+
+def _rows(table: Any) -> int:
+    number = getattr(table, "num_embeddings", None)
+    return int(table.weight.shape[0] if number is None else number)
+
+
+def row_position_inputs(
+    model: PreTrainedModel, attention_mask: torch.Tensor, *, whatever_the_ids: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return the positions of rows that may begin with padding, for a model that would count it.
+
+    A stock model with a table of positions numbers the columns, so that the same text has other positions in a longer batch with
+    padding on the left. RoBERTa and its kin leave padding out by themselves, and distances are the same on either side.
+
+    Args:
+        model: A stock model, with or without a head.
+        attention_mask: ``[B, L]``, 0 at padding.
+        whatever_the_ids: Whether RoBERTa and its kin are to be given positions too: by themselves they count the ids that are
+            not the padding's, so that a token could move all that follow.
+
+    Returns:
+        `position_ids` ``[B, L]`` where the model has to be given them; else nothing. Rows that begin with a token have the
+        positions that the model gives them by itself.
+    """
+    known: tuple[bool, int] | None = getattr(model, "_counted_columns", None)
+    counts_columns, first = note_what_is_counted(model) if known is None else known
+    if counts_columns:
+        columns_L = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        first_B1 = (attention_mask != 0).to(torch.int8).argmax(dim=1, keepdim=True)
+        return {"position_ids": (columns_L - first_B1).clamp(min=0) + first}
+    if whatever_the_ids and counts_from_padding(model):
+        return {"position_ids": attention_mask.cumsum(dim=1) * attention_mask + first_position(model) - 1}
+    return {}
+
+
+@torch.compiler.disable
+def note_what_is_counted(model: PreTrainedModel) -> tuple[bool, int]:
+    """Return, and remember, whether a model numbers the columns of its input but can be given numbers, and the first of them.
+
+    A graph that is compiled would break at the look into the model.
+    """
+    # DeBERTa's mask decoder has a table that is not part of the model.
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    has_table = bool(position_tables(model)) or model_type in DISENTANGLED
+    counts = has_table and not counts_from_padding(model) and takes_input(model, "position_ids")
+    setattr(model, "_counted_columns", (counts, first_position(model)))  # noqa: B010 (no attribute that the type knows)
+    return counts, first_position(model)
+
+
+def takes_input(model: PreTrainedModel, name: str) -> bool:
+    """Return whether a stock model's forward has an input of that name, with its head and without."""
+    return all(name in _parameters(type(part)) for part in (model, model.base_model))
+
+
+def input_names(model: PreTrainedModel) -> set[str]:
+    """Return the inputs that a stock model takes, with its head and without; types of segments only where it has two."""
+    names = _parameters(type(model)) & _parameters(type(model.base_model))
+    # A table of one type has no row for a second segment, and one of none is never read.
+    return set(names - ({"token_type_ids"} if num_token_types(model.config) < 2 else set()))
+
+
+@cache
+def _parameters(model_class: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Run models without dropout and without gradients, and leave each module in the mode that it was in.
+
+    No inference mode: a model may keep what it makes here, such as a table of rotations, and needs it in training.
+    """
+    training = [module for model in models for module in model.modules() if module.training]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
