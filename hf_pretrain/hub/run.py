@@ -165,7 +165,7 @@ def describe_run(trainer: Run, **changes: Any) -> PretrainingCard:
         "datasets": _datasets(trainer.recipe),
         "data": trainer.data_description,
         "recipe": trainer.recipe_for_card(),
-        "log_history": log,
+        "log_history": tuple(log),
         "metrics_before": evaluation_at(log, 0),
         "metrics_after": trainer.held_out.after(),
         "weights_step": weights_step if is_earlier else None,

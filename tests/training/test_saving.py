@@ -220,7 +220,7 @@ class TestCard:
         monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
         trainer.create_model_card(model_name="Great", language="de", license="mit", finetuned_from="x", tasks=None)
         card = ModelCard.load(tmp_path / "README.md")
-        assert card.text.lstrip().startswith("# Great\n")
+        assert card.text.count("\n# Great\n") == 1 and "my-electra" not in card.text
         assert (card.data.license, card.data.language) == ("mit", ["de"])
 
     @pytest.mark.parametrize("told", ["my-electra", None])
