@@ -44,7 +44,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Schedule):
         return value.text
     if value is None or isinstance(value, (bool, int, float, str)):
-        return value.tolist() if hasattr(value, "tolist") else value  # float64 of NumPy is a float
+        return getattr(value, "tolist", lambda: value)()  # float64 of NumPy is a float
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -68,8 +68,9 @@ def from_plain(kind: Any, value: Any) -> Any:
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind):
+        make: Any = kind
         hints = get_type_hints(kind)
-        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
+        return make(**{name: from_plain(hints[name], item) for name, item in value.items()})
     if origin in (Union, types.UnionType):
         fitting = [member for member in arguments if (get_origin(member) is Sequence) == isinstance(value, list)]
         return value if value is None or isinstance(value, str) or not fitting else from_plain(fitting[0], value)

@@ -41,7 +41,9 @@ class DeduplicateArguments:
     """What to read, what counts as a repetition and where to write."""
 
     train_file: list[str] = text_files()
-    output_dir: str = field(metadata={"help": "Folder to write to: documents/*.jsonl and deduplication.json."})
+    output_dir: str = field(  # type: ignore[misc]
+        metadata={"help": "Folder to write to: documents/*.jsonl and deduplication.json."}
+    )
     against: list[str] | None = field(
         default=None,
         metadata={

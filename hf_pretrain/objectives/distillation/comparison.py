@@ -107,7 +107,7 @@ def compare(
         `agreement`, and of each side with "student_" or "teacher_" in front.
     """
     data = EpochDataset.wrap(dataset)
-    options = {"collator": collator, "timed_batch_sizes": timed_batch_sizes, "repeats": repeats}
+    options: dict[str, Any] = {"collator": collator, "timed_batch_sizes": timed_batch_sizes, "repeats": repeats}
     found = measure_costs(student, teacher, data, **options)
     totals: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     with _ready(student, teacher) as sides:

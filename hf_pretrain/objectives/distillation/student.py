@@ -33,18 +33,18 @@ class StudentArguments(ModelArguments):
     model_name_or_path: str | None = option(
         None, "Checkpoint of a student to go on with, such as one of general distillation."
     )
-    model_type: str | None = option(None, "Architecture of a new student; by default the teacher's.")
-    hidden_size: int | None = option(None, "Width of a new student; by default the teacher's.")
-    num_hidden_layers: int | None = option(
+    model_type: str | None = option(None, "Architecture of a new student; by default the teacher's.")  # type: ignore[assignment]
+    hidden_size: int | None = option(None, "Width of a new student; by default the teacher's.")  # type: ignore[assignment]
+    num_hidden_layers: int | None = option(  # type: ignore[assignment]
         None, "Layers of the student; by default as many as the teacher's, or half of them if it is cut."
     )
-    num_attention_heads: int | None = option(
+    num_attention_heads: int | None = option(  # type: ignore[assignment]
         None, "Attention heads a layer of a new student; by default the teacher's."
     )
-    intermediate_size: int | None = option(
+    intermediate_size: int | None = option(  # type: ignore[assignment]
         None, "Width of a new student's feed-forward layers; by default the teacher's."
     )
-    max_position_embeddings: int | None = option(
+    max_position_embeddings: int | None = option(  # type: ignore[assignment]
         None, "Longest sequence of a new student, in tokens; by default the teacher's."
     )
     teacher_name_or_path: str | None = option(None, "Checkpoint of the teacher.")

@@ -236,7 +236,8 @@ def report_label_agreement(model: DistillationModel, data: PreparedData, args: P
     for begin in range(0, len(variants), size):
         examples = [rows[int(row)] for row in variants[begin : begin + size]]
         logits, labels = _logits_of(teacher, collate, examples, args.device)
-        hits += int((logits.argmax(-1) == labels).sum())
+        assert labels is not None, "augmented rows have the labels of their sources"
+        hits += int(torch.eq(logits.argmax(-1), labels).sum())
     share = hits / len(variants)
     print(f"\nOf {len(variants):,} augmented rows the teacher gives {share:.1%} the label of their source.")
     data.description["teacher_label_agreement"] = share

@@ -239,7 +239,7 @@ class DistillationTrainer(PretrainingTrainer):
         if not OF_PREDICTIONS & set(self.model.config.losses or ()):
             models = tuple(model.base_model for model in models)
         with self.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
-            return measure_costs(*models, held_out, collator=self.data_collator)
+            return measure_costs(models[0], models[1], held_out, collator=self.data_collator)
 
     def card_facts(self) -> dict[str, Any]:
         """Return the run's losses, how the student began, and the student beside its teacher."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import (
@@ -110,7 +110,7 @@ def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
     name = args.model_name_or_path
     if name is None:
         return None
-    where = {"subfolder": GENERATOR_FOLDER}
+    where: dict[str, Any] = {"subfolder": GENERATOR_FOLDER}
     if find_file(name, "config.json", **where) and isinstance(
         from_pretrained(AutoConfig, name, **where), TwoTowerClozeConfig
     ):
