@@ -76,7 +76,8 @@ def test_held_out_text_is_better_predicted_than_by_the_baseline(method, text, tm
 @pytest.mark.slow
 def test_missing_tokens_are_found_better_than_by_their_share(tmp_path):
     """The method of the example package, with its recipe, on docstrings."""
-    recipe = EXAMPLE_RECIPE, "--max_corpus_bytes", "400000", "--output_dir", str(tmp_path), "--use_cpu", "true"
+    recipe = [EXAMPLE_RECIPE, "--max_corpus_bytes", "400000", "--max_steps", "1000", "--disable_tqdm", "true"]
+    recipe += ["--output_dir", str(tmp_path), "--use_cpu", "true"]
     options = parse_arguments(EXAMPLE.arguments, ["--config", *recipe], prog="token-deletion", description="")
     data = prepare_data(options[0], seed=0, output_dir=tmp_path)
     set_seed(0)
@@ -86,7 +87,8 @@ def test_missing_tokens_are_found_better_than_by_their_share(tmp_path):
     after = trainer.evaluate()
     assert before["eval_deletion_auc"] == pytest.approx(0.5, abs=0.05)
     assert after["eval_deletion_auc"] > 0.6
-    share = np.mean(
-        [label == 1 for row in trainer.data_collator(list(data.eval_dataset))["labels"] for label in row if label >= 0]
-    )
-    assert after["eval_deletion_loss"] < -share * math.log(share) - (1 - share) * math.log(1 - share) - 0.01
+    examples = [trainer.eval_dataset[i] for i in range(len(trainer.eval_dataset))]
+    labels = trainer.data_collator(examples)["labels"]
+    share = float((labels == 1).sum() / (labels >= 0).sum())
+    guess = -share * math.log(share) - (1 - share) * math.log(1 - share)
+    assert after["eval_deletion_loss"] < guess - 0.03
