@@ -126,7 +126,7 @@ ORDERS = {
         "from transformers import AutoConfig, AutoModel"
     ),
     "by_its_layers": (
-        "import hf_pretrain.models.transformer_xl.relative_attention; from transformers import AutoConfig, AutoModel"
+        "import hf_pretrain.models.transformer_xl.layers_transformer_xl; from transformers import AutoConfig, AutoModel"
     ),
 }
 OPEN = """

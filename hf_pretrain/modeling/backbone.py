@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -209,6 +209,11 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
 def _rows(table: Any) -> int:
     number = getattr(table, "num_embeddings", None)
     return int(table.weight.shape[0] if number is None else number)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context without autocast; the meta device, where only shapes are computed, knows none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def row_position_inputs(

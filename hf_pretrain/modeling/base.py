@@ -278,6 +278,21 @@ class PretrainingModel(PreTrainedModel):
         """Return the number of targets of each loss in a collated batch, as scalar tensors; no forward is run."""
         raise AssertionError("a subclass of PretrainingModel counts its targets")
 
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return what `forward` takes beside a collated batch and reads from the batch's values: say, whether it is padded.
+
+        The Trainer calls this in the loader, while the batch is on the host: on the device, the step would wait for the answer.
+
+        Args:
+            batch: What the collator made.
+            config: The configuration of the model, which itself need not be at hand.
+
+        Returns:
+            Further arguments of `forward`. Each may be left out of a call, at the price of a wait.
+        """
+        return {}
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Refuse: transformers would resize one table in place, and leave other models, biases and buffers as they are.
 

@@ -389,7 +389,8 @@ def begin_in_column_0(
     length, first_B1 = mask_BL.shape[1], mask_BL.argmax(dim=1, keepdim=True)
     columns_BL = (torch.arange(length, device=mask_BL.device) + first_B1) % length
     moved = {
-        name: value.gather(1, columns_BL) if value.shape == mask_BL.shape else value for name, value in inputs.items()
+        name: value.gather(1, columns_BL) if getattr(value, "shape", None) == mask_BL.shape else value
+        for name, value in inputs.items()
     }
     rows = [torch.div(positions, length, rounding_mode="floor") for positions in places]
     return moved, [

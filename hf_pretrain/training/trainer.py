@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -56,6 +56,26 @@ _MADE_BEFORE = (
     "the data, the collator or the model was made with it; train with each value in turn, or search over options of the "
     "optimizer, the schedule or the losses' weights"
 )
+
+
+class CollatorWithHostInputs:
+    """A collator that adds what a model's `host_inputs` finds in the batch; it runs where the collator does, in the workers.
+
+    Args:
+        collate: The collator.
+        model_class: Class of the composite.
+        config: Its configuration.
+    """
+
+    def __init__(self, collate: Any, model_class: type[PretrainingModel], config: Any) -> None:
+        self.collate = collate
+        self.model_class = model_class
+        self.config = config
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the batch."""
+        batch = self.collate(examples)
+        return {**batch, **self.model_class.host_inputs(batch, self.config)}
 
 
 class PretrainingTrainer(Trainer):
@@ -302,7 +322,7 @@ class PretrainingTrainer(Trainer):
         if not any(isinstance(callback, ShareOfSteps) for callback in self.callback_handler.callbacks):
             self.add_callback(ShareOfSteps)
         self.stream = StreamReader(self.train_dataset, self.args)
-        return self.stream.loader(self.data_collator, batch_size=self._train_batch_size)
+        return self.stream.loader(self._host_collator(), batch_size=self._train_batch_size)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Order by the seed and the epoch alone, or as the dataset says, and send the epoch along with each index."""
@@ -311,8 +331,23 @@ class PretrainingTrainer(Trainer):
         return EpochSampler(len(dataset), seed=seed, shuffle=not dataset.in_order)
 
     def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
-        """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
-        load = partial(super()._get_dataloader, is_training=is_training)
+        """Return a loader of examples, with what the model has to know of a batch before it is transferred."""
+        collate, self.data_collator = self.data_collator, self._host_collator()
+        try:
+            return self._loader(
+                dataset, partial(super()._get_dataloader, is_training=is_training), is_training, options
+            )
+        finally:
+            self.data_collator = collate
+
+    def _host_collator(self) -> Any:
+        """Return the collator, followed by the model's `host_inputs`."""
+        return CollatorWithHostInputs(self.data_collator, type(self.model), self.model.config)
+
+    def _loader(
+        self, dataset: Dataset, load: Callable[..., DataLoader], is_training: bool, options: dict[str, Any]
+    ) -> DataLoader:
+        """Load examples; those that fill the last turn of several processes in training are marked as such."""
         if not is_training or self.args.world_size == 1 or isinstance(dataset, IterableDataset):
             return load(dataset, **options)
         sampler = options["sampler_fn"](dataset)

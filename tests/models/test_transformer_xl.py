@@ -8,12 +8,12 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, StaticCache
 
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
+from hf_pretrain.models.transformer_xl.layers_transformer_xl import distance_table
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import (
     TransformerXLForCausalLM,
     TransformerXLForSequenceClassification,
     TransformerXLModel,
 )
-from hf_pretrain.models.transformer_xl.relative_attention import distance_table
 
 VARIANTS = {
     "paper": {},

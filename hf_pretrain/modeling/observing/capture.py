@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import evaluating, layer_modules, longest_sequence, window_of
+from hf_pretrain.modeling.backbone import evaluating, layer_modules, longest_sequence, window_of, without_autocast
 
 
 def _watch(module: Any, on_attention: Callable[..., None], stack: ExitStack) -> None:
@@ -185,7 +185,7 @@ class AttentionRecord(NamedTuple):
 
     def scores(self) -> torch.Tensor:
         """Return the scores of all pairs, ``[B, h, L, L]`` in fp32."""
-        with torch.autocast(self.query.device.type, enabled=False):
+        with without_autocast(self.query.device):
             scores = self.scaling * (self.query.float() @ self.key.float().mT)
         return scores if self.bias is None else scores + self.bias
 

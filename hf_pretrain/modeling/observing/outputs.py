@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from hf_pretrain.modeling.backbone import num_token_types
+from hf_pretrain.modeling.backbone import num_token_types, without_autocast
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.observing.capture import (
     AttentionRecord,
@@ -192,5 +192,5 @@ class _LinearInFp32:
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         layer: Any = self.layer
         bias = None if layer.bias is None else layer.bias.float()
-        with torch.autocast(states.device.type, enabled=False):
+        with without_autocast(states.device):
             return F.linear(states.float(), layer.weight.float(), bias)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import row_position_inputs
 from hf_pretrain.modeling.visibility import rules
+from hf_pretrain.modeling.visibility.padding import padding_inputs
 from hf_pretrain.modeling.visibility.rules import AttentionPlan, Edit, find_leak, is_alike, known_plan
 
 _RULE = "isolation"
@@ -28,6 +29,7 @@ def isolated_inputs(
     attention_mask: torch.Tensor,
     document_ids: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
+    is_padded: bool | None = None,
     **inputs: Any,
 ) -> dict[str, Any]:
     """Turn a batch into what a stock model takes, so that the documents of a row do not see each other.
@@ -41,6 +43,8 @@ def isolated_inputs(
         document_ids: ``[B, L]`` number of the document in its row that a token belongs to, -1 at padding; documents are
             contiguous. None if each row is one document.
         position_ids: ``[B, L]`` position of a token in its document, from 0; needed with `document_ids`.
+        is_padded: Whether any row has padding; None if it is not known, so that a stock model may look at the mask and wait for
+            the device.
         **inputs: Further inputs, handed through.
 
     Returns:
@@ -56,7 +60,7 @@ def isolated_inputs(
             positions = {"position_ids": position_ids}
         else:
             positions = row_position_inputs(backbone, attention_mask)
-        return batch | {"attention_mask": attention_mask} | positions
+        return batch | {"attention_mask": padding_inputs(backbone, attention_mask, is_padded)} | positions
     assert position_ids is not None, "the collator gives position_ids along with document_ids"
     plan = known_plan(backbone, _RULE)
     if plan is None:

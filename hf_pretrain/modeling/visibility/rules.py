@@ -37,11 +37,13 @@ class AttentionPlan(NamedTuple):
         backend: Name of the attention backend.
         takes_positions: Whether the backbone can be given the position of a token; one that cannot has relative positions.
         first_position: Number of the first position in its table: RoBERTa and its kin count from `padding_idx + 1`.
+        takes_masks: Whether a mask made here has been found to serve.
     """
 
     backend: str
     takes_positions: bool
     first_position: int
+    takes_masks: bool = True
 
     @property
     def is_flash(self) -> bool:
@@ -56,7 +58,7 @@ def known_plan(backbone: PreTrainedModel, rule: str) -> AttentionPlan | None:
 
 
 @torch.compiler.disable
-def make_plan(backbone: PreTrainedModel, rule: str) -> AttentionPlan:
+def make_plan(backbone: PreTrainedModel, rule: str, *, takes_masks: bool = True) -> AttentionPlan:
     """Read what a backbone takes, and remember it for a rule. DeBERTa's embeddings are made to take square masks."""
     body = backbone.base_model
     if body.config.model_type in DISENTANGLED and not hasattr(body, "_takes_square_masks"):
@@ -66,6 +68,7 @@ def make_plan(backbone: PreTrainedModel, rule: str) -> AttentionPlan:
         backend=body.config._attn_implementation,
         takes_positions=takes_input(body, "position_ids"),
         first_position=first_position(body),
+        takes_masks=takes_masks,
     )
     setattr(backbone, f"_plan_for_{rule}", plan)
     return plan

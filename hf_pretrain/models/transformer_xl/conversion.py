@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.models.transformer_xl.adaptive_softmax import tied_weights
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
+from hf_pretrain.models.transformer_xl.layers_transformer_xl import tied_weights
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
 
 # Our option -> the old one, where only the name is another.

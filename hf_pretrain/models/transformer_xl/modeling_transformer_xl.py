@@ -7,26 +7,205 @@ Two ways lead from one segment of a text to the next:
   many positions are. What is not filled is not attended, so the first segment of a text sees the text alone.
 - The `cache`, for `generate`: the keys and values that the segment itself would hold, so that reading a text
   piece by piece is reading it whole. It grows with the text unless `same_length` bounds what a position sees.
+
+In the shapes of the memory: B examples, M positions of the memory, S of the segment, K keys.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .adaptive_softmax import AdaptiveEmbedding, AdaptiveLogSoftmax, tied_weights
 from .configuration_transformer_xl import TransformerXLConfig
-from .pretrained_transformer_xl import (
-    TransformerXLCausalLMOutput,
-    TransformerXLModelOutput,
-    TransformerXLPreTrainedModel,
+from .layers_transformer_xl import (
+    IGNORED,
+    AdaptiveEmbedding,
+    AdaptiveLogSoftmax,
+    TransformerXLLayer,
+    distance_table,
+    find_target_rows,
+    tied_weights,
+    visible_keys,
 )
-from .relative_attention import TransformerXLLayer, distance_table, visible_keys
-from .segment_memory import append_segment, check_past, filled_lengths, key_mask
+
+
+@dataclass
+class TransformerXLModelOutput(ModelOutput):
+    """Output of [`TransformerXLModel`].
+
+    Attributes:
+        last_hidden_state: ``[B, S, hidden]``.
+        cache: The cache, if one was used.
+        hidden_states: ``[B, S, hidden]`` of the embeddings and of each layer, if asked for.
+        mems: ``[layers, B, M, hidden]``, the new memory, if one was given.
+        mem_lengths: ``[B]``, how many of its last positions are filled.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    mems: torch.Tensor | None = None
+    mem_lengths: torch.Tensor | None = None
+
+
+@dataclass
+class TransformerXLCausalLMOutput(ModelOutput):
+    """Output of [`TransformerXLForCausalLM`]: loss and scores ``[B, S, vocabulary]``, the rest as the model's."""
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    cache: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    mems: torch.Tensor | None = None
+    mem_lengths: torch.Tensor | None = None
+
+
+class TransformerXLPreTrainedModel(PreTrainedModel):
+    """What the Transformer-XL models share: initialization, and a vocabulary that can be resized."""
+
+    config_class = TransformerXLConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TransformerXLLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache"]  # noqa: RUF012
+    # The scores by distance are a bias of the attention, which the flash kernels do not take.
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.LayerNorm):
+            init.normal_(module.weight, mean=1.0, std=std)
+            init.zeros_(module.bias)
+        elif hasattr(module, "content_bias"):
+            init.normal_(module.content_bias, std=std)
+            init.normal_(module.position_bias, std=std)
+        elif isinstance(module, nn.ParameterList):
+            for projection in module:
+                init.normal_(projection, std=self.config.projection_initializer_range)
+        elif hasattr(module, "cluster_weight"):
+            init.normal_(module.cluster_weight, std=std)
+            init.zeros_(module.cluster_bias)
+        else:
+            super()._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the table of embeddings, or the module that maps ids to embeddings where they come from several tables."""
+        embeddings = self.base_model.embeddings
+        is_one_table = len(embeddings.tables) == 1 and not len(embeddings.projections)
+        return embeddings.tables[0] if is_one_table else embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace what `get_input_embeddings` returns."""
+        if self.get_input_embeddings() is self.base_model.embeddings:
+            self.base_model.embeddings = value
+        else:
+            self.base_model.embeddings.tables[0] = value
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """Add tokens to the last cluster, or remove its last ones.
+
+        Args:
+            new_num_tokens: Tokens of the new vocabulary; as many as now when not given.
+            pad_to_multiple_of: Round up to a multiple of this.
+            mean_resizing: Whether new vectors are drawn around the mean of the old ones.
+
+        Returns:
+            What `get_input_embeddings` returns.
+
+        Raises:
+            ValueError: If nothing would be left of the last cluster.
+        """
+        old_size, bounds = self.config.vocab_size, self.config.cluster_bounds
+        new_size = old_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            new_size = math.ceil(new_size / pad_to_multiple_of) * pad_to_multiple_of
+        if new_size <= bounds[-1][0]:
+            raise ValueError(
+                f"new_num_tokens={new_size} leaves no token to the last cluster: keep more than {bounds[-1][0]}"
+            )
+        if new_size != old_size:
+            tables = self.base_model.embeddings.tables
+            rows = tables[-1].num_embeddings + new_size - old_size
+            tables[-1] = self._get_resized_embeddings(tables[-1], rows, mean_resizing=mean_resizing)
+            if hasattr(self, "lm_head"):
+                tables = self.lm_head.tables
+                tables[-1] = self._get_resized_lm_head(tables[-1], rows, mean_resizing=mean_resizing)
+            self.config.vocab_size = new_size
+            self.tie_weights()
+        return self.get_input_embeddings()
+
+
+def check_past(cache: Cache | None, mems: torch.Tensor | None, *, num_layers: int) -> None:
+    """Raise ValueError where the past is given twice, or in a form that does not fit."""
+    if cache is not None and mems is not None:
+        raise ValueError("cache, mems: give one of the two, the cache in generation and mems in a stream")
+    if cache is not None and cache.is_compileable:
+        raise ValueError("cache: a static cache does not fit; use the default cache_implementation")
+    if mems is not None and (mems.dim() != 4 or len(mems) != num_layers):
+        raise ValueError(f"mems has shape {tuple(mems.shape)}: give [{num_layers}, batch, length, hidden]")
+
+
+def filled_lengths(mems: torch.Tensor, mem_lengths: torch.Tensor | None) -> torch.Tensor:
+    """Return how many positions of each example's memory are filled, ``[B]``."""
+    return torch.full((mems.shape[1],), mems.shape[2], device=mems.device) if mem_lengths is None else mem_lengths
+
+
+def key_mask(
+    hidden: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    mems: torch.Tensor | None,
+    mem_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, int]:
+    """Return which keys there are to see, ``bool [B, K]`` or None for all, and K."""
+    batch, num_queries, _ = hidden.shape
+    if mems is not None:
+        # Padding of the segment has been moved to its end, where no token sees it.
+        length = mems.shape[2]
+        slots = torch.arange(length, device=hidden.device)
+        filled = slots >= length - filled_lengths(mems, mem_lengths)[:, None]
+        return torch.cat([filled, filled.new_ones(batch, num_queries)], dim=1), length + num_queries
+    seen, num_keys = 0, num_queries
+    if cache is not None:
+        seen, num_keys = cache.get_seq_length(), cache.get_mask_sizes(num_queries, 0)[0]
+    if attention_mask is None:
+        return None, num_keys
+    if attention_mask.shape != (batch, seen + num_queries):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: give {(batch, seen + num_queries)}, all that was "
+            "read before included"
+        )
+    return attention_mask[:, -num_keys:].bool(), num_keys
+
+
+def append_segment(
+    mems: torch.Tensor, lengths: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the memory after a segment, ``[layers, B, M, hidden]``, and how much of it is filled, ``[B]``.
+
+    Args:
+        mems: The memory before it.
+        lengths: How much of that is filled.
+        states: ``[layers, B, S, hidden]``, padding last.
+        attention_mask: ``[B, S]``, or None where nothing is padding.
+    """
+    length, segment = mems.shape[2], states.shape[2]
+    joined = torch.cat([mems, states.to(mems.dtype)], dim=2).detach()
+    if attention_mask is None:
+        return joined[:, :, segment:], (lengths + segment).clamp(max=length)
+    read = (attention_mask != 0).sum(1)
+    kept = read[:, None] + torch.arange(length, device=mems.device)
+    return joined.take_along_dim(kept[None, :, :, None], dim=2), (lengths + read).clamp(max=length)
 
 
 class TransformerXLModel(TransformerXLPreTrainedModel):
@@ -185,18 +364,22 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         assert self.get_output_embeddings() is not None
         self.lm_head.tables[0] = value
 
-    def token_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def token_losses(
+        self, hidden: torch.Tensor, targets: torch.Tensor, target_rows: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Return minus the log-probability of each target.
 
         Args:
             hidden: ``[B, S, hidden]``, the model's last states.
             targets: ``[B, S]``, the token that follows each position; -100 for none.
+            target_rows: What `find_target_rows` returns; called here, which waits for the device, if not given.
 
         Returns:
             ``float32 [B, S]`` in nats; 0 where there is no target.
         """
-        rows = (targets.flatten() != -100).nonzero().squeeze(1)
-        losses = self.lm_head.nll(hidden.flatten(0, 1).index_select(0, rows), targets.flatten().index_select(0, rows))
+        rows, *tails = find_target_rows(targets, self.config) if target_rows is None else target_rows
+        targets_T = targets.flatten().index_select(0, rows)
+        losses = self.lm_head.nll(hidden.flatten(0, 1).index_select(0, rows), targets_T, tails)
         return losses.new_zeros(targets.numel()).index_copy(0, rows, losses).view(targets.shape)
 
     def token_nll(
@@ -207,6 +390,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         mems: torch.Tensor | None = None,
         mem_lengths: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        target_rows: list[torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Read a segment of a stream and score the tokens that follow.
 
@@ -216,6 +400,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             mems: ``[layers, B, M, hidden]``; empty when not given.
             mem_lengths: ``[B]``, how many of the last positions of `mems` are filled; all when not given.
             attention_mask: ``[B, S]``, 0 at padding.
+            target_rows: See `token_losses`.
 
         Returns:
             Minus the log-probability of each target, ``float32 [B, S]`` in nats, 0 where there is none; the new `mems` and
@@ -224,7 +409,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         if mems is None:
             mems, mem_lengths = self.model.empty_mems(len(input_ids))
         outputs = self.model(input_ids, attention_mask, mems=mems, mem_lengths=mem_lengths, return_dict=True)
-        return self.token_losses(outputs.last_hidden_state, targets), outputs.mems, outputs.mem_lengths
+        losses = self.token_losses(outputs.last_hidden_state, targets, target_rows)
+        return losses, outputs.mems, outputs.mem_lengths
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -272,7 +458,7 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
             losses = self.token_losses(hidden[:, :-1], labels[:, 1:])
-            count = (labels[:, 1:] != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            count = (labels[:, 1:] != IGNORED).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             loss = losses.sum() / count
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import without_autocast
 from hf_pretrain.modeling.losses import ExampleSum
 from hf_pretrain.modeling.observing.capture import AttentionRecord
 
@@ -54,7 +55,7 @@ def attention_loss(
     if not is_product or document_ids is not None:
         visible = pairs_in_both(student, teacher, attention_mask, document_ids=document_ids)
         return _sum_over_pairs(_squared_score_differences, student, teacher, visible)
-    with torch.autocast(attention_mask.device.type, enabled=False):
+    with without_autocast(attention_mask.device):
         sums_B = squared_score_differences(
             student.query,
             student.key,

@@ -8,7 +8,7 @@ metrics of the predictions.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import layer_modules
+from hf_pretrain.modeling.backbone import layer_modules, without_autocast
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest, TopKTargets
+from hf_pretrain.modeling.visibility.padding import has_padding
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, RELATIONS, DistillationConfig
 from hf_pretrain.objectives.distillation.losses import (
     attention_distribution_loss,
@@ -89,11 +90,12 @@ class Teacher:
         device = home if self.device is None else self.device
         if self.model.device != device:
             self.model.to(device)
-        inputs = {name: values.to(device) for name, values in inputs.items()}
+        inputs = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
         positions = None if positions is None else positions.to(device)
         # The teacher has a type of its own, and the student's autocast does not apply.
-        autocast = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-        with torch.no_grad(), autocast, self._running_compiled():
+        with torch.no_grad(), without_autocast(device), self._running_compiled():
             return self.runner(self.model, inputs, positions).to(home)
 
     @contextmanager
@@ -245,6 +247,17 @@ class DistillationModel(PretrainingModel):
         }
         return {name: counts[name] for name in self.config.losses or ()}
 
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return whether the batch is padded and, for predictions at all tokens, where these are.
+
+        See [`PretrainingModel.host_inputs`].
+        """
+        found: dict[str, Any] = has_padding(batch)
+        if config.head == "masked_lm" and config.prediction_positions == "all":
+            found["token_positions"] = batch["attention_mask"].flatten().nonzero().squeeze(1)
+        return found
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -256,7 +269,8 @@ class DistillationModel(PretrainingModel):
         teacher_log_probs: torch.Tensor | None = None,
         *,
         temperature: torch.Tensor | None = None,
-        **inputs: torch.Tensor,
+        token_positions: torch.Tensor | None = None,
+        **inputs: Any,
     ) -> PretrainingOutput:
         """Run both models on a batch and compare their outputs.
 
@@ -272,6 +286,8 @@ class DistillationModel(PretrainingModel):
             teacher_ids: ``[T, k]`` the teacher's likeliest tokens at these positions from a cache; it does not run.
             teacher_log_probs: ``[T, k + 1]`` log-probabilities of these, and of all others together.
             temperature: ``[]``, in place of the configuration's.
+            token_positions: ``[N]`` flat positions that are not padding; read from `attention_mask`, which waits for the device,
+                where they are needed and not given.
             **inputs: Further inputs of both models, such as `token_type_ids`, or `document_ids` and `position_ids` for
                 documents that do not see each other.
 
@@ -287,7 +303,9 @@ class DistillationModel(PretrainingModel):
         is_everywhere = self.config.prediction_positions == "all"
         positions = target_positions if head in _AT_POSITIONS else None
         if head == "masked_lm" and is_everywhere:
-            positions = attention_mask.flatten().nonzero().squeeze(1)
+            positions = token_positions
+            if positions is None:
+                positions = attention_mask.flatten().nonzero().squeeze(1)
         teacher = ModelOutputs(logits=teacher_logits)
         if teacher_ids is not None and teacher_log_probs is not None:
             teacher.top_k = TopKTargets(teacher_ids, teacher_log_probs[:, :-1], teacher_log_probs[:, -1])

@@ -23,6 +23,7 @@ from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, sum_by_example
 from hf_pretrain.modeling.visibility.isolation import isolated_inputs
+from hf_pretrain.modeling.visibility.padding import has_padding
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
 from hf_pretrain.objectives.generators import build_discriminator
 
@@ -151,6 +152,11 @@ class ElectricForPreTraining(PretrainingModel):
         count = torch.tensor(len(batch["candidate_positions"]))
         return {"cloze": count, "nce": count}
 
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return whether the batch is padded; see [`PretrainingModel.host_inputs`]."""
+        return has_padding(batch)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -161,6 +167,7 @@ class ElectricForPreTraining(PretrainingModel):
         sample_uniforms: torch.Tensor,
         document_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        is_padded: bool | None = None,
         **inputs: Any,
     ) -> PretrainingOutput:
         """Run one joint step.
@@ -175,6 +182,7 @@ class ElectricForPreTraining(PretrainingModel):
             sample_uniforms: ``[T]`` keyed uniforms that decide what the generator puts there.
             document_ids: ``[B, L]`` documents that do not see each other, see [`TwoTowerClozeModel.context_states`].
             position_ids: ``[B, L]`` place of a token in its document, needed with `document_ids`.
+            is_padded: Whether any row has padding.
             **inputs: Further inputs of both models, such as `token_type_ids`.
 
         Returns:
@@ -196,7 +204,7 @@ class ElectricForPreTraining(PretrainingModel):
         given = put(samples_T, into=text)
         given_log_q = torch.zeros_like(text, dtype=torch.float32).index_copy(0, places, log_q_C.detach())
         given_log_q = put(samples_log_q_T, into=given_log_q)
-        energies_C = self._energies(given.view(shape), **inputs).index_select(0, places)
+        energies_C = self._energies(given.view(shape), is_padded=is_padded, **inputs).index_select(0, places)
 
         total = partial(_sum_where, positions=places, shape=shape)
         num_noise, num_candidates = total(is_noise_C, is_candidate_C)

@@ -47,6 +47,7 @@ from hf_pretrain.modeling.losses import (
 )
 from hf_pretrain.modeling.visibility.isolation import isolated_inputs
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
+from hf_pretrain.modeling.visibility.padding import has_padding
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
 
@@ -208,6 +209,11 @@ class EncoderForPreTraining(PretrainingModel):
                 counts[head] = (batch[entry] != IGNORED).sum() if entry in batch else none
         return counts
 
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return whether the batch is padded; see [`PretrainingModel.host_inputs`]."""
+        return has_padding(batch)
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -275,6 +281,7 @@ class EncoderForPreTraining(PretrainingModel):
         if "langs" in inputs:
             inputs = language_inputs(self.model.config, **inputs)
         if lm_modes is not None:
+            inputs.pop("is_padded", None)
             return lm_mode_inputs(self.model, lm_modes=lm_modes, **inputs)
         inputs.pop("source_lengths", None)
         if "position_ids" in inputs and "document_ids" not in inputs:

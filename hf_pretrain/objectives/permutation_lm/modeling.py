@@ -178,6 +178,11 @@ class PermutationLMForPreTraining(PretrainingModel):
         """Return the number of targets."""
         return {"plm": (batch["labels"] != IGNORED).sum()}
 
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return which slots of `labels` hold a target; see [`PretrainingModel.host_inputs`]."""
+        return {"slots": _used_slots(batch["labels"])}
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -190,6 +195,7 @@ class PermutationLMForPreTraining(PretrainingModel):
         backward: torch.Tensor | None = None,
         memory: RecurrentMemory | None = None,
         memory_reset: torch.Tensor | None = None,
+        slots: torch.Tensor | None = None,
     ) -> PretrainingOutput:
         """Return the loss summed over the targets.
 
@@ -204,6 +210,8 @@ class PermutationLMForPreTraining(PretrainingModel):
             backward: ``[B]`` bool, lanes that are read from right to left.
             memory: What the segments before have left; empty if not given.
             memory_reset: ``[B]`` bool, rows that begin without it.
+            slots: ``[T]`` flat positions in `labels` that hold a target; read from `labels`, which waits for the device, if not
+                given.
 
         Returns:
             The loss "plm" (nats), in evaluation the metric "plm_accuracy", and the new memory if the model has one.
@@ -211,7 +219,7 @@ class PermutationLMForPreTraining(PretrainingModel):
         batch = PermutedBatch(
             input_ids, attention_mask, key_ranks, thresholds, target_columns, token_type_ids, backward
         )
-        slots = (labels != IGNORED).flatten().nonzero().squeeze(1)
+        slots = _used_slots(labels) if slots is None else slots
         memory = self._begin(memory, memory_reset, len(input_ids))
         logits_TV, kept = self.predict(batch, slots, memory=memory)
         targets_T = labels.flatten().index_select(0, slots)
@@ -245,6 +253,10 @@ class PermutationLMForPreTraining(PretrainingModel):
             shape = (config.num_hidden_layers, num_rows, self.memory_size, config.hidden_size)
             return RecurrentMemory.empty(*shape, dtype=self.dtype, device=self.device)
         return memory if reset is None else memory.reset(reset)
+
+
+def _used_slots(labels: torch.Tensor) -> torch.Tensor:
+    return (labels != IGNORED).flatten().nonzero().squeeze(1)
 
 
 def build_two_streams(model: PreTrainedModel, config: PermutationLMConfig) -> TwoStreams:

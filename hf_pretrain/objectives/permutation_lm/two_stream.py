@@ -414,6 +414,8 @@ def _heads(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return the type that a projection of a tensor will have."""
     kind = tensor.device.type
+    if kind == "meta":
+        return tensor.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 

@@ -27,6 +27,7 @@ from hf_pretrain.modeling.configuration import (
 )
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
+from hf_pretrain.models.transformer_xl.layers_transformer_xl import find_target_rows
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 
 
@@ -85,6 +86,11 @@ class RecurrentLMForPreTraining(PretrainingModel):
         """Return the number of tokens that are followed by another."""
         return {"lm": (batch["labels"] != IGNORED).sum()}
 
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return which targets there are in each cluster of tokens; see [`PretrainingModel.host_inputs`]."""
+        return {"target_rows": find_target_rows(batch["labels"], config.model)}
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -92,6 +98,7 @@ class RecurrentLMForPreTraining(PretrainingModel):
         attention_mask: torch.Tensor | None = None,
         memory: RecurrentMemory | None = None,
         memory_reset: torch.Tensor | None = None,
+        target_rows: list[torch.Tensor] | None = None,
     ) -> PretrainingOutput:
         """Return the loss summed over the next tokens, and the memory for the windows that follow.
 
@@ -102,6 +109,8 @@ class RecurrentLMForPreTraining(PretrainingModel):
                 dropped.
             memory: What the layers read in the windows before; None for nothing.
             memory_reset: ``[B]`` bool, true for lanes that begin anew.
+            target_rows: See `find_target_rows` of the Transformer-XL. Read from `labels`, which waits for the device, if not
+                given.
 
         Returns:
             The loss "lm" (nats) and `memory`.
@@ -109,7 +118,9 @@ class RecurrentLMForPreTraining(PretrainingModel):
         if memory is not None and memory_reset is not None:
             memory = memory.reset(memory_reset)
         states, lengths = (None, None) if memory is None else memory
-        nll_BS, states, lengths = self.model.token_nll(input_ids, labels, mems=states, mem_lengths=lengths)
+        nll_BS, states, lengths = self.model.token_nll(
+            input_ids, labels, mems=states, mem_lengths=lengths, target_rows=target_rows
+        )
         is_target_BS = labels != IGNORED
         loss = ExampleSum((nll_BS * is_target_BS).sum(dim=1), is_target_BS.sum(dim=1).float())
         return PretrainingOutput(losses={"lm": loss}, metrics={}, memory=RecurrentMemory(states, lengths))

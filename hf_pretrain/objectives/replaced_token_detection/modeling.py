@@ -45,6 +45,7 @@ from hf_pretrain.modeling.losses import (
     sample_tokens,
 )
 from hf_pretrain.modeling.visibility.isolation import isolated_inputs
+from hf_pretrain.modeling.visibility.padding import has_padding
 from hf_pretrain.objectives.generators import build_discriminator
 
 
@@ -287,6 +288,11 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the selected positions for the generator and the real tokens for the discriminator."""
         return {"mlm": (batch["labels"] != IGNORED).sum(), "rtd": batch["attention_mask"].sum()}
+
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return whether the batch is padded; see [`PretrainingModel.host_inputs`]."""
+        return has_padding(batch)
 
     def forward(
         self,
