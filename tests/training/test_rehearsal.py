@@ -37,7 +37,7 @@ WRONG = {
         ('lr_scheduler_type=cosine lr_scheduler_kwargs={"nonsense":1}', "nonsense"),
         ("optim=adamw_bnb_8bit", "bitsandbytes"),
         ("adam_beta1=1.5", "beta"),
-        ("report_to=nonsense", "report_to='nonsense' is unknown"),
+        ("report_to=nonsense", "report_to='nonsense' must be one of"),
         ("validation_fraction=0 eval_strategy=steps", "without held-out text"),
         ("metric_for_best_model=accuracy", "choose one of loss, mlm_accuracy, mlm_loss"),
         ("max_steps=0", "max_steps=0"),

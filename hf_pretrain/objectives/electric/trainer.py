@@ -172,6 +172,7 @@ class ElectricTrainer(PretrainingTrainer):
 }""",
         ),
         usage="""\
+import torch
 from transformers import AutoTokenizer, {model_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
