@@ -1,4 +1,4 @@
-"""What every test has: no network, one thread, a tiny tokenizer and tiny documents."""
+"""The setting of every test: no network, one thread, a tiny tokenizer and tiny documents."""
 
 import os
 
@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from method_matrix import tiny_data, tiny_tokenizer
 
-# Tiny models gain nothing from more threads, and lose much where the cores are shared.
+# Tiny models gain nothing from more threads, and lose much on shared cores.
 torch.set_num_threads(1)
 transformers_logging.disable_progress_bar()
 
