@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_pretrain.cli import METHODS, load_method
+from hf_pretrain.cli import METHODS
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -61,7 +61,7 @@ NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}'}
 
 def programs():
     """All methods of this library, by name."""
-    return {name: load_method(name) for name in METHODS}
+    return {name: listed.load(name) for name, listed in METHODS.items()}
 
 
 def all_programs():
