@@ -92,7 +92,7 @@ def test_statistics_refuses_a_file_that_cannot_be_written_before_reading(tmp_pat
     assert cli.main(argv) == 2
     assert "output_file=" in capsys.readouterr().err
     assert cli.main([*argv[:3], "--block_size", "0"]) == 2
-    assert "block_size=0 must be positive" in capsys.readouterr().err
+    assert "block_size=0 must be at least 4" in capsys.readouterr().err
 
 
 def test_statistics_overwrites_no_file_that_it_reads_or_was_not_told_to(corpus, tmp_path, capsys, tokenizer):

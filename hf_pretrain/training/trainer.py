@@ -200,7 +200,9 @@ class PretrainingTrainer(Trainer):
         self._schedules = schedules
         self.data_description = dict(data_description or {})
         if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
-            self._refuse_lost_documents(self.data_collator([self.train_dataset[0]]))
+            example = self.train_dataset[0]
+            if "document_ids" in example:
+                self._refuse_lost_documents(self.data_collator([example]))
         self.recipe: dict[str, Any] = {}
         self.stream: StreamReader | None = None
         self.has_begun = False
