@@ -80,7 +80,7 @@ def _try_out(backbone: PreTrainedModel, attention_mask: torch.Tensor) -> Attenti
 
     def trial(body: PreTrainedModel, plan: AttentionPlan) -> str | None:
         length = max(attention_mask.shape[1], 4)
-        ids = torch.stack([rules.arbitrary_tokens(body, length, step=step) for step in (3, 7)])
+        ids = torch.stack([rules.arbitrary_tokens(body, length, shift=shift) for shift in (1, 2)])
         whole, padded = torch.ones_like(ids), torch.ones_like(ids)
         padded[1, length - 2 :] = 0
         for mask, own in ((whole, None), (padded, _mask(body, plan, padded))):
