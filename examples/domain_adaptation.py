@@ -1,11 +1,11 @@
-"""Does pre-training on one's own text help? Continue, export, fine-tune a classifier, and write down what came out.
+"""Does pre-training on your own text help? Continue, export, fine-tune a classifier, and write a card with the results.
 
     python examples/domain_adaptation.py --train_file my-text.txt --task_train train.tsv --task_validation dev.tsv \
         --output_dir adapted --model_name_or_path google-bert/bert-base-uncased --learning_rate 5e-5
 
-Without --model_name_or_path it needs no network: it first pre-trains a small BERT on the docstrings of the installed
-Python packages. A task is a file of lines "sentence<TAB>label". The result is in adapted/classifier, its card included;
-examples/README.md tells the whole story.
+Without --model_name_or_path no network is needed: the example first pre-trains a small BERT on the docstrings of the installed
+Python packages. A task is a file of lines "sentence<TAB>label". The classifier and its card are in adapted/classifier.
+examples/README.md explains all steps.
 """
 
 import sys
@@ -39,19 +39,19 @@ from hf_pretrain.training.program import held_out_rows, load_data, output_direct
 
 
 @dataclass
-class StoryArguments:
-    """What the story is told about."""
+class ExampleArguments:
+    """Texts, sizes and lengths of the stages."""
 
-    train_file: list[str] = field(metadata={"help": "Text of one's own, as for `hf-pretrain mlm`."})
+    train_file: list[str] = field(metadata={"help": "Your own text, as for `hf-pretrain mlm`."})
     task_train: str = field(metadata={"help": 'Task to learn: lines "sentence<TAB>label".'})
-    task_validation: str = field(metadata={"help": "Sentences to measure the accuracy on, in the same format."})
-    output_dir: str = field(metadata={"help": "Folder for everything that is made; empty or not there yet."})
+    task_validation: str = field(metadata={"help": "Sentences for the accuracy, in the same format."})
+    output_dir: str = field(metadata={"help": "Folder for all results; empty or new."})
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "Masked language model to continue; by default a small one is pre-trained first."},
     )
-    base_steps: int = field(default=1000, metadata={"help": "Steps of pre-training that small model."})
-    adaptation_steps: int = field(default=500, metadata={"help": "Steps of pre-training on one's own text."})
+    base_steps: int = field(default=1000, metadata={"help": "Steps of pre-training of the small model."})
+    adaptation_steps: int = field(default=500, metadata={"help": "Steps of pre-training on your own text."})
     batch_size: int = field(default=32, metadata={"help": "Examples a step of pre-training."})
     learning_rate: float = field(
         default=1e-3, metadata={"help": "Peak rate of pre-training; lower for a large model."}
@@ -63,7 +63,7 @@ class StoryArguments:
     vocab_size: int = field(default=8192, metadata={"help": "Vocabulary of the small model."})
     hidden_size: int = field(default=256, metadata={"help": "Width of the small model."})
     num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the small model."})
-    base_corpus_bytes: int = field(default=6_000_000, metadata={"help": "Docstrings that it is pre-trained on."})
+    base_corpus_bytes: int = field(default=6_000_000, metadata={"help": "Bytes of docstrings for its pre-training."})
     finetuning_epochs: float = field(default=3.0, metadata={"help": "Passes over the task."})
     finetuning_learning_rate: float = field(default=1e-4, metadata={"help": "Peak rate of fine-tuning."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
@@ -112,22 +112,22 @@ def _read_rows(path: str) -> list[tuple[str, str]]:
 
 
 def pretrain(
-    folder: Path, story: StoryArguments, data_args: DataArguments, model_args: ModelArguments, *, steps: int
+    folder: Path, example: ExampleArguments, data_args: DataArguments, model_args: ModelArguments, *, steps: int
 ) -> dict[str, tuple[str, str]]:
-    """Pre-train, from scratch or on, and export; return the held-out numbers before and after by name."""
+    """Pre-train a new or a given model and export it; return the held-out numbers before and after, by name."""
     args = MaskedLMTrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        learning_rate=story.learning_rate,
+        learning_rate=example.learning_rate,
         warmup_steps=0.1,
-        per_device_train_batch_size=story.batch_size,
-        per_device_eval_batch_size=story.batch_size,
+        per_device_train_batch_size=example.batch_size,
+        per_device_eval_batch_size=example.batch_size,
         eval_on_start=True,
         logging_steps=max(1, steps // 50),
         save_strategy="no",
-        seed=story.seed,
+        seed=example.seed,
     )
-    set_seed(story.seed)
+    set_seed(example.seed)
     with output_directory(args):
         data = load_data(data_args, model_args, args)
         model = EncoderForPreTraining.from_arguments(model_args, data.tokenizer)
@@ -142,36 +142,36 @@ def pretrain(
     return {name: (before, after) for name, before, after in held_out_rows(trainer.state.log_history)}
 
 
-def base_checkpoint(folder: Path, story: StoryArguments) -> str:
-    """Return the checkpoint to continue: the one that was named, else a small model pre-trained into ``folder``."""
-    if story.model_name_or_path is not None:
-        path = Path(story.model_name_or_path)
-        return str(path.resolve()) if path.exists() else story.model_name_or_path
+def base_checkpoint(folder: Path, example: ExampleArguments) -> str:
+    """Return the checkpoint to continue: the named one, or a small model that is pre-trained into `folder`."""
+    if example.model_name_or_path is not None:
+        path = Path(example.model_name_or_path)
+        return str(path.resolve()) if path.exists() else example.model_name_or_path
     docstrings = DataArguments(
-        max_corpus_bytes=story.base_corpus_bytes, vocab_size=story.vocab_size, block_size=story.block_size
+        max_corpus_bytes=example.base_corpus_bytes, vocab_size=example.vocab_size, block_size=example.block_size
     )
     sizes = ModelArguments(
-        hidden_size=story.hidden_size,
-        num_hidden_layers=story.num_hidden_layers,
-        num_attention_heads=max(1, story.hidden_size // 64),
-        intermediate_size=4 * story.hidden_size,
-        max_position_embeddings=story.block_size,
+        hidden_size=example.hidden_size,
+        num_hidden_layers=example.num_hidden_layers,
+        num_attention_heads=max(1, example.hidden_size // 64),
+        intermediate_size=4 * example.hidden_size,
+        max_position_embeddings=example.block_size,
     )
-    pretrain(folder, story, docstrings, sizes, steps=story.base_steps)
+    pretrain(folder, example, docstrings, sizes, steps=example.base_steps)
     return str(folder)
 
 
-def fine_tune(checkpoint: str, folder: Path, story: StoryArguments, task: Task) -> float:
-    """Fine-tune a classifier with the stock Trainer, as anybody would, and return its accuracy on the validation set."""
+def fine_tune(checkpoint: str, folder: Path, example: ExampleArguments, task: Task) -> float:
+    """Fine-tune a classifier with the stock Trainer, and return its accuracy on the validation set."""
     from hf_pretrain.evaluation.metrics import Accuracy
 
-    set_seed(story.seed)
+    set_seed(example.seed)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     names = {"id2label": dict(enumerate(task.labels)), "label2id": {name: i for i, name in enumerate(task.labels)}}
     model = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=len(task.labels), **names)
 
     def encode(rows: Mapping[str, Any]) -> Mapping[str, Any]:
-        return tokenizer(rows["sentence"], truncation=True, max_length=story.block_size)
+        return tokenizer(rows["sentence"], truncation=True, max_length=example.block_size)
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         predicted = prediction.predictions.argmax(axis=-1)
@@ -181,13 +181,13 @@ def fine_tune(checkpoint: str, folder: Path, story: StoryArguments, task: Task) 
         model,
         TrainingArguments(
             output_dir=str(folder),
-            num_train_epochs=story.finetuning_epochs,
-            learning_rate=story.finetuning_learning_rate,
+            num_train_epochs=example.finetuning_epochs,
+            learning_rate=example.finetuning_learning_rate,
             warmup_steps=0.1,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=64,
             save_strategy="no",
-            seed=story.seed,
+            seed=example.seed,
         ),
         train_dataset=task.train.map(encode, batched=True, remove_columns="sentence"),
         eval_dataset=task.validation.map(encode, batched=True, remove_columns="sentence"),
@@ -201,10 +201,14 @@ def fine_tune(checkpoint: str, folder: Path, story: StoryArguments, task: Task) 
 
 
 def write_card(
-    folder: Path, story: StoryArguments, task: Task, accuracies: dict[str, float], losses: dict[str, tuple[str, str]]
+    folder: Path,
+    example: ExampleArguments,
+    task: Task,
+    accuracies: dict[str, float],
+    losses: dict[str, tuple[str, str]],
 ) -> None:
-    """Write the classifier's card: where it comes from, and what was measured on the way."""
-    base = story.model_name_or_path
+    """Write the classifier's card: its origin and the measured numbers."""
+    base = example.model_name_or_path
     on_hub = base is not None and not Path(base).exists()
     if base is None:
         base_name = "a small BERT, pre-trained from scratch on the docstrings of the installed Python packages"
@@ -237,11 +241,11 @@ def write_card(
 
 Tells {", ".join(task.labels)} apart. Base model: {base_name}.
 
-Its pre-training was continued with `hf_pretrain`: {story.adaptation_steps} steps of masked language modelling on
-{", ".join(Path(path).name for path in story.train_file)} took the loss on held-out text from {before} to {after}. Then it
+Its pre-training was continued with `hf_pretrain`: {example.adaptation_steps} steps of masked language modelling on
+{", ".join(Path(path).name for path in example.train_file)} took the loss on held-out text from {before} to {after}. Then it
 was fine-tuned on {len(task.train)} sentences.
 
-Accuracy on the {len(task.validation)} sentences of {task.name}, seed {story.seed}, both fine-tuned alike:
+Accuracy on the {len(task.validation)} sentences of {task.name}, seed {example.seed}, with the same fine-tuning:
 
 | Fine-tuned from | Accuracy |
 |---|---|
@@ -258,25 +262,25 @@ classify = pipeline("text-classification", model=".")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Tell the story from the command line; see the top of the file."""
-    (story,) = parse_arguments((StoryArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
-    folder = Path(story.output_dir).resolve()
+    """Run the example from the command line; see the top of the file."""
+    (example,) = parse_arguments((ExampleArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
+    folder = Path(example.output_dir).resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"output_dir={story.output_dir!r} is in use: name another")
-    task = read_task(story.task_train, story.task_validation)
+        raise InputError(f"output_dir={example.output_dir!r} is in use: name another")
+    task = read_task(example.task_train, example.task_validation)
 
-    base = base_checkpoint(folder / "base", story)
+    base = base_checkpoint(folder / "base", example)
     own_text = DataArguments(
-        train_file=story.train_file, document_separator=story.document_separator, block_size=story.block_size
+        train_file=example.train_file, document_separator=example.document_separator, block_size=example.block_size
     )
     continued = ModelArguments(model_name_or_path=base)
-    losses = pretrain(folder / "continued", story, own_text, continued, steps=story.adaptation_steps)
+    losses = pretrain(folder / "continued", example, own_text, continued, steps=example.adaptation_steps)
 
     accuracies = {
-        "base": fine_tune(base, folder / "classifier-of-the-base", story, task),
-        "continued": fine_tune(str(folder / "continued"), folder / "classifier", story, task),
+        "base": fine_tune(base, folder / "classifier-of-the-base", example, task),
+        "continued": fine_tune(str(folder / "continued"), folder / "classifier", example, task),
     }
-    write_card(folder / "classifier", story, task, accuracies, losses)
+    write_card(folder / "classifier", example, task, accuracies, losses)
     print("\nAccuracy after fine-tuning:")
     print_table([(name, f"{value:.4f}") for name, value in accuracies.items()], header=("from", task.name))
     print(f"\nclassifier  {folder / 'classifier'}\nmodel card  {folder / 'classifier' / 'README.md'}")

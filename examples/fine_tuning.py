@@ -1,12 +1,12 @@
-"""Fine-tune a checkpoint with a learning rate for each layer, and see how far it gets beyond the majority class.
+"""Fine-tune a checkpoint with a learning rate for each layer, and compare it with the majority class.
 
     python examples/fine_tuning.py --output_dir tuned
     python examples/fine_tuning.py --output_dir tuned --model_name_or_path my-electra \
         --task_train train.tsv --task_validation dev.tsv --learning_rate 1e-4 --num_train_epochs 3
 
-A task is two files of lines "sentence<TAB>label". Without them it is to tell which package a docstring comes from; without a
-checkpoint a small ELECTRA is pre-trained first, on the docstrings of all installed packages. Neither needs a network. The
-classifier is in tuned/classifier and opens with stock transformers. All options of `transformers.TrainingArguments` are known.
+A task is two files of lines "sentence<TAB>label". Without them, the task is to find the package of a docstring. Without a
+checkpoint, a small ELECTRA is pre-trained first, on the docstrings of all installed packages. Neither needs a network. Stock
+transformers opens the classifier in tuned/classifier. All options of `transformers.TrainingArguments` are available.
 """
 
 import sys
@@ -36,13 +36,13 @@ from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 
-# Installed wherever this library is; few enough that the demonstration takes a minute.
+# Dependencies of this library, so always installed; few enough for a demonstration of a minute.
 PACKAGES = ("numpy", "scipy", "sklearn", "torch", "transformers")
 
 
 @dataclass
-class StoryArguments:
-    """What is fine-tuned, and on what."""
+class ExampleArguments:
+    """Checkpoint and task of the fine-tuning."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to fine-tune; by default a small ELECTRA is pre-trained first."}
@@ -51,10 +51,10 @@ class StoryArguments:
         default=None, metadata={"help": 'Task to learn: lines "sentence<TAB>label"; by default a task of docstrings.'}
     )
     task_validation: str | None = field(
-        default=None, metadata={"help": "Sentences to measure the accuracy on, in the same format."}
+        default=None, metadata={"help": "Sentences for the accuracy, in the same format."}
     )
-    pretraining_steps: int = field(default=2000, metadata={"help": "Steps of pre-training that small ELECTRA."})
-    pretraining_bytes: int = field(default=8_000_000, metadata={"help": "Docstrings that it is pre-trained on."})
+    pretraining_steps: int = field(default=2000, metadata={"help": "Steps of pre-training of the small ELECTRA."})
+    pretraining_bytes: int = field(default=8_000_000, metadata={"help": "Bytes of docstrings for its pre-training."})
     docstrings: int = field(default=400, metadata={"help": "Paragraphs of each package in the task of docstrings."})
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class StoryArguments:
 def docstring_task(count: int) -> Task:
     """Return a task: from which of five packages is this paragraph of a docstring?
 
-    Every fifth module is held out. Paragraphs that name one of the packages are left out, which would be too easy.
+    Every fifth module is held out. Paragraphs that name one of the packages are left out, because they would be too easy.
 
     Args:
         count: Paragraphs of each package.
@@ -84,7 +84,7 @@ def docstring_task(count: int) -> Task:
 
 
 def paragraphs(package: str) -> Iterator[tuple[int, str]]:
-    """Yield paragraphs of prose from a package's docstrings, at most three of a module, with the module's number."""
+    """Yield paragraphs of prose from a package's docstrings, at most three from a module, with the module's number."""
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations, "it is a dependency of this library"
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
@@ -95,17 +95,17 @@ def paragraphs(package: str) -> Iterator[tuple[int, str]]:
 
 
 def is_prose(text: str) -> bool:
-    """Whether a paragraph is of some length and mostly of letters."""
+    """Whether a paragraph has a usual length and consists mostly of letters."""
     return 60 <= len(text) <= 600 and sum(c.isalpha() or c == " " for c in text) >= 0.9 * len(text)
 
 
-def pretrain(folder: Path, story: StoryArguments, args: FineTuningArguments) -> str:
-    """Pre-train a small ELECTRA by the recipe of `make demo`, as the command line does."""
+def pretrain(folder: Path, example: ExampleArguments, args: FineTuningArguments) -> str:
+    """Pre-train a small ELECTRA by the recipe of `make demo`, as on the command line."""
     options = {
         "config": "demo",
         "output_dir": folder,
-        "max_steps": story.pretraining_steps,
-        "max_corpus_bytes": story.pretraining_bytes,
+        "max_steps": example.pretraining_steps,
+        "max_corpus_bytes": example.pretraining_bytes,
         "warmup_steps": 0.1,
         "seed": args.seed,
         "bf16": bool(args.bf16),  # accelerate has one precision a process
@@ -153,40 +153,40 @@ def fine_tune(checkpoint: str, task: Task, args: FineTuningArguments) -> float:
 
 
 def begin(
-    story_class: type, argv: list[str] | None, *, program: str, description: str, **defaults: Any
+    options_class: type, argv: list[str] | None, *, program: str, description: str, **defaults: Any
 ) -> tuple[Any, FineTuningArguments, Path, Task]:
-    """Read the options of a story that fine-tunes a model, and its task.
+    """Read the options and the task of an example that fine-tunes a model.
 
     Args:
-        story_class: Dataclass of the story's own options, among them `task_train`, `task_validation` and `docstrings`.
+        options_class: Dataclass of the example's own options, among them `task_train`, `task_validation` and `docstrings`.
         argv: The arguments, without the name of the program; those of the process if None.
         program: Path of the program.
         description: Text of its help.
-        **defaults: What differs from the defaults of `FineTuningArguments` for the small model of this story.
+        **defaults: What differs from the defaults of `FineTuningArguments` for the small model of this example.
 
     Returns:
-        The story's options, those of fine-tuning, the empty folder to write to, and the task.
+        The example's options, those of fine-tuning, the empty folder to write to, and the task.
     """
-    story, args = parse_arguments(
-        (story_class, FineTuningArguments),
+    example, args = parse_arguments(
+        (options_class, FineTuningArguments),
         argv,
         prog=Path(program).name,
         description=description,
-        # What a small model needs; for a large one, see the top of the file.
+        # Values for a small model; for a large one, see the top of the file.
         defaults={"save_strategy": "no", "learning_rate": 1e-3, "num_train_epochs": 5.0} | defaults,
     )
     folder = Path(args.output_dir)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"output_dir={args.output_dir!r} is in use: name another")
-    if story.task_train is None:
-        return story, args, folder, docstring_task(story.docstrings)
-    return story, args, folder, read_task(story.task_train, story.task_validation)
+    if example.task_train is None:
+        return example, args, folder, docstring_task(example.docstrings)
+    return example, args, folder, read_task(example.task_train, example.task_validation)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Tell the story from the command line; see the top of the file."""
-    story, args, folder, task = begin(StoryArguments, argv, program=__file__, description=__doc__ or "")
-    checkpoint = story.model_name_or_path or pretrain(folder / "base", story, args)
+    """Run the example from the command line; see the top of the file."""
+    example, args, folder, task = begin(ExampleArguments, argv, program=__file__, description=__doc__ or "")
+    checkpoint = example.model_name_or_path or pretrain(folder / "base", example, args)
     args.output_dir = str(folder / "classifier")
     accuracy = fine_tune(checkpoint, task, args)
 

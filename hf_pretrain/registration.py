@@ -1,9 +1,9 @@
-"""Registers the custom architectures with the Auto classes of transformers, without importing transformers for it.
+"""Registers the custom architectures with the Auto classes of transformers, without an import of transformers.
 
-What is imported already is registered with at once. Otherwise a finder at the head of `sys.meta_path` watches the modules of
-transformers and of the architectures being imported. It registers once the Auto classes are among them and none of those modules
-is half done: transformers' modules import each other in circles, a model imports many of them, and a model that is half done
-itself has no class to register. Then the finder is gone.
+If the Auto classes are already imported, registration happens at once. Otherwise a finder at the head of `sys.meta_path` watches
+imports of transformers and of the architectures. It registers when the Auto classes are imported and no watched module is partly
+imported: transformers' modules import each other in circles, and a partly imported architecture has no class to register.
+Then the finder removes itself.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
-# No registration while a module of these is being imported.
+# While a module of these packages is being imported, nothing is registered.
 _WATCHED = ("transformers.", "hf_pretrain.models.")
 
 
 def register_architectures() -> None:
-    """Register now or as soon as the Auto classes are imported."""
+    """Register now, or as soon as the Auto classes are imported."""
     finder = _Finder()
-    finder.register_what_is_there()
+    finder.register_imported()
     if finder.pending:
         sys.meta_path.insert(0, finder)
 
 
 class _Finder(MetaPathFinder):
-    """Lets the other finders find, and notes when the outermost import of a watched module is done."""
+    """Passes searches on to the other finders, and registers at the end of the outermost watched import."""
 
     def __init__(self) -> None:
         self.pending = {_CONFIGURATIONS, _MODELS}
         self.depth = 0
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec that the other finders give, its loader wrapped."""
+        """Return the spec of the other finders, with a wrapped loader."""
         if not f"{fullname}.".startswith(_WATCHED):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -45,11 +45,11 @@ class _Finder(MetaPathFinder):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
-    def register_what_is_there(self) -> None:
-        """Register with the Auto classes that are imported, where that has not been done."""
+    def register_imported(self) -> None:
+        """Register with each imported Auto class, once."""
         for name in (_CONFIGURATIONS, _MODELS):
             if name in self.pending and name in sys.modules:
-                # First of all: what is imported for it comes by here again.
+                # First, because the imports below call this method again.
                 self.pending.discard(name)
                 from hf_pretrain.models import register_configurations, register_models
 
@@ -59,7 +59,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """A module's own loader, with a note of the beginning and the end."""
+    """A module's own loader; it counts the watched imports that are under way."""
 
     def __init__(self, loader: Loader, finder: _Finder) -> None:
         self.loader = loader
@@ -70,7 +70,7 @@ class _Loader(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Run the module as if it had been found without us."""
+        """Run the module with its own loader."""
         assert module.__spec__ is not None
         module.__loader__ = module.__spec__.loader = self.loader
         self.finder.depth += 1
@@ -79,4 +79,4 @@ class _Loader(Loader):
         finally:
             self.finder.depth -= 1
         if self.finder.depth == 0:
-            self.finder.register_what_is_there()
+            self.finder.register_imported()

@@ -1,8 +1,8 @@
 """Runs that are killed, or find the disk full, on the way: one process imports what programs take and forks into each run.
 
-A run tells what it does as it does it, a word and a path: `open`, `rename`, `remove` and `mkdir` before they happen, `half` when
-half of a file of tensors lies on the disk, `step` before a step, `push` before an upload. A fault is a pattern of that, and how
-often it must be seen.
+A run reports its actions, each as a word and a path: `open`, `rename`, `remove` and `mkdir` before they happen, `half` when
+half of a file of tensors lies on the disk, `step` before a step, `push` before an upload. A fault is a pattern of such a
+report, and the number of its occurrences.
 """
 
 import json

@@ -71,7 +71,7 @@ class Handler(BaseHTTPRequestHandler):
     def _send_json(self, value: object, *, status: int = 200) -> None:
         self._send(json.dumps(value).encode(), status=status, headers={"Content-Type": "application/json"})
 
-    # Who may do what
+    # Permissions
 
     def _token(self) -> str | None:
         given = self.headers.get("Authorization")
@@ -91,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             raise HubError(403, "", f"You don't have the rights to write to {repo}")
 
     def _check_read(self, repo: str) -> None:
-        """Hide what is private as the Hub does: from a stranger as from one who has not said who he is."""
+        """Hide private repositories as the Hub does: from other users and from anonymous ones."""
         token = self._token()
         is_hidden = repo in self.hub.private and (token is None or repo.partition("/")[0] not in self.hub.namespaces)
         if repo not in self.hub.commits or is_hidden:
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
         for file in json.loads(self.body)["files"]:
             lfs = file["size"] > REGULAR_FILE_LIMIT or b"\0" in base64.b64decode(file["sample"])
             answers.append({"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False})
-            if file["path"] in tree:  # by this the client leaves out what has not changed
+            if file["path"] in tree:  # so the client does not upload unchanged files
                 sha, _ = tree[file["path"]]
                 answers[-1]["oid"] = sha if lfs else self.hub.git_oid(sha)
         self._send_json({"files": answers})

@@ -23,7 +23,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from hf_pretrain.cli import METHODS, load_method
+from hf_pretrain.cli import METHODS
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -40,7 +40,7 @@ TINY = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
-# Of a run that nothing disturbs: fp32, one step, unclipped, no words.
+# A quiet run: fp32, one step, no clipping, no output.
 QUIET = {
     "bf16": False,
     "disable_tqdm": True,
@@ -55,13 +55,13 @@ QUIET = {
     "report_to": [],
 }
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
-# Architectures that call it otherwise.
+# Architectures with other names for it.
 NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}'}
 
 
 def programs():
     """All methods of this library, by name."""
-    return {name: load_method(name) for name in METHODS}
+    return {name: listed.load(name) for name, listed in METHODS.items()}
 
 
 def all_programs():
@@ -145,9 +145,9 @@ def as_task(data):
 
 @cache
 def tiny_teacher(auto_class):
-    """A folder with a teacher of six layers, wider than the tiny models and sure of what it says; removed in the end.
+    """A folder with a teacher of six layers, wider than the tiny models, with large logits; removed in the end.
 
-    Of several ranks only the first writes a model: ask before there are any.
+    Only the first of several ranks writes a model, so call this before the ranks are forked.
     """
     sizes = TINY | {"hidden_size": 48, "num_hidden_layers": 6, "initializer_range": 0.2}
     folder = TemporaryDirectory()
@@ -193,7 +193,7 @@ class RecordGradients(TrainerCallback):
 
 
 def known_options(options_class, values):
-    """Those of the values that are options of a dataclass."""
+    """The values that are options of a dataclass."""
     return {name: value for name, value in values.items() if name in {field.name for field in fields(options_class)}}
 
 
@@ -211,7 +211,7 @@ def build(program, output_dir, data=None, *, model_options=None, **options):
 
 
 def collate(trainer, examples):
-    """Return what the model takes of a batch; the numbers of lanes are for the Trainer."""
+    """Return the batch without the numbers of lanes, which only the Trainer takes."""
     batch = trainer.data_collator(examples)
     return {name: value for name, value in batch.items() if name != "lanes"}
 
@@ -231,7 +231,7 @@ def forward_in_order(trainer, dataset):
 
 
 def log_of(trainer):
-    """The log without what depends on the machine."""
+    """The log without values that depend on the machine."""
     volatile = ("per_second", "runtime", "peak_memory_mib", "flos", "preparation_time", "train_loss")
     return [
         {k: v for k, v in row.items() if not any(name in k for name in volatile)} for row in trainer.state.log_history

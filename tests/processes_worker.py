@@ -18,7 +18,7 @@ from method_matrix import build, programs
 
 
 class AskOne(TrainerCallback):
-    """Asks the second process alone to stop."""
+    """Asks only the second process to stop."""
 
     def __init__(self, stopping):
         self.stopping = stopping
@@ -46,7 +46,7 @@ def wait_at_most(trainer, seconds):
 def main(folder):
     rank = int(os.environ["RANK"])
     trainer = build(programs()["mlm"], folder / "out", per_device_train_batch_size=4, max_steps=8)
-    # Shorter than what the first process takes to prepare.
+    # Shorter than the preparation of the first process.
     wait_at_most(trainer, 1)
     with first_process_first(trainer.args):
         if not rank:
@@ -64,7 +64,7 @@ def main(folder):
     found["own"] = said(InputError("of rank 1")) if rank else []
     wait_at_most(trainer, 1)
     started = time.time()
-    # Longer than the others wait.
+    # Longer than the wait of the other process.
     time.sleep(4 * rank)
     try:
         dist.all_reduce(torch.ones(1))

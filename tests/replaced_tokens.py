@@ -51,7 +51,7 @@ def run(model, batch):
 
 
 def favour(model, token_ids):
-    """Make the generator all but sure of these tokens, everywhere."""
+    """Make the generator almost certain of these tokens, everywhere."""
     with torch.no_grad():
         model.generator.get_output_embeddings().bias[token_ids] = LIKELY
 
@@ -67,7 +67,7 @@ def assert_stock(folder, auto_class, **options):
     return loaded.eval()
 
 
-# Plain gradient descent: Adam would blow up the rounding of gradients that are all but zero.
+# Plain gradient descent: Adam would enlarge the rounding errors of nearly zero gradients.
 STEPS = {"max_steps": 4, "learning_rate": 0.02, "optim": "sgd", "adam_bias_correction": True}
 MODES = {
     "joint": {},
@@ -80,7 +80,7 @@ MODES = {
 
 
 def data_with_an_empty_rank():
-    """Eight examples, of which a step gives the second of two ranks the four that are special tokens alone."""
+    """Eight examples; in a step, the second of two ranks gets the four that have only special tokens."""
     data = tiny_data(train=8)
     rows = [{name: row[name] for name in ("input_ids", "word_starts")} for row in data.train_dataset.base]
     for index in list(EpochSampler(8, seed=42))[4:]:

@@ -21,12 +21,12 @@ from method_matrix import build, log_of, programs, teacher_of
 
 CONFIGURATION = Path(__file__).parents[1] / "trainers" / "accelerate" / "fsdp2.yaml"
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
-# Before the ranks are there, of which only the first could write.
+# Made before the ranks are forked, because only the first rank may write a model.
 TEACHERS = [teacher_of(program) for program in programs().values()]
 
 
 def shard_on_a_cpu():
-    """Put this process where `accelerate launch` puts it on GPUs, but for the device."""
+    """Set this process up as `accelerate launch` does on GPUs, but with the CPU as device."""
     launch.multi_gpu_launcher = lambda args: os.environ.update(prepare_multi_gpu_env(args))
     command = ["--config_file", str(CONFIGURATION), "--num_processes", "2", "--main_process_port", "0", "program"]
     launch.launch_command(launch.launch_command_parser().parse_args(command))
@@ -36,13 +36,13 @@ def shard_on_a_cpu():
 
 
 def options_of(method):
-    """What each method trains with besides: one of them with the optimizer of the official ELECTRA."""
+    """Additional options of a method: `rtd` trains with the optimizer of the official ELECTRA."""
     return STEPS | ({"adam_bias_correction": False} if method == "rtd" else {})
 
 
 def train(method, folder, *, resume_from=None):
     trainer = build(programs()[method], folder, per_device_train_batch_size=4, **options_of(method))
-    # A sharded parameter is not compared by name and place as others are.
+    # A sharded parameter cannot be compared like the others.
     trainer.remove_callback(trainer.recorder)
     trainer.train(resume_from_checkpoint=resume_from)
     return trainer

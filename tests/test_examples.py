@@ -1,4 +1,4 @@
-"""The stories of ``examples/`` run from their first command to their last file, on text made here."""
+"""The programs of ``examples/`` run from the command line to the last file, on made-up text."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from hf_pretrain.data import draws
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 THINGS = ("model", "ship", "cat", "engine", "paper", "garden", "river", "sailor")
-# Epochs enough that the docstrings of other packages, which are another first corpus, end at the same accuracy.
+# Enough epochs for the same accuracy with the docstrings of any installed packages.
 TINY = {
     "base_steps": 3,
     "adaptation_steps": 40,
@@ -100,7 +100,7 @@ def command(files, output_dir, **options):
 
 @pytest.fixture(scope="module")
 def story(example, files, tmp_path_factory):
-    """The folder of a story told without a checkpoint to begin with."""
+    """The results of the example without a checkpoint."""
     folder = tmp_path_factory.mktemp("story") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))

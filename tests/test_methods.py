@@ -1,4 +1,4 @@
-"""What every method has to pass: normalisation, resume, export, evaluation, bad input."""
+"""Tests of every method: normalisation, resume, export, evaluation, bad input."""
 
 import json
 
@@ -223,7 +223,7 @@ def test_bad_input_is_refused_in_one_line(problem, tmp_path, capsys):
 
 
 def batches_of_ranks(trainer, monkeypatch, world_size, *, epoch=0, skip=0):
-    """Yield the batches that each of several ranks would train on in an epoch, or in what a resume leaves of it."""
+    """Yield the batches of each rank in an epoch, or in the rest of an epoch after a resume."""
     for rank in range(world_size):
         with monkeypatch.context() as patch:
             for state in (PartialState, AcceleratorState):
@@ -240,7 +240,7 @@ def batches_of_ranks(trainer, monkeypatch, world_size, *, epoch=0, skip=0):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "recurrent-lm"])
 @pytest.mark.parametrize(("ranks", "batch", "examples"), [(2, 2, 13), (4, 2, 9), (3, 4, 2)])
 def test_the_last_step_of_several_ranks_is_that_of_one(method, tmp_path, monkeypatch, ranks, batch, examples):
-    """Also where the last turn leaves ranks without an example, and where an epoch is less than one turn."""
+    """Also if the last turn leaves ranks without an example, and if an epoch is shorter than one turn."""
     program, data = PROGRAMS[method], tiny_data(train=examples)
     options = {"learning_rate": 0.0, "num_train_epochs": 1, "max_steps": -1}
     options |= {"mem_len": 0} if method == "plm" else {}
@@ -292,7 +292,7 @@ class TestTwoRanks:
     @pytest.mark.parametrize("run", ["whole", "resumed"])
     @pytest.mark.parametrize("name", UNEVEN_RUNS)
     def test_a_short_last_step_equals_one_process(self, results, tmp_path, name, run):
-        """Its gradient, and what it logs of losses and tokens: what fills the last turn counts nowhere."""
+        """Its gradient, and its logged losses and tokens: examples that fill the last turn do not count."""
         alone = build_uneven(name, tmp_path, per_device_train_batch_size=8)
         alone.train()
         for rank in range(2):

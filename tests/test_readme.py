@@ -1,4 +1,4 @@
-"""The documents tell the truth: their Python runs, their links lead somewhere, their options and names exist."""
+"""The documents are correct: their Python runs, their links have targets, their options and names exist."""
 
 import importlib
 import re

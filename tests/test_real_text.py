@@ -20,13 +20,13 @@ SIZES = {
     "config_overrides": NO_DROPOUT,
 }
 EXAMPLE_RECIPE = str(Path(__file__).parents[1] / "examples" / "token_deletion" / "token_deletion.yaml")
-# With fewer, whether a model has left the frequencies of words behind hangs on its draws.
+# With fewer steps, a model of some seeds still predicts only the frequencies of words.
 STEPS = {"mlm": 1200, "rtd": 2600}
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    # The tokenizer that these numbers of steps were found with: the text alone would choose bytes and keep the case.
+    # These numbers of steps belong to this tokenizer; `auto` would choose bytes and keep the case.
     tokenizer = {"tokenizer_type": "wordpiece", "lowercase": True, "vocab_size": 4096}
     options = DataArguments(max_corpus_bytes=6_000_000, block_size=64, validation_fraction=0.03, **tokenizer)
     return prepare_data(options, seed=0, output_dir=tmp_path_factory.mktemp("text"))
@@ -68,7 +68,7 @@ def test_held_out_text_is_better_predicted_than_by_the_baseline(method, text, tm
     after = trainer.evaluate()
     assert after["eval_mlm_loss"] < unigram_loss(text) - 0.3
     if method == "rtd":
-        # Below the entropy of the labels, which is what knowing only how many tokens are replaced would give.
+        # Below the entropy of the labels: the loss of a model that knows only the share of replaced tokens.
         assert after["eval_disc_gain"] > 0.03
         assert after["eval_disc_auc"] > 0.6 > 0.55 > before["eval_disc_auc"]
 

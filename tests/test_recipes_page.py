@@ -1,4 +1,4 @@
-"""The page on recipes says what the recipes hold: each of its numbers is what the program's own parser makes of them."""
+"""The page on recipes has the values of the recipes: the program's own parser gives the same numbers."""
 
 import re
 import shlex

@@ -7,11 +7,11 @@ import torch
 
 from method_matrix import all_programs, build, log_of, teacher_of, tiny_data
 
-# Before the ranks are there, of which only the first could write.
+# Made before the ranks are forked, because only the first rank may write a model.
 TEACHERS = [teacher_of(program) for program in all_programs().values()]
-# Of 13 examples an epoch's second step gets 5, in the second turn of which one rank has a single one and the other has none.
+# Of 13 examples an epoch's second step has 5. In its second turn one rank has one example, and the other has none.
 UNEVEN = {"max_steps": -1, "num_train_epochs": 2, "learning_rate": 0.0, "save_strategy": "steps", "save_steps": 3}
-# By name: the method, and options. A model with a memory reads lanes, which are as many as the examples of a step.
+# By name: the method, and options. A model with a memory is left out: it has as many lanes as examples in a step.
 UNEVEN_RUNS = {name: (name, {}) for name in all_programs() if name not in ("recurrent-lm", "plm")} | {
     "plm": ("plm", {"mem_len": 0}),
     "rtd-decoupled": ("rtd", {"training_mode": "decoupled"}),
@@ -42,7 +42,7 @@ def main(folder):
         )
         batch = next(iter(trainer.get_train_dataloader()))
         torch.save(batch, folder / f"{name}-batch-{rank}.pt")
-        # Before training on purpose: accelerate then used to leave the model out of DDP.
+        # Evaluate before training: accelerate then used to leave the model out of DDP.
         (folder / f"{name}-eval-{rank}.json").write_text(json.dumps(trainer.evaluate()))
         trainer.train()
         torch.save(trainer.recorder.gradients[0], folder / f"{name}-gradients-{rank}.pt")

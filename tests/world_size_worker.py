@@ -9,7 +9,7 @@ from method_matrix import build, log_of, programs, teacher_of
 
 GLOBAL_BATCH = 8
 HALF, WHOLE = 2, 4
-# Before the ranks are there, of which only the first could write.
+# Made before the ranks are forked, because only the first rank may write a model.
 TEACHERS = [teacher_of(program) for program in programs().values()]
 
 

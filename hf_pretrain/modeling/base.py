@@ -1,6 +1,8 @@
-"""One step on a few tokens, before any text is read: what fails is refused by name, and what learns nothing is frozen.
+"""The model side of the Trainer contract: what every composite of stock models has, and its trial.
 
-The model side of the Trainer contract.
+A composite returns a sum and a count for each loss, exports its stock models, and is tried out on a few tokens before any text is
+read: a step that fails is refused by name, and parameters that no loss reaches are frozen. The order: the batch of the trial, the
+composite, how the trial runs, and the checks of a stock model.
 """
 
 from __future__ import annotations
@@ -57,109 +59,6 @@ def masked_trial_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         "labels": labels,
         "target_positions": positions,
     }
-
-
-def is_on_meta(model: nn.Module) -> bool:
-    """Whether a model has parameters without values; some of a stock model's may have values all the same."""
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
-def unused_parameters(model: PreTrainedModel, batch: Mapping[str, Any], *, name: str) -> list[str]:
-    """Run one step in evaluation mode, which leaves no trace, and return the parameters that no loss reaches.
-
-    A parameter of one expert among several is never among them while another expert has a gradient: which are chosen depends on
-    the tokens.
-
-    Args:
-        model: A composite.
-        batch: A collated batch with targets of every loss.
-        name: What the stock models are called, for the error.
-
-    Returns:
-        Names of trainable parameters without a gradient. On the meta device, where a stock model may need values that are not
-        there, possibly none.
-
-    Raises:
-        InputError: If the step fails.
-    """
-    named = {key: value for key, value in model.named_parameters() if value.requires_grad}
-    try:
-        values = _ValuesOnMeta() if is_on_meta(model) else nullcontext()
-        with _untouched(model), torch.random.fork_rng(devices=[]), torch.enable_grad(), values:
-            output: PretrainingOutput = model(**batch)
-            total = torch.stack([loss.sum.float().sum() for loss in output.losses.values()]).sum()
-            if not total.requires_grad:
-                return []
-            gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-    except InputError:
-        raise
-    except Exception as error:  # a stock model may trip over a size anywhere
-        if is_on_meta(model) and not _is_of_sizes(error):
-            return []
-        raise InputError(f"{name} cannot be trained with these options: {_reason(model, error)}") from error
-    found = [key for key, gradient in zip(named, gradients, strict=True) if gradient is None]
-    experts = {_kind_of_expert(key) for key in named.keys() - set(found)} - {None}
-    return [key for key in found if _kind_of_expert(key) not in experts]
-
-
-def _is_of_sizes(error: Exception) -> bool:
-    """Whether an error on the meta device would come with values too; what only lacks values, or a kernel, would not."""
-    text = str(error).lower()
-    if isinstance(error, NotImplementedError) or "meta" in text:
-        return False
-    return isinstance(error, ValueError | AssertionError) or any(word in text for word in ("shape", "size", "dim"))
-
-
-def _reason(model: PreTrainedModel, error: Exception) -> str:
-    """Return why a step failed: the width and heads of a model that do not fit, or the error's own words."""
-    for module in model.modules():
-        config = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
-        width, heads = (getattr(config, size, None) for size in ("hidden_size", "num_attention_heads"))
-        if isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads:
-            return f"hidden_size={width} does not divide into num_attention_heads={heads}"
-    kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
-    return f"a step on {TRIAL_LENGTH} tokens fails ({kind}{first_line(error)})"
-
-
-def _kind_of_expert(name: str) -> str | None:
-    """Return a parameter's name without the number of its expert; None for one that belongs to no numbered expert."""
-    parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if "expert" in part.lower()), None)
-    if place is None or not any(part.isdigit() for part in parts[place:]):
-        return None
-    return ".".join([*parts[:place], *("*" if part.isdigit() else part for part in parts[place:])])
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and restore what a forward may set on its modules.
-
-    BigBird, for one, changes its kind of attention for good when it meets a short row.
-    """
-    modules = list(model.modules())
-    before = [({**_scalars(module)}, dict(module._modules)) for module in modules]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, (scalars, children) in zip(modules, before, strict=True):
-            vars(module).update(scalars)
-            module._modules.clear()
-            module._modules.update(children)
-
-
-def _scalars(module: nn.Module) -> dict[str, _Scalar]:
-    return {key: value for key, value in vars(module).items() if isinstance(value, _Scalar)}
-
-
-class _ValuesOnMeta(TorchDispatchMode):
-    """Lets a model on the meta device that asks for a value go on: 1, which is what a mask without padding says."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
-            kind = args[0].dtype
-            return True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
 
 
 class PretrainingModel(PreTrainedModel):
@@ -333,6 +232,109 @@ class PretrainingModel(PreTrainedModel):
             return None
         prefix = attribute + "."
         return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
+
+
+def is_on_meta(model: nn.Module) -> bool:
+    """Whether a model has parameters without values; some of a stock model's may have values all the same."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
+def unused_parameters(model: PreTrainedModel, batch: Mapping[str, Any], *, name: str) -> list[str]:
+    """Run one step in evaluation mode, which leaves no trace, and return the parameters that no loss reaches.
+
+    A parameter of one expert among several is never among them while another expert has a gradient: which are chosen depends on
+    the tokens.
+
+    Args:
+        model: A composite.
+        batch: A collated batch with targets of every loss.
+        name: What the stock models are called, for the error.
+
+    Returns:
+        Names of trainable parameters without a gradient. On the meta device, where a stock model may need values that are not
+        there, possibly none.
+
+    Raises:
+        InputError: If the step fails.
+    """
+    named = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    try:
+        values = _ValuesOnMeta() if is_on_meta(model) else nullcontext()
+        with _untouched(model), torch.random.fork_rng(devices=[]), torch.enable_grad(), values:
+            output: PretrainingOutput = model(**batch)
+            total = torch.stack([loss.sum.float().sum() for loss in output.losses.values()]).sum()
+            if not total.requires_grad:
+                return []
+            gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    except InputError:
+        raise
+    except Exception as error:  # a stock model may trip over a size anywhere
+        if is_on_meta(model) and not _is_of_sizes(error):
+            return []
+        raise InputError(f"{name} cannot be trained with these options: {_reason(model, error)}") from error
+    found = [key for key, gradient in zip(named, gradients, strict=True) if gradient is None]
+    experts = {_kind_of_expert(key) for key in named.keys() - set(found)} - {None}
+    return [key for key in found if _kind_of_expert(key) not in experts]
+
+
+def _is_of_sizes(error: Exception) -> bool:
+    """Whether an error on the meta device would come with values too; what only lacks values, or a kernel, would not."""
+    text = str(error).lower()
+    if isinstance(error, NotImplementedError) or "meta" in text:
+        return False
+    return isinstance(error, ValueError | AssertionError) or any(word in text for word in ("shape", "size", "dim"))
+
+
+def _reason(model: PreTrainedModel, error: Exception) -> str:
+    """Return why a step failed: the width and heads of a model that do not fit, or the error's own words."""
+    for module in model.modules():
+        config = getattr(module, "config", None) if isinstance(module, PreTrainedModel) else None
+        width, heads = (getattr(config, size, None) for size in ("hidden_size", "num_attention_heads"))
+        if isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads:
+            return f"hidden_size={width} does not divide into num_attention_heads={heads}"
+    kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+    return f"a step on {TRIAL_LENGTH} tokens fails ({kind}{first_line(error)})"
+
+
+def _kind_of_expert(name: str) -> str | None:
+    """Return a parameter's name without the number of its expert; None for one that belongs to no numbered expert."""
+    parts = name.split(".")
+    place = next((i for i, part in enumerate(parts) if "expert" in part.lower()), None)
+    if place is None or not any(part.isdigit() for part in parts[place:]):
+        return None
+    return ".".join([*parts[:place], *("*" if part.isdigit() else part for part in parts[place:])])
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and restore what a forward may set on its modules.
+
+    BigBird, for one, changes its kind of attention for good when it meets a short row.
+    """
+    modules = list(model.modules())
+    before = [({**_scalars(module)}, dict(module._modules)) for module in modules]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, (scalars, children) in zip(modules, before, strict=True):
+            vars(module).update(scalars)
+            module._modules.clear()
+            module._modules.update(children)
+
+
+def _scalars(module: nn.Module) -> dict[str, _Scalar]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, _Scalar)}
+
+
+class _ValuesOnMeta(TorchDispatchMode):
+    """Lets a model on the meta device that asks for a value go on: 1, which is what a mask without padding says."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+            kind = args[0].dtype
+            return True if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
 
 
 def refuse_adapters(model: nn.Module) -> None:

@@ -24,8 +24,6 @@ from hf_pretrain.modeling.loading import (
     refuse_type,
 )
 
-__all__ = ["from_config", "from_pretrained"]
-
 SubModelConfig = PreTrainedConfig | dict[str, Any] | None
 
 

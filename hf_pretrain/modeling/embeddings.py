@@ -1,11 +1,8 @@
-"""Embedding tables that are shared between models of different widths, or with a difference of their own.
+"""Embeddings of a stock model: tables shared between two models, and languages in place of segments.
 
-Each class here stands in a stock model for one of its modules while it is trained, and knows the stock parameters that it amounts
-to: `merged_state` is what gets exported.
-
-Share parameters between two stock models.
-
-How a stock model is told the language of each token: by language embeddings, or by token types in their place.
+First the stand-ins: each takes the place of a module in a stock model while it is trained, for tables of another width or with a
+difference of their own; `merged_state` gives the stock parameters that are exported. Then the names of parameters that two
+models share. Last, the language of each token, which a model takes as language embeddings or as token types.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What stands on a stock encoder, and what two kinds of heads predict: classes of tokens, and spans.
+"""Heads on a stock encoder: which one a stock model has, and those of pre-training that transformers does not have.
 
-Heads of pre-training beside the masked-LM head: those of stock classes, and those that transformers does not have.
-
-Heads of the discriminator that stock transformers does not have for every architecture.
+The order: the kind of a stock head, and how predictions of spans and entities are compared; the stock classes with a second head;
+then the heads of this library, for pairs, for the boundary of spans and for discriminators.
 """
 
 from __future__ import annotations

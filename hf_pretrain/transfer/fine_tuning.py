@@ -1,7 +1,4 @@
-"""Layer-wise learning-rate decay: the nearer a layer is to the input, the less fine-tuning changes it.
-
-Fine-tuning a stock model with layer-wise learning rates.
-"""
+"""Fine-tuning a stock model with layer-wise learning rates: the nearer a layer is to the input, the less it changes."""
 
 from __future__ import annotations
 

@@ -6,13 +6,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import longest_sequence
-from hf_pretrain.modeling.configuration import (
-    ModelArguments,
-    attention_options,
-    build_config,
-    from_pretrained,
-    parse_overrides,
-)
+from hf_pretrain.modeling.configuration import ModelArguments, attention_options, build_config, parse_overrides
+from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining, EncoderForPreTrainingConfig
 from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 

@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling import loading
-from hf_pretrain.modeling.configuration import ModelArguments, from_config, from_pretrained
+from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from method_matrix import TINY, VOCAB_SIZE, build, programs, tiny_tokenizer
 

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -77,24 +76,27 @@ class TestSigterm:
         assert cli.run_program(program) == 143
         assert capsys.readouterr().err == "stopped by SIGTERM\n"
 
-    def test_workers_end_with_it(self):
-        program = (
-            "import os, signal, time, multiprocessing\n"
-            "from hf_pretrain.cli import run_program\n"
-            "from hf_pretrain.training.processes import stopping_on_sigterm\n"
-            "def main(argv):\n"
-            "    with stopping_on_sigterm():\n"
-            "        worker = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
-            "        worker.start()\n"
-            "        print(worker.pid, flush=True)\n"
-            "        os.kill(os.getpid(), signal.SIGTERM)\n"
-            "        time.sleep(60)\n"
-            "raise SystemExit(run_program(main))"
-        )
-        ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=50)
-        assert (ended.returncode, ended.stderr.splitlines()[-1]) == (143, "stopped by SIGTERM")
+    def test_workers_end_with_it(self, tmp_path):
+        def program(argv):
+            with stopping_on_sigterm():
+                worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+                worker.start()
+                (tmp_path / "worker").write_text(str(worker.pid))
+                send()
+                time.sleep(60)
+
+        def end():
+            with (tmp_path / "stderr").open("w") as sys.stderr:
+                status = cli.run_program(program)
+            os._exit(status)
+
+        process = multiprocessing.get_context("fork").Process(target=end)
+        process.start()
+        process.join(30)
+        assert process.exitcode == 143
+        assert (tmp_path / "stderr").read_text().splitlines()[-1] == "stopped by SIGTERM"
         with pytest.raises(ProcessLookupError):
-            os.kill(int(ended.stdout), 0)
+            os.kill(int((tmp_path / "worker").read_text()), 0)
 
     def test_a_worker_that_missed_the_signal_is_ended_too(self):
         worker = multiprocessing.get_context("fork").Process(target=deaf)

@@ -1,10 +1,8 @@
-"""See the disentangled attention of DeBERTa-v2, which is not one of transformers' attention functions.
+"""What the layers of a stock encoder compute, recorded while it runs: queries, keys, values, and hidden states.
 
-Follow a stock encoder through its layers while it runs.
-
-What the layers of a stock encoder compute, seen while it runs: queries, keys, values, and hidden states.
-
-The model keeps its fast attention: no attention matrix is made here, and nothing is kept on its modules.
+The model keeps its fast attention: no attention matrix is made here, and nothing is kept on its modules. A `LayerTrace` follows a
+forward through the layers; the attention functions of transformers are wrapped for as long as a block lasts, and those of
+DeBERTa-v2, which are its own, are hooked.
 """
 
 from __future__ import annotations
@@ -22,54 +20,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import evaluating, layer_modules, longest_sequence, window_of, without_autocast
-
-
-def _watch(module: Any, on_attention: Callable[..., None], stack: ExitStack) -> None:
-    parts: dict[str, torch.Tensor] = {}
-
-    def keep_projection(name: str) -> Callable[..., None]:
-        def keep(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            # The first call is for the content; the same weights may project positions afterwards.
-            parts.setdefault(name, output)
-
-        return keep
-
-    def keep_bias(self: Any, *args: Any) -> torch.Tensor:
-        bias: torch.Tensor = type(self).disentangled_attention_bias(self, *args)
-        if self is module:
-            parts["bias"] = bias
-        return bias
-
-    def finish(attention: Any, args: tuple[Any, ...], output: Any) -> None:
-        on_attention(output[0], **_compared(module, **parts))
-        parts.clear()
-
-    handles = [
-        getattr(module, f"{name}_proj").register_forward_hook(keep_projection(name))
-        for name in ("query", "key", "value")
-    ]
-    handles.append(module.register_forward_hook(finish))
-    # A method: a copy of the model calls it as its own.
-    module.disentangled_attention_bias = MethodType(keep_bias, module)
-    stack.callback(delattr, module, "disentangled_attention_bias")
-    for handle in handles:
-        stack.callback(handle.remove)
-
-
-def _compared(
-    module: Any, *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
-) -> dict[str, Any]:
-    query, key, value = (
-        states.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2) for states in (query, key, value)
-    )
-    num_terms = 1 + sum(kind in module.pos_att_type for kind in ("c2p", "p2c"))
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "scaling": (num_terms * query.shape[-1]) ** -0.5,
-        "bias": None if bias is None else bias.unflatten(0, query.shape[:2]),
-    }
 
 
 class LayerTrace:
@@ -259,6 +209,54 @@ def _record(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if sliding_window is None else sliding_window - 1  # Flash attention counts the token itself.
     return AttentionRecord(query, key, value, scaling, position_bias, window)
+
+
+def _watch(module: Any, on_attention: Callable[..., None], stack: ExitStack) -> None:
+    parts: dict[str, torch.Tensor] = {}
+
+    def keep_projection(name: str) -> Callable[..., None]:
+        def keep(projection: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            # The first call is for the content; the same weights may project positions afterwards.
+            parts.setdefault(name, output)
+
+        return keep
+
+    def keep_bias(self: Any, *args: Any) -> torch.Tensor:
+        bias: torch.Tensor = type(self).disentangled_attention_bias(self, *args)
+        if self is module:
+            parts["bias"] = bias
+        return bias
+
+    def finish(attention: Any, args: tuple[Any, ...], output: Any) -> None:
+        on_attention(output[0], **_compared(module, **parts))
+        parts.clear()
+
+    handles = [
+        getattr(module, f"{name}_proj").register_forward_hook(keep_projection(name))
+        for name in ("query", "key", "value")
+    ]
+    handles.append(module.register_forward_hook(finish))
+    # A method: a copy of the model calls it as its own.
+    module.disentangled_attention_bias = MethodType(keep_bias, module)
+    stack.callback(delattr, module, "disentangled_attention_bias")
+    for handle in handles:
+        stack.callback(handle.remove)
+
+
+def _compared(
+    module: Any, *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+) -> dict[str, Any]:
+    query, key, value = (
+        states.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2) for states in (query, key, value)
+    )
+    num_terms = 1 + sum(kind in module.pos_att_type for kind in ("c2p", "p2c"))
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "scaling": (num_terms * query.shape[-1]) ** -0.5,
+        "bias": None if bias is None else bias.unflatten(0, query.shape[:2]),
+    }
 
 
 @contextmanager

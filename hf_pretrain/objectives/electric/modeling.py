@@ -1,7 +1,4 @@
-"""The generator of noise and the model of the text in one.
-
-Pseudo-log-likelihoods of whole texts, in one pass.
-"""
+"""Electric: the generator of noise and the model of the text in one, and the scores of whole texts that the latter gives."""
 
 from __future__ import annotations
 

@@ -31,9 +31,9 @@ from hf_pretrain.modeling.configuration import (
     SubModelConfig,
     attention_options,
     dtype_option,
-    from_pretrained,
     load_or_build,
 )
+from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput, RecurrentMemory, masked_lm_accuracy, masked_lm_loss
 from hf_pretrain.objectives.permutation_lm.two_stream import (
     PermutedBatch,

@@ -47,17 +47,12 @@ class PermutedBatch(NamedTuple):
     backward: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
-    def visible(self) -> torch.Tensor:
-        """Return ``[B, S + P, S]`` bool: which content each row sees. A content row also sees itself, a query row does not."""
-        ranks_BS, length = self.key_ranks.masked_fill(self.attention_mask == 0, _NEVER), self.input_ids.shape[1]
-        visible_BTS = ranks_BS[:, None, :] < self.of_rows(self.thresholds)[:, :, None]
-        # Padding sees itself too: a row without any key is a special case for the kernels.
-        own_S = torch.arange(length, device=ranks_BS.device)
-        visible_BTS[:, own_S, own_S] = True
-        return visible_BTS
-
     def rule(self) -> MaskFunction:
-        """Return the same as a rule over rows of ``S + P`` tokens; nobody sees a query, but one that sees nothing else."""
+        """Return who sees whom among ``S + P`` rows: content and queries.
+
+        A content row also sees itself, padding too: a row without any key is a special case for the kernels. Nobody sees a
+        query, but one that sees nothing else sees itself.
+        """
         length, num_queries = self.input_ids.shape[1], self.target_columns.shape[1]
         ranks_BS = self.key_ranks.masked_fill(self.attention_mask == 0, _NEVER)
         ranks_BT = F.pad(ranks_BS, (0, num_queries), value=_NEVER)
@@ -70,6 +65,12 @@ class PermutedBatch(NamedTuple):
             return (ranks_BT[row, key] < thresholds_BT[row, query]) | own
 
         return visible
+
+    def visible(self) -> torch.Tensor:
+        """Return ``[B, S + P, S]`` bool: which content each row sees."""
+        rows_B, keys_S = (torch.arange(size, device=self.input_ids.device) for size in self.input_ids.shape)
+        queries_T = torch.arange(len(keys_S) + self.target_columns.shape[1], device=keys_S.device)
+        return self.rule()(rows_B[:, None, None], rows_B[:1], queries_T[None, :, None], keys_S[None, None, :])
 
     def places(self) -> torch.Tensor:
         """Return ``[B, S]`` the place of each token in its row, however the row is padded."""
