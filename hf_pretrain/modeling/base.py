@@ -23,7 +23,7 @@ from hf_pretrain.files import share_weights
 from hf_pretrain.modeling.backbone import input_names, longest_sequence, note_what_is_counted, vocabulary_size
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.loading import first_line
-from hf_pretrain.modeling.losses import PretrainingOutput
+from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
 
 GENERATOR_FOLDER = "pretraining/generator"
 """Folder of an export that holds the generator of a pair."""
@@ -52,7 +52,7 @@ def masked_trial_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     ids = trial_tokens(model)
     columns = torch.arange(TRIAL_LENGTH, device=ids.device)
     positions = (torch.arange(TRIAL_ROWS, device=ids.device)[:, None] * TRIAL_LENGTH + columns[:2]).flatten()
-    labels = torch.where(columns < 2, ids, torch.full_like(ids, -100))
+    labels = torch.where(columns < 2, ids, torch.full_like(ids, IGNORED))
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

@@ -1,12 +1,9 @@
-"""The memory of a recurrent model: what its layers read in the segments before.
+"""The way from a stock model's states to a loss.
 
-What a model returns in pre-training: named sums with their counts, never a mean.
-
-Losses as pure functions of logits, targets and positions, returning sums by example.
-
-Draw tokens from a generator, one keyed uniform a token.
-
-Run a stock model's head at the target positions only.
+[`GatheredHead`] runs a head at the target positions only. A loss is a pure function of logits, targets and positions, and returns
+a sum for each example with its count, never a mean: [`ExampleSum`]. A model returns its losses in a [`PretrainingOutput`], along
+with the [`RecurrentMemory`] that the next segment reads; [`SumAccumulator`] adds them up for the log. [`sample_tokens`] draws
+tokens from the logits of a generator, one keyed uniform a token.
 """
 
 from __future__ import annotations
@@ -21,6 +18,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
+
+IGNORED = -100
+"""Label of a position, or of a slot, without a target."""
 
 
 class RecurrentMemory(NamedTuple):
@@ -158,9 +158,6 @@ def sum_by_example(values: torch.Tensor, positions: torch.Tensor, shape: torch.S
     """
     rows = torch.div(positions, shape[1], rounding_mode="floor")
     return torch.zeros(shape[0], device=values.device).index_add(0, rows, values.float())
-
-
-IGNORED = -100
 
 
 def masked_lm_loss(

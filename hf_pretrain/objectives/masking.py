@@ -13,11 +13,10 @@ from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.masking import MaskedRows, Vocabulary, mask_rows, needs_word_starts
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.options import schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import PretrainingArguments
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from hf_pretrain.corruption.spans import span_boundary_targets
 from hf_pretrain.corruption.word_order import ShuffledRows, shuffle_runs
 from hf_pretrain.data.examples.lm_modes import stop_candidates
 from hf_pretrain.errors import InputError
-from hf_pretrain.objectives.masking import IGNORED, DataCollatorForMaskedLM, PaddedLayout
+from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, PaddedLayout
 
 # More tokens have too many orders for a table of them.
 _LONGEST_RUN = 7

@@ -19,7 +19,8 @@ from hf_pretrain.corruption.permutation import (
 )
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
 from hf_pretrain.errors import InputError, check_numbers
-from hf_pretrain.objectives.masking import IGNORED, PaddedLayout
+from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.objectives.masking import PaddedLayout
 
 TargetUnit = Literal["official", "word", "given"]
 _LANE_COLUMNS = {"lane": "lanes", "memory_reset": "memory_reset", "backward": "backward"}
