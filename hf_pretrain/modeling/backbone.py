@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -131,8 +131,9 @@ def layer_modules(body: PreTrainedModel) -> list[nn.Module]:
         return list(body.get_submodule(name).children())
     recorded = (getattr(type(body), "_can_record_outputs", None) or {}).get("hidden_states")
     kind = getattr(recorded, "target_class", recorded)
+    layers: list[nn.Module]
     if isinstance(kind, type):
-        layers = [module for module in body.modules() if isinstance(module, kind)]
+        layers = [module for module in body.modules() if isinstance(module, cast(Any, kind))]
     else:
         # The first part of each layer, or an encoder's before its decoder's.
         layers = next((_flat(one) for one in module_lists(body).values() if len(_flat(one)) == _depth(body)), [])
@@ -261,12 +262,12 @@ def note_what_is_counted(model: PreTrainedModel) -> tuple[bool, int]:
 
 def takes_input(model: PreTrainedModel, name: str) -> bool:
     """Return whether a stock model's forward has an input of that name, with its head and without."""
-    return all(name in _parameters(type(part)) for part in (model, model.base_model))
+    return all(name in _parameters(cast(Any, type(part))) for part in (model, model.base_model))
 
 
 def input_names(model: PreTrainedModel) -> set[str]:
     """Return the inputs that a stock model takes, with its head and without; types of segments only where it has two."""
-    names = _parameters(type(model)) & _parameters(type(model.base_model))
+    names = _parameters(cast(Any, type(model))) & _parameters(cast(Any, type(model.base_model)))
     # A table of one type has no row for a second segment, and one of none is never read.
     return set(names - ({"token_type_ids"} if num_token_types(model.config) < 2 else set()))
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, 
 from hf_pretrain.data.prepare import PreparedData, RepeatableTexts, check_unknown, count_unknown
 from hf_pretrain.data.text.docstrings import split_held_out
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.configuration import from_pretrained
+from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.tasks.augmentation import TEXT, AugmentationArguments, augment
 from hf_pretrain.tasks.examples import encode, encode_questions, encode_tokens

@@ -29,7 +29,8 @@ from hf_pretrain.hub.text import (
     split_by_held_out_set,
     with_perplexity,
 )
-from hf_pretrain.modeling.configuration import ModelArguments, from_pretrained
+from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in

@@ -144,6 +144,7 @@ class PretrainingTrainer(Trainer):
     model: PretrainingModel
     hub_model_id: str | None
     objective: ClassVar[ObjectiveDescription]
+    data_collator: Any
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
     loss_is_scaled_for_ga = True
 
@@ -361,13 +362,13 @@ class PretrainingTrainer(Trainer):
             turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
             dataset, filled = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
         collate: Any = self.data_collator
-        self.data_collator: Any = CollatorOfFilled(collate)
+        self.data_collator = CollatorOfFilled(collate)
         try:
             loader = load(dataset, **(options | {"sampler_fn": lambda _: filled}))
         finally:
             self.data_collator = collate
         # Where batches are skipped after a resume, accelerate looks here for what has to be told the epoch.
-        loader.batch_sampler.sampler = filled
+        cast(Any, loader.batch_sampler).sampler = filled
         return loader
 
     # Rates

@@ -127,7 +127,7 @@ class ModelRunner:
             del self._changed.forward
 
     def __call__(
-        self, model: PreTrainedModel, inputs: dict[str, torch.Tensor], positions: torch.Tensor | None = None
+        self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor | None = None
     ) -> ModelOutputs:
         """Run a forward pass.
 

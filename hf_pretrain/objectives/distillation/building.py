@@ -30,8 +30,9 @@ from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import window_of
 from hf_pretrain.modeling.base import check_model_fits
-from hf_pretrain.modeling.configuration import dtype_option, from_pretrained
+from hf_pretrain.modeling.configuration import dtype_option
 from hf_pretrain.modeling.heads import head_kind
+from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.observing.capture import check_capture
 from hf_pretrain.modeling.surgery.vocabulary import match_vocabulary, trim_vocabulary, used_ids
 from hf_pretrain.modeling.visibility.isolation import check_isolation

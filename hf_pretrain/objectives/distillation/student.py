@@ -8,15 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import feed_forward_name, longest_sequence, per_layer_values, position_tables
-from hf_pretrain.modeling.configuration import (
-    ModelArguments,
-    attention_options,
-    build_config,
-    from_config,
-    from_pretrained,
-    parse_overrides,
-)
-from hf_pretrain.modeling.loading import ShapesDiffer
+from hf_pretrain.modeling.configuration import ModelArguments, attention_options, build_config, parse_overrides
+from hf_pretrain.modeling.loading import ShapesDiffer, from_config, from_pretrained
 from hf_pretrain.modeling.surgery.cutting import changed_config, check_layers, cut_student
 from hf_pretrain.objectives.distillation.arguments import layer_map
 from hf_pretrain.options import option

@@ -17,14 +17,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
-from hf_pretrain.modeling.configuration import (
-    CompositeConfig,
-    SubModelConfig,
-    check_overrides,
-    from_config,
-    from_pretrained,
-    parse_overrides,
-)
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, check_overrides, parse_overrides
+from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
 from hf_pretrain.models.transformer_xl.layers_transformer_xl import find_target_rows

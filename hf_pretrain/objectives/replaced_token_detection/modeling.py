@@ -351,7 +351,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         positions: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
     ) -> torch.Tensor:
         """Return the generator's logits at the targets, ``[T, V]``."""
         model_inputs = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
@@ -374,7 +374,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         output: ReplacedTokenDetectionOutput,
         original: torch.Tensor,
         attention_mask: torch.Tensor,
-        inputs: dict[str, torch.Tensor],
+        inputs: dict[str, Any],
     ) -> None:
         """Run the discriminator on the samples."""
         assert output.replaced_ids is not None, "they are given, or the generator has just drawn them"
