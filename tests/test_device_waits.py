@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from hf_pretrain.modeling.visibility.isolation import isolated_inputs
+from hf_pretrain.modeling.visibility.rules import isolated_inputs
 from method_matrix import build, isolated, programs, tiny_data
 
 PROGRAMS = programs()

@@ -12,8 +12,9 @@ from transformers.masking_utils import flash_attention_mask
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.modeling.visibility import isolation, rules
-from hf_pretrain.modeling.visibility.isolation import check_isolation, isolated_inputs, sequence_bounds
+from hf_pretrain.modeling.visibility import rules
+from hf_pretrain.modeling.visibility import rules as isolation
+from hf_pretrain.modeling.visibility.rules import check_isolation, isolated_inputs, sequence_bounds
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from method_matrix import TINY, VOCAB_SIZE, build, programs, relative_difference, tiny_data
 

@@ -24,7 +24,7 @@ from hf_pretrain.modeling.observing.capture import (
     capture_hidden_states,
     run_to_layer,
 )
-from hf_pretrain.modeling.visibility.isolation import isolated_inputs
+from hf_pretrain.modeling.visibility.rules import isolated_inputs
 
 
 class TopKTargets(NamedTuple):

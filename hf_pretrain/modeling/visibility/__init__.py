@@ -1,7 +1,6 @@
 """Who sees whom in a row.
 
-`rules.py` turns a rule, written from compact integers, into the mask that a backbone takes, and tries the backbone out.
-`padding.py`: rows that may be padded, without a wait for the device. `isolation.py`: the documents of a row do not see each
-other. `lm_modes.py`: a row is read in one of UniLM's four modes.
-Electric's towers and the two streams of permutation language modelling write their rules beside their models.
+`rules.py` turns a rule, written from compact integers, into the mask that a backbone takes, and tries the backbone out. Rows that
+may be padded, and rows whose documents do not see each other, are rules there. In `lm_modes.py` a row is read in one of UniLM's
+four modes. Electric's towers and the two streams of permutation language modelling write their rules beside their models.
 """

@@ -35,7 +35,7 @@ from hf_pretrain.modeling.heads import head_kind
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.observing.capture import check_capture
 from hf_pretrain.modeling.surgery.vocabulary import match_vocabulary, trim_vocabulary, used_ids
-from hf_pretrain.modeling.visibility.isolation import check_isolation
+from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
     RELATIONS,

@@ -22,7 +22,7 @@ from hf_pretrain.modeling.backbone import layer_modules, without_autocast
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest, TopKTargets
-from hf_pretrain.modeling.visibility.padding import has_padding
+from hf_pretrain.modeling.visibility.rules import has_padding
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, RELATIONS, DistillationConfig
 from hf_pretrain.objectives.distillation.losses import (
     attention_distribution_loss,

@@ -19,8 +19,7 @@ from hf_pretrain.modeling.base import GENERATOR_FOLDER, PretrainingModel, masked
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, sum_by_example
-from hf_pretrain.modeling.visibility.isolation import isolated_inputs
-from hf_pretrain.modeling.visibility.padding import has_padding
+from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
 from hf_pretrain.objectives.generators import build_discriminator
 

@@ -26,7 +26,7 @@ from hf_pretrain.modeling.configuration import (
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import find_file, from_pretrained, say_once
-from hf_pretrain.modeling.visibility.isolation import check_isolation
+from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower

@@ -24,8 +24,8 @@ from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.modeling.losses import sample_tokens
 from hf_pretrain.modeling.visibility import rules
-from hf_pretrain.modeling.visibility.isolation import find_mixing
 from hf_pretrain.modeling.visibility.lm_modes import find_fault
+from hf_pretrain.modeling.visibility.rules import find_mixing
 
 # 128 MiB in fp32; the softmax over them takes a few times as much.
 _LOGITS_AT_ONCE = 2**25

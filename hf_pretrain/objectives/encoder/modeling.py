@@ -45,9 +45,8 @@ from hf_pretrain.modeling.losses import (
     masked_lm_accuracy,
     masked_lm_loss,
 )
-from hf_pretrain.modeling.visibility.isolation import isolated_inputs
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
-from hf_pretrain.modeling.visibility.padding import has_padding
+from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
 

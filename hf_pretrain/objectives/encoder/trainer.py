@@ -27,8 +27,8 @@ from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
 from hf_pretrain.modeling.loading import from_pretrained
-from hf_pretrain.modeling.visibility.isolation import check_isolation
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
+from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining

@@ -44,8 +44,7 @@ from hf_pretrain.modeling.losses import (
     masked_lm_loss,
     sample_tokens,
 )
-from hf_pretrain.modeling.visibility.isolation import isolated_inputs
-from hf_pretrain.modeling.visibility.padding import has_padding
+from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
 from hf_pretrain.objectives.generators import build_discriminator
 
 

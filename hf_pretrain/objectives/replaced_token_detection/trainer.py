@@ -29,7 +29,7 @@ from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
-from hf_pretrain.modeling.visibility.isolation import check_isolation
+from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection.building import ReplacedTokenDetectionModelArguments, build_model
 from hf_pretrain.objectives.replaced_token_detection.modeling import Stage
