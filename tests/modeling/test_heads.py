@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
 
-from hf_pretrain.modeling.backbone import shared_options
 from hf_pretrain.modeling.heads import (
     PairHead,
     PairHeadConfig,
@@ -72,21 +71,6 @@ def test_pair_head_is_its_formula_and_drops_only_in_training():
     pooled = torch.tanh(states @ head.dense.weight.T + head.dense.bias)
     torch.testing.assert_close(head(states), pooled @ head.classifier.weight.T + head.classifier.bias)
     assert torch.equal(head(states), head(states)) and not torch.equal(head.train()(states), head(states))
-
-
-@pytest.mark.parametrize(
-    ("model_type", "options", "expected"),
-    [
-        ("bert", {"hidden_dropout_prob": 0.3}, {"hidden_dropout_prob": 0.3, "layer_norm_eps": 1e-12}),
-        ("modernbert", {"mlp_dropout": 0.2}, {"hidden_dropout_prob": 0.2, "layer_norm_eps": 1e-5}),
-        ("distilbert", {"dropout": 0.4}, {"hidden_dropout_prob": 0.4}),
-        ("xlm", {"init_std": 0.05}, {"hidden_dropout_prob": 0.1, "layer_norm_eps": 1e-12, "initializer_range": 0.05}),
-    ],
-)
-def test_options_are_the_encoders_under_whatever_name(model_type, options, expected):
-    config = AutoConfig.for_model(model_type, **options)
-    found = shared_options(config, "hidden_dropout_prob", "layer_norm_eps", "initializer_range")
-    assert {name: found.get(name) for name in expected} == expected
 
 
 def test_weights_of_another_form_are_left_alone(tmp_path):
