@@ -88,6 +88,17 @@ class TestNoise:
         assert torch.equal(output.score_labels != IGNORED, candidates)
         assert torch.equal(output.metrics["sampled_accuracy"].sum, (selected & is_ten).sum(1).float())
 
+    def test_a_candidate_that_is_never_sampled_has_no_label_and_no_loss(self, trainer):
+        """Another collator may offer special tokens; the generator gives them no probability."""
+        model, batch = trainer.model, batch_of(trainer)
+        offered = batch | {"candidate_positions": torch.arange(batch["input_ids"].numel())}
+        output, expected = run(model, offered)[0], run(model, batch)[0]
+        special = batch["input_ids"] < 5
+        assert special.any() and (output.score_labels[special] == IGNORED).all()
+        for name, loss in expected.losses.items():
+            torch.testing.assert_close(output.losses[name].sum, loss.sum)
+            assert torch.equal(output.losses[name].count, loss.count)
+
     def test_the_logit_is_energy_and_noise_probability_and_odds_of_the_row(self, tmp_path):
         trainer = build(PROGRAM, tmp_path, mlm_probability=0.3)
         model, batch = trainer.model, batch_of(trainer)
