@@ -273,8 +273,11 @@ def arbitrary_tokens(body: PreTrainedModel, length: int, *, shift: int) -> torch
 # Padding
 
 
-def has_padding(batch: Mapping[str, Any]) -> dict[str, bool]:
-    """Return, as `is_padded`, whether any row of a batch on the host has padding; nothing without an `attention_mask`."""
+def has_padding(batch: Mapping[str, Any], config: Any = None) -> dict[str, Any]:
+    """Return, as `is_padded`, whether any row of a batch on the host has padding; nothing without an `attention_mask`.
+
+    It is the `host_inputs` of the models that need to know no more; the configuration makes no difference.
+    """
     mask = batch.get("attention_mask")
     return {} if mask is None else {"is_padded": not bool(mask.all())}
 

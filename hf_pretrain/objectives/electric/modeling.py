@@ -148,10 +148,7 @@ class ElectricForPreTraining(PretrainingModel):
         count = torch.tensor(len(batch["candidate_positions"]))
         return {"cloze": count, "nce": count}
 
-    @staticmethod
-    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """Return whether the batch is padded; see [`PretrainingModel.host_inputs`]."""
-        return has_padding(batch)
+    host_inputs = staticmethod(has_padding)
 
     def forward(
         self,

@@ -208,10 +208,7 @@ class EncoderForPreTraining(PretrainingModel):
                 counts[head] = (batch[entry] != IGNORED).sum() if entry in batch else none
         return counts
 
-    @staticmethod
-    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """Return whether the batch is padded; see [`PretrainingModel.host_inputs`]."""
-        return has_padding(batch)
+    host_inputs = staticmethod(has_padding)
 
     def forward(
         self,

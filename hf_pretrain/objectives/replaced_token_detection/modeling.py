@@ -288,10 +288,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         """Return the selected positions for the generator and the real tokens for the discriminator."""
         return {"mlm": (batch["labels"] != IGNORED).sum(), "rtd": batch["attention_mask"].sum()}
 
-    @staticmethod
-    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """Return whether the batch is padded; see [`PretrainingModel.host_inputs`]."""
-        return has_padding(batch)
+    host_inputs = staticmethod(has_padding)
 
     def forward(
         self,
