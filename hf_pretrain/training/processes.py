@@ -107,6 +107,7 @@ class Stopping:
                 # A signal is lost that comes while a process is being forked.
                 worker.join(_WORKER_SECONDS)
                 worker.kill()
+                worker.join(_WORKER_SECONDS)
             raise Terminated
 
 

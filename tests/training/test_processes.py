@@ -105,7 +105,9 @@ class TestSigterm:
         with stopping_on_sigterm(), pytest.raises(Terminated):
             send()
             time.sleep(5)
-        worker.join(5)
+        # Waited for: nothing of it is left, not even a zombie.
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker.pid, 0)
         assert worker.exitcode == -signal.SIGKILL
 
     def test_a_forked_process_takes_it_as_usual(self):
