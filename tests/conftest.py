@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from method_matrix import tiny_data, tiny_tokenizer
+from helpers.method_matrix import tiny_data, tiny_tokenizer
 
 # Tiny models gain nothing from more threads, and lose much on shared cores.
 torch.set_num_threads(1)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from helpers.method_matrix import build, programs
 from hf_pretrain import cli
 from hf_pretrain.commands.export import export_checkpoint, load_composite
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
-from method_matrix import build, programs
 
 
 def run(capsys, *argv):

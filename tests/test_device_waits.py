@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.method_matrix import build, isolated, programs, tiny_data
 from hf_pretrain.modeling.visibility.rules import isolated_inputs
-from method_matrix import build, isolated, programs, tiny_data
 
 PROGRAMS = programs()
 RAGGED, EQUAL = [0, 1, 2, 3], [0, 0, 0, 0]

@@ -9,8 +9,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hf_pretrain.errors import InputError
-from method_matrix import (
+from helpers.method_matrix import (
     all_programs,
     build,
     collate,
@@ -21,8 +20,9 @@ from method_matrix import (
     tiny_data,
     tiny_tokenizer,
 )
-from two_rank_worker import UNEVEN_RUNS, build_uneven
-from two_ranks import run_on_two_ranks
+from helpers.two_rank_worker import UNEVEN_RUNS, build_uneven
+from helpers.two_ranks import run_on_two_ranks
+from hf_pretrain.errors import InputError
 
 PROGRAMS = all_programs()
 METHODS = sorted(PROGRAMS)
@@ -279,7 +279,7 @@ class TestTwoRanks:
     @classmethod
     def results(cls, tmp_path_factory):
         folder = tmp_path_factory.mktemp("ranks")
-        run_on_two_ranks("two_rank_worker", folder)
+        run_on_two_ranks("helpers.two_rank_worker", folder)
         return folder
 
     @pytest.mark.parametrize("method", METHODS)

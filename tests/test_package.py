@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import hf_pretrain
-from fresh_process import run_fresh
+from helpers.fresh_process import run_fresh
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("hf_pretrain", "trainers", "model_cards", "pyproject.toml", "setup.py", "README.md", "LICENSE")

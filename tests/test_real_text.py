@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from transformers import set_seed
 
+from helpers.method_matrix import EXAMPLE, NO_DROPOUT, programs
 from hf_pretrain.data.prepare import DataArguments, prepare_data
 from hf_pretrain.training.parsing import parse_arguments
-from method_matrix import EXAMPLE, NO_DROPOUT, programs
 
 SIZES = {
     "hidden_size": 128,

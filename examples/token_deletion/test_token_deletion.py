@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset
 from token_deletion.collator import DataCollatorForTokenDeletion
 
+from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.data.examples.epochs import EpochDataset
-from method_matrix import tiny_tokenizer
 
 SPECIAL = {0, 1, 2, 3, 4}
 

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from helpers.sharded_text import Source
 from hf_pretrain.corruption import MaskingArguments
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
@@ -18,7 +19,6 @@ from hf_pretrain.data.prepare import prepare_data
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.objectives.replaced_token_detection import DataCollatorForReplacedTokenDetection
-from sharded_text import Source
 
 CLS, SEP, FIRST_ID = 2, 3, 5
 MODE = "isolated_documents"

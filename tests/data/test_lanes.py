@@ -6,10 +6,10 @@ import pickle
 import numpy as np
 import pytest
 
+from helpers.method_matrix import tiny_tokenizer
+from helpers.toy_recurrence import documents
 from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.errors import InputError
-from method_matrix import tiny_tokenizer
-from toy_recurrence import documents
 
 SEPARATOR = 3
 LENGTHS = [7, 1, 12, 3, 20, 5, 5, 9, 1, 1, 14]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
+from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.documents.token_store import TokenStore
@@ -18,7 +19,6 @@ from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.examples.pairing import PairRule, SentenceIndex, draw_chunks, draw_pairs
 from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.errors import InputError
-from method_matrix import tiny_tokenizer
 
 CLS, SEP = 2, 3
 FIRST_ID = 100  # A token's id tells its position.

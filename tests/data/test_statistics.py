@@ -124,7 +124,7 @@ def test_documents_without_tokens(tokenizer):
 def test_a_tokenizer_without_a_separator_leaves_two_modes_out():
     from transformers import PreTrainedTokenizerFast
 
-    from method_matrix import tiny_tokenizer
+    from helpers.method_matrix import tiny_tokenizer
 
     backend = tiny_tokenizer().backend_tokenizer
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")

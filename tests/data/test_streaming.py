@@ -4,11 +4,22 @@ import pytest
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from helpers.sharded_text import (
+    NUM_SHARDS,
+    PATHS,
+    VOCAB,
+    Source,
+    as_list,
+    make_stream,
+    make_tokenizer,
+    read,
+    rows,
+    tokenize,
+)
 from hf_pretrain.data.documents.documents import tokenize_texts
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError
-from sharded_text import NUM_SHARDS, PATHS, VOCAB, Source, as_list, make_stream, make_tokenizer, read, rows, tokenize
 
 
 def load(stream, workers=0, persistent=False, batch_size=3):

@@ -7,11 +7,11 @@ import datasets
 import pytest
 from torch.utils.data import DataLoader
 
+from helpers.sharded_text import PATHS, Source, as_list, make_stream, rows
 from hf_pretrain.data.streaming import blocks as stream_progress
 from hf_pretrain.data.streaming.blocks import ShardSampler, Stop, StreamProgress, TrainingStream
 from hf_pretrain.data.streaming.blocks import StreamPosition as At
 from hf_pretrain.errors import InputError
-from sharded_text import PATHS, Source, as_list, make_stream, rows
 
 
 def key(example):

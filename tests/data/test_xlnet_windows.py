@@ -7,13 +7,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
+from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset
 from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
-from method_matrix import tiny_tokenizer
 
 CLS, SEP = 2, 3
 WINDOW, REUSE = 40, 16

@@ -8,9 +8,9 @@ import pytest
 import torch
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 
+from helpers.method_matrix import build, programs
 from hf_pretrain.data import draws
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics
-from method_matrix import build, programs
 
 
 def entropy(rate):

@@ -19,10 +19,10 @@ from transformers import (
     RobertaModel,
 )
 
+from helpers.loopback_hub import LoopbackHub, connected
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer, _windows
 from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DiscriminatorHead
-from loopback_hub import LoopbackHub, connected
 
 
 class FixedModel(nn.Module):

@@ -6,9 +6,9 @@ import torch
 from tokenizers import processors
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, ElectraConfig, RobertaConfig, set_seed
 
+from helpers.method_matrix import BLOCK_SIZE, VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.probes import encode, probe_accuracy
-from method_matrix import BLOCK_SIZE, VOCAB_SIZE, tiny_tokenizer
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,

@@ -6,11 +6,11 @@ import datasets
 import pytest
 import torch
 
+from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.streams import memory_lengths, sliding_window_evaluate, stream_evaluate
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
-from method_matrix import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 # The last document has characters of two and three bytes, which the tokenizer does not know.

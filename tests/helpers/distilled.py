@@ -3,9 +3,9 @@
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, tiny_data, tiny_tokenizer
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
-from method_matrix import TINY, VOCAB_SIZE, tiny_data, tiny_tokenizer
 
 SIZES = {**TINY, "vocab_size": VOCAB_SIZE}
 ALL = DistillationTrainingArguments.loss_names

@@ -5,6 +5,7 @@ import json
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, BertConfig
 
+from helpers.method_matrix import NO_DROPOUT, QUIET, TINY, VOCAB_SIZE, RecordGradients, tiny_tokenizer
 from hf_pretrain.data import draws
 from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import (
@@ -13,7 +14,6 @@ from hf_pretrain.objectives.distillation import (
     TaskDistillationTrainingArguments,
     load_task,
 )
-from method_matrix import NO_DROPOUT, QUIET, TINY, VOCAB_SIZE, RecordGradients, tiny_tokenizer
 
 AUTO_CLASSES = {
     "token-classification": AutoModelForTokenClassification,

@@ -5,8 +5,8 @@ import os
 import torch
 
 from helpers.distilled import UNCACHED
+from helpers.method_matrix import build, teacher_of
 from hf_pretrain.objectives.distillation import METHOD as distil
-from method_matrix import build, teacher_of
 
 # Before the ranks are there, of which only the first could write.
 TEACHER = teacher_of(distil)

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-from loopback_hub import READ_TOKEN, LoopbackHub, connected, hub_environment
+from helpers.loopback_hub import READ_TOKEN, LoopbackHub, connected, hub_environment
 
 PUSH = """
 import json, sys

@@ -17,13 +17,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from helpers.loopback_hub import READ_TOKEN, TOKEN, LoopbackHub, connected, hub_environment
+from helpers.method_matrix import build, programs
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.files import is_whole
 from hf_pretrain.training.parsing import write_recipe
 from hf_pretrain.training.pushing import reason
-from loopback_hub import READ_TOKEN, TOKEN, LoopbackHub, connected, hub_environment
-from method_matrix import build, programs
 
 MLM, RTD = programs()["mlm"], programs()["rtd"]
 REPO = "tester/model"

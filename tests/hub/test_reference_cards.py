@@ -7,11 +7,11 @@ import json
 import pytest
 from reference_inputs import REFERENCE_CARDS, REFERENCE_DIR
 
-from fresh_process import run_fresh
+from helpers.fresh_process import run_fresh
+from helpers.method_matrix import build, programs
 from hf_pretrain.cli import METHODS
 from hf_pretrain.hub.card import snippets, write_card
 from hf_pretrain.hub.run import describe_run
-from method_matrix import build, programs
 
 
 def test_every_method_has_one_and_nobody_else():

@@ -13,8 +13,8 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 
-from loopback_hub import LoopbackHub, connected, hub_environment
-from method_matrix import build, programs
+from helpers.loopback_hub import LoopbackHub, connected, hub_environment
+from helpers.method_matrix import build, programs
 
 PROGRAMS = programs()
 IDS = torch.arange(5, 25).reshape(2, 10)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
+from helpers.method_matrix import VOCAB_SIZE
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling import backbone
 from hf_pretrain.modeling.base import tokenizer_for
-from method_matrix import VOCAB_SIZE
 
 DEPTH, LENGTH = 2, 32
 SIZES = {

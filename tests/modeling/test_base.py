@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
+from helpers.method_matrix import TINY, VOCAB_SIZE
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import TINY, VOCAB_SIZE
 
 
 def tiny_model(model_type, **options):
@@ -39,7 +39,7 @@ class TestCheckModelFits:
             check_model_fits(model, tokenizer, block_size=8)
 
     def test_tokens_added_to_the_tokenizer_count(self):
-        from method_matrix import tiny_tokenizer
+        from helpers.method_matrix import tiny_tokenizer
 
         tokenizer = tiny_tokenizer()
         model = tiny_model("bert")

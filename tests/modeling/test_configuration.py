@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.configuration import ModelArguments, attention_options, build_config, parse_overrides
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining, EncoderForPreTrainingConfig
-from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 
 
 def arguments(model_type, **options):

@@ -6,9 +6,19 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForPreTraining
 
-from encoder_heads import ALL, BACKBONES, batch_of, encoder_of, gradients_of, stirred, stock_model, summed, takes_types
+from helpers.encoder_heads import (
+    ALL,
+    BACKBONES,
+    batch_of,
+    encoder_of,
+    gradients_of,
+    stirred,
+    stock_model,
+    summed,
+    takes_types,
+)
+from helpers.method_matrix import relative_difference
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import relative_difference
 
 WITH_PAIR_HEAD = ("albert", "bert", "ernie", "megatron-bert")
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
-from encoder_heads import ALL, batch_of, encoder_of, stirred, stock_model, takes_types
+from helpers.encoder_heads import ALL, batch_of, encoder_of, stirred, stock_model, takes_types
+from helpers.method_matrix import TINY, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import set_languages
 from hf_pretrain.modeling.heads import PairHead, SpanBoundaryHead
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining, EncoderForPreTrainingConfig
-from method_matrix import TINY, tiny_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, relative_difference
 from hf_pretrain.modeling.losses import IGNORED, GatheredHead, masked_lm_loss
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import TINY, VOCAB_SIZE, relative_difference
 
 NARROW = {"embedding_size": 16}
 BACKBONES = {

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForPreTraining
 
+from helpers.method_matrix import TINY
 from hf_pretrain.modeling.heads import (
     PairHead,
     PairHeadConfig,
@@ -12,7 +13,6 @@ from hf_pretrain.modeling.heads import (
     load_head,
     stock_class,
 )
-from method_matrix import TINY
 
 
 def stirred(module):

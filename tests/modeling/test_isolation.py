@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMaskedLM
 from transformers.masking_utils import flash_attention_mask
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, build, programs, relative_difference, tiny_data
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
@@ -16,7 +17,6 @@ from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility import rules as isolation
 from hf_pretrain.modeling.visibility.rules import check_isolation, isolated_inputs, sequence_bounds
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import TINY, VOCAB_SIZE, build, programs, relative_difference, tiny_data
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "legacy": False}
 BACKBONES = {

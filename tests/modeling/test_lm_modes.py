@@ -5,11 +5,11 @@ import torch
 from transformers import AttentionMaskInterface, AutoConfig, AutoModelForMaskedLM, BertModel
 from transformers.masking_utils import flash_attention_mask
 
+from helpers.method_matrix import TINY, VOCAB_SIZE
 from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes, lm_mode_inputs, mode_visibility
-from method_matrix import TINY, VOCAB_SIZE
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "legacy": False}
 BACKBONES = {

@@ -18,12 +18,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, build, programs, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling import loading
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import TINY, VOCAB_SIZE, build, programs, tiny_tokenizer
 
 WEIGHTS = "model.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"

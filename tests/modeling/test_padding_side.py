@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from helpers.distilled import arguments
+from helpers.method_matrix import TINY, VOCAB_SIZE
 from hf_pretrain.objectives.distillation.arguments import TaskDistillationTrainingArguments
 from hf_pretrain.objectives.distillation.building import join
 from hf_pretrain.objectives.electric.modeling import ElectricForPreTraining
@@ -21,7 +22,6 @@ from hf_pretrain.objectives.electric.two_tower import build_two_tower
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
 from hf_pretrain.objectives.replaced_token_detection.modeling import ReplacedTokenDetectionForPreTraining
-from method_matrix import TINY, VOCAB_SIZE
 
 ARCHITECTURES = ["bert", "electra", "roberta", "albert", "deberta-v2", "modernbert", "distilbert"]
 LENGTHS = torch.tensor([5, 8, 3])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.method_matrix import TINY, VOCAB_SIZE
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.embeddings import shared_embedding_names
-from method_matrix import TINY, VOCAB_SIZE
 
 
 def tiny_model(model_type, **options):

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertConfig, set_seed
 
+from helpers.method_matrix import VOCAB_SIZE, tiny_examples, tiny_tokenizer
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset
@@ -26,7 +27,6 @@ from hf_pretrain.modeling.observing.cache import (
     weights_fingerprint,
 )
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
-from method_matrix import VOCAB_SIZE, tiny_examples, tiny_tokenizer
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,

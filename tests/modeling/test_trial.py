@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.method_matrix import TINY, VOCAB_SIZE
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, trial_tokens
 from hf_pretrain.modeling.configuration import ModelArguments
@@ -19,7 +20,6 @@ from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionModelArguments
 from hf_pretrain.objectives.replaced_token_detection import build_model as build_detection
-from method_matrix import TINY, VOCAB_SIZE
 
 # With a pooler, a contact head, global attention or entities that no loss reaches, and without.
 UNUSED = {"big_bird": "pooler", "esm": "contact_head", "longformer": "_global", "layoutlm": "pooler"}

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import XLNetConfig, XLNetLMHeadModel
 
+from helpers.permuted_batches import PAD_RANK, VOCAB, in_order, labelled, permuted, slots_of
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import RecurrentMemory
 from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch, XLNetTwoStreams
-from permuted_batches import PAD_RANK, VOCAB, in_order, labelled, permuted, slots_of
 
 
 def xlnet(layers=3, seed=0, scale=8.0, **options):

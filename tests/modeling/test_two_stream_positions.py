@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.permuted_batches import VOCAB, in_order, labelled, permuted, slots_of
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch, PositionTwoStreams
-from permuted_batches import VOCAB, in_order, labelled, permuted, slots_of
 
 MASK = 4
 TYPES = ["bert", "roberta", "electra", "albert", "distilbert", "modernbert", "xlm-roberta", "nomic_bert", "eurobert"]

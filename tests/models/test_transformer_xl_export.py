@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fresh_process import run_fresh
+from helpers.fresh_process import run_fresh
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import (
     TransformerXLForCausalLM,
     TransformerXLForSequenceClassification,

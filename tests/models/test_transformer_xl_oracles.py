@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 
+from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLModel
-from method_matrix import tiny_tokenizer
 
 VARIANTS = {
     "paper": {},

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModel, ElectraConfig, ElectraForPreTraining, ElectraModel
 
+from helpers.method_matrix import NO_DROPOUT, TINY, build, programs
+from helpers.replaced_tokens import BERT, UNTIED, batch_of, run
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.electric import (
     ElectricForPreTraining,
@@ -11,8 +13,6 @@ from hf_pretrain.objectives.electric import (
     TwoTowerClozeModel,
     build_model,
 )
-from method_matrix import NO_DROPOUT, TINY, build, programs
-from replaced_tokens import BERT, UNTIED, batch_of, run
 
 PROGRAM = programs()["electric"]
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.method_matrix import build, programs, tiny_data
+from helpers.replaced_tokens import BERT, LIKELY, UNTIED, batch_of, run
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.objectives.electric import DataCollatorForElectric
-from method_matrix import build, programs, tiny_data
-from replaced_tokens import BERT, LIKELY, UNTIED, batch_of, run
 
 PROGRAM = programs()["electric"]
 PAD, UNK, CLS, SEP = 0, 1, 2, 3

@@ -6,12 +6,12 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, ElectraConfig, ElectraForPreTraining
 from transformers.modeling_outputs import TokenClassifierOutput
 
+from helpers.method_matrix import TINY, build, programs
+from helpers.replaced_tokens import run
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.minimal_pairs import pseudo_log_likelihoods
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.electric import score_texts
-from method_matrix import TINY, build, programs
-from replaced_tokens import run
 
 PROGRAM = programs()["electric"]
 

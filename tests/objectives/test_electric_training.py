@@ -9,13 +9,13 @@ import torch
 from datasets import Dataset
 from transformers import ElectraForPreTraining
 
+from helpers.method_matrix import NO_DROPOUT, build, log_of, programs, relative_difference, tiny_data
+from helpers.replaced_tokens import batch_of, run
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.electric import ElectricModelArguments, score_texts
 from hf_pretrain.training.parsing import parse_arguments
-from method_matrix import NO_DROPOUT, build, log_of, programs, relative_difference, tiny_data
-from replaced_tokens import batch_of, run
 
 PROGRAM = programs()["electric"]
 CLS, SEP = 2, 3

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import test_methods as matrix
 
+from helpers.method_matrix import build, log_of, tiny_data
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.encoder import MASKED_LM as mlm
 from hf_pretrain.objectives.encoder import DataCollatorForEncoder, MaskedLMTrainer
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
-from method_matrix import build, log_of, tiny_data
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
 

@@ -7,6 +7,16 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from helpers.method_matrix import (
+    BLOCK_SIZE,
+    NO_DROPOUT,
+    TINY,
+    build,
+    log_of,
+    relative_difference,
+    tiny_data,
+    tiny_tokenizer,
+)
 from hf_pretrain import cli
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE
 from hf_pretrain.data.examples.lm_modes import LMMode
@@ -17,7 +27,6 @@ from hf_pretrain.objectives.encoder import METHOD as program
 from hf_pretrain.objectives.encoder import EncoderTrainingArguments
 from hf_pretrain.training import program as program_module
 from hf_pretrain.training.parsing import parse_arguments, read_recipe
-from method_matrix import BLOCK_SIZE, NO_DROPOUT, TINY, build, log_of, relative_difference, tiny_data, tiny_tokenizer
 
 NO_DROPOUT_OF = {"xlm": '{"dropout": 0.0, "attention_dropout": 0.0}'}
 # The class at the root of the export, and what lies in `pretraining`.

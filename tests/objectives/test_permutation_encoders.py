@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from helpers.method_matrix import TINY, tiny_tokenizer
+from helpers.permuted_batches import permuted
 from hf_pretrain.objectives.permutation_lm import PermutationLMForPreTraining, PermutationLMModelArguments
-from method_matrix import TINY, tiny_tokenizer
-from permuted_batches import permuted
 
 
 def encoder(kind, **options):

@@ -9,6 +9,8 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, XLNetConfig, XLNetLMHeadModel
 
+from helpers.method_matrix import TINY, build, log_of, relative_difference, tiny_data, tiny_tokenizer
+from helpers.permuted_batches import VOCAB, in_order, permuted
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.permutation_lm import METHOD as plm
 from hf_pretrain.objectives.permutation_lm import (
@@ -21,8 +23,6 @@ from hf_pretrain.objectives.permutation_lm import (
     score_texts,
 )
 from hf_pretrain.objectives.permutation_lm.scoring import _batch, _log_likelihoods
-from method_matrix import TINY, build, log_of, relative_difference, tiny_data, tiny_tokenizer
-from permuted_batches import VOCAB, in_order, permuted
 
 NO_DROPOUT = {"config_overrides": '{"dropout": 0.0}'}
 

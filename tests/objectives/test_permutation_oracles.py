@@ -5,14 +5,14 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from transformers import BertConfig, BertForMaskedLM, XLNetConfig, XLNetLMHeadModel
 
+from helpers.method_matrix import BLOCK_SIZE, NO_DROPOUT, build, forward_in_order, log_of, tiny_data
+from helpers.permuted_batches import VOCAB, in_order, slots_of
+from helpers.toy_recurrence import documents
 from hf_pretrain.modeling.losses import RecurrentMemory
 from hf_pretrain.objectives.permutation_lm import METHOD as plm
 from hf_pretrain.objectives.permutation_lm import PermutationLMForPreTraining
 from hf_pretrain.objectives.permutation_lm.modeling import stock_inputs
 from hf_pretrain.objectives.permutation_lm.two_stream import PermutedBatch
-from method_matrix import BLOCK_SIZE, NO_DROPOUT, build, forward_in_order, log_of, tiny_data
-from permuted_batches import VOCAB, in_order, slots_of
-from toy_recurrence import documents
 
 SEP, CLS = 3, 2
 REUSE = 10

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.method_matrix import NO_DROPOUT, build, tiny_data, tiny_tokenizer
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.prepare import PreparedData
@@ -22,7 +23,6 @@ from hf_pretrain.objectives.recurrent_lm import (
     TransformerXLModelArguments,
     build_model,
 )
-from method_matrix import NO_DROPOUT, build, tiny_data, tiny_tokenizer
 
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}
 

@@ -14,6 +14,8 @@ from transformers import (
     ElectraForPreTraining,
 )
 
+from helpers.method_matrix import TINY, build
+from helpers.replaced_tokens import BERT, PROGRAM, ROBERTA, UNTIED, batch_of, embeddings, run
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
@@ -21,8 +23,6 @@ from hf_pretrain.objectives.replaced_token_detection import (
     ReplacedTokenDetectionModelArguments,
     build_model,
 )
-from method_matrix import TINY, build
-from replaced_tokens import BERT, PROGRAM, ROBERTA, UNTIED, batch_of, embeddings, run
 
 
 @pytest.fixture

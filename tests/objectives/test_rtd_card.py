@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from helpers.method_matrix import NO_DROPOUT, build
+from helpers.replaced_tokens import PROGRAM
 from hf_pretrain.hub.card import snippets
-from method_matrix import NO_DROPOUT, build
-from replaced_tokens import PROGRAM
 
 TEXT = "The chef ate the meal."
 

@@ -5,8 +5,8 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import ElectraForPreTraining
 
-from method_matrix import build, log_of, relative_difference
-from replaced_tokens import MODES, PROGRAM, assert_stock, batch_of
+from helpers.method_matrix import build, log_of, relative_difference
+from helpers.replaced_tokens import MODES, PROGRAM, assert_stock, batch_of
 
 PAIRS = {
     "tied": {},

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM
 
+from helpers.method_matrix import NO_DROPOUT, TINY, build, tiny_tokenizer
+from helpers.replaced_tokens import DEBERTA, PROGRAM, assert_stock, batch_of, run
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.heads import DiscriminatorHead, DiscriminatorHeadConfig
 from hf_pretrain.objectives.replaced_token_detection import ReplacedTokenDetectionModelArguments, build_model
-from method_matrix import NO_DROPOUT, TINY, build, tiny_tokenizer
-from replaced_tokens import DEBERTA, PROGRAM, assert_stock, batch_of, run
 
 
 def model_of(**options):

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import kstest
 
+from helpers.method_matrix import NO_DROPOUT, build
+from helpers.replaced_tokens import PROGRAM, ROBERTA, UNTIED, batch_of, favour, originals, run
 from hf_pretrain.data import draws
 from hf_pretrain.modeling.losses import IGNORED, sample_tokens
 from hf_pretrain.objectives.replaced_token_detection import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionForPreTraining,
 )
-from method_matrix import NO_DROPOUT, build
-from replaced_tokens import PROGRAM, ROBERTA, UNTIED, batch_of, favour, originals, run
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.method_matrix import NO_DROPOUT, TINY, VOCAB_SIZE, build, relative_difference, tiny_tokenizer
+from helpers.replaced_tokens import DEBERTA, PROGRAM, batch_of, favour, originals, run
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.replaced_token_detection import (
@@ -15,8 +17,6 @@ from hf_pretrain.objectives.replaced_token_detection import (
     ReplacedTokenDetectionModelArguments,
     build_model,
 )
-from method_matrix import NO_DROPOUT, TINY, VOCAB_SIZE, build, relative_difference, tiny_tokenizer
-from replaced_tokens import DEBERTA, PROGRAM, batch_of, favour, originals, run
 
 # One of each kind: shared, disentangled and projected tables; every head; the decoder with positions.
 PAIRS = {

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForTokenClassification, ElectraForPreTraining
 
+from helpers.method_matrix import NO_DROPOUT, TINY, build, tiny_tokenizer
+from helpers.replaced_tokens import PROGRAM, assert_stock, batch_of, run
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.embeddings import DisentangledEmbedding, FactorizedEmbedding
 from hf_pretrain.objectives.replaced_token_detection import (
@@ -14,8 +16,6 @@ from hf_pretrain.objectives.replaced_token_detection import (
     ReplacedTokenDetectionModelArguments,
     build_model,
 )
-from method_matrix import NO_DROPOUT, TINY, build, tiny_tokenizer
-from replaced_tokens import PROGRAM, assert_stock, batch_of, run
 
 WIDE = {**TINY, "num_attention_heads": 4}
 GDES = {"embedding_sharing": "gdes"}

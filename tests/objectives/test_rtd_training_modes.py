@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.utils import clip_grad_norm_
 
+from helpers.method_matrix import NO_DROPOUT, build, log_of, relative_difference
+from helpers.replaced_tokens import MODES, PROGRAM, STEPS, data_with_an_empty_rank
+from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.training.arguments import AdamWithoutBiasCorrection
-from method_matrix import NO_DROPOUT, build, log_of, relative_difference
-from replaced_tokens import MODES, PROGRAM, STEPS, data_with_an_empty_rank
-from two_ranks import run_on_two_ranks
 
 GDES = {"embedding_sharing": "gdes"}
 TWO_STAGE = {"training_mode": "two_stage", "model_options": {"embedding_sharing": "none", "generator_size": 1.0}}
@@ -158,7 +158,7 @@ class TestTwoRanks:
     @classmethod
     def folder(cls, tmp_path_factory):
         folder = tmp_path_factory.mktemp("ranks")
-        run_on_two_ranks("rtd_modes_worker", folder)
+        run_on_two_ranks("helpers.rtd_modes_worker", folder)
         return folder
 
     @pytest.mark.parametrize("mode", MODES)

@@ -6,10 +6,10 @@ import torch
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 from hf_pretrain.objectives.encoder.generation import generate
-from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 
 UNKNOWN, CLS, SEP, MASK = 1, 2, 3, 4
 ALLOWED = [SEP, *range(5, VOCAB_SIZE)]  # the end, and all words

@@ -8,12 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerFast
 
 from helpers.distilled_tasks import TAGS, question_rows, token_rows, write_rows
+from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDataArguments
 from hf_pretrain.tasks.batches import count_predictions
 from hf_pretrain.tasks.data import prepare_task
 from hf_pretrain.tasks.examples import encode_questions, encode_tokens
-from method_matrix import tiny_tokenizer
 
 CONFIG = BertConfig(id2label=dict(enumerate(TAGS)), label2id={name: i for i, name in enumerate(TAGS)})
 WORDS = ["the", "un", "##do", "##ing", "don", "'", "t", "new", "york", "is", "big", "who", "?", "."]

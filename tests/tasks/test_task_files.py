@@ -10,13 +10,13 @@ import pytest
 from transformers import BertConfig
 
 from helpers.distilled import PREDICTION
+from helpers.method_matrix import build, tiny_tokenizer
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import TaskDataArguments
 from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.tasks.data import prepare_task
-from method_matrix import build, tiny_tokenizer
 
 
 class TestReading:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from helpers.method_matrix import build, programs
 from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError, types_of
 from hf_pretrain.training import arguments as arguments_module
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.effects import REFUSED, check_needs
 from hf_pretrain.training.parsing import parse_arguments
-from method_matrix import build, programs
 
 
 @pytest.fixture

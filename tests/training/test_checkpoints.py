@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers.method_matrix import build, programs, tiny_data, tiny_documents, tiny_tokenizer
+from helpers.toy_recurrence import build_toy
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.errors import InputError
@@ -21,8 +23,6 @@ from hf_pretrain.training.checkpointing import (
 )
 from hf_pretrain.training.processes import last_whole_checkpoint
 from hf_pretrain.training.pushing import remove_paths
-from method_matrix import build, programs, tiny_data, tiny_documents, tiny_tokenizer
-from toy_recurrence import build_toy
 
 MLM = programs()["mlm"]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 
+from helpers.killed_runs import Fault, KilledRuns
+from helpers.method_matrix import build, programs
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.training.processes import is_full_disk, last_whole_checkpoint, reported_faults
-from killed_runs import Fault, KilledRuns
-from method_matrix import build, programs
 
 MLM = programs()["mlm"]
 VOLATILE = ("per_second", "runtime", "peak_memory_mib", "flos", "preparation_time", "train_loss")

@@ -21,7 +21,7 @@ from accelerate.utils.launch import (
 from safetensors.torch import load_file
 from torch.distributed import run as torchrun
 
-from method_matrix import NO_DROPOUT, TINY, relative_difference, tiny_tokenizer
+from helpers.method_matrix import NO_DROPOUT, TINY, relative_difference, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "trainers" / "accelerate"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from helpers.method_matrix import build, programs
 from hf_pretrain.training.arguments import bf16_is_fast
-from method_matrix import build, programs
 
 PROGRAMS = programs()
 # A small divergence of two predictions would be lost in the rounding of 16-bit logits.

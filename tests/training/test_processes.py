@@ -10,13 +10,13 @@ import time
 import pytest
 from transformers import TrainerCallback
 
+from helpers.method_matrix import build, programs
+from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain import cli
 from hf_pretrain.errors import RunError, StoppedError, Terminated
 from hf_pretrain.files import is_whole
 from hf_pretrain.training.processes import Stopping, StopWhenAsked, reported_faults, stopping_on_sigterm
 from hf_pretrain.training.program import run
-from method_matrix import build, programs
-from two_ranks import run_on_two_ranks
 
 MLM = programs()["mlm"]
 
@@ -171,7 +171,7 @@ class TestDeadProcess:
 
 def test_two_ranks(tmp_path):
     """One prepares for longer than the others would wait; both stop after the same step; one line is said once."""
-    run_on_two_ranks("processes_worker", tmp_path)
+    run_on_two_ranks("helpers.processes_worker", tmp_path)
     seen = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
     assert seen[0]["order"] < seen[1]["order"]
     # ddp_timeout is kept, on a CPU too.

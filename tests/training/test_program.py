@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
+from helpers.method_matrix import data_for, programs, tiny_data, tiny_model_options
 from hf_pretrain.data.arguments import MultilingualDataArguments
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError
@@ -22,7 +23,6 @@ from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.output_folder import OutputFolder, output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import run
-from method_matrix import data_for, programs, tiny_data, tiny_model_options
 
 PROGRAMS = programs()
 

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.method_matrix import log_of, relative_difference, tiny_tokenizer
+from helpers.toy_recurrence import MEMORY_SIZE, TWO_RANKS, build_toy, documents, watch_lanes
+from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import RecurrentMemory
 from hf_pretrain.objectives.recurrence import LaneMemory
-from method_matrix import log_of, relative_difference, tiny_tokenizer
-from toy_recurrence import MEMORY_SIZE, TWO_RANKS, build_toy, documents, watch_lanes
-from two_ranks import run_on_two_ranks
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 9, "learning_rate": 1e-2, "dropout": 0.3}
 
@@ -196,7 +196,7 @@ class TestTwoRanks:
     @classmethod
     def folder(cls, tmp_path_factory):
         folder = tmp_path_factory.mktemp("lanes")
-        run_on_two_ranks("toy_recurrence", folder)
+        run_on_two_ranks("helpers.toy_recurrence", folder)
         return folder
 
     def found(self, folder, stop, rank):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
+from helpers.method_matrix import programs, teacher_of
 from hf_pretrain import cli
 from hf_pretrain.training import rehearsal
-from method_matrix import programs, teacher_of
 
 PROGRAMS = programs()
 SIZES = {

@@ -5,6 +5,7 @@ import re
 import pytest
 from transformers.utils import logging as transformers_logging
 
+from helpers.method_matrix import build, programs
 from hf_pretrain.training.program import (
     _how_it_opens,
     coloured_words,
@@ -12,7 +13,6 @@ from hf_pretrain.training.program import (
     print_report,
     print_table,
 )
-from method_matrix import build, programs
 
 PROGRAMS = programs()
 

@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
+from helpers.method_matrix import build, programs, tiny_data
 from hf_pretrain.hub.card import add_evaluation, render_card
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import training_figures
@@ -15,7 +16,6 @@ from hf_pretrain.hub.record import read_record
 from hf_pretrain.hub.run import describe_run
 from hf_pretrain.hub.text import number
 from hf_pretrain.training.program import print_report
-from method_matrix import build, programs, tiny_data
 
 MLM = programs()["mlm"]
 PROBE = Evaluation(task="T", dataset="d", split="test", metrics={"accuracy": 0.5}, method="probe")

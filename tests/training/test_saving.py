@@ -10,9 +10,9 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from helpers.method_matrix import build, programs, tiny_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.text import label, number
-from method_matrix import build, programs, tiny_data
 
 PROGRAMS = programs()
 MLM, RTD = PROGRAMS["mlm"], PROGRAMS["rtd"]

@@ -10,6 +10,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
+from helpers.method_matrix import BLOCK_SIZE, build, programs, tiny_tokenizer
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
@@ -17,7 +18,6 @@ from hf_pretrain.options import schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import parse_arguments, resolved_options
-from method_matrix import BLOCK_SIZE, build, programs, tiny_tokenizer
 
 MLM = programs()["mlm"]
 

@@ -14,12 +14,12 @@ from transformers import (
     ModernBertModel,
 )
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, build, log_of, programs, relative_difference
+from helpers.sharded_worker import options_of
+from helpers.two_ranks import run_on_ranks
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.training.processes import is_sharded, sharded_blocks, sharded_by_blocks
-from method_matrix import TINY, VOCAB_SIZE, build, log_of, programs, relative_difference
-from sharded_worker import options_of
-from two_ranks import run_on_ranks
 
 PROGRAMS = programs()
 FAST = ["mlm", "rtd", "recurrent-lm"]
@@ -74,7 +74,7 @@ def sharded(tmp_path_factory):
         if group[0] not in folders:
             folders[group[0]] = folder = tmp_path_factory.mktemp("sharded")
             (folder / "methods.json").write_text(json.dumps(group))
-            run_on_ranks("sharded_worker", folder, world_size=2)
+            run_on_ranks("helpers.sharded_worker", folder, world_size=2)
         return folders[group[0]]
 
     return sharded

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
+from helpers.method_matrix import BLOCK_SIZE, VOCAB_SIZE, build, log_of
+from helpers.stream_worker import MLM, OPTIONS, streamed, watch
+from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.data.streaming.blocks import StreamProgress
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.streams import STREAM_STATE
-from method_matrix import BLOCK_SIZE, VOCAB_SIZE, build, log_of
-from stream_worker import MLM, OPTIONS, streamed, watch
-from two_ranks import run_on_two_ranks
 
 
 def write_corpus(folder, *, num_files=5, documents=7):
@@ -110,7 +110,7 @@ class TestTwoRanks:
     def results(cls, tmp_path_factory):
         folder = tmp_path_factory.mktemp("streams")
         write_corpus(folder / "text")
-        run_on_two_ranks("stream_worker", folder)
+        run_on_two_ranks("helpers.stream_worker", folder)
         return folder
 
     @pytest.fixture(scope="class")

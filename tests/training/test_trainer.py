@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, integrations
 from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKENDS
 from transformers.trainer_utils import HPSearchBackend
 
+from helpers.method_matrix import BLOCK_SIZE, build, isolated, log_of, programs, tiny_data, tiny_examples
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError, RunError
@@ -22,7 +23,6 @@ from hf_pretrain.objectives.replaced_token_detection.trainer import ReplacedToke
 from hf_pretrain.training import trainer as trainer_module
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
-from method_matrix import BLOCK_SIZE, build, isolated, log_of, programs, tiny_data, tiny_examples
 
 PROGRAMS = programs()
 MLM, RTD = PROGRAMS["mlm"], PROGRAMS["rtd"]

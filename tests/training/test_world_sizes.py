@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from method_matrix import log_of, programs, relative_difference
-from two_ranks import run_on_ranks
-from world_size_worker import GLOBAL_BATCH, HALF, WHOLE, build_run
+from helpers.method_matrix import log_of, programs, relative_difference
+from helpers.two_ranks import run_on_ranks
+from helpers.world_size_worker import GLOBAL_BATCH, HALF, WHOLE, build_run
 
 METHODS = sorted(programs())
 # Four ranks go on as one does. A memory of lanes is dealt out to the ranks besides; the slow tests ask every method.
@@ -24,7 +24,7 @@ def folder(request, tmp_path_factory):
     names = [item.name for item in request.session.items if item.path == Path(__file__)]
     on_four = [method for method in METHODS if f"test_four_ranks_go_on[{method}]" in names]
     (folder / "on_four.json").write_text(json.dumps(on_four))
-    run_on_ranks("world_size_worker", folder, world_size=(2, 4))
+    run_on_ranks("helpers.world_size_worker", folder, world_size=(2, 4))
     return folder
 
 

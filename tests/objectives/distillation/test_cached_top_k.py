@@ -9,13 +9,21 @@ from torch.utils.data import IterableDataset
 from transformers import AutoModelForMaskedLM
 
 from helpers.distilled import UNCACHED, arguments, collator
+from helpers.method_matrix import (
+    VOCAB_SIZE,
+    build,
+    log_of,
+    relative_difference,
+    tiny_data,
+    tiny_teacher,
+    tiny_tokenizer,
+)
+from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing import cache
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DataCollatorForDistillation, DistillationTrainingArguments
-from method_matrix import VOCAB_SIZE, build, log_of, relative_difference, tiny_data, tiny_teacher, tiny_tokenizer
-from two_ranks import run_on_two_ranks
 
 CACHED = UNCACHED | {"cache_top_k": 8}
 

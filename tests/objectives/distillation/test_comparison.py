@@ -15,12 +15,12 @@ from transformers import (
     set_seed,
 )
 
+from helpers.method_matrix import VOCAB_SIZE, tiny_examples, tiny_tokenizer
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.distillation.comparison import _longest_first, _spread, compare, comparison_rows
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.tasks.batches import DataCollatorForTask
-from method_matrix import VOCAB_SIZE, tiny_examples, tiny_tokenizer
 
 SIZES = {
     "vocab_size": VOCAB_SIZE,

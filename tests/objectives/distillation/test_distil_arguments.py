@@ -7,12 +7,12 @@ import torch
 from transformers import BertForMaskedLM, BertModel
 
 from helpers.distilled import ALL, bert, collator, examples, pair
+from helpers.method_matrix import build
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, TaskDistillationTrainingArguments, join
 from hf_pretrain.objectives.distillation.arguments import RELATIONS, layer_map
 from hf_pretrain.training.parsing import parse_arguments
-from method_matrix import build
 
 
 class TestFrozen:

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from helpers.distilled import ALL, OF_STATES, OF_TEACHER, SIZES, bert, collator, examples, pair
+from helpers.method_matrix import VOCAB_SIZE, build, collate, relative_difference
 from hf_pretrain.objectives.distillation import METHOD as distil
-from method_matrix import VOCAB_SIZE, build, collate, relative_difference
 
 
 class TestOfEqualModels:

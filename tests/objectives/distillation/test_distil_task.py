@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification, RobertaConfig
 
 from helpers.distilled import PREDICTION
+from helpers.method_matrix import TINY, VOCAB_SIZE, as_task, build, collate, tiny_data, tiny_teacher, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import TASK_METHOD as distil_task
 from hf_pretrain.objectives.distillation import (
@@ -16,7 +17,6 @@ from hf_pretrain.objectives.distillation import (
     TaskDistillationTrainingArguments,
     join,
 )
-from method_matrix import TINY, VOCAB_SIZE, as_task, build, collate, tiny_data, tiny_teacher, tiny_tokenizer
 
 SIZES = {**TINY, "vocab_size": VOCAB_SIZE}
 INTERMEDIATE = {

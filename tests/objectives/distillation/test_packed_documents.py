@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForMaskedLM, DebertaV2Config, ModernBertConfig, RobertaConfig
 
 from helpers.distilled import ALL, SIZES, bert, pair
+from helpers.method_matrix import tiny_examples, tiny_teacher, tiny_tokenizer
 from hf_pretrain.cli import main
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.objectives.distillation import DataCollatorForDistillation
-from method_matrix import tiny_examples, tiny_teacher, tiny_tokenizer
 
 # Of document lengths, two rows; the second ends in padding.
 ROWS = ((5, 9, 4), (7, 3))

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from helpers.distilled_tasks import AUTO_CLASSES, TASKS, save_teacher, task_files
+from helpers.method_matrix import TINY, tiny_teacher
 from hf_pretrain.cli import main
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
@@ -26,7 +27,6 @@ from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, StudentArguments, load_text
 from hf_pretrain.objectives.distillation.targets import labelled_variants
 from hf_pretrain.tasks.augmentation import AugmentationArguments, augment
-from method_matrix import TINY, tiny_teacher
 
 MASKED_LM, CLASSIFIER = AutoModelForMaskedLM, AutoModelForSequenceClassification
 

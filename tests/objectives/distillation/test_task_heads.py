@@ -9,10 +9,10 @@ from sklearn.metrics import f1_score
 from transformers import AutoTokenizer
 
 from helpers.distilled_tasks import AUTO_CLASSES, TASKS, build_task, model, token_rows
+from helpers.method_matrix import TINY, collate, relative_difference, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDistillationTrainingArguments, join
 from hf_pretrain.objectives.distillation.comparison import compare
-from method_matrix import TINY, collate, relative_difference, tiny_tokenizer
 
 TOKENS, QUESTIONS = "token-classification", "question-answering"
 ALL = ("prediction", "labels", "cosine", "embedding", "hidden", "attention", "relation_vv")

@@ -13,13 +13,13 @@ from transformers import (
     BertModel,
 )
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, build, tiny_teacher, tiny_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing.outputs import ModelRunner, OutputRequest
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, StudentArguments, join
 from hf_pretrain.objectives.distillation.building import load_teacher
 from hf_pretrain.objectives.distillation.modeling import Teacher
-from method_matrix import TINY, VOCAB_SIZE, build, tiny_teacher, tiny_tokenizer
 
 SIZES = {**TINY, "vocab_size": VOCAB_SIZE, "num_hidden_layers": 4}
 

@@ -7,12 +7,12 @@ import torch
 from transformers import BertModel
 
 from helpers.distilled import arguments, bert, collator, examples, pair
+from helpers.method_matrix import build
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing.capture import AttentionRecord
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, OutputRequest
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import Teacher, join
-from method_matrix import build
 
 COMPILED = "prediction", "mlm", "cosine", "embedding", "hidden"
 

@@ -103,7 +103,7 @@ class LoopbackHub:
 
     def __init__(self, root: Path | str) -> None:
         """Prepare to store blobs under `root`."""
-        from loopback_hub_routes import Handler
+        from helpers.loopback_hub_routes import Handler
 
         self.root = Path(root)
         self.root.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from method_matrix import all_programs, build, log_of, teacher_of, tiny_data
+from helpers.method_matrix import all_programs, build, log_of, teacher_of, tiny_data
 
 # Made before the ranks are forked, because only the first rank may write a model.
 TEACHERS = [teacher_of(program) for program in all_programs().values()]

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "token_deletion"))
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "token_deletion"))
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("HF_HUB_OFFLINE", "1")
 
 from dataclasses import fields, replace

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from method_matrix import build, log_of, programs, teacher_of
+from helpers.method_matrix import build, log_of, programs, teacher_of
 
 GLOBAL_BATCH = 8
 HALF, WHOLE = 2, 4

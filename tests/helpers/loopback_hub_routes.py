@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from loopback_hub import MAIN, READ_TOKEN, TOKEN, USER, LoopbackHub, Tree
+from helpers.loopback_hub import MAIN, READ_TOKEN, TOKEN, USER, LoopbackHub, Tree
 
 REGULAR_FILE_LIMIT = 1 << 20  # bytes; larger files go through LFS, as binary ones do
 

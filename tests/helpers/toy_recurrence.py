@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig, TrainerCallback
 
+from helpers.method_matrix import RecordGradients, log_of, tiny_tokenizer
 from hf_pretrain.data.documents.documents import DOCUMENT_FEATURES
 from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.hub.record import ObjectiveDescription
@@ -17,7 +18,6 @@ from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, 
 from hf_pretrain.objectives.recurrence import RecurrentTrainer
 from hf_pretrain.objectives.recurrent_lm.trainer import DataCollatorForRecurrentLM
 from hf_pretrain.training.arguments import PretrainingArguments
-from method_matrix import RecordGradients, log_of, tiny_tokenizer
 
 VOCAB_SIZE = 60
 MEMORY_SIZE = 6

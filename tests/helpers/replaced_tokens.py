@@ -5,8 +5,8 @@ import dataclasses
 import torch
 from datasets import Dataset
 
+from helpers.method_matrix import programs, tiny_data
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset, EpochSampler
-from method_matrix import programs, tiny_data
 
 PROGRAM = programs()["rtd"]
 BERT = {"model_type": "bert", "generator_size": 1.0}

@@ -16,10 +16,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from helpers.method_matrix import build, log_of, programs, teacher_of
 from hf_pretrain.training.processes import is_sharded
-from method_matrix import build, log_of, programs, teacher_of
 
-CONFIGURATION = Path(__file__).parents[1] / "trainers" / "accelerate" / "fsdp2.yaml"
+CONFIGURATION = Path(__file__).parents[2] / "trainers" / "accelerate" / "fsdp2.yaml"
 STEPS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
 # Made before the ranks are forked, because only the first rank may write a model.
 TEACHERS = [teacher_of(program) for program in programs().values()]

@@ -48,8 +48,9 @@ class KilledRuns:
     def __enter__(self):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
         environment |= {"HF_DATASETS_CACHE": str(self.folder / "cache"), "TOKENIZERS_PARALLELISM": "false"}
+        environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        self.server = subprocess.Popen([sys.executable, "-m", __name__], env=environment, **pipes)
         return self
 
     def __exit__(self, *error):
@@ -151,7 +152,7 @@ def _run(order, folder=None):
 
 def _fork(order):
     """Return how a run ended."""
-    from two_ranks import fork_ranks
+    from helpers.two_ranks import fork_ranks
 
     process = os.fork()
     if not process:

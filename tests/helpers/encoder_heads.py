@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain.corruption import MaskingArguments
 from hf_pretrain.objectives.encoder import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining, EncoderForPreTrainingConfig
-from method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 
 ALL = ["mlm", "pair", "span_boundary", "word_order"]
 BACKBONES = {

@@ -4,8 +4,8 @@ import os
 
 import torch
 
-from method_matrix import build
-from replaced_tokens import MODES, PROGRAM, STEPS, data_with_an_empty_rank
+from helpers.method_matrix import build
+from helpers.replaced_tokens import MODES, PROGRAM, STEPS, data_with_an_empty_rank
 
 
 def main(folder):

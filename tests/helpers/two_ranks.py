@@ -28,7 +28,8 @@ def run_on_ranks(worker, folder, *, world_size):
     if torch.cuda.is_available():
         # A process that has used a GPU can not be forked.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, __file__, worker, str(folder), *map(str, sizes)]
+        environment |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-m", __name__, worker, str(folder), *map(str, sizes)]
         with log.open("w") as stream:
             status = subprocess.run(command, env=environment, stdout=stream, stderr=stream).returncode
     else:

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from helpers.method_matrix import build, programs
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError, StoppedError
 from hf_pretrain.training.processes import Stopping, first_process_first, set_timeout
 from hf_pretrain.training.program import run
-from method_matrix import build, programs
 
 
 class AskOne(TrainerCallback):

@@ -5,8 +5,8 @@ import os
 
 import torch
 
+from helpers.method_matrix import BLOCK_SIZE, build, programs, tiny_data, tiny_tokenizer
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
-from method_matrix import BLOCK_SIZE, build, programs, tiny_data, tiny_tokenizer
 
 MLM = programs()["mlm"]
 # With dropout, whose state must not be disturbed.
