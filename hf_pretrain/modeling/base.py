@@ -332,7 +332,7 @@ def _scalars(module: nn.Module) -> dict[str, _Scalar]:
 
 
 class _ValuesOnMeta(TorchDispatchMode):
-    """Lets a model on the meta device that asks for a value go on: 1, which is what a mask without padding says."""
+    """Gives a model on the meta device that reads a value the value 1, as of a mask without padding."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
@@ -358,7 +358,7 @@ def refuse_adapters(model: nn.Module) -> None:
 def _has_adapters(model: nn.Module) -> bool:
     if getattr(model, "_hf_peft_config_loaded", False):
         return True
-    # Without importing it: where it has not been imported, nobody has used it. A merged model still has its configuration.
+    # Without importing it: where it has not been imported, no model has adapters. A merged model still has its configuration.
     peft, tuners = sys.modules.get("peft"), sys.modules.get("peft.tuners.tuners_utils")
     if peft is None or tuners is None or getattr(model, "peft_config", None) is None:
         return False

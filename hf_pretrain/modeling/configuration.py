@@ -273,7 +273,7 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def attention_options(args: ModelArguments) -> dict[str, Any]:
-    """Return the keyword that chooses the attention backend, where one was asked for."""
+    """Return the keyword that chooses the attention backend, where the arguments name one."""
     return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
 
 

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import name_of, position_tables, word_table_name
 
-# A projection is told apart from noise in a published table by this share of the table's norm.
+# A projection differs from a published table by less than this share of the table's norm.
 _TIED_TOLERANCE = 1e-3
 
 
@@ -270,7 +270,7 @@ def shared_body_names(
     Args:
         target: Model whose parameters are replaced.
         source: Model that keeps its own.
-        option: What asks for equal bodies, for the error.
+        option: The option that needs equal bodies, for the error.
 
     Raises:
         InputError: If the two bodies do not have the same parameters with the same shapes.
@@ -387,7 +387,7 @@ def language_input(config: PreTrainedConfig) -> LanguageInput | None:
 
 
 def _room(config: PreTrainedConfig) -> int:
-    """Return how many languages the tables of a model can tell apart."""
+    """Return the number of languages that the tables of a model have rows for."""
     if hasattr(config, "n_langs"):
         return int(config.n_langs) if config.n_langs > 1 and config.use_lang_emb else 0
     return int(getattr(config, "type_vocab_size", None) or 0)

@@ -148,7 +148,7 @@ class PairHeadConfig(PreTrainedConfig):
     """Configuration of [`PairHead`].
 
     Attributes:
-        num_classes: Relations between two segments that the head tells apart.
+        num_classes: Number of relations between two segments.
         hidden_size: Width of the states.
         hidden_dropout_prob: Dropout before the last layer.
         initializer_range: Standard deviation of the initial weights.

@@ -122,7 +122,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def find_file(name_or_path: str, filename: str, **where: Any) -> str | None:
-    """Return the path of a file of a checkpoint, None if it has none or nobody can be asked.
+    """Return the path of a file of a checkpoint, None if it has none or the Hub is out of reach.
 
     Args:
         name_or_path: Folder or repository.
@@ -199,7 +199,7 @@ def _fresh(model: PreTrainedModel, name: str) -> str:
 
 
 class ShapesDiffer(InputError):
-    """Raised where a weight of a checkpoint has another shape than its configuration, or an option, asks for."""
+    """Raised where a weight of a checkpoint has another shape than its configuration, or an option, says."""
 
 
 @contextmanager

@@ -111,8 +111,8 @@ def _names_below_layers(base: PreTrainedModel, layers: str) -> set[str]:
     first = next(index for index, name in enumerate(names) if name.startswith(f"{layers}."))
     later = [name for name in names[first:] if not name.startswith(f"{layers}.")]
     late_tables = [table for table in tables if f"{table}.weight" in later]
-    places = tuple(f"{table.rpartition('.')[0] or table}." for table in late_tables)
-    return {*names[:first], *(name for name in later if name.startswith(places))}
+    modules = tuple(f"{table.rpartition('.')[0] or table}." for table in late_tables)
+    return {*names[:first], *(name for name in later if name.startswith(modules))}
 
 
 @dataclass

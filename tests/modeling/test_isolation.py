@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMaskedLM
 from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_utils import ModuleUtilsMixin
 
 from helpers.method_matrix import TINY, VOCAB_SIZE, build, programs, relative_difference, tiny_data
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -305,7 +306,11 @@ def test_a_mistake_of_the_library_is_no_answer_of_the_backbone(rule, monkeypatch
             patch.setattr(rules, name, None)
             with pytest.raises(TypeError, match="not callable"):
                 check(model)
-        assert rules.known_plan(model, rule) is None
+    with monkeypatch.context() as patch:
+        patch.delattr(ModuleUtilsMixin, "dtype")  # Torch raises for a module that lacks what a line of ours reads.
+        with pytest.raises(AttributeError, match="dtype"):
+            check(model)
+    assert rules.known_plan(model, rule) is None
 
     def forward(*args, **kwargs):
         raise TypeError("no such mask")

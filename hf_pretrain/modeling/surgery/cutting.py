@@ -143,7 +143,7 @@ def convert_to_distilbert(model: PreTrainedModel, *, overrides: Mapping[str, Any
 
     DistilBERT has no token types; that of type 0 is added to every position, so that the embeddings stay the same, where the
     published script dropped it. It has no pooler either: the head of a masked language model and those of tokens and spans
-    are exact, but a sequence classifier's hidden layer has a ReLU in place of BERT's tanh. Its weights are taken over as a
+    are exact, but a sequence classifier's hidden layer has a ReLU instead of BERT's tanh. Its weights are taken over as a
     start, and the logits are others until they are trained.
 
     Args:

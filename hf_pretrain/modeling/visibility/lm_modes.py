@@ -89,8 +89,8 @@ def mode_visibility(
 def check_lm_modes(backbone: PreTrainedModel, *, length: int = 32) -> AttentionPlan:
     """Refuse a backbone in which a token would see what its mode hides; the others are remembered.
 
-    In each mode, parts of a row are edited: the states that should see them move, the others do not. Rows that only a mask of
-    padding tells apart are compared with what the backbone does without modes, padding on either side.
+    In each mode, parts of a row are edited: the states that should see them move, the others do not. Rows that differ only by
+    their mask of padding are compared with what the backbone does without modes, padding on either side.
 
     Args:
         backbone: A stock model, with or without a head; on a device, and under the autocast that it is trained with.

@@ -1,4 +1,4 @@
-"""Who sees whom in a row: rules, the masks that stock models take, and trials; padding and isolated documents as rules.
+"""Which token sees which in a row: rules, the masks that stock models take, and trials; padding and isolated documents as rules.
 
 A rule says of a query and a key whether the query sees the key; it is written from compact integers, one or two a token, as
 transformers writes its mask functions: of row, head, query and key. `mask_inputs` turns it into what the backbone and its
@@ -6,9 +6,9 @@ attention backend take, on the device. `try_out` runs the backbone under a rule:
 
 First come rules, masks and trials; then padding; then isolated documents, `isolated_inputs`, which every model calls.
 
-- Padding: transformers leaves a mask out where nothing is padded, and asks the mask itself, `padding_mask.all()`: the step waits
-  for the device. The host knows the answer before the batch is transferred. So the model gets no mask where nothing is padded,
-  and the mask that transformers would have made where something is.
+- Padding: transformers leaves a mask out where nothing is padded, and reads the mask for that, `padding_mask.all()`: the step
+  waits for the device. The host knows the answer before the batch is transferred. So the model gets no mask where nothing is
+  padded, and the mask that transformers would have made where something is.
 - Isolated documents: a batch says which document each token belongs to. The attention of a stock model takes something else (a
   mask, one for each kind of layer, or the bounds of sequences), which is made here, on the device.
 """
@@ -230,14 +230,15 @@ def _is_own_fault(error: Exception) -> bool:
 
     Of other types, such as a RuntimeError over two shapes, a line of ours may raise what a backbone's states cause.
     """
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module = str(frame.f_globals.get("__name__"))
+    # A line of ours that reads an attribute which a module does not have fails one frame further, in torch.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name != "__getattr__"]
+    module = str(frames[-1].f_globals.get("__name__"))
     is_ours = module.startswith("hf_pretrain.") and not module.startswith("hf_pretrain.models.")
     return is_ours and isinstance(error, AssertionError | AttributeError | KeyError | NameError | TypeError)
 
 
 class Edit(NamedTuple):
-    """A change of some tokens of a row, and who must not notice it.
+    """A change of some tokens of a row, and the states that must not move.
 
     Attributes:
         tokens: ``[n]`` the row with some other tokens.
@@ -253,7 +254,7 @@ class Edit(NamedTuple):
 def find_leak(
     read: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, edits: Sequence[Edit]
 ) -> tuple[int, bool] | None:
-    """Edit a row, and return who noticed what it must not see, or did not notice what it should.
+    """Edit a row, and return the first state that moved but must not, or must but did not.
 
     Args:
         read: From tokens ``[n]`` to states ``[R, n, D]``, one row for each rule.
@@ -482,7 +483,7 @@ def find_mixing(
 def _attention_inputs(
     backbone: PreTrainedModel, plan: AttentionPlan, *, document_ids: torch.Tensor, position_ids: torch.Tensor
 ) -> dict[str, Any]:
-    """Return attention mask (or what takes its place) and positions, as the backbone's attention takes them."""
+    """Return attention mask (or bounds of sequences) and positions, as the backbone's attention takes them."""
     inputs: dict[str, Any] = position_inputs(plan, position_ids)
     if plan.is_flash:
         return inputs | {"attention_mask": None} | sequence_bounds(document_ids)

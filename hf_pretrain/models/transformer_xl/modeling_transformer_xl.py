@@ -44,7 +44,7 @@ class TransformerXLModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: ``[B, S, hidden]``.
         cache: The cache, if one was used.
-        hidden_states: ``[B, S, hidden]`` of the embeddings and of each layer, if asked for.
+        hidden_states: ``[B, S, hidden]`` of the embeddings and of each layer, if requested.
         mems: ``[layers, B, M, hidden]``, the new memory, if one was given.
         mem_lengths: ``[B]``, how many of its last positions are filled.
     """
@@ -284,7 +284,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         hidden = embedded * self.config.hidden_size**0.5
         order = None
         if attention_mask is not None and mems is not None:
-            # Padding goes to the end, lest it part the segment from the memory.
+            # Padding goes to the end: it must not part the segment from the memory.
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
             hidden = hidden.take_along_dim(order[..., None], dim=1)
         seen, num_keys = key_mask(hidden, attention_mask, cache, mems, mem_lengths)

@@ -102,7 +102,7 @@ class DataCollatorForPermutationLM:
 
     - `input_ids`, `attention_mask`: `[B, L]` int64; the tokens are never corrupted;
     - `key_ranks`, `thresholds`: `[B, L]` int64; `i` sees the content of `j` iff `key_ranks[j] < thresholds[i]`, and the
-      content stream also itself. Padding has the key rank `PADDING_RANK`, which nobody sees;
+      content stream also itself. Padding has the key rank `PADDING_RANK`, which no token sees;
     - `target_columns`: `[B, P]` int64, ascending in each row, 0 where a row has fewer targets;
     - `labels`: `[B, P]` int64, the original ids, -100 where a row has fewer targets;
     - `token_type_ids`: `[B, L]` int64, `lanes`: `[B]` int64, `memory_reset`, `backward`: `[B]` bool, if the examples have

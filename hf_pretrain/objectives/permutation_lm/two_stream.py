@@ -1,7 +1,7 @@
 """Two-stream attention: every token as content and, where it is to be predicted, once more as a query that hides it.
 
 Both streams are rows of one sequence with the same weights: S content rows, then P query rows, one a target. Only content
-rows are keys and values. Who sees whom follows from two integers a token, so no mask leaves the collator.
+rows are keys and values. Two integers a token say which row sees which, so no mask leaves the collator.
 
 `PermutedBatch` is what both classes read. `PositionTwoStreams` runs any stock masked language model that takes its positions as
 an input, under a rule of `modeling/visibility`; `XLNetTwoStreams` runs a stock XLNet, whose attention knows two streams.
@@ -18,7 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
 from hf_pretrain.errors import InputError, check_choice
-from hf_pretrain.modeling.backbone import takes_input
+from hf_pretrain.modeling.backbone import takes_input, vocabulary_size
 from hf_pretrain.modeling.losses import GatheredHead, RecurrentMemory
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.rules import AttentionPlan, MaskFunction
@@ -48,10 +48,10 @@ class PermutedBatch(NamedTuple):
     positions: torch.Tensor | None = None
 
     def rule(self) -> MaskFunction:
-        """Return who sees whom among ``S + P`` rows: content and queries.
+        """Return which of the ``S + P`` rows, content and queries, sees which.
 
-        A content row also sees itself, padding too: a row without any key is a special case for the kernels. Nobody sees a
-        query, but one that sees nothing else sees itself.
+        A content row also sees itself, padding too: a row without any key is a special case for the kernels. No row sees a
+        query; but a query that sees nothing else sees itself.
         """
         length, num_queries = self.input_ids.shape[1], self.target_columns.shape[1]
         ranks_BS = self.key_ranks.masked_fill(self.attention_mask == 0, _NEVER)
@@ -93,7 +93,7 @@ class PositionTwoStreams:
     """Runs both streams of a stock model as one longer sequence: the text, then a mask token for each target at its position.
 
     The model's own code runs unchanged. Positions, absolute or rotary, are given by `position_ids`, and a boolean mask says
-    who sees whom; nobody sees a mask token. Whether a model honours both is tried out, not looked up.
+    which row sees which; no row sees a mask token. A trial shows whether a model honours both.
 
     Args:
         model: A stock masked language model with SDPA attention; trained in place.
@@ -164,11 +164,11 @@ class PositionTwoStreams:
             ) from None
 
     def _problem(self, body: PreTrainedModel, plan: AttentionPlan) -> str | None:
-        words = self.model.get_input_embeddings()
-        positions = torch.arange(8, device=words.weight.device)[None]
+        positions = torch.arange(8, device=self.model.device)[None]
         # Two ordinary tokens by turns; there are special ones at the ends of many vocabularies.
-        ids = words.num_embeddings // 2 - positions % 3 % 2
-        others = 2 * (words.num_embeddings // 2) - 1 - ids
+        middle = vocabulary_size(self.model.get_input_embeddings()) // 2
+        ids = middle - positions % 3 % 2
+        others = 2 * middle - 1 - ids
         batch = PermutedBatch(ids, torch.ones_like(ids), positions, positions, positions[:, 5:6], positions=positions)
         expected = self._first_logits(batch)
 

@@ -26,6 +26,9 @@ from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
 
+# Options that evaluation has a second time, after "eval_".
+_LENGTHS = ("mem_len", "clamp_len", "same_length")
+
 
 class DataCollatorForRecurrentLM:
     """Stacks the windows of a [`LaneDataset`]; nothing is random.
@@ -147,8 +150,7 @@ print(tokenizer.decode(outputs[0]))""",
     def settings_of_evaluation(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the lengths of evaluation."""
         model: TransformerXLForCausalLM = self.accelerator.unwrap_model(self.model).model
-        lengths = {name: getattr(self.args, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
-        return memory_lengths(model, **lengths)
+        return memory_lengths(model, **{name: getattr(self.args, f"eval_{name}") for name in _LENGTHS})
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         means = super()._reduce_statistics(prediction)
@@ -159,13 +161,7 @@ def build_trainer(
     data: PreparedData, model_args: TransformerXLModelArguments, args: RecurrentLMTrainingArguments
 ) -> RecurrentLMTrainer:
     """Put the model, the lanes and the Trainer together."""
-    model = build_model(
-        model_args,
-        data.tokenizer,
-        mem_len=args.mem_len,
-        clamp_len=args.clamp_len,
-        same_length=args.same_length,
-    )
+    model = build_model(model_args, data.tokenizer, **{name: getattr(args, name) for name in _LENGTHS})
     return RecurrentLMTrainer(model, args, data_collator=DataCollatorForRecurrentLM(), **lane_inputs(data, args))
 
 
