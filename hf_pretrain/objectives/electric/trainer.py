@@ -1,7 +1,7 @@
 """Options of Electric, the pair of models that they describe, and the Trainer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import GENERATOR_FOLDER, check_model_fits
+from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
     attention_options,
     build_config,
@@ -26,7 +26,6 @@ from hf_pretrain.modeling.configuration import (
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import find_file, from_pretrained, say_once
-from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
@@ -39,7 +38,8 @@ from hf_pretrain.objectives.generators import (
     stock_width,
 )
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
-from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.options import option
+from hf_pretrain.training.method import Learning, Method, put_together
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 
@@ -49,9 +49,8 @@ class ElectricModelArguments(GeneratorArguments):
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"embedding_sharing": EMBEDDING_SHARING}
 
-    embedding_sharing: str = field(
-        default="tied",
-        metadata={"help": "'tied': one set of embeddings for all; 'none': the discriminator has its own."},
+    embedding_sharing: str = option(
+        "tied", "'tied': one set of embeddings for all; 'none': the discriminator has its own."
     )
 
 
@@ -126,23 +125,15 @@ class ElectricTrainingArguments(MaskedLMTrainingArguments):
     Source: `configure_pretraining.py` of the official code, with `electric_objective`.
     """
 
-    cloze_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    nce_weight: float | str = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
-    mlm_probability: float | str = field(
-        default=0.15, metadata={"help": "Share of the tokens of each example that noise replaces, 0 to 1."}
-    )
-    mask_share: float = field(default=0.0, metadata={"help": "Keep at 0: the generator reads the text itself."})
-    random_share: float = field(default=0.0, metadata={"help": "Keep at 0: the generator reads the text itself."})
-    mask_unknown: bool = field(
-        default=False, metadata={"help": "Keep off: the unknown token is never sampled and has no energy."}
-    )
-    adam_bias_correction: bool = field(
-        default=False, metadata={"help": "Adam's bias correction; the official optimizer has none."}
-    )
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
-    decay_during_warmup: bool = field(
-        default=True, metadata={"help": "Multiply the linear decay and the warm-up, as the official code does."}
-    )
+    cloze_weight: float | str = option(1.0, "Weight of the generator's loss.")
+    nce_weight: float | str = option(50.0, "Weight of the discriminator's loss (lambda).")
+    mlm_probability: float | str = option(0.15, "Share of the tokens of each example that noise replaces, 0 to 1.")
+    mask_share: float = option(0.0, "Keep at 0: the generator reads the text itself.")
+    random_share: float = option(0.0, "Keep at 0: the generator reads the text itself.")
+    mask_unknown: bool = option(False, "Keep off: the unknown token is never sampled and has no energy.")
+    adam_bias_correction: bool = option(False, "Adam's bias correction; the official optimizer has none.")
+    adam_epsilon: float = option(1e-6, "Adam's epsilon.")
+    decay_during_warmup: bool = option(True, "Multiply the linear decay and the warm-up, as the official code does.")
 
 
 class ElectricTrainer(PretrainingTrainer):
@@ -200,17 +191,8 @@ def build_trainer(
 ) -> ElectricTrainer:
     """Put the pair of models, the collator and the Trainer together."""
     model = build_model(model_args, data.tokenizer)
-    for part in (model.generator, model.discriminator):
-        check_model_fits(part, data.tokenizer, block_size=data.block_size)
-    if data.isolates_documents:
-        model.generator.check_isolation(length=data.block_size)
-        check_isolation(model.discriminator, length=data.block_size)
-    return ElectricTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForElectric(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
-    )
+    collator = DataCollatorForElectric(data.tokenizer, masking=args.masking, seed=args.seed)
+    return put_together(ElectricTrainer, model, args, data, collator=collator)
 
 
 METHOD = Method(

@@ -23,18 +23,16 @@ from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_mul
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
-from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.training.arguments import global_batch_size
-from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.method import Learning, Method, put_together
 from hf_pretrain.training.program import load_data
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -156,11 +154,8 @@ def build_model(
         span_positions=args.span_positions,
         has_bitext="tlm" in args.objectives,
     )
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
     if data.languages is not None:
         set_languages(model.model.config, data.languages)
-    if data.isolates_documents:
-        check_isolation(model.model, length=data.block_size)
     if args.has_modes:
         check_lm_modes(model.model)
     # Once more: which parameters are reached depends on the languages.
@@ -219,15 +214,10 @@ def build_trainer(data: PreparedData, model_args: ModelArguments, args: EncoderT
         masking=args.masking,
         seed=args.seed,
     )
-    return EncoderTrainer(
-        model,
-        args,
-        data_collator=collator,
-        **data.trainer_inputs()
-        | {
-            "train_dataset": training_examples(data, args, type_vocab_size=type_vocab_size),
-            "eval_dataset": held_out_examples(data, args, type_vocab_size=type_vocab_size),
-        },
+    train = training_examples(data, args, type_vocab_size=type_vocab_size)
+    held_out = held_out_examples(data, args, type_vocab_size=type_vocab_size)
+    return put_together(
+        EncoderTrainer, model, args, data, collator=collator, train_dataset=train, eval_dataset=held_out
     )
 
 
@@ -269,15 +259,8 @@ def build_masked_lm_trainer(
 ) -> MaskedLMTrainer:
     """Put the model, the collator and the Trainer together."""
     model = EncoderForPreTraining.from_arguments(model_args, data.tokenizer)
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
-    if data.isolates_documents:
-        check_isolation(model.model, length=data.block_size)
-    return MaskedLMTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
-    )
+    collator = DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed)
+    return put_together(MaskedLMTrainer, model, args, data, collator=collator)
 
 
 MASKED_LM = Method(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,6 +56,7 @@ from hf_pretrain.objectives.replaced_token_detection.modeling import (
     EMBEDDING_SHARING,
     ReplacedTokenDetectionForPreTraining,
 )
+from hf_pretrain.options import option
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DEBERTA_GENERATOR = "pytorch_model.generator.bin"
@@ -186,33 +187,25 @@ class ReplacedTokenDetectionModelArguments(GeneratorArguments):
         "discriminator_head": DISCRIMINATOR_HEADS,
     }
 
-    generator_type: str | None = field(
-        default=None, metadata={"help": "Architecture of the generator, if it is another than the discriminator's."}
+    generator_type: str | None = option(
+        None, "Architecture of the generator, if it is another than the discriminator's."
     )
-    embedding_sharing: str = field(
-        default="tied",
-        metadata={
-            "help": "'tied': one set of embeddings for both models; 'gdes': the discriminator's are the generator's, held "
-            "constant, plus a difference (DeBERTa-v3); 'full': one encoder for both; 'none': each has its own."
-        },
+    embedding_sharing: str = option(
+        "tied",
+        "'tied': one set of embeddings for both models; 'gdes': the discriminator's are the generator's, held "
+        "constant, plus a difference (DeBERTa-v3); 'full': one encoder for both; 'none': each has its own.",
     )
-    discriminator_head: str | None = field(
-        default=None,
-        metadata={
-            "help": "'stock': the head of the architecture's own class in transformers; 'electra' or 'deberta_v3': that head "
-            "on any architecture; by default the checkpoint's, from scratch 'stock'."
-        },
+    discriminator_head: str | None = option(
+        None,
+        "'stock': the head of the architecture's own class in transformers; 'electra' or 'deberta_v3': that head "
+        "on any architecture; by default the checkpoint's, from scratch 'stock'.",
     )
-    enhanced_mask_decoder: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Let a DeBERTa generator decode with absolute positions, as DeBERTa-v3 does; by default if the "
-            "checkpoint's does."
-        },
+    enhanced_mask_decoder: bool | None = option(
+        None,
+        "Let a DeBERTa generator decode with absolute positions, as DeBERTa-v3 does; by default if the "
+        "checkpoint's does.",
     )
-    disallow_correct: bool = field(
-        default=False, metadata={"help": "Never draw the true token, so that every selected one is replaced."}
-    )
+    disallow_correct: bool = option(False, "Never draw the true token, so that every selected one is replaced.")
 
 
 def build_model(

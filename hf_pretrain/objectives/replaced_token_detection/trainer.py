@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -26,14 +26,13 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics, discrimination_gain
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
-from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.objectives.replaced_token_detection.building import ReplacedTokenDetectionModelArguments, build_model
 from hf_pretrain.objectives.replaced_token_detection.modeling import Stage
-from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.options import option
+from hf_pretrain.training.method import Learning, Method, put_together
 from hf_pretrain.training.program import coloured_words
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -74,45 +73,31 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
     ranges: ClassVar[dict[str, str]] = {"generator_steps": "(0, 2147483647]"}
     needs: ClassVar[dict[str, str]] = {"generator_steps": "training_mode=two_stage"}
 
-    mlm_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    rtd_weight: float | str = field(
-        default=50.0,
-        metadata={
-            "help": "Weight of the discriminator's loss (lambda); a number, or a schedule such as '0:10, 10000:50' or "
-            "'0%:10, 50%:50'."
-        },
+    mlm_weight: float | str = option(1.0, "Weight of the generator's loss.")
+    rtd_weight: float | str = option(
+        50.0,
+        "Weight of the discriminator's loss (lambda); a number, or a schedule such as '0:10, 10000:50' or "
+        "'0%:10, 50%:50'.",
     )
-    temperature: float | str = field(
-        default=1.0,
-        metadata={"help": "Temperature at which the generator is sampled; a number, or a schedule in the same form."},
+    temperature: float | str = option(
+        1.0, "Temperature at which the generator is sampled; a number, or a schedule in the same form."
     )
-    training_mode: str = field(
-        default="joint",
-        metadata={
-            "help": "'joint': one step for both models; 'decoupled': in each step first the generator's, then the "
-            "discriminator's (DeBERTa-v3); 'two_stage': the generator alone, then the discriminator, started from it."
-        },
+    training_mode: str = option(
+        "joint",
+        "'joint': one step for both models; 'decoupled': in each step first the generator's, then the "
+        "discriminator's (DeBERTa-v3); 'two_stage': the generator alone, then the discriminator, started from it.",
     )
-    generator_steps: float = field(
-        default=0.5, metadata={"help": "Steps of the first of two stages, or their share of all steps if below 1."}
+    generator_steps: float = option(0.5, "Steps of the first of two stages, or their share of all steps if below 1.")
+    generator_learning_rate: float | None = option(
+        None, "Peak learning rate of the generator, if it has one of its own."
     )
-    generator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the generator, if it has one of its own."}
+    mask_share: float = option(0.85, "Share of the selected tokens that the generator sees masked, 0 to 1.")
+    random_share: float = option(
+        0.0, "Share of the selected tokens that the generator sees replaced at random, 0 to 1."
     )
-    mask_share: float = field(
-        default=0.85, metadata={"help": "Share of the selected tokens that the generator sees masked, 0 to 1."}
-    )
-    random_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of the selected tokens that the generator sees replaced at random, 0 to 1."},
-    )
-    adam_bias_correction: bool = field(
-        default=False, metadata={"help": "Adam's bias correction; the official optimizer has none."}
-    )
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
-    decay_during_warmup: bool = field(
-        default=True, metadata={"help": "Multiply the linear decay and the warm-up, as the official code does."}
-    )
+    adam_bias_correction: bool = option(False, "Adam's bias correction; the official optimizer has none.")
+    adam_epsilon: float = option(1e-6, "Adam's epsilon.")
+    decay_during_warmup: bool = option(True, "Multiply the linear decay and the warm-up, as the official code does.")
 
     def __post_init__(self) -> None:
         """Check the training mode, then everything else."""
@@ -409,16 +394,8 @@ def build_trainer(
 ) -> ReplacedTokenDetectionTrainer:
     """Put the pair of models, the collator and the Trainer together."""
     model = build_model(model_args, data.tokenizer, temperature=float(args.temperature))
-    for part in (model.generator, model.discriminator):
-        check_model_fits(part, data.tokenizer, block_size=data.block_size)
-        if data.isolates_documents:
-            check_isolation(part, length=data.block_size)
-    return ReplacedTokenDetectionTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForReplacedTokenDetection(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
-    )
+    collator = DataCollatorForReplacedTokenDetection(data.tokenizer, masking=args.masking, seed=args.seed)
+    return put_together(ReplacedTokenDetectionTrainer, model, args, data, collator=collator)
 
 
 METHOD = Method(
