@@ -24,6 +24,7 @@ from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.configuration import CompositeConfig, ModelArguments, SubModelConfig, scaled_config
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.modeling.visibility.rules import has_padding
+from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.options import option
 
 
@@ -103,6 +104,15 @@ class GeneratorArguments(ModelArguments):
         for name, known in self.choices.items():
             check_choice(getattr(self, name), (*known, None), name=name)
         super().__post_init__()
+
+
+@dataclass
+class GeneratorTrainingArguments(MaskedLMTrainingArguments):
+    """Options of a Trainer of such a pair; the defaults of the optimizer are the official code's."""
+
+    adam_bias_correction: bool = option(False, "Adam's bias correction; the official optimizer has none.")
+    adam_epsilon: float = option(1e-6, "Adam's epsilon.")
+    decay_during_warmup: bool = option(True, "Multiply the linear decay and the warm-up, as the official code does.")
 
 
 def stock_width(args: ModelArguments, model_type: str) -> dict[str, int]:

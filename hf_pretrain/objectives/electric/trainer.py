@@ -31,13 +31,13 @@ from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, Electric
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
 from hf_pretrain.objectives.generators import (
     GeneratorArguments,
+    GeneratorTrainingArguments,
     build_discriminator,
     copy_parameters,
     generator_config,
     load_discriminator,
     stock_width,
 )
-from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.options import option
 from hf_pretrain.training.method import Learning, Method, put_together
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -119,7 +119,7 @@ def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
 
 
 @dataclass
-class ElectricTrainingArguments(MaskedLMTrainingArguments):
+class ElectricTrainingArguments(GeneratorTrainingArguments):
     """Options of [`ElectricTrainer`]; the defaults are ELECTRA-Small's, whose code Electric is trained by too.
 
     Source: `configure_pretraining.py` of the official code, with `electric_objective`.
@@ -131,9 +131,6 @@ class ElectricTrainingArguments(MaskedLMTrainingArguments):
     mask_share: float = option(0.0, "Keep at 0: the generator reads the text itself.")
     random_share: float = option(0.0, "Keep at 0: the generator reads the text itself.")
     mask_unknown: bool = option(False, "Keep off: the unknown token is never sampled and has no energy.")
-    adam_bias_correction: bool = option(False, "Adam's bias correction; the official optimizer has none.")
-    adam_epsilon: float = option(1e-6, "Adam's epsilon.")
-    decay_during_warmup: bool = option(True, "Multiply the linear decay and the warm-up, as the official code does.")
 
 
 class ElectricTrainer(PretrainingTrainer):

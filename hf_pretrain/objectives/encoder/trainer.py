@@ -1,9 +1,4 @@
-"""The examples that each objective asks for, and their mixture.
-
-Load the data and build the model that a list of objectives asks for.
-
-The Trainer of an encoder with several objectives.
-"""
+"""The Trainers of an encoder, with one objective or several: the examples and the model that these need."""
 
 from __future__ import annotations
 
@@ -44,43 +39,30 @@ _PAIR_TASKS: dict[str, PairTask] = {
 }
 
 
-def training_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
-    """Return the examples to train on: those of one kind, or a mixture.
+def encoder_examples(
+    data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool, type_vocab_size: int
+) -> Any:
+    """Return the examples to train or to evaluate on: those of one kind, or a mixture.
 
-    Kinds with the same inputs are mixed within a batch; else all examples of a step are of one kind, on all ranks.
+    In training, kinds with the same inputs are mixed within a batch; else all examples of a step are of one kind, on all ranks.
+    An evaluation has each example once.
 
     Args:
         data: Blocks, and the documents that they were cut from.
         args: The objectives and their shares.
+        held_out: Whether to evaluate.
         type_vocab_size: Token types of the model, 0 where it has none.
+
+    Returns:
+        The examples; None if no text is held out.
 
     Raises:
         InputError: If the data cannot be read as an objective asks.
     """
-    shares = args.shares()
-    parts = _parts(data, args, held_out=False, type_vocab_size=type_vocab_size)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    # Modes differ in what tokens see; other kinds, in their inputs.
-    group_size = 1 if args.has_modes else global_batch_size(args)
-    return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
-
-
-def held_out_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
-    """Return the examples to evaluate on: those of all kinds, each once; None if no text is held out."""
-    if data.eval_dataset is None:
+    if held_out and data.eval_dataset is None:
         return None
-    parts = _parts(data, args, held_out=True, type_vocab_size=type_vocab_size)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
-
-
-def _parts(
-    data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool, type_vocab_size: int
-) -> Mapping[str, Any]:
-    """Return the examples of each kind that has a share."""
-    names = list(args.shares())
+    shares: Mapping[str, float] = args.shares()
+    names = list(shares)
     if names != ["mlm"] and data.train_documents is None:
         raise InputError(
             f"objectives: {names[-1]} reads documents anew each epoch, which a stream does not keep: leave out streaming"
@@ -91,10 +73,18 @@ def _parts(
             "'doc_sentences'"
         )
     parts = {name: _examples(name, data, args, held_out=held_out) for name in names}
-    if not args.has_modes:
-        return parts
-    modes = {name: name if name in ONE_WAY_OBJECTIVES else "bidirectional" for name in names}
-    return {name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()}
+    if args.has_modes:
+        modes = {name: name if name in ONE_WAY_OBJECTIVES else "bidirectional" for name in names}
+        parts = {
+            name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()
+        }
+    if len(parts) == 1:
+        return parts[names[0]]
+    if held_out:
+        return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
+    # Modes differ in what tokens see; other kinds, in their inputs.
+    group_size = 1 if args.has_modes else global_batch_size(args)
+    return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
 
 
 def _examples(name: str, data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool) -> Any:
@@ -214,8 +204,9 @@ def build_trainer(data: PreparedData, model_args: ModelArguments, args: EncoderT
         masking=args.masking,
         seed=args.seed,
     )
-    train = training_examples(data, args, type_vocab_size=type_vocab_size)
-    held_out = held_out_examples(data, args, type_vocab_size=type_vocab_size)
+    train, held_out = (
+        encoder_examples(data, args, held_out=held_out, type_vocab_size=type_vocab_size) for held_out in (False, True)
+    )
     return put_together(
         EncoderTrainer, model, args, data, collator=collator, train_dataset=train, eval_dataset=held_out
     )
