@@ -132,11 +132,13 @@ class Listed(NamedTuple):
         line: What it does, in one line.
         place: Where its record is, as "package.module:ATTRIBUTE".
         owner: Name of the package that registers it.
+        trainer: Class of its Trainer, which `hf_pretrain` exports; "" where another package registers the method.
     """
 
     line: str
     place: str
     owner: str = "hf-pretrain"
+    trainer: str = ""
 
     def load(self, name: str) -> Method:
         """Import the record.
