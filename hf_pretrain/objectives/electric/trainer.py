@@ -1,10 +1,11 @@
-"""Options of Electric, the pair of models that they describe, and the Trainer."""
+"""Electric: its options, the pair of models that they describe, its batches and its Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -12,12 +13,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_pretrain.corruption.masking import Vocabulary
+from hf_pretrain.corruption.masking import MaskedRows, Vocabulary
+from hf_pretrain.corruption.rows import ExampleRows
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
-from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.hub.record import ObjectiveDescription, cite
 from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
     attention_options,
@@ -26,7 +28,6 @@ from hf_pretrain.modeling.configuration import (
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import find_file, from_pretrained, say_once
-from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
 from hf_pretrain.objectives.generators import (
@@ -38,6 +39,7 @@ from hf_pretrain.objectives.generators import (
     load_discriminator,
     stock_width,
 )
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.options import option
 from hf_pretrain.training.method import Learning, Method, put_together
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -99,21 +101,16 @@ def _discriminator(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerB
 
 def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
     """Return the checkpoint's generator, or None where a fresh one is to be built."""
-    options, name = attention_options(args), args.generator_name_or_path
-    if name is not None:
-        if not isinstance(from_pretrained(AutoConfig, name), TwoTowerClozeConfig):
-            raise InputError(
-                f"generator_name_or_path={name!r} is no two-tower generator: leave it out for a fresh one"
-            )
-        return from_pretrained(TwoTowerClozeModel, name, **options)
-    name = args.model_name_or_path
+    name, where = args.generator_name_or_path, {}
+    if name is None:
+        name, where = args.model_name_or_path, {"subfolder": GENERATOR_FOLDER}
     if name is None:
         return None
-    where: dict[str, Any] = {"subfolder": GENERATOR_FOLDER}
-    if find_file(name, "config.json", **where) and isinstance(
-        from_pretrained(AutoConfig, name, **where), TwoTowerClozeConfig
-    ):
-        return from_pretrained(TwoTowerClozeModel, name, **where, **options)
+    has_config = not where or find_file(name, "config.json", **where) is not None
+    if has_config and isinstance(from_pretrained(AutoConfig, name, **where), TwoTowerClozeConfig):
+        return from_pretrained(TwoTowerClozeModel, name, **where, **attention_options(args))
+    if not where:
+        raise InputError(f"generator_name_or_path={name!r} is no two-tower generator: leave it out for a fresh one")
     say_once(f"{name} has no two-tower generator in {GENERATOR_FOLDER}: it starts from fresh weights")
     return None
 
@@ -133,6 +130,45 @@ class ElectricTrainingArguments(GeneratorTrainingArguments):
     mask_unknown: bool = option(False, "Keep off: the unknown token is never sampled and has no energy.")
 
 
+class DataCollatorForElectric(DataCollatorForMaskedLM):
+    """Batches in which nothing is hidden: the text, and which of its tokens the noise replaces.
+
+    Beside what [`DataCollatorForMaskedLM`] gives (`input_ids` is the original text here, `labels` tells the selected positions)
+    the batch has
+
+    - `candidate_positions`: ``[C]`` int64, the flat indices of all tokens that could have been selected, ascending: the real
+      tokens but the special ones and the unknown one;
+    - `sample_uniforms`: ``[T]`` keyed uniforms that decide the generator's samples at `target_positions`. The sample is then a
+      function of the seed, the epoch, the example and the generator's weights, on any device.
+
+    Raises:
+        InputError: If the options hide tokens, or select the unknown token.
+    """
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        for name in ("mask_share", "random_share"):
+            if getattr(self.masking, name):
+                raise InputError(
+                    f"{name}={getattr(self.masking, name)}: Electric's generator reads the text itself: set it to 0"
+                )
+        if self.masking.mask_unknown:
+            raise InputError("mask_unknown=True: the unknown token is never sampled, so set it to False")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate examples; see [`DataCollatorForMaskedLM`]."""
+        batch = super().__call__(examples)
+        batch["sample_uniforms"] = self.target_uniforms(examples, batch, stream="generator")
+        return batch
+
+    def assemble(self, rows: ExampleRows, masked: MaskedRows) -> dict[str, torch.Tensor]:
+        """Add the candidates to the batch."""
+        batch = super().assemble(rows, masked)
+        candidates = np.nonzero(rows.valid & ~self.vocabulary.is_protected(rows.input_ids))
+        batch["candidate_positions"] = torch.from_numpy(self.layout(rows, masked).flat(*candidates))
+        return batch
+
+
 class ElectricTrainer(PretrainingTrainer):
     """Trains an [`ElectricForPreTraining`]: generator and discriminator jointly, in one step."""
 
@@ -150,15 +186,7 @@ class ElectricTrainer(PretrainingTrainer):
             r" + \lambda \, \frac{1}{n} \sum_{t=1}^{n} \mathrm{BCE}\left(E(\hat{x})_t"
             r" + \log q(\hat{x}_t \mid x_{\setminus t}) + \log \frac{k}{1 - k}, [t \in M]\right)"
         ),
-        citations=(
-            """\
-@inproceedings{clark2020electric,
-  title = {Pre-Training Transformers as Energy-Based Cloze Models},
-  author = {Clark, Kevin and Luong, Minh-Thang and Le, Quoc V. and Manning, Christopher D.},
-  booktitle = {Proceedings of {EMNLP}},
-  year = {2020}
-}""",
-        ),
+        citations=cite("clark2020electric"),
         usage="""\
 import torch
 from transformers import AutoTokenizer, {model_class}

@@ -26,7 +26,7 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics, discrimination_gain
-from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.hub.record import ObjectiveDescription, cite
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
 from hf_pretrain.objectives.generators import GeneratorTrainingArguments
@@ -126,15 +126,7 @@ class ReplacedTokenDetectionTrainer(PretrainingTrainer):
             r"\mathcal{L} = -\frac{1}{|M|} \sum_{i \in M} \log p_G(x_i \mid \tilde{x})"
             r" + \lambda \, \frac{1}{n} \sum_{t=1}^{n} \mathrm{BCE}\left(D(\hat{x})_t, [\hat{x}_t \neq x_t]\right)"
         ),
-        citations=(
-            """\
-@inproceedings{clark2020electra,
-  title = {{ELECTRA}: Pre-training Text Encoders as Discriminators Rather Than Generators},
-  author = {Clark, Kevin and Luong, Minh-Thang and Le, Quoc V. and Manning, Christopher D.},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020}
-}""",
-        ),
+        citations=cite("clark2020electra"),
         usage="""\
 import torch
 from transformers import AutoTokenizer, {model_class}
