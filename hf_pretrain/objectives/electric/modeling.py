@@ -150,7 +150,7 @@ class ElectricForPreTraining(PairForPreTraining):
                 whose token the generator excludes, so that q = 0, counts for nothing.
             sample_uniforms: ``[T]`` keyed uniforms that decide what the generator puts there.
             document_ids: ``[B, L]`` documents that do not see each other, see [`TwoTowerClozeModel.context_states`].
-            position_ids: ``[B, L]`` place of a token in its document, needed with `document_ids`.
+            position_ids: ``[B, L]`` position of a token in its document, needed with `document_ids`.
             is_padded: Whether any row has padding.
             **inputs: Further inputs of both models, such as `token_type_ids`.
 
@@ -160,37 +160,38 @@ class ElectricForPreTraining(PairForPreTraining):
             text ("sampled_accuracy"), and the mean "energy" of the text's own tokens, an estimate of their -log p. In evaluation
             also the logits (positive = noise) with their labels.
         """
-        shape, text, places = labels.shape, input_ids.flatten(), candidate_positions
+        shape, text, positions = labels.shape, input_ids.flatten(), candidate_positions
         has_density = ~self.generator.excluded_tokens[text]
         is_noise = (labels.flatten() != IGNORED) & has_density
-        is_candidate_C, is_noise_C = has_density[places], is_noise[places]
+        is_candidate_C, is_noise_C = has_density[positions], is_noise[positions]
 
         inputs |= {"attention_mask": attention_mask, "document_ids": document_ids, "position_ids": position_ids}
         states = self.generator.context_states(input_ids, **inputs).flatten(0, 1)
-        log_q_C = self.generator.log_probs(states.index_select(0, places), text[places]).where(is_candidate_C, 0.0)
+        log_q_C = self.generator.log_probs(states.index_select(0, positions), text[positions])
+        log_q_C = log_q_C.where(is_candidate_C, 0.0)
         samples_T, samples_log_q_T = self.generator.sample(states.index_select(0, target_positions), sample_uniforms)
         put = partial(_put, positions=target_positions, where=is_noise)
         given = put(samples_T, into=text)
-        given_log_q = torch.zeros_like(text, dtype=torch.float32).index_copy(0, places, log_q_C.detach())
+        given_log_q = torch.zeros_like(text, dtype=torch.float32).index_copy(0, positions, log_q_C.detach())
         given_log_q = put(samples_log_q_T, into=given_log_q)
-        energies_C = self._energies(given.view(shape), is_padded=is_padded, **inputs).index_select(0, places)
+        energies_C = self._energies(given.view(shape), is_padded=is_padded, **inputs).index_select(0, positions)
 
-        total = partial(_sum_where, positions=places, shape=shape)
+        total = partial(_sum_where, positions=positions, shape=shape)
         num_noise, num_candidates = total(is_noise_C, is_candidate_C)
         shares = num_noise / num_candidates.clamp(min=1)
-        logits_C = noise_logits(energies_C, given_log_q[places], shares[places // shape[1]])
+        logits_C = noise_logits(energies_C, given_log_q[positions], shares[positions // shape[1]])
         nce_C = F.binary_cross_entropy_with_logits(logits_C, is_noise_C.float(), reduction="none")
         output = PretrainingOutput(
             losses={"cloze": total(-log_q_C, is_candidate_C), "nce": total(nce_C, is_candidate_C)},
             metrics={
                 "fake_rate": ExampleSum(num_noise, num_candidates),
-                "sampled_accuracy": total(given[places] == text[places], is_noise_C),
+                "sampled_accuracy": total(given[positions] == text[positions], is_noise_C),
                 "energy": total(energies_C.detach(), is_candidate_C & ~is_noise_C),
             },
         )
         if not self.training:
-            output.scores = torch.zeros_like(given_log_q).index_copy(0, places, logits_C).view(shape)
-            score_labels = torch.full_like(text, IGNORED).index_copy(0, places, is_noise_C.long())
+            output.scores = torch.zeros_like(given_log_q).index_copy(0, positions, logits_C).view(shape)
+            score_labels = torch.full_like(text, IGNORED).index_copy(0, positions, is_noise_C.long())
             output.score_labels = score_labels.masked_fill(~has_density, IGNORED).view(shape)
         return output
 

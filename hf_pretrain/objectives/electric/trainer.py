@@ -207,7 +207,7 @@ score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pa
     def evaluation_metrics(
         self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
     ) -> dict[str, float]:
-        """Return the same of the held-out text; who tells noise from text at sight is no better a model of the text."""
+        """Return the same of the held-out text. Accuracy would say little: noise that is easy to find makes no better model."""
         return self.training_metrics(means)
 
 

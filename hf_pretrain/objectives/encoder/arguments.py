@@ -19,7 +19,7 @@ from hf_pretrain.options import option
 from hf_pretrain.schedules import weight_symbol
 
 PAIR_OBJECTIVES = ("nsp", "sop", "sentence_structure")
-"""Those that ask how the two segments of an example belong together; their examples are pairs."""
+"""The objectives on the relation of two segments; their examples are pairs."""
 
 ONE_WAY_OBJECTIVES = ("left_to_right", "right_to_left", "sequence_to_sequence")
 """Masked language modelling where tokens do not see all others."""
@@ -101,7 +101,7 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
 
     @property
     def pair_objective(self) -> str | None:
-        """The one that asks about pairs, None if none does."""
+        """The objective on pairs, None if there is none."""
         return next((name for name in self.objectives if name in PAIR_OBJECTIVES), None)
 
     @property

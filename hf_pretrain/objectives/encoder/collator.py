@@ -31,12 +31,12 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
       there. The runs that are shuffled hold no target of another kind and no special token, and lie in one isolated document;
       if the examples have `sent_starts`, in one sentence;
     - "span_boundary": `span_left`, `span_right`, `span_offsets`, `span_labels`, `[S]` int64: the flat positions of the tokens
-      around a hidden span, and of each token in it its place, from 0, and itself;
+      around a hidden span, and of each token in it the offset, from 0, and the token itself;
     - "pair": `pair_labels`, `[B]` int64 from the column `pair_label`, -100 for an example without one;
 
     and, if any example of the batch has the column:
 
-    - `langs`, `position_ids`, `[B, L]` int64: language and place of each token; an example without has 0, and places in order;
+    - `langs`, `position_ids`, `[B, L]` int64: language and position of each token; by default 0, and the column;
     - `lm_modes`, `source_lengths`, `[B]` int64 from `lm_mode` and `source_length`; 0 for an example without. From sequence to
       sequence the last token, which ends the target, may be selected too;
     - `is_bitext`, `[B]` bool.
@@ -130,8 +130,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         self, rows: ExampleRows, shuffled: ShuffledRows, layout: PaddedLayout
     ) -> dict[str, torch.Tensor]:
         positions = shuffled.positions.ravel()
-        places = layout.flat(*np.divmod(positions, rows.valid.shape[1]))
-        return self._fill(order_positions=places, order_labels=rows.input_ids.ravel()[positions])
+        in_batch = layout.flat(*np.divmod(positions, rows.valid.shape[1]))
+        return self._fill(order_positions=in_batch, order_labels=rows.input_ids.ravel()[positions])
 
     def _span_targets(
         self, rows: ExampleRows, masked: MaskedRows, layout: PaddedLayout, *, ordinary: np.ndarray
@@ -148,9 +148,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
 
     def _fill(self, **entries: np.ndarray) -> dict[str, torch.Tensor]:
         """Fill entries of one length up to a multiple of `target_slots`, with position 0 and labels to be ignored."""
-        num_targets, missing = len(next(iter(entries.values()))), 0
-        if self.target_slots is not None:
-            missing = -num_targets % self.target_slots if num_targets else self.target_slots
+        missing = self.missing_slots(len(next(iter(entries.values()))))
         return {
             name: torch.from_numpy(np.pad(values, (0, missing), constant_values=IGNORED * name.endswith("labels")))
             for name, values in entries.items()

@@ -68,7 +68,7 @@ def generate(
         sources: Texts to start from; all are read at once.
         max_new_tokens: Most tokens of a target, its end included.
         num_beams: Targets of each source that are followed at once. One of them takes the likeliest token each time, so that no
-            search ends worse than without beams; of the others, one that has ended keeps its place until better ones take it.
+            search ends worse than without beams; of the others, one that has ended stays until better ones replace it.
         length_penalty: Targets are compared by their log-probability over their length to this power; 0 compares the
             log-probabilities.
         do_sample: Draw each token from the model's distribution instead.
@@ -151,7 +151,7 @@ class _Frame:
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Frame:
         template = PairTemplate.of(tokenizer)
-        # The unknown token stands for text that nobody could read.
+        # The unknown token stands for text that the tokenizer could not represent.
         vocabulary = Vocabulary.from_tokenizer(tokenizer, mask_unknown=False)
         if not template.suffix:
             raise InputError(
@@ -259,7 +259,7 @@ def _next_log_probs(model: PreTrainedModel, head: GatheredHead, frame: _Frame, b
     """Return the log-probabilities of each beam's next token, ``[B, K, V]``, among those that may be written."""
     num_rows, num_beams, _ = beams.ids.shape
     source_lengths_N = beams.source_lengths.repeat_interleave(num_beams)
-    # At the end of a beam that has ended, nobody asks; the place is kept inside the row.
+    # The prediction at a beam that has ended is not used; its position must lie in the row.
     masked_N = (source_lengths_N + beams.lengths.flatten()).clamp(max=beams.ids.shape[2] - 1)
     width = int(masked_N.max()) + 1
     columns_W = torch.arange(width, device=masked_N.device)

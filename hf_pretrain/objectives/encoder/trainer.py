@@ -57,7 +57,7 @@ def encoder_examples(
         The examples; None if no text is held out.
 
     Raises:
-        InputError: If the data cannot be read as an objective asks.
+        InputError: If the data cannot be read as an objective needs it.
     """
     if held_out and data.eval_dataset is None:
         return None
@@ -129,7 +129,7 @@ def load_examples(
 def build_model(
     model_args: ModelArguments, args: EncoderTrainingArguments, data: PreparedData
 ) -> EncoderForPreTraining:
-    """Load or build the encoder with the heads that the objectives ask for, and refuse one that cannot do as they ask.
+    """Load or build the encoder with the heads of the objectives, and refuse one that cannot be trained by them.
 
     Raises:
         InputError: If the model cannot be loaded or built, does not fit the data, or lets tokens see what they must not.
@@ -154,7 +154,7 @@ def build_model(
 
 
 def _config_changes(model_type: str, args: EncoderTrainingArguments, data: PreparedData) -> dict[str, Any]:
-    """Return the configuration values of a model from scratch that the objectives ask for."""
+    """Return the configuration values that the objectives need in a model from scratch."""
     changes = {} if data.languages is None else language_changes(model_type, data.languages)
     types = NUM_MODE_TYPES if args.has_modes else 2 if args.pair_objective else 0
     known = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None

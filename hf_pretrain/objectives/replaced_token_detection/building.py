@@ -94,12 +94,11 @@ def load_pair(name: str, generator_name: str | None, *, head: str | None = None,
     Raises:
         InputError: If a checkpoint can not be opened, or a published one lacks weights.
     """
-    parts: dict[str, dict[str, torch.Tensor]] = {}
     published = find_file(generator_name or name, _DEBERTA_GENERATOR)
     found, parts = _head(name, is_published=published is not None)
-    head = found if head is None else head
-    if head != found:
+    if head not in (None, found):
         parts.clear()
+    head = head or found
     discriminator = load_discriminator(name, head, **options)
     chosen: dict[str, Any] = {"discriminator_head": head}
     if published is not None:
@@ -271,15 +270,13 @@ def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionM
             "leave it out, or name a generator with --generator_name_or_path"
         )
     if args.embedding_sharing == "full":
-        generator: PreTrainedModel = from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
-        return generator
+        return from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
     config = generator_config(discriminator.config, args)
     say_once(
         f"{name!r} has no generator: a fresh one of generator_size={args.generator_size} is trained beside it; "
         "--generator_name_or_path names another"
     )
-    generator = from_config(AutoModelForMaskedLM, config, **attention_options(args))
-    return generator
+    return from_config(AutoModelForMaskedLM, config, **attention_options(args))
 
 
 def _prepare_tables(

@@ -85,14 +85,8 @@ class EnhancedMaskDecoder(PreTrainedModel):
                 f'{type(model).__name__}: use model_type deberta-v2 with config_overrides {{"position_biased_input": false}}, '
                 "or leave the option out"
             )
-        config = model.config
-        return cls(
-            EnhancedMaskDecoderConfig(
-                max_position_embeddings=config.max_position_embeddings,
-                hidden_size=config.hidden_size,
-                initializer_range=config.initializer_range,
-            )
-        )
+        names = ("max_position_embeddings", "hidden_size", "initializer_range")
+        return cls(EnhancedMaskDecoderConfig(**{name: getattr(model.config, name) for name in names}))
 
     def attach(self, model: PreTrainedModel) -> None:
         """Make the model's last layer decode in this way from now on."""
@@ -100,7 +94,7 @@ class EnhancedMaskDecoder(PreTrainedModel):
         layer_modules(model.base_model)[-1].register_forward_pre_hook(self._decode, with_kwargs=True)
 
     def _note_positions(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the encoder is told of positions, which without absolute ones it has no use for."""
+        """Keep the encoder's `position_ids`, which it does not read itself without absolute positions."""
         self._position_ids = kwargs.get("position_ids")
 
     def _decode(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -290,9 +284,10 @@ class ReplacedTokenDetectionForPreTraining(PairForPreTraining):
         output = ReplacedTokenDetectionOutput(losses={}, metrics={}, replaced_ids=replaced_ids)
         original_BL = torch.where(labels == IGNORED, input_ids, labels)
         if replaced_ids is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and stage != "discriminator"):
-                logits_TV = self._generate(target_positions, input_ids, attention_mask, inputs)
             targets_T = labels.flatten().index_select(0, target_positions)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage != "discriminator"):
+                given = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+                logits_TV = self.generator_head(self.generator, target_positions, **given)
             sampled_T = self._sample(logits_TV.detach(), targets_T, sample_uniforms, temperature)
             written = original_BL.flatten().index_copy(0, target_positions, sampled_T).view_as(original_BL)
             # Fillers of a fixed shape point at positions that were not selected: those stay as they are.
@@ -306,17 +301,6 @@ class ReplacedTokenDetectionForPreTraining(PairForPreTraining):
         if stage != "generator":
             self._detect(output, original_BL, attention_mask, inputs)
         return output
-
-    def _generate(
-        self,
-        positions: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        inputs: dict[str, Any],
-    ) -> torch.Tensor:
-        """Return the generator's logits at the targets, ``[T, V]``."""
-        model_inputs = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        return self.generator_head(self.generator, positions, **model_inputs)
 
     def _sample(
         self, logits: torch.Tensor, targets: torch.Tensor, uniforms: torch.Tensor, temperature: torch.Tensor | None
