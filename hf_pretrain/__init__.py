@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from hf_pretrain.objectives import METHODS
 from hf_pretrain.registration import register_architectures
 
 _EXPORTS = {
@@ -16,32 +17,24 @@ _EXPORTS = {
     "DataCollatorForEncoder": "hf_pretrain.objectives.encoder",
     "DataCollatorForMaskedLM": "hf_pretrain.objectives.masking",
     "DistillationModel": "hf_pretrain.objectives.distillation",
-    "DistillationTrainer": "hf_pretrain.objectives.distillation",
     "DistillationTrainingArguments": "hf_pretrain.objectives.distillation",
-    "ElectricTrainer": "hf_pretrain.objectives.electric",
     "EncoderForPreTraining": "hf_pretrain.objectives.encoder.modeling",
-    "EncoderTrainer": "hf_pretrain.objectives.encoder",
     "EncoderTrainingArguments": "hf_pretrain.objectives.encoder",
     "EpochDataset": "hf_pretrain.data.examples.epochs",
     "FineTuningArguments": "hf_pretrain.transfer.fine_tuning",
     "FineTuningTrainer": "hf_pretrain.transfer.fine_tuning",
     "InputError": "hf_pretrain.errors",
-    "MaskedLMTrainer": "hf_pretrain.objectives.encoder",
     "MaskedLMTrainingArguments": "hf_pretrain.objectives.masking",
     "MaskingArguments": "hf_pretrain.corruption.arguments",
     "MixtureDataset": "hf_pretrain.data.examples.epochs",
-    "PermutationLMTrainer": "hf_pretrain.objectives.permutation_lm",
     "PretrainingArguments": "hf_pretrain.training.arguments",
     "PretrainingTrainer": "hf_pretrain.training.trainer",
-    "RecurrentLMTrainer": "hf_pretrain.objectives.recurrent_lm",
     "ReplacedTokenDetectionForPreTraining": "hf_pretrain.objectives.replaced_token_detection",
-    "ReplacedTokenDetectionTrainer": "hf_pretrain.objectives.replaced_token_detection",
     "ReplacedTokenDetectionTrainingArguments": "hf_pretrain.objectives.replaced_token_detection",
     "ReplacedTokenScorer": "hf_pretrain.evaluation.detector",
     "SentencePairDataset": "hf_pretrain.data.examples.sentence_pairs",
     "StreamingBlocks": "hf_pretrain.data.streaming.blocks",
     "StudentArguments": "hf_pretrain.objectives.distillation",
-    "TaskDistillationTrainer": "hf_pretrain.objectives.distillation",
     "TaskDistillationTrainingArguments": "hf_pretrain.objectives.distillation",
     "TransformerXLConfig": "hf_pretrain.models.transformer_xl.configuration_transformer_xl",
     "TransformerXLForCausalLM": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
@@ -49,6 +42,8 @@ _EXPORTS = {
     "TransformerXLModel": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
     "tokenize_documents": "hf_pretrain.data.documents.documents",
     "train_tokenizer": "hf_pretrain.data.documents.tokenizers",
+    # The Trainer of every method.
+    **{listed.trainer: listed.place.partition(":")[0] for listed in METHODS.values()},
 }
 
 __all__ = sorted(_EXPORTS)
