@@ -23,7 +23,8 @@ from typing import Any
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.hub.card import update_card
-from hf_pretrain.hub.evaluation import Evaluation, hub_id
+from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.text import hub_id
 from hf_pretrain.training.parsing import parse_arguments
 
 

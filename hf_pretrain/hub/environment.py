@@ -14,8 +14,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_pretrain.hub import text as card_text
-
 _DISTRIBUTIONS = ("hf_pretrain", "transformers", "tokenizers", "datasets", "accelerate", "torch", "huggingface_hub")
 # What CodeCarbon writes into the output folder of a run with `report_to codecarbon`.
 _EMISSIONS = "emissions.csv"
@@ -170,42 +168,8 @@ class Compute:
         """Whether the run had more steps to go."""
         return bool(self.steps and self.planned_steps and self.steps < self.planned_steps)
 
-
-def compute_rows(compute: Compute) -> list[card_text.Row]:
-    """Return (name, value) rows of what was measured; tokens a second follow from tokens and time."""
-    timed = compute.tokens if compute.timed_tokens is None else compute.timed_tokens
-    speed = timed / compute.seconds if timed and compute.seconds else None
-    memory = f"{compute.peak_memory_mib / 1024:.3g} GiB" if compute.peak_memory_mib else None
-    trained = compute.trained_parameters if compute.trained_parameters != compute.parameters else None
-    many = compute.processes if compute.processes and compute.processes > 1 else None
-    since = "" if compute.resumed_at_step is None else f", since the resume at step {compute.resumed_at_step:,}"
-    table = {
-        "Parameters": compute.parameters,
-        "Parameters trained, auxiliary parts included": trained,
-        "Optimizer steps": f"{compute.steps:,} of {compute.planned_steps:,}" if compute.is_partial else compute.steps,
-        "Examples per step": compute.examples_per_step,
-        "Tokens seen": compute.tokens,
-        f"Training time{since}": card_text.duration(compute.seconds) if compute.seconds else None,
-        "Tokens per second": round(speed) if speed else None,
-        "Hardware": compute.hardware,
-        "Processes": many,
-        "Precision": compute.precision,
-        "Peak memory of a process" if many else "Peak memory": memory,
-    }
-    return card_text.rows(table | _energy_rows(compute), as_is=True)
-
-
-def _energy_rows(compute: Compute) -> dict[str, str]:
-    energy = compute.energy
-    if energy is None:
-        return {}
-    scope = {"machine": " of the whole machine", "process": " of the run's processes"}.get(energy.scope or "", "")
-    sessions = ""
-    if compute.resumed_at_step is not None:
-        # A session that was killed has left no measurement.
-        sessions = f", in {energy.sessions} session{'s' if energy.sessions > 1 else ''} of the run"
-    table = {"Energy": f"{card_text.number(energy.kwh)} kWh{scope}, measured by {energy.source}{sessions}"}
-    if energy.emissions_kg is not None:
-        place = f", with the electricity of {card_text.cell(energy.country)}" if energy.country else ""
-        table["Emissions"] = f"{card_text.number(1000 * energy.emissions_kg)} g CO2 equivalent{place}"
-    return table
+    @property
+    def tokens_per_second(self) -> int | None:
+        """Speed of the training; None where tokens or time are not known."""
+        timed = self.tokens if self.timed_tokens is None else self.timed_tokens
+        return round(timed / self.seconds) if timed and self.seconds else None

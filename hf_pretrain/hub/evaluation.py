@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import plain
-from hf_pretrain.hub import text as card_text
-from hf_pretrain.hub.text import bare_name, is_loss, label, split_by_held_out_set
+from hf_pretrain.hub.text import bare_name, hub_id, is_loss, label, measured, split_by_held_out_set, without_folders
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -62,7 +61,7 @@ class Evaluation:
                 raise InputError(f"{name}={value!r} of an evaluation: give a text that is not empty")
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.task_type):
             raise InputError(f"task_type={self.task_type!r}: give the Hub's name of it, such as 'text-classification'")
-        object.__setattr__(self, "dataset", card_text.without_folders(self.dataset))
+        object.__setattr__(self, "dataset", without_folders(self.dataset))
         for name in ("metrics", "baseline"):
             object.__setattr__(self, name, _scores(getattr(self, name), f"{name} of {self.task!r}"))
         if not self.metrics:
@@ -114,39 +113,6 @@ class Evaluation:
         return f"{self.dataset} ({self.dataset_config})" if self.dataset_config else self.dataset
 
 
-def evaluation_table(evaluations: tuple[Evaluation, ...]) -> list[card_text.Row]:
-    """Return the header and the rows of a table of tasks, a row for each metric; [] without evaluations."""
-    has_baseline = any(evaluation.baseline for evaluation in evaluations)
-    header = ("Task", "Data", "How", "Metric", "This model", *(("Baseline",) if has_baseline else ()))
-    rows = [
-        (
-            card_text.cell(evaluation.task),
-            _data_cell(evaluation),
-            card_text.cell(evaluation.method),
-            card_text.cell(label(name)),
-            card_text.number(value),
-            *((_baseline_cell(evaluation, name),) if has_baseline else ()),
-        )
-        for evaluation in evaluations
-        for name, value in evaluation.metrics.items()
-    ]
-    return [header, *rows] if rows else []
-
-
-def _data_cell(evaluation: Evaluation) -> str:
-    name = card_text.cell(evaluation.data_name)
-    if evaluation.is_on_hub:
-        name = f"[{name}](https://huggingface.co/datasets/{evaluation.dataset})"
-    size = "" if evaluation.num_examples is None else f", {evaluation.num_examples:,} examples"
-    return f"{name}, {card_text.cell(evaluation.split)}{size}"
-
-
-def _baseline_cell(evaluation: Evaluation, metric: str) -> str:
-    if metric not in evaluation.baseline:
-        return "not measured"
-    return f"{card_text.number(evaluation.baseline[metric])} ({card_text.cell(evaluation.baseline_name)})"
-
-
 def _scores(values: Any, where: str) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: give names and values, not {values!r}")
@@ -192,11 +158,6 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     )
 
 
-def hub_id(name: str | None) -> str | None:
-    """Return `name` if the Hub could have a repository of that name; a local path is of no use to a reader."""
-    return name if name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None
-
-
 def unique_name(name: str) -> str:
     """Return a name as the Hub writes identifiers: "Reviews, of my own" is "reviews-of-my-own"."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"
@@ -218,7 +179,7 @@ def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult
             metric_value=rounded(value),
         )
         for name, metrics in split_by_held_out_set(card.metrics_after).items()
-        for key, value in _chosen(card_text.measured(metrics)).items()
+        for key, value in _chosen(measured(metrics)).items()
     ]
 
 

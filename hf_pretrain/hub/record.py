@@ -17,8 +17,8 @@ from typing import Any
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import from_plain, plain, weights_digest, write_text
 from hf_pretrain.hub.environment import Compute
-from hf_pretrain.hub.evaluation import Evaluation, hub_id
-from hf_pretrain.hub.text import Row, without_folders
+from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.text import Row, hub_id, without_folders
 
 RECORD = "pretraining/run.json"
 _FORMAT = 2

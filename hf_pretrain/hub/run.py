@@ -17,9 +17,8 @@ from transformers.utils import logging
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import weights_digest
 from hf_pretrain.hub.environment import Compute, hardware, measured_energy, versions
-from hf_pretrain.hub.evaluation import hub_id
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, read_record, read_weights
-from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at
+from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
 
 logger = logging.get_logger(__name__)
 
