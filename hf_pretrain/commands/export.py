@@ -10,10 +10,11 @@ holds something is refused. There is no model card: the run itself writes one at
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hf_pretrain.cli import run_program
+from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import MARKER, damaged_file, is_whole
 from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.options import option
 from hf_pretrain.training.checkpointing import was_cut_off
-from hf_pretrain.training.parsing import parse_arguments
 
-# The composites by the type that their checkpoints name.
-_COMPOSITES = {
-    "hf_pretrain_encoder": ("hf_pretrain.objectives.encoder.modeling", "EncoderForPreTraining"),
-    "hf_pretrain_replaced_token_detection": (
-        "hf_pretrain.objectives.replaced_token_detection.modeling",
-        "ReplacedTokenDetectionForPreTraining",
-    ),
-    "hf_pretrain_electric": ("hf_pretrain.objectives.electric.modeling", "ElectricForPreTraining"),
-    "hf_pretrain_permutation_lm": ("hf_pretrain.objectives.permutation_lm.modeling", "PermutationLMForPreTraining"),
-    "hf_pretrain_recurrent_lm": ("hf_pretrain.objectives.recurrent_lm.modeling", "RecurrentLMForPreTraining"),
-    "hf_pretrain_distillation": ("hf_pretrain.objectives.distillation.modeling", "DistillationModel"),
-}
 _HEADS = {
     "masked_lm": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
@@ -64,12 +53,8 @@ _HEADS = {
 class ExportArguments:
     """Options of ``hf-pretrain export``."""
 
-    checkpoint: str = field(
-        metadata={"help": "A checkpoint-* folder of a run; it may be given without the name of the option."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder to write to; by default export-STEP beside the checkpoint."}
-    )
+    checkpoint: str = option(help="A checkpoint-* folder of a run; it may be given without the name of the option.")
+    output_dir: str | None = option(None, "Folder to write to; by default export-STEP beside the checkpoint.")
 
 
 ARGUMENTS = (ExportArguments,)
@@ -77,10 +62,7 @@ ARGUMENTS = (ExportArguments,)
 
 def main(argv: list[str] | None = None) -> None:
     """Export from the command line; see the top of the file."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and not given[0].startswith("-"):
-        given.insert(0, "--checkpoint")
-    (args,) = parse_arguments(ARGUMENTS, given, prog="hf-pretrain export", description=__doc__ or "")
+    args = parse_command(ARGUMENTS, argv, name="export", description=__doc__, first="checkpoint")
     checkpoint = Path(os.path.abspath(args.checkpoint))
     folder = checkpoint.with_name(f"export-{checkpoint.name.removeprefix('checkpoint-')}")
     if args.output_dir is not None:
@@ -128,9 +110,8 @@ def load_composite(checkpoint: str | Path) -> PretrainingModel:
     asked = f"checkpoint={str(checkpoint)!r}"
     if not checkpoint.is_dir():
         raise InputError(f"{asked} is no folder: name a checkpoint-* folder of a run")
-    values, _ = PreTrainedConfig.get_config_dict(checkpoint) if (checkpoint / "config.json").is_file() else ({}, None)
-    kind = _COMPOSITES.get(values.get("model_type", ""))
-    if kind is None:
+    model_class = _composite_class(checkpoint)
+    if model_class is None:
         raise InputError(f"{asked} is no checkpoint of a run of hf-pretrain: name one of its checkpoint-* folders")
     is_marked = (checkpoint / MARKER).exists()
     if was_cut_off(checkpoint) or (is_marked and not is_whole(checkpoint)):
@@ -138,9 +119,7 @@ def load_composite(checkpoint: str | Path) -> PretrainingModel:
     if (damaged := damaged_file(checkpoint)) is not None:
         raise InputError(f"{asked} is damaged ({damaged} is not as it was saved): name another")
     transformers_logging.disable_progress_bar()
-    model_class = getattr(import_module(kind[0]), kind[1])
-    config = model_class.config_class.from_pretrained(checkpoint)
-    model = _build(model_class, config)
+    model = _build(model_class, model_class.config_class.from_pretrained(checkpoint))
     found = model.load_state_dict(_state(checkpoint, asked), strict=False)
     missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
     if missing or found.unexpected_keys:
@@ -150,14 +129,22 @@ def load_composite(checkpoint: str | Path) -> PretrainingModel:
     return model.eval()
 
 
+def _composite_class(checkpoint: Path) -> Any:
+    """Return the class of a method's model by its configuration; None if that is of no method."""
+    values = PreTrainedConfig.get_config_dict(checkpoint)[0] if (checkpoint / "config.json").is_file() else {}
+    method = re.fullmatch(r"hf_pretrain_(\w+)", values.get("model_type", ""))
+    if method is None or find_spec(f"hf_pretrain.objectives.{method[1]}") is None:
+        return None
+    return getattr(import_module(f"hf_pretrain.objectives.{method[1]}.modeling"), values["architectures"][0])
+
+
 def _build(model_class: Any, config: Any) -> PretrainingModel:
-    if "student" not in config.sub_configs:
-        built: PretrainingModel = model_class(config)
-        return built
-    student = _HEADS[config.head].from_config(config.student, dtype=torch.float32)
-    if config.head == "none" and getattr(student, "pooler", None) is not None:
-        student.pooler = None
-    built = model_class(config, student)
+    parts = []
+    if "student" in config.sub_configs:
+        parts = [_HEADS[config.head].from_config(config.student, dtype=torch.float32)]
+        if config.head == "none" and getattr(parts[0], "pooler", None) is not None:
+            parts[0].pooler = None
+    built: PretrainingModel = model_class(config, *parts)
     return built
 
 
@@ -175,7 +162,3 @@ def _state(checkpoint: Path, asked: str) -> dict[str, torch.Tensor]:
         except (OSError, SafetensorError) as error:
             raise InputError(f"{asked}: {file.name} cannot be read ({error}): name another checkpoint") from error
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_program(main))

@@ -252,6 +252,18 @@ def _set_aside(path: Path, content: bytes) -> str:
     return name
 
 
+_ESSENTIAL_OPTIONS = {
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+}
+# How the names of options begin that say where and how a run saves, logs and pushes.
+_HOUSEKEEPING_OPTIONS = (
+    *("output_dir", "overwrite_output_dir", "logging_", "log_level", "save_", "hub_", "push_to_hub", "report_to"),
+    *("run_name", "resume_from_checkpoint", "disable_tqdm", "accelerator_config", "dataloader_pin_memory"),
+    *("do_train", "do_eval", "config", "local_rank"),
+)
+
+
 def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that make up a recipe: those that differ from their defaults, and the essential ones.
 
@@ -265,43 +277,17 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
     Returns:
         The chosen options in the order of `options`.
     """
-    chosen = {}
-    for name, value in plain(options).items():
-        changed = value != plain(defaults.get(name))
-        if value is None or not (changed or name in _ESSENTIAL_OPTIONS) or name.startswith(_HOUSEKEEPING_OPTIONS):
-            continue
-        chosen[name] = value
-    return portable_options(chosen)
+    return portable_options(
+        {
+            name: value
+            for name, value in plain(options).items()
+            if value is not None
+            and (name in _ESSENTIAL_OPTIONS or value != plain(defaults.get(name)))
+            and not name.startswith(_HOUSEKEEPING_OPTIONS)
+        }
+    )
 
 
 def snippets(markdown: str) -> list[str]:
     """Return the Python code blocks of a Markdown text, in order; the tests of the cards run them."""
     return re.findall(r"^```python\n(.*?)^```$", markdown, flags=re.DOTALL | re.MULTILINE)
-
-
-_ESSENTIAL_OPTIONS = {
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-}
-_HOUSEKEEPING_OPTIONS = (
-    *("output_dir", "overwrite_output_dir", "logging_", "log_level", "save_", "hub_", "push_to_hub", "report_to"),
-    *(
-        "run_name",
-        "resume_from_checkpoint",
-        "disable_tqdm",
-        "accelerator_config",
-        "dataloader_pin_memory",
-        "do_train",
-        "do_eval",
-        "config",
-        "local_rank",
-    ),
-)

@@ -1,7 +1,4 @@
-"""Where a run took place, for the card: its hardware, the versions of what it ran on, and the energy where it was measured.
-
-What a run took: its steps, tokens, time, hardware, memory and energy, as far as they were measured.
-"""
+"""What a run took, for its card: steps, tokens, time, memory and energy as far as they were measured, hardware and versions."""
 
 from __future__ import annotations
 
@@ -122,9 +119,7 @@ def _cpu_model() -> str:
 
 def _cpu_cores() -> int:
     """Count the cores that this process may use, which a container or `taskset` can make fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)

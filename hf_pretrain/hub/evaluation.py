@@ -6,14 +6,13 @@ What the Hub reads of a card: its front matter, with a model-index of everything
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, nearest
 from hf_pretrain.files import plain
 from hf_pretrain.hub.text import bare_name, hub_id, is_loss, label, measured, split_by_held_out_set, without_folders
 
@@ -88,15 +87,14 @@ class Evaluation:
         if not isinstance(values, Mapping):
             raise InputError(f"{source}: an evaluation is an object with named fields, not {values!r}")
         fields = {entry.name: entry for entry in dataclasses.fields(cls)}
-        for name in values:
-            if name not in fields:
-                near = difflib.get_close_matches(str(name), fields, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
-                raise InputError(f"{source}: unknown field {name!r} of an evaluation: {hint}")
-        for name, entry in fields.items():
-            is_needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-            if is_needed and name not in values:
-                raise InputError(f"{source}: an evaluation without {name!r}: add it")
+        if unknown := [name for name in values if name not in fields]:
+            hint = nearest(unknown[0], fields, otherwise=f"known are {', '.join(fields)}")
+            raise InputError(f"{source}: unknown field {unknown[0]!r} of an evaluation: {hint}")
+        needed = [
+            name for name, entry in fields.items() if entry.default is entry.default_factory is dataclasses.MISSING
+        ]
+        if missing := [name for name in needed if name not in values]:
+            raise InputError(f"{source}: an evaluation without {missing[0]!r}: add it")
         try:
             return cls(**values)
         except InputError as error:
@@ -106,6 +104,13 @@ class Evaluation:
     def is_on_hub(self) -> bool:
         """Whether the data is named by an id of the Hub."""
         return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.dataset) is not None
+
+    @property
+    def identifier(self) -> str:
+        """The data as the Hub writes identifiers: "Reviews, of my own" is "reviews-of-my-own"."""
+        return (
+            self.dataset if self.is_on_hub else re.sub(r"[^a-z0-9]+", "-", self.dataset.lower()).strip("-") or "text"
+        )
 
     @property
     def data_name(self) -> str:
@@ -158,11 +163,6 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     )
 
 
-def unique_name(name: str) -> str:
-    """Return a name as the Hub writes identifiers: "Reviews, of my own" is "reviews-of-my-own"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"
-
-
 def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
@@ -176,16 +176,12 @@ def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult
             dataset_name=f"{card.evaluation_name}: {name}" if name else card.evaluation_name,
             metric_type=bare_name(key),
             metric_name=label(key),
-            metric_value=rounded(value),
+            # More digits are noise to a reader of the Hub.
+            metric_value=value if isinstance(value, int) else float(f"{value:.4g}"),
         )
         for name, metrics in split_by_held_out_set(card.metrics_after).items()
         for key, value in _chosen(measured(metrics)).items()
     ]
-
-
-def rounded(value: float) -> float:
-    """Return a number with four significant digits: more are noise to a reader of the Hub."""
-    return value if isinstance(value, int) else float(f"{value:.4g}")
 
 
 def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -210,7 +206,7 @@ def _task_results(card: PretrainingCard) -> Sequence[EvalResult]:
         EvalResult(
             task_type=evaluation.task_type,
             task_name=evaluation.task_type.replace("-", " ").capitalize(),
-            dataset_type=evaluation.dataset if evaluation.is_on_hub else unique_name(evaluation.dataset),
+            dataset_type=evaluation.identifier,
             dataset_name=evaluation.data_name,
             dataset_config=evaluation.dataset_config,
             dataset_split=evaluation.split,

@@ -165,7 +165,7 @@ def _portable(name: str, value: Any) -> Any:
 
 def hub_id(name: str | None) -> str | None:
     """Return `name` if the Hub could have a repository of that name; a local path is of no use to a reader."""
-    return name if name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None
+    return name if name and re.fullmatch(HUB_NAME, name) else None
 
 
 def _is_path(text: str) -> bool:
@@ -176,6 +176,8 @@ def _is_path(text: str) -> bool:
 # Options that name a file or a folder, and those that name it or what lies on the Hub.
 _FILES = ("_file", "_files", "_dir", "_path", "_folder", "_vectors", "_checkpoint", "config", "deepspeed")
 _NAMES = ("name_or_path", "tokenizer_name", "dataset_name")
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+"""Pattern of what the Hub could call a repository."""
 # An absolute path in the middle of a text, such as the value of an entry "name=path".
 _PATH_WITHIN = re.compile(
     r"(?:(?<![\w.:/~-])~?/(?:[^\s/\"',;=]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\\"',;=]+\\)+)([^\s/\\\"',;=]+)"
@@ -215,33 +217,18 @@ def cell(value: Any) -> str:
     return escaped(str(value))
 
 
-# What Markdown or HTML would take for a mark in the middle of a line.
-_MARKS = re.compile(r"([\\`*_\[\]<>|~$&!])")
+# What Markdown or HTML would take for a mark in the middle of a line. Letters on both sides leave an underscore alone, as in the
+# names of files; GitHub's and the Hub's Markdown agree.
+_MARKS = re.compile(r"[\\`*\[\]<>|~$&]|!(?=\[)|(?<![^\W_])_|_(?![^\W_])")
+_OF_HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def escaped(text: str) -> str:
     """Return a text of the user as Markdown that shows it letter by letter, in one line of a table, a list or a sentence."""
     line = re.sub(r"[\s\x00-\x1f\x7f\u2028\u2029]+", " ", text).strip()
-    line = _MARKS.sub(_as_shown, line)
+    line = _MARKS.sub(lambda mark: _OF_HTML.get(mark[0], f"\\{mark[0]}"), line)
     # A line that begins like a heading, a list or a quote would be one where the text stands first.
     return re.sub(r"^(\d*)([#+.)-])(?=\s)", r"\1\\\2", line)
-
-
-def _as_shown(mark: re.Match[str]) -> str:
-    character = mark[1]
-    # Letters on both sides leave an underscore alone, as in the names of files; GitHub's and the Hub's Markdown agree.
-    if character == "_" and _between_letters(mark):
-        return character
-    if character in "<>&":
-        return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[character]
-    if character == "!":
-        return "\\!" if mark.string[mark.end() : mark.end() + 1] == "[" else "!"
-    return f"\\{character}"
-
-
-def _between_letters(mark: re.Match[str]) -> bool:
-    before, after = mark.string[: mark.start()], mark.string[mark.end() :]
-    return bool(re.search(r"[^\W_]$", before) and re.match(r"[^\W_]", after))
 
 
 def rows(table: Mapping[str, Any], *, as_is: bool = False) -> list[Row]:
