@@ -12,13 +12,10 @@ second of all of `augment`, in fp32.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from functools import partial
-from pathlib import Path
 
 import datasets
-import pandas as pd
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +24,8 @@ from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.tasks.augmentation import augment
 from hf_pretrain.tasks.words import ChangeableWord, WordNeighbours, WordProposer, whole_words
-from timing import interleaved, print_table
+from results import read_rows
+from timing import interleaved, options_parser, print_table
 
 CANDIDATES = 15
 # layers, width, heads
@@ -80,23 +78,16 @@ def one_word_a_forward(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, repeats=3)
     parser.add_argument("--data_dir", default="data", help="folder with sst2/train.tsv")
     parser.add_argument("--sentences", type=int, default=64, help="how many of them")
     parser.add_argument("--base", action="store_true", help="12 layers, 768 wide, in place of 4 and 256")
     parser.add_argument("--model_name_or_path", help="a masked language model to load")
     parser.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer")
     parser.add_argument("--batch_size", type=int, default=128, help="masked sentences in a batch")
-    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     datasets.disable_progress_bars()
-    rows = pd.read_csv(
-        Path(args.data_dir) / "sst2" / "train.tsv",
-        sep="\t",
-        header=None,
-        quoting=csv.QUOTE_NONE,
-        keep_default_na=False,
-    )
+    rows = read_rows(args.data_dir, "sst2", "train")
     model, tokenizer = load(args, rows[0].tolist())
     texts = rows[0].tolist()[: args.sentences]
     propose = WordProposer(

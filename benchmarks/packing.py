@@ -11,7 +11,6 @@ the share of a batch's places that hold tokens, if every row is padded to the bl
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.packing import BlockDataset, PackingMode
-from timing import interleaved, peak_memory, print_table
+from timing import interleaved, options_parser, peak_memory, print_table
 
 READ_BATCH = 32
 MAP_BATCH = 1000
@@ -133,11 +132,9 @@ def fill_of(blocks: BlockDataset | datasets.Dataset) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, block_size=512, repeats=3)
     parser.add_argument("--train_file", help="UTF-8 text; synthetic documents if not given")
     parser.add_argument("--num_tokens", type=int, default=6_000_000, help="tokens of the synthetic documents")
-    parser.add_argument("--block_size", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--turn_seconds", type=float, default=2.0, help="least time of a turn")
     options = parser.parse_args()
     datasets.disable_progress_bars()

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import datasets
 import numpy as np
@@ -39,12 +39,14 @@ from hf_pretrain.training.program import print_table
 _BAR = 40
 _QUANTILES = (5, 25, 50, 75, 95, 99)
 _NUM_LONGEST = 5
-_STEP = 1 << 24  # positions that are looked at together
+_STEP = 1 << 24  # positions that are read together
 
 
 @dataclass
 class StatisticsArguments:
     """What to count, with which tokenizer, and for blocks of which size."""
+
+    needs: ClassVar[dict[str, str]] = {"overwrite_output_file": "output_file"}
 
     train_file: list[str] = text_files()
     output_file: str | None = option(None, "JSON file to write all the numbers to as well.")
@@ -69,8 +71,6 @@ class StatisticsArguments:
         """
         self.data_arguments()
         if self.output_file is None:
-            if self.overwrite_output_file:
-                raise InputError("overwrite_output_file=True has no effect without an output_file: name one")
             return
         path = Path(self.output_file)
         if path.is_dir() or not path.parent.is_dir():

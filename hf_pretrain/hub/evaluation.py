@@ -1,6 +1,6 @@
-"""What was measured on a task, for the card.
+"""What was measured, for the Hub: evaluations on tasks, and the front matter of a card with its model-index.
 
-What the Hub reads of a card: its front matter, with a model-index of everything that was measured.
+`Evaluation` holds the scores of a model on a task. `card_metadata` puts them beside the held-out numbers of the run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
     from hf_pretrain.hub.record import PretrainingCard
+
+# Names of huggingface.co/metrics; others are in the model-index alone.
+_METRICS_OF_THE_HUB = {
+    *("accuracy", "exact_match", "f1", "mae", "matthews_correlation", "mse", "pearsonr", "perplexity", "precision"),
+    *("recall", "roc_auc", "spearmanr"),
+}
+
+# Of what was measured on held-out text, one of each kind first. An accuracy on rare labels says little beside an AUC.
+_SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
+_MOST_LOSSES, _MOST_SCORES = 3, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +137,6 @@ def _scores(values: Any, where: str) -> dict[str, float]:
             raise InputError(f"{where}: {name}={value!r} is no finite number")
         scores[name] = float(value)
     return scores
-
-
-# Names of huggingface.co/metrics; others are in the model-index alone.
-_METRICS_OF_THE_HUB = {
-    *("accuracy", "exact_match", "f1", "mae", "matthews_correlation", "mse", "pearsonr", "perplexity", "precision"),
-    *("recall", "roc_auc", "spearmanr"),
-}
-
-# Of what was measured on held-out text, one of each kind first. An accuracy on rare labels says little beside an AUC.
-_SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
-_MOST_LOSSES, _MOST_SCORES = 3, 2
 
 
 def card_metadata(card: PretrainingCard) -> ModelCardData:

@@ -1,6 +1,8 @@
-"""What the keys of the Trainer's log mean: losses, metrics of quality, or bookkeeping, and how a reader calls them.
+"""From the log of a run to the text of its card: what the keys mean, which weights a number is of, and how a reader sees values.
 
-The pieces of a card as text: values, table rows, YAML and code, each a pure function of plain data.
+The keys are losses, metrics of quality, or bookkeeping (`is_loss`, `is_quality`, `is_bookkeeping`, `label`). `evaluation_at` says
+which numbers belong to weights. `cell`, `rows`, `metric_table` and `yaml_block` write values as Markdown, and `portable_options`
+leaves the paths of the machine out.
 """
 
 from __future__ import annotations
@@ -17,13 +19,28 @@ _BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "toke
 _QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
 _IN_FULL = {"disc": "discriminator", "qq": "query-query", "kk": "key-key", "vv": "value-value"}
 _CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "nce", "auc", "kl", "mse", "f1"}
-
-
 # Marks of a row of the log whose numbers are no part of the run's course.
 OTHER_DATA, OTHER_WEIGHTS = "other_data", "other_weights"
 # The mean loss of predicted tokens, whose exponential is a perplexity.
 _LANGUAGE_MODELS = ("mlm", "plm", "lm", "tlm", "clm")
 _MOST_NATS = 20.0  # a mean loss beyond it is that of a model that has diverged
+# What Markdown or HTML would take for a mark in the middle of a line. Letters on both sides leave an underscore alone, as in the
+# names of files; GitHub's and the Hub's Markdown agree.
+_MARKS = re.compile(r"[\\`*\[\]<>|~$&]|!(?=\[)|(?<![^\W_])_|_(?![^\W_])")
+_OF_HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+_MOST_ITEMS = 8  # of a list in a table cell
+# Options that name a file or a folder, and those that name it or what lies on the Hub.
+_FILES = ("_file", "_files", "_dir", "_path", "_folder", "_vectors", "_checkpoint", "config", "deepspeed")
+_NAMES = ("name_or_path", "tokenizer_name", "dataset_name")
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+"""Pattern of what the Hub could call a repository."""
+# An absolute path in the middle of a text, such as the value of an entry "name=path".
+_PATH_WITHIN = re.compile(
+    r"(?:(?<![\w.:/~-])~?/(?:[^\s/\"',;=]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\\"',;=]+\\)+)([^\s/\\\"',;=]+)"
+)
+
+Row = tuple[str, ...]
+"""The cells of a row of a table, as text."""
 
 
 def bare_name(key: str) -> str:
@@ -118,11 +135,6 @@ def label(key: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-_MOST_ITEMS = 8  # of a list in a table cell
-
-Row = tuple[str, ...]
-
-
 def without_folders(value: Any) -> Any:
     """Return a plain value in which absolute paths keep only their last part: they tell of the machine."""
     if isinstance(value, dict):
@@ -173,17 +185,6 @@ def _is_path(text: str) -> bool:
     return PurePath(path).is_absolute() or PureWindowsPath(path).is_absolute() or path.startswith(("~/", "../"))
 
 
-# Options that name a file or a folder, and those that name it or what lies on the Hub.
-_FILES = ("_file", "_files", "_dir", "_path", "_folder", "_vectors", "_checkpoint", "config", "deepspeed")
-_NAMES = ("name_or_path", "tokenizer_name", "dataset_name")
-HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
-"""Pattern of what the Hub could call a repository."""
-# An absolute path in the middle of a text, such as the value of an entry "name=path".
-_PATH_WITHIN = re.compile(
-    r"(?:(?<![\w.:/~-])~?/(?:[^\s/\"',;=]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\\"',;=]+\\)+)([^\s/\\\"',;=]+)"
-)
-
-
 def number(value: float) -> str:
     """Return a number for a reader: whole numbers in groups of three digits, others with four significant digits."""
     if isinstance(value, int):
@@ -215,12 +216,6 @@ def cell(value: Any) -> str:
         shown = [text for text in map(cell, value[:_MOST_ITEMS]) if text]
         return ", ".join(shown) + (f" and {len(value) - _MOST_ITEMS} more" if len(value) > _MOST_ITEMS else "")
     return escaped(str(value))
-
-
-# What Markdown or HTML would take for a mark in the middle of a line. Letters on both sides leave an underscore alone, as in the
-# names of files; GitHub's and the Hub's Markdown agree.
-_MARKS = re.compile(r"[\\`*\[\]<>|~$&]|!(?=\[)|(?<![^\W_])_|_(?![^\W_])")
-_OF_HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 
 
 def escaped(text: str) -> str:
