@@ -3,7 +3,7 @@
     python benchmarks/augmentation.py --data_dir data [--sentences 64] [--base] [--repeats 3]
 
 Sentences of data_dir/sst2/train.tsv, a BERT with random weights (or --model_name_or_path) and the tokenizer that was trained on
-them. The official code masks one word at a time, puts the sentence as it was behind, asks the model for its logits at all
+them. The official code masks one word at a time, puts the sentence as it was behind, computes the logits at all
 positions, and takes the likeliest. The second side leaves out the copy of the sentence, and finds the same words as ours, which
 is checked first. "bf16" is ours under bf16 autocast. Sides run in one process, in turn, best of the repeats. Below, the rows a
 second of all of `augment`, in fp32.
@@ -66,11 +66,11 @@ def one_word_a_forward(
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     allowed[list(known)] = True
     for word in words:
-        text, place = texts[word.row], word.tokens[0]
+        text, position = texts[word.row], word.tokens[0]
         inputs = tokenizer(*((text, text) if with_copy else (text,)), return_tensors="pt")
-        original = int(inputs["input_ids"][0, place])
-        inputs["input_ids"][0, place] = tokenizer.mask_token_id
-        logits = model(**inputs).logits[0, place].masked_fill(~allowed, -torch.inf)
+        original = int(inputs["input_ids"][0, position])
+        inputs["input_ids"][0, position] = tokenizer.mask_token_id
+        logits = model(**inputs).logits[0, position].masked_fill(~allowed, -torch.inf)
         logits[original] = -torch.inf
         found.append([known[index] for index in logits.topk(CANDIDATES).indices.tolist()])
     return found

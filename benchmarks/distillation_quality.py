@@ -31,12 +31,10 @@ mark, sentence). Each run is a row of the file `results`: what is there is not r
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -46,7 +44,6 @@ from rtd_quality import TASKS, flops_of_a_step, read_task, train_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.evaluation.probes import encode, probe_accuracy
 from hf_pretrain.modeling.configuration import ModelArguments
@@ -131,7 +128,7 @@ class QualityArguments(ComparisonArguments):
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process, and tell whether its model has still to be made."""
+    """Hold a folder for this process; yield whether its model has still to be made."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "_lock"):
         yield not (folder / "config.json").exists()
@@ -244,7 +241,7 @@ def flops_of_teacher(trainer: DistillationTrainer) -> int:
     examples = trainer.train_dataset.__getitems__(range(trainer.args.per_device_train_batch_size))
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    assert trainer.model.teacher is not None, "distillation on text asks a teacher"
+    assert trainer.model.teacher is not None, "distillation on text has a teacher"
     with FlopCounterMode(display=False) as counter:
         trainer.model.teacher(inputs, batch["target_positions"])
     return int(counter.get_total_flops())
@@ -349,16 +346,5 @@ def print_results(path: Path) -> None:
             print_arms(rows, arms, (*COLUMNS[part], *COSTS))
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the tables."""
-    compare_arms(
-        QualityArguments,
-        description=__doc__,
-        runner=lambda args: partial(run_arm, args=args),
-        print_results=print_results,
-        argv=argv,
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

@@ -229,7 +229,7 @@ def sst2_sides(args: argparse.Namespace) -> Sides:
 
 
 def prediction_sides(args: argparse.Namespace) -> Sides:
-    """The divergence of a classifier's logits, of a teacher that is asked or was asked before."""
+    """The divergence of a classifier's logits, of a teacher that runs now or ran before."""
     options = training_options(TaskDistillationTrainingArguments, args)
     pair = make_pair(AutoModelForSequenceClassification, "tinybert", args, options, length=128)
     ids = torch.from_numpy(draws.integers(draws.row_keys(range(32), seed=0), 128, high=VOCAB_SIZE))

@@ -17,11 +17,9 @@ seen is the right one. Each run is a row of the file `results`; what is there is
 """
 
 import gzip
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,7 +27,6 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.multilingual import MultilingualDataArguments
 from hf_pretrain.data.prepare import PreparedData
@@ -202,16 +199,5 @@ def print_results(path: Path) -> None:
     print_table(rows, columns)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the table."""
-    compare_arms(
-        ObjectiveArguments,
-        description=__doc__,
-        runner=lambda args: partial(run_arm, args=args),
-        print_results=print_results,
-        argv=argv,
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(ObjectiveArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

@@ -17,11 +17,9 @@ the loss is measured again with its memory taken away. Each run is a row of the 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar
@@ -30,7 +28,6 @@ import numpy as np
 from filelock import FileLock
 from transformers import set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data.examples.windows import LaneStream
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
@@ -199,16 +196,5 @@ def print_results(path: Path) -> None:
     print_table(rows, ["text", "arm", "seeds", *(name.replace("_", " ") for name in columns)])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the table."""
-    compare_arms(
-        LanguageModelArguments,
-        description=__doc__,
-        runner=lambda args: partial(run_arm, args=args),
-        print_results=print_results,
-        argv=argv,
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(LanguageModelArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

@@ -41,8 +41,8 @@ def changed(text: str, similarity: float, *, size: int) -> str:
     words = text.split()
     shingles = len(words) - size + 1
     num_changes = round(shingles * (1 - similarity) / (1 + similarity) / size)
-    for place in np.linspace(size, len(words) - size, num_changes, dtype=np.int64).tolist():
-        words[place] = f"changed{place}"
+    for position in np.linspace(size, len(words) - size, num_changes, dtype=np.int64).tolist():
+        words[position] = f"changed{position}"
     return " ".join(words)
 
 

@@ -6,7 +6,7 @@ textbook side concatenates the lists of 1 000 documents and cuts them into block
 holds. "Read" reads every block once, in batches of 32: ours by ``__getitems__``, the textbook's as NumPy arrays, its
 fastest format. Ours packs whole sentences and puts special tokens and separators in while reading; the textbook cuts
 anywhere and adds nothing. Two more sides of ours: one document a row, and several that do not see each other. "Fill" is
-the share of a batch's places that hold tokens, if every row is padded to the block size.
+the share of a batch's positions that hold tokens, if every row is padded to the block size.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def make_sides(folder: str, block_size: int) -> dict[str, Build]:
 
 
 def fill_of(blocks: BlockDataset | datasets.Dataset) -> float:
-    """Return the share of places that hold tokens; the textbook's rows are all full."""
+    """Return the share of positions that hold tokens; the textbook's rows are all full."""
     return blocks.fill if isinstance(blocks, BlockDataset) else 1.0
 
 

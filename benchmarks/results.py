@@ -14,12 +14,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import pandas as pd
 from filelock import FileLock
 
+from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.options import option
@@ -118,23 +120,25 @@ def compare_arms(
     arguments: type[Chosen],
     *,
     description: str | None,
-    runner: Callable[[Chosen], RunArm],
+    run_arm: Callable[[str, int, Chosen], dict[str, Any]],
     print_results: Callable[[Path], None],
-    argv: list[str] | None = None,
-) -> None:
-    """Run what is missing, then print the tables.
+) -> NoReturn:
+    """Be the program of a comparison: run what is missing, then print the tables.
 
     Args:
         arguments: Dataclass of the program's options.
         description: What the program does, for its help.
-        runner: Returns the function that runs an arm with a seed; it is not called if nothing is to run.
+        run_arm: Runs an arm with a seed and the options, and returns what was measured.
         print_results: Prints the tables of a file of results.
-        argv: The arguments; those of the process if None.
     """
-    (args,) = parse_arguments((arguments,), argv, prog=Path(sys.argv[0]).name, description=description or "")
-    if not args.table:
-        run_missing(args, runner(args))
-    print_results(Path(args.results))
+
+    def main(argv: list[str] | None) -> None:
+        (args,) = parse_arguments((arguments,), argv, prog=Path(sys.argv[0]).name, description=description or "")
+        if not args.table:
+            run_missing(args, partial(run_arm, args=args))
+        print_results(Path(args.results))
+
+    sys.exit(run_program(main))
 
 
 def run_missing(args: ComparisonArguments, run_arm: RunArm) -> None:
@@ -192,12 +196,12 @@ def rows_by_settings(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 class Column(NamedTuple):
-    """A column of a table: title, name in the rows, factor, and decimal places; with None for these, a power of ten."""
+    """A column of a table: title, name in the rows, factor, and decimal digits; None for a power of ten."""
 
     title: str
     name: str
     factor: float = 1
-    places: int | None = 0
+    digits: int | None = 0
 
 
 def print_arms(rows: Sequence[dict[str, Any]], arms: Iterable[str], columns: Sequence[Column]) -> None:
@@ -214,12 +218,7 @@ def print_arms(rows: Sequence[dict[str, Any]], arms: Iterable[str], columns: Seq
 
 def _cell(rows: Sequence[dict[str, Any]], column: Column) -> str:
     values = [column.factor * row[column.name] for row in rows if column.name in row]
-    if column.places is None or not values:
+    if column.digits is None or not values:
         return f"{statistics.mean(values):.2e}" if values else ""
-    return mean_and_spread(values, column.places)
-
-
-def mean_and_spread(values: Sequence[float], places: int) -> str:
-    """Return mean and standard deviation as a table shows them: the mean alone where all values are equal."""
-    spread = f" ± {statistics.stdev(values):.{places}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):.{places}f}{spread}"
+    spread = f" ± {statistics.stdev(values):.{column.digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{column.digits}f}{spread}"

@@ -22,7 +22,6 @@ several processes may fill it, each with arms and seeds of its own. The models a
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,6 @@ from filelock import FileLock
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data import draws
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.evaluation.minimal_pairs import (
@@ -64,7 +62,6 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 from results import (
     Column,
     ComparisonArguments,
-    RunArm,
     compare_arms,
     print_arms,
     read_rows,
@@ -205,7 +202,7 @@ def read_task(data_dir: str, task: str, split: str) -> tuple[list[str], list[int
 
 
 def read_exams(args: QualityArguments) -> Exams:
-    """Read them all, before anything is trained."""
+    """Read them all."""
     folder = Path(args.data_dir)
     tasks: dict[str, dict[str, tuple[list[str], list[int]]]] = {}
     for task in TASKS:
@@ -230,8 +227,9 @@ def judge(
     return row | {"blimp": accuracy.mean, "blimp_fields": accuracy.fields, "blimp_paradigms": accuracy.paradigms}
 
 
-def run_arm(arm: str, seed: int, args: QualityArguments, exams: Exams) -> dict[str, Any]:
+def run_arm(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     """Train an arm and judge it."""
+    exams = read_exams(args)
     folder = args.runs_folder()
     data_args = args.text_data(vocab_size=args.vocab_size)
     # The first process trains the tokenizer and tokenizes the text; the others find both.
@@ -261,15 +259,5 @@ def print_results(path: Path) -> None:
         print_arms(rows, ARMS, COLUMNS)
 
 
-def runner(args: QualityArguments) -> RunArm:
-    """Return what runs an arm; the tasks are read before anything is trained."""
-    return partial(run_arm, args=args, exams=read_exams(args))
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the table."""
-    compare_arms(QualityArguments, description=__doc__, runner=runner, print_results=print_results, argv=argv)
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

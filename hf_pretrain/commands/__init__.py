@@ -14,7 +14,7 @@ def parse_command(
     """Return the options of a command.
 
     Args:
-        arguments: Their dataclass, alone in a tuple.
+        arguments: A tuple of their dataclass.
         argv: The arguments, without the name of the program; those of the process if None.
         name: Name of the command.
         description: What it does, for its help.

@@ -87,6 +87,5 @@ def _print_report(report: dict[str, Any], folder: Path, *, with_against: bool) -
     if report["clusters"]:
         print("\nThe documents with the most repetitions, how many were left out, and how one of these begins:")
         for cluster in report["clusters"][:_SHOWN_CLUSTERS]:
-            place = f"{cluster['source']}:{cluster['number']}"
-            print(f"  {cluster['removed']:>8,}  {place}  {cluster['excerpt']}")
+            print(f"  {cluster['removed']:>8,}  {cluster['source']}:{cluster['number']}  {cluster['excerpt']}")
     print(f"\ndocuments  {folder / DOCUMENTS}  (for --train_file)\nreport     {folder / REPORT}")

@@ -82,7 +82,7 @@ def export_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> str:
         The name of the class of the exported model.
 
     Raises:
-        InputError: If the folder is no checkpoint, or not whole, or there is something at the place to write to.
+        InputError: If the folder is no checkpoint, or not whole, or `output_dir` is in use.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -107,24 +107,24 @@ def load_composite(checkpoint: str | Path) -> PretrainingModel:
         InputError: If the folder is no checkpoint, or not whole.
     """
     checkpoint = Path(checkpoint)
-    asked = f"checkpoint={str(checkpoint)!r}"
+    given = f"checkpoint={str(checkpoint)!r}"
     if not checkpoint.is_dir():
-        raise InputError(f"{asked} is no folder: name a checkpoint-* folder of a run")
+        raise InputError(f"{given} is no folder: name a checkpoint-* folder of a run")
     model_class = _composite_class(checkpoint)
     if model_class is None:
-        raise InputError(f"{asked} is no checkpoint of a run of hf-pretrain: name one of its checkpoint-* folders")
+        raise InputError(f"{given} is no checkpoint of a run of hf-pretrain: name one of its checkpoint-* folders")
     is_marked = (checkpoint / MARKER).exists()
     if was_cut_off(checkpoint) or (is_marked and not is_whole(checkpoint)):
-        raise InputError(f"{asked} is incomplete (killed while saving?): name another")
+        raise InputError(f"{given} is incomplete (killed while saving?): name another")
     if (damaged := damaged_file(checkpoint)) is not None:
-        raise InputError(f"{asked} is damaged ({damaged} is not as it was saved): name another")
+        raise InputError(f"{given} is damaged ({damaged} is not as it was saved): name another")
     transformers_logging.disable_progress_bar()
     model = _build(model_class, model_class.config_class.from_pretrained(checkpoint))
-    found = model.load_state_dict(_state(checkpoint, asked), strict=False)
+    found = model.load_state_dict(_state(checkpoint, given), strict=False)
     missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
     if missing or found.unexpected_keys:
         first = sorted(missing or found.unexpected_keys)[0]
-        raise InputError(f"{asked} does not fit its own configuration ({first}): it is of another version, or damaged")
+        raise InputError(f"{given} does not fit its own configuration ({first}): it is of another version, or damaged")
     model.tie_weights()
     return model.eval()
 
@@ -135,7 +135,8 @@ def _composite_class(checkpoint: Path) -> Any:
     method = re.fullmatch(r"hf_pretrain_(\w+)", values.get("model_type", ""))
     if method is None or find_spec(f"hf_pretrain.objectives.{method[1]}") is None:
         return None
-    return getattr(import_module(f"hf_pretrain.objectives.{method[1]}.modeling"), values["architectures"][0])
+    module = import_module(f"hf_pretrain.objectives.{method[1]}.modeling")
+    return getattr(module, (values.get("architectures") or [""])[0], None)
 
 
 def _build(model_class: Any, config: Any) -> PretrainingModel:
@@ -148,11 +149,11 @@ def _build(model_class: Any, config: Any) -> PretrainingModel:
     return built
 
 
-def _state(checkpoint: Path, asked: str) -> dict[str, torch.Tensor]:
+def _state(checkpoint: Path, given: str) -> dict[str, torch.Tensor]:
     files = sorted(checkpoint.glob("model*.safetensors"))
     if not files:
         raise InputError(
-            f"{asked} has no model.safetensors: it was written in shards (FSDP, DeepSpeed); go on with the run to its last step, "
+            f"{given} has no model.safetensors: it was written in shards (FSDP, DeepSpeed); go on with the run to its last step, "
             "which exports"
         )
     state: dict[str, torch.Tensor] = {}
@@ -160,5 +161,5 @@ def _state(checkpoint: Path, asked: str) -> dict[str, torch.Tensor]:
         try:
             state |= load_file(file)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{asked}: {file.name} cannot be read ({error}): name another checkpoint") from error
+            raise InputError(f"{given}: {file.name} cannot be read ({error}): name another checkpoint") from error
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}

@@ -112,7 +112,7 @@ class ReplacedTokenScorer:
             InputError: If there is no such checkpoint, or it is no discriminator.
         """
         config = from_pretrained(AutoConfig, name_or_path, revision=revision)
-        of_head = {"subfolder": DISCRIMINATOR_HEAD_FOLDER, "revision": revision}
+        of_head: dict[str, Any] = {"subfolder": DISCRIMINATOR_HEAD_FOLDER, "revision": revision}
         if find_file(name_or_path, "config.json", **of_head) is not None:
             model_class, head = AutoModel, from_pretrained(DiscriminatorHead, name_or_path, **of_head).to(device)
         else:

@@ -60,10 +60,8 @@ def read_minimal_pairs(paths: str | Path | Sequence[str | Path], *, limit: int |
 
     Source: Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English".
     """
-    columns = {
-        name: list(read_documents(paths, text_column=name))
-        for name in ("sentence_good", "sentence_bad", "UID", "field")
-    }
+    names = ("sentence_good", "sentence_bad", "UID", "field")
+    columns = {name: list(read_documents(paths, text_column=name)) for name in names}
     if len({len(column) for column in columns.values()}) > 1:
         counts = ", ".join(f"{len(column)} of {name}" for name, column in columns.items())
         raise InputError(f"{paths} has empty entries ({counts}): give every row all of them")

@@ -115,7 +115,7 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
 def add_evaluation(folder: Path | str, evaluation: Evaluation) -> Path:
     """Add what was measured on a task to the card of a model, and make the card again.
 
-    An evaluation of the same task and split takes the place of the earlier one.
+    An evaluation replaces an earlier one of the same task and split.
 
     Args:
         folder: Folder of the model: what a run left, or a copy from the Hub.
@@ -142,7 +142,7 @@ def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), *
         The path of README.md.
 
     Raises:
-        InputError: If the folder has no record of its run, or a damaged one, or weights that the record does not tell of.
+        InputError: If the folder has no record of its run, or a damaged one, or weights of another run.
     """
     card = read_record(folder)
     check_weights(folder)
@@ -268,7 +268,7 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
     """Return the options that make up a recipe: those that differ from their defaults, and the essential ones.
 
     Left out are options without a value and those that say where and how to save, log and push. Paths keep only their last part,
-    so that a card tells nothing of the machine.
+    so that a card does not describe the machine.
 
     Args:
         options: All options of the run, such as `args.to_dict()`.

@@ -22,8 +22,8 @@ class Energy:
 
     Attributes:
         kwh: Kilowatt-hours.
-        emissions_kg: Kilograms of CO2 equivalent, by the electricity of the place.
-        country: The place.
+        emissions_kg: Kilograms of CO2 equivalent, by the electricity of the country.
+        country: Where the machine stands.
         scope: What was measured: "machine", or "process" for the share of the run.
         sessions: Starts and resumes of the run that were measured; one that was killed leaves no measurement.
         source: Who measured it.
@@ -79,7 +79,7 @@ def versions() -> dict[str, str]:
 def measured_energy(output_dir: Path | str) -> Energy | None:
     """Return what CodeCarbon measured of the run in a folder, over all its sessions; None if it did not.
 
-    CodeCarbon writes a row when a session ends, and further rows with the total so far if it is asked to on the way.
+    CodeCarbon writes a row when a session ends, and, if it is set to, further rows with the total so far.
     """
     try:
         with Path(output_dir, _EMISSIONS).open(encoding="utf-8", newline="") as file:

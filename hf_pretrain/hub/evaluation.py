@@ -64,7 +64,7 @@ class Evaluation:
     num_examples: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every field; a path in the place of a dataset keeps its last part."""
+        """Check every field; a dataset that is a path keeps its last part."""
         for name in ("task", "dataset", "split", "method", "task_type", "baseline_name"):
             if not isinstance(value := getattr(self, name), str) or not value.strip():
                 raise InputError(f"{name}={value!r} of an evaluation: give a text that is not empty")
@@ -100,11 +100,9 @@ class Evaluation:
         if unknown := [name for name in values if name not in fields]:
             hint = nearest(unknown[0], fields, otherwise=f"known are {', '.join(fields)}")
             raise InputError(f"{source}: unknown field {unknown[0]!r} of an evaluation: {hint}")
-        needed = [
-            name for name, entry in fields.items() if entry.default is entry.default_factory is dataclasses.MISSING
-        ]
-        if missing := [name for name in needed if name not in values]:
-            raise InputError(f"{source}: an evaluation without {missing[0]!r}: add it")
+        for name, entry in fields.items():
+            if name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
+                raise InputError(f"{source}: an evaluation without {name!r}: add it")
         try:
             return cls(**values)
         except InputError as error:
@@ -113,14 +111,13 @@ class Evaluation:
     @property
     def is_on_hub(self) -> bool:
         """Whether the data is named by an id of the Hub."""
-        return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.dataset) is not None
+        return "/" in self.dataset and hub_id(self.dataset) is not None
 
     @property
     def identifier(self) -> str:
         """The data as the Hub writes identifiers: "Reviews, of my own" is "reviews-of-my-own"."""
-        return (
-            self.dataset if self.is_on_hub else re.sub(r"[^a-z0-9]+", "-", self.dataset.lower()).strip("-") or "text"
-        )
+        name = re.sub(r"[^a-z0-9]+", "-", self.dataset.lower()).strip("-") or "text"
+        return self.dataset if self.is_on_hub else name
 
     @property
     def data_name(self) -> str:
@@ -184,7 +181,7 @@ def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult
 
 
 def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the few metrics that tell the model's quality: losses that have a meaning of their own, and scores.
+    """Return the few metrics of the model's quality: losses that have a meaning of their own, and scores.
 
     The total loss depends on the weights of a method, and rates and gains on its options; they stay in the card's table.
     """

@@ -64,7 +64,7 @@ class PretrainingCard:
         fine_tuning_class: Auto class that opens the root with a fresh head for a task, "" if there is none.
         repo: What the snippets load: the repository's id, or "." for the folder of the card.
         note: A paragraph to put before all others.
-        origin: How the weights began, in Markdown, where `base_model` does not tell all of it: "Cut from ...".
+        origin: How the weights began, in Markdown, where `base_model` does not say all of it: "Cut from ...".
         base_model: Hub id of the model whose weights the run began with, or the absolute path of a local one, which is
             not named in the card; `None` if the run began from scratch.
         language: ISO code or codes of the text.
@@ -125,7 +125,7 @@ def write_record(card: PretrainingCard, folder: Path | str, *, readme: str) -> P
     Args:
         card: The facts.
         folder: Folder of the model.
-        readme: What tells whether README.md was edited; see [`read_content`].
+        readme: Digest of the card in README.md, by which an edited one is found.
 
     Returns:
         The path of the record.

@@ -80,7 +80,7 @@ def evaluated_steps(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
 def evaluation_at(log_history: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, Any]:
     """Return what was measured of the weights of a step on the run's held-out text; {} if nothing was.
 
-    This alone decides which numbers stand beside weights, in the card, in its record and in the report of a program.
+    The card, its record and the report of a program all take their numbers from here.
 
     Args:
         log_history: Rows as in `Trainer.state.log_history`.
@@ -136,7 +136,7 @@ def label(key: str) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Return a plain value in which absolute paths keep only their last part: they tell of the machine."""
+    """Return a plain value in which absolute paths keep only their last part: the others describe the machine."""
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -204,7 +204,7 @@ def duration(seconds: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as the text of one table cell; an empty text means that there is nothing to tell."""
+    """Return a value as the text of one table cell; "" for nothing."""
     value = plain(value)
     if value is None:
         return ""
