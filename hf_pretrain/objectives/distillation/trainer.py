@@ -18,9 +18,8 @@ from torch.utils.data import Dataset, Sampler
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.evaluation import hub_id
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.hub.text import Row, bare_name, split_by_held_out_set
+from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
 from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, DistillationArguments
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
