@@ -2,6 +2,6 @@
 
 `trainer` is the contract. It holds objects of `checkpointing` (write a checkpoint, find the one to go on from), `streams` (read
 a stream) and `pushing` (upload to the Hub). `processes` is what the processes of a run have in common, and what ends a run.
-`program` is a run from the command line to the report: `parsing`, `arguments` and `effects` check the options, `output_folder`
+`program` is a run from the command line to the report: `parsing` and `arguments` check the options, `output_folder`
 takes the folder, `rehearsal` tries everything on made-up text; then the Trainer trains, exports and writes the card.
 """

@@ -40,8 +40,8 @@ from hf_pretrain.files import (
     write_marker,
 )
 from hf_pretrain.hub.text import portable_options
+from hf_pretrain.options import resolved_options
 from hf_pretrain.training.arguments import global_batch_size
-from hf_pretrain.training.parsing import resolved_options
 from hf_pretrain.training.processes import full_disk, is_full_disk, last_whole_checkpoint, not_finite
 
 _STATE = "trainer_state.json"

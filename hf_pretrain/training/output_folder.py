@@ -20,6 +20,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.files import damaged_file, is_whole
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.checkpointing import check_checkpoint, was_cut_off
+from hf_pretrain.training.parsing import recipe_names
 from hf_pretrain.training.processes import list_checkpoints
 
 # A leading underscore keeps a file from being pushed to the Hub.
@@ -235,8 +236,7 @@ def paths_in(options: Iterable[Any], argv: Sequence[str] = ()) -> list[str]:
         options: Dataclasses; values may be paths, patterns of paths, or text such as ``en-de=a.en,a.de``.
         argv: The words of the command, for its recipes.
     """
-    words = [second for first, second in zip(argv, argv[1:], strict=False) if first == "--config"]
-    words += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    words = recipe_names(argv)
     for instance in options:
         assert is_dataclass(instance)
         values = [getattr(instance, field.name) for field in fields(instance) if field.name not in _NOT_READ]

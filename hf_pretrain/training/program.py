@@ -31,10 +31,11 @@ from hf_pretrain.hub.text import (
 )
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import from_pretrained
+from hf_pretrain.options import resolved_options, write_recipe
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in
-from hf_pretrain.training.parsing import parse_arguments, resolved_options, write_recipe
+from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.processes import (
     Stopping,
     StopWhenAsked,

@@ -41,11 +41,10 @@ from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, SumAccumulator
-from hf_pretrain.options import check_options, schedules_of
+from hf_pretrain.options import check_options, resolved_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, PretrainingArguments, linear_product_schedule
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
-from hf_pretrain.training.parsing import resolved_options
 from hf_pretrain.training.processes import check_launch, not_finite, reported_faults, sharded_by_blocks
 from hf_pretrain.training.pushing import Pushing, repository_of
 from hf_pretrain.training.streams import ShareOfSteps, StreamReader
