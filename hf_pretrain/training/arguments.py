@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
@@ -34,6 +34,12 @@ from hf_pretrain.training.processes import first_process_first
 _MANY_STEPS = 2.0**40
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
+# Options beside those of every method that are read at each step.
+_READ_IN_TRAINING = {"generator_learning_rate", "generator_steps"}
+_MADE_BEFORE = (
+    "the data, the collator or the model was made with it; train with each value in turn, or search over options of the "
+    "optimizer, the schedule or the losses' weights"
+)
 _USER_METRICS = "compute_metrics is not used here: a method's metrics come from sums over all held-out examples"
 _ALWAYS_TRAINS = "the programs always train, and evaluate as eval_strategy says"
 _HALF_EXPORT = "evaluation computes in the training's precision, and the exported weights stay in fp32"
@@ -91,6 +97,14 @@ class AdamWithoutBiasCorrection(torch.optim.AdamW):
         for parameter in fresh:
             self.state[parameter]["step"].fill_(_MANY_STEPS)
         return has_complex
+
+
+def optimizer_of(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return class and arguments of the stock optimizer, or of Adam without bias correction where the recipe wants it."""
+    if args.adam_bias_correction:
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return AdamWithoutBiasCorrection, kwargs | {"fused": True}
 
 
 def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
@@ -271,6 +285,41 @@ def check_text(args: TrainingArguments, *, is_stream: bool, holds_out: bool, why
         )
 
 
+def check_best_metric(args: TrainingArguments, measured: Collection[str]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation measures.
+
+    Args:
+        args: The options of a training.
+        measured: Names of all metrics of an evaluation, without "eval_".
+
+    Raises:
+        InputError: Naming those that are there.
+    """
+    name = args.metric_for_best_model
+    if name is not None and name.removeprefix("eval_") not in measured:
+        found = sorted(key for key in measured if not key.endswith(("runtime", "_per_second", "_time")))
+        raise InputError(f"metric_for_best_model={name!r} is not measured here: choose one of {', '.join(found)}")
+
+
+def check_searched(args: PretrainingArguments, before: Mapping[str, Any], *, group_size: int) -> None:
+    """Refuse a search over options that have had their effect.
+
+    Args:
+        args: The options of a trial.
+        before: The options as they were.
+        group_size: Examples of one kind that follow each other in the training set.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    known = {field.name for field in fields(PretrainingArguments)} | _READ_IN_TRAINING
+    for name in (name for name, value in vars(args).items() if value != before.get(name)):
+        if name not in known and not name.endswith("_weight"):
+            raise InputError(f"{name}={getattr(args, name)!r} cannot be searched over: {_MADE_BEFORE}")
+        if name.endswith("batch_size") and group_size > 1:
+            raise InputError(f"{name} cannot be searched over: all examples of a step are of one kind; {_MADE_BEFORE}")
+
+
 def check_training_options(args: PretrainingArguments) -> None:
     """Try what transformers, accelerate and torch would refuse only once there is a Trainer: before any text is read.
 
@@ -335,14 +384,8 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
     if args.optim_args is not None and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", args.optim_args):
         raise InputError(f"optim_args={args.optim_args!r} must be NAME=VALUE, divided by commas")
     model = nn.Linear(2, 2)
-
-    def choose(options: PretrainingArguments) -> tuple[Any, dict[str, Any]]:
-        if not options.adam_bias_correction:
-            return AdamWithoutBiasCorrection, {"lr": options.learning_rate, "eps": options.adam_epsilon}
-        return Trainer.get_optimizer_cls_and_kwargs(options, model)
-
     try:
-        kind, kwargs = choose(args)
+        kind, kwargs = optimizer_of(args, model)
     except ValueError:
         if args.optim_target_modules is not None and args.optim.value.startswith(("galore", "apollo")):
             # Its modules are the model's.
@@ -353,7 +396,7 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
             continue
         without = copy(args)
         setattr(without, name, None)
-        if choose(without) == (kind, kwargs):
+        if optimizer_of(without, model) == (kind, kwargs):
             raise InputError(
                 f"{name}={getattr(args, name)!r} has no effect with optim={args.optim.value}: leave it out"
             )

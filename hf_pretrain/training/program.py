@@ -20,6 +20,7 @@ from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
+from hf_pretrain.hub.pushing import repository_of
 from hf_pretrain.hub.run import adapter_names
 from hf_pretrain.hub.text import (
     bare_name,
@@ -47,7 +48,6 @@ from hf_pretrain.training.processes import (
     stopped,
     stopping_on_sigterm,
 )
-from hf_pretrain.training.pushing import repository_of
 from hf_pretrain.training.rehearsal import made_up_data, rehearse
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -229,7 +229,7 @@ def print_report(trainer: PretrainingTrainer) -> None:
     adapters = adapter_names(root)
     for model_class in () if adapters else (AutoModel, type(root)):
         print(f"  {_loading_line(model_class, output_dir)}")
-    weights_step = trainer.weights_step
+    weights_step = trainer.held_out.weights_step
     rows = held_out_rows(trainer.state.log_history, weights_step=weights_step)
     if rows:
         is_earlier = weights_step is not None and weights_step < trainer.state.global_step
