@@ -37,7 +37,7 @@ class _Finder(MetaPathFinder):
         self.depth = 0
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of the other finders, whose loader then tells this one when it is done."""
+        """Return the spec of the other finders; its loader runs the module with `_execute`."""
         if not f"{fullname}.".startswith(_WATCHED):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)

@@ -78,7 +78,7 @@ def repository_of(
 
 
 def _refusal(error: Exception, name: str, *, has_token: bool) -> InputError | RunError:
-    """Return what the user is told when the Hub will not open a repository."""
+    """Return the error of a repository that the Hub does not open."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
         return InputError(
@@ -122,12 +122,12 @@ def reason(error: BaseException) -> str:
 
 # Uploads
 
-# What lies in the output folder and is no part of the export. CodeCarbon's file tells where the machine stands, and the logs of
-# TensorBoard and its kin what it is called.
+# What lies in the output folder and is no part of the export. CodeCarbon's file names the place of the machine, and the logs of
+# TensorBoard and its kin name the machine.
 _NOT_EXPORTED = (
     *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv", "runs/*", "wandb/*", "mlruns/*", "*tfevents*", f"*{PART}"),
 )
-# They tell of the machine as they lie here; a push has them without its folders.
+# They name folders of the machine; a push has them without.
 _WITH_PATHS = ("recipe.yaml", "trainer_state.json")
 # An earlier export's, which transformers would open instead of the new one's, or which belongs to another model.
 _REPLACED = (

@@ -99,25 +99,25 @@ class OutputFolder:
             raise InputError(in_use)
 
     def _checkpoint(self) -> str | None:
-        args, asked = self.args, self.args.resume_from_checkpoint
-        if args.overwrite_output_dir and asked is not None and asked.lower() != _AUTO:
+        args, wanted = self.args, self.args.resume_from_checkpoint
+        if args.overwrite_output_dir and wanted is not None and wanted.lower() != _AUTO:
             raise InputError(
-                f"overwrite_output_dir=True would remove what resume_from_checkpoint={asked} goes on from: leave out one "
+                f"overwrite_output_dir=True would remove what resume_from_checkpoint={wanted} goes on from: leave out one "
                 "of the two"
             )
-        checkpoint = None if asked is None else _checkpoint_to_resume(self.path, asked)
+        checkpoint = None if wanted is None else _checkpoint_to_resume(self.path, wanted)
         if checkpoint is None:
             cut_off = (self.path / _UNFINISHED).exists()
             is_used = self._is_used()
             if is_used and args.overwrite_output_dir:
                 self._set_aside()
-            elif is_used and (asked is None or not cut_off):
+            elif is_used and (wanted is None or not cut_off):
                 raise InputError(
-                    f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if asked else ''}: name another, go "
+                    f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if wanted else ''}: name another, go "
                     "on with --resume_from_checkpoint true (auto if a run may have been cut off before its first checkpoint), "
                     "or replace the run that is there with --overwrite_output_dir"
                 )
-            elif cut_off and asked is not None and not self._is_empty():
+            elif cut_off and wanted is not None and not self._is_empty():
                 print(
                     f"{self.path} holds a run that was cut off before its first checkpoint: starting anew", flush=True
                 )
@@ -286,11 +286,11 @@ def _decided_by_first(args: PretrainingArguments, decide: Callable[[], str | Non
     return outcome[0]
 
 
-def _checkpoint_to_resume(folder: Path, asked: str) -> str | None:
+def _checkpoint_to_resume(folder: Path, wanted: str) -> str | None:
     """Return the checkpoint of `resume_from_checkpoint`, and print it; None if there need not be one."""
-    if asked.lower() not in (_AUTO, _LAST):
-        print(f"going on from step {check_checkpoint(asked)}: {asked}", flush=True)
-        return asked
+    if wanted.lower() not in (_AUTO, _LAST):
+        print(f"going on from step {check_checkpoint(wanted)}: {wanted}", flush=True)
+        return wanted
     skipped: list[Path] = []
     damaged: list[str] = []
     for checkpoint in list_checkpoints(folder):
@@ -300,18 +300,18 @@ def _checkpoint_to_resume(folder: Path, asked: str) -> str | None:
             damaged.append(f"{checkpoint.name} is damaged ({file} is not as it was saved)")
         else:
             step = check_checkpoint(checkpoint, reads_files=False)
-            said = "".join(f"{text}: " for text in damaged)
-            print(f"{_incomplete(skipped)}{said}going on from step {step}: {checkpoint}", flush=True)
+            damage = "".join(f"{text}: " for text in damaged)
+            print(f"{_incomplete(skipped)}{damage}going on from step {step}: {checkpoint}", flush=True)
             return str(checkpoint)
     if damaged:
         raise InputError(
-            f"resume_from_checkpoint={asked}, but {'; '.join(damaged)} in output_dir={str(folder)!r}, and no other checkpoint "
+            f"resume_from_checkpoint={wanted}, but {'; '.join(damaged)} in output_dir={str(folder)!r}, and no other checkpoint "
             "is whole: name another output_dir and start anew"
         )
     earlier = next((checkpoint for checkpoint in skipped if not was_cut_off(checkpoint)), None)
-    if asked.lower() == _AUTO and earlier is None:
+    if wanted.lower() == _AUTO and earlier is None:
         return None
-    where = f"resume_from_checkpoint={asked}, but output_dir={str(folder)!r}"
+    where = f"resume_from_checkpoint={wanted}, but output_dir={str(folder)!r}"
     if earlier is not None:
         raise InputError(
             f"{where} holds no checkpoint known to be whole: {earlier.name} is of an earlier version, which did not mark them; "

@@ -38,8 +38,8 @@ from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.processes import (
+    StopOnRequest,
     Stopping,
-    StopWhenAsked,
     is_sharded,
     nothing_trained,
     refused_by_libraries,
@@ -180,7 +180,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     # Bars of saving and loading a model, which takes less than a second here, would only bury the training's.
     transformers_logging.disable_progress_bar()
     trainer.recipe = resolved_options(options)
-    stop = StopWhenAsked(Stopping() if stopping is None else stopping)
+    stop = StopOnRequest(Stopping() if stopping is None else stopping)
     trainer.add_callback(stop)
     with refused_by_libraries((ValueError, ImportError), unless=lambda: trainer.has_begun):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -128,9 +128,9 @@ def _documents(tokenizer: PreTrainedTokenizerBase, num_tokens: int, **columns: s
     length = _SENTENCE * _SENTENCES
     count = max(8, -(-num_tokens // length))
     table: dict[str, Any] = {
-        "input_ids": [[words[(row + place) % len(words)] for place in range(length)] for row in range(count)],
+        "input_ids": [[words[(row + position) % len(words)] for position in range(length)] for row in range(count)],
         "word_starts": [[True] * length] * count,
-        "sent_starts": [[place % _SENTENCE == 0 for place in range(length)]] * count,
+        "sent_starts": [[position % _SENTENCE == 0 for position in range(length)]] * count,
         "doc_id": list(range(count)),
     }
     features = datasets.Features(DOCUMENT_FEATURES)

@@ -311,7 +311,7 @@ class PretrainingTrainer(Trainer):
         finally:
             self.data_collator = collate
         if isinstance(filled, EpochSampler | FilledSampler):
-            # Where batches are skipped after a resume, accelerate looks here for what has to be told the epoch.
+            # Where batches are skipped after a resume, accelerate looks here for the sampler, to set its epoch.
             cast(Any, loader.batch_sampler).sampler = filled
         return loader
 
