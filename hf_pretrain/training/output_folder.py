@@ -18,9 +18,9 @@ from filelock import FileLock, Timeout
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import damaged_file, is_whole
+from hf_pretrain.options import recipe_names
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.checkpointing import check_checkpoint, was_cut_off
-from hf_pretrain.training.parsing import recipe_names
 from hf_pretrain.training.processes import list_checkpoints
 
 # A leading underscore keeps a file from being pushed to the Hub.
