@@ -1,6 +1,6 @@
 """Pre-training objectives for transformers: every objective, any backbone, one Trainer.
 
-The names below are imported when they are first asked for, so that ``import hf_pretrain`` costs nothing. Architectures
+The names below are imported at their first use, so that ``import hf_pretrain`` costs nothing. Architectures
 that have no stock class in transformers are registered with its Auto classes: now if those are imported, or once they are.
 """
 

@@ -15,9 +15,11 @@ from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import plain, weights_digest
+from hf_pretrain.hub.card import recipe_options
 from hf_pretrain.hub.environment import Compute, hardware, measured_energy, versions
 from hf_pretrain.hub.record import PretrainingCard, read_record, read_weights
 from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
+from hf_pretrain.options import resolved_options
 
 if TYPE_CHECKING:
     from hf_pretrain.training.trainer import PretrainingTrainer
@@ -124,6 +126,14 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=0.0, equal_nan=True)
 
 
+def _recipe(trainer: PretrainingTrainer) -> dict[str, Any]:
+    """Return the options that make up the run: those of the program, or those that differ from their defaults."""
+    if trainer.recipe:
+        return recipe_options(trainer.recipe, defaults={})
+    options, own = trainer.args.to_dict(), resolved_options([trainer.args])
+    return recipe_options(options, defaults={name: value for name, value in options.items() if name not in own})
+
+
 def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard:
     """Gather what a run logged and measured.
 
@@ -149,7 +159,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "language": _languages(trainer.data_description),
         "datasets": _datasets(trainer.recipe),
         "data": trainer.data_description,
-        "recipe": trainer.recipe_for_card(),
+        "recipe": _recipe(trainer),
         "log_history": tuple(log),
         "metrics_before": evaluation_at(log, 0),
         "metrics_after": trainer.held_out.after(),
