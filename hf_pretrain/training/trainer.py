@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -47,6 +48,7 @@ from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, Pretrainin
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.parsing import resolved_options
 from hf_pretrain.training.processes import check_launch, not_finite, reported_faults, sharded_by_blocks
+from hf_pretrain.training.progress import show_progress
 from hf_pretrain.training.pushing import Pushing, repository_of
 from hf_pretrain.training.streams import ShareOfSteps, StreamReader
 
@@ -174,6 +176,11 @@ class PretrainingTrainer(Trainer):
                 f"mlm_probability={schedules['mlm_probability']!r} needs each example's step, which a stream does not know: "
                 "leave out streaming, or give one number"
             )
+        if args.max_minutes is not None and "mlm_probability" in schedules:
+            raise InputError(
+                f"max_minutes={args.max_minutes}: the number of steps changes in training, but "
+                f"mlm_probability={schedules['mlm_probability']!r} needs it from the start: leave out one of them"
+            )
         if eval_dataset is None:
             if args.eval_strategy != "no":
                 name = args.eval_strategy.value
@@ -198,6 +205,7 @@ class PretrainingTrainer(Trainer):
             **kwargs,
         )
         check_launch(self.accelerator)
+        self.progress = show_progress(self)
         self._schedules = schedules
         self.data_description = dict(data_description or {})
         if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
@@ -415,7 +423,7 @@ class PretrainingTrainer(Trainer):
         self.held_out.begin()
         self.begin_training()
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
-        with reported_faults(self.args.output_dir):
+        with reported_faults(self.args.output_dir), closing(self.progress):
             output = super().train(checkpoint, **kwargs)
         self.held_out.end()
         return output
