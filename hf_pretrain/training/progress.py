@@ -44,6 +44,8 @@ _NOT_SHOWN = (
     "total_flos",
     "step",
 )
+# Shown below the losses.
+_RATES = ("grad_norm", "learning_rate")
 _FIRST_ESTIMATE = 8
 
 
@@ -63,10 +65,8 @@ def show_progress(trainer: PretrainingTrainer) -> Progress:
 
 def data_line(description: Mapping[str, Any], train_dataset: Any) -> str:
     """Return one line on the data: documents, tokens, the share of unknown ones, examples."""
-    parts = [str(description["dataset"])] if "dataset" in description else []
-    for name in ("train_documents", "train_tokens"):
-        if name in description:
-            parts.append(f"{description[name]:,} {name.removeprefix('train_')}")
+    parts = [str(description["source"])] if "source" in description else []
+    parts += [f"{description[name]:,} {name}" for name in ("documents", "tokens") if name in description]
     if "unknown_share" in description:
         parts.append(f"{description['unknown_share']:.2%} unknown")
     if isinstance(train_dataset, Sized):
@@ -111,7 +111,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, trainer: PretrainingTrainer, *, is_live: bool, console: Console | None = None) -> None:
         self.trainer = trainer
-        self.console = Console(file=None, highlight=False, soft_wrap=not is_live) if console is None else console
+        self.console = Console(highlight=False) if console is None else console
         self.is_live = is_live
         self._live: Live | None = None
         self._forget()
@@ -216,7 +216,7 @@ class Progress(TrainerCallback):
         if self._evaluated:
             return f"evaluating, batch {self._evaluated:,}{self._to_evaluate}"
         parts = [] if self._speed is None else [f"{self._speed:,.0f} tokens/s"]
-        parts += [] if self.seconds_left is None else [f"{_clock(self.seconds_left)} left"]
+        parts += [] if not self.seconds_left else [f"{_clock(self.seconds_left)} left"]
         return ", ".join(parts)
 
     def _line(self, values: Mapping[str, float], state: TrainerState, *, is_held_out: bool) -> str:
@@ -230,13 +230,17 @@ class Progress(TrainerCallback):
         table.add_column(f"step {self._step:,} of {self._max_steps:,}")
         table.add_column("training", justify="right")
         table.add_column("held out", justify="right")
-        for name in dict.fromkeys((*self.training, *self.held_out)):
+        names = dict.fromkeys((*self.training, *self.held_out))
+        for name in sorted(names, key=_RATES.__contains__):
             table.add_row(name, *(_number(part.get(name)) for part in (self.training, self.held_out)))
-        bar = ProgressBar(total=max(1, self._max_steps), completed=self._step, width=40)
-        return Group(table, bar, Text(self._status()))
+        status = Table.grid(padding=(0, 2))
+        status.add_row(
+            ProgressBar(total=max(1, self._max_steps), completed=self._step, width=40), Text(self._status())
+        )
+        return Group(table, status)
 
     def _print(self, text: str) -> None:
-        self.console.print(text, markup=False, emoji=False)
+        self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
 
 def _is_hidden(name: str) -> bool:
