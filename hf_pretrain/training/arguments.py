@@ -140,6 +140,7 @@ class PretrainingArguments(TrainingArguments):
         "gradient_accumulation_steps": _COUNT,
         "num_train_epochs": "[0, 1000000000]",
         "max_steps": "[-1, 2147483647]",
+        "max_minutes": "(0, inf)",
         "warmup_steps": _STEPS,
         "adam_beta1": "[0, 1)",
         "adam_beta2": "[0, 1)",
@@ -182,6 +183,11 @@ class PretrainingArguments(TrainingArguments):
     learning_rate: float = option(5e-4, "Peak learning rate.")
     warmup_steps: float = option(
         0.1, "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
+    )
+    max_minutes: float | None = option(
+        None,
+        "Train at most about this many minutes, evaluations included: after a few steps max_steps is lowered to what fits, and "
+        "the schedule of the learning rate ends there.",
     )
     eval_on_start: bool = option(
         True, "Evaluate before the first step, to compare with; only if there is held-out text."
@@ -282,6 +288,11 @@ def check_text(args: TrainingArguments, *, is_stream: bool, holds_out: bool, why
         raise InputError(
             f"mlm_probability={masking!r} needs each example's step, which a stream does not know: leave out "
             "streaming, or give one number"
+        )
+    if getattr(args, "max_minutes", None) is not None and masking is not None:
+        raise InputError(
+            f"max_minutes={args.max_minutes}: the number of steps changes in training, but mlm_probability={masking!r} needs "
+            "it from the start: leave out one of them"
         )
 
 

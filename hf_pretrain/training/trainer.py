@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ from hf_pretrain.training.processes import (
     reported_faults,
     sharded_by_blocks,
 )
+from hf_pretrain.training.progress import show_progress
 from hf_pretrain.training.streams import ShareOfSteps, StreamReader
 
 
@@ -164,6 +166,7 @@ class PretrainingTrainer(Trainer):
             **kwargs,
         )
         check_launch(self.accelerator)
+        self.progress = show_progress(self)
         self._schedules = schedules_of(args)
         self.data_description = dict(data_description or {})
         if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
@@ -357,7 +360,7 @@ class PretrainingTrainer(Trainer):
         self.held_out.begin()
         self.begin_training()
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
-        with reported_faults(self.args.output_dir):
+        with reported_faults(self.args.output_dir), closing(self.progress):
             output = super().train(checkpoint, **kwargs)
         self.held_out.end()
         return output
