@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -31,6 +30,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 from hf_pretrain.errors import InputError
 
 if TYPE_CHECKING:
+    from hf_pretrain.modeling.base import PretrainingModel
     from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Parts of the names of what the log keeps for the card and for plots, but nobody follows while a run trains.
@@ -74,10 +74,10 @@ def data_line(description: Mapping[str, Any], train_dataset: Any) -> str:
     return ", ".join(parts) or type(train_dataset).__name__
 
 
-def model_line(model: torch.nn.Module) -> str:
+def model_line(model: PretrainingModel) -> str:
     """Return one line on the model: its class and the parameters, in all and in what is exported."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    root = getattr(model, model.export_parts[""])  # type: ignore[index]
+    root = getattr(model, model.export_parts[""])
     exported = sum(parameter.numel() for parameter in root.parameters())
     others = "" if exported == count else f", {_millions(exported)} of them in the exported {type(root).__name__}"
     return f"{type(model).__name__}, {_millions(count)} parameters{others}"
@@ -337,8 +337,8 @@ class TimeBudget(TrainerCallback):
 
     def _fit_schedule(self, total: int, step: int) -> None:
         """Give the learning rates the schedule of a run of `total` steps, of which `step` are done."""
-        trainer, optimizer = self.trainer, self.trainer.lr_scheduler.optimizer
-        trainer.lr_scheduler = None
+        trainer: Any = self.trainer
+        optimizer, trainer.lr_scheduler = trainer.lr_scheduler.optimizer, None
         schedule = trainer.create_scheduler(total, optimizer=optimizer)
         schedule.last_epoch = step - 1
         schedule.step()
