@@ -140,7 +140,8 @@ class AttentionRecord(NamedTuple):
 
     def to(self, device: torch.device) -> AttentionRecord:
         """Return the record on another device."""
-        return AttentionRecord(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
+        parts: Any = (part.to(device) if isinstance(part, torch.Tensor) else part for part in self)
+        return AttentionRecord(*parts)
 
     def of_heads(self, heads: slice) -> AttentionRecord:
         """Return the record of some heads."""
