@@ -497,8 +497,8 @@ class PretrainingTrainer(Trainer):
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Turn the sums and counts of all examples into means weighted by targets."""
         means, scores_and_labels = self._sums.unpack(prediction)
-        losses = [name for name in means if name.endswith("_loss")]
-        means["loss"] = sum(self.loss_weight(name.removesuffix("_loss")) * means[name] for name in losses)
+        losses = {name: means.get(f"{name}_loss", 0.0) for name in self._sums.losses}
+        means["loss"] = sum(self.loss_weight(name) * mean for name, mean in losses.items())
         if scores_and_labels is not None:
             means |= self.evaluation_metrics(*scores_and_labels, means)
         return means
