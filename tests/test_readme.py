@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
 
+import hf_pretrain
 from hf_pretrain.cli import COMMANDS, METHODS, load_method
 from hf_pretrain.training.parsing import _OptionParser
 
@@ -83,6 +84,18 @@ def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
 def test_every_page_with_python_is_run_or_compared():
     known = {"README.md", "docs/adding_an_objective.md", "docs/data.md"}
     assert {name for name in DOCUMENTS if python_blocks(name)} == known
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_pages_import_from_the_top_alone(name):
+    """A user needs `from hf_pretrain import ...` and no other module; all of these names exist."""
+    found = re.findall(
+        r"^ *(?:from (hf_pretrain[\w.]*) import ([^\n#]*)|import (hf_pretrain[\w.]+))", text_of(name), re.M
+    )
+    for module, names, whole in found:
+        assert module == "hf_pretrain" and not whole, f"{name}: {module or whole}"
+        for public in re.findall(r"\w+", names):
+            assert public in hf_pretrain.__all__, public
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -223,7 +223,7 @@ Pre-train an Electric: an encoder that gives every token an energy, an estimate 
         --output_dir my-electric
 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
-`AutoModel.from_pretrained("my-electric")`; `hf_pretrain.objectives.electric.score_texts` scores texts with it. The generator
+`AutoModel.from_pretrained("my-electric")`; `hf_pretrain.score_texts` scores texts with it. The generator
 is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ElectricModelArguments, ElectricTrainingArguments),
     build_trainer=build_trainer,

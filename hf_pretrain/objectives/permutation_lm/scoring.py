@@ -43,7 +43,7 @@ class TextScore(NamedTuple):
         return most + math.log(math.fsum(math.exp(value - most) for value in self.by_order) / len(self.by_order))
 
 
-def score_texts(
+def score_permutations(
     model: PermutationLMForPreTraining | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -104,8 +104,10 @@ def log_likelihood(
     seed: int = 0,
     batch_size: int = 16,
 ) -> torch.Tensor:
-    """Return the log-likelihoods of texts, ``[N]`` in nats, averaged over orders if there are several; see [`score_texts`]."""
-    scores = score_texts(model, tokenizer, texts, order=order, num_orders=num_orders, seed=seed, batch_size=batch_size)
+    """Return the log-likelihoods of texts, ``[N]`` in nats, averaged over orders if there are several; see [`score_permutations`]."""
+    scores = score_permutations(
+        model, tokenizer, texts, order=order, num_orders=num_orders, seed=seed, batch_size=batch_size
+    )
     return torch.tensor([score.log_likelihood for score in scores], dtype=torch.float64)
 
 
