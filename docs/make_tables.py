@@ -1,4 +1,4 @@
-"""Write the tables of the README, of objectives.md and of recipes.md: `make docs`.
+"""Write the tables of the README, of objectives.md and of recipes.md, and the pages of `trainers/`: `make docs`.
 
 Their rows come from the methods' records, from the headers of the recipes, and from what the parser of the programs makes of the
 recipes. A table stands between two comments, `<!-- table: NAME -->` and `<!-- end of table -->`.
@@ -6,6 +6,7 @@ recipes. A table stands between two comments, `<!-- table: NAME -->` and `<!-- e
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -234,7 +235,23 @@ def written(page: str) -> str:
     return _TABLE.sub(table, (ROOT / page).read_text(encoding="utf-8"))
 
 
+def program_pages() -> dict[Path, str]:
+    """Return the text of each method's page in `trainers/`, which `accelerate launch` runs."""
+    pages = {}
+    for name in METHODS:
+        page = ROOT / "trainers" / f"{name.replace('-', '_')}.py"
+        source = Path(inspect.getfile(load_method(name).build_trainer)).resolve().relative_to(ROOT)
+        pages[page] = (
+            f'"""`accelerate launch trainers/{page.name}` is `hf-pretrain {name}` on several processes.\n\n'
+            f"The method is in `{source}`; `hf-pretrain {name} --help` lists its options.\n"
+            f'"""\n\nfrom hf_pretrain.cli import launch\n\nlaunch(__name__, "{name}")\n'
+        )
+    return pages
+
+
 if __name__ == "__main__":
+    for path, text in program_pages().items():
+        path.write_text(text, encoding="utf-8")
     for page in TABLES:
         text = written(page)
         if text != (ROOT / page).read_text(encoding="utf-8"):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import MISSING, field, fields
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
-from hf_pretrain.errors import check_numbers, range_of, types_of
+from hf_pretrain.errors import check_choice, check_numbers, range_of, types_of
 from hf_pretrain.schedules import Schedule
 
 
@@ -32,9 +33,9 @@ def number_or_text(text: str) -> float | str:
 
 
 def check_options(options: Any) -> None:
-    """Read the schedules of a dataclass of options, and refuse numbers that are out of range.
+    """Read the schedules of a dataclass of options, and refuse unknown words and numbers that are out of range.
 
-    An option takes a schedule if its type is `float | str`.
+    An option takes a schedule if its type is `float | str`, and one of some words if its type is a `Literal`.
 
     Args:
         options: Instance of the dataclass; text of such options is replaced by a number or a `Schedule`.
@@ -43,8 +44,11 @@ def check_options(options: Any) -> None:
         InputError: Naming the option, its value and what it takes.
     """
     for known in fields(options):
-        value = getattr(options, known.name)
-        if isinstance(value, str) and {float, str} <= types_of(options, known.name):
+        value, kinds = getattr(options, known.name), types_of(options, known.name)
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if words and not (value is None and NoneType in kinds):
+            check_choice(value, words, name=known.name)
+        if isinstance(value, str) and {float, str} <= kinds:
             number = number_or_text(value)
             if isinstance(number, str):
                 allowed = range_of(options, known.name)

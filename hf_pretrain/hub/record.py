@@ -11,6 +11,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ RECORD = "pretraining/run.json"
 _FORMAT = 2
 # JSON has no such numbers, but the log of a run may.
 _NOT_FINITE = "not a finite number"
+
+
+def cite(*names: str) -> tuple[str, ...]:
+    """Return entries of `citations.bib` by their names, as BibTeX."""
+    entries = files("hf_pretrain").joinpath("citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    known = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+    return tuple(known[name] for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from hf_pretrain.modeling.backbone import input_names, longest_sequence, note_wh
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
+from hf_pretrain.modeling.visibility import rules
 
 GENERATOR_FOLDER = "pretraining/generator"
 """Folder of an export that holds the generator of a pair."""
@@ -114,6 +115,27 @@ class PretrainingModel(PreTrainedModel):
         """The stock models that are trained, by attribute."""
         names = [name for folder, name in self.export_parts.items() if folder in ("", GENERATOR_FOLDER)]
         return {name: getattr(self, name) for name in names}
+
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, *, block_size: int, isolates_documents: bool) -> None:
+        """Refuse stock models that cannot take the data.
+
+        Args:
+            tokenizer: The tokenizer that makes the input.
+            block_size: Longest sequence, in tokens.
+            isolates_documents: Whether a row holds documents that must not see each other.
+
+        Raises:
+            InputError: As [`check_model_fits`] and [`check_isolation`] do.
+        """
+        for part in self.backbones.values():
+            check_model_fits(part, tokenizer, block_size=block_size)
+        if isolates_documents:
+            self.check_isolation(length=block_size)
+
+    def check_isolation(self, *, length: int) -> None:
+        """Refuse stock models that cannot keep the documents of a row apart; see [`rules.check_isolation`]."""
+        for part in self.backbones.values():
+            rules.check_isolation(part, length=length)
 
     @property
     def fresh_parameters(self) -> tuple[str, ...]:

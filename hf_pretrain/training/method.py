@@ -16,6 +16,8 @@ from hf_pretrain.errors import InputError
 
 if TYPE_CHECKING:
     from hf_pretrain.data.prepare import PreparedData
+    from hf_pretrain.modeling.base import PretrainingModel
+    from hf_pretrain.training.arguments import PretrainingArguments
     from hf_pretrain.training.trainer import PretrainingTrainer
 
 GROUP = "hf_pretrain.methods"
@@ -92,6 +94,37 @@ class Method:
         train_method(self, argv)
 
 
+def put_together(
+    trainer: type[PretrainingTrainer],
+    model: PretrainingModel,
+    args: PretrainingArguments,
+    data: PreparedData,
+    *,
+    collator: Any,
+    **inputs: Any,
+) -> Any:
+    """Check that the model can take the data, and make the Trainer.
+
+    Args:
+        trainer: Class of the Trainer.
+        model: The model to train.
+        args: The options of training.
+        data: The examples, their tokenizer and their description.
+        collator: Makes a batch of examples.
+        **inputs: Further arguments of the Trainer, and those that replace the data's own, such as `train_dataset`.
+
+    Returns:
+        The Trainer.
+
+    Raises:
+        InputError: If the model has too few positions or rows, or cannot isolate documents.
+    """
+    inputs = data.trainer_inputs() | inputs
+    isolates = inputs["data_description"].get("block_mode") == "isolated_documents"
+    model.check_fits(data.tokenizer, block_size=data.block_size, isolates_documents=isolates)
+    return trainer(model, args, data_collator=collator, **inputs)
+
+
 class Listed(NamedTuple):
     """A method that is known by name and not yet imported.
 
@@ -99,11 +132,13 @@ class Listed(NamedTuple):
         line: What it does, in one line.
         place: Where its record is, as "package.module:ATTRIBUTE".
         owner: Name of the package that registers it.
+        trainer: Class of its Trainer, which `hf_pretrain` exports; "" where another package registers the method.
     """
 
     line: str
     place: str
     owner: str = "hf-pretrain"
+    trainer: str = ""
 
     def load(self, name: str) -> Method:
         """Import the record.

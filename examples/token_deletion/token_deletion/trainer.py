@@ -1,7 +1,7 @@
 """Token deletion detection: the model, the options, the Trainer, and the record by which `hf-pretrain` finds them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -11,11 +11,12 @@ from transformers import AutoModelForTokenClassification, PreTrainedModel
 
 from hf_pretrain.data.prepare import DataArguments, PreparedData
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import PretrainingModel, check_model_fits
+from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.configuration import ModelArguments, load_or_build
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, binary_token_loss
+from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.method import Learning, Method, put_together
 from hf_pretrain.training.trainer import PretrainingTrainer
 from token_deletion.collator import DataCollatorForTokenDeletion
 
@@ -55,7 +56,7 @@ class TokenDeletionTrainingArguments(PretrainingArguments):
 
     ranges: ClassVar[dict[str, str]] = {"deletion_probability": "(0, 1)"}
 
-    deletion_probability: float = field(default=0.15, metadata={"help": "Share of the tokens that is deleted."})
+    deletion_probability: float = option(0.15, "Share of the tokens that is deleted.")
 
 
 class TokenDeletionTrainer(PretrainingTrainer):
@@ -83,15 +84,10 @@ def build_trainer(
 ) -> TokenDeletionTrainer:
     """Put the model, the collator and the Trainer together."""
     model = load_or_build(AutoModelForTokenClassification, model_args, data.tokenizer)
-    check_model_fits(model, data.tokenizer, block_size=data.block_size)
-    return TokenDeletionTrainer(
-        TokenDeletionForPreTraining(model),
-        args,
-        data_collator=DataCollatorForTokenDeletion(
-            data.tokenizer, deletion_probability=args.deletion_probability, seed=args.seed
-        ),
-        **data.trainer_inputs(),
+    collator = DataCollatorForTokenDeletion(
+        data.tokenizer, deletion_probability=args.deletion_probability, seed=args.seed
     )
+    return put_together(TokenDeletionTrainer, TokenDeletionForPreTraining(model), args, data, collator=collator)
 
 
 METHOD = Method(

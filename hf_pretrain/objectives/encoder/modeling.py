@@ -95,7 +95,7 @@ class EncoderForPreTraining(PretrainingModel):
     """Any stock masked language model with further heads, trained on gathered targets.
 
     Heads by name: "mlm" restores hidden tokens; "word_order" restores the order of shuffled ones, by the same stock head; "pair"
-    tells how two segments belong together; "span_boundary" predicts hidden tokens from the two around their span. Where
+    says how two segments belong together; "span_boundary" predicts hidden tokens from the two around their span. Where
     transformers has a class with a pair head of two classes for the architecture (BERT, ALBERT, ...), that class is trained,
     else the masked-LM class with a [`PairHead`] beside it.
 
@@ -195,7 +195,7 @@ class EncoderForPreTraining(PretrainingModel):
         return batch
 
     def count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """Return the number of targets of each loss; what a batch does not ask for counts as none."""
+        """Return the number of targets of each loss; a loss that the batch has no entries for has none."""
         is_target_BL, heads = batch["labels"] != IGNORED, self.config.heads
         counts = {"mlm": is_target_BL.sum()}
         none = torch.zeros_like(counts["mlm"])
@@ -244,10 +244,10 @@ class EncoderForPreTraining(PretrainingModel):
         span_left, span_right, span_offsets, span_labels = [inputs.pop(name, empty) for name in _SPAN_ENTRIES]
         pair_labels = inputs.pop("pair_labels", labels.new_full((len(labels),), IGNORED))
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        places = [torch.cat([target_positions, order_positions]), span_left, span_right]
+        positions = [torch.cat([target_positions, order_positions]), span_left, span_right]
         if "pair" in self.config.heads:
-            inputs, places = begin_in_column_0(inputs, places)
-        run = self.mlm_head.run(self.model, places[0], **self._stock_inputs(inputs, lm_modes))
+            inputs, positions = begin_in_column_0(inputs, positions)
+        run = self.mlm_head.run(self.model, positions[0], **self._stock_inputs(inputs, lm_modes))
 
         output, shape = PretrainingOutput(losses={}, metrics={}), labels.shape
         mlm_logits_TV, order_logits_OV = run.logits.split([len(target_positions), len(order_positions)])
@@ -260,7 +260,7 @@ class EncoderForPreTraining(PretrainingModel):
         if "word_order" in self.config.heads:
             self._judge(output, "word_order", order_logits_OV, order_labels, positions=order_positions, shape=shape)
         if self.span_boundary_head is not None:
-            around = [run.states.flatten(0, 1).index_select(0, side) for side in places[1:]]
+            around = [run.states.flatten(0, 1).index_select(0, side) for side in positions[1:]]
             logits_SV = self.span_boundary_head(*around, span_offsets, self.get_input_embeddings().weight)
             self._judge(output, "span_boundary", logits_SV, span_labels, positions=span_left, shape=shape)
         if "pair" in self.config.heads:

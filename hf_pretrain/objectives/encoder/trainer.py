@@ -1,9 +1,4 @@
-"""The examples that each objective asks for, and their mixture.
-
-Load the data and build the model that a list of objectives asks for.
-
-The Trainer of an encoder with several objectives.
-"""
+"""The Trainers of an encoder, with one objective or several: the examples and the model that these need."""
 
 from __future__ import annotations
 
@@ -23,18 +18,16 @@ from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_mul
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
-from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.training.arguments import global_batch_size
-from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.method import Learning, Method, put_together
 from hf_pretrain.training.program import load_data
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -46,43 +39,30 @@ _PAIR_TASKS: dict[str, PairTask] = {
 }
 
 
-def training_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
-    """Return the examples to train on: those of one kind, or a mixture.
+def encoder_examples(
+    data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool, type_vocab_size: int
+) -> Any:
+    """Return the examples to train or to evaluate on: those of one kind, or a mixture.
 
-    Kinds with the same inputs are mixed within a batch; else all examples of a step are of one kind, on all ranks.
+    In training, kinds with the same inputs are mixed within a batch; else all examples of a step are of one kind, on all ranks.
+    An evaluation has each example once.
 
     Args:
         data: Blocks, and the documents that they were cut from.
         args: The objectives and their shares.
+        held_out: Whether to evaluate.
         type_vocab_size: Token types of the model, 0 where it has none.
 
+    Returns:
+        The examples; None if no text is held out.
+
     Raises:
-        InputError: If the data cannot be read as an objective asks.
+        InputError: If the data cannot be read as an objective needs it.
     """
-    shares = args.shares()
-    parts = _parts(data, args, held_out=False, type_vocab_size=type_vocab_size)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    # Modes differ in what tokens see; other kinds, in their inputs.
-    group_size = 1 if args.has_modes else global_batch_size(args)
-    return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
-
-
-def held_out_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
-    """Return the examples to evaluate on: those of all kinds, each once; None if no text is held out."""
-    if data.eval_dataset is None:
+    if held_out and data.eval_dataset is None:
         return None
-    parts = _parts(data, args, held_out=True, type_vocab_size=type_vocab_size)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
-
-
-def _parts(
-    data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool, type_vocab_size: int
-) -> Mapping[str, Any]:
-    """Return the examples of each kind that has a share."""
-    names = list(args.shares())
+    shares: Mapping[str, float] = args.shares()
+    names = list(shares)
     if names != ["mlm"] and data.train_documents is None:
         raise InputError(
             f"objectives: {names[-1]} reads documents anew each epoch, which a stream does not keep: leave out streaming"
@@ -93,10 +73,18 @@ def _parts(
             "'doc_sentences'"
         )
     parts = {name: _examples(name, data, args, held_out=held_out) for name in names}
-    if not args.has_modes:
-        return parts
-    modes = {name: name if name in ONE_WAY_OBJECTIVES else "bidirectional" for name in names}
-    return {name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()}
+    if args.has_modes:
+        modes = {name: name if name in ONE_WAY_OBJECTIVES else "bidirectional" for name in names}
+        parts = {
+            name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()
+        }
+    if len(parts) == 1:
+        return parts[names[0]]
+    if held_out:
+        return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
+    # Modes differ in what tokens see; other kinds, in their inputs.
+    group_size = 1 if args.has_modes else global_batch_size(args)
+    return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
 
 
 def _examples(name: str, data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool) -> Any:
@@ -141,7 +129,7 @@ def load_examples(
 def build_model(
     model_args: ModelArguments, args: EncoderTrainingArguments, data: PreparedData
 ) -> EncoderForPreTraining:
-    """Load or build the encoder with the heads that the objectives ask for, and refuse one that cannot do as they ask.
+    """Load or build the encoder with the heads of the objectives, and refuse one that cannot be trained by them.
 
     Raises:
         InputError: If the model cannot be loaded or built, does not fit the data, or lets tokens see what they must not.
@@ -156,11 +144,8 @@ def build_model(
         span_positions=args.span_positions,
         has_bitext="tlm" in args.objectives,
     )
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
     if data.languages is not None:
         set_languages(model.model.config, data.languages)
-    if data.isolates_documents:
-        check_isolation(model.model, length=data.block_size)
     if args.has_modes:
         check_lm_modes(model.model)
     # Once more: which parameters are reached depends on the languages.
@@ -169,7 +154,7 @@ def build_model(
 
 
 def _config_changes(model_type: str, args: EncoderTrainingArguments, data: PreparedData) -> dict[str, Any]:
-    """Return the configuration values of a model from scratch that the objectives ask for."""
+    """Return the configuration values that the objectives need in a model from scratch."""
     changes = {} if data.languages is None else language_changes(model_type, data.languages)
     types = NUM_MODE_TYPES if args.has_modes else 2 if args.pair_objective else 0
     known = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
@@ -219,15 +204,11 @@ def build_trainer(data: PreparedData, model_args: ModelArguments, args: EncoderT
         masking=args.masking,
         seed=args.seed,
     )
-    return EncoderTrainer(
-        model,
-        args,
-        data_collator=collator,
-        **data.trainer_inputs()
-        | {
-            "train_dataset": training_examples(data, args, type_vocab_size=type_vocab_size),
-            "eval_dataset": held_out_examples(data, args, type_vocab_size=type_vocab_size),
-        },
+    train, held_out = (
+        encoder_examples(data, args, held_out=held_out, type_vocab_size=type_vocab_size) for held_out in (False, True)
+    )
+    return put_together(
+        EncoderTrainer, model, args, data, collator=collator, train_dataset=train, eval_dataset=held_out
     )
 
 
@@ -269,15 +250,8 @@ def build_masked_lm_trainer(
 ) -> MaskedLMTrainer:
     """Put the model, the collator and the Trainer together."""
     model = EncoderForPreTraining.from_arguments(model_args, data.tokenizer)
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
-    if data.isolates_documents:
-        check_isolation(model.model, length=data.block_size)
-    return MaskedLMTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
-    )
+    collator = DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed)
+    return put_together(MaskedLMTrainer, model, args, data, collator=collator)
 
 
 MASKED_LM = Method(

@@ -9,12 +9,11 @@ from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
 from hf_pretrain.objectives.recurrence import RecurrentTrainer
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
-from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.method import Learning, Method, put_together
 
 
 @dataclass
@@ -167,13 +166,8 @@ def build_trainer(
     model = PermutationLMForPreTraining.from_arguments(
         model_args, data.tokenizer, mem_len=args.mem_len, reuse_len=reuse_len
     )
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
-    return PermutationLMTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForPermutationLM(data.tokenizer, permutation=args.permutation, seed=args.seed),
-        **plm_inputs(data, args),
-    )
+    collator = DataCollatorForPermutationLM(data.tokenizer, permutation=args.permutation, seed=args.seed)
+    return put_together(PermutationLMTrainer, model, args, data, collator=collator, **plm_inputs(data, args))
 
 
 METHOD = Method(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -56,6 +56,7 @@ from hf_pretrain.objectives.replaced_token_detection.modeling import (
     EMBEDDING_SHARING,
     ReplacedTokenDetectionForPreTraining,
 )
+from hf_pretrain.options import option
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DEBERTA_GENERATOR = "pytorch_model.generator.bin"
@@ -93,12 +94,11 @@ def load_pair(name: str, generator_name: str | None, *, head: str | None = None,
     Raises:
         InputError: If a checkpoint can not be opened, or a published one lacks weights.
     """
-    parts: dict[str, dict[str, torch.Tensor]] = {}
     published = find_file(generator_name or name, _DEBERTA_GENERATOR)
     found, parts = _head(name, is_published=published is not None)
-    head = found if head is None else head
-    if head != found:
+    if head not in (None, found):
         parts.clear()
+    head = head or found
     discriminator = load_discriminator(name, head, **options)
     chosen: dict[str, Any] = {"discriminator_head": head}
     if published is not None:
@@ -186,33 +186,25 @@ class ReplacedTokenDetectionModelArguments(GeneratorArguments):
         "discriminator_head": DISCRIMINATOR_HEADS,
     }
 
-    generator_type: str | None = field(
-        default=None, metadata={"help": "Architecture of the generator, if it is another than the discriminator's."}
+    generator_type: str | None = option(
+        None, "Architecture of the generator, if it is another than the discriminator's."
     )
-    embedding_sharing: str = field(
-        default="tied",
-        metadata={
-            "help": "'tied': one set of embeddings for both models; 'gdes': the discriminator's are the generator's, held "
-            "constant, plus a difference (DeBERTa-v3); 'full': one encoder for both; 'none': each has its own."
-        },
+    embedding_sharing: str = option(
+        "tied",
+        "'tied': one set of embeddings for both models; 'gdes': the discriminator's are the generator's, held "
+        "constant, plus a difference (DeBERTa-v3); 'full': one encoder for both; 'none': each has its own.",
     )
-    discriminator_head: str | None = field(
-        default=None,
-        metadata={
-            "help": "'stock': the head of the architecture's own class in transformers; 'electra' or 'deberta_v3': that head "
-            "on any architecture; by default the checkpoint's, from scratch 'stock'."
-        },
+    discriminator_head: str | None = option(
+        None,
+        "'stock': the head of the architecture's own class in transformers; 'electra' or 'deberta_v3': that head "
+        "on any architecture; by default the checkpoint's, from scratch 'stock'.",
     )
-    enhanced_mask_decoder: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Let a DeBERTa generator decode with absolute positions, as DeBERTa-v3 does; by default if the "
-            "checkpoint's does."
-        },
+    enhanced_mask_decoder: bool | None = option(
+        None,
+        "Let a DeBERTa generator decode with absolute positions, as DeBERTa-v3 does; by default if the "
+        "checkpoint's does.",
     )
-    disallow_correct: bool = field(
-        default=False, metadata={"help": "Never draw the true token, so that every selected one is replaced."}
-    )
+    disallow_correct: bool = option(False, "Never draw the true token, so that every selected one is replaced.")
 
 
 def build_model(
@@ -278,15 +270,13 @@ def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionM
             "leave it out, or name a generator with --generator_name_or_path"
         )
     if args.embedding_sharing == "full":
-        generator: PreTrainedModel = from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
-        return generator
+        return from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
     config = generator_config(discriminator.config, args)
     say_once(
         f"{name!r} has no generator: a fresh one of generator_size={args.generator_size} is trained beside it; "
         "--generator_name_or_path names another"
     )
-    generator = from_config(AutoModelForMaskedLM, config, **attention_options(args))
-    return generator
+    return from_config(AutoModelForMaskedLM, config, **attention_options(args))
 
 
 def _prepare_tables(
