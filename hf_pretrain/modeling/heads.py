@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
 from transformers.utils import ModelOutput
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import check_choice
 from hf_pretrain.modeling.backbone import shared_options
 from hf_pretrain.modeling.loading import find_file, read_safetensors
 
@@ -44,11 +44,11 @@ def head_kind(model: PreTrainedModel) -> HeadKind:
 
 
 def boundary_logits(logits: torch.Tensor, positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return what each text's start and its end are chosen from, where all other places are impossible.
+    """Return what each text's start and its end are chosen from, where all other positions are impossible.
 
     Args:
-        logits: ``[T, 2]`` logits of a start and of an end at each of the places where a span may begin or end.
-        positions: ``[T]`` flat row-major positions of these places.
+        logits: ``[T, 2]`` logits of a start and of an end at each of the positions where a span may begin or end.
+        positions: ``[T]`` flat row-major positions of the logits.
         shape: ``(B, L)`` of the batch.
 
     Returns:
@@ -63,7 +63,7 @@ def span_scores(guesses: torch.Tensor, answers: torch.Tensor) -> dict[str, torch
     """Compare spans with those of the labels, the first and the last token each.
 
     Args:
-        guesses: ``[B, 2]`` places of starts and ends; the end may lie before the start, and there is no span then.
+        guesses: ``[B, 2]`` positions of starts and ends; the end may lie before the start, and there is no span then.
         answers: ``[B, 2]``, true spans.
 
     Returns:
@@ -148,7 +148,7 @@ class PairHeadConfig(PreTrainedConfig):
     """Configuration of [`PairHead`].
 
     Attributes:
-        num_classes: Relations between two segments that are told apart.
+        num_classes: Number of relations between two segments.
         hidden_size: Width of the states.
         hidden_dropout_prob: Dropout before the last layer.
         initializer_range: Standard deviation of the initial weights.
@@ -195,7 +195,7 @@ class SpanBoundaryHeadConfig(PreTrainedConfig):
         vocab_size: Number of tokens.
         hidden_size: Width of the states.
         embedding_size: Width of the word table.
-        span_positions: Places in a span that have an embedding.
+        span_positions: Positions in a span that have an embedding.
         position_size: Width of those embeddings.
         layer_norm_eps: Epsilon of the norms.
         initializer_range: Standard deviation of the initial weights.
@@ -213,14 +213,14 @@ class SpanBoundaryHeadConfig(PreTrainedConfig):
 
 
 class SpanBoundaryHead(PreTrainedModel):
-    """Predicts a token of a hidden span from the states of the two tokens around it and its place in the span.
+    """Predicts a token of a hidden span from the states of the two tokens around it and its position in the span.
 
-    The states and an embedding of the place, joined, go through two layers (linear, GELU, norm). The output layer is the word
+    The states and an embedding of the position, joined, go through two layers (linear, GELU, norm). The output layer is the word
     table of the encoder, which is handed over in each call, so that it is neither trained nor saved twice, and a bias. Where
     the word table is narrower than the states, the second layer leads down to its width.
 
     Source: Joshi et al. 2020, "SpanBERT: Improving Pre-training by Representing and Predicting Spans", section 3.2; the width
-    of the places and the number of them are those of the published training.
+    and the number of the positions are those of the published training.
     """
 
     config_class = SpanBoundaryHeadConfig
@@ -253,7 +253,7 @@ class SpanBoundaryHead(PreTrainedModel):
         Args:
             left_states: ``[S, D]`` states of the last tokens before the spans.
             right_states: ``[S, D]`` states of the first tokens after them.
-            offsets: ``[S]`` places in the spans, from 0.
+            offsets: ``[S]`` positions in the spans, from 0.
             word_table: ``[V, E]`` word embeddings of the encoder.
 
         Returns:
@@ -302,8 +302,7 @@ class DiscriminatorHead(PreTrainedModel):
 
     def __init__(self, config: DiscriminatorHeadConfig) -> None:
         super().__init__(config)
-        if config.kind not in DISCRIMINATOR_HEADS[1:]:
-            raise InputError(f"discriminator_head={config.kind!r} must be one of {', '.join(DISCRIMINATOR_HEADS)}")
+        check_choice(config.kind, DISCRIMINATOR_HEADS[1:], name="discriminator_head")
         has_norm = config.kind == "deberta_v3"
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else None
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)

@@ -1,7 +1,7 @@
 """Options, data and Trainer of permutation language modelling."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from hf_pretrain.data.arguments import DataArguments
@@ -11,7 +11,8 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
-from hf_pretrain.objectives.recurrence import RecurrentTrainer
+from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
+from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method, put_together
 
@@ -25,27 +26,19 @@ class PermutationLMTrainingArguments(PermutationArguments, PretrainingArguments)
 
     needs: ClassVar[dict[str, str]] = {"bidirectional": "mem_len", "eval_lanes": "mem_len"}
 
-    mem_len: int = field(
-        default=0,
-        metadata={
-            "help": "Positions of earlier segments that XLNet remembers (officially 384 for segments of 512); the text is "
-            "then read in lanes. 0: no memory, and each example stands alone."
-        },
+    mem_len: int = option(
+        0,
+        "Positions of earlier segments that XLNet remembers (officially 384 for segments of 512); the text is "
+        "then read in lanes. 0: no memory, and each example stands alone.",
     )
-    bidirectional: bool = field(
-        default=False, metadata={"help": "With a memory: read the text in half of the lanes from its end."}
+    bidirectional: bool = option(False, "With a memory: read the text in half of the lanes from its end.")
+    eval_lanes: int = option(
+        8,
+        "With a memory: parts of the held-out text that are read side by side, on all devices together; fewer of "
+        "a short text. per_device_eval_batch_size is lowered to fit.",
     )
-    eval_lanes: int = field(
-        default=8,
-        metadata={
-            "help": "With a memory: parts of the held-out text that are read side by side, on all devices together; fewer of "
-            "a short text. per_device_eval_batch_size is lowered to fit."
-        },
-    )
-    adam_bias_correction: bool = field(
-        default=False, metadata={"help": "Adam's bias correction; the official optimizer has none."}
-    )
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
+    adam_bias_correction: bool = option(False, "Adam's bias correction; the official optimizer has none.")
+    adam_epsilon: float = option(1e-6, "Adam's epsilon.")
 
     def __post_init__(self) -> None:
         """Refuse options of a memory that do not go together."""
@@ -90,13 +83,10 @@ def plm_inputs(data: PreparedData, args: PermutationLMTrainingArguments) -> dict
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
     train = _windows(data, data.train_documents, args, num_lanes=num_lanes // ways)
-    inputs = data.trainer_inputs() | {"train_dataset": train, "eval_dataset": None}
+    held_out = None
     if data.eval_documents is not None:
-        inputs["eval_dataset"] = _windows(data, data.eval_documents, args, num_lanes=_eval_lanes(data, args) // ways)
-    of_blocks = ("block_mode", "blocks", "held_out_blocks")
-    description = {name: value for name, value in data.description.items() if name not in of_blocks}
-    description |= {"lanes": train.num_lanes, "windows_of_a_lane": train.num_windows}
-    return inputs | {"data_description": description}
+        held_out = _windows(data, data.eval_documents, args, num_lanes=_eval_lanes(data, args) // ways)
+    return inputs_of_lanes(data, train, held_out, unit="windows")
 
 
 def _eval_lanes(data: PreparedData, args: PermutationLMTrainingArguments) -> int:
