@@ -5,14 +5,13 @@ Nothing heavy is imported here, so that ``hf-pretrain --help`` and a mistyped me
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 
-from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated
+from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated, nearest
 from hf_pretrain.objectives import METHODS
 from hf_pretrain.training.method import Listed, Method, registered_methods
 
@@ -84,8 +83,7 @@ def load_method(name: str) -> Method:
     listed = methods()
     if name not in listed:
         known = [*listed, *RECIPES, *COMMANDS]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        hint = nearest(name, known, otherwise=f"choose from {', '.join(known)}")
         raise InputError(f"unknown method {name!r}: {hint}")
     return listed[name].load(name)
 

@@ -81,7 +81,7 @@ def test_the_wheel_works_where_the_repository_is_not(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     program = (
         "import hf_pretrain, importlib.resources as r, sys; assert hf_pretrain.__file__.startswith(sys.argv[1]); "
-        "from hf_pretrain.training.parsing import read_recipe; path, options = read_recipe('demo'); "
+        "from hf_pretrain.options import read_recipe; path, options = read_recipe('demo'); "
         "assert str(path).startswith(sys.argv[1]) and options; "
         "assert str(r.files('hf_pretrain.model_cards')).startswith(sys.argv[1])"
     )

@@ -145,12 +145,14 @@ def test_options_exist(name, options):
     known = set().union(*options.values()) | {f"--{other}" for other in OTHER_OPTIONS}
     if name.startswith("examples/"):
         for program in sorted((ROOT / "examples").glob("*.py")):
-            known |= set(re.findall(r"^    (\w+): .*= ?field\(", program.read_text(encoding="utf-8"), flags=re.M))
+            known |= set(
+                re.findall(r"^    (\w+): .*= ?(?:field|option)\(", program.read_text(encoding="utf-8"), flags=re.M)
+            )
         known |= {f"--{option}" for option in known if not option.startswith("--")}
     if name == "docs/benchmarks.md":
         for program in sorted((ROOT / "benchmarks").glob("*.py")):
             code = program.read_text(encoding="utf-8")
-            fields = re.findall(r"^    (\w+): .*= ?field\(", code, flags=re.M)
+            fields = re.findall(r"^    (\w+): .*= ?(?:field|option)\(", code, flags=re.M)
             known |= {f"--{option}" for option in fields} | set(re.findall(r"add_argument\(\s*\"(--\w+)\"", code))
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
         assert option in known, option

@@ -286,8 +286,7 @@ def _refusal(auto_class: Any, name: str, options: dict[str, Any], error: Excepti
                 f"{what}: {begin} SentencePiece model needs the packages sentencepiece and protobuf: "
                 "pip install 'hf-pretrain[sentencepiece]'"
             )
-        if _is_folder(folder) and not _any_file(folder, _TOKENIZER_FILES):
-            _check_has_tokenizer(name)
+        _check_has_tokenizer(str(folder))
     if os.path.isfile(folder):
         return InputError(f"{what}: it is a file; name the folder that holds it, or a repository")
     damage = _damage(folder) if _is_folder(folder) else None

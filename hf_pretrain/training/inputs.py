@@ -104,7 +104,7 @@ class TrainerInputs:
         self._data: PreparedData | None = None
         self._longest = 0
         # What fresh weights can be made of once more.
-        self._source = (model,) if isinstance(model, str | Path) or (model is None and model_args is not None) else ()
+        self._source = model if isinstance(model, str | Path) else model_args if model is None else None
 
     def _check_args(self) -> None:
         """Refuse options of another method, or of another library."""
@@ -301,11 +301,11 @@ class TrainerInputs:
     @property
     def can_rebuild(self) -> bool:
         """Whether `rebuild` can make the model anew."""
-        return bool(self._source)
+        return self._source is not None
 
     def rebuild(self, trial: Any = None) -> Any:
         """Return what the model was made of; `call_model_init` makes the composite of it."""
-        return self._source[0]
+        return self._source
 
     def compose(self, model: Any) -> PretrainingModel:
         """Return the composite of a stock model, a name or options; a composite as it is.
@@ -321,7 +321,9 @@ class TrainerInputs:
         data, args, composite = self._data, self.args, model
         if not isinstance(model, PretrainingModel):
             options = self.model_class() if self.model_args is None else self.model_args
-            if isinstance(model, str | Path):
+            if isinstance(model, self.model_class):
+                options = model
+            elif isinstance(model, str | Path):
                 options = dataclasses.replace(options, model_name_or_path=str(model))
             stock = model if isinstance(model, PreTrainedModel) else None
             set_seed(args.seed)

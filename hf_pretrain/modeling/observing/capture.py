@@ -32,11 +32,13 @@ class LayerTrace:
         outputs: What the attention of these layers gave; None if that is not to be kept.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Iterable[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: Iterable[int], *, outputs: dict[int, torch.Tensor] | None = None
+    ) -> None:
         self.body = model.base_model
         self.wanted = frozenset(layers)
         self.records: dict[int, Any] = {}
-        self.outputs: dict[int, torch.Tensor] | None = None
+        self.outputs = outputs
         self.layer: int | None = None
         self._has_graph = False
 
@@ -138,7 +140,8 @@ class AttentionRecord(NamedTuple):
 
     def to(self, device: torch.device) -> AttentionRecord:
         """Return the record on another device."""
-        return AttentionRecord(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
+        parts: Any = (part.to(device) if isinstance(part, torch.Tensor) else part for part in self)
+        return AttentionRecord(*parts)
 
     def of_heads(self, heads: slice) -> AttentionRecord:
         """Return the record of some heads."""
@@ -226,12 +229,15 @@ def _compared(
 
 
 @contextmanager
-def capture_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, AttentionRecord]]:
+def capture_attention(
+    model: PreTrainedModel, layers: Iterable[int], *, outputs: dict[int, torch.Tensor] | None = None
+) -> Iterator[dict[int, AttentionRecord]]:
     """Record the self-attention of some layers of each forward in the block; the last forward's remain.
 
     Args:
         model: A stock encoder, with or without a head, on sdpa or flash attention; DeBERTa-v2 on its own.
         layers: Layers to record, from 1.
+        outputs: If given, it is filled with what the attention of these layers gives.
 
     Yields:
         The records by layer, filled by the forward; part of its graph, and good after the block.
@@ -239,14 +245,7 @@ def capture_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator
     Raises:
         InputError: If the attention of a layer was not seen, or not its graph (checkpointing in the reentrant way).
     """
-    with _tracing_attention(model, layers) as trace:
-        yield trace.records
-
-
-@contextmanager
-def _tracing_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[LayerTrace]:
-    trace = LayerTrace(model, layers)
-    backend = model.config._attn_implementation
+    trace, backend = LayerTrace(model, layers, outputs=outputs), model.config._attn_implementation
     with ExitStack() as stack:
         disentangled = [module for module in trace.body.modules() if hasattr(module, "disentangled_attention_bias")]
         if disentangled:
@@ -257,7 +256,7 @@ def _tracing_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterato
         else:
             raise _refusal(model, "it is none of transformers' attention functions; use attn_implementation='sdpa'")
         stack.enter_context(trace.following())
-        yield trace
+        yield trace.records
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> InputError:
@@ -338,11 +337,12 @@ def check_capture(model: PreTrainedModel) -> None:
     length = max(window_of(body.config) or 0, 6) + 2
     length = min(length, longest_sequence(body) or length)
     input_ids = torch.arange(length, device=body.device)[None] % min(body.config.vocab_size, 100)
-    with evaluating(model), _tracing_attention(model, range(1, body.config.num_hidden_layers + 1)) as trace:
-        trace.outputs = {}
+    outputs: dict[int, torch.Tensor] = {}
+    layers = range(1, body.config.num_hidden_layers + 1)
+    with evaluating(model), capture_attention(model, layers, outputs=outputs) as records:
         body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-    for layer, output in trace.outputs.items():
-        expected = _attend(trace.records[layer])
+    for layer, output in outputs.items():
+        expected = _attend(records[layer])
         if not (output.reshape(expected.shape) - expected).abs().max() <= _TOLERANCE * expected.abs().max():
             raise _refusal(model, "it is not the softmax of its scores; choose another attn_implementation")
 

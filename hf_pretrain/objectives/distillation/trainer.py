@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.evaluation import hub_id
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.hub.text import Row, bare_name, split_by_held_out_set
+from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
 from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,

@@ -105,7 +105,8 @@ def _discriminator(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerB
 
 def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
     """Return the checkpoint's generator, or None where a fresh one is to be built."""
-    name, where = args.generator_name_or_path, {}
+    where: dict[str, Any] = {}
+    name = args.generator_name_or_path
     if name is None:
         name, where = args.model_name_or_path, {"subfolder": GENERATOR_FOLDER}
     if name is None:

@@ -91,8 +91,8 @@ def score_permutations(
             part = jobs[begin : begin + batch_size]
             ranks = [_ranks(order, text, len(columns[text]), number=number, seed=seed) for text, number in part]
             batch = _batch([ids[text] for text, _ in part], [columns[text] for text, _ in part], ranks)
-            for (text, number), value in zip(part, _log_likelihoods(model, batch), strict=True):
-                found[text, number] = value
+            for job, value in zip(part, _log_likelihoods(model, batch), strict=True):
+                found[job] = value
     return [TextScore(len(columns[i]), found[i].tolist()) for i in range(len(texts))]
 
 

@@ -260,7 +260,7 @@ class ReplacedTokenDetectionForPreTraining(PairForPreTraining):
         stage: Stage = "joint",
         replaced_ids: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
-        **inputs: torch.Tensor,
+        **inputs: Any,
     ) -> ReplacedTokenDetectionOutput:
         """Run a step, or one of its halves.
 
