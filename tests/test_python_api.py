@@ -2,6 +2,8 @@
 
 import math
 import re
+import sys
+from types import ModuleType
 
 import numpy as np
 import optuna
@@ -24,7 +26,7 @@ from transformers import (
     XLNetLMHeadModel,
     XLNetModel,
 )
-from transformers.integrations import TensorBoardCallback, integration_utils
+from transformers.integrations import integration_utils
 
 import hf_pretrain
 from helpers.method_matrix import QUIET, TINY, VOCAB_SIZE, tiny_tokenizer
@@ -43,6 +45,7 @@ from hf_pretrain import (
     MaskedLMTrainingArguments,
     ModelArguments,
     PermutationLMTrainer,
+    PreparedData,
     PretrainingArguments,
     RecurrentLMTrainer,
     ReplacedTokenDetectionModelArguments,
@@ -58,7 +61,7 @@ from hf_pretrain import (
 )
 
 SIZES = TINY | {"vocab_size": VOCAB_SIZE}
-TEXTS = [". ".join(" ".join(f"w{(row * 7 + i * 3) % 50}" for i in range(5)) for _ in range(4)) for row in range(40)]
+TEXTS = ["\n".join(" ".join(f"w{(row * 7 + i * 3) % 50}" for i in range(5)) for _ in range(4)) for row in range(40)]
 BLOCKS = DataArguments(block_size=24)
 
 
@@ -69,7 +72,7 @@ def texts(count=40, column="text"):
 def tokenized(count=40):
     """Rows as run_mlm makes them."""
     tokenizer = tiny_tokenizer()
-    rows = tokenizer([text.replace(".", "") for text in TEXTS[:count]], return_special_tokens_mask=True)
+    rows = tokenizer(TEXTS[:count], return_special_tokens_mask=True)
     return Dataset.from_dict(dict(rows))
 
 
@@ -101,6 +104,11 @@ def options(trainer, folder, **changes):
     return args_class(**QUIET | {"output_dir": str(folder), "max_steps": 2, **changes})
 
 
+def is_text(dataset):
+    names = getattr(dataset, "column_names", None) or ()
+    return not isinstance(dataset, PreparedData) and ("input_ids" not in names or "sent_starts" in names)
+
+
 def built(trainer, folder, *, model, train_dataset=None, processing_class=None, args=None, **inputs):
     """A Trainer of the shortest call, with tiny blocks."""
     return trainer(
@@ -108,7 +116,7 @@ def built(trainer, folder, *, model, train_dataset=None, processing_class=None, 
         args=options(trainer, folder) if args is None else args,
         train_dataset=texts() if train_dataset is None else train_dataset,
         processing_class=tiny_tokenizer() if processing_class is None else processing_class,
-        **{"data_args": BLOCKS} | inputs,
+        **{"data_args": BLOCKS if is_text(train_dataset) else None} | inputs,
     )
 
 
@@ -272,7 +280,7 @@ DATA = {
 
 @pytest.mark.parametrize("kind", DATA)
 def test_any_dataset_of_text_is_trained_on(kind, tmp_path):
-    (tmp_path / "a.txt").write_text("\n".join(TEXTS), encoding="utf-8")
+    (tmp_path / "a.txt").write_text("\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8")
     make, count = DATA[kind]
     trainer = built(MaskedLMTrainer, tmp_path, model=bert(), train_dataset=make(tmp_path))
     if count is None:
@@ -299,6 +307,12 @@ def test_the_column_can_be_chosen(tmp_path):
     chosen = DataArguments(block_size=24, text_column="body")
     trainer = built(MaskedLMTrainer, tmp_path, model=bert(), train_dataset=both, data_args=chosen)
     assert trainer.data_description["documents"] == 20 and trainer.data_description["tokens"] == 400
+
+
+def test_a_share_is_held_out_where_the_options_say_so(tmp_path):
+    share = DataArguments(block_size=24, validation_fraction=0.25)
+    trainer = built(MaskedLMTrainer, tmp_path, model=bert(), data_args=share)
+    assert (trainer.data_description["documents"], trainer.data_description["held_out_documents"]) == (30, 10)
 
 
 def test_several_sets_are_held_out_by_name(tmp_path):
@@ -446,6 +460,10 @@ CALLS = {
         {"train_dataset": long_rows},
         "train_dataset has a row of 62 tokens, and BertForMaskedLM takes 32: give the dataset with its column of text",
     ),
+    "a cut of what is cut": (
+        {"train_dataset": tokenized},
+        "data_args has no effect on train_dataset=Dataset, whose examples are made: leave it out",
+    ),
     "blocks longer than the model": (
         {"data_args": lambda: DataArguments(block_size=64)},
         "block_size=64 is longer than the 32 positions of BertForMaskedLM",
@@ -462,6 +480,8 @@ def test_each_natural_call_works_or_names_the_right_one(call, tmp_path):
     changes, answer = CALLS[call]
     inputs = {"model": bert, "train_dataset": texts, "processing_class": tiny_tokenizer, "data_args": lambda: BLOCKS}
     inputs |= {"args": lambda: options(MaskedLMTrainer, tmp_path)} | changes
+    if call in ("rows longer than the model", "a tokenised Dataset with our collator and from_model"):
+        del inputs["data_args"]
     made = {name: value() if callable(value) and value is not print else value for name, value in inputs.items()}
     made = {name: value for name, value in made.items() if not isinstance(value, str) or value != "leave out"}
     if answer is None:
@@ -517,41 +537,34 @@ def test_early_stopping_and_the_best_model(tmp_path):
 
 
 class Writer:
-    """Stands for a writer of TensorBoard."""
+    """Stands for TensorBoard's writer."""
 
-    def __init__(self):
-        self.scalars = {}
+    scalars: dict = {}  # noqa: RUF012
+
+    def __init__(self, log_dir=None):
+        self.scalars.clear()
 
     def add_scalar(self, name, value, step):
-        self.scalars.setdefault(name, []).append((step, value))
+        self.scalars.setdefault(name, []).append(step)
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None
 
 
 def test_each_loss_is_reported(tmp_path, monkeypatch):
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(integration_utils, "is_tensorboard_available", lambda: True)
-    writer = Writer()
-    args = options(ReplacedTokenDetectionTrainer, tmp_path, eval_strategy="steps", eval_steps=1)
-    trainer = built(
-        ReplacedTokenDetectionTrainer,
-        tmp_path,
-        model=electra(ElectraForPreTraining),
-        args=args,
-        eval_dataset=texts(8),
-        callbacks=[TensorBoardCallback(tb_writer=writer)],
+    args = options(
+        ReplacedTokenDetectionTrainer, tmp_path, eval_strategy="steps", eval_steps=1, report_to=["tensorboard"]
     )
+    model = electra(ElectraForPreTraining)
+    trainer = built(ReplacedTokenDetectionTrainer, tmp_path, model=model, args=args, eval_dataset=texts(8))
     trainer.train()
-    names = {
-        "train/rtd_loss",
-        "train/mlm_loss",
-        "train/disc_gain",
-        "eval/rtd_loss",
-        "eval/disc_auc",
-        "train/tokens_per_second",
-    }
-    assert names <= writer.scalars.keys()
-    assert [step for step, _ in writer.scalars["train/rtd_loss"]] == [1, 2]
+    names = {"train/rtd_loss", "train/mlm_loss", "train/disc_gain", "eval/rtd_loss", "eval/disc_auc"}
+    assert names | {"train/tokens_per_second"} <= Writer.scalars.keys()
+    assert Writer.scalars["train/rtd_loss"] == [1, 2]
 
 
 @pytest.mark.parametrize("given", ["a name", "options", "model_init"])

@@ -99,17 +99,22 @@ def given_texts(dataset: Any, eval_dataset: Any = None, *, text_column: str = "t
         InputError: If there is no such split or column, or what is held out is a stream.
     """
     dataset, eval_dataset = choose_splits(as_dataset(dataset), as_dataset(eval_dataset), split=split)
-    if isinstance(eval_dataset, datasets.IterableDataset):
-        raise InputError(
-            "eval_dataset is a stream, and an evaluation has to have an end: give a datasets.Dataset, such as "
-            "Dataset.from_list(list(stream.take(1000)))"
-        )
+    check_held_out(eval_dataset)
     column = find_text_column(dataset, text_column)
     train = dataset if isinstance(dataset, datasets.IterableDataset) else text_dataset(dataset, text_column=column)
     if eval_dataset is None:
         return Given(train, None, column)
     held_out = text_dataset(eval_dataset, text_column=find_text_column(eval_dataset, text_column))
     return Given(train, held_out, column)
+
+
+def check_held_out(dataset: Any) -> None:
+    """Refuse a stream to evaluate on."""
+    if isinstance(dataset, datasets.IterableDataset):
+        raise InputError(
+            "eval_dataset is a stream, and an evaluation has to have an end: give a datasets.Dataset, such as "
+            "Dataset.from_list(list(stream.take(1000)))"
+        )
 
 
 def as_dataset(dataset: Any) -> Any:

@@ -130,7 +130,8 @@ def prepare_data(
     given = None
     if dataset is not None:
         if args.train_file or args.dataset_name:
-            raise InputError(f"dataset and {_source_name(args)}: give one text to train on")
+            name = "train_file" if args.train_file else "dataset_name"
+            raise InputError(f"dataset and {name}={getattr(args, name)!r}: give one text to train on")
         given = given_texts(dataset, eval_dataset, text_column=args.text_column, split=args.dataset_split)
         args = replace(args, text_column=given.text_column)
     is_stream = args.streaming or isinstance(given and given.train, datasets.IterableDataset)

@@ -72,7 +72,8 @@ def with_head(model: PreTrainedModel, auto_class: Any, **changes: Any) -> PreTra
     tied = target.all_tied_weights_keys
     target.fresh_parameters = tuple(name for name in own if name not in fitting and name not in tied)
     body = next((f"{name}." for name, part in target.named_modules() if part is target.base_model), "")
-    lost = [name for name in target.fresh_parameters if name.startswith(body) and body]
+    # A pooler belongs to a head: encoders come without.
+    lost = [name for name in target.fresh_parameters if name.startswith(body) and body and ".pooler." not in name]
     if lost:
         raise InputError(f"{type(model).__name__} has no weight {lost[0]}: give a {type(target).__name__}")
     say_once(

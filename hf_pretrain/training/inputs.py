@@ -19,7 +19,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
-from hf_pretrain.data.in_memory import DATASETS, as_dataset, choose_splits, longest_row, rows_of
+from hf_pretrain.data.in_memory import DATASETS, as_dataset, check_held_out, choose_splits, longest_row, rows_of
 from hf_pretrain.data.prepare import PreparedData, dataset_name, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import longest_sequence
@@ -53,10 +53,12 @@ class _Part:
     Attributes:
         data: Its examples and documents as those to train on, and its description.
         is_ready: Whether the examples are the user's own, which no method turns into others.
+        is_outline: Whether the text is still to be read.
     """
 
     data: PreparedData
     is_ready: bool = False
+    is_outline: bool = False
 
 
 class TrainerInputs:
@@ -90,7 +92,9 @@ class TrainerInputs:
         self.model_class, self.args_class = trainer.option_classes
         for other in others.keys() & _OTHER_ARGUMENTS.keys():
             right = _OTHER_ARGUMENTS[other].format(args=self.args_class.__name__)
-            raise InputError(f"{other}={others[other]!r} is no argument of {self.name}: write {right}")
+            value = others[other]
+            shown = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
+            raise InputError(f"{other}={shown} is no argument of {self.name}: write {right}")
         self.args = self.args_class(output_dir="trainer_output") if args is None else args
         if not isinstance(self.args, PretrainingArguments):
             self._check_args()
@@ -99,10 +103,12 @@ class TrainerInputs:
         self.model, self.model_args = model, model_args
         self._check_model()
         self.model_init = others.get("model_init")
-        self.data_args = DataArguments() if data_args is None else data_args
+        self.data_args = data_args
         self.processing_class = processing_class
+        if processing_class is None and data_args is not None:
+            self.processing_class = data_args.tokenizer_name
         self._data: PreparedData | None = None
-        self._longest = 0
+        self._longest, self._cuts_text = 0, False
         # What fresh weights can be made of once more.
         self._source = model if isinstance(model, str | Path) else model_args if model is None else None
 
@@ -167,10 +173,23 @@ class TrainerInputs:
                 "processing_class": tokenizer,
             }
         self._check_args()
-        train = self._part(train_dataset, tokenizer)
-        held_out = {name: self._part(part, tokenizer) for name, part in sets.items() if part is not None}
+        for part in sets.values():
+            check_held_out(part)
+        sets = {name: part for name, part in sets.items() if part is not None}
+        train = self._outline(train_dataset, tokenizer)
+        if train is None:
+            train = self._part(train_dataset, tokenizer, holds_out=not sets)
+        # The model first: what does not fit it shows before any text is read.
         self._data = train.data
         self.model = self.compose(self._first_model())
+        if train.is_outline:
+            train = self._part(train_dataset, tokenizer, holds_out=not sets)
+            self._data = train.data
+        held_out = {name: self._part(part, tokenizer) for name, part in sets.items()}
+        if self.data_args is not None and not self._cuts_text:
+            raise InputError(
+                f"data_args has no effect on train_dataset={type(train_dataset).__name__}, whose examples are made: leave it out"
+            )
         collator = self.trainer.make_collator(self.args, tokenizer) if collator is None else collator
         found = self._examples(train, held_out, collator)
         if isinstance(eval_dataset, dict):
@@ -219,9 +238,17 @@ class TrainerInputs:
         names.append(getattr(getattr(self.model, "config", None), "name_or_path", None))
         return next(filter(None, names), None)
 
-    def _part(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> _Part:
-        """Read a dataset."""
-        args = self.data_args
+    def _outline(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> _Part | None:
+        """Return what is known of text before it is read, None of any other dataset."""
+        if not isinstance(dataset, DATASETS) or rows_of(dataset) != "text" or self.trainer.reads_instead_of_text:
+            return None
+        args = DataArguments() if self.data_args is None else self.data_args
+        known = PreparedData(tokenizer, None, None, {"block_mode": args.block_mode}, args.block_size)
+        return _Part(known, is_outline=True)
+
+    def _part(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, holds_out: bool = False) -> _Part:
+        """Read a dataset; a share of text is held out only where the options say so and nothing else is."""
+        args = DataArguments() if self.data_args is None else self.data_args
         if isinstance(dataset, PreparedData):
             return _Part(dataset)
         if not isinstance(dataset, DATASETS):
@@ -232,10 +259,13 @@ class TrainerInputs:
         kind = rows_of(dataset)
         if kind != "tokens" and self.trainer.reads_instead_of_text:
             raise InputError(f"{self.name} learns from {self.trainer.reads_instead_of_text}")
+        self._cuts_text |= kind != "tokens"
         if kind == "text":
+            chosen = args.validation_fraction != DataArguments.validation_fraction
+            fraction = args.validation_fraction if holds_out and chosen else 0.0
             return _Part(
                 prepare_data(
-                    dataclasses.replace(args, validation_fraction=0.0),
+                    dataclasses.replace(args, validation_fraction=fraction),
                     seed=self.args.seed,
                     output_dir=self.args.output_dir,
                     tokenizer=tokenizer,

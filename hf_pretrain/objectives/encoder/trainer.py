@@ -65,7 +65,8 @@ def encoder_examples(
     names = list(shares)
     if names != ["mlm"] and data.train_documents is None:
         raise InputError(
-            f"objectives: {names[-1]} reads documents anew each epoch, which a stream does not keep: leave out streaming"
+            f"objectives: {names[-1]} reads documents anew each epoch, which a stream or a tokenized dataset does not keep: "
+            "give text, and leave out streaming"
         )
     if names != ["mlm"] and data.isolates_documents:
         raise InputError(

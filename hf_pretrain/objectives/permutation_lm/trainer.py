@@ -76,7 +76,9 @@ def plm_inputs(data: PreparedData, args: PermutationLMTrainingArguments) -> dict
             )
         return data.trainer_inputs()
     if data.train_documents is None:
-        raise InputError(f"mem_len={args.mem_len} needs stored text to cut into lanes: leave streaming out")
+        raise InputError(
+            f"mem_len={args.mem_len} needs stored text to cut into lanes, not tokens: leave streaming out"
+        )
     ways = 2 if args.bidirectional else 1
     num_lanes = global_batch_size(args)
     if num_lanes % ways:
