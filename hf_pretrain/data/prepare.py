@@ -23,7 +23,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.documents import UnknownCount, check_offsets, tokenize_documents, tokenize_texts
 from hf_pretrain.data.documents.tokenizers import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
-from hf_pretrain.data.documents.words import NamedSegmenter, Segmenter, encodable
+from hf_pretrain.data.documents.words import NamedSegmenter, Segmenter, clipped, encodable
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.in_memory import Given, given_texts
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
@@ -195,7 +195,7 @@ def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
     if given is not None:
         texts = given.train
     elif args.train_file:
-        texts = _file_texts(args, args.train_file)
+        texts = text_dataset(args.train_file, **args.reading())
     elif args.dataset_name:
         texts = _hub_dataset(args, streaming=False)
     else:
@@ -205,22 +205,13 @@ def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
     if given is not None and given.held_out is not None:
         return _Texts(texts, given.held_out, source, dataset_name(given.held_out))
     if args.validation_file:
-        held_out = _file_texts(args, args.validation_file)
+        held_out = text_dataset(args.validation_file, **args.reading())
         return _Texts(texts, held_out, source, file_names(args.validation_file))
     train_rows, held_out_rows = split_held_out(len(texts), args.validation_fraction, seed=args.split_seed)
     if not len(held_out_rows):
         return _Texts(texts, None, source, None)
     name = f"{args.validation_fraction:.3g} of the documents of {source}"
     return _Texts(texts.select(train_rows), texts.select(held_out_rows), source, name)
-
-
-def _file_texts(args: DataArguments, paths: list[str]) -> datasets.Dataset:
-    return text_dataset(
-        paths,
-        text_column=args.text_column,
-        document_separator=args.document_separator,
-        on_bad_text=args.on_bad_text or "refuse",
-    )
 
 
 def _hub_dataset(args: DataArguments, *, streaming: bool) -> Any:
@@ -455,33 +446,36 @@ def _prepare_stream(
         source: Any = None if given is None else given.train
         if source is None:
             source = resolve_paths(args.train_file) if args.train_file else _hub_dataset(args, streaming=True)
-        read = partial(read_documents, document_separator=args.document_separator, text_column=args.text_column)
-        read = partial(read, on_bad_text=args.on_bad_text or "skip")
-        head = RepeatableTexts(
-            lambda: first_texts(read(source) if args.train_file else (row[args.text_column] or "" for row in source))
-        )
+        reading = args.reading("skip")
+
+        def texts() -> Iterator[str]:
+            rows = (row[args.text_column] or "" for row in source)
+            return first_texts(read_documents(source, **reading) if args.train_file else rows)
+
+        head = RepeatableTexts(texts)
         name = _source_name(args) if given is None else dataset_name(given.train)
         key = file_stamps(source) if args.train_file else name
         tokenizer = run_tokenizer(args, output_dir, tokenizer, head, key)
         unknown = count_unknown(head, tokenizer)
         check_unknown(args, tokenizer, unknown, head, f"the first {unknown.characters:,} characters of the stream")
         held_out, held_out_unknown = None, UnknownCount()
-        texts = None if given is None else given.held_out
-        if texts is None and args.validation_file:
-            texts = _file_texts(args, args.validation_file)
-        if texts is not None:
+        to_hold = None if given is None else given.held_out
+        if to_hold is None and args.validation_file:
+            to_hold = text_dataset(args.validation_file, **args.reading())
+        if to_hold is not None:
             held_out = tokenize_documents(
-                texts, tokenizer, word_segmenter=word_segmenter(args), unknown=held_out_unknown
+                to_hold,
+                tokenizer,
+                word_segmenter=word_segmenter(args),
+                unknown=held_out_unknown,
             )
     options: dict[str, Any] = {"tokenizer": tokenizer, "block_size": args.block_size, "mode": args.block_mode}
     train_dataset = StreamingBlocks(
         source,
-        document_separator=args.document_separator,
-        text_column=args.text_column,
         shuffle_buffer_size=args.shuffle_buffer_size,
-        on_bad_text=args.on_bad_text or "skip",
         seed=seed,
         tokenize=StreamTokenizing(args, tokenizer),
+        **reading,
         **options,
     )
     eval_dataset = None if held_out is None else BlockDataset(held_out, **options)
@@ -501,16 +495,8 @@ def _prepare_stream(
 
 def count_unknown(texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase) -> UnknownCount:
     """Count the unknown characters in the first million characters of texts."""
-    unknown, room, batch = UnknownCount(), _STREAM_CHARACTERS, []
-    for text in texts:
-        batch.append((text or "")[:room])
-        room -= len(batch[-1])
-        if room <= 0 or len(batch) == _BATCH_TEXTS:
-            tokenize_texts(batch, tokenizer, unknown=unknown)
-            batch = []
-        if room <= 0:
-            break
-    if batch:
+    unknown, parts = UnknownCount(), clipped(texts, _STREAM_CHARACTERS)
+    while batch := list(itertools.islice(parts, _BATCH_TEXTS)):
         tokenize_texts(batch, tokenizer, unknown=unknown)
     return unknown
 

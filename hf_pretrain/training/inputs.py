@@ -192,6 +192,8 @@ class TrainerInputs:
             )
         collator = self.trainer.make_collator(self.args, tokenizer) if collator is None else collator
         found = self._examples(train, held_out, collator)
+        if found["data_description"].get("block_mode") == "isolated_documents":
+            self.model.check_isolation(length=train.data.block_size)
         if isinstance(eval_dataset, dict):
             found["eval_dataset"] = {name: found["eval_dataset"][name] for name in sets}
         else:
@@ -365,7 +367,7 @@ class TrainerInputs:
                     f"train_dataset has a row of {self._longest} tokens, and {type(part).__name__} takes {longest}: give the "
                     "dataset with its column of text, which is cut into blocks, or cut its rows"
                 )
-        composite.check_fits(data.tokenizer, block_size=data.block_size, isolates_documents=data.isolates_documents)
+        composite.check_fits(data.tokenizer, block_size=data.block_size, isolates_documents=False)
         return composite
 
 

@@ -1,6 +1,6 @@
 """The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
-The details are in objects that it holds: `streams.py` reads a stream, `measuring.py` counts tokens and sums up an evaluation,
+The details are in objects that it holds: `streams.py` reads a stream, `progress.py` counts tokens and sums up an evaluation,
 `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and `hub/run.py` keeps
 the numbers of the card.
 """
@@ -56,14 +56,13 @@ from hf_pretrain.training.arguments import (
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
-from hf_pretrain.training.measuring import EvaluationSums, TokenCount, peak_memory_mib
 from hf_pretrain.training.processes import (
     check_launch,
     not_finite,
     reported_faults,
     sharded_by_blocks,
 )
-from hf_pretrain.training.progress import show_progress
+from hf_pretrain.training.progress import EvaluationSums, TokenCount, peak_memory_mib, show_progress
 from hf_pretrain.training.streams import ShareOfSteps, StreamReader
 
 
@@ -588,7 +587,7 @@ class PretrainingTrainer(Trainer):
         means, scores_and_labels = self._sums.unpack(prediction)
         losses = [name for name in means if name.endswith("_loss")]
         means["loss"] = sum(self.loss_weight(name.removesuffix("_loss")) * means[name] for name in losses)
-        if scores_and_labels:
+        if scores_and_labels is not None:
             means |= self.evaluation_metrics(*scores_and_labels, means)
         return means
 

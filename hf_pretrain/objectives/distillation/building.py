@@ -211,9 +211,7 @@ def join(
 def _config(student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments) -> DistillationConfig:
     names = list(args.weights())
     depths = {"student_layers": student.config.num_hidden_layers, "teacher_layers": teacher.config.num_hidden_layers}
-    mapped = None
-    if {"hidden", "attention"} & set(names):
-        mapped = list(layer_map(args.layer_map, **depths))
+    mapped = list(layer_map(args.layer_map, **depths)) if {"hidden", "attention"} & set(names) else None
     last = depths["teacher_layers"]
     if args.teacher_layer is not None and args.teacher_layer > last:
         raise InputError(
@@ -293,13 +291,8 @@ def load_text(
     """
 
     def prepare(tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-        return prepare_data(
-            data_args,
-            seed=args.seed,
-            output_dir=args.output_dir,
-            tokenizer=tokenizer,
-            first=args.main_process_first(local=False, desc="data"),
-        )
+        first = args.main_process_first(local=False, desc="data")
+        return prepare_data(data_args, seed=args.seed, output_dir=args.output_dir, tokenizer=tokenizer, first=first)
 
     return _in_vocabulary(prepare, data_args.tokenizer_name, model_args, special_tokens)
 
@@ -356,13 +349,8 @@ def check_labels(data: PreparedData, args: TaskDistillationTrainingArguments) ->
             )
 
 
-_TINY_OPTIONS = {
-    "cosine_weight": 1.0,
-    "embedding_weight": 1.0,
-    "hidden_weight": 1.0,
-    "attention_weight": 0.1,
-    "relation_vv_weight": 1.0,
-}
+_TINY_OPTIONS = {f"{name}_weight": 1.0 for name in ("cosine", "embedding", "hidden", "relation_vv")}
+_TINY_OPTIONS |= {"attention_weight": 0.1}
 
 
 METHOD = Method(
@@ -370,10 +358,11 @@ METHOD = Method(
     description="""\
 Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's general stage, MiniLM.
 
-    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt --output_dir
-    my-student hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir
-    my-minilm accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml
-    --teacher_name_or_path my-bert ...
+    hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt \\
+        --output_dir my-student
+    hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir my-minilm
+    accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml \\
+        --teacher_name_or_path my-bert ...
 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The student opens with
 `AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`.""",
@@ -425,8 +414,7 @@ TASK_METHOD = Method(
 The teacher says what the labels are; the examples need none. The student opens with
 `AutoModelForSequenceClassification.from_pretrained("stage-2")`. With `--task token-classification` examples are texts,
 or lists of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or
-rows of `question`,
-`context` and `answers`.""",
+rows of `question`, `context` and `answers`.""",
     arguments=(TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments),
     learning=Learning(left={"prediction_loss": 0.44}),
     tiny_options=_TINY_OPTIONS | {"labels_weight": 0.1},

@@ -78,11 +78,7 @@ MINILMV2 = """\
 
 # In words, as a formula ("S" the student, "T" the teacher), and its paper.
 _LOSSES: dict[str, tuple[str, str, str]] = {
-    "prediction": (
-        "its predictions",
-        r"\tau^2 \, \mathrm{KL}\left(p_T^{1/\tau} \,\|\, p_S^{1/\tau}\right)",
-        "",
-    ),
+    "prediction": ("its predictions", r"\tau^2 \, \mathrm{KL}\left(p_T^{1/\tau} \,\|\, p_S^{1/\tau}\right)", ""),
     "mlm": ("the original tokens at masked positions", r"-\log p_S(x \mid \tilde{x})", ""),
     "labels": ("the labels of the data", r"-\log p_S(y \mid x)", ""),
     "cosine": ("the direction of its last hidden states", r"\left(1 - \cos(H_S, H_T)\right)", DISTILBERT),
