@@ -245,7 +245,7 @@ class TrainerInputs:
     def _name_of_model(self) -> str | None:
         """Return the name of the checkpoint that has the tokenizer, None if there is none."""
         options = self.model_args
-        names = [str(self.model)] if isinstance(self.model, str | Path) else []
+        names: list[Any] = [str(self.model)] if isinstance(self.model, str | Path) else []
         names += [getattr(options, key, None) for key in ("model_name_or_path", "teacher_name_or_path")]
         names.append(getattr(getattr(self.model, "config", None), "name_or_path", None))
         return next(filter(None, names), None)
@@ -266,8 +266,8 @@ class TrainerInputs:
         if not isinstance(dataset, DATASETS):
             base = dataset.base if isinstance(dataset, EpochDataset) else dataset
             size = getattr(base, "block_size", args.block_size)
-            described = {"block_mode": base.mode} if isinstance(base, BlockDataset) else {}
-            return _Part(PreparedData(tokenizer, dataset, None, described, size), is_ready=True)
+            own = {"block_mode": base.mode} if isinstance(base, BlockDataset) else {}
+            return _Part(PreparedData(tokenizer, dataset, None, dict(own), size), is_ready=True)
         kind = rows_of(dataset)
         if kind != "tokens" and self.trainer.reads_instead_of_text:
             raise InputError(f"{self.name} learns from {self.trainer.reads_instead_of_text}")
@@ -290,7 +290,7 @@ class TrainerInputs:
                 f"train_dataset is a stream of {kind}: give the stream with its column of text, which {self.name} tokenizes and "
                 "packs as it reads, or store the rows in a datasets.Dataset"
             )
-        described = {"source": dataset_name(dataset)}
+        described: dict[str, Any] = {"source": dataset_name(dataset)}
         if kind == "documents":
             blocks = BlockDataset(dataset, tokenizer=tokenizer, block_size=args.block_size, mode=args.block_mode)
             described |= {"documents": len(dataset), "tokens": blocks.num_tokens, "blocks": len(blocks)}

@@ -1,8 +1,8 @@
 """The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
-The details are in objects that it holds: `streams.py` reads a stream, `progress.py` counts tokens and sums up an evaluation,
-`checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and `hub/run.py` keeps
-the numbers of the card.
+The details are in objects that it holds: `data/streaming/reader.py` reads a stream, `progress.py` counts tokens and sums up an
+evaluation, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and
+`hub/run.py` keeps the numbers of the card.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from hf_pretrain.data.examples.epochs import (
 )
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
@@ -63,7 +64,6 @@ from hf_pretrain.training.processes import (
     sharded_by_blocks,
 )
 from hf_pretrain.training.progress import EvaluationSums, TokenCount, peak_memory_mib, show_progress
-from hf_pretrain.training.streams import ShareOfSteps, StreamReader
 
 
 class PretrainingTrainer(Trainer):
@@ -145,6 +145,7 @@ class PretrainingTrainer(Trainer):
     # What the method learns from where that is not text, and the call that makes it.
     reads_instead_of_text: ClassVar[str] = ""
     data_collator: Any
+    model_init: Any
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
     loss_is_scaled_for_ga = True
 
@@ -570,8 +571,8 @@ class PretrainingTrainer(Trainer):
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Turn the sums and counts of all examples into means weighted by targets."""
         means, scores_and_labels = self._sums.unpack(prediction)
-        losses = [name for name in means if name.endswith("_loss")]
-        means["loss"] = sum(self.loss_weight(name.removesuffix("_loss")) * means[name] for name in losses)
+        losses = {name: means.get(f"{name}_loss", 0.0) for name in self._sums.losses}
+        means["loss"] = sum(self.loss_weight(name) * mean for name, mean in losses.items())
         if scores_and_labels is not None:
             means |= self.evaluation_metrics(*scores_and_labels, means)
         return means

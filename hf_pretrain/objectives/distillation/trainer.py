@@ -264,10 +264,6 @@ class DistillationTrainer(PretrainingTrainer):
         """Return the examples, with the teacher's likeliest tokens where they are kept."""
         return cache_teacher_top_k(model, data, args, collator=collator).trainer_inputs()
 
-    def loss_weight(self, name: str) -> float:
-        """Return the weight of a loss in the total; 0 of a metric."""
-        return super().loss_weight(name) if name in (self.model.config.losses or ()) else 0.0
-
     def comparison_rows(self) -> list[Row]:
         """Return the header and the rows of a table of the student beside its teacher.
 
