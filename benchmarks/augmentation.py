@@ -3,7 +3,7 @@
     python benchmarks/augmentation.py --data_dir data [--sentences 64] [--base] [--repeats 3]
 
 Sentences of data_dir/sst2/train.tsv, a BERT with random weights (or --model_name_or_path) and the tokenizer that was trained on
-them. The official code masks one word at a time, puts the sentence as it was behind, asks the model for its logits at all
+them. The official code masks one word at a time, puts the sentence as it was behind, computes the logits at all
 positions, and takes the likeliest. The second side leaves out the copy of the sentence, and finds the same words as ours, which
 is checked first. "bf16" is ours under bf16 autocast. Sides run in one process, in turn, best of the repeats. Below, the rows a
 second of all of `augment`, in fp32.
@@ -12,13 +12,10 @@ second of all of `augment`, in fp32.
 from __future__ import annotations
 
 import argparse
-import csv
 import time
 from functools import partial
-from pathlib import Path
 
 import datasets
-import pandas as pd
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,7 +24,8 @@ from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.tasks.augmentation import augment
 from hf_pretrain.tasks.words import ChangeableWord, WordNeighbours, WordProposer, whole_words
-from timing import interleaved, print_table
+from results import read_rows
+from timing import interleaved, options_parser, print_table
 
 CANDIDATES = 15
 # layers, width, heads
@@ -68,11 +66,11 @@ def one_word_a_forward(
     allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
     allowed[list(known)] = True
     for word in words:
-        text, place = texts[word.row], word.tokens[0]
+        text, position = texts[word.row], word.tokens[0]
         inputs = tokenizer(*((text, text) if with_copy else (text,)), return_tensors="pt")
-        original = int(inputs["input_ids"][0, place])
-        inputs["input_ids"][0, place] = tokenizer.mask_token_id
-        logits = model(**inputs).logits[0, place].masked_fill(~allowed, -torch.inf)
+        original = int(inputs["input_ids"][0, position])
+        inputs["input_ids"][0, position] = tokenizer.mask_token_id
+        logits = model(**inputs).logits[0, position].masked_fill(~allowed, -torch.inf)
         logits[original] = -torch.inf
         found.append([known[index] for index in logits.topk(CANDIDATES).indices.tolist()])
     return found
@@ -80,23 +78,16 @@ def one_word_a_forward(
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, repeats=3)
     parser.add_argument("--data_dir", default="data", help="folder with sst2/train.tsv")
     parser.add_argument("--sentences", type=int, default=64, help="how many of them")
     parser.add_argument("--base", action="store_true", help="12 layers, 768 wide, in place of 4 and 256")
     parser.add_argument("--model_name_or_path", help="a masked language model to load")
     parser.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer")
     parser.add_argument("--batch_size", type=int, default=128, help="masked sentences in a batch")
-    parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     datasets.disable_progress_bars()
-    rows = pd.read_csv(
-        Path(args.data_dir) / "sst2" / "train.tsv",
-        sep="\t",
-        header=None,
-        quoting=csv.QUOTE_NONE,
-        keep_default_na=False,
-    )
+    rows = read_rows(args.data_dir, "sst2", "train")
     model, tokenizer = load(args, rows[0].tolist())
     texts = rows[0].tolist()[: args.sentences]
     propose = WordProposer(

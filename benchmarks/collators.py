@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any, get_args
@@ -25,7 +24,7 @@ from hf_pretrain.corruption.arguments import MaskingArguments, MaskingUnit
 from hf_pretrain.data import draws
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
-from timing import interleaved, peak_memory, print_table
+from timing import interleaved, load_of_machine, options_parser, peak_memory, print_table
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 UNITS: tuple[MaskingUnit, ...] = get_args(MaskingUnit)
@@ -114,11 +113,7 @@ def _call_often(run: Callable[[], Any], calls: int) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--vocab_size", type=int, default=30522)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser = options_parser(__doc__, batch_size=32, length=512, vocab_size=30522, repeats=20)
     parser.add_argument("--turn_seconds", type=float, default=0.06, help="how long each side runs in its turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -130,9 +125,8 @@ def main() -> None:
     turns = even_turns(sides, options.turn_seconds)
     best = interleaved({name: turn for name, (turn, _) in turns.items()}, options.repeats)
     seconds = {name: best[name] / calls for name, (_, calls) in turns.items()}
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{options.batch_size} x {options.length} tokens, 1 thread, best of {options.repeats} turns, in turn")
-    print(f"load of the machine: {load} on {os.cpu_count()} cores (times hold for an idle machine, ratios for any)")
+    print(f"{load_of_machine()} (times hold for an idle machine, ratios for any)")
     print("memory: rise of ru_maxrss in a forked child over one batch")
     rows: list[list[object]] = []
     for unit in (*UNITS, *HEADS):

@@ -29,22 +29,21 @@ The folder `data_dir` holds sst2/train.tsv, dev.tsv and test.tsv (sentence, labe
 mark, sentence). Each run is a row of the file `results`: what is there is not run again. Models are kept in a folder beside it.
 """
 
+import hashlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from distillation_quality_options import TASK_ARMS, TEXT_ARMS, QualityArguments
 from filelock import FileLock
-from rtd_quality import TASKS, flops_of_a_step, read_task
+from rtd_quality import TASKS, flops_of_a_step, read_task, train_for
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.evaluation.probes import encode, probe_accuracy
 from hf_pretrain.modeling.configuration import ModelArguments
@@ -63,47 +62,76 @@ from hf_pretrain.objectives.distillation import (
 from hf_pretrain.objectives.distillation.comparison import compare
 from hf_pretrain.objectives.encoder import MASKED_LM as mlm
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
+from hf_pretrain.options import option
 from hf_pretrain.tasks.data import prepare_task
 from hf_pretrain.training.arguments import bf16_is_fast
-from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.trainer import PretrainingTrainer
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
-from results import mean_and_spread, rows_by_settings, run_missing, run_once
-from timing import print_table
+from results import Column, ComparisonArguments, compare_arms, print_arms, rows_by_settings, run_once, sizes_of
+
+TEXT_ARMS: dict[str, dict[str, Any]] = {
+    "mlm": {"prediction_weight": 0.0, "cosine_weight": 0.0, "mlm_weight": 1.0},
+    "distilbert": {"distillation_method": "distilbert"},
+    "distilbert_free": {"distillation_method": "distilbert"},
+    "tinybert": {"distillation_method": "tinybert"},
+}
 
 
-def common(args: QualityArguments, folder: Path, seed: int, **options: Any) -> dict[str, Any]:
-    """Return the options of training that all runs share."""
-    return {
-        "output_dir": str(folder),
-        "overwrite_output_dir": True,
-        "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": 64,
-        "eval_on_start": False,
-        "save_strategy": "no",
-        "logging_steps": 100,
-        "report_to": "none",
-        "seed": seed,
-    } | options
+class TaskArm(NamedTuple):
+    """Whether the labels teach, whether sentences are augmented, and the arm whose student is gone on with."""
+
+    by_labels: bool = False
+    is_augmented: bool = False
+    origin: str | None = None
+
+
+TASK_ARMS = {
+    "labels": TaskArm(by_labels=True),
+    "distilled": TaskArm(),
+    "augmented": TaskArm(is_augmented=True),
+    "general": TaskArm(origin="tinybert"),
+    "both": TaskArm(is_augmented=True, origin="tinybert"),
+    "pretrained": TaskArm(by_labels=True, origin="mlm"),
+}
+ARMS = (*TASK_ARMS, *TEXT_ARMS)
+
+
+@dataclass
+class QualityArguments(ComparisonArguments):
+    """What is compared."""
+
+    arms: ClassVar = ARMS
+
+    results: str = option("distillation_quality.json", "File that each run adds a row to.")
+    teacher_model: str | None = option(
+        None, "A masked language model that this library pre-trained, instead of a new one."
+    )
+    teacher_flops: float = option(6e13, "Training budget of a new teacher.")
+    model_type: str = option("modernbert", "Architecture of a new teacher and of the students.")
+    teacher_layers: int = option(4, "Its layers.")
+    teacher_size: int = option(256, "Its width; a head for every 32.")
+    student_layers: int = option(4, "Layers of the students.")
+    flops: float = option(6e12, "Training budget of a student on text.")
+    teacher_rate: float = option(1e-3, "Its peak rate on the task.")
+    teacher_epochs: float = option(3.0, "Passes of the teacher over the task.")
+    intermediate_steps: int = option(800, "Steps of TinyBERT's first stage on the task.")
+    intermediate_rate: float = option(5e-4, "Their peak rate.")
+    prediction_steps: int = option(400, "Steps of its second stage; of labels alone, as many as of both.")
+    prediction_rate: float = option(3e-4, "Their peak rate.")
+    augmentation_rows: int = option(8, "Tries a sentence.")
+    probe_rows: int = option(10_000, "Most sentences that a probe is trained on.")
+
+    def folder(self, name: str = "") -> Path:
+        """Return the folder of a model of these settings."""
+        digest = hashlib.blake2b(json.dumps(self.settings(), sort_keys=True).encode(), digest_size=4).hexdigest()
+        return self.runs_folder() / digest / name
 
 
 @contextmanager
 def unfinished(folder: Path) -> Iterator[bool]:
-    """Hold a folder for this process, and tell whether its model has still to be made."""
+    """Hold a folder for this process; yield whether its model has still to be made."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "_lock"):
         yield not (folder / "config.json").exists()
-
-
-def train_for(trainer: PretrainingTrainer, *, budget: float, step: float) -> dict[str, Any]:
-    """Train for as many steps as the budget pays for, and export."""
-    trainer.args.max_steps = max(1, round(budget / step))
-    begin = time.perf_counter()
-    trainer.train()
-    row = {"steps": trainer.args.max_steps, "flops": step * trainer.args.max_steps}
-    row["seconds"] = round(time.perf_counter() - begin, 1)
-    trainer.save_model()
-    return row
 
 
 def language_model(args: QualityArguments) -> str:
@@ -113,19 +141,17 @@ def language_model(args: QualityArguments) -> str:
     folder = args.folder("teacher")
     with unfinished(folder) as is_missing:
         if is_missing:
-            options = MaskedLMTrainingArguments(**common(args, folder, 0, learning_rate=args.learning_rate))
+            options = MaskedLMTrainingArguments(**args.training(folder, 0))
             data = prepare_data(args.text_data(vocab_size=args.vocab_size), seed=0, output_dir=folder)
             sizes = ModelArguments(
                 model_type=args.model_type,
-                hidden_size=args.teacher_size,
-                num_hidden_layers=args.teacher_layers,
-                num_attention_heads=max(1, args.teacher_size // 32),
-                intermediate_size=4 * args.teacher_size,
                 max_position_embeddings=args.block_size,
+                **sizes_of(args.teacher_size, args.teacher_layers),
             )
             set_seed(0)
             trainer = mlm.build_trainer(data, sizes, options)
-            train_for(trainer, budget=args.teacher_flops, step=flops_of_a_step(trainer))
+            train_for(trainer, budget=args.teacher_flops)
+            trainer.save_model()
     return str(folder)
 
 
@@ -162,7 +188,7 @@ def classifier(args: QualityArguments) -> str:
             model = AutoModelForSequenceClassification.from_pretrained(origin, num_labels=2)
             data = prepare_task(task_data(args), tokenizer=tokenizer, config=model.config, seed=0)
             rate = {"learning_rate": args.teacher_rate, "num_train_epochs": args.teacher_epochs}
-            options = common(args, folder, 0, bf16=bf16_is_fast(), **rate)
+            options = args.training(folder, 0, bf16=bf16_is_fast(), **rate)
             del options["overwrite_output_dir"], options["eval_on_start"]
             use_cpu = not torch.accelerator.is_available()
             trainer = FineTuningTrainer(
@@ -197,9 +223,7 @@ def student_options(args: QualityArguments, teacher: str, origin: str | None = N
 def run_on_text(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     """Train a student on text and judge it."""
     teacher, folder = language_model(args), args.folder(f"{arm}-{seed}")
-    options = DistillationTrainingArguments(
-        **common(args, folder, seed, learning_rate=args.learning_rate), **TEXT_ARMS[arm]
-    )
+    options = DistillationTrainingArguments(**args.training(folder, seed), **TEXT_ARMS[arm])
     chosen = student_options(args, teacher)
     data = load_text(args.text_data(), chosen, options)
     set_seed(seed)
@@ -208,6 +232,7 @@ def run_on_text(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     row = train_for(
         trainer, budget=args.flops, step=step - (flops_of_teacher(trainer) if arm.endswith("_free") else 0)
     )
+    trainer.save_model()
     return row | judge_on_text(trainer, data, args)
 
 
@@ -216,7 +241,7 @@ def flops_of_teacher(trainer: DistillationTrainer) -> int:
     examples = trainer.train_dataset.__getitems__(range(trainer.args.per_device_train_batch_size))
     batch = trainer._prepare_inputs(trainer.data_collator(examples))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    assert trainer.model.teacher is not None, "distillation on text asks a teacher"
+    assert trainer.model.teacher is not None, "distillation on text has a teacher"
     with FlopCounterMode(display=False) as counter:
         trainer.model.teacher(inputs, batch["target_positions"])
     return int(counter.get_total_flops())
@@ -266,7 +291,7 @@ def run_on_task(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     for stage, options in stages(arm, args).items():
         folder = args.folder(f"{arm}-{seed}-{stage}")
         training = TaskDistillationTrainingArguments(
-            **common(args, folder, seed, train_sampling_strategy="group_by_length", **options),
+            **args.training(folder, seed, train_sampling_strategy="group_by_length", **options),
             # Asking for all answers takes longer where a run does not come to all of them.
             cache_teacher=not how.is_augmented,
         )
@@ -293,60 +318,33 @@ def run_arm(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     return row | {"threads": torch.get_num_threads()}
 
 
-# Name in the table, name in the results, what it is multiplied by, and decimal places.
 COLUMNS = {
     "task": (
-        ("accuracy", "student_accuracy", 100, 1),
-        ("teacher's", "teacher_accuracy", 100, 1),
-        ("agreement", "agreement", 100, 1),
-        ("KL", "kl", 1, 3),
-        ("examples", "examples", 1, 0),
-        ("steps", "steps", 1, 0),
-        ("seconds", "seconds", 1, 0),
-        ("speed-up at 32", "speed_up_batch_32", 1, 1),
+        Column("accuracy", "student_accuracy", 100, 1),
+        Column("teacher's", "teacher_accuracy", 100, 1),
+        Column("agreement", "agreement", 100, 1),
+        Column("KL", "kl", 1, 3),
+        Column("examples", "examples"),
     ),
     "text": (
-        ("MLM loss", "student_mlm_loss", 1, 3),
-        ("teacher's", "teacher_mlm_loss", 1, 3),
-        ("KL", "kl", 1, 3),
-        ("agreement", "agreement", 100, 1),
-        ("SST-2 probe", "sst2_accuracy", 100, 1),
-        ("CoLA MCC", "cola_matthews", 100, 1),
-        ("steps", "steps", 1, 0),
-        ("seconds", "seconds", 1, 0),
-        ("speed-up at 32", "speed_up_batch_32", 1, 1),
+        Column("MLM loss", "student_mlm_loss", 1, 3),
+        Column("teacher's", "teacher_mlm_loss", 1, 3),
+        Column("KL", "kl", 1, 3),
+        Column("agreement", "agreement", 100, 1),
+        Column("SST-2 probe", "sst2_accuracy", 100, 1),
+        Column("CoLA MCC", "cola_matthews", 100, 1),
     ),
 }
+COSTS = (Column("steps", "steps"), Column("seconds", "seconds"), Column("speed-up at 32", "speed_up_batch_32", 1, 1))
 
 
 def print_results(path: Path) -> None:
-    """Print two tables for each set of settings in the results: mean and standard deviation over the seeds."""
+    """Print two tables for each set of settings in the results."""
     for settings, rows in rows_by_settings(path).items():
         print(f"\n{settings}")
         for part, arms in (("task", TASK_ARMS), ("text", TEXT_ARMS)):
-            runs = {arm: [row for row in rows if row["arm"] == arm] for arm in arms}
-            cells = [
-                [arm, str(len(of_arm)), *(_cell(of_arm, *column[1:]) for column in COLUMNS[part])]
-                for arm, of_arm in runs.items()
-                if of_arm
-            ]
-            if cells:
-                print()
-                print_table(cells, ["arm", "seeds", *(title for title, *_ in COLUMNS[part])])
-
-
-def _cell(rows: list[dict[str, Any]], name: str, factor: float, places: int) -> str:
-    values = [factor * row[name] for row in rows if name in row]
-    return mean_and_spread(values, places) if values else ""
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the tables."""
-    (args,) = parse_arguments((QualityArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
-    if not args.table:
-        run_missing(args, lambda arm, seed: run_arm(arm, seed, args))
-    print_results(Path(args.results))
+            print_arms(rows, arms, (*COLUMNS[part], *COSTS))
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

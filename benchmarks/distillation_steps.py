@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-import pandas as pd
 import torch
 import torch.nn.functional as F  # noqa: N812
 from training_steps import GEMM_SIZE, count_flops, make_batch, matmul_step, mean_loss, rise_of_memory, stepped
@@ -56,7 +54,8 @@ from hf_pretrain.objectives.distillation.arguments import (
 from hf_pretrain.objectives.distillation.building import join
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.tasks.batches import DataCollatorForTask, LengthGroupedSampler
-from timing import interleaved, print_table
+from results import read_rows
+from timing import interleaved, options_parser, print_table
 
 Batch = dict[str, torch.Tensor]
 # Of each side, the loss of each batch of a step.
@@ -205,13 +204,7 @@ def tinybert_sides(args: argparse.Namespace, *, batch_size: int, length: int, is
 
 def sst2_sides(args: argparse.Namespace) -> Sides:
     """TinyBERT's intermediate losses on real sentences: padded to one length, or as the Trainer batches them."""
-    rows = pd.read_csv(
-        Path(args.data_dir) / "sst2" / "train.tsv",
-        sep="\t",
-        header=None,
-        quoting=csv.QUOTE_NONE,
-        keep_default_na=False,
-    )
+    rows = read_rows(args.data_dir, "sst2", "train")
     sentences = rows[0].tolist()
     tokenizer = train_tokenizer(
         sentences, kind="wordpiece", vocab_size=8192, lowercase=True, model_max_length=OFFICIAL_LENGTH
@@ -236,7 +229,7 @@ def sst2_sides(args: argparse.Namespace) -> Sides:
 
 
 def prediction_sides(args: argparse.Namespace) -> Sides:
-    """The divergence of a classifier's logits, of a teacher that is asked or was asked before."""
+    """The divergence of a classifier's logits, of a teacher that runs now or ran before."""
     options = training_options(TaskDistillationTrainingArguments, args)
     pair = make_pair(AutoModelForSequenceClassification, "tinybert", args, options, length=128)
     ids = torch.from_numpy(draws.integers(draws.row_keys(range(32), seed=0), 128, high=VOCAB_SIZE))
@@ -314,7 +307,7 @@ def rows_of(case: str, args: argparse.Namespace) -> list[list[str]]:
 
 def main() -> None:
     """Print one row a case and side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, repeats=5)
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), help="what to measure")
     parser.add_argument("--base", action="store_true", help="a teacher of 12 layers, 768 wide, in place of small ones")
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on all sides")
@@ -323,7 +316,6 @@ def main() -> None:
     )
     parser.add_argument("--sst2_batches", type=int, default=6, help="batches of sentences in a step")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the student")
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory_of", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     datasets.disable_progress_bars()

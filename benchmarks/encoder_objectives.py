@@ -17,10 +17,9 @@ seen is the right one. Each run is a row of the file `results`; what is there is
 """
 
 import gzip
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,7 +27,6 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.multilingual import MultilingualDataArguments
 from hf_pretrain.data.prepare import PreparedData
@@ -37,8 +35,8 @@ from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.encoder import METHOD as encoder
 from hf_pretrain.objectives.encoder import EncoderTrainer, EncoderTrainingArguments, load_examples
-from hf_pretrain.training.parsing import parse_arguments
-from results import ComparisonArguments, read_results, run_missing
+from hf_pretrain.options import option
+from results import ComparisonArguments, compare_arms, read_results, sizes_of
 from timing import print_table
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -71,15 +69,15 @@ class ObjectiveArguments(ComparisonArguments):
     arms: ClassVar = tuple(ARMS)
     arms_without_text: ClassVar = tuple(_BILINGUAL)
 
-    results: str = field(default="encoder_objectives.json", metadata={"help": "File that each run adds a row to."})
-    seed: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds; each arm runs with each."})
-    model_type: str = field(default="modernbert", metadata={"help": "Architecture."})
-    hidden_size: int = field(default=128, metadata={"help": "Width; a head for every 32."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Layers."})
-    block_size: int = field(default=128, metadata={"help": "Most tokens in an example."})
-    max_corpus_bytes: int | None = field(default=24_000_000, metadata={"help": "Train on a random part of the text."})
-    max_steps: int = field(default=3000, metadata={"help": "Steps."})
-    batch_size: int = field(default=32, metadata={"help": "Examples a step."})
+    results: str = option("encoder_objectives.json", "File that each run adds a row to.")
+    seed: list[int] = option(factory=lambda: [0], help="Seeds; each arm runs with each.")
+    model_type: str = option("modernbert", "Architecture.")
+    hidden_size: int = option(128, "Width; a head for every 32.")
+    num_hidden_layers: int = option(4, "Layers.")
+    block_size: int = option(128, "Most tokens in an example.")
+    max_corpus_bytes: int | None = option(24_000_000, "Train on a random part of the text.")
+    max_steps: int = option(3000, "Steps.")
+    batch_size: int = option(32, "Examples a step.")
 
 
 def data_arguments(arm: str, args: ObjectiveArguments) -> MultilingualDataArguments:
@@ -117,28 +115,13 @@ def sentences_of(args: ObjectiveArguments, language: str) -> Path:
 
 def build(arm: str, seed: int, args: ObjectiveArguments) -> tuple[EncoderTrainer, PreparedData]:
     """Put an arm together."""
-    folder = args.runs_folder() / f"{arm}-{seed}"
     sizes = ModelArguments(
         model_type=args.model_type,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=max(1, args.hidden_size // 32),
-        intermediate_size=4 * args.hidden_size,
         max_position_embeddings=args.block_size,
+        **sizes_of(args.hidden_size, args.num_hidden_layers),
     )
-    options = EncoderTrainingArguments(
-        output_dir=str(folder),
-        max_steps=args.max_steps,
-        learning_rate=args.learning_rate,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=64,
-        eval_on_start=False,
-        save_strategy="no",
-        logging_steps=100,
-        report_to="none",
-        seed=seed,
-        **ARMS[arm],
-    )
+    further = {"max_steps": args.max_steps, **ARMS[arm]}
+    options = EncoderTrainingArguments(**args.training(args.runs_folder() / f"{arm}-{seed}", seed, **further))
     data = load_examples(data_arguments(arm, args), sizes, options)
     set_seed(seed)
     return encoder.build_trainer(data, sizes, options), data
@@ -216,13 +199,5 @@ def print_results(path: Path) -> None:
     print_table(rows, columns)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the table."""
-    (args,) = parse_arguments((ObjectiveArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
-    if not args.table:
-        run_missing(args, lambda arm, seed: run_arm(arm, seed, args))
-    print_results(Path(args.results))
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(ObjectiveArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

@@ -87,10 +87,10 @@ def write_inputs(folder: Path, size: str) -> None:
     for _ in range(DOCUMENTS[size]):
         drawn = numbers.choice(len(words), p=shares / shares.sum(), size=int(numbers.integers(40, 160)))
         follows = numbers.random(len(drawn)) < 0.5
-        for place in range(1, len(drawn)):
-            if follows[place]:
-                drawn[place] = after[drawn[place - 1]]
-        ends = [" ." if place % 12 == 11 else "" for place in range(len(drawn))]
+        for position in range(1, len(drawn)):
+            if follows[position]:
+                drawn[position] = after[drawn[position - 1]]
+        ends = [" ." if position % 12 == 11 else "" for position in range(len(drawn))]
         documents.append(" ".join(words[word] + end for word, end in zip(drawn, ends, strict=True)) + " .")
     folder.mkdir(parents=True)
     (folder / "text.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8")
@@ -227,7 +227,7 @@ class Watch(TrainerCallback):
 
 @contextmanager
 def waits_counted(counts: Counter[str]) -> Iterator[None]:
-    """Count the operations for which the host waits for the device, by the line that asked for them."""
+    """Count the operations for which the host waits for the device, by the line that caused them."""
 
     def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         if "called a synchronizing" in str(message):
@@ -381,7 +381,7 @@ class Bench:
             write_inputs(self.inputs[size], size)
 
     def all(self) -> None:
-        """Check and train each method, and last what is asked of masked language modelling besides."""
+        """Check and train each method, and last what masked language modelling is measured on besides."""
         for name in self.args.methods:
             method = Method(name, "tiny", self.inputs["tiny"], self.work / "checks" / name, self.args.device)
             found = self.results["checks"].setdefault(name, {})

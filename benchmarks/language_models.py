@@ -10,24 +10,24 @@
 
 Every run is followed by what counting would have cost on the same held-out targets, in the same nats a token: a unigram with one
 added to each count, and a bigram that is interpolated with it (absolute discounting, 0.75). Both are counted on the whole
-training text, and the bigram is told the token to the left of each target, which a permutation LM often does not see. Of `txl`
+training text, and the bigram knows the token to the left of each target, which a permutation LM often does not see. Of `txl`
 the loss is measured again with its memory taken away. Each run is a row of the file `results`.
 """
 
 from __future__ import annotations
 
-import sys
+import json
 import time
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from filelock import FileLock
 from transformers import set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data.examples.windows import LaneStream
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
@@ -35,13 +35,62 @@ from hf_pretrain.hub.text import bare_name
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.permutation_lm import METHOD as plm
 from hf_pretrain.objectives.recurrent_lm import METHOD as recurrent_lm
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.options import option
 from hf_pretrain.training.trainer import PretrainingTrainer
-from language_model_options import LanguageModelArguments, model_options, training_options
-from results import read_results, run_missing
+from results import ComparisonArguments, compare_arms, read_results, sizes_of
 from timing import print_table
 
 _DISCOUNT = 0.75
+ARMS = ("plm", "plm_memory", "txl", "txl_no_memory")
+
+
+@dataclass
+class LanguageModelArguments(ComparisonArguments):
+    """What is compared."""
+
+    arms: ClassVar = ARMS
+
+    results: str = option("language_models.json", "File that each run adds a row to.")
+    seed: list[int] = option(factory=lambda: [0], help="Seeds; each arm runs with each.")
+    vocab_size: int = option(4096, "Tokens of the tokenizer that is trained on the text.")
+    max_steps: int = option(2500, "Steps of a run.")
+    block_size: int = option(128, "Tokens of an example of plm; half of it is txl's segment.")
+    mem_len: int = option(128, "Tokens that are remembered by the arms with a memory.")
+    dropout: float = option(0.0, "Of all arms; one pass over much text needs none.")
+    num_hidden_layers: int = option(4, "Layers.")
+    hidden_size: int = option(128, "Width; a head for every 32.")
+
+
+def model_options(arm: str, args: LanguageModelArguments) -> dict[str, Any]:
+    """Return the options of the arm's model."""
+    sizes = sizes_of(args.hidden_size, args.num_hidden_layers)
+    if arm.startswith("plm"):
+        return sizes | {"model_type": "xlnet", "config_overrides": json.dumps({"dropout": args.dropout})}
+    # Post-norm layers need the warm-up that all arms have.
+    return sizes | {"hidden_dropout_prob": args.dropout}
+
+
+def training_options(arm: str, seed: int, args: LanguageModelArguments) -> dict[str, Any]:
+    """Return the options of the arm's training."""
+    schedule = {"max_steps": args.max_steps, "warmup_steps": 0.1, "lr_scheduler_type": "linear"}
+    evaluation = {"per_device_eval_batch_size": 8, "eval_strategy": "no"}
+    common = args.training(args.runs_folder() / f"{arm}-{seed}", seed, **schedule, **evaluation)
+    if arm == "plm":
+        return common
+    if arm == "plm_memory":
+        return common | {"mem_len": args.mem_len, "eval_lanes": 8}
+    # Twice as many segments of half the length: as many tokens a step, and a memory has more to add.
+    segment = args.block_size // 2
+    mem_len = 0 if arm == "txl_no_memory" else args.mem_len
+    lengths = {
+        "tgt_len": segment,
+        "mem_len": mem_len,
+        "eval_tgt_len": segment,
+        "eval_mem_len": mem_len,
+        "eval_clamp_len": -1,
+        "eval_same_length": False,
+    }
+    return common | lengths | {"per_device_train_batch_size": 2 * args.batch_size, "max_grad_norm": 1.0}
 
 
 class CountedModel:
@@ -70,8 +119,8 @@ class CountedModel:
             ids: ``[T]`` the tokens.
         """
         codes = self._codes(before, ids)
-        places = np.minimum(np.searchsorted(self._pairs, codes), len(self._pairs) - 1)
-        counts = np.where(self._pairs[places] == codes, self._counts[places], 0)
+        found = np.minimum(np.searchsorted(self._pairs, codes), len(self._pairs) - 1)
+        counts = np.where(self._pairs[found] == codes, self._counts[found], 0)
         totals = np.maximum(self._totals[before], 1)
         # What discounting takes from the pairs that were seen goes to the unigram; all of it after an unseen token.
         spare = np.where(self._totals[before] > 0, _DISCOUNT * self._followers[before] / totals, 1.0)
@@ -114,9 +163,10 @@ def run_arm(arm: str, seed: int, args: LanguageModelArguments) -> dict[str, Any]
     data = prepare_data(data_args, seed=seed, output_dir=shared, first=FileLock(f"{shared}.lock"))
     program = plm if arm.startswith("plm") else recurrent_lm
     _, model_class, args_class = program.arguments
-    training = training_options(arm, args) | {"output_dir": str(folder / f"{arm}-{seed}"), "seed": seed}
     set_seed(seed)
-    trainer = program.build_trainer(data, model_class(**model_options(arm, args)), args_class(**training))
+    trainer = program.build_trainer(
+        data, model_class(**model_options(arm, args)), args_class(**training_options(arm, seed, args))
+    )
     begin = time.perf_counter()
     trainer.train()
     row: dict[str, Any] = {"seconds": round(time.perf_counter() - begin)}
@@ -146,13 +196,5 @@ def print_results(path: Path) -> None:
     print_table(rows, ["text", "arm", "seeds", *(name.replace("_", " ") for name in columns)])
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the table."""
-    (args,) = parse_arguments((LanguageModelArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
-    if not args.table:
-        run_missing(args, lambda arm, seed: run_arm(arm, seed, args))
-    print_results(Path(args.results))
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(LanguageModelArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

@@ -22,7 +22,7 @@ import numpy as np
 from hf_pretrain.curation.deduplication import deduplicate_files
 from hf_pretrain.curation.near_duplicates import Deduplicator, jaccard, normalized, num_bands, shingle_hashes
 from hf_pretrain.data import draws
-from timing import interleaved, peak_memory, print_table
+from timing import interleaved, options_parser, peak_memory, print_table
 
 SIMILARITIES = (0.5, 0.6, 0.7, 0.75, 0.78, 0.82, 0.85, 0.9, 0.95)
 GROUP = 200
@@ -41,8 +41,8 @@ def changed(text: str, similarity: float, *, size: int) -> str:
     words = text.split()
     shingles = len(words) - size + 1
     num_changes = round(shingles * (1 - similarity) / (1 + similarity) / size)
-    for place in np.linspace(size, len(words) - size, num_changes, dtype=np.int64).tolist():
-        words[place] = f"changed{place}"
+    for position in np.linspace(size, len(words) - size, num_changes, dtype=np.int64).tolist():
+        words[position] = f"changed{position}"
     return " ".join(words)
 
 
@@ -148,15 +148,11 @@ def print_costs(options: argparse.Namespace, folder: Path) -> None:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, similarity_threshold=0.8, shingle_size=5, num_permutations=128, repeats=3)
     parser.add_argument("--num_documents", type=int, default=5_000, help="documents whose cost is measured")
     parser.add_argument("--num_words", type=int, default=200, help="words in each of them")
     parser.add_argument("--num_pairs", type=int, default=200, help="documents and copies of each similarity")
     parser.add_argument("--pair_words", type=int, default=1_000, help="words in each of them")
-    parser.add_argument("--similarity_threshold", type=float, default=0.8)
-    parser.add_argument("--shingle_size", type=int, default=5)
-    parser.add_argument("--num_permutations", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     print_shares(options)
     with tempfile.TemporaryDirectory() as folder:

@@ -6,12 +6,11 @@ textbook side concatenates the lists of 1 000 documents and cuts them into block
 holds. "Read" reads every block once, in batches of 32: ours by ``__getitems__``, the textbook's as NumPy arrays, its
 fastest format. Ours packs whole sentences and puts special tokens and separators in while reading; the textbook cuts
 anywhere and adds nothing. Two more sides of ours: one document a row, and several that do not see each other. "Fill" is
-the share of a batch's places that hold tokens, if every row is padded to the block size.
+the share of a batch's positions that hold tokens, if every row is padded to the block size.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.packing import BlockDataset, PackingMode
-from timing import interleaved, peak_memory, print_table
+from timing import interleaved, options_parser, peak_memory, print_table
 
 READ_BATCH = 32
 MAP_BATCH = 1000
@@ -127,17 +126,15 @@ def make_sides(folder: str, block_size: int) -> dict[str, Build]:
 
 
 def fill_of(blocks: BlockDataset | datasets.Dataset) -> float:
-    """Return the share of places that hold tokens; the textbook's rows are all full."""
+    """Return the share of positions that hold tokens; the textbook's rows are all full."""
     return blocks.fill if isinstance(blocks, BlockDataset) else 1.0
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, block_size=512, repeats=3)
     parser.add_argument("--train_file", help="UTF-8 text; synthetic documents if not given")
     parser.add_argument("--num_tokens", type=int, default=6_000_000, help="tokens of the synthetic documents")
-    parser.add_argument("--block_size", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--turn_seconds", type=float, default=2.0, help="least time of a turn")
     options = parser.parse_args()
     datasets.disable_progress_bars()

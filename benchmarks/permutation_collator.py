@@ -8,10 +8,8 @@ makes stock masks of them, with one row a target instead of one a token.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
-import os
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +20,7 @@ from transformers import DataCollatorForPermutationLanguageModeling
 
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import stock_inputs
-from timing import interleaved, print_table
+from timing import interleaved, load_of_machine, options_parser, print_table
 
 SIZES = ((32, 512), (8, 256))
 
@@ -50,9 +48,7 @@ def mebibytes(batch: Mapping[str, Any]) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab_size", type=int, default=32000)
-    parser.add_argument("--repeats", type=int, default=20)
+    parser = options_parser(__doc__, vocab_size=32000, repeats=20)
     parser.add_argument("--turn_seconds", type=float, default=0.06, help="how long each side runs in its turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -69,8 +65,7 @@ def main() -> None:
             [f"{batch_size} x {length}", name, seconds * 1e3, best["stock"] / seconds, sizes[name]]
             for name, seconds in best.items()
         ]
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    print(f"1 thread, best of {options.repeats} turns, in turn; load of the machine: {load} on {os.cpu_count()} cores")
+    print(f"1 thread, best of {options.repeats} turns, in turn; {load_of_machine()}")
     print_table(rows, ["batch", "collator", "ms", "stock / this", "MiB of the batch"])
 
 

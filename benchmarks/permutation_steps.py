@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable
 
 import torch
-from training_steps import mean_loss, rise_of_memory, stepped
+from training_steps import mean_loss, print_setting, rise_of_memory, stepped
 from transformers import XLNetConfig, XLNetLMHeadModel
 
 from hf_pretrain.data import draws
 from hf_pretrain.objectives.permutation_lm import PermutationLMForPreTraining, stock_inputs
-from timing import interleaved, print_table
+from timing import interleaved, options_parser, print_table
 
 SIDES = ("stock", "stock, compact", "ours")
 
@@ -84,12 +84,9 @@ def memory_of(side: str) -> float:
 
 def main() -> None:
     """Print one row a side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("batch_size", 8), ("sequence_length", 256), ("hidden_size", 256), ("num_hidden_layers", 4),
-        ("vocab_size", 32000), ("repeats", 5),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = options_parser(
+        __doc__, batch_size=8, sequence_length=256, hidden_size=256, num_hidden_layers=4, vocab_size=32000, repeats=5
+    )
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on all sides")
     parser.add_argument("--memory_of", metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -103,11 +100,7 @@ def main() -> None:
     memory = {side: memory_of(side) for side in SIDES}
     steps = {side: stepped(loss, bf16=args.bf16) for side, loss in make_sides(args, dropout=0.1).items()}
     seconds = interleaved(steps, repeats=args.repeats)
-    precision = "bf16 autocast" if args.bf16 else "fp32"
-    print(
-        f"{args.num_hidden_layers} layers, {args.hidden_size} wide, {args.vocab_size} tokens, batch {args.batch_size} x "
-        f"{args.sequence_length}, {precision}, {torch.get_num_threads()} threads, best of {args.repeats}"
-    )
+    print_setting(args)
     rows = [
         [
             side,

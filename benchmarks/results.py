@@ -1,24 +1,36 @@
 """The frame of the programs that compare arms: their options, and a file of measured runs, one row each.
 
-A program derives its options from `ComparisonArguments`, calls `run_missing`, and prints tables of the rows. Several
-processes may fill one file.
+A program derives its options from `ComparisonArguments` and calls `compare_arms`, which runs what is missing and prints tables of
+the rows. Several processes may fill one file.
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import statistics
+import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
+import pandas as pd
 from filelock import FileLock
 
+from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.options import option
+from hf_pretrain.training.parsing import parse_arguments
+from timing import print_table
+
+RunArm = Callable[[str, int], dict[str, Any]]
+"""Runs an arm with a seed and returns what was measured."""
+Chosen = TypeVar("Chosen", bound="ComparisonArguments")
 
 _NOT_SETTINGS = ("train_file", "validation_file", "data_dir", "results", "table", "arm", "seed")
 
@@ -33,21 +45,21 @@ class ComparisonArguments:
     arms: ClassVar[Sequence[str]] = ()
     arms_without_text: ClassVar[Sequence[str]] = ()
 
-    train_file: list[str] = field(default_factory=list, metadata={"help": "Text to train on, as for `hf-pretrain`."})
-    validation_file: list[str] = field(
-        default_factory=list, metadata={"help": "Held-out text; without it, documents of train_file are held out."}
+    train_file: list[str] = option(factory=list, help="Text to train on, as for `hf-pretrain`.")
+    validation_file: list[str] = option(
+        factory=list, help="Held-out text; without it, documents of train_file are held out."
     )
-    data_dir: str = field(default="data", metadata={"help": "Folder of the tasks that the program describes."})
-    results: str = field(default="", metadata={"help": "File that each run adds a row to."})
-    table: bool = field(default=False, metadata={"help": "Print the tables of the file instead of running anything."})
-    arm: list[str] = field(default_factory=list, metadata={"help": "Arms to run; by default all."})
-    seed: list[int] = field(default_factory=lambda: [0, 1], metadata={"help": "Seeds; each arm runs with each."})
-    max_corpus_bytes: int | None = field(default=None, metadata={"help": "Train on a random part of the text."})
-    document_separator: str = field(default="blank_line", metadata={"help": "What ends a document of a text file."})
-    vocab_size: int = field(default=8192, metadata={"help": "Tokens of the tokenizer that is trained on the text."})
-    block_size: int = field(default=64, metadata={"help": "Most tokens in an example."})
-    batch_size: int = field(default=16, metadata={"help": "Examples a step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak rate on text."})
+    data_dir: str = option("data", "Folder of the tasks that the program describes.")
+    results: str = option("", "File that each run adds a row to.")
+    table: bool = option(False, "Print the tables of the file instead of running anything.")
+    arm: list[str] = option(factory=list, help="Arms to run; by default all.")
+    seed: list[int] = option(factory=lambda: [0, 1], help="Seeds; each arm runs with each.")
+    max_corpus_bytes: int | None = option(None, "Train on a random part of the text.")
+    document_separator: str = option("blank_line", "What ends a document of a text file.")
+    vocab_size: int = option(8192, "Tokens of the tokenizer that is trained on the text.")
+    block_size: int = option(64, "Most tokens in an example.")
+    batch_size: int = option(16, "Examples a step.")
+    learning_rate: float = option(1e-3, "Peak rate on text.")
 
     def __post_init__(self) -> None:
         """Choose all arms by default, and refuse what cannot be run.
@@ -75,6 +87,21 @@ class ComparisonArguments:
         }
         return DataArguments(**chosen | {"validation_file": self.validation_file or None} | options)
 
+    def training(self, folder: Path, seed: int, **options: Any) -> dict[str, Any]:
+        """Return the options of training that all runs share, with further ones."""
+        return {
+            "output_dir": str(folder),
+            "overwrite_output_dir": True,
+            "per_device_train_batch_size": self.batch_size,
+            "per_device_eval_batch_size": 64,
+            "learning_rate": self.learning_rate,
+            "eval_on_start": False,
+            "save_strategy": "no",
+            "logging_steps": 100,
+            "report_to": "none",
+            "seed": seed,
+        } | options
+
     def runs_folder(self) -> Path:
         """Return the folder of the models, beside the results; it is made if need be."""
         path = Path(self.results)
@@ -83,10 +110,53 @@ class ComparisonArguments:
         return folder
 
 
-def run_missing(args: ComparisonArguments, run_arm: Callable[[str, int], dict[str, Any]]) -> None:
+def sizes_of(width: int, layers: int, **options: Any) -> dict[str, Any]:
+    """Return the options of an encoder's sizes, with a head for every 32 of its width, and further ones."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": max(1, width // 32)}
+    return sizes | {"intermediate_size": 4 * width} | options
+
+
+def compare_arms(
+    arguments: type[Chosen],
+    *,
+    description: str | None,
+    run_arm: Callable[[str, int, Chosen], dict[str, Any]],
+    print_results: Callable[[Path], None],
+) -> NoReturn:
+    """Be the program of a comparison: run what is missing, then print the tables.
+
+    Args:
+        arguments: Dataclass of the program's options.
+        description: What the program does, for its help.
+        run_arm: Runs an arm with a seed and the options, and returns what was measured.
+        print_results: Prints the tables of a file of results.
+    """
+
+    def main(argv: list[str] | None) -> None:
+        (args,) = parse_arguments((arguments,), argv, prog=Path(sys.argv[0]).name, description=description or "")
+        if not args.table:
+            run_missing(args, partial(run_arm, args=args))
+        print_results(Path(args.results))
+
+    sys.exit(run_program(main))
+
+
+def run_missing(args: ComparisonArguments, run_arm: RunArm) -> None:
     """Run each chosen arm with each seed, unless the file of results has its row."""
     for seed, arm in itertools.product(args.seed, args.arm):
         run_once(args, arm, seed, run_arm)
+
+
+def read_rows(data_dir: str, task: str, split: str) -> pd.DataFrame:
+    """Return the rows of a file of a task.
+
+    Raises:
+        InputError: If there is no such file.
+    """
+    path = Path(data_dir, task, f"{split}.tsv")
+    if not path.is_file():
+        raise InputError(f"data_dir={data_dir} has no {task}/{split}.tsv: see --help for what it must hold")
+    return pd.read_csv(path, sep="\t", header=None, quoting=csv.QUOTE_NONE, keep_default_na=False)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -103,7 +173,7 @@ def add_result(path: Path, row: dict[str, Any]) -> None:
         fresh.replace(path)
 
 
-def run_once(args: ComparisonArguments, arm: str, seed: int, run_arm: Callable[[str, int], dict[str, Any]]) -> None:
+def run_once(args: ComparisonArguments, arm: str, seed: int, run_arm: RunArm) -> None:
     """Run an arm with a seed and add what was measured as a row, unless there is one with these settings."""
     path, settings = Path(args.results), args.settings()
     done = [(row["arm"], row["seed"], row["settings"]) for row in read_results(path)]
@@ -125,7 +195,30 @@ def rows_by_settings(path: Path) -> dict[str, list[dict[str, Any]]]:
     return tables
 
 
-def mean_and_spread(values: Sequence[float], places: int) -> str:
-    """Return mean and standard deviation as a table shows them: the mean alone where all values are equal."""
-    spread = f" ± {statistics.stdev(values):.{places}f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):.{places}f}{spread}"
+class Column(NamedTuple):
+    """A column of a table: title, name in the rows, factor, and decimal digits; None for a power of ten."""
+
+    title: str
+    name: str
+    factor: float = 1
+    digits: int | None = 0
+
+
+def print_arms(rows: Sequence[dict[str, Any]], arms: Iterable[str], columns: Sequence[Column]) -> None:
+    """Print mean and standard deviation over the seeds of each arm that was run."""
+    cells = [
+        [arm, str(len(runs)), *(_cell(runs, column) for column in columns)]
+        for arm in arms
+        if (runs := [row for row in rows if row["arm"] == arm])
+    ]
+    if cells:
+        print()
+        print_table(cells, ["arm", "seeds", *(column.title for column in columns)])
+
+
+def _cell(rows: Sequence[dict[str, Any]], column: Column) -> str:
+    values = [column.factor * row[column.name] for row in rows if column.name in row]
+    if column.digits is None or not values:
+        return f"{statistics.mean(values):.2e}" if values else ""
+    spread = f" ± {statistics.stdev(values):.{column.digits}f}" if len(set(values)) > 1 else ""
+    return f"{statistics.mean(values):.{column.digits}f}{spread}"

@@ -21,26 +21,20 @@ sentence) and blimp/*.jsonl, which may be compressed. Each run is a row of the f
 several processes may fill it, each with arms and seeds of its own. The models are kept in a folder beside it.
 """
 
-import csv
 import json
-import statistics
-import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import pandas as pd
 import torch
 from filelock import FileLock
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hf_pretrain.cli import run_program
 from hf_pretrain.data import draws
 from hf_pretrain.data.prepare import PreparedData, prepare_data
-from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.minimal_pairs import (
     MinimalPair,
     originality_scores,
@@ -63,10 +57,17 @@ from hf_pretrain.objectives.replaced_token_detection import (
     ReplacedTokenDetectionTrainingArguments,
     build_model,
 )
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.options import option
 from hf_pretrain.training.trainer import PretrainingTrainer
-from results import ComparisonArguments, mean_and_spread, rows_by_settings, run_missing
-from timing import print_table
+from results import (
+    Column,
+    ComparisonArguments,
+    compare_arms,
+    print_arms,
+    read_rows,
+    rows_by_settings,
+    sizes_of,
+)
 
 ARMS = ("untrained", "mlm", "rtd", "argmax", "masked_only")
 # Columns of each task's files: text and label.
@@ -79,20 +80,19 @@ class QualityArguments(ComparisonArguments):
 
     arms: ClassVar = ARMS
 
-    results: str = field(default="rtd_quality.json", metadata={"help": "File that each run adds a row to."})
-    flops: float = field(default=2e13, metadata={"help": "Training budget of a run."})
-    vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer that is trained on the text."})
-    model_type: str = field(
-        default="modernbert",
-        metadata={"help": "Architecture of both models, without dropout; relative positions learn from little text."},
+    results: str = option("rtd_quality.json", "File that each run adds a row to.")
+    flops: float = option(2e13, "Training budget of a run.")
+    vocab_size: int = option(4096, "Tokens of the tokenizer that is trained on the text.")
+    model_type: str = option(
+        "modernbert", "Architecture of both models, without dropout; relative positions learn from little text."
     )
-    num_hidden_layers: int = field(default=4, metadata={"help": "Layers of the encoder."})
-    hidden_size: int = field(default=128, metadata={"help": "Its width; a head for every 32."})
-    intermediate_size: int = field(default=256, metadata={"help": "Width of its feed-forward layers."})
-    generator_size: float = field(default=0.5, metadata={"help": "The generator's share of the width."})
-    generator_layers: float = field(default=0.25, metadata={"help": "The generator's share of the layers."})
-    probe_rows: int = field(default=10_000, metadata={"help": "Most sentences that a probe is trained on."})
-    pairs: int = field(default=100, metadata={"help": "Minimal pairs of each paradigm."})
+    num_hidden_layers: int = option(4, "Layers of the encoder.")
+    hidden_size: int = option(128, "Its width; a head for every 32.")
+    intermediate_size: int = option(256, "Width of its feed-forward layers.")
+    generator_size: float = option(0.5, "The generator's share of the width.")
+    generator_layers: float = option(0.25, "The generator's share of the layers.")
+    probe_rows: int = option(10_000, "Most sentences that a probe is trained on.")
+    pairs: int = option(100, "Minimal pairs of each paradigm.")
 
 
 class SelectedTokensOnly(ReplacedTokenDetectionForPreTraining):
@@ -126,32 +126,14 @@ class SelectedTokensOnly(ReplacedTokenDetectionForPreTraining):
 
 def build_trainer(arm: str, seed: int, args: QualityArguments, data: PreparedData, folder: Path) -> PretrainingTrainer:
     """Put an arm's model, collator and Trainer together; the encoder has the same sizes in all."""
-    sizes = {
-        "model_type": args.model_type,
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_hidden_layers,
-        "num_attention_heads": max(1, args.hidden_size // 32),
-        "intermediate_size": args.intermediate_size,
-        "max_position_embeddings": args.block_size,
-    }
+    sizes = sizes_of(args.hidden_size, args.num_hidden_layers, intermediate_size=args.intermediate_size)
+    sizes |= {"model_type": args.model_type, "max_position_embeddings": args.block_size}
     if args.model_type == "electra":
         no_dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
         sizes |= {"embedding_size": args.hidden_size, "config_overrides": json.dumps(no_dropout)}
     # ELECTRA's recipe for all.
-    training = {
-        "output_dir": str(folder / f"{arm}-{seed}"),
-        "overwrite_output_dir": True,
-        "per_device_train_batch_size": args.batch_size,
-        "learning_rate": args.learning_rate,
-        "adam_bias_correction": False,
-        "adam_epsilon": 1e-6,
-        "decay_during_warmup": True,
-        "eval_on_start": False,
-        "save_strategy": "no",
-        "logging_steps": 100,
-        "report_to": "none",
-        "seed": seed,
-    }
+    recipe = {"adam_bias_correction": False, "adam_epsilon": 1e-6, "decay_during_warmup": True}
+    training = args.training(folder / f"{arm}-{seed}", seed, **recipe)
     set_seed(seed)
     if arm == "mlm":
         model = EncoderForPreTraining.from_arguments(ModelArguments(**sizes), data.tokenizer)
@@ -181,14 +163,25 @@ def flops_of_a_step(trainer: PretrainingTrainer) -> int:
     return counter.get_total_flops()
 
 
-def train(trainer: PretrainingTrainer, budget: float) -> dict[str, float]:
-    """Train for as many steps as the budget pays for, evaluate and export."""
-    step = flops_of_a_step(trainer)
+def train_for(trainer: PretrainingTrainer, *, budget: float, step: float | None = None) -> dict[str, Any]:
+    """Train for as many steps as the budget pays for.
+
+    Args:
+        trainer: The Trainer.
+        budget: Floating-point operations.
+        step: Those of a step; counted by default.
+    """
+    step = flops_of_a_step(trainer) if step is None else step
     trainer.args.max_steps = max(1, round(budget / step))
     begin = time.perf_counter()
     trainer.train()
-    row = {"steps": trainer.args.max_steps, "flops": step * trainer.args.max_steps}
-    row["seconds"] = round(time.perf_counter() - begin, 1)
+    seconds = round(time.perf_counter() - begin, 1)
+    return {"steps": trainer.args.max_steps, "flops": step * trainer.args.max_steps, "seconds": seconds}
+
+
+def train(trainer: PretrainingTrainer, budget: float) -> dict[str, Any]:
+    """Train for as many steps as the budget pays for, evaluate and export."""
+    row = train_for(trainer, budget=budget)
     held_out = {bare_name(name): value for name, value in trainer.evaluate().items() if not is_bookkeeping(name)}
     trainer.save_model()
     return row | {"held_out": held_out}
@@ -203,16 +196,13 @@ class Exams(NamedTuple):
 
 def read_task(data_dir: str, task: str, split: str) -> tuple[list[str], list[int]]:
     """Return the sentences of a task and their labels."""
-    path = Path(data_dir, task, f"{split}.tsv")
-    if not path.is_file():
-        raise InputError(f"data_dir={data_dir} has no {task}/{split}.tsv: see --help for what it must hold")
-    rows = pd.read_csv(path, sep="\t", header=None, quoting=csv.QUOTE_NONE, keep_default_na=False)
+    rows = read_rows(data_dir, task, split)
     text, label = TASKS[task]
     return rows[text].tolist(), rows[label].astype(int).tolist()
 
 
 def read_exams(args: QualityArguments) -> Exams:
-    """Read them all, before anything is trained."""
+    """Read them all."""
     folder = Path(args.data_dir)
     tasks: dict[str, dict[str, tuple[list[str], list[int]]]] = {}
     for task in TASKS:
@@ -237,8 +227,9 @@ def judge(
     return row | {"blimp": accuracy.mean, "blimp_fields": accuracy.fields, "blimp_paradigms": accuracy.paradigms}
 
 
-def run_arm(arm: str, seed: int, args: QualityArguments, exams: Exams) -> dict[str, Any]:
+def run_arm(arm: str, seed: int, args: QualityArguments) -> dict[str, Any]:
     """Train an arm and judge it."""
+    exams = read_exams(args)
     folder = args.runs_folder()
     data_args = args.text_data(vocab_size=args.vocab_size)
     # The first process trains the tokenizer and tokenizes the text; the others find both.
@@ -250,39 +241,23 @@ def run_arm(arm: str, seed: int, args: QualityArguments, exams: Exams) -> dict[s
     return row | {"threads": torch.get_num_threads()}
 
 
-# Name in the table, name in the results, what it is multiplied by, and decimal places.
 COLUMNS = (
-    ("SST-2 accuracy", "sst2_accuracy", 100, 1),
-    ("CoLA MCC", "cola_matthews", 100, 1),
-    ("CoLA accuracy", "cola_accuracy", 100, 1),
-    ("BLiMP", "blimp", 100, 1),
-    ("steps", "steps", 1, 0),
-    ("seconds", "seconds", 1, 0),
+    Column("FLOPs", "flops", 1, None),
+    Column("SST-2 accuracy", "sst2_accuracy", 100, 1),
+    Column("CoLA MCC", "cola_matthews", 100, 1),
+    Column("CoLA accuracy", "cola_accuracy", 100, 1),
+    Column("BLiMP", "blimp", 100, 1),
+    Column("steps", "steps"),
+    Column("seconds", "seconds"),
 )
 
 
 def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results: mean and standard deviation over the seeds, in points."""
+    """Print a table for each set of settings in the results, in points."""
     for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}\n")
-        by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
-        cells = [
-            [arm, str(len(runs)), f"{statistics.mean(run['flops'] for run in runs):.2e}"]
-            + [mean_and_spread([factor * run[name] for run in runs], places) for _, name, factor, places in COLUMNS]
-            for arm, runs in by_arm.items()
-            if runs
-        ]
-        print_table(cells, ["arm", "seeds", "FLOPs", *(title for title, *_ in COLUMNS)])
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then print the table."""
-    (args,) = parse_arguments((QualityArguments,), argv, prog=Path(__file__).name, description=__doc__ or "")
-    if not args.table:
-        exams = read_exams(args)
-        run_missing(args, lambda arm, seed: run_arm(arm, seed, args, exams))
-    print_results(Path(args.results))
+        print(f"\n{settings}")
+        print_arms(rows, ARMS, COLUMNS)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, print_results=print_results)

@@ -29,7 +29,7 @@ from hf_pretrain.data.examples.pairing import PairTask
 from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.text.datasets import random_subset, text_dataset
 from hf_pretrain.data.text.docstrings import docstring_dataset
-from timing import interleaved, print_table
+from timing import interleaved, options_parser, print_table
 
 BATCH = 256
 READ_BATCH = 32
@@ -77,14 +77,11 @@ def read_text(options: argparse.Namespace) -> datasets.Dataset:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(__doc__, vocab_size=30522, block_size=128, repeats=3)
     parser.add_argument("--train_file", help="UTF-8 text; docstrings of the installed packages if not given")
     parser.add_argument("--document_separator", default="blank_line", choices=("blank_line", "line", "file"))
     parser.add_argument("--max_megabytes", type=float, default=8.0, help="use a random part of the documents")
     parser.add_argument("--tokenizer_name", help="a tokenizer to take; trained on the text if not given")
-    parser.add_argument("--vocab_size", type=int, default=30522)
-    parser.add_argument("--block_size", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--turn_seconds", type=float, default=1.0, help="least time of a turn")
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from hf_pretrain import TransformerXLConfig, TransformerXLForCausalLM
 from hf_pretrain.data import draws
 from hf_pretrain.evaluation.streams import StreamScore, sliding_window_evaluate, stream_evaluate
-from timing import interleaved, print_table
+from timing import interleaved, options_parser, print_table
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
@@ -79,18 +79,15 @@ def measure(options: argparse.Namespace, context: int) -> list[list[object]]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(
+        __doc__, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, vocab_size=8000, repeats=3
+    )
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=[128, 512, 1024], help="tokens that a position sees"
     )
     parser.add_argument("--num_tokens", type=int, default=65_536, help="tokens of the text")
     parser.add_argument("--num_targets", type=int, default=64, help="tokens that the sliding window scores")
     parser.add_argument("--batch_size", type=int, default=1, help="tokens that the sliding window scores at a time")
-    parser.add_argument("--hidden_size", type=int, default=256)
-    parser.add_argument("--num_hidden_layers", type=int, default=4)
-    parser.add_argument("--num_attention_heads", type=int, default=4)
-    parser.add_argument("--vocab_size", type=int, default=8000)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     datasets.disable_progress_bars()

@@ -131,7 +131,7 @@ def make_corpus(folder: Path, *, num_bytes: float, kind: str) -> None:
 
 
 def write_file(path: Path, blocks: Iterator[list[str]]) -> None:
-    """Write documents in the format that the name tells."""
+    """Write documents in the format of the file's name."""
     if path.suffix == ".parquet":
         with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
             for texts in blocks:
@@ -244,7 +244,7 @@ def first_documents(files: list[str]) -> list[str]:
 
 
 def resident_mib(pid: int | str = "self") -> float:
-    """Return the resident memory of a process; nan where the system does not tell."""
+    """Return the resident memory of a process; nan where the system does not say."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -260,7 +260,7 @@ def memory_columns() -> list[object]:
 
 
 def stream_epoch(corpus: Corpus) -> Iterator[list[object]]:
-    """Stream one epoch, or as much of it as is asked for; yield a row at each mark on the way."""
+    """Stream one epoch, or a part of it; yield a row at each mark on the way."""
     limit = min(corpus.num_bytes, 1e9 * (corpus.args.most_gigabytes or math.inf))
     marks = [mark * limit for mark in MARKS]
     shards: set[int] = set()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import multiprocessing
+import os
 import resource
 import sys
 import time
@@ -59,6 +61,25 @@ def _print_cells(cells: Iterable[Sequence[str]], widths: Sequence[int]) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |", flush=True)
         if number == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|", flush=True)
+
+
+def options_parser(description: str | None, **numbers: float) -> argparse.ArgumentParser:
+    """Return the parser of a program that measures.
+
+    Args:
+        description: What the program does, for its help.
+        **numbers: Options by name that are numbers, with their defaults.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    return parser
+
+
+def load_of_machine() -> str:
+    """Return how busy the machine is, in words."""
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    return f"load of the machine: {load} on {os.cpu_count()} cores"
 
 
 def peak_memory(fn: Callable[[], Any]) -> float:

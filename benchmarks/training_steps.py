@@ -36,7 +36,7 @@ from hf_pretrain.objectives.replaced_token_detection import (
     ReplacedTokenDetectionConfig,
     ReplacedTokenDetectionForPreTraining,
 )
-from timing import interleaved, print_table
+from timing import interleaved, options_parser, print_table
 
 SPECIAL_TOKENS = 5
 MASK_TOKEN = 4
@@ -223,14 +223,20 @@ def rows_of(method: str, args: argparse.Namespace) -> list[list[str]]:
     return rows + missing
 
 
+def print_setting(args: argparse.Namespace) -> None:
+    """Print the sizes of the models, and how they are measured."""
+    precision = "bf16 autocast" if args.bf16 else "fp32"
+    print(
+        f"{args.num_hidden_layers} layers, {args.hidden_size} wide, {args.vocab_size} tokens, batch {args.batch_size} x "
+        f"{args.sequence_length}, {precision}, {torch.get_num_threads()} threads, best of {args.repeats}"
+    )
+
+
 def main() -> None:
     """Print one row a method and side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (
-        ("batch_size", 32), ("sequence_length", 128), ("hidden_size", 256), ("num_hidden_layers", 4),
-        ("vocab_size", 30522), ("repeats", 5),
-    ):  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser = options_parser(
+        __doc__, batch_size=32, sequence_length=128, hidden_size=256, num_hidden_layers=4, vocab_size=30522, repeats=5
+    )
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on all sides")
     parser.add_argument(
         "--electra_small", action="store_true", help="the sizes of ELECTRA-Small, in place of the defaults"
@@ -244,11 +250,7 @@ def main() -> None:
         print(rise_of_memory(steps(method, args)[side]))
         return
     rows = [row for method in METHODS for row in rows_of(method, args)]
-    precision = "bf16 autocast" if args.bf16 else "fp32"
-    print(
-        f"{args.num_hidden_layers} layers, {args.hidden_size} wide, {args.vocab_size} tokens, batch {args.batch_size} x "
-        f"{args.sequence_length}, {precision}, {torch.get_num_threads()} threads, best of {args.repeats}"
-    )
+    print_setting(args)
     print_table(rows, ["step", "side", "ms", "speed-up", "GFLOP", "of peak", "MiB", "memory"])
 
 

@@ -1,4 +1,4 @@
-"""Write the tables of the documents, the pages of the API and llms.txt: `make docs`.
+"""Write the tables of the documents, the pages of the API and of `trainers/`, and llms.txt: `make docs`.
 
 Rows come from the methods' records, from the headers of the recipes, and from what the parser of the programs makes of the
 recipes. A table stands between two comments, `<!-- table: NAME -->` and `<!-- end of table -->`. A page of the API has the public
@@ -7,6 +7,7 @@ names of its area. llms.txt has every page of mkdocs.yml with its first sentence
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
 import tomllib
@@ -317,7 +318,7 @@ AREAS = {
 
 def area(name: str) -> str:
     """Return the page of the API that a public name belongs on: by its ending, or by the package that defines it."""
-    module = getattr(hf_pretrain, name).__module__
+    module = hf_pretrain._MODULES[name]
     if name.endswith("Trainer"):
         return "trainers"
     if name.endswith(("Arguments", "Error")):
@@ -424,7 +425,23 @@ def written(page: str) -> str:
     return _TABLE.sub(table, (ROOT / page).read_text(encoding="utf-8"))
 
 
+def program_pages() -> dict[Path, str]:
+    """Return the text of each method's page in `trainers/`, which `accelerate launch` runs."""
+    pages = {}
+    for name in METHODS:
+        page = ROOT / "trainers" / f"{name.replace('-', '_')}.py"
+        source = Path(inspect.getfile(load_method(name).build_trainer)).resolve().relative_to(ROOT)
+        pages[page] = (
+            f'"""`accelerate launch trainers/{page.name}` is `hf-pretrain {name}` on several processes.\n\n'
+            f"The method is in `{source}`; `hf-pretrain {name} --help` lists its options.\n"
+            f'"""\n\nfrom hf_pretrain.cli import launch\n\nlaunch(__name__, "{name}")\n'
+        )
+    return pages
+
+
 if __name__ == "__main__":
+    for path, text in program_pages().items():
+        path.write_text(text, encoding="utf-8")
     for page in (*TABLES, *PAGES):
         text, path = written(page), ROOT / page
         if not path.exists() or text != path.read_text(encoding="utf-8"):

@@ -24,7 +24,7 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 
 def place(name: str) -> str:
     """Return where a public name is defined, as "package.module.Name"."""
-    return f"{hf_pretrain._EXPORTS[name]}.{name}"
+    return f"{hf_pretrain._MODULES[name]}.{name}"
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
         return f"{config.repo_url}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}"
 
     def definition(found: re.Match[str]) -> str:
-        if found[1] not in hf_pretrain._EXPORTS:
+        if found[1] not in hf_pretrain._MODULES:
             raise PluginError(f"{page.file.src_uri}: hf_pretrain has no {found[1]}; run make docs")
         return f"::: {place(found[1])}"
 
@@ -59,7 +59,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
     def mention(found: re.Match[str]) -> str:
         code = f"<code>{found[1]}{found[2] or ''}</code>"
-        known = found[1] in hf_pretrain._EXPORTS
+        known = found[1] in hf_pretrain._MODULES
         return f'<autoref identifier="{place(found[1])}" optional>{code}</autoref>' if known else code
 
     return _MENTION.sub(mention, _FORMULA.sub(formula, html))

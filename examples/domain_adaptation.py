@@ -6,26 +6,18 @@ written to OUT as stock checkpoints. One seed proves little on a small validatio
 
 import numpy as np
 from datasets import load_dataset
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers import Trainer as StockTrainer
-from transformers import TrainingArguments as StockArguments
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
 
-from hf_pretrain import DataCollatorForMaskedLM, EncoderForPreTraining, MaskedLMTrainer, MaskedLMTrainingArguments
-from hf_pretrain.data.prepare import DataArguments, prepare_data
+from hf_pretrain import DataArguments, MaskedLMTrainer, MaskedLMTrainingArguments, prepare_data
 
 MODEL = "answerdotai/ModernBERT-base"
 TEXT, TRAIN, VALIDATION, OUT = "corpus.txt", "train.csv", "dev.csv", "adapted"
 BLOCK_SIZE, EPOCHS, RATE, TASK_EPOCHS, TASK_RATE, SEED = 512, 3, 5e-5, 3, 2e-5, 0
 
-args = MaskedLMTrainingArguments(f"{OUT}/continued", num_train_epochs=EPOCHS, learning_rate=RATE, seed=SEED)
 text = DataArguments(train_file=[TEXT], tokenizer_name=MODEL, block_size=BLOCK_SIZE)
-data = prepare_data(text, seed=SEED, output_dir=args.output_dir)
-trainer = MaskedLMTrainer(
-    EncoderForPreTraining.from_model(AutoModelForMaskedLM.from_pretrained(MODEL)),
-    args,
-    data_collator=DataCollatorForMaskedLM(data.tokenizer, seed=SEED),
-    **data.trainer_inputs(),
-)
+data = prepare_data(text, seed=SEED, output_dir=f"{OUT}/continued")  # holds out a part of the documents
+args = MaskedLMTrainingArguments(f"{OUT}/continued", num_train_epochs=EPOCHS, learning_rate=RATE, seed=SEED)
+trainer = MaskedLMTrainer(model=MODEL, args=args, train_dataset=data)
 trainer.train()
 trainer.save_model()
 trainer.create_model_card()
@@ -42,9 +34,11 @@ def fine_tune(checkpoint: str, folder: str) -> float:
         lambda row: {**tokenizer(row["sentence"], truncation=True), "labels": labels.index(row["label"])},
         remove_columns=["sentence", "label"],
     )
-    tuner = StockTrainer(
+    tuner = Trainer(
         AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=len(labels), **names),
-        StockArguments(folder, num_train_epochs=TASK_EPOCHS, learning_rate=TASK_RATE, seed=SEED, save_strategy="no"),
+        TrainingArguments(
+            folder, num_train_epochs=TASK_EPOCHS, learning_rate=TASK_RATE, seed=SEED, save_strategy="no"
+        ),
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
         processing_class=tokenizer,

@@ -5,51 +5,15 @@ Nothing heavy is imported here, so that ``hf-pretrain --help`` and a mistyped me
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
 
-from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated
+from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated, nearest
+from hf_pretrain.objectives import METHODS
 from hf_pretrain.training.method import Listed, Method, registered_methods
-
-METHODS = {
-    "mlm": Listed(
-        "masked language modelling: hide tokens, words or spans and find them again",
-        "hf_pretrain.objectives.encoder:MASKED_LM",
-    ),
-    "encoder": Listed(
-        "masked language modelling with any other objectives of an encoder, in one mixture",
-        "hf_pretrain.objectives.encoder:METHOD",
-    ),
-    "rtd": Listed(
-        "replaced token detection (ELECTRA): tell replaced tokens from original ones",
-        "hf_pretrain.objectives.replaced_token_detection:METHOD",
-    ),
-    "electric": Listed(
-        "noise-contrastive estimation (Electric): score every token in its context",
-        "hf_pretrain.objectives.electric:METHOD",
-    ),
-    "plm": Listed(
-        "permutation language modelling (XLNet): predict tokens in a random order",
-        "hf_pretrain.objectives.permutation_lm:METHOD",
-    ),
-    "recurrent-lm": Listed(
-        "language modelling with a memory of the text before (Transformer-XL)",
-        "hf_pretrain.objectives.recurrent_lm:METHOD",
-    ),
-    "distil": Listed(
-        "distillation of an encoder into a smaller one, on text (TinyBERT, DistilBERT, MiniLM)",
-        "hf_pretrain.objectives.distillation:METHOD",
-    ),
-    "distil-task": Listed(
-        "distillation of a fine-tuned classifier, on the examples of its task (TinyBERT)",
-        "hf_pretrain.objectives.distillation:TASK_METHOD",
-    ),
-}
-"""The methods of this library; installed packages may register more."""
 
 RECIPES = {
     "bert": ("encoder", "masked tokens and the next sentence (BERT)"),
@@ -119,8 +83,7 @@ def load_method(name: str) -> Method:
     listed = methods()
     if name not in listed:
         known = [*listed, *RECIPES, *COMMANDS]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}"
+        hint = nearest(name, known, otherwise=f"choose from {', '.join(known)}")
         raise InputError(f"unknown method {name!r}: {hint}")
     return listed[name].load(name)
 

@@ -82,7 +82,7 @@ def from_plain(kind: Any, value: Any) -> Any:
 
 
 def begin_folder(folder: str | Path, *, name: str = MARKER) -> None:
-    """Make an empty folder that can be told from a whole one until its marker is written; what it held is removed."""
+    """Make an empty folder that differs from a whole one until its marker is written; its old content is removed."""
     folder = Path(folder)
     if folder.exists():
         shutil.rmtree(folder)
@@ -100,7 +100,7 @@ def write_marker(folder: str | Path, *, name: str = MARKER, has_hashes: bool = F
         folder: The folder.
         name: Name of the marker.
         has_hashes: Whether the marker has the hash of every file too, for [`damaged_file`]; each is read once.
-        **facts: What the marker tells besides; of a checkpoint its `step` and `world_size`.
+        **facts: Further facts in the marker; of a checkpoint its `step` and `world_size`.
     """
     folder = Path(folder)
     part = folder / (name + PART)
@@ -153,7 +153,7 @@ def damaged_file(folder: str | Path, *, name: str = MARKER) -> str | None:
 
 
 def read_marker(folder: str | Path, *, name: str = MARKER) -> Mapping[str, Any] | None:
-    """Return what the marker of a folder tells, with the sizes of its `files` in bytes; None if there is none."""
+    """Return the facts in the marker of a folder, with the sizes of its `files` in bytes; None if there is no marker."""
     try:
         facts = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -168,7 +168,7 @@ def is_whole(folder: str | Path, *, name: str = MARKER) -> bool:
 
 
 def first_difference(folder: Path, files: Mapping[str, int]) -> str | None:
-    """Return what the first file lacks that has not its size, or None."""
+    """Return what is wrong with the first file that is not there or has another size; None if all are right."""
     for name, size in files.items():
         try:
             found = (folder / name).stat().st_size

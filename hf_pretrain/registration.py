@@ -9,6 +9,7 @@ Then the finder removes itself.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -36,14 +37,24 @@ class _Finder(MetaPathFinder):
         self.depth = 0
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return the spec of the other finders, with a wrapped loader."""
+        """Return the spec of the other finders; its loader runs the module with `_execute`."""
         if not f"{fullname}.".startswith(_WATCHED):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
+            spec.loader.exec_module = partial(self._execute, spec.loader)  # type: ignore[method-assign]
         return spec
+
+    def _execute(self, loader: Loader, module: ModuleType) -> None:
+        """Run a module as its loader does, and count the watched imports that are under way."""
+        self.depth += 1
+        try:
+            type(loader).exec_module(loader, module)
+        finally:
+            self.depth -= 1
+        if self.depth == 0:
+            self.register_imported()
 
     def register_imported(self) -> None:
         """Register with each imported Auto class, once."""
@@ -56,27 +67,3 @@ class _Finder(MetaPathFinder):
                 (register_configurations if name == _CONFIGURATIONS else register_models)()
         if not self.pending and self in sys.meta_path:
             sys.meta_path.remove(self)
-
-
-class _Loader(Loader):
-    """A module's own loader; it counts the watched imports that are under way."""
-
-    def __init__(self, loader: Loader, finder: _Finder) -> None:
-        self.loader = loader
-        self.finder = finder
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to the loader."""
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Run the module with its own loader."""
-        assert module.__spec__ is not None
-        module.__loader__ = module.__spec__.loader = self.loader
-        self.finder.depth += 1
-        try:
-            self.loader.exec_module(module)
-        finally:
-            self.finder.depth -= 1
-        if self.finder.depth == 0:
-            self.finder.register_imported()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -60,17 +59,13 @@ class Schedule(float):
         return self.text
 
     @classmethod
-    def parse(
-        cls, text: str, *, name: str, least: float = 0.0, most: float = math.inf, allowed: Range | None = None
-    ) -> Schedule:
+    def parse(cls, text: str, *, name: str, allowed: Range | None = None) -> Schedule:
         """Read a schedule such as "0:0.3, 10000:0.15" (steps) or "0%:50, 50%:25" (shares of all steps).
 
         Args:
             text: The value of the option.
             name: Name of the option, for messages.
-            least: Smallest value that the schedule may take.
-            most: Greatest.
-            allowed: Instead of both, the range of the option.
+            allowed: The values that it may take; by default all from 0.
 
         Returns:
             The schedule.
@@ -89,7 +84,7 @@ class Schedule(float):
         last = 1 if True in shares else 2**63
         if len(shares) > 1 or not rises or not 0 <= points[0] <= points[-1] <= last:
             raise InputError(f"{name}={text!r} has steps that mix, fall or lie outside of training: {_FORM}")
-        allowed = Range(least, most) if allowed is None else allowed
+        allowed = allowed or Range(0.0)
         wrong = [value for value in values if not allowed.holds(value)]
         if wrong:
             raise InputError(f"{name}={text!r} goes to {wrong[0]:g}: values must be finite numbers {allowed}")

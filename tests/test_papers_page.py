@@ -77,6 +77,13 @@ def test_make_docs_changes_nothing(page):
     assert make_tables.written(page) == (ROOT / page).read_text(encoding="utf-8"), "run make docs"
 
 
+def test_make_docs_leaves_the_pages_that_are_launched():
+    pages = make_tables.program_pages()
+    assert {page.name for page in (ROOT / "trainers").glob("*.py")} == {page.name for page in pages} | {"__init__.py"}
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, "run make docs"
+
+
 def test_every_recipe_is_in_the_tables():
     for page in make_tables.TABLES:
         linked = set(

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, Range
 from hf_pretrain.objectives.encoder.arguments import describe
 from hf_pretrain.objectives.encoder.trainer import EncoderTrainer
 from hf_pretrain.schedules import Schedule, TrainingSteps
@@ -60,8 +60,8 @@ class TestRefusals:
     @pytest.mark.parametrize("value", ["1.01", "-0.1", "nan", "inf"])
     def test_values(self, value):
         with pytest.raises(InputError, match=rf"goes to {value}: values must be finite numbers from 0 to 1"):
-            parse(f"0:0.5, 9:{value}", most=1.0)
-        assert parse("0:1, 1:0", most=1.0).at(1, 2) == 0
+            parse(f"0:0.5, 9:{value}", allowed=Range(0.0, 1.0))
+        assert parse("0:1, 1:0", allowed=Range(0.0, 1.0)).at(1, 2) == 0
 
     def test_values_without_an_upper_bound(self):
         with pytest.raises(InputError, match="goes to inf: values must be finite numbers of at least 0"):

@@ -14,45 +14,46 @@ does your text above and below the two comments around the card.
 
 import json
 import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_pretrain.cli import run_program
+from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.hub.card import update_card
-from hf_pretrain.hub.evaluation import Evaluation, hub_id
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.text import HUB_NAME
+from hf_pretrain.options import option
+
+# What the Hub takes, and what to give instead.
+_FORMS = {
+    "license": (r"[a-z0-9]+([.-][a-z0-9]+)*", "give the Hub's identifier, such as apache-2.0"),
+    "language": (r"code|multilingual|[a-z]{2,3}(-[A-Za-z0-9]+)*", "give a code, such as en"),
+    "datasets": (HUB_NAME, "give an id on the Hub, such as allenai/c4"),
+    "hub_model_id": (HUB_NAME, "give a repository, such as me/my-electra"),
+}
 
 
 @dataclass
 class CardArguments:
     """Options of ``hf-pretrain card``."""
 
-    model_folder: str = field(
-        metadata={"help": "Folder of the model; it may be given without the name of the option."}
+    model_folder: str = option(help="Folder of the model; it may be given without the name of the option.")
+    evaluation: list[str] | None = option(
+        None, "JSON files of evaluations on tasks; one of the same task and split is replaced."
     )
-    evaluation: list[str] | None = field(
-        default=None,
-        metadata={"help": "JSON files of evaluations on tasks; one of the same task and split is replaced."},
-    )
-    license: str | None = field(default=None, metadata={"help": "The Hub's identifier of a license: apache-2.0."})
-    language: list[str] | None = field(default=None, metadata={"help": "Codes of the languages of the text: en de."})
-    datasets: list[str] | None = field(
-        default=None, metadata={"help": "Ids of the training data on the Hub: allenai/c4."}
-    )
-    hub_model_id: str | None = field(
-        default=None, metadata={"help": "Repository that the code of the card is to name: me/my-electra."}
-    )
+    license: str | None = option(None, "The Hub's identifier of a license: apache-2.0.")
+    language: list[str] | None = option(None, "Codes of the languages of the text: en de.")
+    datasets: list[str] | None = option(None, "Ids of the training data on the Hub: allenai/c4.")
+    hub_model_id: str | None = option(None, "Repository that the code of the card is to name: me/my-electra.")
 
     def __post_init__(self) -> None:
         """Check what the Hub would refuse."""
-        _check("license", [self.license], _is_license, "give the Hub's identifier, such as apache-2.0")
-        _check("language", self.language, _is_language, "give a code, such as en")
-        _check("datasets", self.datasets, hub_id, "give an id on the Hub, such as allenai/c4")
-        _check("hub_model_id", [self.hub_model_id], hub_id, "give a repository, such as me/my-electra")
+        for name, (pattern, advice) in _FORMS.items():
+            given = getattr(self, name)
+            for value in [given] if isinstance(given, str) else given or ():
+                if not re.fullmatch(pattern, value):
+                    raise InputError(f"{name}={value!r}: {advice}")
 
 
 ARGUMENTS = (CardArguments,)
@@ -60,10 +61,7 @@ ARGUMENTS = (CardArguments,)
 
 def main(argv: list[str] | None = None) -> None:
     """Make a card again from the command line; see the top of the file."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and not given[0].startswith("-"):
-        given.insert(0, "--model_folder")
-    (args,) = parse_arguments(ARGUMENTS, given, prog="hf-pretrain card", description=__doc__ or "")
+    args = parse_command(ARGUMENTS, argv, name="card", description=__doc__, first="model_folder")
     evaluations = [evaluation for name in args.evaluation or () for evaluation in read_evaluations(name)]
     changes: dict[str, Any] = {name: getattr(args, name) for name in ("license", "language", "datasets")}
     if args.hub_model_id is not None:
@@ -93,21 +91,3 @@ def read_evaluations(path: str | Path) -> list[Evaluation]:
         raise InputError(f"evaluation={str(path)!r} is no JSON: {error}") from error
     entries = content if isinstance(content, list) else [content]
     return [Evaluation.from_mapping(entry, source=str(path)) for entry in entries]
-
-
-def _check(option: str, values: Sequence[str | None] | None, is_right: Callable[[str], Any], advice: str) -> None:
-    for value in values or ():
-        if value is not None and not is_right(value):
-            raise InputError(f"{option}={value!r}: {advice}")
-
-
-def _is_license(text: str) -> bool:
-    return re.fullmatch(r"[a-z0-9]+([.-][a-z0-9]+)*", text) is not None
-
-
-def _is_language(text: str) -> bool:
-    return text in ("code", "multilingual") or re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*", text) is not None
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_program(main))

@@ -13,16 +13,15 @@ Memory: about 4 KB a document that is kept, whatever its length.
 Needs the package rensa: pip install 'hf-pretrain[dedup]'.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_pretrain.cli import run_program
-from hf_pretrain.commands import of_data, text_files
+from hf_pretrain.commands import of_data, parse_command, text_files
 from hf_pretrain.curation.deduplication import DOCUMENTS, REPORT, deduplicate_files
 from hf_pretrain.curation.near_duplicates import check_options
-from hf_pretrain.errors import InputError
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.errors import check_range
+from hf_pretrain.options import option
 from hf_pretrain.training.program import print_table
 
 _SHARD_BYTES = 1 << 28
@@ -41,26 +40,20 @@ class DeduplicateArguments:
     """What to read, what counts as a repetition and where to write."""
 
     train_file: list[str] = text_files()
-    output_dir: str = field(  # type: ignore[misc]
-        metadata={"help": "Folder to write to: documents/*.jsonl and deduplication.json."}
-    )
-    against: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Text whose repetitions are left out too, such as that of an evaluation; it is not written."
-        },
+    output_dir: str = option(help="Folder to write to: documents/*.jsonl and deduplication.json.")
+    against: list[str] | None = option(
+        None, "Text whose repetitions are left out too, such as that of an evaluation; it is not written."
     )
     text_column: str = of_data("text_column")
     document_separator: Literal["blank_line", "line", "file"] = of_data("document_separator")
-    similarity_threshold: float = field(
-        default=0.8, metadata={"help": "Least Jaccard similarity of the shingles of two near documents, in (0, 1]."}
+    similarity_threshold: float = option(
+        0.8, "Least Jaccard similarity of the shingles of two near documents, in (0, 1]."
     )
-    shingle_size: int = field(default=5, metadata={"help": "Words in a shingle; a shorter document is one shingle."})
-    num_permutations: int = field(
-        default=128,
-        metadata={"help": "Numbers in a sketch; four times as many halve the error of the similarity, 0.035 at 0.8."},
+    shingle_size: int = option(5, "Words in a shingle; a shorter document is one shingle.")
+    num_permutations: int = option(
+        128, "Numbers in a sketch; four times as many halve the error of the similarity, 0.035 at 0.8."
     )
-    shard_bytes: int = field(default=_SHARD_BYTES, metadata={"help": "Most bytes of a written file."})
+    shard_bytes: int = option(_SHARD_BYTES, "Most bytes of a written file.")
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no sense.
@@ -69,8 +62,7 @@ class DeduplicateArguments:
             InputError: If one is out of range.
         """
         check_options(self.similarity_threshold, self.shingle_size, self.num_permutations)
-        if self.shard_bytes < 1:
-            raise InputError(f"shard_bytes={self.shard_bytes} must be positive; {_SHARD_BYTES} is usual")
+        check_range(self.shard_bytes, "[1, inf)", name="shard_bytes", hint=f"{_SHARD_BYTES} is usual")
 
 
 ARGUMENTS = (DeduplicateArguments,)
@@ -78,7 +70,7 @@ ARGUMENTS = (DeduplicateArguments,)
 
 def main(argv: list[str] | None = None) -> None:
     """Read, compare, write and report; see the top of the file."""
-    (args,) = parse_arguments(ARGUMENTS, argv, prog="hf-pretrain deduplicate", description=__doc__ or "")
+    args = parse_command(ARGUMENTS, argv, name="deduplicate", description=__doc__)
     report = deduplicate_files(**asdict(args))
     _print_report(report, Path(args.output_dir), with_against=args.against is not None)
 
@@ -95,10 +87,5 @@ def _print_report(report: dict[str, Any], folder: Path, *, with_against: bool) -
     if report["clusters"]:
         print("\nThe documents with the most repetitions, how many were left out, and how one of these begins:")
         for cluster in report["clusters"][:_SHOWN_CLUSTERS]:
-            place = f"{cluster['source']}:{cluster['number']}"
-            print(f"  {cluster['removed']:>8,}  {place}  {cluster['excerpt']}")
+            print(f"  {cluster['removed']:>8,}  {cluster['source']}:{cluster['number']}  {cluster['excerpt']}")
     print(f"\ndocuments  {folder / DOCUMENTS}  (for --train_file)\nreport     {folder / REPORT}")
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_program(main))

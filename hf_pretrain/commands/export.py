@@ -10,10 +10,11 @@ holds something is refused. There is no model card: the run itself writes one at
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from hf_pretrain.cli import run_program
+from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import MARKER, damaged_file, is_whole
 from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.options import option
 from hf_pretrain.training.checkpointing import was_cut_off
-from hf_pretrain.training.parsing import parse_arguments
 
-# The composites by the type that their checkpoints name.
-_COMPOSITES = {
-    "hf_pretrain_encoder": ("hf_pretrain.objectives.encoder.modeling", "EncoderForPreTraining"),
-    "hf_pretrain_replaced_token_detection": (
-        "hf_pretrain.objectives.replaced_token_detection.modeling",
-        "ReplacedTokenDetectionForPreTraining",
-    ),
-    "hf_pretrain_electric": ("hf_pretrain.objectives.electric.modeling", "ElectricForPreTraining"),
-    "hf_pretrain_permutation_lm": ("hf_pretrain.objectives.permutation_lm.modeling", "PermutationLMForPreTraining"),
-    "hf_pretrain_recurrent_lm": ("hf_pretrain.objectives.recurrent_lm.modeling", "RecurrentLMForPreTraining"),
-    "hf_pretrain_distillation": ("hf_pretrain.objectives.distillation.modeling", "DistillationModel"),
-}
 _HEADS = {
     "masked_lm": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
@@ -64,12 +53,8 @@ _HEADS = {
 class ExportArguments:
     """Options of ``hf-pretrain export``."""
 
-    checkpoint: str = field(
-        metadata={"help": "A checkpoint-* folder of a run; it may be given without the name of the option."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder to write to; by default export-STEP beside the checkpoint."}
-    )
+    checkpoint: str = option(help="A checkpoint-* folder of a run; it may be given without the name of the option.")
+    output_dir: str | None = option(None, "Folder to write to; by default export-STEP beside the checkpoint.")
 
 
 ARGUMENTS = (ExportArguments,)
@@ -77,10 +62,7 @@ ARGUMENTS = (ExportArguments,)
 
 def main(argv: list[str] | None = None) -> None:
     """Export from the command line; see the top of the file."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and not given[0].startswith("-"):
-        given.insert(0, "--checkpoint")
-    (args,) = parse_arguments(ARGUMENTS, given, prog="hf-pretrain export", description=__doc__ or "")
+    args = parse_command(ARGUMENTS, argv, name="export", description=__doc__, first="checkpoint")
     checkpoint = Path(os.path.abspath(args.checkpoint))
     folder = checkpoint.with_name(f"export-{checkpoint.name.removeprefix('checkpoint-')}")
     if args.output_dir is not None:
@@ -100,7 +82,7 @@ def export_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> str:
         The name of the class of the exported model.
 
     Raises:
-        InputError: If the folder is no checkpoint, or not whole, or there is something at the place to write to.
+        InputError: If the folder is no checkpoint, or not whole, or `output_dir` is in use.
     """
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
@@ -125,47 +107,53 @@ def load_composite(checkpoint: str | Path) -> PretrainingModel:
         InputError: If the folder is no checkpoint, or not whole.
     """
     checkpoint = Path(checkpoint)
-    asked = f"checkpoint={str(checkpoint)!r}"
+    given = f"checkpoint={str(checkpoint)!r}"
     if not checkpoint.is_dir():
-        raise InputError(f"{asked} is no folder: name a checkpoint-* folder of a run")
-    values, _ = PreTrainedConfig.get_config_dict(checkpoint) if (checkpoint / "config.json").is_file() else ({}, None)
-    kind = _COMPOSITES.get(values.get("model_type", ""))
-    if kind is None:
-        raise InputError(f"{asked} is no checkpoint of a run of hf-pretrain: name one of its checkpoint-* folders")
+        raise InputError(f"{given} is no folder: name a checkpoint-* folder of a run")
+    model_class = _composite_class(checkpoint)
+    if model_class is None:
+        raise InputError(f"{given} is no checkpoint of a run of hf-pretrain: name one of its checkpoint-* folders")
     is_marked = (checkpoint / MARKER).exists()
     if was_cut_off(checkpoint) or (is_marked and not is_whole(checkpoint)):
-        raise InputError(f"{asked} is incomplete (killed while saving?): name another")
+        raise InputError(f"{given} is incomplete (killed while saving?): name another")
     if (damaged := damaged_file(checkpoint)) is not None:
-        raise InputError(f"{asked} is damaged ({damaged} is not as it was saved): name another")
+        raise InputError(f"{given} is damaged ({damaged} is not as it was saved): name another")
     transformers_logging.disable_progress_bar()
-    model_class = getattr(import_module(kind[0]), kind[1])
-    config = model_class.config_class.from_pretrained(checkpoint)
-    model = _build(model_class, config)
-    found = model.load_state_dict(_state(checkpoint, asked), strict=False)
+    model = _build(model_class, model_class.config_class.from_pretrained(checkpoint))
+    found = model.load_state_dict(_state(checkpoint, given), strict=False)
     missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
     if missing or found.unexpected_keys:
         first = sorted(missing or found.unexpected_keys)[0]
-        raise InputError(f"{asked} does not fit its own configuration ({first}): it is of another version, or damaged")
+        raise InputError(f"{given} does not fit its own configuration ({first}): it is of another version, or damaged")
     model.tie_weights()
     return model.eval()
 
 
+def _composite_class(checkpoint: Path) -> Any:
+    """Return the class of a method's model by its configuration; None if that is of no method."""
+    values = PreTrainedConfig.get_config_dict(checkpoint)[0] if (checkpoint / "config.json").is_file() else {}
+    method = re.fullmatch(r"hf_pretrain_(\w+)", values.get("model_type", ""))
+    if method is None or find_spec(f"hf_pretrain.objectives.{method[1]}") is None:
+        return None
+    module = import_module(f"hf_pretrain.objectives.{method[1]}.modeling")
+    return getattr(module, (values.get("architectures") or [""])[0], None)
+
+
 def _build(model_class: Any, config: Any) -> PretrainingModel:
-    if "student" not in config.sub_configs:
-        built: PretrainingModel = model_class(config)
-        return built
-    student = _HEADS[config.head].from_config(config.student, dtype=torch.float32)
-    if config.head == "none" and getattr(student, "pooler", None) is not None:
-        student.pooler = None
-    built = model_class(config, student)
+    parts = []
+    if "student" in config.sub_configs:
+        parts = [_HEADS[config.head].from_config(config.student, dtype=torch.float32)]
+        if config.head == "none" and getattr(parts[0], "pooler", None) is not None:
+            parts[0].pooler = None
+    built: PretrainingModel = model_class(config, *parts)
     return built
 
 
-def _state(checkpoint: Path, asked: str) -> dict[str, torch.Tensor]:
+def _state(checkpoint: Path, given: str) -> dict[str, torch.Tensor]:
     files = sorted(checkpoint.glob("model*.safetensors"))
     if not files:
         raise InputError(
-            f"{asked} has no model.safetensors: it was written in shards (FSDP, DeepSpeed); go on with the run to its last step, "
+            f"{given} has no model.safetensors: it was written in shards (FSDP, DeepSpeed); go on with the run to its last step, "
             "which exports"
         )
     state: dict[str, torch.Tensor] = {}
@@ -173,9 +161,5 @@ def _state(checkpoint: Path, asked: str) -> dict[str, torch.Tensor]:
         try:
             state |= load_file(file)
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{asked}: {file.name} cannot be read ({error}): name another checkpoint") from error
+            raise InputError(f"{given}: {file.name} cannot be read ({error}): name another checkpoint") from error
     return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_program(main))

@@ -12,9 +12,9 @@ Without --tokenizer_name a tokenizer is trained as the programs do, on the first
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import datasets
 import numpy as np
@@ -22,8 +22,7 @@ import pyarrow.compute as pc
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_pretrain.cli import run_program
-from hf_pretrain.commands import of_data, text_files
+from hf_pretrain.commands import of_data, parse_command, text_files
 from hf_pretrain.data.documents.documents import UnknownCount, sentence_starts, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import Segmenter, encodable, word_starts
@@ -34,23 +33,25 @@ from hf_pretrain.data.text.files import excerpt
 from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import write_text
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.options import option
 from hf_pretrain.training.program import print_table
 
 _BAR = 40
 _QUANTILES = (5, 25, 50, 75, 95, 99)
 _NUM_LONGEST = 5
-_STEP = 1 << 24  # positions that are looked at together
+_STEP = 1 << 24  # positions that are read together
 
 
 @dataclass
 class StatisticsArguments:
     """What to count, with which tokenizer, and for blocks of which size."""
 
+    needs: ClassVar[dict[str, str]] = {"overwrite_output_file": "output_file"}
+
     train_file: list[str] = text_files()
-    output_file: str | None = field(default=None, metadata={"help": "JSON file to write all the numbers to as well."})
-    overwrite_output_file: bool = field(
-        default=False, metadata={"help": "Replace the output_file of an earlier count; never a file that is read."}
+    output_file: str | None = option(None, "JSON file to write all the numbers to as well.")
+    overwrite_output_file: bool = option(
+        False, "Replace the output_file of an earlier count; never a file that is read."
     )
     text_column: str = of_data("text_column")
     document_separator: Literal["blank_line", "line", "file"] = of_data("document_separator")
@@ -70,8 +71,6 @@ class StatisticsArguments:
         """
         self.data_arguments()
         if self.output_file is None:
-            if self.overwrite_output_file:
-                raise InputError("overwrite_output_file=True has no effect without an output_file: name one")
             return
         path = Path(self.output_file)
         if path.is_dir() or not path.parent.is_dir():
@@ -107,7 +106,7 @@ ARGUMENTS = (StatisticsArguments,)
 
 def main(argv: list[str] | None = None) -> None:
     """Read, count, print and write; see the top of the file."""
-    (args,) = parse_arguments(ARGUMENTS, argv, prog="hf-pretrain statistics", description=__doc__ or "")
+    args = parse_command(ARGUMENTS, argv, name="statistics", description=__doc__)
     args.check_output(resolve_paths(args.train_file))
     texts = text_dataset(args.train_file, text_column=args.text_column, document_separator=args.document_separator)
     options = args.data_arguments()
@@ -268,7 +267,3 @@ def _print(statistics: dict[str, Any]) -> None:
     print_table(rows, header=("--block_mode", "blocks", *shares.values(), "sentences cut"))
     for mode in (mode for mode, row in packing.items() if row is None):
         print(f"  {mode}: the tokenizer has no sep_token and no eos_token to put between documents")
-
-
-if __name__ == "__main__":
-    raise SystemExit(run_program(main))

@@ -1,25 +1,13 @@
 """The options of masking, as a dataclass to be mixed into training arguments."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
-from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.errors import InputError
 from hf_pretrain.options import check_options, option
 from hf_pretrain.schedules import Schedule
 
 MaskingUnit = Literal["token", "word", "ngram", "span", "given"]
-MaskingCount = Literal["exact", "bernoulli"]
-ReplacementUnit = Literal["token", "word", "unit"]
-NgramUnit = Literal["word", "token"]
-SpanLengthMode = Literal["renormalise", "clip"]
-
-_CHOICES = {
-    "masking_unit": get_args(MaskingUnit),
-    "masking_count": get_args(MaskingCount),
-    "replacement_unit": get_args(ReplacementUnit),
-    "ngram_unit": get_args(NgramUnit),
-    "span_length_mode": get_args(SpanLengthMode),
-}
 
 
 @dataclass
@@ -27,7 +15,7 @@ class MaskingArguments:
     """The options that all objectives with masks share: which tokens are selected, and what replaces them.
 
     The defaults are BERT's 15 and 80/10/10 percent, drawn anew each epoch. See the `help` of each field.
-    A subclass with a `__post_init__` of its own calls `super().__post_init__()` or `validate_masking()`.
+    A subclass with a `__post_init__` of its own calls `super().__post_init__()`.
 
     Raises:
         InputError: If an option is out of range, or two options contradict each other.
@@ -60,7 +48,7 @@ class MaskingArguments:
         "What is selected as a whole: 'token' (BERT), 'word' (whole words), 'ngram' (runs of words, "
         "ALBERT), 'span' (runs of words cut to the budget, SpanBERT) or 'given' (the ranges in the column spans).",
     )
-    masking_count: MaskingCount = option(
+    masking_count: Literal["exact", "bernoulli"] = option(
         "exact",
         "'exact': each example gets its budget of targets, at least one. 'bernoulli': each token, word or "
         "given span is drawn by itself, so counts vary and may be zero.",
@@ -69,7 +57,7 @@ class MaskingArguments:
     random_share: float = option(
         0.1, "Share of the selected tokens that a random token replaces, 0 to 1; the rest stay as they are."
     )
-    replacement_unit: ReplacementUnit = option(
+    replacement_unit: Literal["token", "word", "unit"] = option(
         "token",
         "For what mask, random or keep is decided at once: each 'token' (BERT), each 'word' (RoBERTa) or "
         "each selected 'unit' (SpanBERT, where touching spans are one).",
@@ -80,14 +68,14 @@ class MaskingArguments:
     ngram_shares: list[float] | None = option(
         None, "Probabilities of n-grams of 1, 2, ..., max_ngram words, instead of 1/n: '0.8 0.1 0.1' (UniLM)."
     )
-    ngram_unit: NgramUnit = option(
+    ngram_unit: Literal["word", "token"] = option(
         "word", "What n-grams are made of: 'word' (whole words, ALBERT) or 'token' (UniLM)."
     )
     max_span_length: int = option(10, "Most words of a span.")
     span_geometric_p: float = option(
         0.2, "Parameter of the geometric distribution of span lengths, above 0, at most 1."
     )
-    span_length_mode: SpanLengthMode = option(
+    span_length_mode: Literal["renormalise", "clip"] = option(
         "renormalise",
         "Where the geometric distribution goes beyond max_span_length: 'renormalise' (mean 3.8 words by "
         "default) or 'clip' to the longest (mean 4.5).",
@@ -98,23 +86,16 @@ class MaskingArguments:
     mask_unknown: bool = option(True, "Whether the unknown token may be selected (BERT, ELECTRA) or not (DeBERTa).")
 
     def __post_init__(self) -> None:
-        """Check the options, then let the next class of a mixture do its own."""
-        self.validate_masking()
-        post_init = getattr(super(), "__post_init__", None)
-        if post_init is not None:
-            post_init()
-
-    def validate_masking(self) -> None:
-        """Refuse options that are out of range or contradict each other.
-
-        Raises:
-            InputError: Naming the option, its value and what it takes.
-        """
-        for name, choices in _CHOICES.items():
-            check_choice(getattr(self, name), choices, name=name)
+        """Refuse options that are out of range or contradict each other; then the next class of a mixture does its own."""
         check_options(self)
         if self.ngram_shares is not None:
-            self._check_ngram_shares(self.ngram_shares)
+            shares = self.ngram_shares
+            are_shares = all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
+            if len(shares) != self.max_ngram or not are_shares or abs(sum(shares) - 1) >= 1e-6:
+                raise InputError(
+                    f"ngram_shares={shares!r} must be {self.max_ngram} numbers from 0 that add up to 1, one for each n up to "
+                    "max_ngram"
+                )
         if self.static_masks and isinstance(self.mlm_probability, Schedule):
             raise InputError(
                 f"static_masks={self.static_masks} freezes the masks, so mlm_probability={self.mlm_probability!r} cannot "
@@ -129,11 +110,6 @@ class MaskingArguments:
                 f"masking_count='bernoulli' has no meaning for masking_unit={self.masking_unit!r}, whose units "
                 "overlap: use masking_count='exact'"
             )
-
-    def _check_ngram_shares(self, shares: list[float]) -> None:
-        are_shares = all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares)
-        if len(shares) != self.max_ngram or not are_shares or abs(sum(shares) - 1) >= 1e-6:
-            raise InputError(
-                f"ngram_shares={shares!r} must be {self.max_ngram} numbers from 0 that add up to 1, one for each n up to "
-                "max_ngram"
-            )
+        post_init = getattr(super(), "__post_init__", None)
+        if post_init is not None:
+            post_init()

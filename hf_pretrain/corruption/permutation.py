@@ -1,6 +1,6 @@
 """Permutation language modelling: factorisation orders, and the tokens that are predicted.
 
-An order says who sees whom, as two integers a token: position `i` sees the content of `j` iff
+An order says which tokens see which, as two integers a token: position `i` sees the content of `j` iff
 `key_ranks[j] < thresholds[i]`; the content stream also sees itself. A row is cut into parts: two halves, of which the
 first never sees the second and may therefore be kept as memory, or one whole. `sample_targets` then chooses spans with
 context around them in each part.
@@ -27,7 +27,7 @@ from hf_pretrain.corruption.spans import ngram_lengths
 from hf_pretrain.errors import InputError
 
 PADDING_RANK = 1 << 30
-"""Key rank of padding: above every threshold, so that nobody sees it."""
+"""Key rank of padding: above every threshold, so that no token sees it."""
 
 
 _HALF = np.uint64(32)
@@ -142,7 +142,7 @@ def random_order(keys: RowKeys, *, parts: RowParts, perm_size: int | None = None
     part, offsets = parts.of_columns()
     index = part + np.arange(len(part))[:, None] * parts.sizes.shape[1]
     inside = offsets if perm_size is None else offsets % blocks.ravel()[index]
-    # Columns of padding look up any value; nobody reads it.
+    # Columns of padding look up any value, which is not read.
     ranks = permutations.take(index * longest + inside, mode="clip")
     ranks += offsets - inside
     capacities = -(-parts.sizes[:, :1] // blocks[:, :1]) * blocks[:, :1]
@@ -166,10 +166,10 @@ def given_order(ranks: np.ndarray, *, parts: RowParts) -> FactorisationOrder:
 def visibility(
     order: FactorisationOrder, *, targets: np.ndarray, functional: np.ndarray, valid: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return key ranks and thresholds: who sees whom in an order.
+    """Return key ranks and thresholds: which tokens see which in an order.
 
     In a part, ordinary tokens see each other. A target sees them and the targets and functional tokens before it in the
-    order, not itself; a functional token also sees itself. Nobody ordinary sees a target or a functional token, which
+    order, not itself; a functional token also sees itself. No ordinary token sees a target or a functional token, which
     would pass on what it has seen. The second half sees all of the first, the first nothing of the second.
 
     Args:
@@ -179,7 +179,7 @@ def visibility(
         valid: `[B, L]` bool, False at padding.
 
     Returns:
-        `key_ranks` and `thresholds`, `[B, L]` int64 each; at padding `PADDING_RANK`, which nobody sees, and 0.
+        `key_ranks` and `thresholds`, `[B, L]` int64 each; at padding `PADDING_RANK`, which no token sees, and 0.
 
     Source:
         `_local_perm` and `_convert_example` of the official `data_utils.py`.

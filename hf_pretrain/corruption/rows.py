@@ -12,7 +12,8 @@ import numpy as np
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 
-_FORMATS = {"input_ids": "q", "token_type_ids": "q", "document_ids": "q", "word_starts": "?"}
+# Of columns that hold no integers.
+_FORMATS = {"word_starts": "?", "sent_starts": "?"}
 _DTYPES = {"q": np.int64, "?": np.bool_}
 _WORDS_FIX = "prepare the data with hf_pretrain (documents have this column), or use masking_unit='token'"
 
@@ -119,7 +120,7 @@ def stack_column(
 
     Args:
         examples: The examples.
-        name: Column: `input_ids`, `token_type_ids` or `word_starts`.
+        name: Column with an entry a token.
         valid: `[B, L]` bool of a column already stacked, whose lengths this one must have; None to find them.
         fill: Value at padding.
         multiple: `L` is rounded up to a multiple of this.
@@ -137,7 +138,7 @@ def stack_column(
         valid = np.arange(width) < lengths[:, None]
     elif not np.array_equal(lengths, np.count_nonzero(valid, axis=1)):
         raise InputError(f"{name} is not as long as input_ids in some example: give one entry a token")
-    flat = _concatenate(columns, _FORMATS[name])
+    flat = _concatenate(columns, _FORMATS.get(name, "q"))
     if flat.size == valid.size:
         return flat.reshape(valid.shape), valid
     values = np.full(valid.shape, fill, dtype=flat.dtype)

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from hf_pretrain.data import draws
-from hf_pretrain.data.documents.words import IGNORED, SPACE, character_kinds, word_starts
+from hf_pretrain.data.documents.words import IGNORED, SPACE, character_kinds, code_points, word_starts
 from hf_pretrain.errors import InputError
 
 # Of documents as similar as the threshold, the share that is compared at all; of more similar ones it is more.
@@ -71,7 +71,7 @@ def _word_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
     if not len(starts):
         return starts, np.empty(0, dtype=np.uint64)
     visible = np.flatnonzero((kinds != SPACE) & (kinds != IGNORED))
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")[visible]
+    points = code_points(text)[visible]
     firsts = np.searchsorted(visible, starts)
     lengths = np.diff(firsts, append=len(visible))
     positions = np.arange(len(visible)) - np.repeat(firsts, lengths)

@@ -3,7 +3,7 @@
 import itertools
 import re
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from hf_pretrain.data.documents.words import NamedSegmenter
 from hf_pretrain.errors import InputError, check_numbers
@@ -126,6 +126,15 @@ class DataArguments:
             raise InputError(
                 f"max_corpus_bytes={self.max_corpus_bytes} does not go with streaming: leave one of them out"
             )
+
+    def reading(self, on_bad_text: Literal["refuse", "skip"] = "refuse") -> dict[str, Any]:
+        """Return how files are read, as `read_documents` takes it.
+
+        Args:
+            on_bad_text: What to do with a document that is no text where the option does not say.
+        """
+        options = {"document_separator": self.document_separator, "text_column": self.text_column}
+        return options | {"on_bad_text": self.on_bad_text or on_bad_text}
 
 
 @dataclass

@@ -151,14 +151,14 @@ def _numbered(languages: Sequence[str], lang2id: Mapping[str, int] | None) -> di
 
 def _read(args: MultilingualDataArguments) -> tuple[_Corpus, _Corpus]:
     """Return the text to train on and the text that is held out."""
-    bad: dict[str, Any] = {"on_bad_text": args.on_bad_text or "refuse"}
-    options: dict[str, Any] = {"text_column": args.text_column, "document_separator": args.document_separator} | bad
+    options = args.reading()
     corpus = {
         language: text_dataset(paths, language=language, **options)
         for language, paths in args.language_files().items()
     }
     for name, entries in args.parallel_files().items():
-        bitexts = [bitext_dataset(paths, languages=_pair(name), **bad) for paths in entries]
+        bad = options["on_bad_text"]
+        bitexts = [bitext_dataset(paths, languages=_pair(name), on_bad_text=bad) for paths in entries]
         corpus[name] = datasets.concatenate_datasets(bitexts)
     train, held_out = {}, {}
     for name, texts in corpus.items():

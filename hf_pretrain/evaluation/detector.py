@@ -23,12 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
+from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
 from hf_pretrain.modeling.backbone import evaluating, longest_sequence
-from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER
+from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DiscriminatorHead
 from hf_pretrain.modeling.loading import find_file, from_pretrained
 
 # Stock classes with one logit a token that are no token classifiers.
@@ -79,10 +78,7 @@ class ReplacedTokenScorer:
         head: PreTrainedModel | None = None,
         max_length: int | None = None,
     ) -> None:
-        if not tokenizer.is_fast:
-            raise InputError(
-                f"tokenizer={type(tokenizer).__name__} is not a fast one, which alone says where a token lies in the text"
-            )
+        check_fast(tokenizer)
         self.model = model
         self.head = head
         self.tokenizer = tokenizer
@@ -116,17 +112,11 @@ class ReplacedTokenScorer:
             InputError: If there is no such checkpoint, or it is no discriminator.
         """
         config = from_pretrained(AutoConfig, name_or_path, revision=revision)
-        head, model_class = None, AutoModel
-        if _has_head(name_or_path, revision=revision):
-            # Not above: the objectives are built upon what is here.
-            from hf_pretrain.modeling.heads import DiscriminatorHead
-
-            head = from_pretrained(
-                DiscriminatorHead, name_or_path, subfolder=DISCRIMINATOR_HEAD_FOLDER, revision=revision
-            )
-            head = head.to(device)
+        of_head: dict[str, Any] = {"subfolder": DISCRIMINATOR_HEAD_FOLDER, "revision": revision}
+        if find_file(name_or_path, "config.json", **of_head) is not None:
+            model_class, head = AutoModel, from_pretrained(DiscriminatorHead, name_or_path, **of_head).to(device)
         else:
-            model_class = _detector_class(name_or_path, config)
+            model_class, head = _detector_class(name_or_path, config), None
         model = from_pretrained(model_class, name_or_path, revision=revision).to(device)
         tokenizer = from_pretrained(AutoTokenizer, name_or_path, revision=revision)
         return cls(model, tokenizer, head=head, max_length=max_length)
@@ -153,13 +143,8 @@ class ReplacedTokenScorer:
         texts = checked_texts(texts, batch_size=batch_size)
         if not texts:
             return []
-        encoded = encode_texts(
-            self.tokenizer,
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-        )
+        options = {"return_offsets_mapping": True, "return_attention_mask": False}
+        encoded = encode_texts(self.tokenizer, texts, add_special_tokens=False, **options)
         scores = self.token_scores(encoded["input_ids"], batch_size=batch_size)
         return [_word_scores(*each) for each in zip(texts, encoded["offset_mapping"], scores, strict=True)]
 
@@ -208,12 +193,8 @@ def _windows(num_tokens: int, *, size: int) -> list[tuple[int, int, int]]:
 
 def _word_scores(text: str, offsets: Sequence[tuple[int, int]], scores: np.ndarray) -> list[WordScore]:
     """Give each word the highest score among its tokens."""
-    kinds = character_kinds(text)
-    starts = word_starts(text, kinds=kinds)
+    starts, words = words_of_tokens(text, offsets)
     highest = np.zeros(len(starts))
-    # A token's word is that of its first visible character: before it may come the space that separates words.
-    positions = next_visible(kinds, np.array([begin for begin, _ in offsets], dtype=np.int64))
-    words = np.searchsorted(starts, positions, side="right") - 1
     np.maximum.at(highest, words[words >= 0], scores[words >= 0])
     found = []
     for (start, stop), score in zip(pairwise([*starts.tolist(), len(text)]), highest.tolist(), strict=True):
@@ -227,10 +208,6 @@ def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     # A tokenizer that knows no limit says 10**30.
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
     return min(limits, default=_LENGTH_OF_UNBOUNDED)
-
-
-def _has_head(name_or_path: str, *, revision: str | None) -> bool:
-    return find_file(name_or_path, "config.json", subfolder=DISCRIMINATOR_HEAD_FOLDER, revision=revision) is not None
 
 
 def _detector_class(name_or_path: str, config: PreTrainedConfig) -> Any:

@@ -1,7 +1,7 @@
 """Metrics that work offline, and the batches that a model is evaluated on.
 
-Texts are checked and tokenized (`checked_texts`, `encode_texts`), put into batches of about one length (`batches_by_length`), and
-given to a model in evaluation mode (`evaluating`). `Accuracy` scores classes, `detection_metrics` a binary decision a token.
+Texts are checked and tokenized (`checked_texts`, `encode_texts`) and put into batches of about one length (`batches_by_length`).
+`words_of_tokens` finds the word of each token. `Accuracy` scores classes, `detection_metrics` a binary decision a token.
 
 Importing evaluate takes seconds: import this module where it is used, not at the top of a program.
 """
@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.corruption.rows import stack_column
-from hf_pretrain.errors import InputError
+from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
+from hf_pretrain.errors import InputError, check_range
 
 # The positions of two special tokens, which are never replaced, alone give a gain of .006 in sequences of 128 tokens.
 _LEAST_GAIN = 0.01
@@ -69,9 +70,33 @@ def checked_texts(texts: Sequence[str], *, batch_size: int = 1) -> list[str]:
             raise InputError(
                 f"texts[{number}] has half of a character at {error.start} (a lone surrogate): decode the text anew"
             ) from error
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} must be positive")
+    check_range(batch_size, "[1, inf)", name="batch_size")
     return checked
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that does not say where a token lies in the text."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"tokenizer={type(tokenizer).__name__} is not a fast one, which alone says where a token lies in the text"
+        )
+
+
+def words_of_tokens(text: str, offsets: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Find the words of a text and those of its tokens.
+
+    Args:
+        text: The text.
+        offsets: First character of each token, and the one behind it.
+
+    Returns:
+        The first characters of the words, ``int64 [W]``, and the word of each token, ``int64 [T]``; -1 for a token before them.
+    """
+    kinds = character_kinds(text)
+    starts = word_starts(text, kinds=kinds)
+    # A token's word is that of its first visible character: before it may come the space that separates words.
+    positions = next_visible(kinds, np.array([begin for begin, _ in offsets], dtype=np.int64))
+    return starts, np.searchsorted(starts, positions, side="right") - 1
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any) -> Any:

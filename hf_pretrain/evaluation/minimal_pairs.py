@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.data.documents.words import character_kinds, next_visible, word_starts
 from hf_pretrain.data.text.files import read_documents
-from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
+from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
 from hf_pretrain.modeling.backbone import evaluating, longest_sequence
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.losses import GatheredHead
+
+# The word of a special token.
+_NO_WORD = -2
 
 WithinWord = Literal["visible", "l2r"]
 
@@ -58,10 +60,8 @@ def read_minimal_pairs(paths: str | Path | Sequence[str | Path], *, limit: int |
 
     Source: Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English".
     """
-    columns = {
-        name: list(read_documents(paths, text_column=name))
-        for name in ("sentence_good", "sentence_bad", "UID", "field")
-    }
+    names = ("sentence_good", "sentence_bad", "UID", "field")
+    columns = {name: list(read_documents(paths, text_column=name)) for name in names}
     if len({len(column) for column in columns.values()}) > 1:
         counts = ", ".join(f"{len(column)} of {name}" for name, column in columns.items())
         raise InputError(f"{paths} has empty entries ({counts}): give every row all of them")
@@ -90,15 +90,19 @@ def pair_accuracy(score: Callable[[Sequence[str]], np.ndarray], pairs: Sequence[
         raise InputError("pairs is empty: give at least one, as read_minimal_pairs returns them")
     scores = score([pair.good for pair in pairs] + [pair.bad for pair in pairs])
     good, bad = scores[: len(pairs)], scores[len(pairs) :]
-    answers: defaultdict[str, list[float]] = defaultdict(list)
-    for pair, right in zip(pairs, ((good > bad) + 0.5 * (good == bad)).tolist(), strict=True):
-        answers[pair.paradigm].append(right)
-    paradigms = {name: float(np.mean(right)) for name, right in answers.items()}
-    members: defaultdict[str, list[float]] = defaultdict(list)
-    for name, field in {pair.paradigm: pair.field for pair in pairs}.items():
-        members[field].append(paradigms[name])
-    fields = {name: float(np.mean(shares)) for name, shares in members.items()}
+    right = ((good > bad) + 0.5 * (good == bad)).tolist()
+    paradigms = _means((pair.paradigm, value) for pair, value in zip(pairs, right, strict=True))
+    field_of = {pair.paradigm: pair.field for pair in pairs}
+    fields = _means((field_of[name], share) for name, share in paradigms.items())
     return PairAccuracy(float(np.mean(list(paradigms.values()))), fields, paradigms)
+
+
+def _means(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the mean of the values of each name."""
+    groups: defaultdict[str, list[float]] = defaultdict(list)
+    for name, value in values:
+        groups[name].append(value)
+    return {name: float(np.mean(group)) for name, group in groups.items()}
 
 
 def pseudo_log_likelihoods(
@@ -128,8 +132,7 @@ def pseudo_log_likelihoods(
     Source: Salazar et al. 2020, "Masked Language Model Scoring"; Kauf and Ivanova 2023, "A Better Way to Do Masked Language Model
         Scoring" ("l2r").
     """
-    if within_word not in get_args(WithinWord):
-        raise InputError(f"within_word={within_word!r} is unknown; choose one of {', '.join(get_args(WithinWord))}")
+    check_choice(within_word, get_args(WithinWord), name="within_word")
     if tokenizer.mask_token_id is None:
         raise InputError(
             f"tokenizer={type(tokenizer).__name__} has no mask token, which a masked language model needs"
@@ -197,7 +200,7 @@ def originality_scores(
 
 
 class _Encoded(NamedTuple):
-    """A text's ids ``[L]``, the places of those that are not special ``[T]``, and the word of each, -1 if special, ``[L]``."""
+    """A text's ids ``[L]``, the positions of those that are not special ``[T]``, and the word of each ``[L]``."""
 
     ids: np.ndarray
     scored: np.ndarray
@@ -206,10 +209,7 @@ class _Encoded(NamedTuple):
 
 def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Encoded]:
     check_model_fits(model, tokenizer, block_size=0)
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"tokenizer={type(tokenizer).__name__} is not a fast one, which alone says where a token lies in the text"
-        )
+    check_fast(tokenizer)
     if not texts:
         return []
     encoding = encode_texts(tokenizer, texts, return_offsets_mapping=True, return_special_tokens_mask=True)
@@ -222,9 +222,7 @@ def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: l
             raise InputError(
                 f"a text has {len(ids)} tokens, more than the {longest} positions of {type(model).__name__}: {text[:40]!r}"
             )
-        kinds = character_kinds(text)
-        places = next_visible(kinds, np.array([begin for begin, _ in offsets], dtype=np.int64))
-        words = np.searchsorted(word_starts(text, kinds=kinds), places, side="right")
+        _, words = words_of_tokens(text, offsets)
         is_text = np.array(is_special) == 0
-        encoded.append(_Encoded(np.array(ids), np.flatnonzero(is_text), np.where(is_text, words, -1)))
+        encoded.append(_Encoded(np.array(ids), np.flatnonzero(is_text), np.where(is_text, words, _NO_WORD)))
     return encoded

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
 from hf_pretrain.modeling.backbone import evaluating, longest_sequence
 from hf_pretrain.modeling.base import check_model_fits
@@ -38,7 +38,7 @@ def encode(
     """Return a feature vector of each text from a frozen encoder.
 
     Args:
-        model: A stock model, with a head or without; the head is not asked.
+        model: A stock model, with a head or without; the head is not used.
         tokenizer: Its tokenizer.
         texts: The texts; what is longer than the model's positions is cut off.
         pooling: "mean" of all tokens' states, special tokens included, or the state of the first token ("cls").
@@ -53,8 +53,7 @@ def encode(
     """
     base, texts = model.base_model, checked_texts(texts, batch_size=batch_size)
     num_layers = base.config.num_hidden_layers
-    if pooling not in get_args(Pooling):
-        raise InputError(f"pooling={pooling!r} is unknown; choose one of {', '.join(get_args(Pooling))}")
+    check_choice(pooling, get_args(Pooling), name="pooling")
     if not -num_layers - 1 <= layer <= num_layers:
         raise InputError(f"layer={layer} is none of the {num_layers} of {type(base).__name__}: use 0 to {num_layers}")
     check_model_fits(base, tokenizer, block_size=0)

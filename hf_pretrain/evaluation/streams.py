@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import numpy as np
@@ -20,12 +20,15 @@ from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.documents.documents import tokenize_documents
 from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.data.text.datasets import text_sizes
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.evaluation.metrics import checked_texts
 from hf_pretrain.modeling.losses import IGNORED, RecurrentMemory
 
 if TYPE_CHECKING:
     from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
+
+# Input ids and targets ``[B, L]``; and of each row, whether the memory is emptied before it, or None without a memory.
+_Batch = tuple[np.ndarray, np.ndarray, list[bool] | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,52 +115,18 @@ def stream_evaluate(
     Source:
         Dai et al. (2019), section 4: WikiText-103 is evaluated with windows of 64, a memory of 640 and a clamp of 400.
     """
-    corpus = _Corpus.of(texts, tokenizer)
-    stream = LaneStream(corpus.documents, tokenizer=tokenizer, num_lanes=num_lanes, complete=True)
+    stream, sizes = _read(texts, tokenizer, num_lanes=num_lanes)
     dataset = LaneDataset(stream, window=window, reset_at_documents=reset_at_documents)
     scores = []
     for mem_len, clamp_len in itertools.product(mem_lens, clamp_lens):
         with memory_lengths(model, mem_len=mem_len, clamp_len=clamp_len, same_length=same_length):
-            begin = time.perf_counter()
-            nats = _stream_nats(model.eval(), dataset)
-            seconds = time.perf_counter() - begin
+            cost = _cost(model, _windows(dataset), num_batches=dataset.num_windows)
         scores.append(
             StreamScore(
-                window=window,
-                mem_len=mem_len,
-                clamp_len=clamp_len,
-                nats=nats,
-                num_tokens=stream.num_tokens,
-                num_characters=corpus.num_characters,
-                num_bytes=corpus.num_bytes,
-                seconds=seconds,
+                window=window, mem_len=mem_len, clamp_len=clamp_len, num_tokens=stream.num_tokens, **sizes, **cost
             )
         )
     return scores
-
-
-@torch.inference_mode()
-def _stream_nats(model: TransformerXLForCausalLM, dataset: LaneDataset) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    memory = None
-    for time_step in tqdm(range(dataset.num_windows), desc="Scoring", unit=" windows", delay=2, disable=None):
-        examples = [dataset[time_step * dataset.num_lanes + lane] for lane in range(dataset.num_lanes)]
-        input_ids, valid = stack_column(examples, "input_ids")
-        targets = np.full(input_ids.shape, IGNORED, dtype=np.int64)
-        targets[valid] = np.concatenate([example["labels"] for example in examples])
-        if memory is not None:
-            reset = torch.tensor([example["memory_reset"] for example in examples], device=model.device)
-            memory = memory.reset(reset)
-        states, lengths = (None, None) if memory is None else memory
-        nll, states, lengths = model.token_nll(
-            torch.from_numpy(input_ids).to(model.device),
-            torch.from_numpy(targets).to(model.device),
-            mems=states,
-            mem_lengths=lengths,
-        )
-        memory = RecurrentMemory(states, lengths)
-        total += nll.sum(dtype=torch.float64)
-    return float(total)
 
 
 def sliding_window_evaluate(
@@ -186,49 +155,70 @@ def sliding_window_evaluate(
     Raises:
         InputError: If the text is empty or the context is.
     """
-    if context < 1:
-        raise InputError(f"context={context} must be at least 1: give the tokens to read for each target")
-    for name, value in (("num_targets", num_targets), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} must be at least 1")
-    corpus = _Corpus.of(texts, tokenizer)
-    stream = LaneStream(corpus.documents, tokenizer=tokenizer, num_lanes=1, complete=True)
+    check_range(context, "[1, inf)", name="context", hint="give the tokens to read for each target")
+    check_range(1 if num_targets is None else num_targets, "[1, inf)", name="num_targets")
+    check_range(batch_size, "[1, inf)", name="batch_size")
+    stream, sizes = _read(texts, tokenizer, num_lanes=1)
     total = stream.num_tokens
     count = total if num_targets is None else min(num_targets, total)
     positions = np.linspace(0, total - 1, count).round().astype(np.int64)
+    batches = np.split(positions, range(batch_size, count, batch_size))
     with memory_lengths(model, mem_len=0, clamp_len=-1, same_length=False):
-        begin = time.perf_counter()
-        nats = _sliding_nats(model.eval(), stream, positions, context=context, batch_size=batch_size)
-        seconds = time.perf_counter() - begin
-    return StreamScore(
-        window=1,
-        mem_len=context,
-        clamp_len=-1,
-        nats=nats,
-        num_tokens=count,
-        num_characters=corpus.num_characters * count / total,
-        num_bytes=corpus.num_bytes * count / total,
-        seconds=seconds,
-    )
+        cost = _cost(model, _contexts(stream, batches, context=context), num_batches=len(batches))
+    sizes = {name: size * count / total for name, size in sizes.items()}
+    return StreamScore(window=1, mem_len=context, clamp_len=-1, num_tokens=count, **sizes, **cost)
+
+
+def _read(
+    texts: Sequence[str] | datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, num_lanes: int
+) -> tuple[LaneStream, dict[str, Any]]:
+    """Return texts as a stream, and their `num_characters` and `num_bytes`."""
+    if not isinstance(texts, datasets.Dataset):
+        texts = datasets.Dataset.from_dict({"text": checked_texts(texts)})
+    if not any((text or "").strip() for text in texts["text"]):
+        raise InputError("texts hold no text to score: give at least one that is not blank")
+    documents = tokenize_documents(texts, tokenizer)
+    num_bytes, num_characters = (int(sizes.sum()) for sizes in text_sizes(texts))
+    stream = LaneStream(documents, tokenizer=tokenizer, num_lanes=num_lanes, complete=True)
+    return stream, {"num_characters": num_characters, "num_bytes": num_bytes}
+
+
+def _windows(dataset: LaneDataset) -> Iterator[_Batch]:
+    """Yield window after window, each with the rows at which the memory is emptied."""
+    for window in range(dataset.num_windows):
+        examples = [dataset[window * dataset.num_lanes + row] for row in range(dataset.num_lanes)]
+        input_ids, valid = stack_column(examples, "input_ids")
+        targets = np.full(input_ids.shape, IGNORED, dtype=np.int64)
+        targets[valid] = np.concatenate([example["labels"] for example in examples])
+        yield input_ids, targets, [example["memory_reset"] for example in examples]
+
+
+def _contexts(stream: LaneStream, batches: Sequence[np.ndarray], *, context: int) -> Iterator[_Batch]:
+    """Yield batches of positions, each with what lies before it; nothing is remembered."""
+    for positions in batches:
+        # Inputs lie one position before their targets.
+        spans = [stream.read_range(max(end - context, -1), end + 1)[0] for end in positions.tolist()]
+        input_ids, valid = stack_column([{"input_ids": span[:-1]} for span in spans], "input_ids")
+        targets = np.full(input_ids.shape, IGNORED, dtype=np.int64)
+        targets[np.arange(len(spans)), valid.sum(axis=1) - 1] = [span[-1] for span in spans]
+        yield input_ids, targets, None
 
 
 @torch.inference_mode()
-def _sliding_nats(
-    model: TransformerXLForCausalLM, stream: LaneStream, positions: np.ndarray, *, context: int, batch_size: int
-) -> float:
-    total = torch.zeros((), dtype=torch.float64, device=model.device)
-    for begin in tqdm(range(0, len(positions), batch_size), desc="Scoring", delay=2, disable=None):
-        batch = positions[begin : begin + batch_size].tolist()
-        # Inputs lie one place before their targets.
-        runs = [stream.read_range(max(place - context, -1), place + 1)[0] for place in batch]
-        input_ids, valid = stack_column([{"input_ids": run[:-1]} for run in runs], "input_ids")
-        targets = np.full(input_ids.shape, IGNORED, dtype=np.int64)
-        targets[np.arange(len(runs)), valid.sum(axis=1) - 1] = [run[-1] for run in runs]
-        nll, _, _ = model.token_nll(
-            torch.from_numpy(input_ids).to(model.device), torch.from_numpy(targets).to(model.device)
-        )
-        total += nll.sum(dtype=torch.float64)
-    return float(total)
+def _cost(model: TransformerXLForCausalLM, batches: Iterator[_Batch], *, num_batches: int) -> dict[str, Any]:
+    """Return the `nats` of all targets, and the `seconds` that they took."""
+    model.eval()
+    begin = time.perf_counter()
+    nats, memory = torch.zeros((), dtype=torch.float64, device=model.device), None
+    for input_ids, targets, reset in tqdm(batches, total=num_batches, desc="Scoring", delay=2, disable=None):
+        states, lengths = None, None
+        if memory is not None and reset is not None:
+            states, lengths = memory.reset(torch.tensor(reset, device=model.device))
+        ids, labels = (torch.from_numpy(values).to(model.device) for values in (input_ids, targets))
+        nll, states, lengths = model.token_nll(ids, labels, mems=states, mem_lengths=lengths)
+        memory = RecurrentMemory(states, lengths)
+        nats += nll.sum(dtype=torch.float64)
+    return {"nats": float(nats), "seconds": time.perf_counter() - begin}
 
 
 @contextmanager
@@ -252,27 +242,8 @@ def memory_lengths(
     if clamp_len != -1 and clamp_len < 1:
         raise InputError(f"clamp_len={clamp_len} must be at least 1, or -1 for none")
     before = {name: getattr(model.config, name) for name in lengths}
+    model.config.update(lengths)
     try:
-        for name, value in lengths.items():
-            setattr(model.config, name, value)
         yield
     finally:
-        for name, value in before.items():
-            setattr(model.config, name, value)
-
-
-@dataclass(frozen=True)
-class _Corpus:
-    documents: datasets.Dataset
-    num_characters: int
-    num_bytes: int
-
-    @classmethod
-    def of(cls, texts: Sequence[str] | datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> _Corpus:
-        if not isinstance(texts, datasets.Dataset):
-            texts = datasets.Dataset.from_dict({"text": checked_texts(texts)})
-        if not any((text or "").strip() for text in texts["text"]):
-            raise InputError("texts hold no text to score: give at least one that is not blank")
-        documents = tokenize_documents(texts, tokenizer)
-        num_bytes, num_characters = text_sizes(texts)
-        return cls(documents, int(num_characters.sum()), int(num_bytes.sum()))
+        model.config.update(before)

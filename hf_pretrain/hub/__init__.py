@@ -1,1 +1,1 @@
-"""What goes to the Hub beside the weights: model cards made from what was logged, and their plots."""
+"""What goes to the Hub beside the weights: model cards made from what was logged, their plots, and uploads."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,28 @@ from transformers.utils import logging
 from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.files import plain, write_bytes, write_text
 from hf_pretrain.hub import plots
-from hf_pretrain.hub import text as card_text
-from hf_pretrain.hub.environment import compute_rows
-from hf_pretrain.hub.evaluation import Evaluation, card_metadata, evaluation_table, hub_id
+from hf_pretrain.hub.evaluation import Evaluation, card_metadata
 from hf_pretrain.hub.record import PretrainingCard, check_weights, read_content, read_record, write_record
-from hf_pretrain.hub.text import label
+from hf_pretrain.hub.text import (
+    cell,
+    duration,
+    escaped,
+    hub_id,
+    label,
+    metric_table,
+    number,
+    portable_options,
+    rows,
+    without_folders,
+    yaml_block,
+)
 
 logger = logging.get_logger(__name__)
 
 _TEMPLATE = "pretraining.md.jinja"
+_FILTERS: tuple[Callable[..., Any], ...] = (
+    *(cell, duration, escaped, hub_id, label, number, plain, rows, without_folders, yaml_block),
+)
 # A leading underscore keeps a file out of what is pushed to the Hub.
 _SET_ASIDE = "_README.before.md"
 _BEGIN = "<!-- hf_pretrain makes the text from here on; what you write above this line stays -->"
@@ -46,59 +59,27 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
     Returns:
         The text of a README.md.
     """
-    from importlib.resources import files
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from jinja2 import Environment, StrictUndefined
-
-    source = files("hf_pretrain.model_cards").joinpath(_TEMPLATE).read_text(encoding="utf-8")
-    # Markdown, not HTML: what users name is escaped for it in `card_text`, and code blocks must stay as they are.
-    template = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    ).from_string(source)
-    text = template.render(
+    # Markdown, not HTML: `cell` and `escaped` treat what users name, and code blocks must stay as they are.
+    environment = Environment(
+        loader=PackageLoader("hf_pretrain.model_cards", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters |= {function.__name__: function for function in _FILTERS}
+    text = environment.get_template(_TEMPLATE).render(
         card=card,
-        title=card_text.escaped(card.model_name),
-        evaluation_name=card_text.escaped(card.evaluation_name),
         metadata=card_metadata(card).to_yaml(),
         begin=_BEGIN,
         end=_END,
-        origin=card.origin or card_text.origin(card.base_model, hub_id=hub_id(card.base_model)),
-        fresh=f"; {card_text.cell(card.fresh_parameters)} began anew" if card.fresh_parameters else "",
-        root=card_text.root_sentence(
-            model_class=card.model_class, has_own_code=card.has_own_code, adapter=card_text.cell(card.adapter)
-        ),
-        snippets=_loading_snippets(card),
-        fine_tuning=card_text.fine_tuning_snippet(
-            card.repo,
-            auto_class=card.fine_tuning_class,
-            model_class=card.model_class,
-            has_own_code=card.has_own_code,
-        ),
-        parts=card_text.part_rows(card.parts),
-        part_snippet=card_text.parts_snippet(card.repo, parts=card.parts),
-        data=card_text.rows(card_text.without_folders(plain(card.data))),
-        recipe=card_text.yaml_block(card_text.without_folders(plain(card.recipe))),
-        metrics=card_text.metric_table(
-            card.metrics_before,
-            card.metrics_after,
-            after_title=card_text.after_title(card.metrics_after, card.compute.steps),
-        ),
-        chosen_by=label(card.chosen_by) if card.chosen_by else "",
-        tasks=evaluation_table(tuple(card.evaluations)),
-        compute=compute_rows(card.compute),
+        metrics=metric_table(card.metrics_before, card.metrics_after, last_step=card.compute.steps),
         figures=plots.training_figures(card.log_history),
         plots_folder=plots_folder,
-        versions=card_text.rows(card.versions, as_is=True),
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
-
-
-def _loading_snippets(card: PretrainingCard) -> list[str]:
-    if card.adapter:
-        return [card_text.adapter_snippet(card.repo, model_class=card.model_class, base_model=hub_id(card.base_model))]
-    return card_text.loading_snippets(
-        card.repo, model_class=card.model_class, usage=card.objective.usage, has_own_code=card.has_own_code
-    )
 
 
 def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
@@ -134,7 +115,7 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
 def add_evaluation(folder: Path | str, evaluation: Evaluation) -> Path:
     """Add what was measured on a task to the card of a model, and make the card again.
 
-    An evaluation of the same task and split takes the place of the earlier one.
+    An evaluation replaces an earlier one of the same task and split.
 
     Args:
         folder: Folder of the model: what a run left, or a copy from the Hub.
@@ -161,7 +142,7 @@ def update_card(folder: Path | str, *, evaluations: Sequence[Evaluation] = (), *
         The path of README.md.
 
     Raises:
-        InputError: If the folder has no record of its run, or a damaged one, or weights that the record does not tell of.
+        InputError: If the folder has no record of its run, or a damaged one, or weights of another run.
     """
     card = read_record(folder)
     check_weights(folder)
@@ -271,11 +252,23 @@ def _set_aside(path: Path, content: bytes) -> str:
     return name
 
 
+_ESSENTIAL_OPTIONS = {
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+}
+# How the names of options begin that say where and how a run saves, logs and pushes.
+_HOUSEKEEPING_OPTIONS = (
+    *("output_dir", "overwrite_output_dir", "logging_", "log_level", "save_", "hub_", "push_to_hub", "report_to"),
+    *("run_name", "resume_from_checkpoint", "disable_tqdm", "accelerator_config", "dataloader_pin_memory"),
+    *("do_train", "do_eval", "config", "local_rank"),
+)
+
+
 def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that make up a recipe: those that differ from their defaults, and the essential ones.
 
     Left out are options without a value and those that say where and how to save, log and push. Paths keep only their last part,
-    so that a card tells nothing of the machine.
+    so that a card does not describe the machine.
 
     Args:
         options: All options of the run, such as `args.to_dict()`.
@@ -284,43 +277,17 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
     Returns:
         The chosen options in the order of `options`.
     """
-    chosen = {}
-    for name, value in plain(options).items():
-        changed = value != plain(defaults.get(name))
-        if value is None or not (changed or name in _ESSENTIAL_OPTIONS) or name.startswith(_HOUSEKEEPING_OPTIONS):
-            continue
-        chosen[name] = value
-    return card_text.portable_options(chosen)
+    return portable_options(
+        {
+            name: value
+            for name, value in plain(options).items()
+            if value is not None
+            and (name in _ESSENTIAL_OPTIONS or value != plain(defaults.get(name)))
+            and not name.startswith(_HOUSEKEEPING_OPTIONS)
+        }
+    )
 
 
 def snippets(markdown: str) -> list[str]:
     """Return the Python code blocks of a Markdown text, in order; the tests of the cards run them."""
     return re.findall(r"^```python\n(.*?)^```$", markdown, flags=re.DOTALL | re.MULTILINE)
-
-
-_ESSENTIAL_OPTIONS = {
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "optim",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-}
-_HOUSEKEEPING_OPTIONS = (
-    *("output_dir", "overwrite_output_dir", "logging_", "log_level", "save_", "hub_", "push_to_hub", "report_to"),
-    *(
-        "run_name",
-        "resume_from_checkpoint",
-        "disable_tqdm",
-        "accelerator_config",
-        "dataloader_pin_memory",
-        "do_train",
-        "do_eval",
-        "config",
-        "local_rank",
-    ),
-)

@@ -1,7 +1,4 @@
-"""Where a run took place, for the card: its hardware, the versions of what it ran on, and the energy where it was measured.
-
-What a run took: its steps, tokens, time, hardware, memory and energy, as far as they were measured.
-"""
+"""What a run took, for its card: steps, tokens, time, memory and energy as far as they were measured, hardware and versions."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_pretrain.hub import text as card_text
-
 _DISTRIBUTIONS = ("hf_pretrain", "transformers", "tokenizers", "datasets", "accelerate", "torch", "huggingface_hub")
 # What CodeCarbon writes into the output folder of a run with `report_to codecarbon`.
 _EMISSIONS = "emissions.csv"
@@ -27,8 +22,8 @@ class Energy:
 
     Attributes:
         kwh: Kilowatt-hours.
-        emissions_kg: Kilograms of CO2 equivalent, by the electricity of the place.
-        country: The place.
+        emissions_kg: Kilograms of CO2 equivalent, by the electricity of the country.
+        country: Where the machine stands.
         scope: What was measured: "machine", or "process" for the share of the run.
         sessions: Starts and resumes of the run that were measured; one that was killed leaves no measurement.
         source: Who measured it.
@@ -84,7 +79,7 @@ def versions() -> dict[str, str]:
 def measured_energy(output_dir: Path | str) -> Energy | None:
     """Return what CodeCarbon measured of the run in a folder, over all its sessions; None if it did not.
 
-    CodeCarbon writes a row when a session ends, and further rows with the total so far if it is asked to on the way.
+    CodeCarbon writes a row when a session ends, and, if it is set to, further rows with the total so far.
     """
     try:
         with Path(output_dir, _EMISSIONS).open(encoding="utf-8", newline="") as file:
@@ -124,9 +119,7 @@ def _cpu_model() -> str:
 
 def _cpu_cores() -> int:
     """Count the cores that this process may use, which a container or `taskset` can make fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,42 +163,8 @@ class Compute:
         """Whether the run had more steps to go."""
         return bool(self.steps and self.planned_steps and self.steps < self.planned_steps)
 
-
-def compute_rows(compute: Compute) -> list[card_text.Row]:
-    """Return (name, value) rows of what was measured; tokens a second follow from tokens and time."""
-    timed = compute.tokens if compute.timed_tokens is None else compute.timed_tokens
-    speed = timed / compute.seconds if timed and compute.seconds else None
-    memory = f"{compute.peak_memory_mib / 1024:.3g} GiB" if compute.peak_memory_mib else None
-    trained = compute.trained_parameters if compute.trained_parameters != compute.parameters else None
-    many = compute.processes if compute.processes and compute.processes > 1 else None
-    since = "" if compute.resumed_at_step is None else f", since the resume at step {compute.resumed_at_step:,}"
-    table = {
-        "Parameters": compute.parameters,
-        "Parameters trained, auxiliary parts included": trained,
-        "Optimizer steps": f"{compute.steps:,} of {compute.planned_steps:,}" if compute.is_partial else compute.steps,
-        "Examples per step": compute.examples_per_step,
-        "Tokens seen": compute.tokens,
-        f"Training time{since}": card_text.duration(compute.seconds) if compute.seconds else None,
-        "Tokens per second": round(speed) if speed else None,
-        "Hardware": compute.hardware,
-        "Processes": many,
-        "Precision": compute.precision,
-        "Peak memory of a process" if many else "Peak memory": memory,
-    }
-    return card_text.rows(table | _energy_rows(compute), as_is=True)
-
-
-def _energy_rows(compute: Compute) -> dict[str, str]:
-    energy = compute.energy
-    if energy is None:
-        return {}
-    scope = {"machine": " of the whole machine", "process": " of the run's processes"}.get(energy.scope or "", "")
-    sessions = ""
-    if compute.resumed_at_step is not None:
-        # A session that was killed has left no measurement.
-        sessions = f", in {energy.sessions} session{'s' if energy.sessions > 1 else ''} of the run"
-    table = {"Energy": f"{card_text.number(energy.kwh)} kWh{scope}, measured by {energy.source}{sessions}"}
-    if energy.emissions_kg is not None:
-        place = f", with the electricity of {card_text.cell(energy.country)}" if energy.country else ""
-        table["Emissions"] = f"{card_text.number(1000 * energy.emissions_kg)} g CO2 equivalent{place}"
-    return table
+    @property
+    def tokens_per_second(self) -> int | None:
+        """Speed of the training; None where tokens or time are not known."""
+        timed = self.tokens if self.timed_tokens is None else self.timed_tokens
+        return round(timed / self.seconds) if timed and self.seconds else None

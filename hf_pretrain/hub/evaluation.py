@@ -1,27 +1,35 @@
-"""What was measured on a task, for the card.
+"""What was measured, for the Hub: evaluations on tasks, and the front matter of a card with its model-index.
 
-What the Hub reads of a card: its front matter, with a model-index of everything that was measured.
+`Evaluation` holds the scores of a model on a task. `card_metadata` puts them beside the held-out numbers of the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, nearest
 from hf_pretrain.files import plain
-from hf_pretrain.hub import text as card_text
-from hf_pretrain.hub.text import bare_name, is_loss, label, split_by_held_out_set
+from hf_pretrain.hub.text import bare_name, hub_id, is_loss, label, measured, split_by_held_out_set, without_folders
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
 
     from hf_pretrain.hub.record import PretrainingCard
+
+# Names of huggingface.co/metrics; others are in the model-index alone.
+_METRICS_OF_THE_HUB = {
+    *("accuracy", "exact_match", "f1", "mae", "matthews_correlation", "mse", "pearsonr", "perplexity", "precision"),
+    *("recall", "roc_auc", "spearmanr"),
+}
+
+# Of what was measured on held-out text, one of each kind first. An accuracy on rare labels says little beside an AUC.
+_SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
+_MOST_LOSSES, _MOST_SCORES = 3, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +64,13 @@ class Evaluation:
     num_examples: int | None = None
 
     def __post_init__(self) -> None:
-        """Check every field; a path in the place of a dataset keeps its last part."""
+        """Check every field; a dataset that is a path keeps its last part."""
         for name in ("task", "dataset", "split", "method", "task_type", "baseline_name"):
             if not isinstance(value := getattr(self, name), str) or not value.strip():
                 raise InputError(f"{name}={value!r} of an evaluation: give a text that is not empty")
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.task_type):
             raise InputError(f"task_type={self.task_type!r}: give the Hub's name of it, such as 'text-classification'")
-        object.__setattr__(self, "dataset", card_text.without_folders(self.dataset))
+        object.__setattr__(self, "dataset", without_folders(self.dataset))
         for name in ("metrics", "baseline"):
             object.__setattr__(self, name, _scores(getattr(self, name), f"{name} of {self.task!r}"))
         if not self.metrics:
@@ -89,14 +97,11 @@ class Evaluation:
         if not isinstance(values, Mapping):
             raise InputError(f"{source}: an evaluation is an object with named fields, not {values!r}")
         fields = {entry.name: entry for entry in dataclasses.fields(cls)}
-        for name in values:
-            if name not in fields:
-                near = difflib.get_close_matches(str(name), fields, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
-                raise InputError(f"{source}: unknown field {name!r} of an evaluation: {hint}")
+        if unknown := [name for name in values if name not in fields]:
+            hint = nearest(unknown[0], fields, otherwise=f"known are {', '.join(fields)}")
+            raise InputError(f"{source}: unknown field {unknown[0]!r} of an evaluation: {hint}")
         for name, entry in fields.items():
-            is_needed = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
-            if is_needed and name not in values:
+            if name not in values and entry.default is entry.default_factory is dataclasses.MISSING:
                 raise InputError(f"{source}: an evaluation without {name!r}: add it")
         try:
             return cls(**values)
@@ -106,45 +111,18 @@ class Evaluation:
     @property
     def is_on_hub(self) -> bool:
         """Whether the data is named by an id of the Hub."""
-        return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", self.dataset) is not None
+        return "/" in self.dataset and hub_id(self.dataset) is not None
+
+    @property
+    def identifier(self) -> str:
+        """The data as the Hub writes identifiers: "Reviews, of my own" is "reviews-of-my-own"."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.dataset.lower()).strip("-") or "text"
+        return self.dataset if self.is_on_hub else name
 
     @property
     def data_name(self) -> str:
         """The data with its configuration, for a reader: "nyu-mll/glue (sst2)"."""
         return f"{self.dataset} ({self.dataset_config})" if self.dataset_config else self.dataset
-
-
-def evaluation_table(evaluations: tuple[Evaluation, ...]) -> list[card_text.Row]:
-    """Return the header and the rows of a table of tasks, a row for each metric; [] without evaluations."""
-    has_baseline = any(evaluation.baseline for evaluation in evaluations)
-    header = ("Task", "Data", "How", "Metric", "This model", *(("Baseline",) if has_baseline else ()))
-    rows = [
-        (
-            card_text.cell(evaluation.task),
-            _data_cell(evaluation),
-            card_text.cell(evaluation.method),
-            card_text.cell(label(name)),
-            card_text.number(value),
-            *((_baseline_cell(evaluation, name),) if has_baseline else ()),
-        )
-        for evaluation in evaluations
-        for name, value in evaluation.metrics.items()
-    ]
-    return [header, *rows] if rows else []
-
-
-def _data_cell(evaluation: Evaluation) -> str:
-    name = card_text.cell(evaluation.data_name)
-    if evaluation.is_on_hub:
-        name = f"[{name}](https://huggingface.co/datasets/{evaluation.dataset})"
-    size = "" if evaluation.num_examples is None else f", {evaluation.num_examples:,} examples"
-    return f"{name}, {card_text.cell(evaluation.split)}{size}"
-
-
-def _baseline_cell(evaluation: Evaluation, metric: str) -> str:
-    if metric not in evaluation.baseline:
-        return "not measured"
-    return f"{card_text.number(evaluation.baseline[metric])} ({card_text.cell(evaluation.baseline_name)})"
 
 
 def _scores(values: Any, where: str) -> dict[str, float]:
@@ -156,17 +134,6 @@ def _scores(values: Any, where: str) -> dict[str, float]:
             raise InputError(f"{where}: {name}={value!r} is no finite number")
         scores[name] = float(value)
     return scores
-
-
-# Names of huggingface.co/metrics; others are in the model-index alone.
-_METRICS_OF_THE_HUB = {
-    *("accuracy", "exact_match", "f1", "mae", "matthews_correlation", "mse", "pearsonr", "perplexity", "precision"),
-    *("recall", "roc_auc", "spearmanr"),
-}
-
-# Of what was measured on held-out text, one of each kind first. An accuracy on rare labels says little beside an AUC.
-_SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
-_MOST_LOSSES, _MOST_SCORES = 3, 2
 
 
 def card_metadata(card: PretrainingCard) -> ModelCardData:
@@ -192,16 +159,6 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     )
 
 
-def hub_id(name: str | None) -> str | None:
-    """Return `name` if the Hub could have a repository of that name; a local path is of no use to a reader."""
-    return name if name and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) else None
-
-
-def unique_name(name: str) -> str:
-    """Return a name as the Hub writes identifiers: "Reviews, of my own" is "reviews-of-my-own"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "text"
-
-
 def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
@@ -215,20 +172,16 @@ def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult
             dataset_name=f"{card.evaluation_name}: {name}" if name else card.evaluation_name,
             metric_type=bare_name(key),
             metric_name=label(key),
-            metric_value=rounded(value),
+            # More digits are noise to a reader of the Hub.
+            metric_value=value if isinstance(value, int) else float(f"{value:.4g}"),
         )
         for name, metrics in split_by_held_out_set(card.metrics_after).items()
-        for key, value in _chosen(card_text.measured(metrics)).items()
+        for key, value in _chosen(measured(metrics)).items()
     ]
 
 
-def rounded(value: float) -> float:
-    """Return a number with four significant digits: more are noise to a reader of the Hub."""
-    return value if isinstance(value, int) else float(f"{value:.4g}")
-
-
 def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the few metrics that tell the model's quality: losses that have a meaning of their own, and scores.
+    """Return the few metrics of the model's quality: losses that have a meaning of their own, and scores.
 
     The total loss depends on the weights of a method, and rates and gains on its options; they stay in the card's table.
     """
@@ -249,7 +202,7 @@ def _task_results(card: PretrainingCard) -> Sequence[EvalResult]:
         EvalResult(
             task_type=evaluation.task_type,
             task_name=evaluation.task_type.replace("-", " ").capitalize(),
-            dataset_type=evaluation.dataset if evaluation.is_on_hub else unique_name(evaluation.dataset),
+            dataset_type=evaluation.identifier,
             dataset_name=evaluation.data_name,
             dataset_config=evaluation.dataset_config,
             dataset_split=evaluation.split,

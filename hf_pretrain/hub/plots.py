@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.files import plain, write_bytes
 from hf_pretrain.hub.text import (
+    bare_name,
     is_bookkeeping,
     is_foreign,
     is_loss,
@@ -83,14 +84,16 @@ def training_figures(log_history: Sequence[Mapping[str, Any]]) -> list[TrainingF
     losses = [curve for name, curve in curves.items() if is_loss(name)]
     if len(losses) == 2 and _same(*losses):
         losses = losses[1:]  # a lone component is the total
-    rates = [curve for name, curve in curves.items() if name == "learning_rate"]
-    quality = [curve for name, curve in curves.items() if is_quality(name)]
-    figures = [
-        TrainingFigure("loss.png", "Loss over the optimizer steps", tuple(losses)),
-        TrainingFigure("quality.png", "Quality over the optimizer steps", tuple(quality)),
-        TrainingFigure("learning_rate.png", "Learning rate over the optimizer steps", tuple(rates)),
+    panels = {
+        "loss": losses,
+        "quality": [curve for name, curve in curves.items() if is_quality(name)],
+        "learning_rate": [curve for name, curve in curves.items() if name == "learning_rate"],
+    }
+    return [
+        TrainingFigure(f"{name}.png", f"{name.replace('_', ' ').capitalize()} over the optimizer steps", tuple(chosen))
+        for name, chosen in panels.items()
+        if chosen
     ]
-    return [figure for figure in figures if figure.curves]
 
 
 def plot_training(
@@ -118,31 +121,27 @@ def plot_training(
 def _curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
     """Sort the log by quantity, the total loss first; the summary row that ends a training has "train_" keys."""
     curves: dict[str, Curve] = {"loss": Curve("loss", {}, {})}
-    for row in log_history:
-        if is_foreign(row):
-            continue
+    rows = [row for row in log_history if "step" in row and not is_foreign(row)]
+    # Of two rows of a step the later counts.
+    for row in sorted(rows, key=lambda row: int(row["step"])):
         for held_out_set, values in split_by_held_out_set(row).items():
             for key, value in values.items():
                 value = plain(value)
-                if "step" not in row or key.startswith("train_") or is_bookkeeping(key) or not _is_number(value):
+                if key.startswith("train_") or is_bookkeeping(key) or not _is_number(value):
                     continue
-                name = key.removeprefix("eval_")
-                curve = curves.setdefault(name, Curve(name, {}, {}))
+                curve = curves.setdefault(bare_name(key), Curve(bare_name(key), {}, {}))
                 series = curve.held_out.setdefault(held_out_set, {}) if key.startswith("eval_") else curve.train
                 series[int(row["step"])] = float(value)
-    return {name: _in_order(curve) for name, curve in curves.items() if curve.train or curve.held_out}
-
-
-def _in_order(curve: Curve) -> Curve:
-    held_out = {name: dict(sorted(series.items())) for name, series in curve.held_out.items()}
-    return Curve(curve.name, dict(sorted(curve.train.items())), held_out)
+    return {name: curve for name, curve in curves.items() if curve.train or curve.held_out}
 
 
 def _same(one: Curve, other: Curve) -> bool:
-    if one.held_out.keys() != other.held_out.keys():
-        return False
-    pairs = [(one.train, other.train), *((one.held_out[name], other.held_out[name]) for name in one.held_out)]
-    return all(
+    """Whether two curves have the same steps and nearly the same values."""
+    pairs = [
+        (one.train, other.train),
+        *((series, other.held_out.get(name, {})) for name, series in one.held_out.items()),
+    ]
+    return one.held_out.keys() == other.held_out.keys() and all(
         first.keys() == second.keys()
         and all(math.isclose(first[step], second[step], rel_tol=_ALIKE) for step in first)
         for first, second in pairs
@@ -168,12 +167,10 @@ def _draw(figure: TrainingFigure, path: Path, *, exported_step: int | None) -> P
         _draw_curve(panel, curve, exported_step=exported_step)
     for panel in panels[len(figure.curves) :]:
         panel.remove()
-    pixels = io.BytesIO()
+    pixels, small = io.BytesIO(), io.BytesIO()
     picture.savefig(pixels, format="png")
-    small = io.BytesIO()
-    Image.open(pixels).convert("RGB").quantize(_PALETTE).save(
-        small, format="png", optimize=True
-    )  # a third of the size
+    # A third of the size.
+    Image.open(pixels).convert("RGB").quantize(_PALETTE).save(small, format="png", optimize=True)
     return write_bytes(path, small.getvalue())
 
 

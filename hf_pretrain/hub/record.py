@@ -11,19 +11,27 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import from_plain, plain, weights_digest, write_text
 from hf_pretrain.hub.environment import Compute
-from hf_pretrain.hub.evaluation import Evaluation, hub_id
-from hf_pretrain.hub.text import Row, without_folders
+from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.text import Row, hub_id, without_folders
 
 RECORD = "pretraining/run.json"
 _FORMAT = 2
 # JSON has no such numbers, but the log of a run may.
 _NOT_FINITE = "not a finite number"
+
+
+def cite(*names: str) -> tuple[str, ...]:
+    """Return entries of `citations.bib` by their names, as BibTeX."""
+    entries = files("hf_pretrain").joinpath("citations.bib").read_text(encoding="utf-8").strip().split("\n\n")
+    known = {entry.partition("{")[2].partition(",")[0]: entry for entry in entries}
+    return tuple(known[name] for name in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +72,7 @@ class PretrainingCard:
         fine_tuning_class: Auto class that opens the root with a fresh head for a task, "" if there is none.
         repo: What the snippets load: the repository's id, or "." for the folder of the card.
         note: A paragraph to put before all others.
-        origin: How the weights began, in Markdown, where `base_model` does not tell all of it: "Cut from ...".
+        origin: How the weights began, in Markdown, where `base_model` does not say all of it: "Cut from ...".
         base_model: Hub id of the model whose weights the run began with, or the absolute path of a local one, which is
             not named in the card; `None` if the run began from scratch.
         language: ISO code or codes of the text.
@@ -125,7 +133,7 @@ def write_record(card: PretrainingCard, folder: Path | str, *, readme: str) -> P
     Args:
         card: The facts.
         folder: Folder of the model.
-        readme: What tells whether README.md was edited; see [`read_content`].
+        readme: Digest of the card in README.md, by which an edited one is found.
 
     Returns:
         The path of the record.

@@ -5,21 +5,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PretrainedConfig, TrainerState
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import weights_digest
+from hf_pretrain.files import plain, weights_digest
+from hf_pretrain.hub.card import recipe_options
 from hf_pretrain.hub.environment import Compute, hardware, measured_energy, versions
-from hf_pretrain.hub.evaluation import hub_id
-from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, read_record, read_weights
-from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at
+from hf_pretrain.hub.record import PretrainingCard, read_record, read_weights
+from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
+from hf_pretrain.options import resolved_options
+
+if TYPE_CHECKING:
+    from hf_pretrain.training.trainer import PretrainingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -29,22 +32,6 @@ _LIMITS = (
 )
 # A model of one of these has a task already.
 _TASKS = {"text-classification", "token-classification", "question-answering"}
-
-
-class Run(Protocol):
-    """What a card is made from: a Trainer, usually after training."""
-
-    args: Any
-    model: Any
-    state: TrainerState
-    objective: ObjectiveDescription
-    hub_model_id: str | None
-    data_description: Mapping[str, Any]
-    recipe: Mapping[str, Any]
-    held_out: HeldOutNumbers
-
-    def recipe_for_card(self) -> dict[str, Any]:
-        """Return the options that make up the run."""
 
 
 class HeldOutNumbers:
@@ -57,7 +44,7 @@ class HeldOutNumbers:
         run: The run.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: PretrainingTrainer) -> None:
         self.run = run
         self.begin()
 
@@ -80,9 +67,9 @@ class HeldOutNumbers:
 
     def load(self, checkpoint: str | None) -> None:
         """Note that the weights are those of a checkpoint now."""
-        best = Path(str(checkpoint))
-        found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", best.name)
-        if found and best.is_dir():
+        folder = Path(str(checkpoint))
+        found = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)
+        if found and folder.is_dir():
             self._loaded_step = int(found[1])
 
     @property
@@ -139,7 +126,15 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=0.0, equal_nan=True)
 
 
-def describe_run(trainer: Run, **changes: Any) -> PretrainingCard:
+def _recipe(trainer: PretrainingTrainer) -> dict[str, Any]:
+    """Return the options that make up the run: those of the program, or those that differ from their defaults."""
+    if trainer.recipe:
+        return recipe_options(trainer.recipe, defaults={})
+    options, own = trainer.args.to_dict(), resolved_options([trainer.args])
+    return recipe_options(options, defaults={name: value for name, value in options.items() if name not in own})
+
+
+def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard:
     """Gather what a run logged and measured.
 
     Args:
@@ -164,7 +159,7 @@ def describe_run(trainer: Run, **changes: Any) -> PretrainingCard:
         "language": _languages(trainer.data_description),
         "datasets": _datasets(trainer.recipe),
         "data": trainer.data_description,
-        "recipe": trainer.recipe_for_card(),
+        "recipe": _recipe(trainer),
         "log_history": tuple(log),
         "metrics_before": evaluation_at(log, 0),
         "metrics_after": trainer.held_out.after(),
@@ -182,31 +177,24 @@ def describe_run(trainer: Run, **changes: Any) -> PretrainingCard:
     earlier = _known_before(trainer, weights_step=facts["weights_step"])
     facts |= {name: value for name, value in earlier.items() if value and not facts.get(name)} | changes
     if facts["objective"].pipeline_tag not in _TASKS and not facts["adapter"]:
-        facts.setdefault("fine_tuning_class", _fine_tuning_class(root.config))
+        has_one = type(root.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+        facts.setdefault("fine_tuning_class", "AutoModelForSequenceClassification" if has_one else "")
     return PretrainingCard(**facts)
 
 
 def adapter_names(part: nn.Module) -> dict[str, str]:
     """Return the adapters of a stock model, each with its kind; where it has some, they alone are what it saves."""
-    if not getattr(part, "_hf_peft_config_loaded", False):
-        return {}
-    kinds = {
-        name: getattr(config.peft_type, "value", config.peft_type)
-        for name, config in cast(Any, part).peft_config.items()
-    }
-    return {name: str(kind) for name, kind in kinds.items()}
+    configs = cast(Any, part).peft_config if getattr(part, "_hf_peft_config_loaded", False) else {}
+    return {name: plain(config.peft_type) for name, config in configs.items()}
 
 
 def _fresh_parameters(*models: nn.Module) -> str:
     """Return what began anew in a model that was continued, as its building noted it; "" if that was nothing."""
-    for model in models:
-        fresh = getattr(model, "fresh_parameters", None)
-        if fresh:
-            return fresh if isinstance(fresh, str) else ", ".join(map(str, fresh))
-    return ""
+    fresh = next(filter(None, (getattr(model, "fresh_parameters", None) for model in models)), "")
+    return fresh if isinstance(fresh, str) else ", ".join(map(str, fresh))
 
 
-def _known_before(trainer: Run, *, weights_step: int | None) -> dict[str, Any]:
+def _known_before(trainer: PretrainingTrainer, *, weights_step: int | None) -> dict[str, Any]:
     """Return what was added to the card of this run by hand, and what was measured of these very weights."""
     folder = trainer.args.output_dir
     try:
@@ -230,14 +218,6 @@ def _datasets(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     return (name,) if name and hub_id(name) and not Path(name).exists() else ()
 
 
-def _fine_tuning_class(config: PretrainedConfig) -> str:
-    return (
-        AutoModelForSequenceClassification.__name__
-        if type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-        else ""
-    )
-
-
 def _is_stock(part: nn.Module) -> bool:
     return type(part).__module__.startswith("transformers.")
 
@@ -249,16 +229,18 @@ def _importable(part: nn.Module) -> str:
 
 
 def _base_model(name_or_path: str) -> str | None:
-    """Return the Hub's name of the model that was continued, or the absolute path that tells the card it is a local one."""
+    """Return the Hub's name of the model that was continued, or the absolute path of a local one."""
     is_local = bool(name_or_path) and Path(name_or_path).exists()
     return str(Path(name_or_path).resolve()) if is_local else name_or_path or None
 
 
-def _compute(trainer: Run, *, root_parameters: int) -> Compute:
+def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
     args, log, state = trainer.args, trainer.state.log_history, trainer.state
     steps = [row for row in log if "num_tokens" in row]
+    # The row at the end of this training, not that of one before a resume.
+    ends = [row for row in log if "train_runtime" in row and row["step"] == state.global_step]
     tokens = steps[-1]["num_tokens"] if steps else None
-    # The clock of transformers starts anew with each resume; so these two tell what it has seen.
+    # The clock of transformers starts anew with each resume; these two are where it started.
     resumed_at = getattr(trainer, "_initial_global_step", 0)
     tokens_before = getattr(trainer, "_initial_num_input_tokens_seen", 0)
     return Compute(
@@ -268,8 +250,7 @@ def _compute(trainer: Run, *, root_parameters: int) -> Compute:
         planned_steps=state.max_steps if state.global_step else None,
         examples_per_step=args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         tokens=tokens,
-        # The row at the end of this training, not that of one before a resume.
-        seconds=next((row["train_runtime"] for row in reversed(log) if _ends(row, state.global_step)), None),
+        seconds=ends[-1]["train_runtime"] if ends else None,
         resumed_at_step=resumed_at or None,
         timed_tokens=tokens - tokens_before if tokens and resumed_at else None,
         hardware=hardware(device_type=args.device.type, num_devices=args.world_size),
@@ -280,12 +261,8 @@ def _compute(trainer: Run, *, root_parameters: int) -> Compute:
     )
 
 
-def _precision(trainer: Run) -> str:
+def _precision(trainer: PretrainingTrainer) -> str:
     """Return the format of the computation, and that of the weights where it is not fp32."""
     weights = {"float32": "fp32", "bfloat16": "bf16"}.get(str(trainer.model.dtype).removeprefix("torch."), "fp32")
     computed = str(trainer.args.mixed_precision).replace("no", weights)
     return computed if weights == "fp32" else f"{computed} (weights in {weights})"
-
-
-def _ends(row: Mapping[str, Any], step: int) -> bool:
-    return "train_runtime" in row and row["step"] == step

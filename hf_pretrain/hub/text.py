@@ -1,6 +1,8 @@
-"""What the keys of the Trainer's log mean: losses, metrics of quality, or bookkeeping, and how a reader calls them.
+"""From the log of a run to the text of its card: what the keys mean, which weights a number is of, and how a reader sees values.
 
-The pieces of a card as text: values, table rows, YAML and code, each a pure function of plain data.
+The keys are losses, metrics of quality, or bookkeeping (`is_loss`, `is_quality`, `is_bookkeeping`, `label`). `evaluation_at` says
+which numbers belong to weights. `cell`, `rows`, `metric_table` and `yaml_block` write values as Markdown, and `portable_options`
+leaves the paths of the machine out.
 """
 
 from __future__ import annotations
@@ -17,13 +19,28 @@ _BOOKKEEPING = ("time", "per_second", "epoch", "step", "steps", "samples", "toke
 _QUALITY = ("accuracy", "auc", "precision", "recall", "f1", "correlation")
 _IN_FULL = {"disc": "discriminator", "qq": "query-query", "kk": "key-key", "vv": "value-value"}
 _CAPITALS = {"mlm", "rtd", "plm", "nsp", "sop", "lm", "nce", "auc", "kl", "mse", "f1"}
-
-
 # Marks of a row of the log whose numbers are no part of the run's course.
 OTHER_DATA, OTHER_WEIGHTS = "other_data", "other_weights"
 # The mean loss of predicted tokens, whose exponential is a perplexity.
 _LANGUAGE_MODELS = ("mlm", "plm", "lm", "tlm", "clm")
 _MOST_NATS = 20.0  # a mean loss beyond it is that of a model that has diverged
+# What Markdown or HTML would take for a mark in the middle of a line. Letters on both sides leave an underscore alone, as in the
+# names of files; GitHub's and the Hub's Markdown agree.
+_MARKS = re.compile(r"[\\`*\[\]<>|~$&]|!(?=\[)|(?<![^\W_])_|_(?![^\W_])")
+_OF_HTML = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+_MOST_ITEMS = 8  # of a list in a table cell
+# Options that name a file or a folder, and those that name it or what lies on the Hub.
+_FILES = ("_file", "_files", "_dir", "_path", "_folder", "_vectors", "_checkpoint", "config", "deepspeed")
+_NAMES = ("name_or_path", "tokenizer_name", "dataset_name")
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+"""Pattern of what the Hub could call a repository."""
+# An absolute path in the middle of a text, such as the value of an entry "name=path".
+_PATH_WITHIN = re.compile(
+    r"(?:(?<![\w.:/~-])~?/(?:[^\s/\"',;=]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\\"',;=]+\\)+)([^\s/\\\"',;=]+)"
+)
+
+Row = tuple[str, ...]
+"""The cells of a row of a table, as text."""
 
 
 def bare_name(key: str) -> str:
@@ -63,7 +80,7 @@ def evaluated_steps(log_history: Sequence[Mapping[str, Any]]) -> list[int]:
 def evaluation_at(log_history: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, Any]:
     """Return what was measured of the weights of a step on the run's held-out text; {} if nothing was.
 
-    This alone decides which numbers stand beside weights, in the card, in its record and in the report of a program.
+    The card, its record and the report of a program all take their numbers from here.
 
     Args:
         log_history: Rows as in `Trainer.state.log_history`.
@@ -118,13 +135,8 @@ def label(key: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-_MOST_ITEMS = 8  # of a list in a table cell
-
-Row = tuple[str, ...]
-
-
 def without_folders(value: Any) -> Any:
-    """Return a plain value in which absolute paths keep only their last part: they tell of the machine."""
+    """Return a plain value in which absolute paths keep only their last part: the others describe the machine."""
     if isinstance(value, dict):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -155,7 +167,7 @@ def _portable(name: str, value: Any) -> Any:
         return [_portable(name, item) for item in value]
     if not isinstance(value, str) or not value:
         return without_folders(value)
-    if name.endswith(_NAMES) and not Path(value).exists() and re.fullmatch(_HUB_NAME, value):
+    if name.endswith(_NAMES) and not Path(value).exists() and hub_id(value):
         return value
     if name.endswith((*_FILES, *_NAMES)):
         # One may have the name of a language before it, or another behind it.
@@ -163,19 +175,14 @@ def _portable(name: str, value: Any) -> Any:
     return without_folders(value)
 
 
+def hub_id(name: str | None) -> str | None:
+    """Return `name` if the Hub could have a repository of that name; a local path is of no use to a reader."""
+    return name if name and re.fullmatch(HUB_NAME, name) else None
+
+
 def _is_path(text: str) -> bool:
     path = text.removeprefix("file://")
     return PurePath(path).is_absolute() or PureWindowsPath(path).is_absolute() or path.startswith(("~/", "../"))
-
-
-# Options that name a file or a folder, and those that name it or what lies on the Hub.
-_FILES = ("_file", "_files", "_dir", "_path", "_folder", "_vectors", "_checkpoint", "config", "deepspeed")
-_NAMES = ("name_or_path", "tokenizer_name", "dataset_name")
-_HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
-# An absolute path in the middle of a text, such as the value of an entry "name=path".
-_PATH_WITHIN = re.compile(
-    r"(?:(?<![\w.:/~-])~?/(?:[^\s/\"',;=]+/)+|(?<!\w)[A-Za-z]:\\(?:[^\s\\\"',;=]+\\)+)([^\s/\\\"',;=]+)"
-)
 
 
 def number(value: float) -> str:
@@ -197,7 +204,7 @@ def duration(seconds: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as the text of one table cell; an empty text means that there is nothing to tell."""
+    """Return a value as the text of one table cell; "" for nothing."""
     value = plain(value)
     if value is None:
         return ""
@@ -211,40 +218,12 @@ def cell(value: Any) -> str:
     return escaped(str(value))
 
 
-# What Markdown or HTML would take for a mark in the middle of a line.
-_MARKS = re.compile(r"([\\`*_\[\]<>|~$&!])")
-
-
 def escaped(text: str) -> str:
     """Return a text of the user as Markdown that shows it letter by letter, in one line of a table, a list or a sentence."""
     line = re.sub(r"[\s\x00-\x1f\x7f\u2028\u2029]+", " ", text).strip()
-    line = _MARKS.sub(_as_shown, line)
+    line = _MARKS.sub(lambda mark: _OF_HTML.get(mark[0], f"\\{mark[0]}"), line)
     # A line that begins like a heading, a list or a quote would be one where the text stands first.
     return re.sub(r"^(\d*)([#+.)-])(?=\s)", r"\1\\\2", line)
-
-
-def _as_shown(mark: re.Match[str]) -> str:
-    character = mark[1]
-    # Letters on both sides leave an underscore alone, as in the names of files; GitHub's and the Hub's Markdown agree.
-    if character == "_" and _between_letters(mark):
-        return character
-    if character in "<>&":
-        return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}[character]
-    if character == "!":
-        return "\\!" if mark.string[mark.end() : mark.end() + 1] == "[" else "!"
-    return f"\\{character}"
-
-
-def _between_letters(mark: re.Match[str]) -> bool:
-    before, after = mark.string[: mark.start()], mark.string[mark.end() :]
-    return bool(re.search(r"[^\W_]$", before) and re.match(r"[^\W_]", after))
-
-
-def origin(base_model: str | None, *, hub_id: str | None) -> str:
-    """Return where the weights began; a base model that is not on the Hub is not named, for its path tells nothing."""
-    if hub_id:
-        return f"Pre-trained further from [{hub_id}](https://huggingface.co/{hub_id})"
-    return "Pre-trained further from a local checkpoint" if base_model else "Pre-trained from scratch"
 
 
 def rows(table: Mapping[str, Any], *, as_is: bool = False) -> list[Row]:
@@ -264,13 +243,19 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def metric_table(
-    before: Mapping[str, Any], after: Mapping[str, Any], *, after_title: str = "After training"
-) -> list[Row]:
+def metric_table(before: Mapping[str, Any], after: Mapping[str, Any], *, last_step: int | None = None) -> list[Row]:
     """Return the header and the rows of a table of metrics, in the order of `after`; [] if nothing was measured.
 
     A side that was not measured at all has no column, and several held-out sets have a column of names.
+
+    Args:
+        before: Metrics before training.
+        after: Metrics after it; their `step` is named where it is not the last one.
+        last_step: The last step of the run.
     """
+    step = plain(after.get("step"))
+    is_earlier = isinstance(step, int) and last_step and step < last_step
+    after_title = f"At step {step:,}" if is_earlier else "After training"
     sides = {"Before training": _by_set(before), after_title: _by_set(after)}
     sides = {title: metrics for title, metrics in sides.items() if metrics}
     keys = dict.fromkeys(key for metrics in reversed(sides.values()) for key in metrics)
@@ -292,12 +277,6 @@ def _by_set(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     return {(name, key): value for name, row in sets.items() for key, value in with_perplexity(measured(row)).items()}
 
 
-def after_title(metrics: Mapping[str, Any], steps: int | None) -> str:
-    """Return when the last metrics were measured: at the end, or at an earlier step than the last."""
-    step = plain(metrics.get("step"))
-    return f"At step {step:,}" if isinstance(step, int) and steps and step < steps else "After training"
-
-
 def yaml_block(options: Mapping[str, Any]) -> str:
     """Return options as YAML in their order, without those that have no value; "" if none is left."""
     import yaml
@@ -305,95 +284,6 @@ def yaml_block(options: Mapping[str, Any]) -> str:
     chosen = {name: value for name, value in plain(options).items() if value is not None}
     # Unbroken lines: one that a long text is broken into might begin like the end of the block.
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=10**6).strip() if chosen else ""
-
-
-def loading_snippets(repo: str, *, model_class: str, usage: str, has_own_code: bool = False) -> list[str]:
-    """Return code that loads the root of `repo`: the encoder through the Auto classes, and the class with its head."""
-    trust = ", trust_remote_code=True" if has_own_code else ""
-    encoder = f"""\
-from transformers import AutoModel, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
-model = AutoModel.from_pretrained("{repo}"{trust})
-inputs = tokenizer("A sentence to encode.", return_tensors="pt")
-hidden_states = model(**inputs).last_hidden_state  # [1, length, width]"""
-    used = usage.replace("{repo}", repo).replace("{model_class}", model_class).strip()
-    return [encoder, used or "\n".join(_load("model", repo, class_name=model_class))]
-
-
-def adapter_snippet(repo: str, *, model_class: str, base_model: str | None) -> str:
-    """Return code that opens the model below an adapter, and then the adapter; a base that is not on the Hub is not named."""
-    base = base_model or "the-model-that-was-trained-further"
-    return f"""\
-from transformers import AutoTokenizer, {model_class}
-
-tokenizer = AutoTokenizer.from_pretrained("{repo}")
-model = {model_class}.from_pretrained("{base}")
-model.load_adapter("{repo}")  # needs the package peft"""
-
-
-def root_sentence(*, model_class: str, has_own_code: bool, adapter: str) -> str:
-    """Return what lies at the root of the repository, and what is needed to open it."""
-    if adapter:
-        return (
-            f"The root of this repository is an adapter ({adapter}) for a `{model_class}`, and **not a whole model**: the model "
-            "below it and the package `peft` are needed to use it."
-        )
-    if has_own_code:
-        return (
-            f"The root of this repository is a 🤗 transformers checkpoint of class `{model_class}` with its code: "
-            "`trust_remote_code=True` opens it without any other library."
-        )
-    return (
-        f"The root of this repository is a stock 🤗 transformers checkpoint of class `{model_class}`: no other library is needed "
-        "to use it."
-    )
-
-
-def fine_tuning_snippet(repo: str, *, auto_class: str, model_class: str, has_own_code: bool = False) -> str:
-    """Return code that puts a fresh head for a task on the encoder and takes its first gradient; "" without a class."""
-    if not auto_class:
-        return ""
-    options = ["num_labels=2"]
-    trust = ", trust_remote_code=True" if has_own_code else ""
-    if has_own_code:
-        options.append("trust_remote_code=True")
-    if model_class.endswith("ForTokenClassification"):
-        options.append("ignore_mismatched_sizes=True")  # its head has the new one's name
-    return f"""\
-import torch
-from transformers import {auto_class}, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{repo}"{trust})
-model = {auto_class}.from_pretrained("{repo}", {", ".join(options)})
-batch = tokenizer(["A fine meal.", "A dull one, and cold."], padding=True, return_tensors="pt")
-loss = model(**batch, labels=torch.tensor([1, 0])).loss
-loss.backward()"""
-
-
-def parts_snippet(repo: str, *, parts: Mapping[str, tuple[str, str]]) -> str:
-    """Return code that loads each part that is a checkpoint from its sub-folder; "" if none is."""
-    classes = {name: kind for name, (kind, _) in parts.items() if kind}
-    blocks = [_load(_variable(name), repo, class_name=kind, subfolder=name) for name, kind in classes.items()]
-    imports = dict.fromkeys(block[0] for block in blocks)
-    return "\n".join([*imports, "", *(block[2] for block in blocks)]) if blocks else ""
-
-
-def part_rows(parts: Mapping[str, tuple[str, str]]) -> list[Row]:
-    """Return (sub-folder, class, what) rows."""
-    classes = {name: kind.rpartition(".")[2] for name, (kind, _) in parts.items()}
-    return [(f"`{name}`", f"`{classes[name]}`" if kind else "", cell(what)) for name, (kind, what) in parts.items()]
-
-
-def _load(variable: str, repo: str, *, class_name: str, subfolder: str = "") -> Row:
-    module, _, name = class_name.rpartition(".")
-    place = f', subfolder="{subfolder}"' if subfolder else ""
-    load = f'{variable} = {name}.from_pretrained("{repo}"{place})'
-    return f"from {module or 'transformers'} import {name}", "", load
-
-
-def _variable(subfolder: str) -> str:
-    return re.sub(r"\W", "_", subfolder.strip("/").rpartition("/")[2]) or "part"
 
 
 def _readable(name: str) -> str:

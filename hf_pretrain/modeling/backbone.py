@@ -1,9 +1,9 @@
 """What a stock encoder is like: its layers, tables and positions, what it takes, and what it calls its sizes.
 
-The library asks here and nowhere else. Modules and configuration answer where they can, the name of the architecture where they
-cannot. A new architecture is fitted in this file.
+The library looks here and nowhere else. The answer comes from modules and configuration, or else from the name of the
+architecture. A new architecture is fitted in this file.
 
-The order: architectures that need a word of their own; names in a configuration; layers; the word table; positions; inputs.
+The order: tables for single architectures; names in a configuration; layers; the word table; positions; inputs.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ POSITIONS_AFTER_PADDING = frozenset(
     """roberta xlm-roberta xlm-roberta-xl camembert mpnet data2vec-text longformer roberta-prelayernorm esm ibert luke
     xmod""".split()
 )
-"""Architectures that number positions from the padding id on: RoBERTa and its kin. A model tells by itself, see
-[`counts_from_padding`]; this is for the sizes of one that is not built yet."""
+"""Architectures that number positions from the padding id on: RoBERTa and its kin. [`counts_from_padding`] reads it
+from a model; this is for the sizes of one that is not built yet."""
 
 # Names for the same option, BERT's first.
 _OTHER_NAMES = {
@@ -76,7 +76,7 @@ def shared_options(config: PreTrainedConfig, *names: str) -> dict[str, Any]:
 
 
 def num_token_types(config: PreTrainedConfig) -> int:
-    """Return how many segments a model tells apart, 0 where it has no token types."""
+    """Return the number of a model's token types, 0 where it has none."""
     own = getattr(config, "type_vocab_size", None)
     return _COMPARED_SEGMENTS.get(config.model_type, 0) if own is None else int(own)
 
@@ -191,7 +191,7 @@ def counts_from_padding(model: nn.Module) -> bool:
 def first_position(model: nn.Module) -> int:
     """Return the row of the first position in a model's table: 0, the one after the padding id's, or a fixed one.
 
-    Nystromformer and its kin begin with row 2; their configuration tells how many rows are positions.
+    Nystromformer and its kin begin with row 2; their configuration says how many rows are positions.
     """
     table = next(iter(position_tables(model).values()), None)
     padding = getattr(table, "padding_idx", None)

@@ -24,6 +24,7 @@ from hf_pretrain.modeling.backbone import input_names, longest_sequence, note_wh
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
+from hf_pretrain.modeling.visibility import rules
 
 GENERATOR_FOLDER = "pretraining/generator"
 """Folder of an export that holds the generator of a pair."""
@@ -40,7 +41,7 @@ def trial_tokens(model: PreTrainedModel) -> torch.Tensor:
     vocab_size = vocabulary_size(embeddings)
     padding, count = getattr(model.config, "pad_token_id", None), TRIAL_ROWS * TRIAL_LENGTH
     # Distinct where there are enough, and some of each cluster of a divided output layer.
-    tokens = [(vocab_size - 1) * place // (count - 1) for place in range(count)]
+    tokens = [(vocab_size - 1) * number // (count - 1) for number in range(count)]
     other = next((token for token in range(vocab_size - 1, -1, -1) if token != padding), 0)
     tokens = [other if token == padding else token for token in tokens]
     device = next(embeddings.parameters()).device
@@ -115,11 +116,36 @@ class PretrainingModel(PreTrainedModel):
         names = [name for folder, name in self.export_parts.items() if folder in ("", GENERATOR_FOLDER)]
         return {name: getattr(self, name) for name in names}
 
+    def check_fits(self, tokenizer: PreTrainedTokenizerBase, *, block_size: int, isolates_documents: bool) -> None:
+        """Refuse stock models that cannot take the data.
+
+        Args:
+            tokenizer: The tokenizer that makes the input.
+            block_size: Longest sequence, in tokens.
+            isolates_documents: Whether a row holds documents that must not see each other.
+
+        Raises:
+            InputError: As [`check_model_fits`] and [`check_isolation`] do.
+        """
+        for part in self.backbones.values():
+            check_model_fits(part, tokenizer, block_size=block_size)
+        if isolates_documents:
+            self.check_isolation(length=block_size)
+
+    def check_isolation(self, *, length: int) -> None:
+        """Refuse stock models that cannot keep the documents of a row apart; see [`rules.check_isolation`]."""
+        for part in self.backbones.values():
+            rules.check_isolation(part, length=length)
+
     @property
     def fresh_parameters(self) -> tuple[str, ...]:
         """Names of the parameters that the checkpoints did not have, so that they began at random; none from scratch."""
         parts = self.backbones.items()
         return tuple(f"{name}.{key}" for name, part in parts for key in getattr(part, "fresh_parameters", ()))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the word embeddings of the stock model that is exported."""
+        return getattr(self, self.export_parts[""]).get_input_embeddings()
 
     def trial_batch(self) -> dict[str, Any] | None:
         """Return a small batch with targets of every loss, on the model's device; None if there is nothing to try."""
@@ -299,10 +325,10 @@ def _reason(model: PreTrainedModel, error: Exception) -> str:
 def _kind_of_expert(name: str) -> str | None:
     """Return a parameter's name without the number of its expert; None for one that belongs to no numbered expert."""
     parts = name.split(".")
-    place = next((i for i, part in enumerate(parts) if "expert" in part.lower()), None)
-    if place is None or not any(part.isdigit() for part in parts[place:]):
+    begin = next((i for i, part in enumerate(parts) if "expert" in part.lower()), len(parts))
+    if not any(part.isdigit() for part in parts[begin:]):
         return None
-    return ".".join([*parts[:place], *("*" if part.isdigit() else part for part in parts[place:])])
+    return ".".join([*parts[:begin], *("*" if part.isdigit() else part for part in parts[begin:])])
 
 
 @contextmanager
@@ -328,7 +354,7 @@ def _scalars(module: nn.Module) -> dict[str, _Scalar]:
 
 
 class _ValuesOnMeta(TorchDispatchMode):
-    """Lets a model on the meta device that asks for a value go on: 1, which is what a mask without padding says."""
+    """Gives a model on the meta device that reads a value the value 1, as of a mask without padding."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
@@ -354,7 +380,7 @@ def refuse_adapters(model: nn.Module) -> None:
 def _has_adapters(model: nn.Module) -> bool:
     if getattr(model, "_hf_peft_config_loaded", False):
         return True
-    # Without importing it: where it has not been imported, nobody has used it. A merged model still has its configuration.
+    # Without importing it: where it has not been imported, no model has adapters. A merged model still has its configuration.
     peft, tuners = sys.modules.get("peft"), sys.modules.get("peft.tuners.tuners_utils")
     if peft is None or tuners is None or getattr(model, "peft_config", None) is None:
         return False

@@ -1,14 +1,13 @@
 """Stock configurations: nested in a composite's, or built for a model from scratch; and how stock models are opened."""
 
-import difflib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest
 from hf_pretrain.modeling.backbone import (
     FEED_FORWARD_OF_FOUR_WIDTHS,
     POSITIONS_AFTER_PADDING,
@@ -16,6 +15,7 @@ from hf_pretrain.modeling.backbone import (
     WITHOUT_LENGTH,
     feed_forward_name,
 )
+from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import (
     MODEL_DTYPES,
     first_line,
@@ -23,6 +23,7 @@ from hf_pretrain.modeling.loading import (
     from_pretrained,
     refuse_type,
 )
+from hf_pretrain.options import option
 
 SubModelConfig = PreTrainedConfig | dict[str, Any] | None
 
@@ -60,42 +61,36 @@ class CompositeConfig(PreTrainedConfig):
 class ModelArguments:
     """Which stock model is trained: a checkpoint to continue, or sizes to build one from."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint to continue from; without it the model is built from the sizes below."},
+    model_name_or_path: str | None = option(
+        None, "Checkpoint to continue from; without it the model is built from the sizes below."
     )
-    model_type: str = field(
-        default="bert",
-        metadata={"help": "Architecture built from scratch: bert, roberta, electra, albert, modernbert, ..."},
+    model_type: str = option(
+        "bert", "Architecture built from scratch: bert, roberta, electra, albert, modernbert, ..."
     )
-    hidden_size: int = field(default=256, metadata={"help": "Width of the encoder."})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Number of layers."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads a layer."})
-    intermediate_size: int = field(default=1024, metadata={"help": "Width of the feed-forward layers."})
-    embedding_size: int | None = field(
-        default=None, metadata={"help": "Width of the embedding tables, where the architecture has one of its own."}
+    hidden_size: int = option(256, "Width of the encoder.")
+    num_hidden_layers: int = option(12, "Number of layers.")
+    num_attention_heads: int = option(4, "Attention heads a layer.")
+    intermediate_size: int = option(1024, "Width of the feed-forward layers.")
+    embedding_size: int | None = option(
+        None, "Width of the embedding tables, where the architecture has one of its own."
     )
-    max_position_embeddings: int = field(default=512, metadata={"help": "Longest sequence, in tokens."})
-    attn_implementation: str | None = field(
-        default=None,
-        metadata={"help": "Attention backend (sdpa, eager, flash_attention_2, ...); None = the model's own."},
+    max_position_embeddings: int = option(512, "Longest sequence, in tokens.")
+    attn_implementation: str | None = option(
+        None, "Attention backend (sdpa, eager, flash_attention_2, ...); None = the model's own."
     )
-    model_dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Number format of the trained weights, float32 or bfloat16, whatever a checkpoint is stored in. Steps of a "
-            "usual learning rate are lost in bfloat16 weights; --bf16 computes in bfloat16 and keeps the weights in float32."
-        },
+    model_dtype: str = option(
+        "float32",
+        "Number format of the trained weights, float32 or bfloat16, whatever a checkpoint is stored in. Steps of a "
+        "usual learning rate are lost in bfloat16 weights; --bf16 computes in bfloat16 and keeps the weights in float32.",
     )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": 'JSON object of further configuration values, e.g. {"hidden_dropout_prob": 0.0}.'},
+    config_overrides: str | None = option(
+        None, 'JSON object of further configuration values, e.g. {"hidden_dropout_prob": 0.0}.'
     )
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and overrides that are no JSON object."""
         check_numbers(self)
-        check_overrides(self.config_overrides)
+        parse_overrides(self.config_overrides)
 
 
 def build_config(
@@ -161,15 +156,17 @@ def load_or_build(
     args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    stock: PreTrainedModel | None = None,
     options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
-    """Open the checkpoint that the arguments name, or build the model that they describe.
+    """Open the checkpoint that the arguments name, build the model that they describe, or give a stock model its head.
 
     Args:
         choose: The Auto class, or a function from the configuration to it.
         args: What to open or to build.
         tokenizer: Sizes the vocabulary of a model from scratch.
+        stock: A stock model that is there, with or without the head.
         options: Keywords of `from_pretrained` and `from_config`; by default the attention backend of `args`.
         **changes: Arguments of [`build_config`], for a model from scratch.
 
@@ -178,6 +175,8 @@ def load_or_build(
     """
     name, options = args.model_name_or_path, attention_options(args) if options is None else options
     is_class = isinstance(choose, type)
+    if stock is not None:
+        return with_head(stock, choose if is_class else choose(stock.config))
     if name is not None:
         auto_class = choose if is_class else choose(from_pretrained(AutoConfig, name))
         return from_pretrained(auto_class, name, **options)
@@ -214,8 +213,7 @@ def _check_type(model_type: str, auto_class: Any) -> None:
     """Refuse an architecture that is unknown or none that a class opens."""
     mapping = auto_class._model_mapping
     if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(mapping._model_mapping), n=1, cutoff=0.7)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one such as {_USUAL}"
+        hint = nearest(model_type, list(mapping._model_mapping), otherwise=f"choose one such as {_USUAL}")
         raise InputError(f"model_type={model_type!r} is not an architecture of transformers: {hint}")
     if CONFIG_MAPPING[model_type] not in mapping:
         raise refuse_type(model_type, auto_class)
@@ -263,37 +261,28 @@ def scaled_config(config: PreTrainedConfig, *, width: float, depth: float) -> Pr
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """Read the JSON object of `config_overrides`; raise InputError where it is none."""
+    """Read the JSON object of `config_overrides`; raise InputError where it is none, or holds numbers that are not finite."""
     if text is None:
         return {}
     try:
         values = json.loads(text)
+        json.dumps(values, allow_nan=False)
     except json.JSONDecodeError as error:
         raise InputError(f'config_overrides={text!r} is not JSON ({error}): write {{"name": value}}') from error
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InputError(f"config_overrides={text[:200]!r} is not JSON that can be used: {reason}") from error
     if not isinstance(values, dict):
         raise InputError(f'config_overrides={text!r} is not a JSON object: write {{"name": value}}')
     return values
 
 
-def check_overrides(text: str | None) -> None:
-    """Refuse a `config_overrides` that is no JSON object, or holds numbers that are not finite."""
-    try:
-        values = parse_overrides(text)
-        json.dumps(values, allow_nan=False)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InputError(f"config_overrides={str(text)[:200]!r} is not JSON that can be used: {reason}") from error
-
-
 def attention_options(args: ModelArguments) -> dict[str, Any]:
-    """Return the keyword that chooses the attention backend, where one was asked for."""
+    """Return the keyword that chooses the attention backend, where the arguments name one."""
     return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
 
 
 def dtype_option(args: ModelArguments) -> dict[str, str]:
     """Return the keyword that chooses the number format of a composite's weights; raise InputError for an unknown one."""
-    if args.model_dtype not in MODEL_DTYPES:
-        raise InputError(f"model_dtype={args.model_dtype!r} must be one of {', '.join(MODEL_DTYPES)}")
+    check_choice(args.model_dtype, MODEL_DTYPES, name="model_dtype")
     return {"dtype": args.model_dtype}

@@ -1,6 +1,6 @@
-"""Embeddings of a stock model: tables shared between two models, and languages in place of segments.
+"""Embeddings of a stock model: tables shared between two models, and languages instead of segments.
 
-First the stand-ins: each takes the place of a module in a stock model while it is trained, for tables of another width or with a
+First the stand-ins: each stands for a module in a stock model while it is trained, for tables of another width or with a
 difference of their own; `merged_state` gives the stock parameters that are exported. Then the names of parameters that two
 models share. Last, the language of each token, which a model takes as language embeddings or as token types.
 """
@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import name_of, position_tables, word_table_name
 
-# A projection is told apart from noise in a published table by this share of the table's norm.
+# A projection differs from a published table by less than this share of the table's norm.
 _TIED_TOLERANCE = 1e-3
 
 
@@ -270,7 +270,7 @@ def shared_body_names(
     Args:
         target: Model whose parameters are replaced.
         source: Model that keeps its own.
-        option: What asks for equal bodies, for the error.
+        option: The option that needs equal bodies, for the error.
 
     Raises:
         InputError: If the two bodies do not have the same parameters with the same shapes.
@@ -285,8 +285,9 @@ _Named = dict[str, tuple[str, nn.Parameter]]
 def _pair(
     ours: _Named, theirs: _Named, target: PreTrainedModel, source: PreTrainedModel, option: str, remedy: str
 ) -> dict[str, str]:
-    shapes = {name: tuple(parameter.shape) for name, (_, parameter) in ours.items()}
-    other_shapes = {name: tuple(parameter.shape) for name, (_, parameter) in theirs.items()}
+    shapes, other_shapes = (
+        {name: tuple(parameter.shape) for name, (_, parameter) in side.items()} for side in (ours, theirs)
+    )
     if shapes != other_shapes:
         first = next(name for name in [*shapes, *other_shapes] if shapes.get(name) != other_shapes.get(name))
         raise InputError(
@@ -346,14 +347,14 @@ def set_languages(config: PreTrainedConfig, lang2id: Mapping[str, int]) -> Langu
     """Write the numbers of the languages into a configuration, where the model has room for them.
 
     `lang2id` and `id2lang` are those of XLM's published checkpoints; other architectures hand them through. A model
-    without room keeps its configuration, and is not told the languages.
+    without room keeps its configuration, and does not get the languages.
 
     Args:
         config: Stock configuration, of a new model or of a checkpoint.
         lang2id: Numbers of the languages.
 
     Returns:
-        The input that tells the languages, see [`language_input`].
+        The input that holds the languages, see [`language_input`].
 
     Raises:
         InputError: If the model was trained with these languages under other numbers, or without some of them.
@@ -366,17 +367,14 @@ def set_languages(config: PreTrainedConfig, lang2id: Mapping[str, int]) -> Langu
                 f"the model numbers its languages {known}, and the data has {wrong[0]!r} as {lang2id[wrong[0]]}: prepare "
                 "the data with the numbers of the model"
             )
-        return language_input(config)
-    name: LanguageInput = "langs" if hasattr(config, "n_langs") else "token_type_ids"
-    if max(lang2id.values()) >= _room(config):
-        return None
-    config.lang2id = dict(lang2id)
-    config.id2lang = {str(number): name for name, number in lang2id.items()}
-    return name
+    elif max(lang2id.values()) < _room(config):
+        config.lang2id = dict(lang2id)
+        config.id2lang = {str(number): name for name, number in lang2id.items()}
+    return language_input(config)
 
 
 def language_input(config: PreTrainedConfig) -> LanguageInput | None:
-    """Return the input that tells a model the language of each token.
+    """Return the input that holds the language of each token.
 
     Returns:
         "langs" for XLM and its kin; "token_type_ids" for models with enough token types, which then stand for languages;
@@ -389,7 +387,7 @@ def language_input(config: PreTrainedConfig) -> LanguageInput | None:
 
 
 def _room(config: PreTrainedConfig) -> int:
-    """Return how many languages the tables of a model can tell apart."""
+    """Return the number of languages that the tables of a model have rows for."""
     if hasattr(config, "n_langs"):
         return int(config.n_langs) if config.n_langs > 1 and config.use_lang_emb else 0
     return int(getattr(config, "type_vocab_size", None) or 0)
@@ -400,12 +398,12 @@ def language_inputs(config: PreTrainedConfig, *, langs: torch.Tensor | None = No
 
     Args:
         config: Configuration of the stock model, after [`set_languages`].
-        langs: ``[B, L]`` number of the language of each token, any at padding; None if the batch does not tell.
+        langs: ``[B, L]`` number of the language of each token, any at padding; None if the batch has none.
         **inputs: Further inputs, handed through.
 
     Returns:
         The inputs, with the languages under the name that the model has for them. Where that is `token_type_ids`, they
-        take the place of segments; a model without room is told nothing.
+        stand in for segments; a model without room gets nothing.
     """
     name = None if langs is None else language_input(config)
     return inputs if name is None else inputs | {name: langs}

@@ -6,6 +6,7 @@ then the heads of this library, for pairs, for the boundary of spans and for dis
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,9 +20,9 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
 from transformers.utils import ModelOutput
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.backbone import shared_options
-from hf_pretrain.modeling.loading import find_file, read_safetensors
+from hf_pretrain.modeling.loading import find_file, from_config, read_safetensors, say_once
 
 HeadKind = Literal["none", "masked_lm", "classification", "regression", "token_classification", "question_answering"]
 
@@ -43,12 +44,50 @@ def head_kind(model: PreTrainedModel) -> HeadKind:
     return "regression" if model.config.num_labels == 1 else "classification"
 
 
-def boundary_logits(logits: torch.Tensor, positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return what each text's start and its end are chosen from, where all other places are impossible.
+@torch.no_grad()
+def with_head(model: PreTrainedModel, auto_class: Any, **changes: Any) -> PreTrainedModel:
+    """Return a stock model as a class with a head: itself if it has that head, else a copy that begins with a fresh one.
 
     Args:
-        logits: ``[T, 2]`` logits of a start and of an end at each of the places where a span may begin or end.
-        positions: ``[T]`` flat row-major positions of these places.
+        model: Any model of an architecture that the class knows, such as the encoder alone.
+        auto_class: The Auto class of the head.
+        **changes: Values of the copy's configuration.
+
+    Raises:
+        InputError: If the class does not know the architecture, or a weight of the encoder is missing.
+    """
+    known = auto_class._model_mapping.get(type(model.config), ())
+    if isinstance(model, known):
+        return model
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    target: PreTrainedModel = from_config(auto_class, config)
+    prefix = f"{target.base_model_prefix}." if model.base_model is model else ""
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    own = target.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    target.load_state_dict(fitting, strict=False)
+    target.tie_weights()
+    tied = target.all_tied_weights_keys
+    target.fresh_parameters = tuple(name for name in own if name not in fitting and name not in tied)
+    body = next((f"{name}." for name, part in target.named_modules() if part is target.base_model), "")
+    # A pooler belongs to a head: encoders come without.
+    lost = [name for name in target.fresh_parameters if name.startswith(body) and body and ".pooler." not in name]
+    if lost:
+        raise InputError(f"{type(model).__name__} has no weight {lost[0]}: give a {type(target).__name__}")
+    say_once(
+        f"{type(model).__name__} has no such head: a {type(target).__name__} of its weights begins with a fresh one"
+    )
+    return target
+
+
+def boundary_logits(logits: torch.Tensor, positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return what each text's start and its end are chosen from, where all other positions are impossible.
+
+    Args:
+        logits: ``[T, 2]`` logits of a start and of an end at each of the positions where a span may begin or end.
+        positions: ``[T]`` flat row-major positions of the logits.
         shape: ``(B, L)`` of the batch.
 
     Returns:
@@ -63,7 +102,7 @@ def span_scores(guesses: torch.Tensor, answers: torch.Tensor) -> dict[str, torch
     """Compare spans with those of the labels, the first and the last token each.
 
     Args:
-        guesses: ``[B, 2]`` places of starts and ends; the end may lie before the start, and there is no span then.
+        guesses: ``[B, 2]`` positions of starts and ends; the end may lie before the start, and there is no span then.
         answers: ``[B, 2]``, true spans.
 
     Returns:
@@ -148,7 +187,7 @@ class PairHeadConfig(PreTrainedConfig):
     """Configuration of [`PairHead`].
 
     Attributes:
-        num_classes: Relations between two segments that are told apart.
+        num_classes: Number of relations between two segments.
         hidden_size: Width of the states.
         hidden_dropout_prob: Dropout before the last layer.
         initializer_range: Standard deviation of the initial weights.
@@ -195,7 +234,7 @@ class SpanBoundaryHeadConfig(PreTrainedConfig):
         vocab_size: Number of tokens.
         hidden_size: Width of the states.
         embedding_size: Width of the word table.
-        span_positions: Places in a span that have an embedding.
+        span_positions: Positions in a span that have an embedding.
         position_size: Width of those embeddings.
         layer_norm_eps: Epsilon of the norms.
         initializer_range: Standard deviation of the initial weights.
@@ -213,14 +252,14 @@ class SpanBoundaryHeadConfig(PreTrainedConfig):
 
 
 class SpanBoundaryHead(PreTrainedModel):
-    """Predicts a token of a hidden span from the states of the two tokens around it and its place in the span.
+    """Predicts a token of a hidden span from the states of the two tokens around it and its position in the span.
 
-    The states and an embedding of the place, joined, go through two layers (linear, GELU, norm). The output layer is the word
+    The states and an embedding of the position, joined, go through two layers (linear, GELU, norm). The output layer is the word
     table of the encoder, which is handed over in each call, so that it is neither trained nor saved twice, and a bias. Where
     the word table is narrower than the states, the second layer leads down to its width.
 
     Source: Joshi et al. 2020, "SpanBERT: Improving Pre-training by Representing and Predicting Spans", section 3.2; the width
-    of the places and the number of them are those of the published training.
+    and the number of the positions are those of the published training.
     """
 
     config_class = SpanBoundaryHeadConfig
@@ -253,7 +292,7 @@ class SpanBoundaryHead(PreTrainedModel):
         Args:
             left_states: ``[S, D]`` states of the last tokens before the spans.
             right_states: ``[S, D]`` states of the first tokens after them.
-            offsets: ``[S]`` places in the spans, from 0.
+            offsets: ``[S]`` positions in the spans, from 0.
             word_table: ``[V, E]`` word embeddings of the encoder.
 
         Returns:
@@ -302,8 +341,7 @@ class DiscriminatorHead(PreTrainedModel):
 
     def __init__(self, config: DiscriminatorHeadConfig) -> None:
         super().__init__(config)
-        if config.kind not in DISCRIMINATOR_HEADS[1:]:
-            raise InputError(f"discriminator_head={config.kind!r} must be one of {', '.join(DISCRIMINATOR_HEADS)}")
+        check_choice(config.kind, DISCRIMINATOR_HEADS[1:], name="discriminator_head")
         has_norm = config.kind == "deberta_v3"
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else None
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)

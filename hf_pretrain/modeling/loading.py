@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.modeling.backbone import name_of
 
 MODEL_DTYPES = ("float32", "bfloat16")
 """Number formats that weights are trained in."""
 
 _COMPOSITE_PREFIX = "hf_pretrain_"
 # Composites that are exported, and opened again, as they are.
-_EXPORTED_COMPOSITES = frozenset(
-    {
-        "hf_pretrain_two_tower_cloze",
-        "hf_pretrain_pair_head",
-        "hf_pretrain_span_boundary_head",
-        "hf_pretrain_discriminator_head",
-        "hf_pretrain_enhanced_mask_decoder",
-    }
-)
+_EXPORTED = "two_tower_cloze pair_head span_boundary_head discriminator_head enhanced_mask_decoder"
+_EXPORTED_COMPOSITES = frozenset(_COMPOSITE_PREFIX + name for name in _EXPORTED.split())
 _LFS = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Parts of the names of files that hold a vocabulary or say how it is made.
@@ -59,10 +52,7 @@ def say_once(message: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return what an error says in one line: all of a configuration's check, the first line of any other."""
-    text = str(error).strip()
-    if isinstance(error, StrictDataclassError):
-        return " ".join(text.split())
-    return text.splitlines()[0].strip() if text else type(error).__name__
+    return one_line(error, line=None if isinstance(error, StrictDataclassError) else 0)
 
 
 def refuse_type(model_type: str, auto_class: Any) -> InputError:
@@ -132,7 +122,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def find_file(name_or_path: str, filename: str, **where: Any) -> str | None:
-    """Return the path of a file of a checkpoint, None if it has none or nobody can be asked.
+    """Return the path of a file of a checkpoint, None if it has none or the Hub is out of reach.
 
     Args:
         name_or_path: Folder or repository.
@@ -189,11 +179,8 @@ def _load_model(auto_class: Any, name: str, *, announce: bool, **options: Any) -
 def _check_body(model: PreTrainedModel, name: str) -> None:
     """Refuse a checkpoint that holds no weight of the encoder."""
     body = model.base_model
-    if body is model:
-        prefix = ""
-    else:
-        prefix = next((f"{part}." for part, module in model.named_modules() if module is body), "")
-    names = {key for key, _ in model.named_parameters() if key.startswith(prefix)}
+    prefix = name_of(model, body)
+    names = {key for key, _ in model.named_parameters() if not prefix or key.startswith(f"{prefix}.")}
     if names and names <= set(model.fresh_parameters):
         raise InputError(
             f"{name!r} holds no weights of a {type(body).__name__}, such as {min(names)}: name the checkpoint of that "
@@ -212,24 +199,22 @@ def _fresh(model: PreTrainedModel, name: str) -> str:
 
 
 class ShapesDiffer(InputError):
-    """Raised where a weight of a checkpoint has another shape than its configuration, or an option, asks for."""
-
-
-class _WithoutReport(logging.Filter):
-    """Drops transformers' table of missing and unexpected weights, for which this module has one line."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+    """Raised where a weight of a checkpoint has another shape than its configuration, or an option, says."""
 
 
 @contextmanager
 def _own_report() -> Iterator[None]:
-    report, shown = logging.getLogger("transformers.modeling_utils"), _WithoutReport()
-    report.addFilter(shown)
+    """Drop transformers' table of missing and unexpected weights, for which this module has one line."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    report = logging.getLogger("transformers.modeling_utils")
+    report.addFilter(is_other)
     try:
         yield
     finally:
-        report.removeFilter(shown)
+        report.removeFilter(is_other)
 
 
 def _without_weights(auto_class: Any, name: str, **options: Any) -> Any:
@@ -294,18 +279,14 @@ def _refusal(auto_class: Any, name: str, options: dict[str, Any], error: Excepti
     folder = Path(name, options.get("subfolder") or "")
     what = f"{name!r} cannot be loaded with {auto_class.__name__}"
     if _is_tokenizer(auto_class):
-        missing = [package for package in ("sentencepiece", "google.protobuf") if not _is_installed(package)]
-        if missing and (_any_file(folder, _SENTENCEPIECE_FILES) or not _is_folder(folder)):
-            reason = (
-                "its SentencePiece model needs"
-                if _is_folder(folder)
-                else f"{_cause(error)}; a SentencePiece model needs"
-            )
+        can_read = is_sentencepiece_available() and is_protobuf_available()
+        if not can_read and (_any_file(folder, _SENTENCEPIECE_FILES) or not _is_folder(folder)):
+            begin = "its" if _is_folder(folder) else f"{_cause(error)}; a"
             return InputError(
-                f"{what}: {reason} the packages sentencepiece and protobuf: pip install 'hf-pretrain[sentencepiece]'"
+                f"{what}: {begin} SentencePiece model needs the packages sentencepiece and protobuf: "
+                "pip install 'hf-pretrain[sentencepiece]'"
             )
-        if _is_folder(folder) and not _any_file(folder, _TOKENIZER_FILES):
-            _check_has_tokenizer(name)
+        _check_has_tokenizer(str(folder))
     if os.path.isfile(folder):
         return InputError(f"{what}: it is a file; name the folder that holds it, or a repository")
     damage = _damage(folder) if _is_folder(folder) else None
@@ -316,19 +297,9 @@ def _refusal(auto_class: Any, name: str, options: dict[str, Any], error: Excepti
     return InputError(f"{what}: {_cause(error)}")
 
 
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def _damage(folder: Path) -> str | None:
     """Return what is wrong with the files of a checkpoint in a folder, None if they can be read."""
-    paths = [
-        folder / "config.json",
-        *(path for pattern in ("*.json", *_WEIGHTS) for path in sorted(folder.glob(pattern))),
-    ]
+    paths = [path for pattern in ("config.json", "*.json", *_WEIGHTS) for path in sorted(folder.glob(pattern))]
     for path in paths:
         if path.is_file() and (damage := _damage_of(path)) is not None:
             return f"{path.name} {damage}"
@@ -354,11 +325,8 @@ def _damage_of(path: Path) -> str | None:
         else:
             torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
-        why = (
-            "it is cut off or damaged"
-            if path.suffix == ".safetensors"
-            else "it is damaged, or holds more than weights"
-        )
+        is_pickle = path.suffix != ".safetensors"
+        why = "it is damaged, or holds more than weights" if is_pickle else "it is cut off or damaged"
         return f"cannot be read, {why} ({first_line(error)[:80]}): copy it again"
     return None
 

@@ -322,7 +322,7 @@ class GatheredHead:
         self._positions: torch.Tensor | None = None
         self._states: torch.Tensor | None = None
         self._hook: RemovableHandle = model.base_model.register_forward_hook(self._gather)
-        # Asked in each call in place of the handle, at which a compiled graph would break.
+        # Read in each call instead of the handle, at which a compiled graph would break.
         self._is_attached = True
 
     def __enter__(self) -> Self:
@@ -371,16 +371,16 @@ class GatheredHead:
 
 
 def begin_in_column_0(
-    inputs: Mapping[str, torch.Tensor], places: Sequence[torch.Tensor]
+    inputs: Mapping[str, torch.Tensor], flat: Sequence[torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Move padding from the left to the right: heads on the first token read column 0.
 
     Args:
         inputs: What a stock model takes; entries of the shape of `attention_mask`, ``[B, L]``, are moved.
-        places: Flat positions, which move along.
+        flat: Flat positions, which move along.
 
     Returns:
-        The inputs and the places. Rows that begin in column 0 stay as they are.
+        The inputs and the flat positions. Rows that begin in column 0 stay as they are.
     """
     mask_BL = inputs["attention_mask"]
     length, first_B1 = mask_BL.shape[1], mask_BL.argmax(dim=1, keepdim=True)
@@ -389,8 +389,8 @@ def begin_in_column_0(
         name: value.gather(1, columns_BL) if getattr(value, "shape", None) == mask_BL.shape else value
         for name, value in inputs.items()
     }
-    rows = [torch.div(positions, length, rounding_mode="floor") for positions in places]
+    rows = [torch.div(positions, length, rounding_mode="floor") for positions in flat]
     return moved, [
         row * length + (positions - row * length - first_B1[row, 0]) % length
-        for row, positions in zip(rows, places, strict=True)
+        for row, positions in zip(rows, flat, strict=True)
     ]

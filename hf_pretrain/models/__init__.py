@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -9,20 +10,17 @@ from typing import Any
 _CONFIGURATIONS = {"transformer_xl": "TransformerXLConfig"}
 
 
-def _configurations() -> dict[str, Any]:
-    return {
-        f"hf_pretrain.models.{folder}": getattr(
-            import_module(f"hf_pretrain.models.{folder}.configuration_{folder}"), name
-        )
-        for folder, name in _CONFIGURATIONS.items()
-    }
+def _configurations() -> Iterator[tuple[str, Any]]:
+    for folder, name in _CONFIGURATIONS.items():
+        package = f"hf_pretrain.models.{folder}"
+        yield package, getattr(import_module(f"{package}.configuration_{folder}"), name)
 
 
 def register_configurations() -> None:
     """Make `AutoConfig` know the architectures."""
     from transformers import AutoConfig
 
-    for config_class in _configurations().values():
+    for _, config_class in _configurations():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
@@ -30,7 +28,7 @@ def register_models() -> None:
     """Make `AutoModel` and its kin know the architectures' classes."""
     import transformers
 
-    for package, config_class in _configurations().items():
+    for package, config_class in _configurations():
         for auto_class, reference in config_class().auto_map.items():
             module, name = reference.split(".")
             if auto_class != "AutoConfig":

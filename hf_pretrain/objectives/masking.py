@@ -42,7 +42,7 @@ class PaddedLayout:
         return cls(mask=(columns >= 0) & (columns < lengths[:, None]), shifts=shifts)
 
     def place(self, values: np.ndarray, *, valid: np.ndarray, fill: int) -> torch.Tensor:
-        """Move left-aligned `values`, `[B, L]`, to their places: a `[B, width]` tensor with `fill` at padding."""
+        """Move left-aligned `values`, `[B, L]`, to their positions in the batch: a `[B, width]` tensor with `fill` at padding."""
         if self.mask is valid:
             return torch.from_numpy(values)
         placed = np.full(self.mask.shape, fill, dtype=values.dtype)
@@ -50,7 +50,7 @@ class PaddedLayout:
         return torch.from_numpy(placed)
 
     def flat(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Return the flat indices in the batch of tokens given by their row and their place in the example."""
+        """Return the flat indices in the batch of tokens given by their row and their column in the example."""
         return rows * self.mask.shape[1] + self.shifts[rows] + columns
 
 
@@ -70,9 +70,9 @@ class DataCollatorForMaskedLM:
     - `target_positions`: `[T]` int64, the flat indices `row * L + column` of the targets, ascending;
     - `token_type_ids`: `[B, L]` int64, if the examples have them;
     - `document_ids`, `position_ids`: `[B, L]` int64, if the examples have `document_ids`: which of the row's documents
-      a token belongs to (-1 at padding), and its place in that document. They ask the model to isolate documents.
+      a token belongs to (-1 at padding), and its position in that document. With them the model isolates documents.
 
-    A subclass that asks for more overrides `assemble`, which sees the selected units, or extends `__call__` with
+    A subclass with more entries overrides `assemble`, which sees the selected units, or extends `__call__` with
     `target_uniforms`.
 
     Args:
@@ -213,11 +213,15 @@ class DataCollatorForMaskedLM:
     def _keys(self, examples: Sequence[Mapping[str, Any]]) -> RowKeys:
         return RowKeys.from_examples(examples, seed=self.seed, static_masks=self.masking.static_masks)
 
+    def missing_slots(self, num_targets: int) -> int:
+        """Return how many fillers make a number of targets a positive multiple of `target_slots`."""
+        if self.target_slots is None:
+            return 0
+        return -num_targets % self.target_slots if num_targets else self.target_slots
+
     def _fill_slots(self, positions: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Fill the targets up to a multiple of `target_slots` with the first position that has no label."""
-        if self.target_slots is None:
-            return positions
-        missing = -len(positions) % self.target_slots if len(positions) else self.target_slots
+        missing = self.missing_slots(len(positions))
         if not missing:
             return positions
         unlabelled = int((labels.flatten() == IGNORED).to(torch.uint8).argmax())

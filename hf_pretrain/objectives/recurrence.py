@@ -18,11 +18,30 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import PretrainingOutput, RecurrentMemory
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
+
+
+def inputs_of_lanes(
+    data: PreparedData, train: Any, held_out: Any, *, unit: str, without: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Return the arguments that a [`RecurrentTrainer`] takes from the data.
+
+    Args:
+        data: The text.
+        train: Its lanes to train on.
+        held_out: Its lanes to evaluate on; None for no evaluation.
+        unit: What a lane is read in, for the card.
+        without: Further entries of the description that say nothing of lanes, beside those of blocks.
+    """
+    of_blocks = ("block_mode", "blocks", "held_out_blocks", *without)
+    description = {name: value for name, value in data.description.items() if name not in of_blocks}
+    description |= {"lanes": train.num_lanes, f"{unit}_of_a_lane": train.num_windows}
+    inputs = {"train_dataset": train, "eval_dataset": held_out, "data_description": description}
+    return data.trainer_inputs() | inputs
 
 
 class LaneMemory:
@@ -108,20 +127,18 @@ class LaneMemory:
             )
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                _check_layout(file.metadata(), layout, folder)
+                saved = file.metadata()
                 lanes, states, lengths = (file.get_tensor(name) for name in ("lanes", "states", "lengths"))
+            for name, value in layout.items():
+                if saved.get(name) != value:
+                    raise InputError(
+                        f"resume_from_checkpoint={str(folder)!r} was made with {name}={saved.get(name)}, but this run has "
+                        f"{value}: resume with the same text, lengths of segment and memory, and global batch (devices x batch "
+                        "x accumulation)"
+                    )
             own = torch.isin(lanes, self.lanes)
             if own.any():
                 self.write(lanes[own].to(device), RecurrentMemory(states[:, own].to(device), lengths[own].to(device)))
-
-
-def _check_layout(saved: dict[str, str], layout: dict[str, str], folder: Path) -> None:
-    for name, value in layout.items():
-        if saved.get(name) != value:
-            raise InputError(
-                f"resume_from_checkpoint={str(folder)!r} was made with {name}={saved.get(name)}, but this run has {value}: "
-                "resume with the same text, lengths of segment and memory, and global batch (devices x batch x accumulation)"
-            )
 
 
 class RecurrentTrainer(PretrainingTrainer):
@@ -143,15 +160,15 @@ class RecurrentTrainer(PretrainingTrainer):
         InputError: If lanes and batches do not fit, or an option would tear the lanes apart.
     """
 
-    def __init__(self, model: PretrainingModel | None, args: PretrainingArguments, **kwargs: Any) -> None:
-        train_lanes = _num_lanes(kwargs.get("train_dataset"))
+    _lane_memory: LaneMemory | None = None
+
+    def check_data(self, args: PretrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+        """Refuse lanes that are not those of a step, and lower the batch of an evaluation to fit."""
+        train_lanes = _num_lanes(train_dataset)
         if train_lanes is not None:
             _check_lanes(train_lanes, args)
-        eval_dataset = kwargs.get("eval_dataset")
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             _fit_eval_batch(_num_lanes(dataset), args)
-        super().__init__(model, args, **kwargs)
-        self._lane_memory: LaneMemory | None = None
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Read windows in the order of time."""

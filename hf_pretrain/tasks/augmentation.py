@@ -41,17 +41,10 @@ class AugmentationArguments:
         **dict.fromkeys(("augmentation_rows", "augmentation_candidates", "augmentation_batch_size"), "[1, 65536]"),
         "augmentation_probability": "(0, 1]",
     }
-    needs: ClassVar[dict[str, str]] = dict.fromkeys(
-        (
-            "augmentation_vectors",
-            "augmentation_rows",
-            "augmentation_probability",
-            "augmentation_candidates",
-            "augmentation_stop_words",
-            "augmentation_batch_size",
-        ),
-        "augmentation_model",
-    )
+    needs: ClassVar[dict[str, str]] = {
+        f"augmentation_{name}": "augmentation_model"
+        for name in ("vectors", "rows", "probability", "candidates", "stop_words", "batch_size")
+    }
 
     augmentation_model: str | None = option(
         None,
@@ -63,9 +56,7 @@ class AugmentationArguments:
         "Text file of word vectors (GloVe, word2vec), the most frequent first, for words of several tokens; "
         "without it, the model's own embeddings.",
     )
-    augmentation_rows: int = option(
-        20, "Tries a row; duplicates are dropped. TinyBERT: 20, large tasks 10, small ones 30."
-    )
+    augmentation_rows: int = option(20, "Tries a row, less duplicates. TinyBERT: 20, large tasks 10, small ones 30.")
     augmentation_probability: float = option(0.4, "Share of the words exchanged in a try.")
     augmentation_candidates: int = option(15, "Proposals for a word, all equally likely.")
     augmentation_stop_words: Literal["english", "none"] = option(
@@ -166,16 +157,14 @@ def _check_inputs(
     check_model_fits(model, tokenizer, block_size=0)
 
 
+@dataclass
 class _Augmenter:
-    """What `datasets.map` calls: rows in, each followed by its variants out."""
+    """Takes rows from `datasets.map` and returns each of them, followed by its variants."""
 
-    def __init__(
-        self, propose: WordProposer, *, text_columns: Sequence[str], args: AugmentationArguments, seed: int
-    ) -> None:
-        self.propose = propose
-        self.text_columns = text_columns
-        self.args = args
-        self.seed = seed
+    propose: WordProposer
+    text_columns: Sequence[str]
+    args: AugmentationArguments
+    seed: int
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         columns = [self._with_variants(name, batch[name], indices) for name in self.text_columns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import datasets
@@ -20,6 +21,7 @@ _STEPS_SORTED = 50
 _INPUTS = ("input_ids", "token_type_ids")
 
 
+@dataclass
 class DataCollatorForTask:
     """Pads examples to the longest of them: `input_ids`, `attention_mask`, and `token_type_ids` if they have them.
 
@@ -32,9 +34,9 @@ class DataCollatorForTask:
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.pad_to_multiple_of = pad_to_multiple_of
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples; with `teacher_logits`, one row a prediction, if they have them."""

@@ -24,12 +24,7 @@ from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.tasks.augmentation import TEXT, AugmentationArguments, augment
 from hf_pretrain.tasks.examples import encode, encode_questions, encode_tokens
-from hf_pretrain.tasks.files import (
-    Task,
-    kind_of,
-    load_split,
-    read_files,
-)
+from hf_pretrain.tasks.files import Task, kind_of, load_split, read_files
 from hf_pretrain.tasks.words import WordNeighbours
 
 _KNOWN_TEXTS: dict[Task, tuple[tuple[str, ...], ...]] = {
@@ -49,11 +44,6 @@ _KNOWN_LABELS: dict[Task, tuple[str, ...]] = {
     "token-classification": ("labels", "tags", "ner_tags", "pos_tags"),
     "question-answering": ("answers",),
 }
-_NUM_TEXTS: dict[Task, tuple[int, ...]] = {
-    "sequence-classification": (1, 2),
-    "token-classification": (1,),
-    "question-answering": (2,),
-}
 
 
 @dataclass
@@ -68,9 +58,7 @@ class TaskDataArguments(AugmentationArguments):
         "Examples to train on: .tsv, .csv, .jsonl, .json, .parquet (.gz, .bz2, .xz too), or .json as of SQuAD. A "
         "table of sentences and classes, sentence<TAB>label, needs no header.",
     )
-    validation_file: list[str] | None = option(
-        None, "Examples to evaluate on; without them, some are held out from training."
-    )
+    validation_file: list[str] | None = option(None, "Examples to evaluate on; by default some of those to train on.")
     dataset_name: str | None = option(
         None, "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."
     )
@@ -82,9 +70,7 @@ class TaskDataArguments(AugmentationArguments):
         "Column of the text, or two of pairs; for token-classification of the lists of words, or of the text; for "
         "question-answering of question and text; by default those of the usual names (sentence, text, tokens, ...).",
     )
-    label_column: str | None = option(
-        None, "Column of the labels, which are optional; by default label, tags or answers, if there is one."
-    )
+    label_column: str | None = option(None, "Column of the labels, if any; by default label, tags or answers.")
     validation_fraction: float = option(0.05, "Share of the examples held out if nothing else is; 0 holds none.")
     split_seed: int = option(0, "Seed of the choice of examples to hold out.")
     max_length: int = option(
@@ -223,20 +209,18 @@ def _source(args: TaskDataArguments) -> str:
 
 def _text_columns(examples: datasets.Dataset, args: TaskDataArguments, task: Task) -> tuple[str, ...]:
     wanted = [tuple(args.text_columns)] if args.text_columns is not None else _KNOWN_TEXTS[task]
-    if len(wanted[0]) not in _NUM_TEXTS[task]:
+    if len(wanted[0]) not in map(len, _KNOWN_TEXTS[task]):
         number = "two columns, of the question and of the text" if task == "question-answering" else "one column"
         raise InputError(f"text_columns={args.text_columns}: {task} needs {number}")
     found = next((names for names in wanted if set(names) <= set(examples.column_names)), None)
     if found is None:
-        wanted_names = (
-            f"text_columns={args.text_columns}" if args.text_columns is not None else "no column of a usual name"
-        )
+        what = "no column of a usual name" if args.text_columns is None else f"text_columns={args.text_columns}"
         is_table = args.train_file is not None and kind_of(args.train_file[0]) in (".tsv", ".csv")
         which = "the first line names" if is_table else "the examples have"
         advice = "choose with --text_columns"
         if is_table:
             advice += ", or if that line is an example, put a header above it, such as sentence<TAB>label"
-        raise InputError(f"{wanted_names}: {which} {', '.join(examples.column_names)}; {advice}")
+        raise InputError(f"{what}: {which} {', '.join(examples.column_names)}; {advice}")
     return found
 
 
@@ -265,10 +249,11 @@ def _check_augmentable(examples: datasets.Dataset, task: Task, *, columns: Seque
 def _multiply(
     examples: datasets.Dataset, args: TaskDataArguments, *, columns: Sequence[str], seed: int
 ) -> datasets.Dataset:
-    model = from_pretrained(AutoModelForMaskedLM, str(args.augmentation_model))
-    tokenizer = from_pretrained(AutoTokenizer, str(args.augmentation_model))
-    vectors = args.augmentation_vectors
-    neighbours = None if vectors is None else WordNeighbours.from_file(vectors)
+    model, tokenizer = (
+        from_pretrained(auto_class, str(args.augmentation_model))
+        for auto_class in (AutoModelForMaskedLM, AutoTokenizer)
+    )
+    neighbours = None if args.augmentation_vectors is None else WordNeighbours.from_file(args.augmentation_vectors)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return augment(

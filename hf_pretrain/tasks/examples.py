@@ -51,15 +51,21 @@ def encode(
     Raises:
         InputError: If a label is none of the teacher's.
     """
-    numbers = _label_numbers(examples, labels, config) if labels is not None else None
 
     def to_inputs(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [["" if text is None else str(text) for text in rows[name]] for name in columns]
         found = tokenizer(*texts, truncation=True, max_length=max_length)
         return {name: found[name] for name in INPUTS if name in found}
 
+    if labels is None:
+        return map_texts(examples, to_inputs, tokenizer, key=(list(columns), max_length))
+    if config.num_labels == 1:
+        numbers = _values(examples, labels)
+    else:
+        classes = _Classes(examples.features[labels], labels, config)
+        numbers = np.array([classes[value] for value in examples[labels][:]], dtype=np.int64)
     encoded = map_texts(examples, to_inputs, tokenizer, key=(list(columns), max_length))
-    return encoded if numbers is None else encoded.add_column("labels", numbers)
+    return encoded.add_column("labels", numbers)
 
 
 def encode_tokens(
@@ -96,12 +102,19 @@ def encode_tokens(
             f"text_columns names {column!r}, which holds texts, but label_column={labels!r} has a class for each word: name a "
             "column of lists of words"
         )
-    classes = None if labels is None else _Classes(examples, labels, config)
+    classes = None
+    if labels is not None:
+        feature = getattr(examples.features[labels], "feature", None)
+        if feature is None:
+            raise InputError(
+                f"label_column={labels!r} holds no lists, but each word needs a class: name a column of lists"
+            )
+        classes = _Classes(feature, labels, config)
 
     def to_inputs(rows: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, Any]:
         words = [[text] if is_text else [str(word).strip() for word in text] for text in rows[column]]
         found = tokenizer(
-            [_joined(row) for row in words],
+            [" ".join(filter(None, row)) for row in words],
             truncation=True,
             max_length=max_length,
             return_offsets_mapping=True,
@@ -110,15 +123,14 @@ def encode_tokens(
         inputs = {name: found[name] for name in INPUTS if name in found}
         inputs["is_target"] = [[not flag for flag in row] for row in found["special_tokens_mask"]]
         if classes is not None:
-            inputs["label_ids"] = [
-                _labels_of_token_examples(row, classes(tags, row, index), offsets, targets)
-                for row, tags, index, offsets, targets in zip(
-                    words, rows[str(labels)], indices, found["offset_mapping"], inputs["is_target"], strict=True
-                )
-            ]
+            tags = map(classes.of_words, rows[classes.column], words, indices)
+            inputs["label_ids"] = list(
+                map(_labels_of_tokens, words, tags, found["offset_mapping"], inputs["is_target"])
+            )
         return inputs
 
-    key = (column, labels, None if classes is None else classes.key, max_length)
+    numbering = None if classes is None else (classes.names, config.label2id, config.num_labels)
+    key = (column, labels, numbering, max_length)
     return map_texts(examples, to_inputs, tokenizer, key=key, with_indices=True)
 
 
@@ -168,19 +180,18 @@ def encode_questions(
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        sources = found["overflow_to_sample_mapping"]
-        windows = [
-            _Window(ids, offsets, found.sequence_ids(number), tokenizer.cls_token_id)
-            for number, (ids, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True))
-        ]
-        inputs = {name: found[name] for name in INPUTS if name in found}
-        inputs["is_target"] = [window.is_target.tolist() for window in windows]
+        inputs: dict[str, Any] = {name: found[name] for name in INPUTS if name in found} | {"is_target": []}
         if labels is not None:
-            spans = [
-                _answer_span(answer, text, index)
-                for answer, text, index in zip(rows[labels], texts, indices, strict=True)
-            ]
-            inputs["label_ids"] = [window.label(spans[row]) for window, row in zip(windows, sources, strict=True)]
+            answers = zip(rows[labels], texts, indices, strict=True)
+            spans, inputs["label_ids"] = [_answer_span(*answer) for answer in answers], []
+        for number, source in enumerate(found["overflow_to_sample_mapping"]):
+            parts = np.array([-1 if part is None else part for part in found.sequence_ids(number)])
+            is_cls = (parts == -1) & (np.array(found["input_ids"][number]) == tokenizer.cls_token_id)
+            no_answer = int(is_cls.argmax()) if is_cls.any() else IGNORED
+            inputs["is_target"].append(((parts == 1) | (np.arange(len(parts)) == no_answer)).tolist())
+            if labels is not None:
+                offsets = np.array(found["offset_mapping"][number])
+                inputs["label_ids"].append(_label_of_window(spans[source], offsets, parts == 1, no_answer))
         return inputs
 
     key = (list(columns), labels, max_length, doc_stride)
@@ -217,85 +228,62 @@ def map_texts(
     return encoded.rename_column("label_ids", "labels") if "label_ids" in encoded.column_names else encoded
 
 
-def _label_numbers(examples: datasets.Dataset, column: str, config: PreTrainedConfig) -> np.ndarray:
-    values = examples[column][:]
-    if config.num_labels == 1:
-        try:
-            # An empty field of a table of text is a label that is missing.
-            return np.array([math.nan if value in (None, "") else float(value) for value in values], dtype=np.float32)
-        except (TypeError, ValueError) as error:
-            raise InputError(
-                f"label_column={column!r} holds what is no number, for a teacher of values: {error}"
-            ) from None
-    feature = examples.features[column]
-    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    known = {value: label_number(value, names, config, column) for value in set(values)}
-    return np.array([known[value] for value in values], dtype=np.int64)
-
-
-def label_number(value: Any, names: Sequence[str] | None, config: PreTrainedConfig, column: str) -> int:
-    """Return the class of a label by its name, or by its number: -100 for none, which data sets also write -1."""
-    if value in (None, "", -1, "-1", IGNORED):
-        return IGNORED
-    name = names[value] if names is not None else value
-    by_name: Mapping[str, int] = config.label2id or {}
-    if name in by_name:
-        return int(by_name[name])
+def _values(examples: datasets.Dataset, column: str) -> np.ndarray:
+    """Return the values of a regression, NaN where there is none."""
     try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if not 0 <= number < config.num_labels or number != float(value):
+        # An empty field of a table of text is a label that is missing.
+        values = [math.nan if value in (None, "") else float(value) for value in examples[column][:]]
+    except (TypeError, ValueError) as error:
         raise InputError(
-            f"label_column={column!r} holds {value!r}, but the teacher's labels are {', '.join(map(str, by_name))}: "
-            f"use these names, or numbers below {config.num_labels}"
-        )
-    return number
+            f"label_column={column!r} holds what is no number, for a teacher of values: {error}"
+        ) from None
+    return np.array(values, dtype=np.float32)
 
 
-class _Classes:
-    """Numbers the classes of words as the teacher does."""
+class _Classes(dict[Any, int]):
+    """The teacher's number of each label in a column: by its name, or by its number; -100 for none, also written -1."""
 
-    def __init__(self, examples: datasets.Dataset, column: str, config: PreTrainedConfig) -> None:
-        feature = getattr(examples.features[column], "feature", None)
-        if feature is None:
-            raise InputError(
-                f"label_column={column!r} holds no lists, but each word needs a class: name a column of lists"
-            )
+    def __init__(self, feature: Any, column: str, config: PreTrainedConfig) -> None:
+        self.names: Sequence[str] | None = getattr(feature, "names", None)
         self.column = column
         self.config = config
-        self.names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        self.key = (self.names, config.label2id, config.num_labels)
-        self._known: dict[Any, int] = {}
 
-    def __call__(self, tags: Sequence[Any] | None, words: Sequence[str], index: int) -> np.ndarray:
+    def __missing__(self, value: Any) -> int:
+        self[value] = number = self._number(value)
+        return number
+
+    def _number(self, value: Any) -> int:
+        if value in (None, "", -1, "-1", IGNORED):
+            return IGNORED
+        name, by_name = value if self.names is None else self.names[value], self.config.label2id or {}
+        if name in by_name:
+            return int(by_name[name])
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = -1
+        if not 0 <= number < self.config.num_labels or number != float(value):
+            raise InputError(
+                f"label_column={self.column!r} holds {value!r}, but the teacher's labels are "
+                f"{', '.join(map(str, by_name))}: use these names, or numbers below {self.config.num_labels}"
+            )
+        return number
+
+    def of_words(self, tags: Sequence[Any] | None, words: Sequence[str], row: int) -> np.ndarray:
         """Return the number of each word's class."""
         if tags is None:
             return np.full(len(words), IGNORED)
         if len(tags) != len(words):
-            raise InputError(
-                f"row {index} has {len(words)} words and {len(tags)} {self.column!r}: give a class to each"
-            )
-        for tag in tags:
-            if tag not in self._known:
-                self._known[tag] = label_number(tag, self.names, self.config, self.column)
-        return np.array([self._known[tag] for tag in tags], dtype=np.int64)
+            raise InputError(f"row {row} has {len(words)} words and {len(tags)} {self.column!r}: give a class to each")
+        return np.array([self[tag] for tag in tags], dtype=np.int64)
 
 
-def _joined(words: Sequence[str]) -> str:
-    """Return words as a text, without empty words."""
-    return " ".join(filter(None, words))
-
-
-def _labels_of_token_examples(
-    words: Sequence[str],
-    classes: np.ndarray,
-    offsets: Sequence[tuple[int, int]],
-    is_target: Sequence[bool],
+def _labels_of_tokens(
+    words: Sequence[str], classes: np.ndarray, offsets: Sequence[tuple[int, int]], is_target: Sequence[bool]
 ) -> list[int]:
     """Return the label of each token of words that were joined by spaces."""
-    classes = classes[[bool(word) for word in words]]
-    begins, text = np.cumsum([0, *(len(word) + 1 for word in words if word)])[:-1], _joined(words)
+    classes, words = classes[[bool(word) for word in words]], list(filter(None, words))
+    begins, text = np.cumsum([0, *(len(word) + 1 for word in words)])[:-1], " ".join(words)
     # A token may begin with the space before its word.
     begins_of_tokens = next_visible(character_kinds(text), np.array([begin for begin, _ in offsets], dtype=np.int64))
     numbers = np.searchsorted(begins, begins_of_tokens, side="right") - 1
@@ -343,31 +331,14 @@ def _answer_span(answer: Any, text: str, index: int) -> tuple[int, int] | None:
     return begin, begin + len(found.strip())
 
 
-class _Window:
-    """A question with a part of its text, as tokens."""
-
-    def __init__(
-        self,
-        ids: Sequence[int],
-        offsets: Sequence[tuple[int, int]],
-        sequences: Sequence[int | None],
-        cls_token_id: int | None,
-    ) -> None:
-        self.offsets = np.array(offsets)
-        self.in_text = np.array([sequence == 1 for sequence in sequences])
-        is_cls = np.array(ids) == (-1 if cls_token_id is None else cls_token_id)
-        is_cls &= np.array([sequence is None for sequence in sequences])
-        self.cls = int(is_cls.argmax()) if is_cls.any() else IGNORED
-        self.is_target = self.in_text.copy()
-        if self.cls != IGNORED:
-            self.is_target[self.cls] = True
-
-    def label(self, span: tuple[int, int] | None) -> list[int]:
-        """Return the first and the last token of a span of characters."""
-        if span is None:
-            return [IGNORED, IGNORED]
-        begin, end = span
-        shown = self.offsets[self.in_text]
-        tokens = np.flatnonzero(self.in_text & (self.offsets[:, 0] < end) & (self.offsets[:, 1] > begin))
-        is_whole = len(tokens) and shown[0, 0] <= begin and shown[-1, 1] >= end
-        return [int(tokens[0]), int(tokens[-1])] if is_whole else [self.cls, self.cls]
+def _label_of_window(
+    span: tuple[int, int] | None, offsets: np.ndarray, in_text: np.ndarray, no_answer: int
+) -> list[int]:
+    """Return the first and the last token of a span of characters, or twice the token that means no answer."""
+    if span is None:
+        return [IGNORED, IGNORED]
+    begin, end = span
+    shown = offsets[in_text]
+    tokens = np.flatnonzero(in_text & (offsets[:, 0] < end) & (offsets[:, 1] > begin))
+    is_whole = len(tokens) and shown[0, 0] <= begin and shown[-1, 1] >= end
+    return [int(tokens[0]), int(tokens[-1])] if is_whole else [no_answer, no_answer]

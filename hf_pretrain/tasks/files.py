@@ -22,9 +22,9 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.options import number_or_text
 
 Task = Literal["sequence-classification", "token-classification", "question-answering"]
-
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     # No text is a missing value: "null" and "NA" are words.
@@ -34,14 +34,8 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".json": ("json", {}),
     ".parquet": ("parquet", {}),
 }
-
-
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-
-
 _HEADERS = {2: ["sentence", "label"], 3: ["sentence1", "sentence2", "label"]}
-
-
 # Rows in which a class of the first line comes again.
 _ROWS_TO_LOOK_AT = 1000
 
@@ -84,17 +78,14 @@ def read_files(paths: Sequence[str], task: Task, *, option: str, names: Sequence
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = one_line(cause, line=0)
-        if "corresponds to no data" in reason:
-            reason = "there is no example in it"
+        reason = "there is no example in it" if "corresponds to no data" in reason else reason
         raise InputError(f"{option}={list(paths)} cannot be read as {reader}: {reason}") from error
 
 
 def kind_of(path: str) -> str:
     """Return the suffix of a file's format, without that of a compression."""
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+    name = Path(path.lower())
+    return name.with_suffix("").suffix if name.suffix in _COMPRESSED else name.suffix
 
 
 def _names_of_columns(paths: Sequence[str], *, option: str, names: Sequence[str], **options: Any) -> dict[str, Any]:
@@ -130,16 +121,8 @@ def _header_of(path: str, names: Sequence[str], *, delimiter: str = ",", **optio
         return None
     *texts, label = rows[0]
     has_text = all(any(character.isalpha() for character in text) for text in texts)
-    is_label = _is_number(label) or label in (row[-1] for row in rows[1:])
+    is_label = isinstance(number_or_text(label), float) or label in (row[-1] for row in rows[1:])
     return _HEADERS.get(len(rows[0])) if has_text and is_label else None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def load_split(name: str, config_name: str | None, *, split: str) -> datasets.Dataset:
@@ -170,8 +153,7 @@ def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
     for article in articles:
         for paragraph in article["paragraphs"]:
             for entry in paragraph["qas"]:
-                found = entry.get("answers")
-                answers = None
-                if found is not None:
-                    answers = {name: [answer[name] for answer in found] for name in ("text", "answer_start")}
+                answers = entry.get("answers")
+                if answers is not None:
+                    answers = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
                 yield {"question": entry["question"], "context": paragraph["context"], "answers": answers}

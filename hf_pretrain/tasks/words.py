@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,10 @@ from hf_pretrain.evaluation.metrics import batches_by_length
 from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.losses import GatheredHead
 
+# Words that are compared with the table at a time.
 _QUERIES = 1 << 10
-
-
+# Of a model and a tokenizer without a longest text, in tokens.
 _UNLIMITED = 1 << 20
-
-
 _APOSTROPHES = set("'\u2019")
 
 
@@ -60,6 +58,7 @@ class ChangeableWord:
         return self.begin + len(self.text)
 
 
+@dataclass
 class WordProposer:
     """Finds the words of texts that may change, and proposes others.
 
@@ -72,24 +71,18 @@ class WordProposer:
         batch_size: Masked texts in a batch.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        neighbours: WordNeighbours,
-        stop_words: Collection[str] = (),
-        num_candidates: int = 15,
-        batch_size: int = 128,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.neighbours = neighbours
-        self.stop_words = stop_words
-        self.num_candidates = num_candidates
-        self.batch_size = batch_size
-        self._longest = min(longest_sequence(model.base_model) or _UNLIMITED, tokenizer.model_max_length, _UNLIMITED)
-        self._whole_words = whole_words(tokenizer)
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    neighbours: WordNeighbours
+    stop_words: Collection[str] = ()
+    num_candidates: int = 15
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        longest = longest_sequence(self.model.base_model) or _UNLIMITED
+        self._longest = min(longest, self.tokenizer.model_max_length, _UNLIMITED)
+        self._whole_words = whole_words(self.tokenizer)
         self._word_ids = torch.tensor(list(self._whole_words), dtype=torch.int64)
 
     def __call__(self, texts: Sequence[str]) -> list[ChangeableWord]:
@@ -272,8 +265,6 @@ def whole_words(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     ids = Vocabulary.from_tokenizer(tokenizer).ordinary_ids.tolist()
     words = {index: text.strip() for index, text in zip(ids, tokenizer.batch_decode([[i] for i in ids]), strict=True)}
     words = {index: word for index, word in words.items() if is_word(word)}
-    if not words:
-        return words
     again = tokenizer([f" {word}" for word in words.values()], add_special_tokens=False)["input_ids"]
     return {index: word for (index, word), ids in zip(words.items(), again, strict=True) if ids == [index]}
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
@@ -28,12 +28,47 @@ from transformers.integrations.integration_utils import (
 )
 
 from hf_pretrain.errors import InputError, check_choice, check_numbers, one_line
-from hf_pretrain.options import check_options, option
-from hf_pretrain.training.effects import check_refused
+from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.training.processes import first_process_first
 
 _MANY_STEPS = 2.0**40
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
+
+# Options beside those of every method that are read at each step.
+_READ_IN_TRAINING = {"generator_learning_rate", "generator_steps"}
+_MADE_BEFORE = (
+    "the data, the collator or the model was made with it; train with each value in turn, or search over options of the "
+    "optimizer, the schedule or the losses' weights"
+)
+_USER_METRICS = "compute_metrics is not used here: a method's metrics come from sums over all held-out examples"
+_ALWAYS_TRAINS = "the programs always train, and evaluate as eval_strategy says"
+_HALF_EXPORT = "evaluation computes in the training's precision, and the exported weights stay in fp32"
+_SAMPLING = "the order of the examples follows from the seed and the epoch alone"
+_LIGER = "Liger has no kernels for encoders and their objectives"
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "average_tokens_across_devices": (True, "each loss is divided by its targets on all devices"),
+    "batch_eval_metrics": (False, _USER_METRICS),
+    "bf16_full_eval": (False, _HALF_EXPORT),
+    "do_predict": (False, _ALWAYS_TRAINS),
+    "do_train": (False, _ALWAYS_TRAINS),
+    "eval_do_concat_batches": (True, _USER_METRICS),
+    "eval_use_gather_object": (False, "evaluation gathers tensors of sums and counts"),
+    "fp16_full_eval": (False, _HALF_EXPORT),
+    "include_for_metrics": ([], _USER_METRICS),
+    "include_num_input_tokens_seen": ("no", "num_tokens is in every log row"),
+    "label_names": (None, "each objective knows its own labels"),
+    "label_smoothing_factor": (0.0, "the losses are those of the objectives, without smoothing"),
+    "length_column_name": ("length", _SAMPLING),
+    "liger_kernel_config": (None, _LIGER),
+    "parallelism_config": (None, "one model is divided by FSDP or ZeRO only: use fsdp, or accelerate launch"),
+    "prediction_loss_only": (False, "evaluation never gathers logits"),
+    "remove_unused_columns": (False, "it would drop example ids and word boundaries"),
+    "train_sampling_strategy": ("random", _SAMPLING),
+    "use_cache": (False, "no model keeps a cache in training"),
+    "use_liger_kernel": (False, _LIGER),
+}
+"""Options of `transformers.TrainingArguments` that would have no effect, or a wrong one: the only value allowed, and why."""
 
 
 def bf16_is_fast() -> bool:
@@ -62,6 +97,14 @@ class AdamWithoutBiasCorrection(torch.optim.AdamW):
         for parameter in fresh:
             self.state[parameter]["step"].fill_(_MANY_STEPS)
         return has_complex
+
+
+def optimizer_of(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
+    """Return class and arguments of the stock optimizer, or of Adam without bias correction where the recipe wants it."""
+    if args.adam_bias_correction:
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    return AdamWithoutBiasCorrection, kwargs | {"fused": True}
 
 
 def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
@@ -97,6 +140,7 @@ class PretrainingArguments(TrainingArguments):
         "gradient_accumulation_steps": _COUNT,
         "num_train_epochs": "[0, 1000000000]",
         "max_steps": "[-1, 2147483647]",
+        "max_minutes": "(0, inf)",
         "warmup_steps": _STEPS,
         "adam_beta1": "[0, 1)",
         "adam_beta2": "[0, 1)",
@@ -118,7 +162,7 @@ class PretrainingArguments(TrainingArguments):
     """Of options of transformers; others follow from their names, see `hf_pretrain.errors.check_numbers`."""
 
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {}
-    """Values that a method honours of options that others refuse, by option; see `hf_pretrain.training.effects.REFUSED`."""
+    """Values that a method honours of options that others refuse, by option; see `REFUSED`."""
 
     overwrite_output_dir: bool = option(False, "Replace the earlier run in output_dir, once all is read and checked.")
     resume_from_checkpoint: str | None = option(
@@ -140,6 +184,11 @@ class PretrainingArguments(TrainingArguments):
     warmup_steps: float = option(
         0.1, "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
     )
+    max_minutes: float | None = option(
+        None,
+        "Train at most about this many minutes, evaluations included: after a few steps max_steps is lowered to what fits, and "
+        "the schedule of the learning rate ends there.",
+    )
     eval_on_start: bool = option(
         True, "Evaluate before the first step, to compare with; only if there is held-out text."
     )
@@ -153,7 +202,7 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Choose the precision, then let transformers check the rest."""
-        check_refused(self, self.also_honoured)
+        self._check_refused()
         check_options(self)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")
@@ -181,6 +230,14 @@ class PretrainingArguments(TrainingArguments):
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
 
+    def _check_refused(self) -> None:
+        """Refuse options that no Trainer of this library honours."""
+        for name, (value, why) in REFUSED.items():
+            given = getattr(self, name)
+            given = {False: "no", True: "all"}.get(given, given) if value == "no" else given
+            if given != value and given not in self.also_honoured.get(name, ()):
+                raise InputError(f"{name}={given!r} is not supported: {why}: leave it out")
+
     def _check_mappings(self) -> None:
         """Refuse mappings that are none, and entries without effect."""
         for name in ("lr_scheduler_kwargs", "activation_checkpointing_kwargs"):
@@ -206,6 +263,72 @@ class PretrainingArguments(TrainingArguments):
 def global_batch_size(args: TrainingArguments) -> int:
     """Return the examples of a step, over all processes and accumulation steps."""
     return args.world_size * args.train_batch_size * args.gradient_accumulation_steps
+
+
+def check_text(args: TrainingArguments, *, is_stream: bool, holds_out: bool, why: str = "") -> None:
+    """Refuse options that do not go with the text.
+
+    Args:
+        args: The options of a training.
+        is_stream: Whether the text is a stream.
+        holds_out: Whether there is held-out text.
+        why: Why there is none, in parentheses.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    if args.eval_strategy != "no" and not holds_out:
+        raise InputError(
+            f"eval_strategy={args.eval_strategy.value!r} without held-out text{why}: name a validation_file, or set it to 'no'"
+        )
+    if is_stream and args.max_steps <= 0:
+        raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
+    masking = schedules_of(args).get("mlm_probability")
+    if is_stream and masking is not None:
+        raise InputError(
+            f"mlm_probability={masking!r} needs each example's step, which a stream does not know: leave out "
+            "streaming, or give one number"
+        )
+    if getattr(args, "max_minutes", None) is not None and masking is not None:
+        raise InputError(
+            f"max_minutes={args.max_minutes}: the number of steps changes in training, but mlm_probability={masking!r} needs "
+            "it from the start: leave out one of them"
+        )
+
+
+def check_best_metric(args: TrainingArguments, measured: Collection[str]) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation measures.
+
+    Args:
+        args: The options of a training.
+        measured: Names of all metrics of an evaluation, without "eval_".
+
+    Raises:
+        InputError: Naming those that are there.
+    """
+    name = args.metric_for_best_model
+    if name is not None and name.removeprefix("eval_") not in measured:
+        found = sorted(key for key in measured if not key.endswith(("runtime", "_per_second", "_time")))
+        raise InputError(f"metric_for_best_model={name!r} is not measured here: choose one of {', '.join(found)}")
+
+
+def check_searched(args: PretrainingArguments, before: Mapping[str, Any], *, group_size: int) -> None:
+    """Refuse a search over options that have had their effect.
+
+    Args:
+        args: The options of a trial.
+        before: The options as they were.
+        group_size: Examples of one kind that follow each other in the training set.
+
+    Raises:
+        InputError: Naming the option.
+    """
+    known = {field.name for field in fields(PretrainingArguments)} | _READ_IN_TRAINING
+    for name in (name for name, value in vars(args).items() if value != before.get(name)):
+        if name not in known and not name.endswith("_weight"):
+            raise InputError(f"{name}={getattr(args, name)!r} cannot be searched over: {_MADE_BEFORE}")
+        if name.endswith("batch_size") and group_size > 1:
+            raise InputError(f"{name} cannot be searched over: all examples of a step are of one kind; {_MADE_BEFORE}")
 
 
 def check_training_options(args: PretrainingArguments) -> None:
@@ -272,14 +395,8 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
     if args.optim_args is not None and not re.fullmatch(r"[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*", args.optim_args):
         raise InputError(f"optim_args={args.optim_args!r} must be NAME=VALUE, divided by commas")
     model = nn.Linear(2, 2)
-
-    def choose(options: PretrainingArguments) -> tuple[Any, dict[str, Any]]:
-        if not options.adam_bias_correction:
-            return AdamWithoutBiasCorrection, {"lr": options.learning_rate, "eps": options.adam_epsilon}
-        return Trainer.get_optimizer_cls_and_kwargs(options, model)
-
     try:
-        kind, kwargs = choose(args)
+        kind, kwargs = optimizer_of(args, model)
     except ValueError:
         if args.optim_target_modules is not None and args.optim.value.startswith(("galore", "apollo")):
             # Its modules are the model's.
@@ -290,7 +407,7 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
             continue
         without = copy(args)
         setattr(without, name, None)
-        if choose(without) == (kind, kwargs):
+        if optimizer_of(without, model) == (kind, kwargs):
             raise InputError(
                 f"{name}={getattr(args, name)!r} has no effect with optim={args.optim.value}: leave it out"
             )

@@ -1,4 +1,4 @@
-"""Checkpoints: written so that a whole one can be told from one that was cut off, and gone on from.
+"""Checkpoints: how a run writes them, so that a whole one differs from one that was cut off, and how it goes on from one.
 
 [`Checkpointing`] does both for a Trainer. Below it are the facts of a run that a resume compares; the functions on top look
 at a folder alone.
@@ -40,8 +40,8 @@ from hf_pretrain.files import (
     write_marker,
 )
 from hf_pretrain.hub.text import portable_options
+from hf_pretrain.options import resolved_options
 from hf_pretrain.training.arguments import global_batch_size
-from hf_pretrain.training.parsing import resolved_options
 from hf_pretrain.training.processes import full_disk, is_full_disk, last_whole_checkpoint, not_finite
 
 _STATE = "trainer_state.json"
@@ -69,24 +69,24 @@ def check_checkpoint(folder: str | Path, *, reads_files: bool = True) -> int:
         InputError: If it is incomplete or damaged, or holds weights alone.
     """
     folder = Path(folder)
-    asked = f"resume_from_checkpoint={str(folder)!r}"
+    option = f"resume_from_checkpoint={str(folder)!r}"
     if not folder.is_dir():
-        raise InputError(f"{asked} is no folder: name a checkpoint-* folder, or `true` for the last")
+        raise InputError(f"{option} is no folder: name a checkpoint-* folder, or `true` for the last")
     facts = read_marker(folder)
     if facts is None:
-        _check_files(folder, asked)
+        _check_files(folder, option)
     elif (difference := first_difference(folder, facts["files"])) is not None:
-        raise InputError(f"{asked} is incomplete ({difference}): name another, or `true` for the last that is whole")
+        raise InputError(f"{option} is incomplete ({difference}): name another, or `true` for the last that is whole")
     elif reads_files:
         check_hashes(folder)
     if not any((folder / name).is_file() for name in _FOR_TRAINING):
         raise InputError(
-            f"{asked} holds the weights alone (made with save_only_model?), which a run cannot go on from: name another"
+            f"{option} holds the weights alone (made with save_only_model?), which a run cannot go on from: name another"
         )
     try:
         return int(json.loads((folder / _STATE).read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{asked} has no readable {_STATE}: name a checkpoint-* folder that is whole") from error
+        raise InputError(f"{option} has no readable {_STATE}: name a checkpoint-* folder that is whole") from error
 
 
 def check_hashes(folder: str | Path) -> None:
@@ -103,8 +103,8 @@ def check_hashes(folder: str | Path) -> None:
         )
 
 
-def _check_files(folder: Path, asked: str) -> None:
-    """Open every file whose end tells whether it is whole."""
+def _check_files(folder: Path, option: str) -> None:
+    """Open every file whose end shows whether it is whole."""
     for path in sorted(folder.rglob("*")):
         try:
             if path.suffix == ".safetensors":
@@ -114,7 +114,7 @@ def _check_files(folder: Path, asked: str) -> None:
                 zipfile.ZipFile(path).close()
         except (OSError, SafetensorError, zipfile.BadZipFile) as error:
             raise InputError(
-                f"{asked} is incomplete ({path.name} cannot be read: {error}): name another checkpoint"
+                f"{option} is incomplete ({path.name} cannot be read: {error}): name another checkpoint"
             ) from error
 
 

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import damaged_file, is_whole
+from hf_pretrain.options import recipe_names
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.checkpointing import check_checkpoint, was_cut_off
 from hf_pretrain.training.processes import list_checkpoints
@@ -98,25 +99,25 @@ class OutputFolder:
             raise InputError(in_use)
 
     def _checkpoint(self) -> str | None:
-        args, asked = self.args, self.args.resume_from_checkpoint
-        if args.overwrite_output_dir and asked is not None and asked.lower() != _AUTO:
+        args, wanted = self.args, self.args.resume_from_checkpoint
+        if args.overwrite_output_dir and wanted is not None and wanted.lower() != _AUTO:
             raise InputError(
-                f"overwrite_output_dir=True would remove what resume_from_checkpoint={asked} goes on from: leave out one "
+                f"overwrite_output_dir=True would remove what resume_from_checkpoint={wanted} goes on from: leave out one "
                 "of the two"
             )
-        checkpoint = None if asked is None else _checkpoint_to_resume(self.path, asked)
+        checkpoint = None if wanted is None else _checkpoint_to_resume(self.path, wanted)
         if checkpoint is None:
             cut_off = (self.path / _UNFINISHED).exists()
             is_used = self._is_used()
             if is_used and args.overwrite_output_dir:
                 self._set_aside()
-            elif is_used and (asked is None or not cut_off):
+            elif is_used and (wanted is None or not cut_off):
                 raise InputError(
-                    f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if asked else ''}: name another, go "
+                    f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if wanted else ''}: name another, go "
                     "on with --resume_from_checkpoint true (auto if a run may have been cut off before its first checkpoint), "
                     "or replace the run that is there with --overwrite_output_dir"
                 )
-            elif cut_off and asked is not None and not self._is_empty():
+            elif cut_off and wanted is not None and not self._is_empty():
                 print(
                     f"{self.path} holds a run that was cut off before its first checkpoint: starting anew", flush=True
                 )
@@ -235,8 +236,7 @@ def paths_in(options: Iterable[Any], argv: Sequence[str] = ()) -> list[str]:
         options: Dataclasses; values may be paths, patterns of paths, or text such as ``en-de=a.en,a.de``.
         argv: The words of the command, for its recipes.
     """
-    words = [second for first, second in zip(argv, argv[1:], strict=False) if first == "--config"]
-    words += [word.partition("=")[2] for word in argv if word.startswith("--config=")]
+    words = recipe_names(argv)
     for instance in options:
         assert is_dataclass(instance)
         values = [getattr(instance, field.name) for field in fields(instance) if field.name not in _NOT_READ]
@@ -286,11 +286,11 @@ def _decided_by_first(args: PretrainingArguments, decide: Callable[[], str | Non
     return outcome[0]
 
 
-def _checkpoint_to_resume(folder: Path, asked: str) -> str | None:
+def _checkpoint_to_resume(folder: Path, wanted: str) -> str | None:
     """Return the checkpoint of `resume_from_checkpoint`, and print it; None if there need not be one."""
-    if asked.lower() not in (_AUTO, _LAST):
-        print(f"going on from step {check_checkpoint(asked)}: {asked}", flush=True)
-        return asked
+    if wanted.lower() not in (_AUTO, _LAST):
+        print(f"going on from step {check_checkpoint(wanted)}: {wanted}", flush=True)
+        return wanted
     skipped: list[Path] = []
     damaged: list[str] = []
     for checkpoint in list_checkpoints(folder):
@@ -300,18 +300,18 @@ def _checkpoint_to_resume(folder: Path, asked: str) -> str | None:
             damaged.append(f"{checkpoint.name} is damaged ({file} is not as it was saved)")
         else:
             step = check_checkpoint(checkpoint, reads_files=False)
-            said = "".join(f"{text}: " for text in damaged)
-            print(f"{_incomplete(skipped)}{said}going on from step {step}: {checkpoint}", flush=True)
+            damage = "".join(f"{text}: " for text in damaged)
+            print(f"{_incomplete(skipped)}{damage}going on from step {step}: {checkpoint}", flush=True)
             return str(checkpoint)
     if damaged:
         raise InputError(
-            f"resume_from_checkpoint={asked}, but {'; '.join(damaged)} in output_dir={str(folder)!r}, and no other checkpoint "
+            f"resume_from_checkpoint={wanted}, but {'; '.join(damaged)} in output_dir={str(folder)!r}, and no other checkpoint "
             "is whole: name another output_dir and start anew"
         )
     earlier = next((checkpoint for checkpoint in skipped if not was_cut_off(checkpoint)), None)
-    if asked.lower() == _AUTO and earlier is None:
+    if wanted.lower() == _AUTO and earlier is None:
         return None
-    where = f"resume_from_checkpoint={asked}, but output_dir={str(folder)!r}"
+    where = f"resume_from_checkpoint={wanted}, but output_dir={str(folder)!r}"
     if earlier is not None:
         raise InputError(
             f"{where} holds no checkpoint known to be whole: {earlier.name} is of an earlier version, which did not mark them; "

@@ -1,8 +1,8 @@
 """Options of a program, from dataclasses: the defaults of the fields, then recipes, then the command line on top.
 
 A recipe is a flat YAML file of options. YAML itself would leave ``5e-4`` a string and turn ``no`` into False. So a value is kept
-as it was typed, and each option converts it as it would on the command line. `resolved_options` and `write_recipe` go the other
-way: from the options of a run to a recipe.
+as it was typed, and each option converts it as it would on the command line. An option on the command line that has no effect
+beside the others is refused.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import json
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
-from importlib.resources import files
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
-from transformers.hf_argparser import make_choice_type_function, string_to_bool
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
+from transformers.utils import logging
 
-from hf_pretrain.errors import InputError, check_numbers, nearest, one_line
-from hf_pretrain.files import plain, write_text
-from hf_pretrain.options import number_or_text
-from hf_pretrain.training.effects import check_needs, check_together
+from hf_pretrain.errors import InputError, check_numbers, declared, nearest, one_line
+from hf_pretrain.options import number_or_text, read_recipe, recipe_names
+from hf_pretrain.training.arguments import check_text
+
+logger = logging.get_logger(__name__)
 
 # Names of options elsewhere: in earlier versions of transformers, in its examples, and in everyday speech.
 _SYNONYMS = {
@@ -111,54 +111,47 @@ def parse_arguments(
     given = list(sys.argv[1:] if argv is None else argv)
     parser = _OptionParser(dataclass_types, prog=prog, description=description)
     parser.replace_defaults(defaults or {})
-    for name in parser.recipe_names(given):
+    for name in recipe_names(given):
         path, recipe = read_recipe(name)
         parser.replace_defaults({key: parser.convert(key, value, source=path) for key, value in recipe.items()})
     return parser.instances(given)
+
+
+_SHAPES: dict[type, str] = {
+    NoneType: "is empty: give a value or remove the line",
+    dict: "is a mapping: this option takes a single value",
+    list: "is a list: this option takes a single value",
+}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and the description with the line breaks that it has."""
 
 
-class _OptionParser(argparse.ArgumentParser):
-    """A parser with one option a dataclass field, which answers mistakes with an `InputError`."""
+class _OptionParser(HfArgumentParser):
+    """The parser of transformers, which answers mistakes with an `InputError` and reads more types.
+
+    It also reads flags that may be None or a word, numbers that may be a schedule, and mappings as JSON.
+    """
 
     def __init__(self, dataclass_types: Sequence[type], *, prog: str, description: str) -> None:
         super().__init__(
+            dataclass_types,
             prog=prog,
             usage="%(prog)s [--config RECIPE] [--option value ...]",
             description=description,
             formatter_class=_HelpFormatter,
         )
-        self.dataclass_types = dataclass_types
-        self.hints: dict[str, Any] = {}
+        self.hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
         self.options: dict[str, argparse.Action] = {}
-        for cls in dataclass_types:
-            self.hints |= get_type_hints(cls)
-            for field in dataclasses.fields(cls):
-                if field.init:
-                    self.options[field.name] = self._add_option(field, self.hints[field.name])
+        for action in self._actions:
+            # argparse would take a percent sign for a placeholder.
+            action.help = re.sub(r"%%|%(?!\()", "%%", action.help or " ")
+            if action.dest in self.hints and action.dest not in self.options:
+                self.options[action.dest] = action
+                _read_by_hint(action, self.hints[action.dest])
         recipe_help = "YAML file of options, or the name of a recipe that comes with the library"
         self.add_argument("--config", action="append", metavar="RECIPE", help=recipe_help)
-
-    def _add_option(self, field: dataclasses.Field, hint: Any) -> argparse.Action:
-        """Add the option of a field, in both spellings; a flag that is on by default gets a `--no_` twin."""
-        metadata: dict[str, Any] = {"help": "", **field.metadata}
-        metadata["help"] = re.sub(r"%%|%(?!\()", "%%", metadata["help"] or " ")
-        default = field.default
-        if field.default_factory is not dataclasses.MISSING:
-            default = field.default_factory()
-        how = _conversion(hint) | metadata | {"required": default is dataclasses.MISSING}
-        if how["required"] or (how.get("nargs") == "+" and isinstance(default, str)):
-            default = None  # argparse would convert text to an item of the list
-        how["default"] = default
-        spellings = dict.fromkeys((field.name, field.name.replace("_", "-")))
-        action = self.add_argument(*(f"--{spelling}" for spelling in spellings), **how)
-        if default is True and set(_members(hint, bool)) == {bool}:
-            off = [f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"]
-            self.add_argument(*off, action="store_false", dest=field.name, default=False, help=metadata["help"])
-        return action
 
     def error(self, message: str) -> NoReturn:
         # argparse names all spellings of an option, and all choices; one of each is enough.
@@ -166,13 +159,6 @@ class _OptionParser(argparse.ArgumentParser):
         wrong = re.fullmatch(r"(.+invalid choice: '(.*)') \(choose from (.+)\)", message)
         hint = nearest(wrong[2], re.findall(r"[\w.-]+", wrong[3]), otherwise="") if wrong else ""
         raise InputError(f"{wrong[1]}: {hint}" if wrong and hint else f"{message} (see `{self.prog} --help`)")
-
-    def recipe_names(self, argv: list[str]) -> list[str]:
-        """Return what follows ``--config`` on the command line, in order."""
-        finder = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
-        finder.error = self.error  # type: ignore[method-assign]
-        finder.add_argument("--config", action="append", default=[])
-        return finder.parse_known_args(argv)[0].config
 
     def replace_defaults(self, values: Mapping[str, Any]) -> None:
         """Replace the defaults of options; an option that was required no longer is."""
@@ -186,12 +172,12 @@ class _OptionParser(argparse.ArgumentParser):
             raise InputError(f"{source}: unknown option {name!r}: {self._nearest(name)}")
         action, hint = self.options[name], self.hints[name]
         where = f"{source}: {name}"
-        if value is None:
-            return _accept(None, _members(hint, NoneType), f"{where} is empty: give a value or remove the line")
-        if isinstance(value, dict):
-            return _accept(value, _members(hint, dict), f"{where} is a mapping: this option takes a single value")
+        for kind, problem in _SHAPES.items():
+            if isinstance(value, kind) and not _members(hint, kind):
+                raise InputError(f"{where} {problem}")
+        if value is None or isinstance(value, dict):
+            return value
         if isinstance(value, list):
-            _accept(value, _members(hint, list), f"{where} is a list: this option takes a single value")
             return [_convert_text(action, text, where) for text in value]
         if action.nargs == "?" and not _members(hint, bool) and value.lower() in ("true", "false"):
             return action.const if value.lower() == "true" else None
@@ -200,33 +186,26 @@ class _OptionParser(argparse.ArgumentParser):
 
     def instances(self, argv: list[str]) -> tuple[Any, ...]:
         """Parse the command line and construct the dataclasses."""
-        for option in (token.partition("=")[0] for token in argv if token.startswith("--")):
-            if " " not in option and option not in ("--", *self._option_string_actions):
+        options = [token.partition("=")[0] for token in argv]
+        for option in options:
+            if option.startswith("--") and " " not in option and option not in ("--", *self._option_string_actions):
                 raise InputError(f"unknown option {option!r}: {self._nearest(option)}")
         namespace, leftover = self.parse_known_args(argv)
         if leftover:
             raise InputError(f"unexpected argument {leftover[0]!r}: options are given as --name value")
-        instances = tuple(self._construct(cls, vars(namespace)) for cls in self.dataclass_types)
-        check_together(instances)
-        check_needs(instances, self._typed(argv))
-        return instances
-
-    def _typed(self, argv: list[str]) -> list[str]:
-        """Return the names of the options on the command line, in order."""
-        options = (token.partition("=")[0] for token in argv)
-        return [self._option_string_actions[name].dest for name in options if name in self._option_string_actions]
-
-    def _construct(self, cls: type, values: Mapping[str, Any]) -> Any:
-        chosen = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.init}
         try:
-            instance = cls(**chosen)
-            check_numbers(instance)
+            instances = self.parse_dict(vars(namespace), allow_extra_keys=True)
         except (InputError, torch.distributed.DistError):
             raise
         except Exception as error:
             # transformers and accelerate raise errors of many types: a missing package, a missing file, a wrong key.
             raise InputError(f"{one_line(error)[:500]} (see `{self.prog} --help`)") from error
-        return instance
+        for instance in instances:
+            check_numbers(instance)
+        check_together(instances)
+        known = self._option_string_actions
+        check_needs(instances, [known[option].dest for option in options if option in known])
+        return instances
 
     def _nearest(self, name: str) -> str:
         """Return what to do about an unknown option."""
@@ -242,24 +221,15 @@ class _OptionParser(argparse.ArgumentParser):
         return nearest(dashes + name, known, otherwise=f"see `{self.prog} --help`")
 
 
-def _conversion(hint: Any) -> dict[str, Any]:
-    """Return how argparse reads an option of a type: its converter, and what else it needs to know."""
-    members = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
-    kinds = [member for member in members if member is not NoneType]
-    if bool in kinds:
-        return {"type": _flag_or_word if str in kinds else string_to_bool, "nargs": "?", "const": True}
-    if {float, str} <= set(kinds):
-        return {"type": number_or_text}
-    if str in kinds and len(kinds) > 1:
-        # Of an option that may be None, transformers reads the text itself.
-        kinds = [str] if NoneType in members else [kind for kind in kinds if kind is not str]
-    kind = kinds[0]
-    if get_origin(kind) is Literal or (isinstance(kind, type) and issubclass(kind, Enum)):
-        choices = list(get_args(kind)) or [member.value for member in kind]
-        return {"choices": choices, "type": make_choice_type_function(choices)}
-    if get_origin(kind) is list:
-        return {"type": get_args(kind)[0], "nargs": "+"}
-    return {"type": _json_mapping if _members(kind, dict) else kind}
+def _read_by_hint(action: argparse.Action, hint: Any) -> None:
+    """Let an option read what its type allows and the parser of transformers does not."""
+    if _members(hint, bool):
+        action.nargs, action.const = "?", True
+        action.type = _flag_or_word if _members(hint, str) else string_to_bool
+    elif _members(hint, float) and _members(hint, str):
+        action.type = number_or_text
+    elif _members(hint, dict) and not _members(hint, str):
+        action.type = _json_mapping
 
 
 def _flag_or_word(text: str) -> bool | str:
@@ -283,12 +253,6 @@ def _members(hint: Any, kind: type) -> list[Any]:
     return [member for member, origin in origins if isinstance(origin, type) and issubclass(origin, kind)]
 
 
-def _accept(value: Any, allowed: object, message: str) -> Any:
-    if not allowed:
-        raise InputError(message)
-    return value
-
-
 def _convert_text(action: argparse.Action, text: Any, where: str) -> Any:
     convert = action.type if callable(action.type) else str
     if not isinstance(text, str):
@@ -305,151 +269,146 @@ def _convert_text(action: argparse.Action, text: Any, where: str) -> Any:
     return value
 
 
-# A recipe is flat; a mapping among its values has some depth, never this.
-_DEEPEST, _MOST_VALUES = 16, 100_000
+# Optimizers without Adam's moments, and with moments but without its epsilon.
+_OTHERS = (
+    "optim!=sgd|adagrad|adafactor|rmsprop|rmsprop_bnb|rmsprop_bnb_8bit|rmsprop_bnb_32bit|lomo|adalomo|galore_adafactor"
+    "|galore_adafactor_layerwise|schedule_free_sgd"
+)
+_LIONS = "|lion_8bit|lion_32bit|paged_lion_8bit|paged_lion_32bit"
+_BEST = "load_best_model_at_end or save_strategy=best or lr_scheduler_type=reduce_lr_on_plateau|greedy"
+_NEEDS = {
+    option: need
+    for options, need in {
+        # Sizes of a model from scratch, beside a checkpoint that has its own.
+        """model_type hidden_size num_hidden_layers num_attention_heads intermediate_size embedding_size
+        max_position_embeddings config_overrides hidden_dropout_prob attention_probs_dropout_prob cutoffs untie_r
+        pre_layer_norm""": "!model_name_or_path",
+        "tokenizer_type lowercase strip_accents vocab_size": "!tokenizer_name and !model_name_or_path",
+        "tokenizer_frame": "!tokenizer_name and !model_name_or_path and language_file or parallel_file",
+        "language_sampling_alpha mixture_unit": "language_file or parallel_file",
+        "bitext_share bitext_frame": "parallel_file",
+        "dataset_config_name dataset_split validation_split": "dataset_name",
+        "shuffle_buffer_size": "streaming",
+        "dataloader_drop_last dataloader_in_order": "!streaming",
+        "dataloader_persistent_workers": "!streaming and dataloader_num_workers",
+        "validation_fraction": "!streaming and !validation_file",
+        # Lanes are read in order, and cut the text themselves.
+        "data_seed": "!streaming and !tgt_len and !mem_len",
+        "block_mode": "!tgt_len and !mem_len",
+        "block_size": "!tgt_len",
+        "adam_beta1 adam_beta2": _OTHERS,
+        "adam_epsilon": _OTHERS + _LIONS,
+        "overwrite_output_dir": "!resume_from_checkpoint",
+        "ignore_data_skip": "!streaming and resume_from_checkpoint",
+        "restore_callback_states_from_checkpoint": "resume_from_checkpoint",
+        "num_train_epochs": "max_steps=-1",
+        "warmup_steps": "lr_scheduler_type!=constant|reduce_lr_on_plateau|greedy",
+        "lr_scheduler_kwargs": "!decay_during_warmup",
+        "logging_steps": "logging_strategy=steps",
+        "do_eval eval_delay": "eval_strategy!=no",
+        "eval_steps": "eval_strategy=steps",
+        "save_steps": "save_strategy=steps",
+        "save_total_limit save_only_model save_on_each_node": "save_strategy!=no",
+        "metric_for_best_model greater_is_better": _BEST,
+        "activation_checkpointing_kwargs gradient_checkpointing_kwargs": "activation_checkpointing",
+        "fsdp_config": "fsdp",
+        "hub_strategy hub_always_push hub_revision": "push_to_hub",
+        "hub_private_repo": "push_to_hub or report_to~trackio|all",
+        "project trackio_space_id trackio_bucket_id trackio_static_space_id": "report_to~trackio|all",
+    }.items()
+    for option in options.split()
+}
+"""What options need to have an effect; a method says it of its own in the class variable `needs` of its dataclass.
+
+"name": that option is set; "!name": it is not; "name=a|b" or "name!=a|b": it is or is not one of these; "name~a|b": it holds
+one of these. All that are joined by "and" must hold; of those joined by "or", which binds closer, one.
+"""
+# Command lines share these from one run to the next, so they are noted and not refused.
+_ONLY_NOTED = {"vocab_size", "warmup_steps", "logging_steps", "block_size", "validation_fraction"}
 
 
-def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
-    """Read a recipe from a file, or from among those that come with the library.
+def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:
+    """Refuse options on a command line that have no effect beside the others.
+
+    A recipe may hold them: it suits runs with and without them.
 
     Args:
-        name: Path of a YAML file, or the name of a packaged recipe, with or without ``.yaml``.
-
-    Returns:
-        The path, and the options by name in the file's order: text, None, a list of these, or a mapping with YAML's
-        own types.
+        instances: The dataclasses of a program, filled in.
+        typed: Names of the options on the command line.
 
     Raises:
-        InputError: If there is no such file, or it is not UTF-8 or not a flat YAML mapping of names.
+        InputError: Naming the option, its value and what it needs.
     """
-    path = _find_recipe(name)
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        root = loader.get_single_node()
-    except RecursionError as error:
-        raise InputError(
-            f"--config {path}: nested too deeply: a recipe is flat, one `option: value` a line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not valid YAML: {error}") from error
-    if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
-        raise InputError(f"--config {path}: a recipe is a mapping, one `option: value` a line")
-    recipe: dict[str, Any] = {}
-    for key, value in root.value:
-        if key.value in recipe:
-            raise InputError(f"--config {path}: {key.value} is given twice")
-        where = f"--config {path}: {key.value}"
-        _check_size(value, where)
-        try:
-            recipe[key.value] = _node_value(loader, value)
-        except (yaml.YAMLError, ValueError, TypeError) as error:
-            raise InputError(f"{where} cannot be read: {one_line(error)}") from error
-    return path, recipe
-
-
-def _check_size(root: yaml.Node, where: str) -> None:
-    """Refuse a value that is nested too deeply or without end (an alias within its own anchor), or too large."""
-    waiting, found = [(root, 1)], 0
-    while waiting:
-        node, depth = waiting.pop()
-        found += 1
-        if depth > _DEEPEST or found > _MOST_VALUES:
-            raise InputError(f"{where} is nested too deeply, or without end: give a value, a list or a mapping")
-        if not isinstance(node, yaml.ScalarNode):
-            parts = (part for child in node.value for part in (child if isinstance(child, tuple) else (child,)))
-            waiting.extend((part, depth + 1) for part in parts)
-
-
-def _find_recipe(name: str) -> Path:
-    if Path(name).exists():
-        return Path(name)
-    folder = Path(str(files("hf_pretrain.trainers") / "recipes"))
-    packaged = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    stem = name.removesuffix(".yaml")
-    if stem in packaged:
-        return packaged[stem]
-    hint = nearest(stem, packaged, otherwise=f"packaged recipes are {', '.join(packaged)}")
-    raise InputError(f"--config {name}: no such file or recipe: {hint}")
-
-
-def _node_value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    """Return a scalar's text (None for null), a list of those, or a mapping with YAML's own types."""
-    if isinstance(node, yaml.MappingNode):
-        _retype_exponents(node)
-        return loader.construct_object(node, deep=True)
-    if isinstance(node, yaml.SequenceNode):
-        return [_node_value(loader, item) for item in node.value]
-    return None if node.tag == "tag:yaml.org,2002:null" else node.value
-
-
-def _retype_exponents(node: yaml.Node) -> None:
-    # YAML 1.1 takes 5e-4 for text, because it has no point.
-    if isinstance(node, yaml.ScalarNode):
-        if node.style is None and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", node.value):
-            node.tag = "tag:yaml.org,2002:float"
-        return
-    for child in node.value:
-        for part in child if isinstance(child, tuple) else (child,):
-            _retype_exponents(part)
-
-
-# Never written to a recipe: a secret, options of the launcher and the machine, and the deprecated twins of
-# activation_checkpointing.
-_NOT_SAVED = {"hub_token", "local_rank", "use_cpu", "dataloader_pin_memory"}
-# Options of one start of a run, and one that follows from eval_strategy.
-_NOT_SAVED |= {"resume_from_checkpoint", "do_eval"}
-_NOT_SAVED |= {"gradient_checkpointing", "gradient_checkpointing_kwargs"}
-# Values that TrainingArguments gives to options that nobody set.
-_UNSET = {"output_dir": "trainer_output", "activation_checkpointing": False, "disable_tqdm": False}
-_UNSET |= {"report_to": [], "debug": [], "accelerator_config": {"dispatch_batches": False}}
-
-
-def resolved_options(instances: Iterable[Any]) -> dict[str, Any]:
-    """Return the options that differ from their defaults, as a recipe holds them.
-
-    Args:
-        instances: Dataclass instances, as `parse_arguments` returns them.
-
-    Returns:
-        Options by name: text, numbers, booleans, None, lists and mappings of these, without secrets and without those
-        that a launcher sets.
-    """
-    options: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    needs, switched_off = dict(_NEEDS), set()
     for instance in instances:
-        for field in dataclasses.fields(instance):
-            value = getattr(instance, field.name)
-            if field.init and field.name not in _NOT_SAVED and not _is_default(field, value):
-                options[field.name] = _recipe_value(value)
-    return options
+        needs |= declared(instance, "needs")
+        values |= {known.name: getattr(instance, known.name) for known in dataclasses.fields(instance)}
+        switched_off |= {known.name for known in dataclasses.fields(instance) if known.default is False}
+        if hasattr(instance, "weights"):
+            values["losses"] = list(instance.weights())
+    for name in dict.fromkeys(typed):
+        value = values.get(name)
+        if value is None or (value is False and name in switched_off):
+            continue
+        for need in needs[name].split(" and ") if name in needs else ():
+            reasons = [_lack(part, values) for part in need.split(" or ")]
+            if not all(reasons):
+                continue
+            message = f"{name}={_text(value)!r} has no effect {', and '.join(map(str, reasons))}"
+            if name not in _ONLY_NOTED:
+                raise InputError(message)
+            logger.warning(message)
 
 
-def _is_default(field: dataclasses.Field, value: Any) -> bool:
-    factory = field.default_factory
-    default = field.default if factory is dataclasses.MISSING else factory()
-    if default is None and hasattr(value, "to_dict"):
-        return _recipe_value(value) in ({}, _UNSET.get(field.name))
-    return _recipe_value(value) == _recipe_value(default) or (field.name in _UNSET and value == _UNSET[field.name])
+def _lack(need: str, values: Mapping[str, Any]) -> str | None:
+    """Return beside or without what an option has no effect, and the way on; None where the need is met."""
+    negation, name, relation, choices = re.fullmatch(r"(!?)(\w+)(!=|=|~)?(.*)", need).groups()  # type: ignore[union-attr]
+    if name not in values:
+        return None
+    value, words = _text(values[name]), choices.split("|")
+    if relation is None:
+        if bool(value) == (not negation):
+            return None
+        beside = f"beside {name}={value!r}: leave one of them out"
+        return beside if negation else f"without {name}: set it too, or leave this out"
+    held = set(value or ()) if relation == "~" and not isinstance(value, str) else {str(value)}
+    if bool(held & set(words)) == (relation != "!="):
+        return None
+    wanted = " or ".join(words) if relation == "~" else f"{name}={' or '.join(words)}"
+    return f"with {name}={value!r}: " + ("leave one of them out" if relation == "!=" else f"it is for {wanted}")
 
 
-def _recipe_value(value: Any) -> Any:
-    """Return a value as a recipe has it: of an object of settings the entries that differ from its defaults."""
-    if hasattr(value, "to_dict"):
-        unchanged = type(value)().to_dict()
-        value = {key: item for key, item in value.to_dict().items() if item != unchanged.get(key)}
-    return plain(value)
+def _text(value: Any) -> Any:
+    return getattr(value, "value", value)
 
 
-def write_recipe(options: Mapping[str, Any], path: str | Path, *, program: str) -> None:
-    """Write options to a file that ``--config`` reads.
+def check_together(instances: Iterable[Any]) -> None:
+    """Refuse options of different dataclasses that contradict each other, whatever the text is.
 
-    Args:
-        options: Options by name, as `resolved_options` returns them.
-        path: The file to write.
-        program: The program that the recipe is for, such as "hf-pretrain rtd".
+    Raises:
+        InputError: Naming both.
     """
-    text = yaml.safe_dump(dict(options), sort_keys=False, allow_unicode=True)
-    write_text(Path(path), f"# {program}\n{text}")
+    values: dict[str, Any] = {}
+    training = None
+    for instance in instances:
+        values |= {known.name: getattr(instance, known.name) for known in dataclasses.fields(instance)}
+        training = instance if isinstance(instance, TrainingArguments) else training
+    is_stream = bool(values.get("streaming"))
+    if training is not None:
+        holds_out = not is_stream and values.get("validation_fraction") != 0
+        holds_out |= bool(values.get("validation_file") or values.get("validation_split"))
+        why = " (streaming holds none out)" if is_stream else " (validation_fraction=0)"
+        check_text(training, is_stream=is_stream, holds_out=holds_out, why=why)
+    if is_stream and (values.get("tgt_len") or values.get("mem_len")):
+        raise InputError("streaming=True: a memory needs stored text, to cut into lanes; leave streaming out")
+    for name, column in (("masking_unit", "spans"), ("target_unit", "targets")):
+        if values.get(name) == "given":
+            raise InputError(
+                f"{name}='given' needs examples with the column {column}, which no program makes: use it in Python"
+            )
+    if values.get("training_mode") == "two_stage" and values.get("embedding_sharing") != "none":
+        raise InputError(
+            "training_mode='two_stage' starts the discriminator from the whole generator, which shares nothing with it "
+            "afterwards: set embedding_sharing='none'"
+        )

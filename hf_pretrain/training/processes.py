@@ -40,7 +40,7 @@ from hf_pretrain.files import is_whole
 
 _POLL_SECONDS = 0.5
 _WORKER_SECONDS = 1.0
-# All processes come to the same places in the same order.
+# All processes take their turns in the same order.
 _TURNS = itertools.count()
 
 
@@ -84,7 +84,7 @@ class Stopping:
     """Takes SIGTERM. In training, a checkpoint is saved and the run ends; before and after, the run ends at once."""
 
     def __init__(self) -> None:
-        self.is_asked = False
+        self.is_requested = False
         self.is_training = False
         self.on_request: Callable[[], None] = lambda: None
         self._process = os.getpid()
@@ -95,8 +95,8 @@ class Stopping:
             # A worker, forked from this process.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif self.is_training and not self.is_asked:
-            self.is_asked = True
+        elif self.is_training and not self.is_requested:
+            self.is_requested = True
             self.on_request()
             print("SIGTERM: saving a checkpoint after this step, then ending", file=sys.stderr, flush=True)
         else:
@@ -125,10 +125,10 @@ def stopping_on_sigterm() -> Iterator[Stopping]:
         signal.signal(signal.SIGTERM, before)
 
 
-class StopWhenAsked(TrainerCallback):
+class StopOnRequest(TrainerCallback):
     """Ends training with a checkpoint after the step in which SIGTERM came, on all processes after the same step.
 
-    One process does nothing at a step before the signal. Several processes tell each other at each step, beside the training:
+    One process does nothing at a step before the signal. Several processes exchange a flag at each step, beside the training:
     they read at one step what was sent at the step before, so no step waits.
 
     Args:
@@ -165,11 +165,11 @@ class StopWhenAsked(TrainerCallback):
     ) -> None:
         if self._received():
             self._stop(args, state, control)
-        flag = torch.tensor(int(self.stopping.is_asked))
+        flag = torch.tensor(int(self.stopping.is_requested))
         self._sent = (dist.all_reduce(flag, group=self._group, async_op=True), flag)
 
     def _received(self) -> bool:
-        """Return whether any process was asked at the step before."""
+        """Return whether any process had the signal at the step before."""
         if self._sent is None:
             return False
         self._sent[0].wait()
@@ -180,7 +180,7 @@ class StopWhenAsked(TrainerCallback):
     ) -> None:
         """Leave the signal to what comes after."""
         self.stopping.is_training = False
-        self.has_stopped = self.has_stopped or self._received() or self.stopping.is_asked
+        self.has_stopped = self.has_stopped or self._received() or self.stopping.is_requested
         self._sent = None
 
 
@@ -191,7 +191,7 @@ def check_launch(accelerator: Accelerator) -> None:
     """Refuse a launch that asks for FSDP where accelerate leaves it out without a word, or that splits each batch.
 
     Raises:
-        InputError: If the parameters will not be shared out although that was asked for, or batches are split.
+        InputError: If the parameters will not be shared out although the launch says so, or batches are split.
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and getattr(accelerator.state, "fsdp_plugin", None) is None:
         raise InputError(
@@ -280,7 +280,7 @@ _ERROR_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
 _TORCH_WRITE = re.compile(
     r"PytorchStreamWriter failed writing|basic_ios::clear|inline_container\.cc:\d+\] \. unexpected pos"
 )
-# How gloo, NCCL and their store tell that a process is gone, or silent.
+# What gloo, NCCL and their store say of a process that is gone, or silent.
 _DEAD_PROCESS = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe.*(?:gloo|TCPStore|socket)|gloo/transport"
     r"|NCCL (?:error|communicator was aborted)|ncclRemoteError|failed to recv|Socket Timeout|Timed out (?:waiting|after) "
@@ -454,7 +454,7 @@ def refused_by_libraries(
 
     Args:
         kinds: Errors that are taken for a refusal.
-        unless: Asked after an error, whether it is too late for it to be about options.
+        unless: Called after an error; whether it is too late for it to be about options.
     """
     try:
         yield

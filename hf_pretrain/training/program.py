@@ -20,6 +20,7 @@ from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
 from hf_pretrain.errors import InputError
+from hf_pretrain.hub.pushing import repository_of
 from hf_pretrain.hub.run import adapter_names
 from hf_pretrain.hub.text import (
     bare_name,
@@ -31,13 +32,14 @@ from hf_pretrain.hub.text import (
 )
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import from_pretrained
+from hf_pretrain.options import resolved_options, write_recipe
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in
-from hf_pretrain.training.parsing import parse_arguments, resolved_options, write_recipe
+from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.processes import (
+    StopOnRequest,
     Stopping,
-    StopWhenAsked,
     is_sharded,
     nothing_trained,
     refused_by_libraries,
@@ -46,7 +48,6 @@ from hf_pretrain.training.processes import (
     stopped,
     stopping_on_sigterm,
 )
-from hf_pretrain.training.pushing import repository_of
 from hf_pretrain.training.rehearsal import made_up_data, rehearse
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -179,7 +180,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     # Bars of saving and loading a model, which takes less than a second here, would only bury the training's.
     transformers_logging.disable_progress_bar()
     trainer.recipe = resolved_options(options)
-    stop = StopWhenAsked(Stopping() if stopping is None else stopping)
+    stop = StopOnRequest(Stopping() if stopping is None else stopping)
     trainer.add_callback(stop)
     with refused_by_libraries((ValueError, ImportError), unless=lambda: trainer.has_begun):
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -228,7 +229,7 @@ def print_report(trainer: PretrainingTrainer) -> None:
     adapters = adapter_names(root)
     for model_class in () if adapters else (AutoModel, type(root)):
         print(f"  {_loading_line(model_class, output_dir)}")
-    weights_step = trainer.weights_step
+    weights_step = trainer.held_out.weights_step
     rows = held_out_rows(trainer.state.log_history, weights_step=weights_step)
     if rows:
         is_earlier = weights_step is not None and weights_step < trainer.state.global_step

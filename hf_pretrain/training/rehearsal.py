@@ -41,7 +41,7 @@ from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError, one_line
-from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.arguments import PretrainingArguments, check_best_metric
 from hf_pretrain.training.processes import is_refused_by_a_library
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -128,9 +128,9 @@ def _documents(tokenizer: PreTrainedTokenizerBase, num_tokens: int, **columns: s
     length = _SENTENCE * _SENTENCES
     count = max(8, -(-num_tokens // length))
     table: dict[str, Any] = {
-        "input_ids": [[words[(row + place) % len(words)] for place in range(length)] for row in range(count)],
+        "input_ids": [[words[(row + position) % len(words)] for position in range(length)] for row in range(count)],
         "word_starts": [[True] * length] * count,
-        "sent_starts": [[place % _SENTENCE == 0 for place in range(length)]] * count,
+        "sent_starts": [[position % _SENTENCE == 0 for position in range(length)]] * count,
         "doc_id": list(range(count)),
     }
     features = datasets.Features(DOCUMENT_FEATURES)
@@ -200,9 +200,9 @@ def rehearse(
             return
         with _without_numbers(device, counted):
             trainer = build_trainer(data, copy.copy(model_args), rehearsed)
-            _try_optimizer(trainer)
             names = _try_forward(trainer, device)
-        _check_metric(trainer, names)
+        if names is not None and trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict):
+            check_best_metric(trainer.args, names)
 
     failure, parameters = _attempt(build, args, left_out, device="meta")
     if failure is not None and parameters <= _MOST_PARAMETERS:
@@ -349,16 +349,6 @@ def _has_weights(name_or_path: str) -> bool:
     return bool(files)
 
 
-def _try_optimizer(trainer: PretrainingTrainer) -> None:
-    """Make optimizer and schedule for a model of one parameter."""
-    args = trainer.args
-    made, options = trainer.get_optimizer_cls_and_kwargs(args, nn.Linear(2, 2))
-    if made.__module__.split(".")[0] not in ("torch", "hf_pretrain"):
-        return  # Others want the groups of a real model.
-    optimizer = made([torch.zeros(2, 2, requires_grad=True)], **options)
-    trainer.create_scheduler(max(args.max_steps, 2), optimizer)
-
-
 def _try_forward(trainer: PretrainingTrainer, device: str) -> set[str] | None:
     """Run the model on two examples; return the names of the metrics of an evaluation, None if they are not known."""
     dataset = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
@@ -379,22 +369,9 @@ def _try_forward(trainer: PretrainingTrainer, device: str) -> set[str] | None:
         logger.debug("the forward pass is left out of the rehearsal", exc_info=True)
         return None
     means = {f"{name}_loss": 1.0 for name in output.losses} | dict.fromkeys(output.metrics, 1.0) | {"loss": 1.0}
-    names = {*means, *_OF_EVERY_EVALUATION}
     if output.scores is not None:
-        names |= trainer.evaluation_metrics(np.array([0.5, -0.5]), np.array([1, 0]), means).keys()
-    else:
-        names |= trainer.evaluation_metrics(np.empty(0), np.empty(0), means).keys()
-    return names
-
-
-def _check_metric(trainer: PretrainingTrainer, names: set[str] | None) -> None:
-    """Refuse a `metric_for_best_model` that no evaluation has."""
-    wanted = trainer.args.metric_for_best_model
-    if wanted is None or names is None or trainer.eval_dataset is None or isinstance(trainer.eval_dataset, dict):
-        return
-    if wanted.removeprefix("eval_") not in names:
-        known = ", ".join(sorted(names - set(_OF_EVERY_EVALUATION)))
-        raise InputError(f"metric_for_best_model={wanted!r} is not measured: choose one of {known}")
+        means |= trainer.evaluation_metrics(np.array([0.5, -0.5]), np.array([1, 0]), means)
+    return {*means, *_OF_EVERY_EVALUATION}
 
 
 def _is_of_meta(error: BaseException | None) -> bool:

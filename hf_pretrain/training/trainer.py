@@ -1,16 +1,15 @@
 """The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
-Three objects do what only some runs need: `training/streams.py` reads a stream, `training/checkpointing.py` writes checkpoints
-and finds the one to go on from, `training/pushing.py` uploads to the Hub. `hub/run.py` keeps the numbers of the card.
+The details are in objects that it holds: `data/streaming/reader.py` reads a stream, `progress.py` counts tokens and sums up an
+evaluation, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and
+`hub/run.py` keeps the numbers of the card.
 """
 
 from __future__ import annotations
 
 import math
-import resource
-import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, HubStrategy
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
 from hf_pretrain.data import draws
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import (
     FILLER,
     CollatorOfFilled,
@@ -34,48 +34,36 @@ from hf_pretrain.data.examples.epochs import (
     FilledDataset,
     FilledSampler,
 )
+from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
-from hf_pretrain.errors import InputError, RunError
-from hf_pretrain.hub.card import recipe_options, write_card
+from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
+from hf_pretrain.errors import InputError
+from hf_pretrain.hub.card import write_card
+from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
-from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, SumAccumulator
+from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
-from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, PretrainingArguments, linear_product_schedule
-from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
-from hf_pretrain.training.parsing import resolved_options
-from hf_pretrain.training.processes import check_launch, not_finite, reported_faults, sharded_by_blocks
-from hf_pretrain.training.pushing import Pushing, repository_of
-from hf_pretrain.training.streams import ShareOfSteps, StreamReader
-
-# Options beside those of every method that are read at each step.
-_READ_IN_TRAINING = {"generator_learning_rate", "generator_steps"}
-_MADE_BEFORE = (
-    "the data, the collator or the model was made with it; train with each value in turn, or search over options of the "
-    "optimizer, the schedule or the losses' weights"
+from hf_pretrain.training.arguments import (
+    PretrainingArguments,
+    check_best_metric,
+    check_searched,
+    check_text,
+    linear_product_schedule,
+    optimizer_of,
 )
-
-
-class CollatorWithHostInputs:
-    """A collator that adds what a model's `host_inputs` finds in the batch; it runs where the collator does, in the workers.
-
-    Args:
-        collate: The collator.
-        model_class: Class of the composite.
-        config: Its configuration.
-    """
-
-    def __init__(self, collate: Any, model_class: type[PretrainingModel], config: Any) -> None:
-        self.collate = collate
-        self.model_class = model_class
-        self.config = config
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the batch."""
-        batch = self.collate(examples)
-        return {**batch, **self.model_class.host_inputs(batch, self.config)}
+from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
+from hf_pretrain.training.inputs import TrainerInputs
+from hf_pretrain.training.processes import (
+    check_launch,
+    not_finite,
+    reported_faults,
+    sharded_by_blocks,
+)
+from hf_pretrain.training.progress import EvaluationSums, TokenCount, peak_memory_mib, show_progress
 
 
 class PretrainingTrainer(Trainer):
@@ -109,13 +97,14 @@ class PretrainingTrainer(Trainer):
     | `train` | seeds dropout by rank, finds the checkpoint to go on from, reports faults in one line |
     | `_init_training_state` | a stream goes on by itself; a run that has done all its steps takes no other |
     | `_evaluate` | what was measured before the first step is not measured again after a resume |
+    | `hyperparameter_search` | a model that came by its name is opened anew for each trial |
     | `call_model_init` | a model of a search is checked and seeded as the first |
     | `_hp_search_setup` | refuses to search over an option that has had its effect |
     | `log` | adds components, rates and peak memory; a loss that is not finite ends the run |
     | `evaluate` | leaves the random state and the clock of training alone, and marks whose numbers these are |
     | `evaluation_loop` | memory: an evaluation has memory of its own |
     | `prediction_step` | returns sums and counts by example instead of logits |
-    | `_save_checkpoint` | marks a checkpoint as whole when all processes have written it |
+    | `_save_checkpoint` | marks a checkpoint as whole when all processes have written it; pushes the export, not the composite |
     | `_load_from_checkpoint` | one line for weights of another shape |
     | `_issue_warnings_after_load` | refuses missing and unexpected weights |
     | `_load_optimizer_and_scheduler` | memory: loads the memory of the lanes too |
@@ -125,16 +114,22 @@ class PretrainingTrainer(Trainer):
     | `create_model_card` | writes our card, from the log |
     | `init_hf_repo` | finds out before training whether it may push |
     | `push_to_hub` | pushes the export with its card; says how to repeat a push that failed |
-    | `_push_from_checkpoint` | pushes the export of the moment, not the composite |
     | `_finish_current_push` | says which uploads failed |
 
     Args:
-        model: The composite to train; None if `model_init`, a function that makes one, is among the other arguments, as
-            `hyperparameter_search` needs it.
-        args: Options.
-        train_dataset: Examples; a map-style dataset is wrapped in [`EpochDataset`], so that collators know ids and epochs.
-        eval_dataset: Held-out examples, or a dictionary of several sets.
-        data_description: Numbers and names about the data, for the model card.
+        model: What is trained: a model of transformers, with or without its head; its name or folder; options of one to
+            build; or a composite of this library. None if `model_init`, a function that makes one, is among the other
+            arguments.
+        args: Options of training.
+        data_collator: Makes batches; by default the method's own.
+        train_dataset: Text: a `datasets.Dataset`, `DatasetDict` or `IterableDataset` with a column of text, a list of texts, or
+            what `prepare_data` returns. Or examples: a `datasets.Dataset` with `input_ids`, or any dataset with a length.
+        eval_dataset: The same, held out, or a dictionary of several sets; by default the split "validation" of a
+            `DatasetDict`.
+        processing_class: The tokenizer, or its name; by default the one beside the model's weights.
+        model_args: Options of a model that is built, or opened by its name.
+        data_args: How text is cut into examples, such as `DataArguments(block_size=512)`.
+        data_description: Numbers and names about the data, for the model card; by default what is found.
         **kwargs: Other arguments of `transformers.Trainer`, but `compute_metrics`.
 
     Raises:
@@ -144,17 +139,27 @@ class PretrainingTrainer(Trainer):
     model: PretrainingModel
     hub_model_id: str | None
     objective: ClassVar[ObjectiveDescription]
+    # Options of the model and of training; special tokens that the tokenizer must have.
+    option_classes: ClassVar[tuple[type, type]] = (ModelArguments, PretrainingArguments)
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask", "pad")
+    # What the method learns from where that is not text, and the call that makes it.
+    reads_instead_of_text: ClassVar[str] = ""
     data_collator: Any
+    model_init: Any
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        model: PretrainingModel | None,
-        args: PretrainingArguments,
+        model: Any = None,
+        args: PretrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         *,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        model_args: Any = None,
+        data_args: DataArguments | None = None,
         data_description: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -162,29 +167,27 @@ class PretrainingTrainer(Trainer):
             raise InputError(
                 "compute_metrics is not used here: override evaluation_metrics, which sees scores and labels"
             )
+        self.inputs = TrainerInputs(
+            self,
+            model,
+            args,
+            model_args=model_args,
+            data_args=data_args,
+            processing_class=processing_class,
+            others=kwargs,
+        )
+        args = self.inputs.args
         if args.n_gpu > 1:
             raise InputError(
                 f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
             )
-        if isinstance(train_dataset, IterableDataset) and args.max_steps <= 0:
-            raise InputError(f"max_steps={args.max_steps}: a stream has no known end, say how many steps to train")
-        schedules = schedules_of(args)
-        if isinstance(train_dataset, IterableDataset) and "mlm_probability" in schedules:
-            raise InputError(
-                f"mlm_probability={schedules['mlm_probability']!r} needs each example's step, which a stream does not know: "
-                "leave out streaming, or give one number"
-            )
-        if eval_dataset is None:
-            if args.eval_strategy != "no":
-                name = args.eval_strategy.value
-                raise InputError(
-                    f"eval_strategy={name!r} without held-out text: name a validation_file, or set it to 'no'"
-                )
-            args.eval_on_start = False
-        elif isinstance(eval_dataset, dict):
-            eval_dataset = {name: _with_epochs(dataset) for name, dataset in eval_dataset.items()}
-        else:
-            eval_dataset = _with_epochs(eval_dataset)
+        found = self.inputs.read(train_dataset, eval_dataset, collator=data_collator)
+        train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
+        model = None if "model_init" in kwargs else self.inputs.model
+        self.check_data(args, train_dataset, eval_dataset)
+        is_stream = isinstance(train_dataset, IterableDataset)
+        check_text(args, is_stream=is_stream, holds_out=eval_dataset is not None)
+        args.eval_on_start &= eval_dataset is not None
         if model is not None:
             check_trainable(model, gradient_checkpointing=bool(args.activation_checkpointing))
         # The stock method opens the repository with them.
@@ -192,14 +195,17 @@ class PretrainingTrainer(Trainer):
         super().__init__(
             model,
             args,
-            train_dataset=None if train_dataset is None else _with_epochs(train_dataset),
-            eval_dataset=eval_dataset,
+            train_dataset=_with_epochs(train_dataset),
+            eval_dataset=_with_epochs(eval_dataset),
+            data_collator=found["data_collator"],
+            processing_class=found["processing_class"],
             compute_metrics=self._reduce_statistics,
             **kwargs,
         )
         check_launch(self.accelerator)
-        self._schedules = schedules
-        self.data_description = dict(data_description or {})
+        self.progress = show_progress(self)
+        self._schedules = schedules_of(args)
+        self.data_description = dict(data_description or found.get("data_description") or {})
         if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
             example = self.train_dataset[0]
             if "document_ids" in example:
@@ -208,17 +214,42 @@ class PretrainingTrainer(Trainer):
         self.stream: StreamReader | None = None
         self.has_begun = False
         self._is_evaluating = False
-        self._statistic_names: list[str] = []
-        self._num_tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        self._start_counting()
+        self._sums = EvaluationSums()
+        self._components, self.tokens = SumAccumulator(), TokenCount(self)
 
-    def _start_counting(self) -> None:
-        """Begin the next row of the log: what was counted before is of no row."""
-        self._components = SumAccumulator()
-        # Counted on the device since the last look, and found since the last row of the log.
-        self._num_tokens.zero_()
-        self._tokens_since_row = 0
-        self._clock = time.perf_counter()
+    # What a method says of its inputs
+
+    def build_model(
+        self, options: Any, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> PretrainingModel:
+        """Return the composite of a stock model, or of the checkpoint or the sizes that the options name.
+
+        Args:
+            options: Of the first of the `option_classes`.
+            args: Of the second.
+            data: The examples, with their tokenizer, length and languages.
+            stock: A stock model to train; the options of its own sizes do not count.
+
+        Raises:
+            InputError: If it cannot be built.
+        """
+        raise InputError(
+            f"model={type(stock).__name__}: {type(self).__name__} takes a composite of this library: wrap a stock model first, "
+            "such as EncoderForPreTraining.from_model(model)"
+        )
+
+    def make_collator(self, args: Any, tokenizer: Any) -> Any:
+        """Return the collator of the method with its options; the base has none of its own."""
+        return None
+
+    def make_examples(
+        self, data: PreparedData, *, args: Any, model: PretrainingModel, collator: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of the Trainer that come from the data, such as windows of lanes instead of blocks."""
+        return data.trainer_inputs()
+
+    def check_data(self, args: PretrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+        """Refuse datasets that the options cannot train on; the base does nothing."""
 
     @property
     def _isolates_documents(self) -> bool:
@@ -243,7 +274,7 @@ class PretrainingTrainer(Trainer):
         for batch in batches:
             self._refuse_lost_documents(batch)
             if FILLER not in batch:
-                self._num_tokens += batch["attention_mask"].sum().to(self._num_tokens.device)
+                self.tokens.new += batch["attention_mask"].sum().to(self.tokens.new.device)
         return batches, counts
 
     def _get_num_items_in_batch(
@@ -252,16 +283,16 @@ class PretrainingTrainer(Trainer):
         """Count the targets of every loss over the step's micro-batches and all ranks."""
         if not batch_samples:
             return None
-        counts = [self._count_targets(batch) for batch in batch_samples]
+        counts = [self.model.count_targets(_without_filler(batch)) for batch in batch_samples]
         names = sorted(counts[0])
-        totals = torch.stack([torch.stack([count[name] for name in names]) for count in counts]).sum(dim=0)
+        # A filler has no targets: it only keeps this process in step.
+        own = [
+            torch.stack([count[name] for name in names]) * (FILLER not in batch)
+            for batch, count in zip(batch_samples, counts, strict=True)
+        ]
+        totals = torch.stack(own).sum(dim=0)
         totals = self.accelerator.reduce(totals.to(device).double(), reduction="sum")
         return dict(zip(names, totals, strict=True))
-
-    def _count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the targets of each loss in a micro-batch; none where it only keeps this process in step."""
-        counts = self.model.count_targets({name: value for name, value in batch.items() if name != FILLER})
-        return {name: torch.zeros_like(count) for name, count in counts.items()} if FILLER in batch else counts
 
     def compute_loss(
         self,
@@ -274,9 +305,8 @@ class PretrainingTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         assert num_items_in_batch is not None, "there is a batch, so it was counted"
-        is_filler = FILLER in inputs
-        outputs = self.run_model(model, {name: value for name, value in inputs.items() if name != FILLER})
-        if is_filler:
+        outputs = self.run_model(model, _without_filler(inputs))
+        if FILLER in inputs:
             # The other processes wait for these gradients, which have to be zero.
             outputs.losses, outputs.metrics = _nothing(outputs.losses), _nothing(outputs.metrics)
         total = torch.zeros((), device=self.args.device)
@@ -333,53 +363,38 @@ class PretrainingTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochSampler(len(dataset), seed=seed, shuffle=not dataset.in_order)
 
-    def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
-        """Return a loader of examples, with what the model has to know of a batch before it is transferred."""
-        collate, self.data_collator = self.data_collator, self._host_collator()
-        try:
-            return self._loader(
-                dataset, partial(super()._get_dataloader, is_training=is_training), is_training, options
-            )
-        finally:
-            self.data_collator = collate
-
     def _host_collator(self) -> Any:
         """Return the collator, followed by the model's `host_inputs`."""
-        return CollatorWithHostInputs(self.data_collator, type(self.model), self.model.config)
+        return partial(_with_host_inputs, self.data_collator, type(self.model), self.model.config)
 
-    def _loader(
-        self, dataset: Dataset, load: Callable[..., DataLoader], is_training: bool, options: dict[str, Any]
-    ) -> DataLoader:
-        """Load examples; those that fill the last turn of several processes in training are marked as such."""
-        if not is_training or self.args.world_size == 1 or isinstance(dataset, IterableDataset):
-            return load(dataset, **options)
-        sampler = options["sampler_fn"](dataset)
-        if not isinstance(sampler, EpochSampler):
-            # Of another's making: accelerate knows how to draw the same on all processes.
-            return load(dataset, **options)
-        filled: Sampler[int] = sampler
-        if not self.args.dataloader_drop_last:
-            turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
-            dataset, filled = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
-        collate: Any = self.data_collator
-        self.data_collator = CollatorOfFilled(collate)
+    def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
+        """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
+        collate, filled = self.data_collator, None
+        self.data_collator = self._host_collator()
+        if is_training and self.args.world_size > 1 and not isinstance(dataset, IterableDataset):
+            filled = options["sampler_fn"](dataset)
+        # A sampler of another's making accelerate draws alike on all processes.
+        if isinstance(filled, EpochSampler):
+            if not self.args.dataloader_drop_last:
+                turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
+                dataset, filled = FilledDataset(dataset), FilledSampler(filled, multiple=turn)
+            self.data_collator = CollatorOfFilled(self.data_collator)
+            options["sampler_fn"] = lambda _: filled
         try:
-            loader = load(dataset, **(options | {"sampler_fn": lambda _: filled}))
+            loader = super()._get_dataloader(dataset, is_training=is_training, **options)
         finally:
             self.data_collator = collate
-        # Where batches are skipped after a resume, accelerate looks here for what has to be told the epoch.
-        cast(Any, loader.batch_sampler).sampler = filled
+        if isinstance(filled, EpochSampler | FilledSampler):
+            # Where batches are skipped after a resume, accelerate looks here for the sampler, to set its epoch.
+            cast(Any, loader.batch_sampler).sampler = filled
         return loader
 
     # Rates
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """Return the stock optimizer, or Adam without bias correction where the recipe wants it."""
-        if args.adam_bias_correction:
-            return Trainer.get_optimizer_cls_and_kwargs(args, model)
-        kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        return AdamWithoutBiasCorrection, kwargs | {"fused": True}
+        """Return class and arguments of the optimizer."""
+        return optimizer_of(args, model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return the stock schedule, or the product of decay and warm-up where the recipe wants it."""
@@ -405,17 +420,20 @@ class PretrainingTrainer(Trainer):
             InputError: If there is nothing to resume from, or it does not fit.
             RunError: If a disk is full, a worker died, or what was learned is not finite.
         """
+        if self.train_dataset is None:
+            raise InputError("train_dataset is missing: give the Trainer a dataset with a column of text")
         # An evaluation before training marks the model as prepared, and accelerate would then leave it out of DDP.
         for wrapped in (self.model, self.model_wrapped):
             # Between two trials of a search there is none.
             if wrapped is not None:
                 wrapped._is_accelerate_prepared = False
         self._seed_dropout()
-        self._start_counting()
+        self._components = SumAccumulator()
+        self.tokens.begin()
         self.held_out.begin()
         self.begin_training()
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
-        with reported_faults(self.args.output_dir):
+        with reported_faults(self.args.output_dir), closing(self.progress):
             output = super().train(checkpoint, **kwargs)
         self.held_out.end()
         return output
@@ -451,9 +469,24 @@ class PretrainingTrainer(Trainer):
 
     # Search of hyper-parameters
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Search with fresh weights in each trial; see `transformers.Trainer.hyperparameter_search`.
+
+        Raises:
+            InputError: If the Trainer cannot make the model anew.
+        """
+        if self.model_init is None:
+            if not self.inputs.can_rebuild:
+                raise InputError(
+                    "hyperparameter_search begins each trial with fresh weights: give the Trainer model_init=, a function that "
+                    "makes the model, or the model's name"
+                )
+            self.model_init = self.inputs.rebuild
+        return super().hyperparameter_search(*args, **kwargs)
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh model from `model_init`; see `transformers.Trainer.call_model_init`."""
-        model = super().call_model_init(trial)
+        model = self.inputs.compose(super().call_model_init(trial))
         check_trainable(model, gradient_checkpointing=bool(self.args.activation_checkpointing))
         # transformers sets the seed before each.
         self._seed_dropout()
@@ -467,14 +500,7 @@ class PretrainingTrainer(Trainer):
         """
         before = dict(vars(self.args))
         super()._hp_search_setup(trial)
-        known = {field.name for field in fields(PretrainingArguments)} | _READ_IN_TRAINING
-        for name in (name for name, value in vars(self.args).items() if value != before.get(name)):
-            if name not in known and not name.endswith("_weight"):
-                raise InputError(f"{name}={getattr(self.args, name)!r} cannot be searched over: {_MADE_BEFORE}")
-            if name.endswith("batch_size") and getattr(self.train_dataset, "group_size", 1) > 1:
-                raise InputError(
-                    f"{name} cannot be searched over: all examples of a step are of one kind; {_MADE_BEFORE}"
-                )
+        check_searched(self.args, before, group_size=getattr(self.train_dataset, "group_size", 1))
         check_options(self.args)
         self._schedules = schedules_of(self.args)
         self.check_trial()
@@ -494,7 +520,7 @@ class PretrainingTrainer(Trainer):
             logs |= means | self.training_metrics(means)
             done = self.state.global_step - 1  # before the last step, whose values these are
             logs |= {name: schedule.at(done, self.state.max_steps) for name, schedule in self._schedules.items()}
-            logs |= self._throughput()
+            logs |= self.tokens.row() | {"peak_memory_mib": peak_memory_mib()}
         if "train_runtime" in logs and not self.num_steps_trained:
             # There is no speed or mean loss of a run that trained no step.
             for name in [name for name in logs if name.startswith("train_")]:
@@ -504,24 +530,6 @@ class PretrainingTrainer(Trainer):
     def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return further metrics for a row of the training log, from the means of the components since the last one."""
         return {}
-
-    def _throughput(self) -> dict[str, float]:
-        self._count_tokens()
-        tokens, self._tokens_since_row = self._tokens_since_row, 0
-        now = time.perf_counter()
-        seconds, self._clock = now - self._clock, now
-        return {
-            "num_tokens": self.state.num_input_tokens_seen,
-            "tokens_per_second": round(tokens / seconds, 1),
-            "peak_memory_mib": peak_memory_mib(),
-        }
-
-    def _count_tokens(self) -> None:
-        """Add the tokens that the devices counted to the state, which travels with the checkpoints."""
-        tokens = int(self._sum_over_ranks(self._num_tokens).item())
-        self._num_tokens.zero_()
-        self._tokens_since_row += tokens
-        self.state.num_input_tokens_seen += tokens
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -534,19 +542,18 @@ class PretrainingTrainer(Trainer):
         """Evaluate; masks and samples are fixed, so two calls give the same numbers. See `transformers.Trainer.evaluate`."""
         if self._is_evaluating:  # one of several sets, called from below
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        first, trained = len(self.state.log_history), time.perf_counter() - self._clock
+        first = len(self.state.log_history)
         self._is_evaluating = True
         try:
             # A data loader draws a seed when it is opened; training must not depend on how often it is evaluated.
-            with torch.random.fork_rng(devices=[]):
+            with self.tokens.paused(), torch.random.fork_rng(devices=[]):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._is_evaluating = False
-        self._clock = time.perf_counter() - trained
         is_own = (eval_dataset is None or eval_dataset is self.eval_dataset) and metric_key_prefix == "eval"
         self.held_out.note(self.state.log_history[first:], metrics, is_own=is_own)
         if self.is_in_train and metric_key_prefix == "eval":
-            self._check_best_metric(metrics)
+            check_best_metric(self.args, [name[5:] for name in metrics if name.startswith("eval_")])
         self.evaluated(metrics)
         return metrics
 
@@ -564,15 +571,6 @@ class PretrainingTrainer(Trainer):
         if self.eval_dataset is not None and not self.held_out.is_measured():
             self.evaluate()
 
-    def _check_best_metric(self, metrics: Mapping[str, float]) -> None:
-        """Refuse a `metric_for_best_model` that an evaluation has not measured, at the first one and not with a checkpoint."""
-        name = self.args.metric_for_best_model
-        if name is None or f"eval_{name.removeprefix('eval_')}" in metrics:
-            return
-        about_speed = ("_runtime", "_per_second", "_time")
-        found = sorted(key.removeprefix("eval_") for key in metrics if not key.endswith(about_speed))
-        raise InputError(f"metric_for_best_model={name!r} is not measured here: take one of {', '.join(found)}")
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -580,34 +578,18 @@ class PretrainingTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """Return each example's sums and counts instead of logits: small, and free of the repeats that fill the last batch."""
+        """Return each example's sums and counts instead of logits."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self.run_model(model, inputs)
-        sums = {f"{name}_loss": loss for name, loss in outputs.losses.items()} | outputs.metrics
-        self._statistic_names = sorted(sums)
-        columns = [part for name in self._statistic_names for part in sums[name]]
-        statistics = torch.stack(columns, dim=1)
-        if outputs.scores is None:
-            return None, (statistics,), torch.zeros_like(statistics)
-        return None, (statistics, outputs.scores), outputs.score_labels
+            return self._sums.pack(self.run_model(model, inputs))
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Turn the sums and counts of all examples into means weighted by targets."""
-        statistics, *scores = (
-            prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
-        )
-        totals = np.asarray(statistics, dtype=np.float64).sum(axis=0).reshape(-1, 2)
-        means = {
-            name: float(total / count)
-            for name, (total, count) in zip(self._statistic_names, totals, strict=True)
-            if count > 0
-        }
-        losses = {name.removesuffix("_loss"): mean for name, mean in means.items() if name.endswith("_loss")}
+        means, scores_and_labels = self._sums.unpack(prediction)
+        losses = {name: means.get(f"{name}_loss", 0.0) for name in self._sums.losses}
         means["loss"] = sum(self.loss_weight(name) * mean for name, mean in losses.items())
-        if scores:
-            is_real = prediction.label_ids != IGNORED
-            means |= self.evaluation_metrics(scores[0][is_real], prediction.label_ids[is_real], means)
+        if scores_and_labels is not None:
+            means |= self.evaluation_metrics(*scores_and_labels, means)
         return means
 
     def evaluation_metrics(
@@ -627,12 +609,12 @@ class PretrainingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint, then push, then remove older ones."""
         # It may lie between two rows of the log.
-        self._count_tokens()
+        self.tokens.add_new()
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self.checkpoints.save(folder, write=partial(super()._save_checkpoint, model, trial))
         if self.args.push_to_hub:
             with self.checkpoints.together():
-                self._push_from_checkpoint(str(folder))
+                self.pushing.push_checkpoint(folder)
         self.checkpoints.remove_old(folder)
 
     def save_progress(self, folder: Path) -> None:
@@ -674,11 +656,6 @@ class PretrainingTrainer(Trainer):
             self._finish_current_push()
         super().save_model(output_dir, _internal_call)
 
-    @property
-    def weights_step(self) -> int | None:
-        """Step of the weights that the model holds, the best or the last one; None if they were changed since, by hand."""
-        return self.held_out.weights_step
-
     def create_model_card(self, model_name: str | None = None, **facts: Any) -> None:
         """Write the model card and its plots into the output folder, from what was logged.
 
@@ -696,13 +673,6 @@ class PretrainingTrainer(Trainer):
     def card_facts(self) -> dict[str, Any]:
         """Return fields of [`PretrainingCard`] that a method knows better than its description."""
         return {}
-
-    def recipe_for_card(self) -> dict[str, Any]:
-        """Return the options that make up the run: those of the program, or those that differ from their defaults."""
-        if self.recipe:
-            return recipe_options(self.recipe, defaults={})
-        options, own = self.args.to_dict(), resolved_options([self.args])
-        return recipe_options(options, defaults={name: value for name, value in options.items() if name not in own})
 
     # The Hub
 
@@ -725,62 +695,32 @@ class PretrainingTrainer(Trainer):
         private: bool | None = None,
         **facts: Any,
     ) -> Any:
-        """Push the export with its card; see `transformers.Trainer.push_to_hub`.
-
-        Args:
-            commit_message: Title of the commit.
-            blocking: Wait for the upload; otherwise return its future.
-            token: Token with write permission, instead of the arguments'.
-            revision: Branch to write to, instead of the arguments'; made if it is not there.
-            private: Whether a new repository is private, instead of the arguments'.
-            **facts: Facts for the card, as [`create_model_card`] takes them.
-
-        Raises:
-            InputError: If there was no repository or branch so far, and token, name or rights do not allow one.
-            RunError: If the Hub does not answer or the upload fails; the message says how to repeat it.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        try:
-            if self.hub_model_id is None or revision is not None:
-                self.hub_model_id = repository_of(self.args, token=token, private=private, revision=revision)
-        except (InputError, RunError) as error:
-            raise type(error)(f"{error}; the model lies whole in {self.args.output_dir}") from error
-        finally:
-            self.create_model_card(**facts)
-        return self.pushing.push_export(commit_message, blocking=blocking, token=token, revision=revision)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push while training: the export of this moment, not the composite that the checkpoint holds."""
-        if self.args.hub_strategy == HubStrategy.END:
-            return
-        # Only the first rank knows, but all have to export.
-        if self.checkpoints.any_rank(self.pushing.is_going_on()) and not self.args.hub_always_push:
-            return
-        self.save_model(_internal_call=True)
-        if self.is_world_process_zero():
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self.create_model_card()
-            self.pushing.push_checkpoint(Path(checkpoint_folder))
+        """Push the export with its card; see [`Pushing.push_export`] for the arguments, and for what is refused."""
+        options: dict[str, Any] = {"token": token, "revision": revision, "private": private}
+        return self.pushing.push_export(commit_message, blocking=blocking, facts=facts, **options)
 
     def _finish_current_push(self) -> None:
         """Wait for the uploads that go on, and say which failed."""
         self.pushing.finish()
 
 
-def peak_memory_mib() -> float:
-    """Return the most memory held so far, in MiB: the accelerator's allocations, or the process's resident set without one."""
-    if torch.accelerator.current_accelerator(check_available=True) is not None:
-        return round(torch.accelerator.max_memory_allocated() / 2**20, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+def _without_filler(batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != FILLER}
 
 
 def _nothing(sums: Mapping[str, ExampleSum]) -> dict[str, ExampleSum]:
     return {name: ExampleSum(value.sum * 0, value.count * 0) for name, value in sums.items()}
 
 
-def _with_epochs(dataset: Dataset) -> Dataset:
-    return dataset if isinstance(dataset, IterableDataset) else EpochDataset.wrap(dataset)
+def _with_epochs(dataset: Any) -> Any:
+    if isinstance(dataset, dict):
+        return {name: _with_epochs(part) for name, part in dataset.items()}
+    return dataset if dataset is None or isinstance(dataset, IterableDataset) else EpochDataset.wrap(dataset)
+
+
+def _with_host_inputs(
+    collate: Any, model_class: type[PretrainingModel], config: Any, examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a batch with what the model's `host_inputs` finds in it; this runs in the workers, as the collator does."""
+    batch = collate(examples)
+    return {**batch, **model_class.host_inputs(batch, config)}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.modeling.backbone import layers_name, module_lists
+from hf_pretrain.options import option
 
 DecayMode = Literal["paper", "official"]
 
@@ -29,7 +30,7 @@ def layerwise_parameter_groups(
     "official" is what the code of ELECTRA does: one power more for all but the head (0.64, not 0.8, for the last layer).
 
     Each trainable parameter is in exactly one group; one that is shared, such as a tied output matrix, goes with the lowest
-    place that it has. Norms and biases are not decayed.
+    layer that it serves. Norms and biases are not decayed.
 
     Args:
         model: A stock model with a head.
@@ -67,12 +68,9 @@ def layerwise_parameter_groups(
 
 def check_decay(decay: float, mode: str) -> None:
     """Raise InputError if there is no such decay or mode."""
-    if not 0 < decay <= 1:
-        raise InputError(
-            f"layerwise_learning_rate_decay={decay} must be above 0 and at most 1: 0.8 is usual, 1 is one rate for all"
-        )
-    if mode not in get_args(DecayMode):
-        raise InputError(f"layerwise_decay_mode={mode!r} is unknown; choose one of {', '.join(get_args(DecayMode))}")
+    usual = "0.8 is usual, 1 is one rate for all"
+    check_range(decay, "(0, 1]", name="layerwise_learning_rate_decay", hint=usual)
+    check_choice(mode, get_args(DecayMode), name="layerwise_decay_mode")
 
 
 def _parameter_depths(model: PreTrainedModel) -> tuple[dict[nn.Parameter, int], int]:
@@ -113,8 +111,8 @@ def _names_below_layers(base: PreTrainedModel, layers: str) -> set[str]:
     first = next(index for index, name in enumerate(names) if name.startswith(f"{layers}."))
     later = [name for name in names[first:] if not name.startswith(f"{layers}.")]
     late_tables = [table for table in tables if f"{table}.weight" in later]
-    places = tuple(f"{table.rpartition('.')[0] or table}." for table in late_tables)
-    return {*names[:first], *(name for name in later if name.startswith(places))}
+    modules = tuple(f"{table.rpartition('.')[0] or table}." for table in late_tables)
+    return {*names[:first], *(name for name in later if name.startswith(modules))}
 
 
 @dataclass
@@ -127,22 +125,17 @@ class FineTuningArguments(TrainingArguments):
     Source: `configure_finetuning.py` of the official ELECTRA code.
     """
 
-    layerwise_learning_rate_decay: float = field(
-        default=0.8, metadata={"help": "Factor of the learning rate from one layer to the one below; 1 for none."}
+    layerwise_learning_rate_decay: float = option(
+        0.8, "Factor of the learning rate from one layer to the one below; 1 for none."
     )
-    layerwise_decay_mode: DecayMode = field(
-        default="paper",
-        metadata={
-            "help": "'paper': the last layer's rate is the head's times the factor; 'official': times its square."
-        },
+    layerwise_decay_mode: DecayMode = option(
+        "paper", "'paper': the last layer's rate is the head's times the factor; 'official': times its square."
     )
-    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate, that of the head."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled weight decay of all but biases and norms."})
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of warm-up, or their share of all steps if below 1."}
-    )
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the examples."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Examples a step and device."})
+    learning_rate: float = option(1e-4, "Peak learning rate, that of the head.")
+    weight_decay: float = option(0.01, "Decoupled weight decay of all but biases and norms.")
+    warmup_steps: float = option(0.1, "Steps of warm-up, or their share of all steps if below 1.")
+    num_train_epochs: float = option(3.0, "Passes over the examples.")
+    per_device_train_batch_size: int = option(32, "Examples a step and device.")
 
     def __post_init__(self) -> None:
         """Check the decay, then let transformers check the rest."""

@@ -7,7 +7,9 @@ import pytest
 from scipy import stats
 from transformers import BertTokenizer, HfArgumentParser, TrainingArguments
 
-from hf_pretrain.corruption import ExampleRows, MaskingArguments, RowKeys, Vocabulary, mask_rows
+from hf_pretrain.corruption.arguments import MaskingArguments
+from hf_pretrain.corruption.masking import Vocabulary, mask_rows
+from hf_pretrain.corruption.rows import ExampleRows, RowKeys
 from hf_pretrain.errors import InputError
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

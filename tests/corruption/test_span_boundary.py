@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_pretrain.corruption import ExampleRows, RowKeys
+from hf_pretrain.corruption.rows import ExampleRows, RowKeys
 from hf_pretrain.corruption.spans import span_boundary_targets
 
 

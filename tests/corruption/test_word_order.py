@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from hf_pretrain.corruption import RowKeys
+from hf_pretrain.corruption.rows import RowKeys
 from hf_pretrain.corruption.word_order import shuffle_runs
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from helpers.sharded_text import Source
-from hf_pretrain.corruption import MaskingArguments
+from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples import packing as bin_packing

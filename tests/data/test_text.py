@@ -184,7 +184,7 @@ def test_cache_follows_the_files_and_the_options(write, monkeypatch):
     assert len(text_dataset(path)) == 3
     write("a.txt", "one\n\ntwo\n\nthree")
     again = text_dataset(path)
-    monkeypatch.setattr("hf_pretrain.data.text.datasets.read_documents", lambda *_, **__: pytest.fail("read twice"))
+    monkeypatch.setattr("hf_pretrain.data.text.datasets._rows", lambda *_, **__: pytest.fail("read twice"))
     assert text_dataset(path)["text"][:] == again["text"][:]
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from helpers.method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
-from hf_pretrain.corruption import MaskingArguments
+from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.objectives.encoder import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining, EncoderForPreTrainingConfig
 

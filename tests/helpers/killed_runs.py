@@ -98,8 +98,8 @@ def _watched(watch):
     import torch
     from transformers import Trainer
 
+    from hf_pretrain.hub.pushing import Pushing
     from hf_pretrain.training import program
-    from hf_pretrain.training.pushing import Pushing
     from hf_pretrain.training.trainer import PretrainingTrainer
 
     def halved(write, place):

@@ -25,7 +25,7 @@ class AskOne(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.process_index == 1 and state.global_step == 3:
-            self.stopping.is_asked = True
+            self.stopping.is_requested = True
 
 
 def said(error):

@@ -1,7 +1,7 @@
-"""The fixed inputs of the reference cards in model_cards/reference, one for each method.
+"""The fixed inputs of the reference cards in model_cards/reference.
 
-The values are examples, chosen by hand to exercise every section, and each card says so. A new method needs one more entry in
-`REFERENCE_CARDS`. After that, or another wanted change:
+The values are examples, chosen by hand to exercise every section, and each card says so. A method may have an entry in
+`REFERENCE_CARDS`; none needs one. After a wanted change:
 
     python tests/hub/reference_inputs.py    # rewrites the cards and their pictures
 """

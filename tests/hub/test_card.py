@@ -28,10 +28,10 @@ from transformers import (
 )
 
 from hf_pretrain.hub.card import recipe_options, render_card, snippets, write_card
-from hf_pretrain.hub.environment import Compute, Energy, compute_rows
+from hf_pretrain.hub.environment import Compute, Energy
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.record import PretrainingCard
-from hf_pretrain.hub.text import cell, duration, fine_tuning_snippet, metric_table, number, portable_options
+from hf_pretrain.hub.text import cell, duration, metric_table, number, portable_options
 
 MINIMAL = PretrainingCard(model_name="bare", model_class="BertForMaskedLM", objective=MLM)
 UNKNOWN = PretrainingCard(
@@ -79,6 +79,12 @@ def test_nothing_is_empty(card: PretrainingCard) -> None:
     assert "\n\n\n" not in text and not re.search(r"[ \t]$", text, flags=re.MULTILINE)
     assert [heading for heading, body in _sections(text).items() if not body.strip()] == []
     assert text.count("```") % 2 == 0
+
+
+def compute_rows(compute: Compute) -> list[tuple[str, ...]]:
+    """Return the rows of the table of what a run took, as the card has them."""
+    lines = _sections(render_card(dataclasses.replace(MINIMAL, compute=compute)))["## Compute"].strip().splitlines()
+    return [tuple(line.strip("| ").split(" | ")) for line in lines[2:]]
 
 
 def test_a_section_without_facts_is_left_out() -> None:
@@ -390,9 +396,10 @@ def test_the_code_names_the_class_of_the_discriminator_at_hand():
 )
 def test_fine_tuning_opens_the_model_with_a_fresh_head(model_class: str, own_code: bool, options: str) -> None:
     auto_class = "AutoModelForSequenceClassification"
-    code = fine_tuning_snippet("me/x", auto_class=auto_class, model_class=model_class, has_own_code=own_code)
+    card = dataclasses.replace(MINIMAL, repo="me/x", model_class=model_class, has_own_code=own_code)
+    *_, code = snippets(render_card(dataclasses.replace(card, fine_tuning_class=auto_class)))
     assert f'{auto_class}.from_pretrained("me/x", {options}' in code
-    assert fine_tuning_snippet("me/x", auto_class="", model_class=model_class) == ""
+    assert auto_class not in render_card(card)
 
 
 NEWS_AND_LAW = {"eval_news_mlm_loss": 2.0, "eval_news_runtime": 1.0, "eval_law_mlm_loss": 3.0, "eval_law_runtime": 1.0}

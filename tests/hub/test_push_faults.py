@@ -22,8 +22,8 @@ from helpers.method_matrix import build, programs
 from hf_pretrain.cli import run_program
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.files import is_whole
-from hf_pretrain.training.parsing import write_recipe
-from hf_pretrain.training.pushing import reason
+from hf_pretrain.hub.pushing import reason
+from hf_pretrain.options import write_recipe
 
 MLM, RTD = programs()["mlm"], programs()["rtd"]
 REPO = "tester/model"

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMaskedLM
 from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_utils import ModuleUtilsMixin
 
 from helpers.method_matrix import TINY, VOCAB_SIZE, build, programs, relative_difference, tiny_data
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -15,7 +16,8 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility import rules as isolation
-from hf_pretrain.modeling.visibility.rules import check_isolation, isolated_inputs, sequence_bounds
+from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
+from hf_pretrain.modeling.visibility.rules import check_isolation, isolated_inputs, padding_inputs, sequence_bounds
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4, "legacy": False}
@@ -282,6 +284,47 @@ def test_the_trial_finds_wrong_masks_and_wrong_positions(monkeypatch):
                 check_isolation(tiny_model(model))
                 pytest.fail(name)
         check_isolation(tiny_model(model))
+
+
+TRIALS = {
+    "isolation": check_isolation,
+    "lm_modes": check_lm_modes,
+    "padding": lambda model: padding_inputs(model, torch.ones(2, 8, dtype=torch.long), True),
+}
+
+
+@pytest.mark.parametrize("rule", TRIALS)
+def test_a_mistake_of_the_library_is_no_answer_of_the_backbone(rule, monkeypatch):
+    """It comes through as it is, and nothing is remembered; the same error in the backbone's own code is an answer."""
+    check, model = TRIALS[rule], tiny_model("bert")
+    for name in ("mask_inputs", "arbitrary_tokens"):
+        with monkeypatch.context() as patch:
+            patch.delattr(rules, name)
+            with pytest.raises((NameError, AttributeError), match=name):
+                check(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(rules, name, None)
+            with pytest.raises(TypeError, match="not callable"):
+                check(model)
+    with monkeypatch.context() as patch:
+        patch.delattr(ModuleUtilsMixin, "dtype")  # Torch raises for a module that lacks what a line of ours reads.
+        with pytest.raises(AttributeError, match="dtype"):
+            check(model)
+    assert rules.known_plan(model, rule) is None
+
+    def forward(*args, **kwargs):
+        raise TypeError("no such mask")
+
+    broken = tiny_model("bert")
+    monkeypatch.setattr(broken.base_model, "forward", forward)
+    if rule == "padding":
+        check(broken)
+        assert not rules.known_plan(broken, rule).takes_masks, "it falls back to the stock model's own mask"
+    else:
+        with pytest.raises(InputError, match=r"its forward fails with such a mask \(no such mask\)"):
+            check(broken)
+    check(model)
+    assert rules.known_plan(model, rule).takes_masks
 
 
 def test_the_trial_happens_once_and_leaves_no_trace():

@@ -1,6 +1,5 @@
 """Stock models are opened in float32; what is wrong with a checkpoint arrives in one line that names the file and the way on."""
 
-import importlib.util
 import json
 import shutil
 
@@ -220,14 +219,14 @@ class TestTokenizers:
         with pytest.raises(InputError, match=r"tokenizer\.json is a pointer of git-lfs"):
             from_pretrained(AutoTokenizer, str(folder))
 
-    @pytest.mark.parametrize("missing", ["sentencepiece", "google.protobuf"])
+    @pytest.mark.parametrize("missing", ["sentencepiece", "protobuf"])
     def test_a_sentencepiece_model_without_its_packages(self, folder, missing, monkeypatch):
         for path in folder.glob("*token*"):
             path.unlink()
         (folder / "spm.model").write_bytes(b"model")
         change(model_type="deberta-v2")(folder)
-        found = importlib.util.find_spec
-        monkeypatch.setattr(loading, "find_spec", lambda name: None if name == missing else found(name))
+        for package in ("sentencepiece", "protobuf"):
+            monkeypatch.setattr(loading, f"is_{package}_available", lambda package=package: package != missing)
         with pytest.raises(
             InputError, match=r"sentencepiece and protobuf: pip install 'hf-pretrain\[sentencepiece\]'"
         ):

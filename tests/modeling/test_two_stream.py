@@ -131,7 +131,7 @@ def test_who_sees_nothing_depends_on_nothing(padding):
 def test_storage_order_does_not_matter():
     model, batch = xlnet(), permuted()
     order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-    places = batch.places()
+    places = batch.row_positions()
     stored = batch._replace(
         **{
             name: getattr(batch, name)[:, order]

@@ -47,7 +47,7 @@ def streams(model):
 
 
 def predict(adapter, batch, slots=None):
-    return adapter(batch, slots_of(batch) if slots is None else slots)[0]
+    return adapter(batch, slots_of(batch) if slots is None else slots)
 
 
 def without_types(batch):
@@ -116,8 +116,8 @@ def test_content_rows_are_the_stock_model(model_type):
     adapter, rows = streams(model), torch.arange(3)[:, None] * 16 + torch.arange(12)
     inputs = {
         "input_ids": torch.cat([batch.input_ids, torch.full((3, 4), MASK)], dim=1),
-        "attention_mask": adapter._masks(batch, batch.of_rows(batch.places())),
-        "position_ids": batch.of_rows(batch.places()) + adapter.plan.first_position,
+        "attention_mask": adapter._masks(batch, batch.of_rows(batch.row_positions())),
+        "position_ids": batch.of_rows(batch.row_positions()) + adapter.plan.first_position,
     }
     with torch.no_grad():
         content = model.base_model(**inputs)[0].flatten(0, 1)[rows]

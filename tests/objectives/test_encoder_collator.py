@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_masking_collator import isolated_examples, make_examples, make_tokenizer, rows_of
 
-from hf_pretrain.corruption import MaskingArguments
+from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.encoder import DataCollatorForEncoder
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM

@@ -25,8 +25,9 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.objectives.encoder import METHOD as program
 from hf_pretrain.objectives.encoder import EncoderTrainingArguments
+from hf_pretrain.options import read_recipe
 from hf_pretrain.training import program as program_module
-from hf_pretrain.training.parsing import parse_arguments, read_recipe
+from hf_pretrain.training.parsing import parse_arguments
 
 NO_DROPOUT_OF = {"xlm": '{"dropout": 0.0, "attention_dropout": 0.0}'}
 # The class at the root of the export, and what lies in `pretraining`.

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from hf_pretrain.corruption import MaskingArguments
+from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.schedules import TrainingSteps

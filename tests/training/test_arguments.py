@@ -10,9 +10,8 @@ from helpers.method_matrix import build, programs
 from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError, types_of
 from hf_pretrain.training import arguments as arguments_module
-from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
-from hf_pretrain.training.effects import REFUSED, check_needs
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.arguments import REFUSED, PretrainingArguments, check_training_options
+from hf_pretrain.training.parsing import check_needs, parse_arguments
 
 
 @pytest.fixture

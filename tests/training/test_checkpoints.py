@@ -15,6 +15,7 @@ from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import begin_folder, damaged_file, is_whole, read_marker, write_marker
+from hf_pretrain.hub.pushing import remove_paths
 from hf_pretrain.training.checkpointing import (
     check_checkpoint,
     remove_old_checkpoints,
@@ -22,7 +23,6 @@ from hf_pretrain.training.checkpointing import (
     was_cut_off,
 )
 from hf_pretrain.training.processes import last_whole_checkpoint
-from hf_pretrain.training.pushing import remove_paths
 
 MLM = programs()["mlm"]
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
@@ -205,7 +205,7 @@ class TestTraining:
         def push(folder):
             seen.append((is_whole(folder), sorted(path.name for path in tmp_path.glob("checkpoint-*"))))
 
-        monkeypatch.setattr(trainer, "_push_from_checkpoint", push)
+        monkeypatch.setattr(trainer.pushing, "push_checkpoint", push)
         trainer.train()
         assert seen == [
             (True, ["checkpoint-1"]),

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from hf_pretrain.cli import METHODS, load_method
 from hf_pretrain.errors import InputError
+from hf_pretrain.options import resolved_options, write_recipe
 from hf_pretrain.training.arguments import check_training_options
-from hf_pretrain.training.parsing import parse_arguments, resolved_options, write_recipe
+from hf_pretrain.training.parsing import parse_arguments
 
 # They would start a compiler, look for a launcher, or read a token.
 LEFT_OUT = {

@@ -14,8 +14,9 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_pretrain.cli import METHODS, load_method
 from hf_pretrain.errors import InputError
+from hf_pretrain.options import resolved_options, write_recipe
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments, resolved_options, write_recipe
+from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))

@@ -15,7 +15,7 @@ from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain import cli
 from hf_pretrain.errors import RunError, StoppedError, Terminated
 from hf_pretrain.files import is_whole
-from hf_pretrain.training.processes import Stopping, StopWhenAsked, reported_faults, stopping_on_sigterm
+from hf_pretrain.training.processes import StopOnRequest, Stopping, reported_faults, stopping_on_sigterm
 from hf_pretrain.training.program import run
 
 MLM = programs()["mlm"]
@@ -124,8 +124,8 @@ class TestSigterm:
             assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGTERM
 
     def test_one_that_comes_after_the_last_step_is_not_forgotten(self, tmp_path):
-        stop = StopWhenAsked(Stopping())
-        stop.stopping.is_asked = True
+        stop = StopOnRequest(Stopping())
+        stop.stopping.is_requested = True
         stop.on_train_end(None, None, None)
         assert stop.has_stopped
 

@@ -97,7 +97,7 @@ def test_the_numbers_are_those_of_the_best_weights(method, tmp_path, capsys):
     trainer = build(programs()[method], tmp_path, **BEST)
     trainer.train()
     first = next(row for row in trainer.state.log_history if row["step"] == 1 and "eval_loss" in row)
-    assert (trainer.weights_step, trainer.state.global_step) == (1, 4)
+    assert (trainer.held_out.weights_step, trainer.state.global_step) == (1, 4)
     assert describe_run(trainer).metrics_after == first, "even before they are evaluated again"
     trainer.evaluate_export()
     again = trainer.state.log_history[-1]
@@ -126,7 +126,7 @@ def test_a_run_that_is_done_and_started_again_tells_the_same(tmp_path):
     again = build(MLM, tmp_path, **BEST)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     one, other = describe_run(first), describe_run(again)
-    assert again.weights_step == 1 and measured(other.metrics_after) == measured(one.metrics_after)
+    assert again.held_out.weights_step == 1 and measured(other.metrics_after) == measured(one.metrics_after)
     assert measured(other.metrics_before) == measured(one.metrics_before) != {}
 
 
@@ -134,7 +134,7 @@ def test_the_best_without_a_checkpoint_is_told(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_pretrain"), "propagate", True)
     trainer = build(MLM, tmp_path, **BEST | {"save_steps": 4})
     trainer.train()
-    assert trainer.weights_step == 4 and "step 1 was the best by loss, but has no checkpoint" in caplog.text
+    assert trainer.held_out.weights_step == 4 and "step 1 was the best by loss, but has no checkpoint" in caplog.text
     assert describe_run(trainer).metrics_after["step"] == 4
 
 
@@ -157,7 +157,7 @@ def test_weights_that_were_changed_by_hand_have_numbers_of_their_own_or_none(tmp
     assert describe_run(trainer).metrics_after["eval_loss"] == trained["eval_loss"]
     with torch.no_grad():
         trainer.model.get_parameter(next(name for name, _ in trainer.model.named_parameters())).mul_(1.5)
-    assert describe_run(trainer).metrics_after == {} and trainer.weights_step is None
+    assert describe_run(trainer).metrics_after == {} and trainer.held_out.weights_step is None
     changed = trainer.evaluate()
     assert describe_run(trainer).metrics_after["eval_loss"] == changed["eval_loss"] != trained["eval_loss"]
 

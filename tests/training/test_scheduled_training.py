@@ -14,10 +14,10 @@ from helpers.method_matrix import BLOCK_SIZE, build, programs, tiny_tokenizer
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
-from hf_pretrain.options import schedules_of
+from hf_pretrain.options import resolved_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import parse_arguments, resolved_options
+from hf_pretrain.training.parsing import parse_arguments
 
 MLM = programs()["mlm"]
 

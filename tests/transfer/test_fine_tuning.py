@@ -110,7 +110,7 @@ def test_the_defaults_are_those_of_electra(tmp_path):
     ("options", "message"),
     [
         ({"layerwise_learning_rate_decay": 0.0}, "above 0"),
-        ({"layerwise_decay_mode": "papers"}, "'papers' is unknown"),
+        ({"layerwise_decay_mode": "papers"}, "layerwise_decay_mode='papers' must be one of paper, official"),
     ],
 )
 def test_bad_values_are_refused_with_the_arguments(tmp_path, options, message):

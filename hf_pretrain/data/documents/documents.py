@@ -10,8 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import datasets
@@ -31,6 +32,7 @@ from hf_pretrain.data.documents.words import (
     next_visible,
     word_starts,
 )
+from hf_pretrain.data.text.files import in_groups
 from hf_pretrain.errors import InputError
 
 SentenceSplitter = Callable[[str], Sequence[int]]
@@ -323,26 +325,13 @@ def _tokenize_pieces(
         for text, starts in zip(texts, cuts, strict=True)
         for low, high in itertools.pairwise([*starts, len(text)])
     ]
-    encoded = (tokens for group in _groups(pieces) for tokens in _encode(group, tokenizer))
+    groups = in_groups(pieces, num_characters=_GROUP_CHARACTERS, text=itemgetter(0))
+    encoded = (tokens for group in groups for tokens in _encode(group, tokenizer))
     tokens = []
     for starts in cuts:
         parts = list(itertools.islice(encoded, len(starts)))
         tokens.append(parts[0] if len(parts) == 1 else _Tokens(*map(np.concatenate, zip(*parts, strict=True))))
     return tokens
-
-
-def _groups(pieces: Iterable[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-    """Yield neighbouring pieces together, up to the size of a group."""
-    group: list[tuple[str, int]] = []
-    size = 0
-    for piece in pieces:
-        if group and size + len(piece[0]) > _GROUP_CHARACTERS:
-            yield group
-            group, size = [], 0
-        group.append(piece)
-        size += len(piece[0])
-    if group:
-        yield group
 
 
 def _encode(pieces: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:

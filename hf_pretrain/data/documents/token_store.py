@@ -14,24 +14,12 @@ from hf_pretrain.errors import InputError
 _COLUMNS = ("input_ids", "word_starts", "sent_starts")
 
 
-class _Bits(NamedTuple):
-    """A bit-packed Arrow boolean buffer, addressed by the token offsets of the ``input_ids`` column."""
-
-    buffer: np.ndarray  # uint8
-    shift: int  # bits to add to a token offset
-
-    def unpack(self, start: int, stop: int) -> np.ndarray:
-        first, last = start + self.shift, stop + self.shift
-        flags = np.unpackbits(self.buffer[first >> 3 : (last + 7) >> 3], bitorder="little")
-        return flags[first & 7 : (first & 7) + stop - start].view(np.bool_)
-
-
 class _Chunk(NamedTuple):
     """One Arrow record batch: the flat tokens of its rows, and the two flags of each token."""
 
     input_ids: np.ndarray
-    word_starts: _Bits
-    sent_starts: _Bits
+    word_starts: pa.BooleanArray
+    sent_starts: pa.BooleanArray
 
 
 class TokenStore:
@@ -72,23 +60,17 @@ class TokenStore:
         self._chunks: list[_Chunk] = []
         offsets, numbers, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, np.int64)]
         for batch in table.to_batches():  # cuts columns that are chunked differently at common rows
-            ids, words, sents = (batch.column(name) for name in _COLUMNS)
-            if ids.values.null_count or words.values.null_count or sents.values.null_count:
+            ids, words, sents = (batch.column(name).flatten() for name in _COLUMNS)
+            if ids.null_count or words.null_count or sents.null_count:
                 raise InputError("documents hold null tokens or null flags; prepare them again")
-            begins, word_begins, sent_begins = (_offsets(column) for column in (ids, words, sents))
-            for name, other in (("word_starts", word_begins), ("sent_starts", sent_begins)):
-                if not np.array_equal(begins - begins[0], other - other[0]):
+            own, *others = (batch.column(name).value_lengths().to_numpy().astype(np.int64) for name in _COLUMNS)
+            for name, other in zip(_COLUMNS[1:], others, strict=True):
+                if not np.array_equal(own, other):
                     raise InputError(f"documents: {name} and input_ids differ in length in a row; prepare them again")
-            self._chunks.append(
-                _Chunk(
-                    ids.values.to_numpy(zero_copy_only=True),
-                    _bits(words.values, int(word_begins[0] - begins[0])),
-                    _bits(sents.values, int(sent_begins[0] - begins[0])),
-                )
-            )
-            offsets.append(begins[:-1])
-            numbers.append(np.full(len(batch), len(self._chunks) - 1, dtype=np.int32))
-            lengths.append(np.diff(begins))
+            offsets.append(np.cumsum(own) - own)
+            numbers.append(np.full(len(batch), len(self._chunks), dtype=np.int32))
+            lengths.append(own)
+            self._chunks.append(_Chunk(ids.to_numpy(zero_copy_only=True), words, sents))
         return np.concatenate(offsets), np.concatenate(numbers), np.concatenate(lengths)
 
     @property
@@ -117,7 +99,7 @@ class TokenStore:
             same shape, always fresh.
         """
         parts = [
-            (chunk.input_ids[low:high], chunk.word_starts.unpack(low, high))
+            (chunk.input_ids[low:high], _flags(chunk.word_starts, low, high))
             for chunk, low, high in self._ranges(start, stop)
         ]
         ids, words = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
@@ -125,7 +107,7 @@ class TokenStore:
 
     def sent_starts(self, start: int, stop: int) -> np.ndarray:
         """Return for positions ``[start, stop)`` whether each begins a sentence, as a fresh ``bool`` array."""
-        parts = [chunk.sent_starts.unpack(low, high) for chunk, low, high in self._ranges(start, stop)]
+        parts = [_flags(chunk.sent_starts, low, high) for chunk, low, high in self._ranges(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def sentence_starts(self, start: int, stop: int) -> np.ndarray:
@@ -172,11 +154,5 @@ def _checked_table(documents: datasets.Dataset) -> pa.Table:
     return table
 
 
-def _offsets(column: pa.ListArray) -> np.ndarray:
-    return column.offsets.to_numpy(zero_copy_only=True).astype(np.int64)
-
-
-def _bits(values: pa.BooleanArray, shift: int) -> _Bits:
-    buffer = values.buffers()[1]
-    array = np.empty(0, np.uint8) if buffer is None else np.frombuffer(buffer, dtype=np.uint8)
-    return _Bits(array, values.offset + shift)
+def _flags(values: pa.BooleanArray, start: int, stop: int) -> np.ndarray:
+    return values[start:stop].to_numpy(zero_copy_only=False)

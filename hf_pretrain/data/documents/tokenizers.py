@@ -42,6 +42,8 @@ from hf_pretrain.data.documents.words import (
     PUNCTUATION,
     SPACE,
     character_kinds,
+    clipped,
+    code_points,
     encodable,
     word_starts,
 )
@@ -145,9 +147,8 @@ class _Look:
 
 
 def _look_at(texts: Iterable[str | None]) -> _Look:
-    look, room = _Look(), _LOOKED_AT
-    for text in texts:
-        part = (text or "")[: min(room, _LOOKED_AT_IN_ONE)]
+    look = _Look()
+    for part in clipped(((text or "")[:_LOOKED_AT_IN_ONE] for text in texts), _LOOKED_AT):
         kinds = character_kinds(part)
         is_visible = (kinds != SPACE) & (kinds != IGNORED)
         starts = word_starts(part, kinds=kinds)
@@ -163,8 +164,6 @@ def _look_at(texts: Iterable[str | None]) -> _Look:
             letter = np.concatenate([[False], (kinds == LETTER) | (kinds == MARK), [False]])
             found = np.array([index for index, character in enumerate(part) if character in _JOINERS])
             look.joiners += int((letter[found] & letter[found + 2]).sum())
-        if (room := room - len(part)) <= 0:
-            break
     return look
 
 
@@ -263,13 +262,7 @@ class _LearnedTexts:
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts."""
-        room = self.room
-        for text in self.texts:
-            if room <= 0:
-                return
-            text = (text or "")[:room]
-            room -= len(text)
-            yield self._shortened(text)
+        return map(self._shortened, clipped(self.texts, self.room))
 
     def _shortened(self, text: str) -> str:
         parts, begin = [], 0
@@ -290,7 +283,7 @@ def _too_long(text: str) -> list[tuple[int, int]]:
     for match in re.finditer(r"\S+", text):
         if match.end() - match.start() > _LONGEST_WORD:
             kinds = character_kinds(match[0])
-            is_wide = np.frombuffer(match[0].encode("utf-32-le", "surrogatepass"), dtype="<u4") > 0x7F
+            is_wide = code_points(match[0]) > 0x7F
             borders = np.flatnonzero((kinds == IDEOGRAPH) | ((kinds == PUNCTUATION) & is_wide))
             edges = np.concatenate([[-1], borders, [len(kinds)]])
             for low, high in itertools.pairwise(edges.tolist()):
@@ -361,13 +354,23 @@ def _train_bpe(learned: _LearnedTexts, wanted: _Options) -> PreTrainedTokenizerF
     backend.train_from_iterator(_batches(learned), trainer)
     sep, cls = ((name, names.index(name)) for name in ("</s>", "<s>"))
     backend.post_processor = processors.RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **(_ROBERTA_TOKENS | {"bos_token": "<s>", "eos_token": "</s>", "mask_token": mask}),
-        model_max_length=wanted.model_max_length,
-        model_input_names=["input_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    tokens = _ROBERTA_TOKENS | {"bos_token": "<s>", "eos_token": "</s>", "mask_token": mask}
+    return _opened(backend, wanted, tokens, ["input_ids", "attention_mask"])
+
+
+def _opened(
+    backend: Tokenizer, wanted: _Options, tokens: dict[str, Any], inputs: list[str]
+) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of transformers with these special tokens, and with these inputs for a model."""
+    options: dict[str, Any] = {"model_max_length": wanted.model_max_length, "model_input_names": inputs}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **tokens, **options)
+
+
+def _template(first: tuple[str, int], last: tuple[str, int]) -> Any:
+    """Return the post-processor that puts a token before a text, and another behind each of one or two texts."""
+    single = f"{first[0]}:0 $A:0 {last[0]}:0"
+    pair = f"{single} $B:1 {last[0]}:1"
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(dict.fromkeys((first, last))))
 
 
 def _letter_steps(wanted: _Options) -> list[Any]:
@@ -403,18 +406,8 @@ def _train_unigram(learned: _LearnedTexts, wanted: _Options) -> PreTrainedTokeni
     names = list(_BERT_TOKENS.values())
     backend.model = models.Unigram(vocabulary, unk_id=names.index("[UNK]"), byte_fallback=False)
     backend.decoder = decoders.Metaspace(replacement=_SPACE)
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS]:0 $A:0 [SEP]:0",
-        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
-        special_tokens=[(name, names.index(name)) for name in ("[CLS]", "[SEP]")],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **_BERT_TOKENS,
-        model_max_length=wanted.model_max_length,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    backend.post_processor = _template(*((name, names.index(name)) for name in ("[CLS]", "[SEP]")))
+    return _opened(backend, wanted, _BERT_TOKENS, ["input_ids", "token_type_ids", "attention_mask"])
 
 
 def _settled_vocabulary(backend: Tokenizer, alphabet: list[str], vocab_size: int) -> list[tuple[str, float]]:
@@ -458,10 +451,8 @@ def _character_counts(texts: Iterable[str | None], normalizer: Any) -> dict[str,
     """Return how often each visible character occurs in the normalized texts."""
     counts = np.zeros(0x110000, dtype=np.int64)
     for batch in _batches(texts):
-        text = normalizer.normalize_str("\n".join(batch))
-        found, times = np.unique(
-            np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4"), return_counts=True
-        )
+        points = code_points(normalizer.normalize_str("\n".join(batch)))
+        found, times = np.unique(points, return_counts=True)
         counts[found] += times
     return {chr(point): int(counts[point]) for point in np.flatnonzero(counts).tolist() if not chr(point).isspace()}
 
@@ -509,11 +500,8 @@ def frame_by_separators(tokenizer: PreTrainedTokenizerFast) -> None:
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.cls_token
     tokenizer.cls_token = tokenizer.eos_token = separator
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{separator}:0 $A:0 {separator}:0",
-        pair=f"{separator}:0 $A:0 {separator}:0 $B:1 {separator}:1",
-        special_tokens=[(separator, tokenizer.sep_token_id)],
-    )
+    end = (separator, tokenizer.sep_token_id)
+    tokenizer.backend_tokenizer.post_processor = _template(end, end)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, roles: Sequence[str] = ("mask", "pad")) -> None:

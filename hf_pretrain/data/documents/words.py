@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,36 +24,18 @@ Segmenter = Callable[[str], Sequence[str]]
 # Kinds of characters, as far as word boundaries go.
 LETTER, SPACE, PUNCTUATION, IDEOGRAPH, KANA, MARK, IGNORED = range(7)
 
+
+def _ranges(text: str) -> list[tuple[int, int]]:
+    """Read ranges of code points, each from its first to its last, in hexadecimal digits."""
+    return [(int(low, 16), int(high, 16)) for low, _, high in (entry.partition("-") for entry in text.split())]
+
+
 # The blocks that BERT sets apart; kana is not among them. Source: google-research/bert, tokenization.py.
-IDEOGRAPH_RANGES = (
-    (0x3400, 0x4DBF),
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B820, 0x2CEAF),
-    (0x2F800, 0x2FA1F),
-)
+IDEOGRAPH_RANGES = _ranges("3400-4DBF 4E00-9FFF F900-FAFF 20000-2A6DF 2A700-2B73F 2B740-2B81F 2B820-2CEAF 2F800-2FA1F")
 # Hiragana, katakana, bopomofo and half-width kana, with the iteration and closing marks before them.
-_KANA_RANGES = (
-    (0x3005, 0x3007),
-    (0x3040, 0x30FF),
-    (0x3100, 0x312F),
-    (0x31A0, 0x31BF),
-    (0x31F0, 0x31FF),
-    (0xFF66, 0xFF9F),
-)
+_KANA_RANGES = _ranges("3005-3007 3040-30FF 3100-312F 31A0-31BF 31F0-31FF FF66-FF9F")
 # Scripts whose words are not separated either: Thai, Lao, Burmese, Khmer, and their small kin. Only a segmenter cuts them.
-_UNSPACED_RANGES = (
-    (0x0E00, 0x0EFF),
-    (0x1000, 0x109F),
-    (0x1780, 0x17FF),
-    (0x1950, 0x19FF),
-    (0x1A20, 0x1AAF),
-    (0xA9E0, 0xA9FF),
-    (0xAA60, 0xAADF),
-)
+_UNSPACED_RANGES = _ranges("0E00-0EFF 1000-109F 1780-17FF 1950-19FF 1A20-1AAF A9E0-A9FF AA60-AADF")
 ASCII_SYMBOLS = "$+<=>^`|~"
 _NO_CHARACTERS_FROM, _TAGS, _PRIVATE_FROM = 0x33480, (0xE0000, 0xE01F0), 0xF0000
 
@@ -87,10 +69,24 @@ def encodable(text: str) -> str:
     return text
 
 
+def clipped(texts: Iterable[str | None], num_characters: int) -> Iterator[str]:
+    """Yield the first texts, and of the last of them the beginning, up to so many characters in all."""
+    for text in texts:
+        part = (text or "")[:num_characters]
+        yield part
+        num_characters -= len(part)
+        if num_characters <= 0:
+            return
+
+
+def code_points(text: str) -> np.ndarray:
+    """Return the number of each character in Unicode: ``uint32 [len(text)]``."""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
 def character_kinds(text: str) -> np.ndarray:
     """Return the kind of each character, one of this module's constants: ``uint8 [len(text)]``."""
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    return _kind_table()[points]
+    return _kind_table()[code_points(text)]
 
 
 def word_starts(text: str, *, segmenter: Segmenter | None = None, kinds: np.ndarray | None = None) -> np.ndarray:
@@ -146,7 +142,7 @@ def _segmented(text: str, starts: np.ndarray, segmenter: Segmenter) -> np.ndarra
     kinds = character_kinds(text)
     in_run = (kinds == IDEOGRAPH) | (kinds == KANA)
     if not text.isascii():
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        points = code_points(text)
         is_letter = (kinds == LETTER) | (kinds == MARK)
         for low, high in _UNSPACED_RANGES:
             in_run |= (points >= low) & (points <= high) & is_letter

@@ -19,7 +19,7 @@ from hf_pretrain.data.documents.documents import UnknownCount, tokenize_document
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import Segmenter
 from hf_pretrain.data.examples.epochs import DrawnDataset
-from hf_pretrain.data.examples.packing import BlockTemplate
+from hf_pretrain.data.examples.packing import BlockTemplate, interleaved, share_room
 from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.data.text.datasets import file_stamps, generate_dataset, with_language
 from hf_pretrain.data.text.files import BadTextCount, OnBadText, read_rows
@@ -130,12 +130,7 @@ def bitext_dataset(
     stamps = file_stamps([name for name in names if Path(name).is_file()])
     options = {"paths": names, "languages": languages, "on_bad_text": on_bad_text}
     key = (stamps, languages, on_bad_text)
-    return generate_dataset(_rows, options, key=key, features=BITEXT_FEATURES, cache_dir=cache_dir)
-
-
-def _rows(paths: tuple[str, ...], languages: tuple[str, str], on_bad_text: OnBadText) -> Iterator[dict[str, str]]:
-    for first, second in read_bitext(paths, languages=languages, on_bad_text=on_bad_text):
-        yield {"first": first, "second": second}
+    return generate_dataset(read_bitext, options, key=key, features=BITEXT_FEATURES, cache_dir=cache_dir)
 
 
 def tokenize_bitext(
@@ -270,7 +265,7 @@ class BitextDataset(DrawnDataset):
         if (coin + keys["epoch"]) % 2:
             sides.reverse()
         spans = [self.stores[side].begins[row : row + 2].tolist() for side in sides]
-        kept = _share_room(*(stop - start for start, stop in spans), room=self.budget)
+        kept = share_room(*(stop - start for start, stop in spans), room=self.budget)
         texts = [
             self.stores[side].read(start, start + length)
             for side, (start, _), length in zip(sides, spans, kept, strict=True)
@@ -279,19 +274,12 @@ class BitextDataset(DrawnDataset):
 
     def _joined(self, texts: list[tuple[np.ndarray, np.ndarray]], languages: list[int]) -> dict[str, np.ndarray]:
         before, behind, before_second, behind_second = self.frame
-        (ids_1, words_1), (ids_2, words_2) = texts
+        (ids_1, _), (ids_2, _) = texts
         lengths = [
             len(before) + len(ids_1) + len(behind),
             len(before_second) + len(ids_2) + len(behind_second),
         ]
-        starts = [len(before), lengths[0] + len(before_second)]
-        word_starts = np.ones(sum(lengths), dtype=np.bool_)
-        for start, words in zip(starts, (words_1, words_2), strict=True):
-            word_starts[start : start + len(words)] = words
-        parts = (before, ids_1, behind, before_second, ids_2, behind_second)
-        return {
-            "input_ids": np.concatenate(parts, dtype=np.int32, casting="unsafe"),
-            "word_starts": word_starts,
+        return interleaved((before, behind + before_second, behind_second), texts) | {
             "position_ids": np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
             "langs": np.repeat(np.array(languages, dtype=np.int32), lengths),
         }
@@ -314,9 +302,3 @@ class BitextDataset(DrawnDataset):
             f"{type(self).__name__}({len(self)} pairs of at most {self.block_size} tokens, {self.num_tokens} tokens, "
             f"{np.mean(whole > self.budget):.1%} of the pairs cut, mean length {self.lengths.mean():.1f})"
         )
-
-
-def _share_room(first: int, second: int, *, room: int) -> tuple[int, int]:
-    """Return how much of two lengths is kept, so that both fit: the longer one is cut first, then both evenly."""
-    kept = min(first, max(room - second, room - room // 2))
-    return kept, min(second, room - kept)

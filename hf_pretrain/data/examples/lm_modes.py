@@ -36,12 +36,8 @@ class LMMode(IntEnum):
         return cls[str(mode).upper()]
 
 
-_FIRST_TYPE = {
-    LMMode.BIDIRECTIONAL: 0,
-    LMMode.LEFT_TO_RIGHT: 2,
-    LMMode.RIGHT_TO_LEFT: 3,
-    LMMode.SEQUENCE_TO_SEQUENCE: 4,
-}
+# By the value of the mode.
+_FIRST_TYPES = (0, 2, 3, 4)
 
 
 def mode_token_types(mode: LMMode, segments: np.ndarray, *, type_vocab_size: int) -> np.ndarray | None:
@@ -65,7 +61,7 @@ def mode_token_types(mode: LMMode, segments: np.ndarray, *, type_vocab_size: int
     if type_vocab_size < 2:
         return None
     has_segments = mode in (LMMode.BIDIRECTIONAL, LMMode.SEQUENCE_TO_SEQUENCE)
-    types = _FIRST_TYPE[mode] + np.asarray(segments, dtype=np.int64) * has_segments
+    types = _FIRST_TYPES[mode] + np.asarray(segments, dtype=np.int64) * has_segments
     return types if type_vocab_size >= NUM_MODE_TYPES else types % 2
 
 

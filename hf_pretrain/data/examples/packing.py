@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import datasets
 import numpy as np
@@ -167,12 +167,61 @@ class BlockTemplate:
         Raises:
             InputError: If nothing fits.
         """
-        if block_size <= self.num_special_tokens:
-            raise InputError(
-                f"block_size={block_size} leaves no room for text: the tokenizer adds {self.num_special_tokens} "
-                f"special tokens; use at least {self.num_special_tokens + 1}, usually 128 or 512"
-            )
-        return block_size - self.num_special_tokens
+        return text_room(block_size, self.num_special_tokens)
+
+
+def text_room(block_size: int, num_special: int, *, least: int = 1, what: str = "text") -> int:
+    """Return how many tokens of a block are not special.
+
+    Raises:
+        InputError: If they are fewer than `least`; the message says `what` they are for.
+    """
+    if block_size < num_special + least:
+        raise InputError(
+            f"block_size={block_size} leaves no room for {what}: the tokenizer adds {num_special} special tokens; "
+            f"use at least {num_special + least}, usually 128 or 512"
+        )
+    return block_size - num_special
+
+
+def share_room(first: Any, second: Any, *, room: int) -> tuple[Any, Any]:
+    """Return how much of two lengths is kept, so that both fit: the longer one is cut first, then both evenly.
+
+    Args:
+        first: A length, or an array of lengths.
+        second: The same of the second text.
+        room: Most tokens of both.
+    """
+    kept = np.minimum(first, np.maximum(room - second, room - room // 2))
+    return kept, np.minimum(second, room - kept)
+
+
+def interleaved(
+    special: Sequence[Sequence[int]], texts: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return texts with special tokens around them.
+
+    Args:
+        special: Ids before the first text, between two texts each, and behind the last.
+        texts: Of each text its ids, and whether each begins a word: `[n]` both.
+
+    Returns:
+        `input_ids` int32 and `word_starts` bool of one length. A special token is a word of its own.
+    """
+    ids, words = [np.asarray(special[0])], [np.ones(len(special[0]), dtype=np.bool_)]
+    for (text_ids, text_words), behind in zip(texts, special[1:], strict=True):
+        ids += [text_ids, np.asarray(behind)]
+        words += [text_words, np.ones(len(behind), dtype=np.bool_)]
+    return {
+        "input_ids": np.concatenate(ids, dtype=np.int32, casting="unsafe"),
+        "word_starts": np.concatenate(words),
+    }
+
+
+def probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return texts by which to see what a tokenizer adds: a letter, and each token of the vocabulary that is not special."""
+    special = set(tokenizer.all_special_tokens)
+    return ["a", *(token for token in tokenizer.get_vocab() if token not in special)]
 
 
 def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], list[int]]]:
@@ -180,8 +229,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], lis
     if hasattr(tokenizer, "build_inputs_with_special_tokens"):
         ids = tokenizer.build_inputs_with_special_tokens([-1])
         yield ids, [int(token != -1) for token in ids]
-    special = set(tokenizer.all_special_tokens)
-    for text in ["a", *(token for token in tokenizer.get_vocab() if token not in special)]:
+    for text in probe_texts(tokenizer):
         encoding = tokenizer(text, return_special_tokens_mask=True)
         yield encoding["input_ids"], encoding["special_tokens_mask"]
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.token_store import TokenStore
+from hf_pretrain.data.examples.packing import share_room
 
 PairTask = Literal["nsp", "sop", "structural", "none"]
 
@@ -248,9 +249,7 @@ def _truncated(
     longer ones are equal. How many of its tokens a segment loses in front is a number of heads of fair coins.
     """
     lengths = stops - starts
-    a, b = lengths.T
-    kept_a = np.minimum(a, np.maximum(rule.room - b, -(-rule.room // 2)))
-    kept = np.column_stack([kept_a, np.minimum(b, rule.room - kept_a)])
+    kept = np.column_stack(share_room(*lengths.T, room=rule.room))
     lost = lengths - kept
     for column, stream in enumerate(("cut_a", "cut_b")):
         rows = np.flatnonzero(lost[:, column])

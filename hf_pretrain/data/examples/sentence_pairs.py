@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.examples.epochs import DrawnDataset
+from hf_pretrain.data.examples.packing import interleaved, probe_texts, text_room
 from hf_pretrain.data.examples.pairing import PairRule, PairTable, PairTask, SentenceIndex, draw_pairs
 from hf_pretrain.errors import InputError, check_choice, check_range
 
@@ -108,12 +109,7 @@ class PairTemplate:
         Raises:
             InputError: If a token of each does not fit.
         """
-        if block_size < self.num_special_tokens + 2:
-            raise InputError(
-                f"block_size={block_size} leaves no room for a pair: the tokenizer adds {self.num_special_tokens} "
-                f"special tokens; use at least {self.num_special_tokens + 2}, usually 128 or 512"
-            )
-        return block_size - self.num_special_tokens
+        return text_room(block_size, self.num_special_tokens, least=2, what="a pair")
 
     def join(self, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
         """Return an example of two sequences.
@@ -127,20 +123,13 @@ class PairTemplate:
             `source_length`, the tokens up to and with the middle. A special token is a word of its own, and so is what
             was left of a word of which a sequence lacks the beginning.
         """
-        a_start, a_stop = len(self.prefix), len(self.prefix) + len(a[0])
-        b_start = a_stop + len(self.middle)
-        b_stop = b_start + len(b[0])
-        length = b_stop + len(self.suffix)
-        ids, types = np.empty(length, dtype=np.int32), np.empty(length, dtype=np.int64)
-        ids[:a_start], types[:a_start] = self.prefix, self.prefix_types
-        ids[a_start:a_stop], types[a_start:a_stop] = a[0], self.types[0]
-        ids[a_stop:b_start], types[a_stop:b_start] = self.middle, self.middle_types
-        ids[b_start:b_stop], types[b_start:b_stop] = b[0], self.types[1]
-        ids[b_stop:], types[b_stop:] = self.suffix, self.suffix_types
-        words = np.ones(length, dtype=np.bool_)
-        words[a_start + 1 : a_stop] = a[1][1:]
-        words[b_start + 1 : b_stop] = b[1][1:]
-        return {"input_ids": ids, "word_starts": words, "token_type_ids": types, "source_length": b_start}
+        example: dict[str, Any] = interleaved((self.prefix, self.middle, self.suffix), (a, b))
+        types_a, types_b = (np.full(len(text[0]), kind) for text, kind in zip((a, b), self.types, strict=True))
+        types = (self.prefix_types, types_a, self.middle_types, types_b, self.suffix_types)
+        source_length = len(self.prefix) + len(a[0]) + len(self.middle)
+        example["word_starts"][len(self.prefix)] = example["word_starts"][source_length] = True
+        example["token_type_ids"] = np.concatenate(types, dtype=np.int64, casting="unsafe")
+        return example | {"source_length": source_length}
 
 
 def _probes(tokenizer: Any) -> Iterator[_Probe]:  # noqa: ANN401 (what a Python tokenizer has, a fast one has not)
@@ -150,8 +139,7 @@ def _probes(tokenizer: Any) -> Iterator[_Probe]:  # noqa: ANN401 (what a Python 
         types = tokenizer.create_token_type_ids_from_sequences([-1], [-2])
         yield ids, types, [{-1: 0, -2: 1}.get(token) for token in ids]
         return
-    special = set(tokenizer.all_special_tokens)
-    for text in ["a", *(token for token in tokenizer.get_vocab() if token not in special)]:
+    for text in probe_texts(tokenizer):
         encoding = tokenizer(text, text, return_token_type_ids=True)
         yield encoding["input_ids"], encoding["token_type_ids"], encoding.sequence_ids(0)
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.examples.epochs import DrawnDataset
+from hf_pretrain.data.examples.packing import interleaved, share_room
 from hf_pretrain.errors import InputError, check_range
 
 _NUM_SPECIAL = 3
@@ -298,8 +299,8 @@ class XLNetWindows(DrawnDataset):
             b = _cut(text, a_length, end)
         else:
             b = self._elsewhere(lane, max(1, room - a_length), uniforms[2])
-        a_length = min(a_length, max(room - len(b.ids), -(-room // 2)))
-        return first, _cut(text, 0, a_length), _cut(b, 0, room - a_length)
+        a_length, b_length = share_room(a_length, len(b.ids), room=room)
+        return first, _cut(text, 0, a_length), _cut(b, 0, b_length)
 
     def _elsewhere(self, lane: int, length: int, uniform: float) -> _Tokens:
         """Return at least `length` tokens from anywhere in a lane, stretched to sentence borders that are not too far."""
@@ -309,11 +310,8 @@ class XLNetWindows(DrawnDataset):
         tokens = self._read(lane, low, begin + length + room)
         borders = np.flatnonzero(tokens.is_border)
         before, after = borders[borders <= begin - low], borders[borders >= begin + length - low]
-        return _cut(
-            tokens,
-            int(before[-1]) if before.size else begin - low,
-            int(after[0]) if after.size else len(tokens.ids),
-        )
+        start = int(before[-1]) if before.size else begin - low
+        return _cut(tokens, start, int(after[0]) if after.size else len(tokens.ids))
 
     def _read(self, lane: int, start: int, stop: int) -> _Tokens:
         """Read a lane in its direction, up to its end; the first token of the lane is a border."""
@@ -331,17 +329,10 @@ class XLNetWindows(DrawnDataset):
         return tokens._replace(is_border=np.append(True, tokens.is_border[1:])) if start == 0 else tokens
 
     def _joined(self, first: _Tokens, a: _Tokens, b: _Tokens) -> dict[str, Any]:
-        special = np.ones(1, dtype=np.bool_)
         lengths = [len(first.ids) + len(a.ids) + 1, len(b.ids) + 1, 1]
-        return {
-            "input_ids": np.concatenate([first.ids, a.ids, [self.sep_id], b.ids, [self.sep_id, self.cls_id]]).astype(
-                np.int32
-            ),
-            "word_starts": np.concatenate(
-                [first.word_starts, a.word_starts, special, b.word_starts, special, special]
-            ),
-            "token_type_ids": np.repeat(np.arange(3), lengths),
-        }
+        special = ((), (), (self.sep_id,), (self.sep_id, self.cls_id))
+        example = interleaved(special, [tokens[:2] for tokens in (first, a, b)])
+        return example | {"token_type_ids": np.repeat(np.arange(3), lengths)}
 
     def __repr__(self) -> str:
         """Show how many windows there are."""

@@ -69,7 +69,7 @@ def text_dataset(
     paths = resolve_paths(source)
     options = {"document_separator": document_separator, "text_column": text_column, "on_bad_text": on_bad_text}
     key = (file_stamps(paths), options)
-    texts = generate_dataset(_rows, {"paths": paths, **options}, key=key, cache_dir=cache_dir)
+    texts = generate_dataset(read_documents, {"paths": paths, **options}, key=key, cache_dir=cache_dir)
     return texts if language is None else with_language(texts, language)
 
 
@@ -121,15 +121,14 @@ def file_stamps(paths: Sequence[str]) -> list[tuple[str | int, ...]]:
 
 
 def _rows(
-    paths: list[str], document_separator: DocumentSeparator, text_column: str, on_bad_text: OnBadText
+    generator: Callable[..., Iterator[str | tuple[str, ...]]], columns: tuple[str, ...], **options: Any
 ) -> Iterator[dict[str, str]]:
-    options: dict[str, Any] = {"document_separator": document_separator, "on_bad_text": on_bad_text}
-    for text in read_documents(paths, text_column=text_column, **options):
-        yield {"text": text}
+    for row in generator(**options):
+        yield dict(zip(columns, (row,) if isinstance(row, str) else row, strict=True))
 
 
 def generate_dataset(
-    generator: Callable[..., Iterator[dict[str, str]]],
+    generator: Callable[..., Iterator[str | tuple[str, ...]]],
     options: Mapping[str, Any],
     *,
     key: Any,
@@ -139,7 +138,7 @@ def generate_dataset(
     """Write the rows of a generator to an Arrow file, or open the one that was written before.
 
     Args:
-        generator: Called with ``options``; yields rows.
+        generator: Called with ``options``; yields a text for each row, or several, one a column.
         options: Keyword arguments of the generator.
         key: Whatever decides the rows; the same key gives the same file.
         features: Columns of the rows: a ``text`` by default.
@@ -150,8 +149,9 @@ def generate_dataset(
     """
     fingerprint = Hasher.hash((_VERSION, generator.__module__, generator.__qualname__, key))
     try:
+        gen_kwargs = {"generator": generator, "columns": tuple(features), **options}
         return datasets.Dataset.from_generator(
-            generator, features, cache_dir=cache_dir, gen_kwargs=dict(options), fingerprint=fingerprint
+            _rows, features, cache_dir=cache_dir, gen_kwargs=gen_kwargs, fingerprint=fingerprint
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, InputError):

@@ -135,12 +135,7 @@ def docstring_dataset(
     """Return `docstring_documents` as a dataset with the one column ``text``, read once an environment."""
     stamps = [(name, status.st_size, status.st_mtime_ns) for name, path in _source_files() if (status := path.stat())]
     options = {"max_bytes": max_bytes, "seed": seed}
-    return generate_dataset(_rows, options, key=(stamps, options), cache_dir=cache_dir)
-
-
-def _rows(max_bytes: int | None, seed: int) -> Iterator[dict[str, str]]:
-    for text in docstring_documents(max_bytes=max_bytes, seed=seed):
-        yield {"text": text}
+    return generate_dataset(docstring_documents, options, key=(stamps, options), cache_dir=cache_dir)
 
 
 def split_held_out(num_documents: int, fraction: float, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -13,9 +13,9 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from hf_pretrain.errors import InputError, check_choice, one_line
 
 DocumentSeparator = Literal["blank_line", "line", "file"]
 OnBadText = Literal["refuse", "skip"]
+_Item = TypeVar("_Item")
 
 _BATCH_ROWS = 256
 # Documents that are no text may be skipped up to this number, and beyond it up to this share.
@@ -192,13 +193,12 @@ def _rows(
     begin = position or start
     if kind.format == "json_lines":
         return json_line_rows(path, begin, end, text_column, line_end=kind.line_end)
-    if kind.format == "marked_text":
-        if separator == "line":
-            return _text_lines(path, begin, end, kind.line_end, leave_out=_is_document_tag)
-        return _text_documents(path, begin, end, kind.line_end, ends=_is_document_tag)
+    is_tag = _is_document_tag if kind.format == "marked_text" else None
     if separator == "line":
-        return _text_lines(path, begin, end, kind.line_end)
-    return _text_documents(path, begin, end, kind.line_end, ends=is_blank if separator == "blank_line" else None)
+        return _text_lines(path, begin, end, kind.line_end, leave_out=is_tag)
+    return _text_documents(
+        path, begin, end, kind.line_end, ends=is_tag or (is_blank if separator == "blank_line" else None)
+    )
 
 
 def _is_document_tag(line: bytes) -> bool:
@@ -208,14 +208,11 @@ def _is_document_tag(line: bytes) -> bool:
 def _text_lines(
     path: str, start: int, stop: float, line_end: bytes, *, leave_out: Callable[[bytes], bool] | None = None
 ) -> Iterator[Row]:
-    for lines, begin in read_lines(path, start, stop, end=line_end):
-        behind = begin
-        for line in lines:
-            if behind >= stop:
-                return
-            begin, behind = behind, behind + len(line)
-            if leave_out is None or not leave_out(line):
-                yield _text_or_error(path, line, begin), behind
+    for line, begin in read_lines(path, start, stop, end=line_end):
+        if begin >= stop:
+            return
+        if leave_out is None or not leave_out(line):
+            yield _text_row(path, [line], begin + len(line))
 
 
 def _text_documents(
@@ -223,34 +220,37 @@ def _text_documents(
 ) -> Iterator[Row]:
     """Yield the documents behind an ending line that begins in the part, and the first one of a file."""
     document: list[bytes] = []
-    behind, is_ours = start, start == 0
-    for lines, begin in read_lines(path, start, stop, end=line_end):
-        behind = begin
-        for line in lines:
-            if ends is not None and ends(line):
-                if document:
-                    yield _joined(path, document, behind)
-                    document = []
-                is_ours = behind < stop
-            elif is_ours:
-                document.append(line)
-            if not is_ours and behind >= stop:
-                return
-            behind += len(line)
+    begin, is_ours = start, start == 0
+    for line, begin in read_lines(path, start, stop, end=line_end):
+        if ends is not None and ends(line):
+            if document:
+                yield _text_row(path, document, begin)
+                document = []
+            is_ours = begin < stop
+        elif is_ours:
+            document.append(line)
+        if not is_ours and begin >= stop:
+            return
     if document:
-        yield _joined(path, document, behind)
+        yield _text_row(path, document, begin + len(document[-1]))
 
 
-def _joined(path: str, document: list[bytes], behind: int) -> Row:
-    joined = b"".join(document)
-    return _text_or_error(path, joined, behind - len(joined)), behind
-
-
-def _text_or_error(path: str, text: bytes, begin: int) -> str | BadText:
+def _text_row(path: str, lines: list[bytes], behind: int) -> Row:
+    text = b"".join(lines)
     try:
-        return decode_lines(path, text, begin)
+        return decode_lines(path, text, behind - len(text)), behind
     except BadText as error:
-        return error
+        return error, behind
+
+
+@contextmanager
+def _whole(path: str, kind: str) -> Iterator[None]:
+    """Turn the errors of a file of tables into an InputError that names the file and its kind."""
+    with readable(path):
+        try:
+            yield
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is no whole {kind} file: {one_line(error)}") from error
 
 
 @contextmanager
@@ -260,13 +260,9 @@ def open_parquet(path: str) -> Iterator[pq.ParquetFile]:
     Raises:
         InputError: If it is none, or is found damaged while it is read.
     """
-    with readable(path):
-        try:
-            # Buffered, a column of a row group is not held as a whole.
-            with pq.ParquetFile(path, buffer_size=CHUNK) as file:
-                yield file
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no whole Parquet file: {one_line(error)}") from error
+    # Buffered, a column of a row group is not held as a whole.
+    with _whole(path, "Parquet"), pq.ParquetFile(path, buffer_size=CHUNK) as file:
+        yield file
 
 
 def _parquet_rows(path: str, text_column: str, part: tuple[int, int | None], position: int) -> Iterator[Row]:
@@ -288,17 +284,13 @@ def open_arrow(path: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]
     Raises:
         InputError: If it is none, or is found damaged while it is read.
     """
-    with readable(path):
-        try:
-            with pa.memory_map(path) as file:
-                if file.size() and file.read_at(6, 0) == b"ARROW1":
-                    opened = pa.ipc.open_file(file)
-                    yield opened.schema, map(opened.get_batch, range(opened.num_record_batches))
-                else:
-                    stream = pa.ipc.open_stream(file)
-                    yield stream.schema, iter(stream)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no whole Arrow file: {one_line(error)}") from error
+    with _whole(path, "Arrow"), pa.memory_map(path) as file:
+        if file.size() and file.read_at(6, 0) == b"ARROW1":
+            opened = pa.ipc.open_file(file)
+            yield opened.schema, map(opened.get_batch, range(opened.num_record_batches))
+        else:
+            stream = pa.ipc.open_stream(file)
+            yield stream.schema, iter(stream)
 
 
 def _arrow_rows(path: str, text_column: str, part: tuple[int, int | None], position: int) -> Iterator[Row]:
@@ -394,13 +386,15 @@ def numbered_documents(
             yield NumberedDocument(source, number, text)
 
 
-def in_groups(documents: Iterable[NumberedDocument], *, num_characters: int) -> Iterator[list[NumberedDocument]]:
-    """Yield neighbouring documents together, until they reach so many characters."""
-    group: list[NumberedDocument] = []
+def in_groups(
+    items: Iterable[_Item], *, num_characters: int, text: Callable[[_Item], str] = attrgetter("text")
+) -> Iterator[list[_Item]]:
+    """Yield neighbouring documents, or other items with a text, together, until they reach so many characters."""
+    group: list[_Item] = []
     size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
+    for item in items:
+        group.append(item)
+        size += len(text(item))
         if size >= num_characters:
             yield group
             group, size = [], 0

@@ -17,16 +17,12 @@ from hf_pretrain.errors import InputError
 # object a line; "json" has arrays of objects, or objects over several lines.
 FileFormat = Literal["text", "marked_text", "json_lines", "json", "csv", "parquet", "arrow"]
 
-_FORMATS: dict[str, FileFormat] = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tab": "csv",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-    ".arrow": "arrow",
-    ".feather": "arrow",
-    ".ipc": "arrow",
+_SUFFIXES: dict[FileFormat, str] = {
+    "csv": ".csv .tsv .tab",
+    "parquet": ".parquet .pq",
+    "arrow": ".arrow .feather .ipc",
 }
+_FORMATS = {suffix: form for form, suffixes in _SUFFIXES.items() for suffix in suffixes.split()}
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson", ".jsonlines")
 # Text beyond doubt: a file with such a name that is not UTF-8 is an error, not something else.
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".markdown", ".rst", ".tex")
@@ -260,7 +256,7 @@ def _json_layout(path: str, text: str, *, is_whole: bool, is_named_so: bool) -> 
     unknown: FileFormat | None = "json_lines" if is_named_so else None
     if text.startswith("["):
         begins = _JSON_ARRAY.match(text)
-        is_json = begins is not None and _value_state(text, text.index("{"), is_whole=is_whole) != "bad"
+        is_json = begins is not None and _is_value(text, text.index("{"), is_whole=is_whole)
         return "json" if is_named_so or is_json else None
     if not text.startswith("{") or not (is_named_so or _JSON_KEY.match(text)):
         return unknown
@@ -275,7 +271,7 @@ def _json_layout(path: str, text: str, *, is_whole: bool, is_named_so: bool) -> 
             return None
         is_one = is_whole and not rest.strip()
         return "json" if is_one and _JSON_LIST_INSIDE.search(first) else "json_lines"
-    return "json" if _value_state(text, 0, is_whole=is_whole) != "bad" else unknown
+    return "json" if _is_value(text, 0, is_whole=is_whole) else unknown
 
 
 def _has_one_line(path: str) -> bool:
@@ -298,12 +294,12 @@ def is_cut_off(error: json.JSONDecodeError, text: str) -> bool:
     return error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
 
 
-def _value_state(text: str, begin: int, *, is_whole: bool) -> Literal["good", "cut", "bad"]:
+def _is_value(text: str, begin: int, *, is_whole: bool) -> bool:
     """Return whether text holds a JSON value from ``begin`` on, or the beginning of one."""
     try:
         _DECODER.raw_decode(text, begin)
     except json.JSONDecodeError as error:
-        return "cut" if is_cut_off(error, text) and not is_whole else "bad"
+        return is_cut_off(error, text) and not is_whole
     except (ValueError, RecursionError):
-        return "good"
-    return "good"
+        pass
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import bz2
 import errno
 import gzip
@@ -135,18 +134,17 @@ def readable(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path} can not be read: {one_line(error)}; is it whole?") from error
 
 
-def read_lines(path: str, start: int, stop: float, *, end: bytes = b"\n") -> Iterator[tuple[list[bytes], int]]:
+def read_lines(path: str, start: int, stop: float, *, end: bytes = b"\n") -> Iterator[tuple[bytes, int]]:
     """Yield the lines that begin at byte ``start`` or later, with their ends, and not yet decoded.
 
     Args:
         path: The file.
         start: First byte.
-        stop: Lines that begin here or later are not wanted; some come too.
+        stop: Where the part ends: no line is read if none begins before this byte.
         end: What ends a line: a line feed, or a carriage return in a file that has no line feeds.
 
     Yields:
-        A few lines at a time, with the byte at which the first of them begins. Those that begin at byte ``stop`` or later
-        come too, unless they are all.
+        Each line with the byte at which it begins. If a line begins before ``stop``, those behind ``stop`` come too.
 
     Raises:
         InputError: If the file is missing or damaged.
@@ -157,7 +155,9 @@ def read_lines(path: str, start: int, stop: float, *, end: bytes = b"\n") -> Ite
             _skip_to(stream, start - 1)
             rest, begin = _behind_line(stream, start - 1, stop, end)
         if begin < stop:
-            yield from _split(stream, rest, begin, end)
+            for line in _split(stream, rest, end):
+                yield line, begin
+                begin += len(line)
 
 
 def _skip_to(stream: IO[bytes], offset: int) -> None:
@@ -178,17 +178,14 @@ def _behind_line(stream: IO[bytes], offset: int, stop: float, end: bytes) -> tup
     return b"", offset
 
 
-def _split(stream: IO[bytes], rest: bytes, offset: int, end: bytes) -> Iterator[tuple[list[bytes], int]]:
-    """Yield the lines of ``rest``, which begins at byte ``offset``, and of the rest of the stream."""
+def _split(stream: IO[bytes], rest: bytes, end: bytes) -> Iterator[bytes]:
+    """Yield the lines of ``rest`` and of the stream behind it."""
     # As much again as there is of a line, so that a very long one is not copied over and over.
     while data := stream.read(max(CHUNK, len(rest))):
-        data = rest + data
-        lines = _cut(data, end)
+        lines = _cut(rest + data, end)
         rest = b"" if lines[-1].endswith(end) else lines.pop()
-        yield lines, offset
-        offset += len(data) - len(rest)
-    if rest:
-        yield _cut(rest, end), offset
+        yield from lines
+    yield from _cut(rest, end)
 
 
 def _cut(data: bytes, end: bytes) -> list[bytes]:
@@ -207,12 +204,8 @@ class LineBefore(NamedTuple):
     end: bytes = b"\n"
 
     def __str__(self) -> str:
-        number = 0
-        for lines, begin in read_lines(self.path, 0, self.byte, end=self.end):
-            if begin >= self.byte:
-                break
-            begins = list(itertools.accumulate(map(len, lines[:-1]), initial=begin))
-            number += bisect.bisect_left(begins, self.byte) if lines else 0
+        lines = read_lines(self.path, 0, self.byte, end=self.end)
+        number = sum(1 for _ in itertools.takewhile(lambda line: line[1] < self.byte, lines))
         return f"{self.path}, line {number}"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
-import itertools
 import json
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from io import TextIOWrapper
+from typing import Any
 
 from hf_pretrain.data.text.kinds import file_suffix, is_cut_off
 from hf_pretrain.data.text.lines import (
@@ -53,19 +52,17 @@ def missing_column(text_column: str, where: str, columns: Iterable[Any]) -> Inpu
 
 def json_line_rows(path: str, start: int, stop: float, text_column: str, *, line_end: bytes = b"\n") -> Iterator[Row]:
     """Yield the rows of JSON lines that begin in a part of a file, each with the byte behind it."""
-    for lines, begin in read_lines(path, start, stop, end=line_end):
-        behind = begin
-        for line in lines:
-            if behind >= stop:
-                return
-            begin, behind = behind, behind + len(line)
-            try:
-                text = decode_lines(path, line, begin)
-                if text and not text.isspace():
-                    where = LineBefore(path, behind, line_end)
-                    yield _field(_line_value(text, where), text_column, where, _may_be_bad(text)), behind
-            except BadText as error:
-                yield error, behind
+    for line, begin in read_lines(path, start, stop, end=line_end):
+        if begin >= stop:
+            return
+        behind = begin + len(line)
+        try:
+            text = decode_lines(path, line, begin)
+            if text and not text.isspace():
+                where = LineBefore(path, behind, line_end)
+                yield _field(_line_value(text, where), text_column, where, may_be_bad="\\u" in text), behind
+        except BadText as error:
+            yield error, behind
 
 
 def _line_value(line: str, where: LineBefore) -> Any:
@@ -88,10 +85,6 @@ def _decoded(text: str, begin: int, *, is_line: bool = False) -> tuple[Any, int]
     if is_line and stop < len(text):
         raise json.JSONDecodeError("Extra data", text, stop)
     return value, stop
-
-
-def _may_be_bad(text: str) -> bool:
-    return "\\u" in text
 
 
 def _field(row: Any, text_column: str, where: Any, may_be_bad: bool) -> str | BadText:
@@ -140,25 +133,11 @@ def _objects_in(value: Any, text_column: str) -> Iterator[Any]:
     yield value
 
 
-class _Characters:
-    """The characters of a file, piece by piece; bytes that are not UTF-8 come as halves of a surrogate pair."""
-
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream = stream
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-
-    def read(self, num_bytes: int) -> str:
-        """Return the characters of so many bytes or more; none at the end of the file."""
-        while data := self._stream.read(num_bytes):
-            if text := self._decoder.decode(data):
-                return text
-        return self._decoder.decode(b"", final=True)
-
-
 def _json_values(path: str) -> Iterator[tuple[Any, str]]:
     """Yield the values of a file that are in nothing but arrays, and for messages the line that each begins in."""
     with readable(path), open_bytes(path) as stream:
-        characters = _Characters(stream)
+        # Bytes that are not UTF-8 come as halves of a surrogate pair.
+        characters = TextIOWrapper(stream, "utf-8", "surrogateescape", newline="")
         text, at, line, depth = "", 0, 1, 0
         while True:
             at, begin = _BETWEEN_VALUES.match(text, at).end(), at  # type: ignore[union-attr]
@@ -179,7 +158,7 @@ def _json_values(path: str) -> Iterator[tuple[Any, str]]:
             raise InputError(f"{path} is not JSON: a bracket is not closed; is it whole?")
 
 
-def _next_value(text: str, at: int, characters: _Characters, where: str) -> tuple[Any, str, int, int]:
+def _next_value(text: str, at: int, characters: TextIOWrapper, where: str) -> tuple[Any, str, int, int]:
     """Return a JSON value, the text that was read, and where in it the value ends and begins."""
     while True:
         try:
@@ -203,30 +182,23 @@ class _TableLines:
     def __init__(self, path: str, start: int, line_end: bytes, *, has_quotes: bool = True) -> None:
         self.behind = start
         self._has_quotes = has_quotes
-        self._lines = itertools.chain.from_iterable(
-            lines for lines, _ in read_lines(path, start, math.inf, end=line_end)
-        )
-        self._is_quoted = False
+        self._lines = read_lines(path, start, math.inf, end=line_end)
 
-    def __iter__(self) -> _TableLines:
-        """Return itself."""
-        return self
-
-    def __next__(self) -> str:
-        """Return the next line."""
-        line = next(self._lines)
-        self.behind += len(line)
-        text = line.decode(errors="surrogateescape").replace("\r\n", "\n")
-        body, end = (text[:-1], "\n") if text.endswith(("\n", "\r")) else (text, "")
-        # Outside of quotes, a carriage return would end the row.
-        first, *others = body.split("\r")
-        self._is_quoted ^= first.count('"') % 2 == 1
-        pieces = [first]
-        for other in others:
-            pieces.append("\n" if self._is_quoted and self._has_quotes else " ")
-            pieces.append(other)
-            self._is_quoted ^= other.count('"') % 2 == 1
-        return normalized_lines("".join(pieces) + end)
+    def __iter__(self) -> Iterator[str]:
+        """Yield the lines."""
+        is_quoted = False
+        for line, begin in self._lines:
+            self.behind = begin + len(line)
+            text = line.decode(errors="surrogateescape").replace("\r\n", "\n")
+            body, end = (text[:-1], "\n") if text.endswith(("\n", "\r")) else (text, "")
+            # Outside of quotes, a carriage return would end the row.
+            pieces: list[str] = []
+            for piece in body.split("\r"):
+                if pieces:
+                    pieces.append("\n" if is_quoted and self._has_quotes else " ")
+                pieces.append(piece)
+                is_quoted ^= piece.count('"') % 2 == 1
+            yield normalized_lines("".join(pieces) + end)
 
 
 def table_rows(path: str, position: int, text_column: str, *, line_end: bytes = b"\n") -> Iterator[Row]:
@@ -257,20 +229,14 @@ def table_rows(path: str, position: int, text_column: str, *, line_end: bytes = 
         if is_header or not any(row):
             is_header = is_header and not any(row)
             continue
+        where = LineBefore(path, lines.behind, line_end)
         if len(row) <= column or any(row[len(header) :]):
-            where = LineBefore(path, lines.behind, line_end)
             raise InputError(
                 f"{where} has {len(row)} fields, but the header has {len(header)}; put quotation marks around fields with "
                 f"{options['delimiter']!r} in them, or write JSON lines"
             )
-        if _BAD_BYTE.search(row[column]):
-            where = LineBefore(path, lines.behind, line_end)
-            yield (
-                BadText(AtLine(where, _NOT_UTF8)),
-                lines.behind,
-            )
-        else:
-            yield row[column], lines.behind
+        is_bad = _BAD_BYTE.search(row[column])
+        yield BadText(AtLine(where, _NOT_UTF8)) if is_bad else row[column], lines.behind
 
 
 def _table_options(path: str, text_column: str, line_end: bytes) -> tuple[dict[str, Any], list[str]]:

@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -390,18 +390,13 @@ def _copy(stream: IO[bytes], name: str) -> str:
     digest = blake2b(digest_size=16)
     copy = os.path.join(folder, name)
     with open(copy, "wb") as file:
-        for data in _chunks(stream):
+        for data in iter(functools.partial(stream.read, 1 << 20), b""):
             digest.update(data)
             file.write(data)
     if not os.path.getsize(copy):
         raise InputError(f"{name.replace('_', ' ')} holds no text: nothing came through the pipe")
     _digests[copy] = digest.hexdigest()
     return copy
-
-
-def _chunks(stream: IO[bytes]) -> Iterator[bytes]:
-    while data := stream.read(1 << 20):
-        yield data
 
 
 def _remove(folder: str, process: int) -> None:

@@ -66,7 +66,7 @@ def cache_fingerprint(
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of a tokenizer's rules; the truncation and padding of its last call are left out."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+    del backend["truncation"], backend["padding"]
     return _digest(json.dumps(backend, sort_keys=True))
 
 
@@ -87,6 +87,7 @@ def _digest(text: str) -> str:
 
 
 Examples = list[dict[str, Any]]
+Numbers = Sequence[int] | np.ndarray | torch.Tensor
 Fingerprint = Mapping[str, str]
 
 # Written last: a folder without it, or without a file that it names, is not finished.
@@ -135,21 +136,16 @@ class TeacherCache(ABC):
     @classmethod
     def _read_header(cls, folder: Path, fingerprint: Fingerprint) -> Mapping[str, Any]:
         header = read_marker(folder, name=_HEADER)
+        what = f"cache folder {str(folder)!r}"
         if header is None or not has_cache(folder):
-            raise InputError(
-                f"cache folder {str(folder)!r} holds no finished cache: build it first, or name another folder"
-            )
+            raise InputError(f"{what} holds no finished cache: build it first, or name another folder")
         if header["kind"] != cls.kind:
-            raise InputError(
-                f"cache folder {str(folder)!r} holds {header['kind']}, not {cls.kind}: name another folder"
-            )
+            raise InputError(f"{what} holds {header['kind']}, not {cls.kind}: name another folder")
         found = header["fingerprint"]
         names = sorted(name for name in {*found, *fingerprint} if found.get(name) != fingerprint.get(name))
         if names:
-            raise InputError(
-                f"cache folder {str(folder)!r} was made with another {' and another '.join(names)}: remove it, or name another "
-                "folder"
-            )
+            others = " and another ".join(names)
+            raise InputError(f"{what} was made with another {others}: remove it, or name another folder")
         return header
 
     @classmethod
@@ -161,9 +157,7 @@ class TeacherCache(ABC):
         """The number of epochs that it holds."""
         return len(self.starts)
 
-    def rows(
-        self, example_ids: Sequence[int] | np.ndarray | torch.Tensor, epochs: Sequence[int] | np.ndarray | int = 0
-    ) -> np.ndarray:
+    def rows(self, example_ids: Numbers, epochs: Numbers | int = 0) -> np.ndarray:
         """Return the rows of examples, one example after the other.
 
         Args:
@@ -197,9 +191,7 @@ class TaskLogitsCache(TeacherCache):
     def _open_columns(cls, folder: Path, num_rows: int, header: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         return (np.load(folder / "logits.npy", mmap_mode="r"),)
 
-    def lookup(
-        self, example_ids: Sequence[int] | np.ndarray | torch.Tensor, epochs: Sequence[int] | np.ndarray | int = 0
-    ) -> torch.Tensor:
+    def lookup(self, example_ids: Numbers, epochs: Numbers | int = 0) -> torch.Tensor:
         """Return the logits of examples ``[R, C]``, on the CPU; see [`TeacherCache.rows`]."""
         (logits,) = self.columns
         return torch.from_numpy(np.array(logits[self.rows(example_ids, epochs)]))
@@ -222,9 +214,7 @@ class TopKCache(TeacherCache):
             np.memmap(folder / "log_probs.float16", dtype=_HALF, mode="r", shape=(num_rows, k + 1)),
         )
 
-    def lookup(
-        self, example_ids: Sequence[int] | np.ndarray | torch.Tensor, epochs: Sequence[int] | np.ndarray | int = 0
-    ) -> TopKTargets:
+    def lookup(self, example_ids: Numbers, epochs: Numbers | int = 0) -> TopKTargets:
         """Return the targets of examples, one example after the other; see [`TeacherCache.rows`]."""
         rows, (ids, halves) = self.rows(example_ids, epochs), self.columns
         # Rounding to 16 bits changed the sum: here the probabilities add up to one again.

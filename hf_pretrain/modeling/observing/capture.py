@@ -7,9 +7,8 @@ DeBERTa-v2, which are its own, are hooked.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import MethodType
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from hf_pretrain.modeling.backbone import evaluating, layer_modules, longest_seq
 
 
 class LayerTrace:
-    """Follows a body through its layers, and keeps what is asked for of the last forward.
+    """Follows a body through its layers, and keeps the wanted records of the last forward.
 
     Hooks are functions, not methods, and look at the module that calls them: a copy of the model is another model.
 
@@ -33,11 +32,13 @@ class LayerTrace:
         outputs: What the attention of these layers gave; None if that is not to be kept.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Iterable[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: Iterable[int], *, outputs: dict[int, torch.Tensor] | None = None
+    ) -> None:
         self.body = model.base_model
         self.wanted = frozenset(layers)
         self.records: dict[int, Any] = {}
-        self.outputs: dict[int, torch.Tensor] | None = None
+        self.outputs = outputs
         self.layer: int | None = None
         self._has_graph = False
 
@@ -67,24 +68,17 @@ class LayerTrace:
                     on_output(output[0])
                 self.layer = None
 
-        # First of all hooks: a gathered head's replaces the states.
-        handles = [
-            self.body.register_forward_pre_hook(begin, prepend=True),
-            self.body.register_forward_hook(end, prepend=True, always_call=True),
-        ]
-        handles += [
-            layer.register_forward_pre_hook(enter_layer, prepend=True, with_kwargs=True)
-            for layer in layer_modules(self.body)
-        ]
-        try:
+        with ExitStack() as stack:
+            # First of all hooks: a gathered head's replaces the states.
+            stack.enter_context(self.body.register_forward_pre_hook(begin, prepend=True))
+            stack.enter_context(self.body.register_forward_hook(end, prepend=True, always_call=True))
+            for layer in layer_modules(self.body):
+                stack.enter_context(layer.register_forward_pre_hook(enter_layer, prepend=True, with_kwargs=True))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         self._check_complete()
 
     def keep(self, make_record: Callable[[], Any], *, output: torch.Tensor) -> None:
-        """Keep a record of the attention of the layer that runs, if it is asked for and the layer's first."""
+        """Keep a record of the attention of the layer that runs, if it is wanted and the layer's first."""
         if self.layer is None or self.layer not in self.wanted or self.layer in self.records:
             return
         if self._has_graph and not torch.is_grad_enabled():
@@ -146,9 +140,8 @@ class AttentionRecord(NamedTuple):
 
     def to(self, device: torch.device) -> AttentionRecord:
         """Return the record on another device."""
-        query, key, value = (states.to(device) for states in (self.query, self.key, self.value))
-        bias = None if self.bias is None else self.bias.to(device)
-        return self._replace(query=query, key=key, value=value, bias=bias)
+        parts: Any = (part.to(device) if isinstance(part, torch.Tensor) else part for part in self)
+        return AttentionRecord(*parts)
 
     def of_heads(self, heads: slice) -> AttentionRecord:
         """Return the record of some heads."""
@@ -157,40 +150,23 @@ class AttentionRecord(NamedTuple):
         return self._replace(query=query, key=key, value=value, bias=bias)
 
 
-# The traces in whose blocks we are.
-_TRACES: list[LayerTrace] = []
-
-# How many blocks watch each attention function.
-_WATCHED: Counter[str] = Counter()
-
-
 @contextmanager
-def _watching(backend: str) -> Iterator[None]:
-    """Let the open traces see the calls of an attention function.
+def _watching(backend: str, trace: LayerTrace) -> Iterator[None]:
+    """Let a trace see the calls of an attention function, which keeps its name: models choose masks and kernels by it."""
+    attention = ALL_ATTENTION_FUNCTIONS[backend]
 
-    It keeps its name, by which models choose masks and kernels.
-    """
-    if not _WATCHED[backend]:
-        ALL_ATTENTION_FUNCTIONS[backend] = _watched(ALL_ATTENTION_FUNCTIONS[backend])
-    _WATCHED[backend] += 1
-    try:
-        yield
-    finally:
-        _WATCHED[backend] -= 1
-        if not _WATCHED[backend]:
-            del ALL_ATTENTION_FUNCTIONS[backend]
-
-
-def _watched(attention: Callable[..., Any]) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         result = attention(module, query, key, value, *args, **kwargs)
-        for trace in _TRACES:
-            trace.keep(lambda: _record(query, key, value, **kwargs), output=result[0])
+        trace.keep(lambda: _record(query, key, value, **kwargs), output=result[0])
         return result
 
-    return attend
+    ALL_ATTENTION_FUNCTIONS[backend] = attend
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS[backend] = attention
 
 
 def _record(
@@ -211,7 +187,8 @@ def _record(
     return AttentionRecord(query, key, value, scaling, position_bias, window)
 
 
-def _watch(module: Any, on_attention: Callable[..., None], stack: ExitStack) -> None:
+def _watch(module: Any, trace: LayerTrace, stack: ExitStack) -> None:
+    """Let a trace see what DeBERTa's attention compares, for as long as the stack is open."""
     parts: dict[str, torch.Tensor] = {}
 
     def keep_projection(name: str) -> Callable[..., None]:
@@ -228,44 +205,39 @@ def _watch(module: Any, on_attention: Callable[..., None], stack: ExitStack) -> 
         return bias
 
     def finish(attention: Any, args: tuple[Any, ...], output: Any) -> None:
-        on_attention(output[0], **_compared(module, **parts))
+        record = _compared(module, **parts)
+        trace.keep(lambda: record, output=output[0])
         parts.clear()
 
-    handles = [
-        getattr(module, f"{name}_proj").register_forward_hook(keep_projection(name))
-        for name in ("query", "key", "value")
-    ]
-    handles.append(module.register_forward_hook(finish))
+    for name in ("query", "key", "value"):
+        stack.enter_context(getattr(module, f"{name}_proj").register_forward_hook(keep_projection(name)))
+    stack.enter_context(module.register_forward_hook(finish))
     # A method: a copy of the model calls it as its own.
     module.disentangled_attention_bias = MethodType(keep_bias, module)
     stack.callback(delattr, module, "disentangled_attention_bias")
-    for handle in handles:
-        stack.callback(handle.remove)
 
 
 def _compared(
     module: Any, *, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
-) -> dict[str, Any]:
+) -> AttentionRecord:
     query, key, value = (
         states.unflatten(-1, (module.num_attention_heads, -1)).transpose(1, 2) for states in (query, key, value)
     )
     num_terms = 1 + sum(kind in module.pos_att_type for kind in ("c2p", "p2c"))
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "scaling": (num_terms * query.shape[-1]) ** -0.5,
-        "bias": None if bias is None else bias.unflatten(0, query.shape[:2]),
-    }
+    bias = None if bias is None else bias.unflatten(0, query.shape[:2])
+    return AttentionRecord(query, key, value, (num_terms * query.shape[-1]) ** -0.5, bias)
 
 
 @contextmanager
-def capture_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, AttentionRecord]]:
+def capture_attention(
+    model: PreTrainedModel, layers: Iterable[int], *, outputs: dict[int, torch.Tensor] | None = None
+) -> Iterator[dict[int, AttentionRecord]]:
     """Record the self-attention of some layers of each forward in the block; the last forward's remain.
 
     Args:
         model: A stock encoder, with or without a head, on sdpa or flash attention; DeBERTa-v2 on its own.
         layers: Layers to record, from 1.
+        outputs: If given, it is filled with what the attention of these layers gives.
 
     Yields:
         The records by layer, filled by the forward; part of its graph, and good after the block.
@@ -273,28 +245,18 @@ def capture_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator
     Raises:
         InputError: If the attention of a layer was not seen, or not its graph (checkpointing in the reentrant way).
     """
-    with _tracing_attention(model, layers) as trace:
-        yield trace.records
-
-
-@contextmanager
-def _tracing_attention(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[LayerTrace]:
-    trace = LayerTrace(model, layers)
-    backend = model.config._attn_implementation
+    trace, backend = LayerTrace(model, layers, outputs=outputs), model.config._attn_implementation
     with ExitStack() as stack:
         disentangled = [module for module in trace.body.modules() if hasattr(module, "disentangled_attention_bias")]
         if disentangled:
-            keep = lambda output, **parts: trace.keep(lambda: AttentionRecord(**parts), output=output)  # noqa: E731
             for module in disentangled:
-                _watch(module, keep, stack)
+                _watch(module, trace, stack)
         elif backend in ALL_ATTENTION_FUNCTIONS and model._can_set_attn_implementation():
-            stack.enter_context(_watching(backend))
+            stack.enter_context(_watching(backend, trace))
         else:
             raise _refusal(model, "it is none of transformers' attention functions; use attn_implementation='sdpa'")
         stack.enter_context(trace.following())
-        _TRACES.append(trace)
-        stack.callback(_TRACES.remove, trace)
-        yield trace
+        yield trace.records
 
 
 def _refusal(model: PreTrainedModel, reason: str) -> InputError:
@@ -350,14 +312,10 @@ def run_to_layer(model: PreTrainedModel, depth: int, **inputs: Any) -> None:
             raise _DeepEnough
         num_started += 1
 
-    handles = [layer.register_forward_pre_hook(stop) for layer in layer_modules(model.base_model)]
-    try:
+    with ExitStack() as stack, suppress(_DeepEnough):
+        for layer in layer_modules(model.base_model):
+            stack.enter_context(layer.register_forward_pre_hook(stop))
         model.base_model(**inputs)
-    except _DeepEnough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def check_capture(model: PreTrainedModel) -> None:
@@ -379,11 +337,12 @@ def check_capture(model: PreTrainedModel) -> None:
     length = max(window_of(body.config) or 0, 6) + 2
     length = min(length, longest_sequence(body) or length)
     input_ids = torch.arange(length, device=body.device)[None] % min(body.config.vocab_size, 100)
-    with evaluating(model), _tracing_attention(model, range(1, body.config.num_hidden_layers + 1)) as trace:
-        trace.outputs = {}
+    outputs: dict[int, torch.Tensor] = {}
+    layers = range(1, body.config.num_hidden_layers + 1)
+    with evaluating(model), capture_attention(model, layers, outputs=outputs) as records:
         body(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-    for layer, output in trace.outputs.items():
-        expected = _attend(trace.records[layer])
+    for layer, output in outputs.items():
+        expected = _attend(records[layer])
         if not (output.reshape(expected.shape) - expected).abs().max() <= _TOLERANCE * expected.abs().max():
             raise _refusal(model, "it is not the softmax of its scores; choose another attn_implementation")
 
@@ -392,6 +351,6 @@ def _attend(record: AttentionRecord) -> torch.Tensor:
     """Return what plain attention gives, ``[B, L, h * d]``."""
     scores = record.scores()
     if record.window is not None:
-        places = torch.arange(scores.shape[-1], device=scores.device)
-        scores = scores.masked_fill((places[:, None] - places).abs() > record.window, float("-inf"))
+        positions = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores.masked_fill((positions[:, None] - positions).abs() > record.window, float("-inf"))
     return (scores.softmax(-1) @ record.value.float()).transpose(1, 2).flatten(2)

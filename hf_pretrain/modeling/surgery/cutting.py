@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DistilBertConfig, PreTrainedConfig, PreTrainedModel
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.modeling.backbone import feed_forward_name, layers_name, per_layer_values
 
 _State = Mapping[str, torch.Tensor]
@@ -85,8 +85,7 @@ def changed_config(config: PreTrainedConfig, changes: Mapping[str, Any]) -> PreT
     try:
         changed: PreTrainedConfig = type(config).from_dict(values)
     except (ValueError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"{config.model_type} cannot have {dict(changes)}: {reason}") from error
+        raise InputError(f"{config.model_type} cannot have {dict(changes)}: {one_line(error, line=-1)}") from error
     changed.name_or_path = config.name_or_path
     return changed
 
@@ -108,16 +107,14 @@ def _state_of_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> dict[st
             f"student_layers: {type(teacher).__name__} keeps its {config.num_hidden_layers} layers in no single list that "
             "could be cut: give the sizes of a new student instead"
         )
-    prefix = f"{name}."
-    new_number = {str(old): str(new) for new, old in enumerate(layers)}
+    new_number = {old: new for new, old in enumerate(layers)}
     kept = {}
-    for name, value in state.items():
-        if name.startswith(prefix):
-            number, dot, rest = name[len(prefix) :].partition(".")
-            if number not in new_number:
-                continue
-            name = prefix + new_number[number] + dot + rest
-        kept[name] = value
+    for key, value in state.items():
+        match = re.match(rf"({re.escape(name)}\.)(\d+)(.*)", key)
+        if match is None:
+            kept[key] = value
+        elif int(match[2]) in new_number:
+            kept[f"{match[1]}{new_number[int(match[2])]}{match[3]}"] = value
     return kept
 
 
@@ -130,11 +127,9 @@ def _build(
     given = {name: tuple(value.shape) for name, value in state.items()}
     odd = next((name for name in needed | given if needed.get(name) != given.get(name)), None)
     if odd is not None:
-        remedy = (
-            "the teacher's first layer is unlike the others, so let student_layers begin with 0"
-            if starts_at
-            else "a cut student has the teacher's sizes, so leave them out of config_overrides"
-        )
+        remedy = "a cut student has the teacher's sizes, so leave them out of config_overrides"
+        if starts_at:
+            remedy = "the teacher's first layer is unlike the others, so let student_layers begin with 0"
         raise InputError(
             f"student_layers: {odd} is {needed.get(odd, 'not')} in the student and {given.get(odd, 'not')} in the "
             f"teacher's layers; {remedy}"
@@ -148,7 +143,7 @@ def convert_to_distilbert(model: PreTrainedModel, *, overrides: Mapping[str, Any
 
     DistilBERT has no token types; that of type 0 is added to every position, so that the embeddings stay the same, where the
     published script dropped it. It has no pooler either: the head of a masked language model and those of tokens and spans
-    are exact, but a sequence classifier's hidden layer has a ReLU in place of BERT's tanh. Its weights are taken over as a
+    are exact, but a sequence classifier's hidden layer has a ReLU instead of BERT's tanh. Its weights are taken over as a
     start, and the logits are others until they are trained.
 
     Args:
@@ -176,14 +171,8 @@ def convert_to_distilbert(model: PreTrainedModel, *, overrides: Mapping[str, Any
 
 
 def _distilbert_config(config: PreTrainedConfig) -> DistilBertConfig:
-    same = (
-        "vocab_size",
-        "max_position_embeddings",
-        "initializer_range",
-        "tie_word_embeddings",
-        *("pad_token_id", "bos_token_id", "eos_token_id"),
-        *("id2label", "label2id", "problem_type"),
-    )
+    same = """vocab_size max_position_embeddings initializer_range tie_word_embeddings pad_token_id bos_token_id eos_token_id
+        id2label label2id problem_type""".split()
     dropout = config.hidden_dropout_prob
     return DistilBertConfig(
         dim=config.hidden_size,

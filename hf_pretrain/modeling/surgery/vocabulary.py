@@ -37,9 +37,8 @@ def used_ids(examples: datasets.Dataset, *, column: str = "input_ids") -> list[i
     """
     found = np.zeros(0, dtype=np.int64)
     batches = examples.select_columns(column).with_format("arrow").iter(batch_size=1000)
-    for batch in tqdm(
-        batches, desc="Looking for the tokens in use", total=-(-len(examples) // 1000), delay=2, disable=None
-    ):
+    what, total = "Looking for the tokens in use", -(-len(examples) // 1000)
+    for batch in tqdm(batches, desc=what, total=total, delay=2, disable=None):
         ids = batch.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
         found = np.union1d(found, ids)
     return [int(token) for token in found]
@@ -134,7 +133,7 @@ def trim_model(model: PreTrainedModel, kept: torch.Tensor) -> PreTrainedModel:
     if counts_from_padding(model) and config.pad_token_id != model.config.pad_token_id:
         raise InputError(
             f"the padding token of {type(model).__name__} would move from {model.config.pad_token_id} to "
-            f"{config.pad_token_id}, and its positions with it: keep the tokens before it in their places"
+            f"{config.pad_token_id}, and its positions with it: keep the tokens before it"
         )
     config.name_or_path = model.config.name_or_path
     backend = model.config._attn_implementation
@@ -205,7 +204,7 @@ def _id_fields(specification: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
                 yield part[role], 1
         if part.get("type") == "TemplateProcessing":
             for token in part["special_tokens"].values():
-                yield from ((token["ids"], place) for place in range(len(token["ids"])))
+                yield from ((token["ids"], index) for index in range(len(token["ids"])))
 
 
 def _needed_ids(specification: dict[str, Any], vocabulary: dict[str, int], keep: set[int]) -> set[int]:

@@ -1,4 +1,4 @@
-"""Who sees whom in a row.
+"""Which token sees which in a row.
 
 `rules.py` turns a rule, written from compact integers, into the mask that a backbone takes, and tries the backbone out. Rows that
 may be padded, and rows whose documents do not see each other, are rules there. In `lm_modes.py` a row is read in one of UniLM's

@@ -89,8 +89,8 @@ def mode_visibility(
 def check_lm_modes(backbone: PreTrainedModel, *, length: int = 32) -> AttentionPlan:
     """Refuse a backbone in which a token would see what its mode hides; the others are remembered.
 
-    In each mode, parts of a row are edited: the states that should see them move, the others do not. Rows that only a mask of
-    padding tells apart are compared with what the backbone does without modes, padding on either side.
+    In each mode, parts of a row are edited: the states that should see them move, the others do not. Rows that differ only by
+    their mask of padding are compared with what the backbone does without modes, padding on either side.
 
     Args:
         backbone: A stock model, with or without a head; on a device, and under the autocast that it is trained with.
@@ -139,17 +139,11 @@ def find_fault(body: PreTrainedModel, plan: AttentionPlan, *, modes: Sequence[LM
             return f"in mode {name!r} the states of tokens change when one that they must not see is edited"
         return f"in mode {name!r} tokens do not see what they should"
     states, source = read(tokens), tokens[:source_length]
-    pairs = [
-        *(
-            (states[row], _read_alone(body, tokens), "a row that sees all of itself")
-            for row in hiding(LMMode.BIDIRECTIONAL)
-        ),
-        *(
-            (states[row, :source_length], _read_alone(body, source), "a source")
-            for row in hiding(LMMode.SEQUENCE_TO_SEQUENCE)
-        ),
-        (states, read(tokens, left=True), "rows with padding on their left"),
-    ]
+    pairs = [(states, read(tokens, left=True), "rows with padding on their left")]
+    for row in hiding(LMMode.BIDIRECTIONAL):
+        pairs.append((states[row], _read_alone(body, tokens), "a row that sees all of itself"))
+    for row in hiding(LMMode.SEQUENCE_TO_SEQUENCE):
+        pairs.append((states[row, :source_length], _read_alone(body, source), "a source"))
     for found, expected, what in pairs:
         if not is_alike(found, expected):
             return f"the states of {what} are not those that it has without a mask of modes or padding"

@@ -1,4 +1,4 @@
-"""Who sees whom in a row: rules, the masks that stock models take, and trials; padding and isolated documents as rules.
+"""Which token sees which in a row: rules, the masks that stock models take, and trials; padding and isolated documents as rules.
 
 A rule says of a query and a key whether the query sees the key; it is written from compact integers, one or two a token, as
 transformers writes its mask functions: of row, head, query and key. `mask_inputs` turns it into what the backbone and its
@@ -6,9 +6,9 @@ attention backend take, on the device. `try_out` runs the backbone under a rule:
 
 First come rules, masks and trials; then padding; then isolated documents, `isolated_inputs`, which every model calls.
 
-- Padding: transformers leaves a mask out where nothing is padded, and asks the mask itself, `padding_mask.all()`: the step waits
-  for the device. The host knows the answer before the batch is transferred. So the model gets no mask where nothing is padded,
-  and the mask that transformers would have made where something is.
+- Padding: transformers leaves a mask out where nothing is padded, and reads the mask for that, `padding_mask.all()`: the step
+  waits for the device. The host knows the answer before the batch is transferred. So the model gets no mask where nothing is
+  padded, and the mask that transformers would have made where something is.
 - Isolated documents: a batch says which document each token belongs to. The attention of a stock model takes something else (a
   mask, one for each kind of layer, or the bounds of sequences), which is made here, on the device.
 """
@@ -16,6 +16,7 @@ First come rules, masks and trials; then padding; then isolated documents, `isol
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_bidirectional_mask, sdpa_mask
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.modeling.backbone import (
     DISENTANGLED,
     evaluating,
@@ -202,28 +203,45 @@ def try_out(
         What the backbone takes.
 
     Raises:
-        InputError: With what went wrong, whatever the backbone does with a mask that it was not made for.
+        InputError: With what went wrong, whatever the backbone does with a mask that it was not made for. A mistake in a line
+            of this library comes through as it is.
     """
     body, plan = backbone.base_model, make_plan(backbone, rule)
     if any(parameter.is_meta for parameter in body.parameters()):
         return plan  # There are no states to compare.
+    failure: str | None = "the trial has not ended"
     try:
         with evaluating(backbone):
             failure = trial(body, plan)
     except Exception as error:  # an architecture may trip anywhere over a mask that it does not know
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        failure = f"its forward fails with such a mask ({reason})"
+        if _is_own_fault(error):
+            raise
+        failure = f"its forward fails with such a mask ({one_line(error, line=0)})"
+    finally:
+        if failure:
+            delattr(backbone, f"_plan_for_{rule}")
     if failure:
-        delattr(backbone, f"_plan_for_{rule}")
         raise InputError(failure)
     return plan
 
 
+def _is_own_fault(error: Exception) -> bool:
+    """Whether an error of a trial is a mistake in this library: of these types, and raised in a line of it.
+
+    Of other types, such as a RuntimeError over two shapes, a line of ours may raise what a backbone's states cause.
+    """
+    # A line of ours that reads an attribute which a module does not have fails one frame further, in torch.
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name != "__getattr__"]
+    module = str(frames[-1].f_globals.get("__name__"))
+    is_ours = module.startswith("hf_pretrain.") and not module.startswith("hf_pretrain.models.")
+    return is_ours and isinstance(error, AssertionError | AttributeError | KeyError | NameError | TypeError)
+
+
 class Edit(NamedTuple):
-    """A change of some tokens of a row, and who must not notice it.
+    """A change of some tokens of a row, and the states that must not move.
 
     Attributes:
-        tokens: ``[n]`` the row with other tokens in places.
+        tokens: ``[n]`` the row with some other tokens.
         kept: The tokens that are looked at.
         hiding: Which of the rows of states must not move there; in each of the others something has to.
     """
@@ -236,7 +254,7 @@ class Edit(NamedTuple):
 def find_leak(
     read: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor, edits: Sequence[Edit]
 ) -> tuple[int, bool] | None:
-    """Edit a row, and return who noticed what it must not see, or did not notice what it should.
+    """Edit a row, and return the first state that moved but must not, or must but did not.
 
     Args:
         read: From tokens ``[n]`` to states ``[R, n, D]``, one row for each rule.
@@ -319,11 +337,7 @@ def _asks_its_mask(backbone: PreTrainedModel) -> bool:
 
 def _padding_mask(backbone: PreTrainedModel, plan: AttentionPlan, attention_mask: torch.Tensor) -> Any:
     is_token_BL = attention_mask != 0
-
-    def visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return is_token_BL[row, key]
-
-    return mask_inputs(backbone, plan, visible, like=attention_mask)
+    return mask_inputs(backbone, plan, lambda row, head, query, key: is_token_BL[row, key], like=attention_mask)
 
 
 @torch.compiler.disable
@@ -413,9 +427,8 @@ def check_isolation(backbone: PreTrainedModel, *, length: int = 32) -> Attention
     def trial(body: PreTrainedModel, plan: AttentionPlan) -> str | None:
         def read(row: torch.Tensor, documents: dict[str, torch.Tensor] | None) -> torch.Tensor:
             own = {"attention_mask": torch.ones_like(row)}
-            states: torch.Tensor = body(
-                input_ids=row, **(own if documents is None else _attention_inputs(body, plan, **documents))
-            )[0]
+            inputs = own if documents is None else _attention_inputs(body, plan, **documents)
+            states: torch.Tensor = body(input_ids=row, **inputs)[0]
             return states
 
         return find_mixing(read, body, length=length)
@@ -470,7 +483,7 @@ def find_mixing(
 def _attention_inputs(
     backbone: PreTrainedModel, plan: AttentionPlan, *, document_ids: torch.Tensor, position_ids: torch.Tensor
 ) -> dict[str, Any]:
-    """Return attention mask (or what takes its place) and positions, as the backbone's attention takes them."""
+    """Return attention mask (or bounds of sequences) and positions, as the backbone's attention takes them."""
     inputs: dict[str, Any] = position_inputs(plan, position_ids)
     if plan.is_flash:
         return inputs | {"attention_mask": None} | sequence_bounds(document_ids)

@@ -116,8 +116,7 @@ class TransformerXLConfig(PreTrainedConfig):
         """Check that sizes and cutoffs fit together."""
         if self.hidden_size % 2:
             raise ValueError(f"hidden_size={self.hidden_size} is odd: sines and cosines need an even width")
-        ends = [0, *(self.cutoffs or []), self.vocab_size]
-        if any(start >= end for start, end in zip(ends[:-1], ends[1:], strict=True)):
+        if any(start >= end for start, end in self.cluster_bounds):
             raise ValueError(
                 f"cutoffs={self.cutoffs} do not divide the {self.vocab_size} tokens: give ascending ids between 1 and "
                 f"{self.vocab_size - 1}"

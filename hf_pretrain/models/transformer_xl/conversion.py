@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
 from hf_pretrain.models.transformer_xl.layers_transformer_xl import tied_weights
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM, TransformerXLModel
@@ -83,7 +83,7 @@ def convert_transfo_xl_checkpoint(
         no language model head.
 
     Raises:
-        InputError: If the checkpoint has another kind of attention, or a weight that has no place here.
+        InputError: If the checkpoint has another kind of attention, or a weight that this model does not have.
     """
     config = _convert_config(config_dict)
     prefix = "model." if any(name.startswith("crit.") for name in state_dict) else ""
@@ -123,7 +123,7 @@ def load_transfo_xl_checkpoint(folder: str | Path) -> PreTrainedModel:
     try:
         model.load_state_dict(converted)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[1].strip()
+        reason = one_line(error, line=1)
         raise InputError(f"{str(folder)!r}: the weights do not fit config.json ({reason})") from error
     return model.eval()
 

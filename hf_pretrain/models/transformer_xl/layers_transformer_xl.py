@@ -320,19 +320,12 @@ class TransformerXLLayer(GradientCheckpointingLayer):
         """Return the feed-forward network's output, ``[B, S, D]``."""
         return self.dropout(self.down_proj(self.dropout(self.activation(self.up_proj(hidden)))))
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        memory: torch.Tensor | None,
-        table: torch.Tensor,
-        visible: torch.Tensor,
-        content_bias: torch.Tensor,
-        position_bias: torch.Tensor,
-        cache: Cache | None = None,
-    ) -> torch.Tensor:
-        """Return the layer's output ``[B, S, D]`` for the segment `hidden` after the `memory` ``[B, M, D]``."""
-        # As positional arguments, for reentrant checkpointing; the memory has no gradient.
-        rest = (hidden.shape[1], table, visible, content_bias, position_bias, cache)
+    def forward(self, hidden: torch.Tensor, memory: torch.Tensor | None, *terms: Any) -> torch.Tensor:
+        """Return the layer's output ``[B, S, D]`` for the segment `hidden` after the `memory` ``[B, M, D]``.
+
+        The `terms` are the other arguments of the attention, from `table` on: positional, for reentrant checkpointing.
+        """
+        rest = (hidden.shape[1], *terms)
         context = hidden if memory is None else torch.cat([memory.to(hidden.dtype), hidden], dim=1)
         if self.pre_layer_norm:
             hidden = hidden + self.dropout(self.attention(self.attention_norm(context), *rest))

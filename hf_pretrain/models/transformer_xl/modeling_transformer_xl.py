@@ -44,7 +44,7 @@ class TransformerXLModelOutput(ModelOutput):
     Attributes:
         last_hidden_state: ``[B, S, hidden]``.
         cache: The cache, if one was used.
-        hidden_states: ``[B, S, hidden]`` of the embeddings and of each layer, if asked for.
+        hidden_states: ``[B, S, hidden]`` of the embeddings and of each layer, if requested.
         mems: ``[layers, B, M, hidden]``, the new memory, if one was given.
         mem_lengths: ``[B]``, how many of its last positions are filled.
     """
@@ -284,7 +284,7 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         hidden = embedded * self.config.hidden_size**0.5
         order = None
         if attention_mask is not None and mems is not None:
-            # Padding goes to the end, lest it part the segment from the memory.
+            # Padding goes to the end: it must not part the segment from the memory.
             order = (attention_mask == 0).long().argsort(dim=1, stable=True)
             hidden = hidden.take_along_dim(order[..., None], dim=1)
         seen, num_keys = key_mask(hidden, attention_mask, cache, mems, mem_lengths)
@@ -319,16 +319,9 @@ class TransformerXLModel(TransformerXLPreTrainedModel):
         states = [self.dropout(hidden)]
         for index, layer in enumerate(self.layers):
             biases = index if self.config.untie_r else 0
-            state = layer(
-                states[-1],
-                None if mems is None else mems[index].detach(),
-                table,
-                visible,
-                self.content_bias[biases],
-                self.position_bias[biases],
-                cache=cache,
-            )
-            states.append(state)
+            memory = None if mems is None else mems[index].detach()
+            terms = (table, visible, self.content_bias[biases], self.position_bias[biases], cache)
+            states.append(layer(states[-1], memory, *terms))
         return states
 
 
@@ -354,10 +347,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """Return the output layer where it is a single one."""
-        is_one_table = (
-            len(self.lm_head.tables) == 1 and not len(self.lm_head.projections) and not self.lm_head.num_tails
-        )
-        return self.lm_head.tables[0] if is_one_table else None
+        head = self.lm_head
+        return None if len(head.tables) > 1 or len(head.projections) or head.num_tails else head.tables[0]
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the output layer where it is a single one."""
@@ -444,16 +435,9 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
             logits_to_keep: Number of last positions to score, 0 for all, or the indices of the positions.
             num_items_in_batch: What the loss is divided by; the number of labels in this batch when not given.
         """
+        past = {"cache": cache, "mems": mems, "mem_lengths": mem_lengths, "use_cache": use_cache, "return_dict": True}
         outputs = self.model(
-            input_ids,
-            attention_mask,
-            cache,
-            inputs_embeds,
-            mems,
-            mem_lengths,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states, **past
         )
         hidden, loss, logits = outputs.last_hidden_state, None, None
         if labels is not None:
@@ -463,14 +447,8 @@ class TransformerXLForCausalLM(TransformerXLPreTrainedModel, GenerationMixin):
         if labels is None or not self.training:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
-        return TransformerXLCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            mems=outputs.mems,
-            mem_lengths=outputs.mem_lengths,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return TransformerXLCausalLMOutput(loss=loss, logits=logits, **rest)
 
 
 class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
@@ -506,13 +484,8 @@ class TransformerXLForSequenceClassification(TransformerXLPreTrainedModel):
         """
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        options = {"output_hidden_states": output_hidden_states, "return_dict": True}
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **options)
         hidden = outputs.last_hidden_state
         last = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
         if attention_mask is not None:

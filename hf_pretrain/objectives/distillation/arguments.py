@@ -68,12 +68,13 @@ def _read(spec: str | Sequence[int], student_layers: int, teacher_layers: int) -
                 "use 'last' or list the layers, such as layer_map='3,6,9,12'"
             )
         return tuple(step * layer for layer in range(1, student_layers + 1))
-    try:
-        return tuple(int(layer) for layer in spec.split(","))
-    except ValueError:
-        raise InputError(
-            f"layer_map={spec!r} is unknown: use 'uniform', 'last' or teacher layers such as '3,6,9,12'"
-        ) from None
+    _check_spec(spec)
+    return tuple(int(layer) for layer in spec.split(","))
+
+
+def _check_spec(spec: str) -> None:
+    if not re.fullmatch(r"uniform|last|\s*\d+\s*(,\s*\d+\s*)*", spec):
+        raise InputError(f"layer_map={spec!r} is unknown: use 'uniform', 'last' or teacher layers such as '3,6,9,12'")
 
 
 # Losses that relate a layer's queries, keys or values to themselves, and which of them.
@@ -140,19 +141,16 @@ class DistillationConfig(CompositeConfig):
     def requests(self) -> tuple[OutputRequest, OutputRequest]:
         """Return the outputs of the student and of the teacher that the losses need."""
         names, last = set(self.losses or ()), self.student_config.num_hidden_layers
-        hidden: list[tuple[int, int]] = self.pairs if "hidden" in names else []
-        hidden = hidden + [(0, 0)] * ("embedding" in names) + [(last, self.teacher_layers)] * ("cosine" in names)
-        attention: list[tuple[int, int]] = self.pairs if "attention" in names else []
-        if names & {*RELATIONS, "attention_distribution"}:
-            attention = [*attention, (last, self.teacher_layer)]
-        runs_head = (bool(names & OF_PREDICTIONS), "prediction" in names)
-        student, teacher = (
-            OutputRequest(
-                runs_head[side], *(tuple(sorted({pair[side] for pair in pairs})) for pairs in (hidden, attention))
-            )
-            for side in (0, 1)
-        )
-        return student, teacher
+        hidden = self.pairs * ("hidden" in names) + [(0, 0)] * ("embedding" in names)
+        hidden += [(last, self.teacher_layers)] * ("cosine" in names)
+        attention = self.pairs * ("attention" in names)
+        attention += [(last, self.teacher_layer)] * bool(names & {*RELATIONS, "attention_distribution"})
+
+        def of_side(side: int, runs_head: bool) -> OutputRequest:
+            layers = (tuple(sorted({pair[side] for pair in pairs})) for pairs in (hidden, attention))
+            return OutputRequest(runs_head, *layers)
+
+        return of_side(0, bool(names & OF_PREDICTIONS)), of_side(1, "prediction" in names)
 
 
 Method = Literal["distilbert", "tinybert", "minilm", "minilmv2"]
@@ -187,18 +185,9 @@ class DistillationArguments:
     """
 
     loss_names: ClassVar[tuple[str, ...]] = (
-        "prediction",
-        "cosine",
-        "embedding",
-        "hidden",
-        "attention",
-        "relation_qq",
-        "relation_kk",
-        "relation_vv",
-        "attention_distribution",
-        "value_relation",
+        *("prediction", "cosine", "embedding", "hidden", "attention"),
+        *("relation_qq", "relation_kk", "relation_vv", "attention_distribution", "value_relation"),
     )
-
     ranges: ClassVar[dict[str, str]] = {"teacher_layer": "[1, 4096]", "relation_heads": "[1, 65536]"}
     needs: ClassVar[dict[str, str]] = {
         "temperature": "losses~prediction",
@@ -230,12 +219,9 @@ class DistillationArguments:
     )
     layer_map: str = option(
         "uniform",
-        "Which layer of the teacher each layer of the student learns from: 'uniform', 'last', or a list as "
-        "'3,6,9,12'.",
+        "The teacher's layer for each layer of the student: 'uniform', 'last', or a list such as '3,6,9,12'.",
     )
-    teacher_layer: int | None = option(
-        None, "Layer of the teacher that the relations are taken from; by default the last."
-    )
+    teacher_layer: int | None = option(None, "Layer of the teacher that gives the relations; by default the last.")
     relation_heads: int | None = option(
         None,
         "Parts that states are split into for the relations, a divisor of both widths; by default the teacher's "
@@ -276,16 +262,12 @@ class DistillationArguments:
             temperature: That of the preset.
         """
         check_options(self)
-        for name in self.loss_names:
-            option = f"{name}_weight"
-            if getattr(self, option) is None:
-                setattr(self, option, preset.get(name, 0.0))
-        if self.temperature is None:
-            self.temperature = temperature
-        if isinstance(self.layer_map, str) and not re.fullmatch(r"uniform|last|[\d\s]+(,[\d\s]+)*", self.layer_map):
-            raise InputError(
-                f"layer_map={self.layer_map!r} is unknown: use 'uniform', 'last' or teacher layers such as '3,6,9,12'"
-            )
+        defaults = {f"{name}_weight": preset.get(name, 0.0) for name in self.loss_names} | {"temperature": temperature}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if isinstance(self.layer_map, str):
+            _check_spec(self.layer_map)
         if not self.weights():
             raise InputError("all losses have weight 0: give one of them a weight, such as --prediction_weight 1")
 

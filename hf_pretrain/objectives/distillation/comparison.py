@@ -36,8 +36,6 @@ _BYTES_IN_FP32 = 4
 _INPUTS = ("input_ids", "attention_mask", "document_ids", "position_ids", "token_type_ids")
 # Examples whose lengths the timed batches have.
 _EXAMPLES_TO_TIME = 512
-# Batches that are read at a time and sorted by length together.
-_WINDOW = 64
 
 
 class _Side(NamedTuple):
@@ -87,10 +85,8 @@ def compare(
     """Measure a student beside its teacher on held-out examples.
 
     Both run in the student's dtype, under the caller's autocast, without dropout. Predictions are compared at the
-    targets of the
-    batch: at `target_positions` of masked language models and classifiers of tokens, one an example of classifiers of
-        texts, two
-    (begin and end of the answer) of models that answer questions; bare encoders have none.
+    targets of the batch: at `target_positions` of masked language models and classifiers of tokens, one an example of
+    classifiers of texts, two (begin and end of the answer) of models that answer questions; bare encoders have none.
 
     Args:
         student: A stock model.
@@ -115,13 +111,12 @@ def compare(
             return found
         rows = _spread(len(data), len(data) if max_examples is None else max_examples)
         with tqdm(total=len(rows), desc="Comparing with the teacher", unit=" examples", delay=2, disable=None) as bar:
-            for first in range(0, len(rows), _WINDOW * batch_size):
-                window = _longest_first(data.__getitems__(rows[first : first + _WINDOW * batch_size].tolist()))
-                for begin in range(0, len(window), batch_size):
-                    batch = _on_device(collator(window[begin : begin + batch_size]), student.device)
-                    for name, (values, counts) in _metrics(sides, batch).items():
-                        totals[name] += [float(values.double().sum()), float(counts.double().sum())]
-                    bar.update(len(batch["input_ids"]))
+            for begin in range(0, len(rows), batch_size):
+                examples = data.__getitems__(rows[begin : begin + batch_size].tolist())
+                batch = _on_device(collator(examples), student.device)
+                for name, (values, counts) in _metrics(sides, batch).items():
+                    totals[name] += [float(values.double().sum()), float(counts.double().sum())]
+                bar.update(len(examples))
     return found | by_side({name: float(total / count) for name, (total, count) in totals.items() if count})
 
 

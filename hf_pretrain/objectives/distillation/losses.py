@@ -50,20 +50,13 @@ def attention_loss(
 
     Source: Jiao et al. 2020, "TinyBERT", equation 7.
     """
-    check_same_heads(student.num_heads, teacher.num_heads)
     is_product = all(record.bias is None and record.window is None for record in (student, teacher))
     if not is_product or document_ids is not None:
-        visible = pairs_in_both(student, teacher, attention_mask, document_ids=document_ids)
-        return _sum_over_pairs(_squared_score_differences, student, teacher, visible)
+        return _sum_over_pairs(_squared_score_differences, student, teacher, attention_mask, document_ids)
+    check_same_heads(student.num_heads, teacher.num_heads)
+    states, scalings = (*student[:2], *teacher[:2]), (student.scaling, teacher.scaling)
     with without_autocast(attention_mask.device):
-        sums_B = squared_score_differences(
-            student.query,
-            student.key,
-            teacher.query,
-            teacher.key,
-            attention_mask == 0,
-            scalings=(student.scaling, teacher.scaling),
-        )
+        sums_B = squared_score_differences(*states, attention_mask == 0, scalings=scalings)
     return ExampleSum(sums_B, student.num_heads * attention_mask.sum(1).float().square())
 
 
@@ -78,9 +71,7 @@ def attention_probability_loss(
 
     Arguments, returns and errors are those of [`attention_loss`].
     """
-    check_same_heads(student.num_heads, teacher.num_heads)
-    visible = pairs_in_both(student, teacher, attention_mask, document_ids=document_ids)
-    return _sum_over_pairs(_squared_probability_differences, student, teacher, visible)
+    return _sum_over_pairs(_squared_probability_differences, student, teacher, attention_mask, document_ids)
 
 
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, attention_mask: torch.Tensor) -> ExampleSum:
@@ -168,9 +159,7 @@ def attention_distribution_loss(
 
     Source: Wang et al. 2020, "MiniLM", section 3.1.
     """
-    check_same_heads(student.num_heads, teacher.num_heads)
-    visible = pairs_in_both(student, teacher, attention_mask, document_ids=document_ids)
-    sums_B = sum_over_heads(_divergences, student, teacher, visible)
+    sums_B, _ = _sum_over_pairs(_divergences, student, teacher, attention_mask, document_ids)
     return ExampleSum(sums_B, student.num_heads * attention_mask.sum(1).float())
 
 
@@ -218,8 +207,14 @@ def pairs_in_both(
 
 
 def _sum_over_pairs(
-    function: Callable[..., torch.Tensor], student: AttentionRecord, teacher: AttentionRecord, visible: torch.Tensor
+    function: Callable[..., torch.Tensor],
+    student: AttentionRecord,
+    teacher: AttentionRecord,
+    attention_mask: torch.Tensor,
+    document_ids: torch.Tensor | None,
 ) -> ExampleSum:
+    check_same_heads(student.num_heads, teacher.num_heads)
+    visible = pairs_in_both(student, teacher, attention_mask, document_ids=document_ids)
     counts_B = student.num_heads * visible.sum(dim=(1, 2, 3)).float()
     return ExampleSum(sum_over_heads(function, student, teacher, visible), counts_B)
 
@@ -244,17 +239,8 @@ def sum_over_heads(
     """
     num_heads = max(1, _SCORES_AT_ONCE // visible.numel())
     chunks = (slice(first, first + num_heads) for first in range(0, student.num_heads, num_heads))
-    sums = [
-        checkpoint(
-            function,
-            student.of_heads(heads),
-            teacher.of_heads(heads),
-            visible,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for heads in chunks
-    ]
+    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    sums = [checkpoint(function, student.of_heads(part), teacher.of_heads(part), visible, **again) for part in chunks]
     return torch.stack(sums).sum(0)
 
 

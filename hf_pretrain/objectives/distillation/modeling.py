@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.modeling.backbone import layer_modules, without_autocast
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
@@ -114,9 +114,8 @@ def _checked(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"teacher_device={str(device)!r} cannot be used ({reason}): name one such as cpu or cuda:1"
+            f"teacher_device={str(device)!r} cannot be used ({one_line(error, line=0)}): name one such as cpu or cuda:1"
         ) from error
 
 
@@ -153,8 +152,7 @@ class DistillationModel(PretrainingModel):
     With `tinybert_official` too, the head is the stock one. TinyBERT's code has a ReLU between pooler and classifier.
     No weights of BERT's stock head compute that, so a student that was trained with it would compute something else
     after the export. A fine-tuned checkpoint of that code opens, but has other logits until it is trained further.
-    That code has no dropout there
-    either: `config_overrides={"classifier_dropout": 0.0}`.
+    That code has no dropout there either: `config_overrides={"classifier_dropout": 0.0}`.
 
     Args:
         config: The losses, and the layers that they compare.
@@ -411,12 +409,9 @@ def _visible_pairs(batch: Mapping[str, Any], windows: Sequence[int | None]) -> t
     """
     mask_BL = batch["attention_mask"]
     positions_BL = batch["position_ids"] if "document_ids" in batch else mask_BL.cumsum(dim=1) - 1
-    pairs = []
-    for window in windows:
-        # Each token has one pair with itself, and two with each earlier token.
-        before_BL = positions_BL if window is None else positions_BL.clamp(max=window)
-        pairs.append(((2 * before_BL + 1) * mask_BL).sum())
-    return torch.stack(pairs).float().mean()
+    seen_before = [positions_BL if window is None else positions_BL.clamp(max=window) for window in windows]
+    # Each token has one pair with itself, and two with each earlier token.
+    return torch.stack([((2 * before_BL + 1) * mask_BL).sum() for before_BL in seen_before]).float().mean()
 
 
 def _over_layers(terms: Iterable[ExampleSum]) -> ExampleSum:

@@ -58,16 +58,13 @@ class StudentArguments(ModelArguments):
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
         super().__post_init__()
-        ways = {"model_name_or_path": (), "student_layers": ("num_hidden_layers", "config_overrides")}
-        for way, fitting in ways.items():
-            if getattr(self, way) is None:
-                continue
-            others = {"student_layers", "model_type", "num_hidden_layers", "config_overrides", *_SIZES} - {
-                way,
-                *fitting,
-            }
-            wrong = next((name for name in sorted(others) if getattr(self, name) is not None), None)
-            if wrong is not None:
+        excluded = {"student_layers": sorted(("model_type", *_SIZES))}
+        excluded["model_name_or_path"] = sorted(
+            ("student_layers", "num_hidden_layers", "config_overrides", *excluded["student_layers"])
+        )
+        for way in ("model_name_or_path", "student_layers"):
+            wrong = next((name for name in excluded[way] if getattr(self, name) is not None), None)
+            if getattr(self, way) is not None and wrong is not None:
                 raise InputError(
                     f"{wrong}={getattr(self, wrong)!r} is for another student than {way}={getattr(self, way)!r}: "
                     "leave out one of the two"
@@ -99,11 +96,11 @@ def build_student(
     if args.model_name_or_path is not None:
         student = _load_student(args, teacher, auto_class)
     elif args.student_layers is not None:
-        layers = choose_layers(
-            args.student_layers,
-            teacher_layers=teacher.config.num_hidden_layers,
-            student_layers=args.num_hidden_layers,
-        )
+        depths: dict[str, Any] = {
+            "teacher_layers": teacher.config.num_hidden_layers,
+            "student_layers": args.num_hidden_layers,
+        }
+        layers = choose_layers(args.student_layers, **depths)
         overrides = parse_overrides(args.config_overrides)
         student = cut_student(teacher, layers, model_type=args.student_type, overrides=overrides)
         if args.attn_implementation is not None:
@@ -227,9 +224,8 @@ def _resized_config(teacher: PreTrainedModel, sizes: dict[str, Any], overrides: 
     config, longest = teacher.config, longest_sequence(teacher)
     if longest is not None and "max_position_embeddings" in sizes:
         # Rows before the first position, in RoBERTa and its kin.
-        sizes = sizes | {
-            "max_position_embeddings": sizes["max_position_embeddings"] + config.max_position_embeddings - longest
-        }
+        before = config.max_position_embeddings - longest
+        sizes = sizes | {"max_position_embeddings": sizes["max_position_embeddings"] + before}
     depth = sizes.get("num_hidden_layers", config.num_hidden_layers)
     for name, values in per_layer_values(config).items():
         # The pattern goes on where the student is deeper than the teacher.

@@ -1,9 +1,9 @@
 """Electric: energy-based cloze models by noise-contrastive estimation."""
 
-from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import ElectricConfig, ElectricForPreTraining, score_texts
 from hf_pretrain.objectives.electric.trainer import (
     METHOD,
+    DataCollatorForElectric,
     ElectricModelArguments,
     ElectricTrainer,
     ElectricTrainingArguments,

@@ -10,40 +10,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.metrics import batches_by_length
 from hf_pretrain.modeling.backbone import evaluating, longest_sequence, row_position_inputs
-from hf_pretrain.modeling.base import GENERATOR_FOLDER, PretrainingModel, masked_trial_batch
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
+from hf_pretrain.modeling.base import GENERATOR_FOLDER, masked_trial_batch
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, sum_by_example
-from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
+from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeModel
-from hf_pretrain.objectives.generators import build_discriminator
+from hf_pretrain.objectives.generators import PairConfig, PairForPreTraining, build_discriminator
 
 EMBEDDING_SHARING = ("tied", "none")
 
 
 @strict
-class ElectricConfig(CompositeConfig):
+class ElectricConfig(PairConfig):
     """Configuration of [`ElectricForPreTraining`].
 
-    Attributes:
-        generator: Configuration of the two-tower model that proposes noise.
-        discriminator: Configuration of the stock model that gives each token its energy.
-        embedding_sharing: "tied" (word, position and type tables and their layer norm are one) or "none".
-        tie_word_embeddings: Lets transformers tie at all; without it no sharing takes effect.
+    The generator is a two-tower model. `embedding_sharing` is "tied" (word, position and type tables and their layer norm are
+    one) or "none".
     """
 
     model_type = "hf_pretrain_electric"
-    sub_configs = {"generator": AutoConfig, "discriminator": AutoConfig}  # noqa: RUF012
-
-    generator: SubModelConfig = None
-    discriminator: SubModelConfig = None
-    embedding_sharing: str = "tied"
-    tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Keep the attention backend of the towers too, which lie one level deeper."""
@@ -77,7 +67,7 @@ def noise_logits(
     return energies.float() + noise_log_probs.float() + log_odds
 
 
-class ElectricForPreTraining(PretrainingModel):
+class ElectricForPreTraining(PairForPreTraining):
     """Electric: the energy of every token given its context, learned by telling text from noise of known probability.
 
     Args:
@@ -98,10 +88,7 @@ class ElectricForPreTraining(PretrainingModel):
         discriminator: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(config)
-        if config.embedding_sharing not in EMBEDDING_SHARING:
-            raise InputError(
-                f"embedding_sharing={config.embedding_sharing!r} must be one of {', '.join(EMBEDDING_SHARING)}"
-            )
+        check_choice(config.embedding_sharing, EMBEDDING_SHARING, name="embedding_sharing")
         self.generator = TwoTowerClozeModel(config.generator) if generator is None else generator
         self.discriminator = build_discriminator(config.discriminator) if discriminator is None else discriminator
         if config.embedding_sharing == "tied":
@@ -111,21 +98,16 @@ class ElectricForPreTraining(PretrainingModel):
             }
         self.post_init()
 
-    @classmethod
-    def from_models(
-        cls, generator: TwoTowerClozeModel, discriminator: PreTrainedModel, **options: Any
-    ) -> ElectricForPreTraining:
-        """Pair two models; both are trained in place. `options` are fields of [`ElectricConfig`]."""
-        config = ElectricConfig(generator=generator.config, discriminator=discriminator.config, **options)
-        model = cls(config, generator, discriminator)
-        model.try_out()
-        return model
-
     @property
     def backbones(self) -> dict[str, PreTrainedModel]:
         """The discriminator and both towers; see [`PretrainingModel.backbones`]."""
         towers = {f"generator.{side}_tower": getattr(self.generator, f"{side}_tower") for side in ("left", "right")}
         return {"discriminator": self.discriminator} | towers
+
+    def check_isolation(self, *, length: int) -> None:
+        """Refuse a model of the two that cannot keep the documents of a row apart."""
+        self.generator.check_isolation(length=length)
+        rules.check_isolation(self.discriminator, length=length)
 
     def trial_batch(self) -> dict[str, torch.Tensor]:
         """Return a few tokens, all of them candidates, two a row with noise; see [`PretrainingModel.trial_batch`]."""
@@ -138,17 +120,11 @@ class ElectricForPreTraining(PretrainingModel):
         uniforms = torch.full(batch["target_positions"].shape, 0.5, device=self.device)
         return batch | {"candidate_positions": candidates, "sample_uniforms": uniforms}
 
-    def get_input_embeddings(self) -> torch.nn.Module:
-        """Return the word embeddings of the generator, which the discriminator shares unless told otherwise."""
-        return self.generator.get_input_embeddings()
-
     @staticmethod
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the candidates, which both losses are about."""
         count = torch.tensor(len(batch["candidate_positions"]))
         return {"cloze": count, "nce": count}
-
-    host_inputs = staticmethod(has_padding)
 
     def forward(
         self,
@@ -174,7 +150,7 @@ class ElectricForPreTraining(PretrainingModel):
                 whose token the generator excludes, so that q = 0, counts for nothing.
             sample_uniforms: ``[T]`` keyed uniforms that decide what the generator puts there.
             document_ids: ``[B, L]`` documents that do not see each other, see [`TwoTowerClozeModel.context_states`].
-            position_ids: ``[B, L]`` place of a token in its document, needed with `document_ids`.
+            position_ids: ``[B, L]`` position of a token in its document, needed with `document_ids`.
             is_padded: Whether any row has padding.
             **inputs: Further inputs of both models, such as `token_type_ids`.
 
@@ -184,37 +160,38 @@ class ElectricForPreTraining(PretrainingModel):
             text ("sampled_accuracy"), and the mean "energy" of the text's own tokens, an estimate of their -log p. In evaluation
             also the logits (positive = noise) with their labels.
         """
-        shape, text, places = labels.shape, input_ids.flatten(), candidate_positions
+        shape, text, positions = labels.shape, input_ids.flatten(), candidate_positions
         has_density = ~self.generator.excluded_tokens[text]
         is_noise = (labels.flatten() != IGNORED) & has_density
-        is_candidate_C, is_noise_C = has_density[places], is_noise[places]
+        is_candidate_C, is_noise_C = has_density[positions], is_noise[positions]
 
         inputs |= {"attention_mask": attention_mask, "document_ids": document_ids, "position_ids": position_ids}
         states = self.generator.context_states(input_ids, **inputs).flatten(0, 1)
-        log_q_C = self.generator.log_probs(states.index_select(0, places), text[places]).where(is_candidate_C, 0.0)
+        log_q_C = self.generator.log_probs(states.index_select(0, positions), text[positions])
+        log_q_C = log_q_C.where(is_candidate_C, 0.0)
         samples_T, samples_log_q_T = self.generator.sample(states.index_select(0, target_positions), sample_uniforms)
         put = partial(_put, positions=target_positions, where=is_noise)
         given = put(samples_T, into=text)
-        given_log_q = torch.zeros_like(text, dtype=torch.float32).index_copy(0, places, log_q_C.detach())
+        given_log_q = torch.zeros_like(text, dtype=torch.float32).index_copy(0, positions, log_q_C.detach())
         given_log_q = put(samples_log_q_T, into=given_log_q)
-        energies_C = self._energies(given.view(shape), is_padded=is_padded, **inputs).index_select(0, places)
+        energies_C = self._energies(given.view(shape), is_padded=is_padded, **inputs).index_select(0, positions)
 
-        total = partial(_sum_where, positions=places, shape=shape)
+        total = partial(_sum_where, positions=positions, shape=shape)
         num_noise, num_candidates = total(is_noise_C, is_candidate_C)
         shares = num_noise / num_candidates.clamp(min=1)
-        logits_C = noise_logits(energies_C, given_log_q[places], shares[places // shape[1]])
+        logits_C = noise_logits(energies_C, given_log_q[positions], shares[positions // shape[1]])
         nce_C = F.binary_cross_entropy_with_logits(logits_C, is_noise_C.float(), reduction="none")
         output = PretrainingOutput(
             losses={"cloze": total(-log_q_C, is_candidate_C), "nce": total(nce_C, is_candidate_C)},
             metrics={
                 "fake_rate": ExampleSum(num_noise, num_candidates),
-                "sampled_accuracy": total(given[places] == text[places], is_noise_C),
+                "sampled_accuracy": total(given[positions] == text[positions], is_noise_C),
                 "energy": total(energies_C.detach(), is_candidate_C & ~is_noise_C),
             },
         )
         if not self.training:
-            output.scores = torch.zeros_like(given_log_q).index_copy(0, places, logits_C).view(shape)
-            score_labels = torch.full_like(text, IGNORED).index_copy(0, places, is_noise_C.long())
+            output.scores = torch.zeros_like(given_log_q).index_copy(0, positions, logits_C).view(shape)
+            score_labels = torch.full_like(text, IGNORED).index_copy(0, positions, is_noise_C.long())
             output.score_labels = score_labels.masked_fill(~has_density, IGNORED).view(shape)
         return output
 
@@ -233,7 +210,7 @@ class ElectricForPreTraining(PretrainingModel):
         else:
             inputs |= {"document_ids": document_ids, "position_ids": position_ids}
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        model_inputs = isolated_inputs(self.discriminator, **inputs)
+        model_inputs = rules.isolated_inputs(self.discriminator, **inputs)
         logits: torch.Tensor = self.discriminator(**model_inputs).logits
         return logits.flatten()
 

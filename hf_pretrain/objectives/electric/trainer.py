@@ -1,10 +1,11 @@
-"""Options of Electric, the pair of models that they describe, and the Trainer."""
+"""Electric: its options, the pair of models that they describe, its batches and its Trainer."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForTokenClassification,
@@ -12,13 +13,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_pretrain.corruption.masking import Vocabulary
+from hf_pretrain.corruption.masking import MaskedRows, Vocabulary
+from hf_pretrain.corruption.rows import ExampleRows
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
-from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import GENERATOR_FOLDER, check_model_fits
+from hf_pretrain.hub.record import ObjectiveDescription, cite
+from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
     attention_options,
     build_config,
@@ -26,19 +28,20 @@ from hf_pretrain.modeling.configuration import (
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import find_file, from_pretrained, say_once
-from hf_pretrain.modeling.visibility.rules import check_isolation
-from hf_pretrain.objectives.electric.collator import DataCollatorForElectric
 from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
 from hf_pretrain.objectives.generators import (
     GeneratorArguments,
+    GeneratorTrainingArguments,
     build_discriminator,
     copy_parameters,
     generator_config,
     load_discriminator,
+    stock_discriminator,
     stock_width,
 )
-from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
+from hf_pretrain.options import option
 from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -49,23 +52,25 @@ class ElectricModelArguments(GeneratorArguments):
 
     choices: ClassVar[dict[str, tuple[str, ...]]] = {"embedding_sharing": EMBEDDING_SHARING}
 
-    embedding_sharing: str = field(
-        default="tied",
-        metadata={"help": "'tied': one set of embeddings for all; 'none': the discriminator has its own."},
+    embedding_sharing: str = option(
+        "tied", "'tied': one set of embeddings for all; 'none': the discriminator has its own."
     )
 
 
-def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase) -> ElectricForPreTraining:
+def build_model(
+    args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase, *, stock: PreTrainedModel | None = None
+) -> ElectricForPreTraining:
     """Build or load generator and discriminator and join them.
 
     Args:
         args: What to build.
         tokenizer: Its vocabulary sizes the tables; its special tokens have no probability.
+        stock: The discriminator, with or without its head.
 
     Returns:
         The composite to train.
     """
-    discriminator = _discriminator(args, tokenizer)
+    discriminator = _discriminator(args, tokenizer) if stock is None else stock_discriminator(stock)
     generator = _load_generator(args)
     if generator is None:
         generator = build_two_tower(
@@ -73,7 +78,7 @@ def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase
             excluded_token_ids=excluded_token_ids(tokenizer, vocab_size=discriminator.config.vocab_size),
             **attention_options(args),
         )
-        if args.model_name_or_path is not None and args.embedding_sharing == "tied":
+        if (stock or args.model_name_or_path) is not None and args.embedding_sharing == "tied":
             # Of two tied models the generator keeps its parameters, and the discriminator is the one that has learned.
             tower = generator.left_tower
             copy_parameters(discriminator, tower, shared_embedding_names(tower, discriminator))
@@ -100,49 +105,73 @@ def _discriminator(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerB
 
 def _load_generator(args: ElectricModelArguments) -> TwoTowerClozeModel | None:
     """Return the checkpoint's generator, or None where a fresh one is to be built."""
-    options, name = attention_options(args), args.generator_name_or_path
-    if name is not None:
-        if not isinstance(from_pretrained(AutoConfig, name), TwoTowerClozeConfig):
-            raise InputError(
-                f"generator_name_or_path={name!r} is no two-tower generator: leave it out for a fresh one"
-            )
-        return from_pretrained(TwoTowerClozeModel, name, **options)
-    name = args.model_name_or_path
+    where: dict[str, Any] = {}
+    name = args.generator_name_or_path
+    if name is None:
+        name, where = args.model_name_or_path, {"subfolder": GENERATOR_FOLDER}
     if name is None:
         return None
-    where: dict[str, Any] = {"subfolder": GENERATOR_FOLDER}
-    if find_file(name, "config.json", **where) and isinstance(
-        from_pretrained(AutoConfig, name, **where), TwoTowerClozeConfig
-    ):
-        return from_pretrained(TwoTowerClozeModel, name, **where, **options)
+    has_config = not where or find_file(name, "config.json", **where) is not None
+    if has_config and isinstance(from_pretrained(AutoConfig, name, **where), TwoTowerClozeConfig):
+        return from_pretrained(TwoTowerClozeModel, name, **where, **attention_options(args))
+    if not where:
+        raise InputError(f"generator_name_or_path={name!r} is no two-tower generator: leave it out for a fresh one")
     say_once(f"{name} has no two-tower generator in {GENERATOR_FOLDER}: it starts from fresh weights")
     return None
 
 
 @dataclass
-class ElectricTrainingArguments(MaskedLMTrainingArguments):
+class ElectricTrainingArguments(GeneratorTrainingArguments):
     """Options of [`ElectricTrainer`]; the defaults are ELECTRA-Small's, whose code Electric is trained by too.
 
     Source: `configure_pretraining.py` of the official code, with `electric_objective`.
     """
 
-    cloze_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    nce_weight: float | str = field(default=50.0, metadata={"help": "Weight of the discriminator's loss (lambda)."})
-    mlm_probability: float | str = field(
-        default=0.15, metadata={"help": "Share of the tokens of each example that noise replaces, 0 to 1."}
-    )
-    mask_share: float = field(default=0.0, metadata={"help": "Keep at 0: the generator reads the text itself."})
-    random_share: float = field(default=0.0, metadata={"help": "Keep at 0: the generator reads the text itself."})
-    mask_unknown: bool = field(
-        default=False, metadata={"help": "Keep off: the unknown token is never sampled and has no energy."}
-    )
-    adam_bias_correction: bool = field(
-        default=False, metadata={"help": "Adam's bias correction; the official optimizer has none."}
-    )
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
-    decay_during_warmup: bool = field(
-        default=True, metadata={"help": "Multiply the linear decay and the warm-up, as the official code does."}
-    )
+    cloze_weight: float | str = option(1.0, "Weight of the generator's loss.")
+    nce_weight: float | str = option(50.0, "Weight of the discriminator's loss (lambda).")
+    mlm_probability: float | str = option(0.15, "Share of the tokens of each example that noise replaces, 0 to 1.")
+    mask_share: float = option(0.0, "Keep at 0: the generator reads the text itself.")
+    random_share: float = option(0.0, "Keep at 0: the generator reads the text itself.")
+    mask_unknown: bool = option(False, "Keep off: the unknown token is never sampled and has no energy.")
+
+
+class DataCollatorForElectric(DataCollatorForMaskedLM):
+    """Batches in which nothing is hidden: the text, and which of its tokens the noise replaces.
+
+    Beside what [`DataCollatorForMaskedLM`] gives (`input_ids` is the original text here, `labels` tells the selected positions)
+    the batch has
+
+    - `candidate_positions`: ``[C]`` int64, the flat indices of all tokens that could have been selected, ascending: the real
+      tokens but the special ones and the unknown one;
+    - `sample_uniforms`: ``[T]`` keyed uniforms that decide the generator's samples at `target_positions`. The sample is then a
+      function of the seed, the epoch, the example and the generator's weights, on any device.
+
+    Raises:
+        InputError: If the options hide tokens, or select the unknown token.
+    """
+
+    def __init__(self, tokenizer: Any, **options: Any) -> None:
+        super().__init__(tokenizer, **options)
+        for name in ("mask_share", "random_share"):
+            if getattr(self.masking, name):
+                raise InputError(
+                    f"{name}={getattr(self.masking, name)}: Electric's generator reads the text itself: set it to 0"
+                )
+        if self.masking.mask_unknown:
+            raise InputError("mask_unknown=True: the unknown token is never sampled, so set it to False")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Collate examples; see [`DataCollatorForMaskedLM`]."""
+        batch = super().__call__(examples)
+        batch["sample_uniforms"] = self.target_uniforms(examples, batch, stream="generator")
+        return batch
+
+    def assemble(self, rows: ExampleRows, masked: MaskedRows) -> dict[str, torch.Tensor]:
+        """Add the candidates to the batch."""
+        batch = super().assemble(rows, masked)
+        candidates = np.nonzero(rows.valid & ~self.vocabulary.is_protected(rows.input_ids))
+        batch["candidate_positions"] = torch.from_numpy(self.layout(rows, masked).flat(*candidates))
+        return batch
 
 
 class ElectricTrainer(PretrainingTrainer):
@@ -162,15 +191,7 @@ class ElectricTrainer(PretrainingTrainer):
             r" + \lambda \, \frac{1}{n} \sum_{t=1}^{n} \mathrm{BCE}\left(E(\hat{x})_t"
             r" + \log q(\hat{x}_t \mid x_{\setminus t}) + \log \frac{k}{1 - k}, [t \in M]\right)"
         ),
-        citations=(
-            """\
-@inproceedings{clark2020electric,
-  title = {Pre-Training Transformers as Energy-Based Cloze Models},
-  author = {Clark, Kevin and Luong, Minh-Thang and Le, Quoc V. and Manning, Christopher D.},
-  booktitle = {Proceedings of {EMNLP}},
-  year = {2020}
-}""",
-        ),
+        citations=cite("clark2020electric"),
         usage="""\
 import torch
 from transformers import AutoTokenizer, {model_class}
@@ -184,6 +205,18 @@ with torch.no_grad():
 score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pass: the higher, the likelier the text""",
     )
 
+    option_classes = (ElectricModelArguments, ElectricTrainingArguments)
+
+    def build_model(
+        self, options: ElectricModelArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> ElectricForPreTraining:
+        """Return the discriminator with its generator of two towers."""
+        return build_model(options, data.tokenizer, stock=stock)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForElectric:
+        """Return the collator of noise."""
+        return DataCollatorForElectric(tokenizer, masking=args.masking, seed=args.seed)
+
     def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return the share of the labels' entropy that is explained: near 0 at best where the noise is as likely as the text."""
         return discrimination_gain(means["nce_loss"], means["fake_rate"]) if "nce_loss" in means else {}
@@ -191,26 +224,8 @@ score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pa
     def evaluation_metrics(
         self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
     ) -> dict[str, float]:
-        """Return the same of the held-out text; who tells noise from text at sight is no better a model of the text."""
+        """Return the same of the held-out text. Accuracy would say little: noise that is easy to find makes no better model."""
         return self.training_metrics(means)
-
-
-def build_trainer(
-    data: PreparedData, model_args: ElectricModelArguments, args: ElectricTrainingArguments
-) -> ElectricTrainer:
-    """Put the pair of models, the collator and the Trainer together."""
-    model = build_model(model_args, data.tokenizer)
-    for part in (model.generator, model.discriminator):
-        check_model_fits(part, data.tokenizer, block_size=data.block_size)
-    if data.isolates_documents:
-        model.generator.check_isolation(length=data.block_size)
-        check_isolation(model.discriminator, length=data.block_size)
-    return ElectricTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForElectric(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
-    )
 
 
 METHOD = Method(
@@ -223,9 +238,8 @@ Pre-train an Electric: an encoder that gives every token an energy, an estimate 
         --output_dir my-electric
 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
-`AutoModel.from_pretrained("my-electric")`; `hf_pretrain.objectives.electric.score_texts` scores texts with it. The generator
+`AutoModel.from_pretrained("my-electric")`; `hf_pretrain.score_texts` scores texts with it. The generator
 is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ElectricModelArguments, ElectricTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"cloze_loss": 0.44}),
 )

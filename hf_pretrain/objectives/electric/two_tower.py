@@ -153,7 +153,7 @@ class TwoTowerClozeModel(PreTrainedModel):
             attention_mask: ``[B, L]``, one where a token is.
             document_ids: ``[B, L]`` number of the document in its row that a token belongs to, -1 at padding, where the
                 documents of a row are not to see each other.
-            position_ids: ``[B, L]`` place of a token in its document, from 0.
+            position_ids: ``[B, L]`` position of a token in its document, from 0.
             **inputs: Further inputs of the stock encoder, such as `token_type_ids`.
 
         Returns:
@@ -252,7 +252,7 @@ class TwoTowerClozeModel(PreTrainedModel):
 def _build_body(config: PreTrainedConfig) -> PreTrainedModel:
     body: PreTrainedModel = from_config(AutoModel, config, dtype=config.dtype)
     if getattr(body, "pooler", None) is not None:
-        # Nothing asks for it, and distributed training waits for the gradients of all parameters.
+        # It is not used, and distributed training waits for the gradients of all parameters.
         body.pooler = None
     return body
 

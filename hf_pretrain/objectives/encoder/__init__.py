@@ -8,9 +8,8 @@ from hf_pretrain.objectives.encoder.trainer import (
     EncoderTrainer,
     MaskedLMTrainer,
     build_model,
-    held_out_examples,
+    encoder_examples,
     load_examples,
-    training_examples,
 )
 
 __all__ = [
@@ -21,7 +20,6 @@ __all__ = [
     "EncoderTrainingArguments",
     "MaskedLMTrainer",
     "build_model",
-    "held_out_examples",
+    "encoder_examples",
     "load_examples",
-    "training_examples",
 ]

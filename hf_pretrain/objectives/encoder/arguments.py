@@ -13,13 +13,13 @@ from fractions import Fraction
 from typing import ClassVar
 
 from hf_pretrain.errors import InputError, check_choice
-from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.hub.record import ObjectiveDescription, cite
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.options import option
 from hf_pretrain.schedules import weight_symbol
 
 PAIR_OBJECTIVES = ("nsp", "sop", "sentence_structure")
-"""Those that ask how the two segments of an example belong together; their examples are pairs."""
+"""The objectives on the relation of two segments; their examples are pairs."""
 
 ONE_WAY_OBJECTIVES = ("left_to_right", "right_to_left", "sequence_to_sequence")
 """Masked language modelling where tokens do not see all others."""
@@ -101,7 +101,7 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
 
     @property
     def pair_objective(self) -> str | None:
-        """The one that asks about pairs, None if none does."""
+        """The objective on pairs, None if there is none."""
         return next((name for name in self.objectives if name in PAIR_OBJECTIVES), None)
 
     @property
@@ -200,94 +200,50 @@ def parse_shares(text: str, *, views: Sequence[str]) -> dict[str, float]:
     return {name: share / total for name, share in shares.items() if share}
 
 
-BERT = """\
-@inproceedings{devlin2019bert,
-  title = {{BERT}: Pre-training of Deep Bidirectional Transformers for Language Understanding},
-  author = {Devlin, Jacob and Chang, Ming-Wei and Lee, Kenton and Toutanova, Kristina},
-  booktitle = {Proceedings of {NAACL-HLT}},
-  year = {2019}
-}"""
-ALBERT = """\
-@inproceedings{lan2020albert,
-  title = {{ALBERT}: A Lite {BERT} for Self-supervised Learning of Language Representations},
-  author = {Lan, Zhenzhong and Chen, Mingda and Goodman, Sebastian and Gimpel, Kevin and Sharma, Piyush and Soricut, Radu},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020}
-}"""
-SPANBERT = """\
-@article{joshi2020spanbert,
-  title = {{SpanBERT}: Improving Pre-training by Representing and Predicting Spans},
-  author = {Joshi, Mandar and Chen, Danqi and Liu, Yinhan and Weld, Daniel S. and Zettlemoyer, Luke and Levy, Omer},
-  journal = {Transactions of the Association for Computational Linguistics},
-  year = {2020}
-}"""
-STRUCTBERT = """\
-@inproceedings{wang2020structbert,
-  title = {{StructBERT}: Incorporating Language Structures into Pre-training for Deep Language Understanding},
-  author = {Wang, Wei and Bi, Bin and Yan, Ming and Wu, Chen and Xia, Jiangnan and Bao, Zuyi and Peng, Liwei and Si, Luo},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020}
-}"""
-UNILM = """\
-@inproceedings{dong2019unilm,
-  title = {Unified Language Model Pre-training for Natural Language Understanding and Generation},
-  author = {Dong, Li and Yang, Nan and Wang, Wenhui and Wei, Furu and Liu, Xiaodong and Wang, Yu and Gao, Jianfeng and
-            Zhou, Ming and Hon, Hsiao-Wuen},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2019}
-}"""
-XLM = """\
-@inproceedings{conneau2019xlm,
-  title = {Cross-lingual Language Model Pretraining},
-  author = {Conneau, Alexis and Lample, Guillaume},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year = {2019}
-}"""
-
 # In words, the loss that it adds to the formula ("" where it is another's), and where it is from.
 _OBJECTIVES: dict[str, tuple[str, str, str]] = {
     "mlm": (
         "Some tokens are selected; most are hidden behind the mask token, some are exchanged and some left as they are. "
         "The model predicts the original token at each.",
         r"-\frac{1}{|M|} \sum_{i \in M} \log p(x_i \mid \tilde{x})",
-        BERT,
+        "devlin2019bert",
     ),
     "nsp": (
         "It tells whether the second segment follows the first in its document or comes from another one.",
         r"-\log p(y \mid \tilde{x})",
-        BERT,
+        "devlin2019bert",
     ),
     "sop": (
         "It tells whether two segments that follow each other are in their order or swapped.",
         r"-\log p(y \mid \tilde{x})",
-        ALBERT,
+        "lan2020albert",
     ),
     "sentence_structure": (
         "It tells whether the second segment follows the first, comes before it, or is from another document.",
         r"-\log p(y \mid \tilde{x})",
-        STRUCTBERT,
+        "wang2020structbert",
     ),
     "span_boundary": (
         "It predicts each token of a masked span from the two tokens around the span and the place in it.",
         r"-\frac{1}{|S|} \sum_{i \in S} \log p(x_i \mid h_{s-1}, h_{e+1}, i - s)",
-        SPANBERT,
+        "joshi2020spanbert",
     ),
     "word_order": (
         "Some runs of three tokens are shuffled, and it predicts the original token at each of their places.",
         r"-\frac{1}{|O|} \sum_{i \in O} \log p(x_i \mid \tilde{x})",
-        STRUCTBERT,
+        "wang2020structbert",
     ),
     "tlm": (
         "Tokens of a sentence and its translation are hidden in both, and predicted from both.",
         r"-\frac{1}{|M'|} \sum_{i \in M'} \log p(x_i, y_i \mid \tilde{x}, \tilde{y})",
-        XLM,
+        "conneau2019xlm",
     ),
-    "left_to_right": ("In some examples tokens see only what is before them.", "", UNILM),
-    "right_to_left": ("In some examples tokens see only what is after them.", "", UNILM),
+    "left_to_right": ("In some examples tokens see only what is before them.", "", "dong2019unilm"),
+    "right_to_left": ("In some examples tokens see only what is after them.", "", "dong2019unilm"),
     "sequence_to_sequence": (
         "In some examples the first segment sees itself, and each token of the second the first and what is before it.",
         "",
-        UNILM,
+        "dong2019unilm",
     ),
 }
 # Which loss an objective's formula stands for, where it has not the objective's own name.
@@ -316,5 +272,5 @@ def describe(
         description=" ".join([objective.description, *(words for _, words, _, _ in known)]).strip(),
         formula=r"\mathcal{L} = "
         + " ".join(term if term.startswith("-") or i == 0 else f"+ {term}" for i, term in enumerate(terms)),
-        citations=tuple(dict.fromkeys(source for *_, source in known)),
+        citations=cite(*dict.fromkeys(source for *_, source in known)),
     )

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.masking import MaskedRows
-from hf_pretrain.corruption.rows import ExampleRows
+from hf_pretrain.corruption.rows import ExampleRows, stack_column
 from hf_pretrain.corruption.spans import span_boundary_targets
 from hf_pretrain.corruption.word_order import ShuffledRows, shuffle_runs
 from hf_pretrain.data.examples.lm_modes import stop_candidates
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import check_range
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, PaddedLayout
 
@@ -32,12 +31,12 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
       there. The runs that are shuffled hold no target of another kind and no special token, and lie in one isolated document;
       if the examples have `sent_starts`, in one sentence;
     - "span_boundary": `span_left`, `span_right`, `span_offsets`, `span_labels`, `[S]` int64: the flat positions of the tokens
-      around a hidden span, and of each token in it its place, from 0, and itself;
+      around a hidden span, and of each token in it the offset, from 0, and the token itself;
     - "pair": `pair_labels`, `[B]` int64 from the column `pair_label`, -100 for an example without one;
 
     and, if any example of the batch has the column:
 
-    - `langs`, `position_ids`, `[B, L]` int64: language and place of each token; an example without has 0, and places in order;
+    - `langs`, `position_ids`, `[B, L]` int64: language and position of each token; by default 0, and the column;
     - `lm_modes`, `source_lengths`, `[B]` int64 from `lm_mode` and `source_length`; 0 for an example without. From sequence to
       sequence the last token, which ends the target, may be selected too;
     - `is_bitext`, `[B]` bool.
@@ -49,11 +48,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         word_order_size: Tokens of a run.
         keep_identity_order: Whether a shuffle may leave a run as it is.
         span_positions: Tokens of a hidden span that are predicted from its boundaries.
-        masking: The options of masking; BERT's by default.
-        seed: Seed of the run.
-        pad_to_multiple_of: `L` is rounded up to a multiple of this.
-        target_slots: If given, `T`, `O` and `S` are filled up to multiples of this, for fixed shapes; labels of the filling are
-            -100.
+        **options: Those of [`DataCollatorForMaskedLM`]. With `target_slots`, `O` and `S` too are filled up to multiples of it;
+            labels of the filling are -100.
 
     Raises:
         InputError: See [`DataCollatorForMaskedLM`]; also if a number is out of range.
@@ -71,21 +67,13 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         word_order_size: int = 3,
         keep_identity_order: bool = False,
         span_positions: int = 20,
-        masking: MaskingArguments | None = None,
-        seed: int = 0,
-        pad_to_multiple_of: int | None = None,
-        target_slots: int | None = None,
+        **options: Any,
     ) -> None:
         """Check the options."""
-        super().__init__(
-            tokenizer, masking=masking, seed=seed, pad_to_multiple_of=pad_to_multiple_of, target_slots=target_slots
-        )
-        if not 0 <= word_order_probability <= 1:
-            raise InputError(f"word_order_probability={word_order_probability} must be a number from 0 to 1")
-        if not 2 <= word_order_size <= _LONGEST_RUN:
-            raise InputError(f"word_order_size={word_order_size} must be a whole number from 2 to {_LONGEST_RUN}")
-        if span_positions < 1:
-            raise InputError(f"span_positions={span_positions} must be at least 1")
+        super().__init__(tokenizer, **options)
+        check_range(word_order_probability, "[0, 1]", name="word_order_probability")
+        check_range(word_order_size, f"[2, {_LONGEST_RUN}]", name="word_order_size")
+        check_range(span_positions, "[1, inf)", name="span_positions")
         self.heads = frozenset(heads)
         self.word_order_probability = word_order_probability
         self.word_order_size = word_order_size
@@ -113,8 +101,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         """Stack the examples; where a target is written from a source, the token that ends it may be hidden too."""
         if any("token_type_ids" in example for example in examples):
             # Of several kinds, those that are one segment need not say so.
-            one_segment = ({"token_type_ids": np.zeros(len(example["input_ids"]), np.int64)} for example in examples)
-            examples = [types | dict(example) for types, example in zip(one_segment, examples, strict=True)]
+            examples = _with_default(examples, "token_type_ids", step=0)
         rows = super().read(examples)
         if not any("lm_mode" in example for example in examples):
             return rows
@@ -126,7 +113,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
     ) -> ShuffledRows:
         breaks = rows.document_starts()
         if all("sent_starts" in example for example in examples):
-            sentences = _stack(examples, "sent_starts", valid=rows.valid).astype(np.bool_)
+            sentences, _ = stack_column(examples, "sent_starts", valid=rows.valid)
             breaks = sentences if breaks is None else sentences | breaks
         return shuffle_runs(
             masked.input_ids,
@@ -143,8 +130,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         self, rows: ExampleRows, shuffled: ShuffledRows, layout: PaddedLayout
     ) -> dict[str, torch.Tensor]:
         positions = shuffled.positions.ravel()
-        places = layout.flat(*np.divmod(positions, rows.valid.shape[1]))
-        return self._fill(order_positions=places, order_labels=rows.input_ids.ravel()[positions])
+        in_batch = layout.flat(*np.divmod(positions, rows.valid.shape[1]))
+        return self._fill(order_positions=in_batch, order_labels=rows.input_ids.ravel()[positions])
 
     def _span_targets(
         self, rows: ExampleRows, masked: MaskedRows, layout: PaddedLayout, *, ordinary: np.ndarray
@@ -161,9 +148,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
 
     def _fill(self, **entries: np.ndarray) -> dict[str, torch.Tensor]:
         """Fill entries of one length up to a multiple of `target_slots`, with position 0 and labels to be ignored."""
-        num_targets, missing = len(next(iter(entries.values()))), 0
-        if self.target_slots is not None:
-            missing = -num_targets % self.target_slots if num_targets else self.target_slots
+        missing = self.missing_slots(len(next(iter(entries.values()))))
         return {
             name: torch.from_numpy(np.pad(values, (0, missing), constant_values=IGNORED * name.endswith("labels")))
             for name, values in entries.items()
@@ -176,12 +161,10 @@ def _columns(
     """Return the columns of the examples that go into the batch as they are."""
     present = {name for example in examples for name in example}
     batch: dict[str, torch.Tensor] = {}
-    for name in ("langs", "position_ids"):
-        if name not in present:
-            continue
-        default = np.arange(rows.valid.shape[1]) * (name == "position_ids")
-        values = _stack(examples, name, valid=rows.valid, default=default)
-        batch[name] = layout.place(values, valid=rows.valid, fill=0)
+    for name, step in (("langs", 0), ("position_ids", 1)):
+        if name in present:
+            values, _ = stack_column(_with_default(examples, name, step=step), name, valid=rows.valid)
+            batch[name] = layout.place(values, valid=rows.valid, fill=0)
     if "lm_mode" in present:
         batch["lm_modes"] = _numbers(examples, "lm_mode", default=0)
         batch["source_lengths"] = _numbers(examples, "source_length", default=0)
@@ -195,14 +178,6 @@ def _numbers(examples: Sequence[Mapping[str, Any]], name: str, *, default: int) 
     return torch.tensor([int(example.get(name, default)) for example in examples])
 
 
-def _stack(
-    examples: Sequence[Mapping[str, Any]], name: str, *, valid: np.ndarray, default: np.ndarray | None = None
-) -> np.ndarray:
-    """Return one number a token, `[B, L]` int64, left-aligned; `default` `[L]` is that of examples without the column."""
-    values = np.zeros(valid.shape, dtype=np.int64)
-    for row, (example, length) in enumerate(zip(examples, np.count_nonzero(valid, axis=1), strict=True)):
-        column = example.get(name, None if default is None else default[:length])
-        if column is None or len(column) != length:
-            raise InputError(f"{name} is not as long as input_ids in some example: give one entry a token")
-        values[row, :length] = column
-    return values
+def _with_default(examples: Sequence[Mapping[str, Any]], name: str, *, step: int) -> list[dict[str, Any]]:
+    """Return the examples, with the numbers 0, `step`, 2 `step`, ... for the tokens of those that lack a column."""
+    return [{name: step * np.arange(len(example["input_ids"]))} | dict(example) for example in examples]

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -66,7 +68,7 @@ def generate(
         sources: Texts to start from; all are read at once.
         max_new_tokens: Most tokens of a target, its end included.
         num_beams: Targets of each source that are followed at once. One of them takes the likeliest token each time, so that no
-            search ends worse than without beams; of the others, one that has ended keeps its place until better ones take it.
+            search ends worse than without beams; of the others, one that has ended stays until better ones replace it.
         length_penalty: Targets are compared by their log-probability over their length to this power; 0 compares the
             log-probabilities.
         do_sample: Draw each token from the model's distribution instead.
@@ -109,11 +111,11 @@ def generate(
                 break
             part = beams.of_rows(active)
             log_probs = _next_log_probs(model, head, frame, part)
-            if uniforms is None:
-                part = part.extend(log_probs, end_id=frame.end_id, length_penalty=length_penalty)
-            else:
-                part = part.sample(log_probs, uniforms[active, step], temperature=temperature, end_id=frame.end_id)
-            beams.put(active, part)
+            if uniforms is not None:
+                # The one beam goes on with the drawn token, as if there were no other.
+                drawn = sample_tokens(log_probs[:, 0], uniforms[active, step], temperature=temperature)[:, None, None]
+                log_probs = torch.full_like(log_probs, _NEVER).scatter(2, drawn, log_probs.gather(2, drawn))
+            beams.put(active, part.extend(log_probs, end_id=frame.end_id, length_penalty=length_penalty))
     best = (beams.scores / beams.lengths**length_penalty).argmax(dim=1)
     return [beams.read(number, beam, tokenizer) for number, beam in enumerate(best.tolist())]
 
@@ -149,7 +151,7 @@ class _Frame:
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> _Frame:
         template = PairTemplate.of(tokenizer)
-        # The unknown token stands for text that nobody could read.
+        # The unknown token stands for text that the tokenizer could not represent.
         vocabulary = Vocabulary.from_tokenizer(tokenizer, mask_unknown=False)
         if not template.suffix:
             raise InputError(
@@ -203,15 +205,13 @@ class _Beams:
     @classmethod
     def start(cls, rows: Sequence[Sequence[int]], *, num_beams: int, room: int, device: torch.device) -> _Beams:
         """Begin with empty targets; all but the last beam of a source are not there yet."""
-        source_lengths = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros(len(rows), num_beams, int(source_lengths.max()) + room, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            ids[number, :, : len(row)] = torch.tensor(row)
-        scores = torch.full((len(rows), num_beams), _NEVER)
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        ids = F.pad(ids, (0, room))[:, None].repeat(1, num_beams, 1).to(device)
+        scores = torch.full(ids.shape[:2], _NEVER, device=device)
         scores[:, -1] = 0
-        lengths = torch.zeros(len(rows), num_beams, dtype=torch.int64)
-        tensors = (ids, source_lengths, lengths, scores, torch.zeros_like(lengths, dtype=torch.bool))
-        return cls(*(tensor.to(device) for tensor in tensors))
+        lengths = torch.zeros_like(scores, dtype=torch.int64)
+        source_lengths = torch.tensor([len(row) for row in rows], device=device)
+        return cls(ids, source_lengths, lengths, scores, torch.zeros_like(scores, dtype=torch.bool))
 
     def of_rows(self, rows: torch.Tensor) -> _Beams:
         """Return a copy of some sources' beams."""
@@ -237,21 +237,11 @@ class _Beams:
         others = ranked.scatter(1, likeliest, _NEVER).topk(self.lengths.shape[1] - 1, dim=1).indices
         best = torch.cat([others, likeliest], dim=1)
         parents, tokens = best // log_probs.shape[2], best % log_probs.shape[2]
-        return self._follow(parents, tokens, totals.flatten(1).gather(1, best), end_id=end_id)
-
-    def sample(self, log_probs: torch.Tensor, uniforms: torch.Tensor, *, temperature: float, end_id: int) -> _Beams:
-        """Return the one beam of each source with a token drawn from ``[B, 1, V]`` by ``[B]`` uniforms."""
-        tokens = sample_tokens(log_probs[:, 0], uniforms, temperature=temperature)[:, None]
-        scores = self.scores + log_probs[:, 0].gather(1, tokens)
-        return self._follow(torch.zeros_like(tokens), tokens, scores, end_id=end_id)
-
-    def _follow(self, parents: torch.Tensor, tokens: torch.Tensor, scores: torch.Tensor, *, end_id: int) -> _Beams:
-        """Return beams that go on from their parents with a token, ``[B, K]`` each."""
-        had_ended, lengths = self.has_ended.gather(1, parents), self.lengths.gather(1, parents)
-        ids = self.ids.gather(1, parents[..., None].expand_as(self.ids))
+        scores, had_ended = totals.flatten(1).gather(1, best), self.has_ended.gather(1, parents)
+        lengths, ids = self.lengths.gather(1, parents), self.ids.gather(1, parents[..., None].expand_as(self.ids))
         # Behind the end of a beam that had ended may be no room.
-        places = (self.source_lengths[:, None] + lengths).clamp(max=ids.shape[2] - 1)
-        ids = torch.where(had_ended[..., None], ids, ids.scatter(2, places[..., None], tokens[..., None]))
+        columns = (self.source_lengths[:, None] + lengths).clamp(max=ids.shape[2] - 1)
+        ids = torch.where(had_ended[..., None], ids, ids.scatter(2, columns[..., None], tokens[..., None]))
         # What is not there cannot be waited for.
         has_ended = had_ended | (tokens == end_id) | scores.isneginf()
         return _Beams(ids, self.source_lengths, lengths + ~had_ended, scores, has_ended)
@@ -269,7 +259,7 @@ def _next_log_probs(model: PreTrainedModel, head: GatheredHead, frame: _Frame, b
     """Return the log-probabilities of each beam's next token, ``[B, K, V]``, among those that may be written."""
     num_rows, num_beams, _ = beams.ids.shape
     source_lengths_N = beams.source_lengths.repeat_interleave(num_beams)
-    # At the end of a beam that has ended, nobody asks; the place is kept inside the row.
+    # The prediction at a beam that has ended is not used; its position must lie in the row.
     masked_N = (source_lengths_N + beams.lengths.flatten()).clamp(max=beams.ids.shape[2] - 1)
     width = int(masked_N.max()) + 1
     columns_W = torch.arange(width, device=masked_N.device)

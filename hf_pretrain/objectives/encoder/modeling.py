@@ -95,7 +95,7 @@ class EncoderForPreTraining(PretrainingModel):
     """Any stock masked language model with further heads, trained on gathered targets.
 
     Heads by name: "mlm" restores hidden tokens; "word_order" restores the order of shuffled ones, by the same stock head; "pair"
-    tells how two segments belong together; "span_boundary" predicts hidden tokens from the two around their span. Where
+    says how two segments belong together; "span_boundary" predicts hidden tokens from the two around their span. Where
     transformers has a class with a pair head of two classes for the architecture (BERT, ALBERT, ...), that class is trained,
     else the masked-LM class with a [`PairHead`] beside it.
 
@@ -148,6 +148,7 @@ class EncoderForPreTraining(PretrainingModel):
         args: ModelArguments,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        stock: PreTrainedModel | None = None,
         heads: Sequence[str] = ("mlm",),
         changes: Mapping[str, Any] | None = None,
         **options: Any,
@@ -157,6 +158,7 @@ class EncoderForPreTraining(PretrainingModel):
         Args:
             args: What to load or to build.
             tokenizer: Sizes the vocabulary of a model from scratch.
+            stock: A stock model instead, with or without a head.
             heads: Names of the heads. Those that an export of this library has in `pretraining` are loaded.
             changes: Configuration values of a model from scratch that go before those of `args`.
             **options: Further fields of [`EncoderForPreTrainingConfig`].
@@ -168,7 +170,7 @@ class EncoderForPreTraining(PretrainingModel):
         options |= dtype_option(args)
         if "pair" in heads:
             choose = partial(stock_class, heads=heads, pair_classes=options.get("pair_classes", 2))
-        model = load_or_build(choose, args, tokenizer, **(changes or {}))
+        model = load_or_build(choose, args, tokenizer, stock=stock, **(changes or {}))
         joined = cls.from_model(model, heads=list(heads), **options)
         for head, folder in _HEAD_FOLDERS.items():
             if name is not None and getattr(joined, head) is not None:
@@ -195,7 +197,7 @@ class EncoderForPreTraining(PretrainingModel):
         return batch
 
     def count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """Return the number of targets of each loss; what a batch does not ask for counts as none."""
+        """Return the number of targets of each loss; a loss that the batch has no entries for has none."""
         is_target_BL, heads = batch["labels"] != IGNORED, self.config.heads
         counts = {"mlm": is_target_BL.sum()}
         none = torch.zeros_like(counts["mlm"])
@@ -244,10 +246,10 @@ class EncoderForPreTraining(PretrainingModel):
         span_left, span_right, span_offsets, span_labels = [inputs.pop(name, empty) for name in _SPAN_ENTRIES]
         pair_labels = inputs.pop("pair_labels", labels.new_full((len(labels),), IGNORED))
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        places = [torch.cat([target_positions, order_positions]), span_left, span_right]
+        positions = [torch.cat([target_positions, order_positions]), span_left, span_right]
         if "pair" in self.config.heads:
-            inputs, places = begin_in_column_0(inputs, places)
-        run = self.mlm_head.run(self.model, places[0], **self._stock_inputs(inputs, lm_modes))
+            inputs, positions = begin_in_column_0(inputs, positions)
+        run = self.mlm_head.run(self.model, positions[0], **self._stock_inputs(inputs, lm_modes))
 
         output, shape = PretrainingOutput(losses={}, metrics={}), labels.shape
         mlm_logits_TV, order_logits_OV = run.logits.split([len(target_positions), len(order_positions)])
@@ -260,7 +262,7 @@ class EncoderForPreTraining(PretrainingModel):
         if "word_order" in self.config.heads:
             self._judge(output, "word_order", order_logits_OV, order_labels, positions=order_positions, shape=shape)
         if self.span_boundary_head is not None:
-            around = [run.states.flatten(0, 1).index_select(0, side) for side in places[1:]]
+            around = [run.states.flatten(0, 1).index_select(0, side) for side in positions[1:]]
             logits_SV = self.span_boundary_head(*around, span_offsets, self.get_input_embeddings().weight)
             self._judge(output, "span_boundary", logits_SV, span_labels, positions=span_left, shape=shape)
         if "pair" in self.config.heads:

@@ -1,9 +1,4 @@
-"""The examples that each objective asks for, and their mixture.
-
-Load the data and build the model that a list of objectives asks for.
-
-The Trainer of an encoder with several objectives.
-"""
+"""The Trainers of an encoder, with one objective or several: the examples and the model that these need."""
 
 from __future__ import annotations
 
@@ -11,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.data.arguments import DataArguments
@@ -23,12 +18,10 @@ from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_mul
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
-from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
@@ -46,46 +39,34 @@ _PAIR_TASKS: dict[str, PairTask] = {
 }
 
 
-def training_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
-    """Return the examples to train on: those of one kind, or a mixture.
+def encoder_examples(
+    data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool, type_vocab_size: int
+) -> Any:
+    """Return the examples to train or to evaluate on: those of one kind, or a mixture.
 
-    Kinds with the same inputs are mixed within a batch; else all examples of a step are of one kind, on all ranks.
+    In training, kinds with the same inputs are mixed within a batch; else all examples of a step are of one kind, on all ranks.
+    An evaluation has each example once.
 
     Args:
         data: Blocks, and the documents that they were cut from.
         args: The objectives and their shares.
+        held_out: Whether to evaluate.
         type_vocab_size: Token types of the model, 0 where it has none.
 
+    Returns:
+        The examples; None if no text is held out.
+
     Raises:
-        InputError: If the data cannot be read as an objective asks.
+        InputError: If the data cannot be read as an objective needs it.
     """
-    shares = args.shares()
-    parts = _parts(data, args, held_out=False, type_vocab_size=type_vocab_size)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    # Modes differ in what tokens see; other kinds, in their inputs.
-    group_size = 1 if args.has_modes else global_batch_size(args)
-    return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
-
-
-def held_out_examples(data: PreparedData, args: EncoderTrainingArguments, *, type_vocab_size: int) -> Any:
-    """Return the examples to evaluate on: those of all kinds, each once; None if no text is held out."""
-    if data.eval_dataset is None:
+    if held_out and data.eval_dataset is None:
         return None
-    parts = _parts(data, args, held_out=True, type_vocab_size=type_vocab_size)
-    if len(parts) == 1:
-        return next(iter(parts.values()))
-    return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
-
-
-def _parts(
-    data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool, type_vocab_size: int
-) -> Mapping[str, Any]:
-    """Return the examples of each kind that has a share."""
-    names = list(args.shares())
+    shares: Mapping[str, float] = args.shares()
+    names = list(shares)
     if names != ["mlm"] and data.train_documents is None:
         raise InputError(
-            f"objectives: {names[-1]} reads documents anew each epoch, which a stream does not keep: leave out streaming"
+            f"objectives: {names[-1]} reads documents anew each epoch, which a stream or a tokenized dataset does not keep: "
+            "give text, and leave out streaming"
         )
     if names != ["mlm"] and data.isolates_documents:
         raise InputError(
@@ -93,10 +74,18 @@ def _parts(
             "'doc_sentences'"
         )
     parts = {name: _examples(name, data, args, held_out=held_out) for name in names}
-    if not args.has_modes:
-        return parts
-    modes = {name: name if name in ONE_WAY_OBJECTIVES else "bidirectional" for name in names}
-    return {name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()}
+    if args.has_modes:
+        modes = {name: name if name in ONE_WAY_OBJECTIVES else "bidirectional" for name in names}
+        parts = {
+            name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()
+        }
+    if len(parts) == 1:
+        return parts[names[0]]
+    if held_out:
+        return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
+    # Modes differ in what tokens see; other kinds, in their inputs.
+    group_size = 1 if args.has_modes else global_batch_size(args)
+    return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
 
 
 def _examples(name: str, data: PreparedData, args: EncoderTrainingArguments, *, held_out: bool) -> Any:
@@ -139,9 +128,13 @@ def load_examples(
 
 
 def build_model(
-    model_args: ModelArguments, args: EncoderTrainingArguments, data: PreparedData
+    model_args: ModelArguments,
+    args: EncoderTrainingArguments,
+    data: PreparedData,
+    *,
+    stock: PreTrainedModel | None = None,
 ) -> EncoderForPreTraining:
-    """Load or build the encoder with the heads that the objectives ask for, and refuse one that cannot do as they ask.
+    """Load or build the encoder with the heads of the objectives, and refuse one that cannot be trained by them.
 
     Raises:
         InputError: If the model cannot be loaded or built, does not fit the data, or lets tokens see what they must not.
@@ -149,6 +142,7 @@ def build_model(
     model = EncoderForPreTraining.from_arguments(
         model_args,
         data.tokenizer,
+        stock=stock,
         heads=args.heads,
         changes=_config_changes(model_args.model_type, args, data),
         pair_classes=3 if args.pair_objective == "sentence_structure" else 2,
@@ -156,11 +150,8 @@ def build_model(
         span_positions=args.span_positions,
         has_bitext="tlm" in args.objectives,
     )
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
     if data.languages is not None:
         set_languages(model.model.config, data.languages)
-    if data.isolates_documents:
-        check_isolation(model.model, length=data.block_size)
     if args.has_modes:
         check_lm_modes(model.model)
     # Once more: which parameters are reached depends on the languages.
@@ -169,7 +160,7 @@ def build_model(
 
 
 def _config_changes(model_type: str, args: EncoderTrainingArguments, data: PreparedData) -> dict[str, Any]:
-    """Return the configuration values of a model from scratch that the objectives ask for."""
+    """Return the configuration values that the objectives need in a model from scratch."""
     changes = {} if data.languages is None else language_changes(model_type, data.languages)
     types = NUM_MODE_TYPES if args.has_modes else 2 if args.pair_objective else 0
     known = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
@@ -198,37 +189,40 @@ class EncoderTrainer(PretrainingTrainer):
         usage=_FILL_MASK,
     )
 
+    option_classes = (ModelArguments, EncoderTrainingArguments)
+
+    def build_model(
+        self, options: ModelArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> EncoderForPreTraining:
+        """Return the encoder with the heads that the objectives ask for."""
+        return build_model(options, args, data, stock=stock)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForEncoder:
+        """Return the collator of all heads."""
+        return DataCollatorForEncoder(
+            tokenizer,
+            heads=args.heads,
+            word_order_probability=args.word_order_probability,
+            word_order_size=args.word_order_size,
+            keep_identity_order=args.keep_identity_order,
+            span_positions=args.span_positions,
+            masking=args.masking,
+            seed=args.seed,
+        )
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return the examples of each objective, mixed in their shares."""
+        types = getattr(model.model.config, "type_vocab_size", None) or 0
+        train, held_out = (
+            encoder_examples(data, args, held_out=held_out, type_vocab_size=types) for held_out in (False, True)
+        )
+        return data.trainer_inputs() | {"train_dataset": train, "eval_dataset": held_out}
+
     def card_facts(self) -> dict[str, Any]:
         """Return the description of this run's objectives."""
         args = cast(EncoderTrainingArguments, self.args)
         weights = {name: getattr(args, f"{name}_weight", 1.0) for name in args.loss_names}
         return {"objective": describe(self.objective, args.objectives, weights)}
-
-
-def build_trainer(data: PreparedData, model_args: ModelArguments, args: EncoderTrainingArguments) -> EncoderTrainer:
-    """Put the model, the examples, the collator and the Trainer together."""
-    model = build_model(model_args, args, data)
-    type_vocab_size = getattr(model.model.config, "type_vocab_size", None) or 0
-    collator = DataCollatorForEncoder(
-        data.tokenizer,
-        heads=args.heads,
-        word_order_probability=args.word_order_probability,
-        word_order_size=args.word_order_size,
-        keep_identity_order=args.keep_identity_order,
-        span_positions=args.span_positions,
-        masking=args.masking,
-        seed=args.seed,
-    )
-    return EncoderTrainer(
-        model,
-        args,
-        data_collator=collator,
-        **data.trainer_inputs()
-        | {
-            "train_dataset": training_examples(data, args, type_vocab_size=type_vocab_size),
-            "eval_dataset": held_out_examples(data, args, type_vocab_size=type_vocab_size),
-        },
-    )
 
 
 METHOD = Method(
@@ -245,7 +239,6 @@ Pre-train an encoder with any combination of objectives, from scratch or from a 
 bert, roberta, albert, spanbert, structbert, unilm and xlm are this program with a recipe of that name. Without a file or a
 dataset it trains on the docstrings of the installed Python packages.""",
     arguments=(MultilingualDataArguments, ModelArguments, EncoderTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"mlm_loss": 0.44}),
     tiny_options={"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3},
     load=load_examples,
@@ -262,22 +255,17 @@ class MaskedLMTrainer(PretrainingTrainer):
         ["mlm"],
         {"mlm": 1.0},
     )
+    option_classes = (ModelArguments, MaskedLMTrainingArguments)
 
+    def build_model(
+        self, options: ModelArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> EncoderForPreTraining:
+        """Return the masked language model."""
+        return EncoderForPreTraining.from_arguments(options, data.tokenizer, stock=stock)
 
-def build_masked_lm_trainer(
-    data: PreparedData, model_args: ModelArguments, args: MaskedLMTrainingArguments
-) -> MaskedLMTrainer:
-    """Put the model, the collator and the Trainer together."""
-    model = EncoderForPreTraining.from_arguments(model_args, data.tokenizer)
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
-    if data.isolates_documents:
-        check_isolation(model.model, length=data.block_size)
-    return MaskedLMTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
-    )
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForMaskedLM:
+        """Return the collator of masking."""
+        return DataCollatorForMaskedLM(tokenizer, masking=args.masking, seed=args.seed)
 
 
 MASKED_LM = Method(
@@ -292,6 +280,5 @@ Pre-train a masked language model, from scratch or from a checkpoint.
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModelForMaskedLM.from_pretrained("my-bert")`.""",
     arguments=(DataArguments, ModelArguments, MaskedLMTrainingArguments),
-    build_trainer=build_masked_lm_trainer,
     learning=Learning(left={"mlm_loss": 0.44}),
 )

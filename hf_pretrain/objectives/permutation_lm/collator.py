@@ -1,7 +1,7 @@
 """Batches for permutation language modelling: real tokens, an order as two integers a token, and compact targets."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -18,9 +18,10 @@ from hf_pretrain.corruption.permutation import (
     visibility,
 )
 from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
-from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.errors import InputError, check_choice, check_numbers
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.masking import PaddedLayout
+from hf_pretrain.options import option
 
 TargetUnit = Literal["official", "word", "given"]
 _LANE_COLUMNS = {"lane": "lanes", "memory_reset": "memory_reset", "backward": "backward"}
@@ -31,7 +32,7 @@ class PermutationArguments:
     """Which tokens a permutation language model predicts, and in which order.
 
     The defaults are XLNet's. See the `help` of each field.
-    A subclass with a `__post_init__` of its own calls `super().__post_init__()` or `validate_permutation()`.
+    A subclass with a `__post_init__` of its own calls `super().__post_init__()`.
 
     Raises:
         InputError: If an option is out of range, or two options contradict each other.
@@ -45,57 +46,33 @@ class PermutationArguments:
         **dict.fromkeys(("max_span_length", "reuse_len", "perm_size"), "[1, 16777216]"),
     }
 
-    context_factor: float = field(
-        default=6.0, metadata={"help": "K of XLNet, from 1: one of K tokens of each example is predicted."}
+    context_factor: float = option(6.0, "K of XLNet, from 1: one of K tokens of each example is predicted.")
+    target_unit: TargetUnit = option(
+        "official",
+        "What spans of targets are made of: 'official' (sub-word tokens from a word start on, XLNet's code), "
+        "'word' (whole words, XLNet's intention), or 'given' (the column targets says what is predicted, the column "
+        "order, if there is one, in which order).",
     )
-    target_unit: TargetUnit = field(
-        default="official",
-        metadata={
-            "help": "What spans of targets are made of: 'official' (sub-word tokens from a word start on, XLNet's code), "
-            "'word' (whole words, XLNet's intention), or 'given' (the column targets says what is predicted, the column "
-            "order, if there is one, in which order)."
-        },
+    max_span_length: int = option(
+        5, "Most tokens or words of a span; n are drawn with probability proportional to 1/n."
     )
-    max_span_length: int = field(
-        default=5,
-        metadata={"help": "Most tokens or words of a span; n are drawn with probability proportional to 1/n."},
+    halves: bool = option(
+        True,
+        "Whether the first half of an example sees nothing of the second, as memory needs; otherwise there is "
+        "one order over the whole example.",
     )
-    halves: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether the first half of an example sees nothing of the second, as memory needs; otherwise there is "
-            "one order over the whole example."
-        },
+    reuse_len: int | None = option(
+        None, "Tokens of the first half, which memory may keep. Default: half of each example, rounded up."
     )
-    reuse_len: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of the first half, which memory may keep. Default: half of each example, rounded up."
-        },
-    )
-    perm_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a block: blocks are ordered left to right, and one permutation is repeated in each. "
-            "Default: a half is one block."
-        },
+    perm_size: int | None = option(
+        None,
+        "Tokens of a block: blocks are ordered left to right, and one permutation is repeated in each. "
+        "Default: a half is one block.",
     )
 
     def __post_init__(self) -> None:
         """Check the options, then let the next class of a mixture do its own."""
-        self.validate_permutation()
-        post_init = getattr(super(), "__post_init__", None)
-        if post_init is not None:
-            post_init()
-
-    def validate_permutation(self) -> None:
-        """Refuse options that are out of range or contradict each other.
-
-        Raises:
-            InputError: Naming the option, its value and what it takes.
-        """
-        if self.target_unit not in get_args(TargetUnit):
-            raise InputError(f"target_unit={self.target_unit!r} must be one of {', '.join(get_args(TargetUnit))}")
+        check_choice(self.target_unit, get_args(TargetUnit), name="target_unit")
         check_numbers(self)
         if self.reuse_len is not None and not self.halves:
             raise InputError(
@@ -106,6 +83,9 @@ class PermutationArguments:
                 f"perm_size={self.perm_size} is more than reuse_len={self.reuse_len}: use at most that, because "
                 "a block lies in one half"
             )
+        post_init = getattr(super(), "__post_init__", None)
+        if post_init is not None:
+            post_init()
 
 
 class DataCollatorForPermutationLM:
@@ -115,14 +95,14 @@ class DataCollatorForPermutationLM:
     the side of padding. Each epoch draws anew.
 
     The examples are dicts of lists or arrays: `input_ids` with the special tokens, `example_id`, `epoch`, unless targets
-    are given `word_starts`, and optionally `token_type_ids`. With `target_unit="given"`, `targets` lists the tokens to
-    predict by their place in the example (functional ones are passed over), and `order`, if the examples have it, all
-    places in the order of prediction. Examples of lanes have `lane`, `memory_reset` and, where some lanes run backwards,
-    `backward`. The batch is a dict of tensors:
+    are given `word_starts`, and optionally `token_type_ids`. With `target_unit="given"`, `targets` lists the positions of the
+    tokens to predict (functional ones are passed over), and `order`, if the examples have it, lists all positions in the order of
+    prediction. Examples of lanes have `lane`, `memory_reset` and, where some lanes run backwards, `backward`. The batch is a dict
+    of tensors:
 
     - `input_ids`, `attention_mask`: `[B, L]` int64; the tokens are never corrupted;
     - `key_ranks`, `thresholds`: `[B, L]` int64; `i` sees the content of `j` iff `key_ranks[j] < thresholds[i]`, and the
-      content stream also itself. Padding has the key rank `PADDING_RANK`, which nobody sees;
+      content stream also itself. Padding has the key rank `PADDING_RANK`, which no token sees;
     - `target_columns`: `[B, P]` int64, ascending in each row, 0 where a row has fewer targets;
     - `labels`: `[B, P]` int64, the original ids, -100 where a row has fewer targets;
     - `token_type_ids`: `[B, L]` int64, `lanes`: `[B]` int64, `memory_reset`, `backward`: `[B]` bool, if the examples have
@@ -223,10 +203,7 @@ class DataCollatorForPermutationLM:
         )
 
     def _is_functional(self, rows: ExampleRows) -> np.ndarray:
-        is_functional = np.zeros(rows.valid.shape, dtype=np.bool_)
-        for token_id in self.functional_ids:
-            is_functional |= rows.input_ids == token_id
-        return is_functional & rows.valid
+        return np.isin(rows.input_ids, self.functional_ids) & rows.valid
 
     def _assemble(
         self, rows: ExampleRows, *, key_ranks: np.ndarray, thresholds: np.ndarray, targets: np.ndarray

@@ -1,14 +1,12 @@
-"""Build or load the stock model of permutation language modelling.
+"""A stock model that learns to predict its tokens in random orders.
 
-A stock model trained to predict its tokens in random orders.
-
-A batch of permutation language modelling as stock XLNet takes it.
+The order: how the model is built or loaded, the composite with its loss, and a batch as stock XLNet takes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,24 +36,20 @@ from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput, RecurrentMem
 from hf_pretrain.objectives.permutation_lm.two_stream import (
     PermutedBatch,
     PositionTwoStreams,
-    TwoStreams,
     XLNetTwoStreams,
 )
+from hf_pretrain.options import option
 
 
 @dataclass
 class PermutationLMModelArguments(ModelArguments):
-    """Which stock model is trained by permutation language modelling; an XLNet unless told otherwise."""
+    """Which stock model is trained by permutation language modelling; an XLNet by default."""
 
-    model_type: str = field(
-        default="xlnet",
-        metadata={
-            "help": "Architecture built from scratch: xlnet, or one that takes position_ids (bert, roberta, modernbert, ...)."
-        },
+    model_type: str = option(
+        "xlnet",
+        "Architecture built from scratch: xlnet, or one that takes position_ids (bert, roberta, modernbert, ...).",
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention backend: sdpa or, for xlnet on GPUs, flex_attention."}
-    )
+    attn_implementation: str | None = option(None, "Attention backend: sdpa or, for xlnet on GPUs, flex_attention.")
 
 
 def stock_class(config: PreTrainedConfig) -> Any:
@@ -63,18 +57,21 @@ def stock_class(config: PreTrainedConfig) -> Any:
     return AutoModelForCausalLM if config.model_type == "xlnet" else AutoModelForMaskedLM
 
 
-def build_stock_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the checkpoint that the arguments name, or build the model that they describe.
+def build_stock_model(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, stock: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """Take a stock model, load the checkpoint that the arguments name, or build the model that they describe.
 
     Raises:
         InputError: If there is no such checkpoint, or the sizes do not fit the architecture.
     """
     name = args.model_name_or_path
-    is_xlnet = (args.model_type if name is None else from_pretrained(AutoConfig, name).model_type) == "xlnet"
+    known = args if name is None else from_pretrained(AutoConfig, name)
+    is_xlnet = (known if stock is None else stock.config).model_type == "xlnet"
     # XLNet's attention is replaced, so that its own class need not know the backend.
     options = {} if is_xlnet else attention_options(args)
     auto_class = AutoModelForCausalLM if is_xlnet else AutoModelForMaskedLM
-    model: PreTrainedModel = load_or_build(auto_class, args, tokenizer, options=options)
+    model: PreTrainedModel = load_or_build(auto_class, args, tokenizer, stock=stock, options=options)
     return model
 
 
@@ -138,10 +135,15 @@ class PermutationLMForPreTraining(PretrainingModel):
 
     @classmethod
     def from_arguments(
-        cls, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **options: Any
+        cls,
+        args: ModelArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stock: PreTrainedModel | None = None,
+        **options: Any,
     ) -> PermutationLMForPreTraining:
-        """Load the checkpoint that the arguments name, or build the model that they describe; see [`from_model`]."""
-        model = build_stock_model(args, tokenizer)
+        """Take a stock model, the checkpoint that the arguments name, or the model that they describe; see [`from_model`]."""
+        model = build_stock_model(args, tokenizer, stock=stock)
         if isinstance(model, XLNetLMHeadModel) and args.attn_implementation is not None:
             options["two_stream_attention"] = args.attn_implementation
         return cls.from_model(model, mask_token_id=tokenizer.mask_token_id, **options, **dtype_option(args))
@@ -168,10 +170,6 @@ class PermutationLMForPreTraining(PretrainingModel):
     def memory_size(self) -> int:
         """Positions that the memory holds."""
         return self.config.mem_len
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        """Return the word embeddings of the stock model."""
-        return self.model.get_input_embeddings()
 
     @staticmethod
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -236,7 +234,9 @@ class PermutationLMForPreTraining(PretrainingModel):
     def predict(
         self, batch: PermutedBatch, slots: torch.Tensor, *, memory: RecurrentMemory | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits at targets ``[T]`` and what the memory is to keep; see [`TwoStreams`]."""
+        """Return the logits at targets ``[T]``, and the layers' inputs that the memory keeps; None without a memory."""
+        if isinstance(self.two_streams, PositionTwoStreams):
+            return self.two_streams(batch, slots), None
         num_kept = batch.input_ids.shape[1] if self.config.reuse_len is None else self.config.reuse_len
         is_checkpointed = self.gradient_checkpointing and self.training
         checkpoint = self._gradient_checkpointing_func if is_checkpointed else None
@@ -245,7 +245,7 @@ class PermutationLMForPreTraining(PretrainingModel):
     def _begin(
         self, memory: RecurrentMemory | None, reset: torch.Tensor | None, num_rows: int
     ) -> RecurrentMemory | None:
-        """Return the memory to read: emptied where asked, empty if there is none yet, None for a model without."""
+        """Return the memory to read: with some rows emptied, empty if there is none yet, None for a model without."""
         if not self.memory_size:
             return None
         if memory is None:
@@ -259,7 +259,7 @@ def _used_slots(labels: torch.Tensor) -> torch.Tensor:
     return (labels != IGNORED).flatten().nonzero().squeeze(1)
 
 
-def build_two_streams(model: PreTrainedModel, config: PermutationLMConfig) -> TwoStreams:
+def build_two_streams(model: PreTrainedModel, config: PermutationLMConfig) -> PositionTwoStreams | XLNetTwoStreams:
     """Return how a stock model's two streams are run.
 
     Raises:
@@ -296,8 +296,8 @@ def stock_inputs(batch: Mapping[str, torch.Tensor], *, dtype: torch.dtype = torc
     """
     if "backward" in batch and bool(batch["backward"].any()):
         raise InputError(
-            "backward is set for some rows, but stock XLNet tells directions by the place in the batch: convert a batch "
-            "without backward lanes"
+            "backward is set for some rows, but stock XLNet reads the direction off the row's number in the batch: convert "
+            "a batch without backward lanes"
         )
     is_visible = batch["key_ranks"][:, None, :] < batch["thresholds"][:, :, None]
     target_mapping = is_visible.new_zeros((*batch["labels"].shape, batch["input_ids"].shape[1]), dtype=dtype)

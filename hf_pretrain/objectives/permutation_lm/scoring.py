@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class TextScore(NamedTuple):
         return most + math.log(math.fsum(math.exp(value - most) for value in self.by_order) / len(self.by_order))
 
 
-def score_texts(
+def score_permutations(
     model: PermutationLMForPreTraining | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -78,7 +78,9 @@ def score_texts(
     encoded = [tokenizer(text, return_special_tokens_mask=True) for text in texts]
     ids = [np.asarray(one["input_ids"]) for one in encoded]
     columns = [np.flatnonzero(np.asarray(one["special_tokens_mask"]) == 0) for one in encoded]
-    _check_texts(texts, columns)
+    for text, own in zip(texts, columns, strict=True):
+        if not len(own):
+            raise InputError(f"text {text!r} has no tokens to score: leave it out")
     jobs = [(i, number) for i in range(len(texts)) for number in range(num_orders)]
     jobs.sort(key=lambda job: len(ids[job[0]]))
     found = np.zeros((len(texts), num_orders))
@@ -89,8 +91,8 @@ def score_texts(
             part = jobs[begin : begin + batch_size]
             ranks = [_ranks(order, text, len(columns[text]), number=number, seed=seed) for text, number in part]
             batch = _batch([ids[text] for text, _ in part], [columns[text] for text, _ in part], ranks)
-            for (text, number), value in zip(part, _log_likelihoods(model, batch), strict=True):
-                found[text, number] = value
+            for job, value in zip(part, _log_likelihoods(model, batch), strict=True):
+                found[job] = value
     return [TextScore(len(columns[i]), found[i].tolist()) for i in range(len(texts))]
 
 
@@ -98,21 +100,11 @@ def log_likelihood(
     model: PermutationLMForPreTraining | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    *,
-    order: Order = "left_to_right",
-    num_orders: int = 1,
-    seed: int = 0,
-    batch_size: int = 16,
+    **options: Any,
 ) -> torch.Tensor:
-    """Return the log-likelihoods of texts, ``[N]`` in nats, averaged over orders if there are several; see [`score_texts`]."""
-    scores = score_texts(model, tokenizer, texts, order=order, num_orders=num_orders, seed=seed, batch_size=batch_size)
+    """Return the log-likelihoods of texts, ``[N]`` in nats, averaged over orders; see [`score_permutations`]."""
+    scores = score_permutations(model, tokenizer, texts, **options)
     return torch.tensor([score.log_likelihood for score in scores], dtype=torch.float64)
-
-
-def _check_texts(texts: Sequence[str], columns: list[np.ndarray]) -> None:
-    for text, places in zip(texts, columns, strict=True):
-        if not len(places):
-            raise InputError(f"text {text!r} has no tokens to score: leave it out")
 
 
 def _ranks(order: Order, text: int, num_tokens: int, *, number: int, seed: int) -> np.ndarray:
@@ -136,11 +128,11 @@ def _batch(ids: list[np.ndarray], columns: list[np.ndarray], ranks: list[np.ndar
     mask = np.arange(shape[1]) < np.array([len(row) for row in ids])[:, None]
     tokens, key_ranks, thresholds = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     targets = np.zeros((len(ids), max(map(len, columns))), dtype=np.int64)
-    for row, (text, places, order) in enumerate(zip(ids, columns, ranks, strict=True)):
+    for row, (text, own, order) in enumerate(zip(ids, columns, ranks, strict=True)):
         tokens[row, : len(text)] = text
         thresholds[row, : len(text)] = 1
-        key_ranks[row, places] = thresholds[row, places] = order + 1
-        targets[row, : len(places)] = places
+        key_ranks[row, own] = thresholds[row, own] = order + 1
+        targets[row, : len(own)] = own
     return PermutedBatch(*map(torch.from_numpy, (tokens, mask.astype(np.int64), key_ranks, thresholds, targets)))
 
 

@@ -1,18 +1,20 @@
 """Options, data and Trainer of permutation language modelling."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
 
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
-from hf_pretrain.objectives.recurrence import RecurrentTrainer
+from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
+from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
 
@@ -26,27 +28,19 @@ class PermutationLMTrainingArguments(PermutationArguments, PretrainingArguments)
 
     needs: ClassVar[dict[str, str]] = {"bidirectional": "mem_len", "eval_lanes": "mem_len"}
 
-    mem_len: int = field(
-        default=0,
-        metadata={
-            "help": "Positions of earlier segments that XLNet remembers (officially 384 for segments of 512); the text is "
-            "then read in lanes. 0: no memory, and each example stands alone."
-        },
+    mem_len: int = option(
+        0,
+        "Positions of earlier segments that XLNet remembers (officially 384 for segments of 512); the text is "
+        "then read in lanes. 0: no memory, and each example stands alone.",
     )
-    bidirectional: bool = field(
-        default=False, metadata={"help": "With a memory: read the text in half of the lanes from its end."}
+    bidirectional: bool = option(False, "With a memory: read the text in half of the lanes from its end.")
+    eval_lanes: int = option(
+        8,
+        "With a memory: parts of the held-out text that are read side by side, on all devices together; fewer of "
+        "a short text. per_device_eval_batch_size is lowered to fit.",
     )
-    eval_lanes: int = field(
-        default=8,
-        metadata={
-            "help": "With a memory: parts of the held-out text that are read side by side, on all devices together; fewer of "
-            "a short text. per_device_eval_batch_size is lowered to fit."
-        },
-    )
-    adam_bias_correction: bool = field(
-        default=False, metadata={"help": "Adam's bias correction; the official optimizer has none."}
-    )
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
+    adam_bias_correction: bool = option(False, "Adam's bias correction; the official optimizer has none.")
+    adam_epsilon: float = option(1e-6, "Adam's epsilon.")
 
     def __post_init__(self) -> None:
         """Refuse options of a memory that do not go together."""
@@ -82,7 +76,9 @@ def plm_inputs(data: PreparedData, args: PermutationLMTrainingArguments) -> dict
             )
         return data.trainer_inputs()
     if data.train_documents is None:
-        raise InputError(f"mem_len={args.mem_len} needs stored text to cut into lanes: leave streaming out")
+        raise InputError(
+            f"mem_len={args.mem_len} needs stored text to cut into lanes, not tokens: leave streaming out"
+        )
     ways = 2 if args.bidirectional else 1
     num_lanes = global_batch_size(args)
     if num_lanes % ways:
@@ -91,13 +87,10 @@ def plm_inputs(data: PreparedData, args: PermutationLMTrainingArguments) -> dict
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
     train = _windows(data, data.train_documents, args, num_lanes=num_lanes // ways)
-    inputs = data.trainer_inputs() | {"train_dataset": train, "eval_dataset": None}
+    held_out = None
     if data.eval_documents is not None:
-        inputs["eval_dataset"] = _windows(data, data.eval_documents, args, num_lanes=_eval_lanes(data, args) // ways)
-    of_blocks = ("block_mode", "blocks", "held_out_blocks")
-    description = {name: value for name, value in data.description.items() if name not in of_blocks}
-    description |= {"lanes": train.num_lanes, "windows_of_a_lane": train.num_windows}
-    return inputs | {"data_description": description}
+        held_out = _windows(data, data.eval_documents, args, num_lanes=_eval_lanes(data, args) // ways)
+    return inputs_of_lanes(data, train, held_out, unit="windows")
 
 
 def _eval_lanes(data: PreparedData, args: PermutationLMTrainingArguments) -> int:
@@ -124,6 +117,30 @@ def _windows(
 
 class PermutationLMTrainer(RecurrentTrainer):
     """Trains a [`PermutationLMForPreTraining`], with or without a memory."""
+
+    option_classes = (PermutationLMModelArguments, PermutationLMTrainingArguments)
+
+    def build_model(
+        self,
+        options: PermutationLMModelArguments,
+        *,
+        args: Any,
+        data: PreparedData,
+        stock: PreTrainedModel | None = None,
+    ) -> PermutationLMForPreTraining:
+        """Return the model with its two streams, and its memory if there is one."""
+        reuse_len = (data.block_size + 1) // 2 if args.reuse_len is None else args.reuse_len
+        return PermutationLMForPreTraining.from_arguments(
+            options, data.tokenizer, stock=stock, mem_len=args.mem_len, reuse_len=reuse_len
+        )
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForPermutationLM:
+        """Return the collator of orders."""
+        return DataCollatorForPermutationLM(tokenizer, permutation=args.permutation, seed=args.seed)
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return blocks, or windows of lanes for a memory."""
+        return plm_inputs(data, args)
 
     objective = ObjectiveDescription(
         name="plm",
@@ -159,23 +176,6 @@ with torch.no_grad():
     )
 
 
-def build_trainer(
-    data: PreparedData, model_args: PermutationLMModelArguments, args: PermutationLMTrainingArguments
-) -> PermutationLMTrainer:
-    """Put the model, the collator and the Trainer together."""
-    reuse_len = (data.block_size + 1) // 2 if args.reuse_len is None else args.reuse_len
-    model = PermutationLMForPreTraining.from_arguments(
-        model_args, data.tokenizer, mem_len=args.mem_len, reuse_len=reuse_len
-    )
-    check_model_fits(model.model, data.tokenizer, block_size=data.block_size)
-    return PermutationLMTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForPermutationLM(data.tokenizer, permutation=args.permutation, seed=args.seed),
-        **plm_inputs(data, args),
-    )
-
-
 METHOD = Method(
     trainer=PermutationLMTrainer,
     description="""\
@@ -188,7 +188,6 @@ Pre-train a permutation language model: an XLNet, or another encoder that takes 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModel.from_pretrained("my-xlnet")`.""",
     arguments=(DataArguments, PermutationLMModelArguments, PermutationLMTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"plm_loss": 0.44}),
     tiny_options={"mem_len": 8},
 )

@@ -1,7 +1,7 @@
 """Two-stream attention: every token as content and, where it is to be predicted, once more as a query that hides it.
 
 Both streams are rows of one sequence with the same weights: S content rows, then P query rows, one a target. Only content
-rows are keys and values. Who sees whom follows from two integers a token, so no mask leaves the collator.
+rows are keys and values. Two integers a token say which row sees which, so no mask leaves the collator.
 
 `PermutedBatch` is what both classes read. `PositionTwoStreams` runs any stock masked language model that takes its positions as
 an input, under a rule of `modeling/visibility`; `XLNetTwoStreams` runs a stock XLNet, whose attention knows two streams.
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel, XLNetLMHeadModel
 
-from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import takes_input
+from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.modeling.backbone import takes_input, vocabulary_size
 from hf_pretrain.modeling.losses import GatheredHead, RecurrentMemory
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.rules import AttentionPlan, MaskFunction
@@ -35,7 +35,7 @@ class PermutedBatch(NamedTuple):
         target_columns: ``[B, P]`` columns of the targets.
         token_type_ids: ``[B, S]`` segments; one segment if not given.
         backward: ``[B]`` bool, rows whose text runs from right to left; none if not given.
-        positions: ``[B, S]`` place of each token in its row, below S; if not given, their order with padding left out.
+        positions: ``[B, S]`` position of each token in its row, below S; if not given, tokens are counted without padding.
     """
 
     input_ids: torch.Tensor
@@ -48,10 +48,10 @@ class PermutedBatch(NamedTuple):
     positions: torch.Tensor | None = None
 
     def rule(self) -> MaskFunction:
-        """Return who sees whom among ``S + P`` rows: content and queries.
+        """Return which of the ``S + P`` rows, content and queries, sees which.
 
-        A content row also sees itself, padding too: a row without any key is a special case for the kernels. Nobody sees a
-        query, but one that sees nothing else sees itself.
+        A content row also sees itself, padding too: a row without any key is a special case for the kernels. No row sees a
+        query; but a query that sees nothing else sees itself.
         """
         length, num_queries = self.input_ids.shape[1], self.target_columns.shape[1]
         ranks_BS = self.key_ranks.masked_fill(self.attention_mask == 0, _NEVER)
@@ -72,11 +72,9 @@ class PermutedBatch(NamedTuple):
         queries_T = torch.arange(len(keys_S) + self.target_columns.shape[1], device=keys_S.device)
         return self.rule()(rows_B[:, None, None], rows_B[:1], queries_T[None, :, None], keys_S[None, None, :])
 
-    def places(self) -> torch.Tensor:
-        """Return ``[B, S]`` the place of each token in its row, however the row is padded."""
-        if self.positions is not None:
-            return self.positions
-        return rules.row_positions(self.attention_mask)
+    def row_positions(self) -> torch.Tensor:
+        """Return ``[B, S]`` the position of each token in its row, however the row is padded."""
+        return rules.row_positions(self.attention_mask) if self.positions is None else self.positions
 
     def of_rows(self, values: torch.Tensor) -> torch.Tensor:
         """Extend values of the tokens, ``[B, S]``, to those of all rows, ``[B, S + P]``: a query has its token's."""
@@ -87,35 +85,6 @@ class PermutedBatch(NamedTuple):
 _NEVER = 1 << 30
 
 
-class TwoStreams(Protocol):
-    """A stock model with its two streams."""
-
-    supports_memory: bool
-
-    def __call__(
-        self,
-        batch: PermutedBatch,
-        slots: torch.Tensor,
-        *,
-        memory: RecurrentMemory | None = None,
-        num_kept: int = 0,
-        checkpoint: Callable[..., torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Predict targets.
-
-        Args:
-            batch: Tokens and their order.
-            slots: ``[T]`` flat indices ``row * P + target`` of the targets to predict.
-            memory: Content of the segments before, seen by every row.
-            num_kept: How many of the first positions the memory is to keep.
-            checkpoint: Calls a function with arguments so that its activations are recomputed in the backward pass.
-
-        Returns:
-            ``[T, V]`` logits and, with a memory, ``[N, B, num_kept, D]`` what each layer has read there.
-        """
-        ...
-
-
 _RULE = "two_streams"
 _INSTEAD = "use one of xlnet, bert, roberta, electra, albert, distilbert, modernbert"
 
@@ -124,7 +93,7 @@ class PositionTwoStreams:
     """Runs both streams of a stock model as one longer sequence: the text, then a mask token for each target at its position.
 
     The model's own code runs unchanged. Positions, absolute or rotary, are given by `position_ids`, and a boolean mask says
-    who sees whom; nobody sees a mask token. Whether a model honours both is tried out, not looked up.
+    which row sees which; no row sees a mask token. A trial shows whether a model honours both.
 
     Args:
         model: A stock masked language model with SDPA attention; trained in place.
@@ -133,8 +102,6 @@ class PositionTwoStreams:
     Raises:
         InputError: If the model cannot do this.
     """
-
-    supports_memory = False
 
     def __init__(self, model: PreTrainedModel, *, mask_token_id: int | None) -> None:
         self.name = type(model).__name__
@@ -156,36 +123,31 @@ class PositionTwoStreams:
         self.head = GatheredHead(model)
         self.plan = rules.make_plan(model, _RULE)
 
-    def __call__(
-        self,
-        batch: PermutedBatch,
-        slots: torch.Tensor,
-        *,
-        memory: RecurrentMemory | None = None,
-        num_kept: int = 0,
-        checkpoint: Callable[..., torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, None]:
-        """Predict targets; see [`TwoStreams`]. Checkpointing is the stock layers' own business."""
-        assert memory is None, "refused at construction"
-        places_BT, num_targets = batch.of_rows(batch.places()), batch.target_columns.shape[1]
-        length = places_BT.shape[1]
+    def __call__(self, batch: PermutedBatch, slots: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[T, V]`` of some targets.
+
+        Args:
+            batch: Tokens and their order.
+            slots: ``[T]`` flat indices ``row * P + target`` of the targets to predict.
+        """
+        positions_BT, num_targets = batch.of_rows(batch.row_positions()), batch.target_columns.shape[1]
+        length = positions_BT.shape[1]
         queries_BP = torch.full_like(batch.target_columns, self.mask_token_id)
         inputs = {
             "input_ids": torch.cat([batch.input_ids, queries_BP], dim=1),
-            "attention_mask": self._masks(batch, places_BT),
-            **rules.position_inputs(self.plan, places_BT),
+            "attention_mask": self._masks(batch, positions_BT),
+            **rules.position_inputs(self.plan, positions_BT),
         }
         if takes_input(self.model, "token_type_ids"):
             # Given always: some models would look them up by the length of the input.
             types = batch.token_type_ids
             inputs["token_type_ids"] = batch.of_rows(torch.zeros_like(batch.input_ids) if types is None else types)
         rows = torch.div(slots, num_targets, rounding_mode="floor")
-        positions = rows * length + (length - num_targets) + slots % num_targets
-        return self.head(self.model, positions, **inputs), None
+        return self.head(self.model, rows * length + (length - num_targets) + slots % num_targets, **inputs)
 
-    def _masks(self, batch: PermutedBatch, places: torch.Tensor) -> Any:
-        """Return the mask of all rows; windows are measured by places, as the queries are stored behind the text."""
-        return rules.mask_inputs(self.model, self.plan, batch.rule(), like=places, positions=places)
+    def _masks(self, batch: PermutedBatch, positions: torch.Tensor) -> Any:
+        """Return the mask of all rows; windows are measured by positions, as the queries are stored behind the text."""
+        return rules.mask_inputs(self.model, self.plan, batch.rule(), like=positions, positions=positions)
 
     def check(self) -> None:
         """Try the model out on a few tokens.
@@ -202,20 +164,20 @@ class PositionTwoStreams:
             ) from None
 
     def _problem(self, body: PreTrainedModel, plan: AttentionPlan) -> str | None:
-        words = self.model.get_input_embeddings()
-        places = torch.arange(8, device=words.weight.device)[None]
+        positions = torch.arange(8, device=self.model.device)[None]
         # Two ordinary tokens by turns; there are special ones at the ends of many vocabularies.
-        ids = words.num_embeddings // 2 - places % 3 % 2
-        others = 2 * (words.num_embeddings // 2) - 1 - ids
-        batch = PermutedBatch(ids, torch.ones_like(ids), places, places, places[:, 5:6], positions=places)
+        middle = vocabulary_size(self.model.get_input_embeddings()) // 2
+        ids = middle - positions % 3 % 2
+        others = 2 * middle - 1 - ids
+        batch = PermutedBatch(ids, torch.ones_like(ids), positions, positions, positions[:, 5:6], positions=positions)
         expected = self._first_logits(batch)
 
         def change(other: PermutedBatch) -> float:
             return float((self._first_logits(other) - expected).abs().max())
 
-        if change(batch._replace(input_ids=ids.where(places < 5, others))) > 0:
+        if change(batch._replace(input_ids=ids.where(positions < 5, others))) > 0:
             return "it lets a token be seen that is hidden from it"
-        seen = change(batch._replace(input_ids=ids.where(places != 4, others)))
+        seen = change(batch._replace(input_ids=ids.where(positions != 4, others)))
         if seen == 0:
             return "it does not let a token be seen that is not hidden"
         order = torch.tensor([6, 2, 5, 0, 7, 3, 1, 4], device=ids.device)
@@ -225,7 +187,7 @@ class PositionTwoStreams:
         return None
 
     def _first_logits(self, batch: PermutedBatch) -> torch.Tensor:
-        return self(batch, torch.zeros(1, dtype=torch.long, device=batch.input_ids.device))[0]
+        return self(batch, torch.zeros(1, dtype=torch.long, device=batch.input_ids.device))
 
 
 _STORED = ("input_ids", "attention_mask", "key_ranks", "thresholds", "positions")
@@ -276,16 +238,13 @@ class XLNetTwoStreams:
     Source: Yang et al. 2019, "XLNet: Generalized Autoregressive Pretraining for Language Understanding", sections 2.3 to 2.5.
     """
 
-    supports_memory = True
-
     def __init__(self, model: XLNetLMHeadModel, *, backend: str = "sdpa") -> None:
         if model.config.attn_type != "bi":
             raise InputError(
                 f"attn_type={model.config.attn_type!r} would mask the content by itself: set it to 'bi', the order of "
                 "prediction masks it"
             )
-        if backend not in BACKENDS:
-            raise InputError(f"attn_implementation={backend!r} must be one of {', '.join(BACKENDS)} for XLNet")
+        check_choice(backend, BACKENDS, name="attn_implementation")
         self.model = model
         self.backend = backend
 
@@ -298,7 +257,18 @@ class XLNetTwoStreams:
         num_kept: int = 0,
         checkpoint: Callable[..., torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Predict targets; see [`TwoStreams`]."""
+        """Predict targets.
+
+        Args:
+            batch: Tokens and their order.
+            slots: ``[T]`` flat indices ``row * P + target`` of the targets to predict.
+            memory: Content of the segments before, seen by every row.
+            num_kept: How many of the first positions the memory is to keep.
+            checkpoint: Calls a function with arguments so that its activations are recomputed in the backward pass.
+
+        Returns:
+            ``[T, V]`` logits and, with a memory, ``[N, B, num_kept, D]`` what each layer has read there.
+        """
         self._check_backend(batch.input_ids.device)
         body, length = self.model.transformer, batch.input_ids.shape[1]
         content_BSD = body.word_embedding(batch.input_ids)
@@ -349,26 +319,34 @@ class XLNetTwoStreams:
         if terms.directions is not None:
             distance = distance.index_select(0, terms.directions)
         position_BHTW = torch.matmul(position * attention.scale, distance.transpose(-1, -2))
-        attend = _sdpa if self.backend == "sdpa" else _flex
-        dropout = attention.dropout.p if attention.training else 0.0
-        read = attend(content, key, value, position_BHTW, segment_BHT1, terms, scale=attention.scale, dropout=dropout)
+        if self.backend == "sdpa":
+            # One gather serves content and query rows; shifting the content rows by views is no faster.
+            bias = position_BHTW.gather(-1, terms.columns[:, None].expand(-1, content.shape[1], -1, -1))
+            bias = bias.addcmul_(segment_BHT1, terms.same[:, None] if terms.same.dim() else terms.same)
+            bias = bias.masked_fill_(~terms.visible[:, None], float("-inf"))
+            dropout = attention.dropout.p if attention.training else 0.0
+            read = F.scaled_dot_product_attention(
+                content, key, value, attn_mask=bias, dropout_p=dropout, scale=attention.scale
+            )
+        else:
+            read = _flex(content, key, value, position_BHTW, segment_BHT1, terms, attention.scale)
         return read.masked_fill(terms.empty[:, None, :, None], 0.0).transpose(1, 2).flatten(2)
 
     def _terms(self, batch: PermutedBatch, memory: RecurrentMemory | None, rows: torch.Tensor) -> AttentionTerms:
         num_slots = 0 if memory is None else memory.size
-        length, places_BS, visible = batch.input_ids.shape[1], batch.places(), batch.visible()
-        slots_M = torch.arange(-num_slots, 0, device=places_BS.device)
+        length, positions_BS, visible = batch.input_ids.shape[1], batch.row_positions(), batch.visible()
+        slots_M = torch.arange(-num_slots, 0, device=positions_BS.device)
         if memory is not None:
             filled = memory.mask()[:, None, :].expand(-1, visible.shape[1], -1)
             visible = torch.cat([filled, visible], dim=2)
-        keys_BK = torch.cat([slots_M.expand(len(places_BS), -1), places_BS], dim=1)
+        keys_BK = torch.cat([slots_M.expand(len(positions_BS), -1), positions_BS], dim=1)
         empty = ~visible.any(dim=2)
         table = self._sinusoids(num_slots + length, length, batch.backward is not None, rows)
         return AttentionTerms(
             table=F.dropout(table, self.model.transformer.dropout.p, self.model.transformer.training),
             directions=None if batch.backward is None else batch.backward.long(),
             # Column 0 is the longest distance, from the last position to the first slot.
-            columns=num_slots + length - 1 + keys_BK[:, None, :] - batch.of_rows(places_BS)[:, :, None],
+            columns=num_slots + length - 1 + keys_BK[:, None, :] - batch.of_rows(positions_BS)[:, :, None],
             same=self._same_segment(batch, num_slots, rows),
             visible=visible | empty[:, :, None],
             empty=empty,
@@ -420,26 +398,6 @@ def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-def _sdpa(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    position: torch.Tensor,
-    segment: torch.Tensor,
-    terms: AttentionTerms,
-    *,
-    scale: float,
-    dropout: float,
-) -> torch.Tensor:
-    """Attend with the scores of position ``[B, H, T, W]`` and segment ``[B, H, T, 1]`` as an additive mask."""
-    num_heads = query.shape[1]
-    # One gather serves content and query rows; shifting the content rows by views is no faster.
-    bias = position.gather(-1, terms.columns[:, None].expand(-1, num_heads, -1, -1))
-    bias = bias.addcmul_(segment, terms.same[:, None] if terms.same.dim() else terms.same)
-    bias = bias.masked_fill_(~terms.visible[:, None], float("-inf"))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout, scale=scale)
-
-
 def _flex(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -447,11 +405,9 @@ def _flex(
     position: torch.Tensor,
     segment: torch.Tensor,
     terms: AttentionTerms,
-    *,
     scale: float,
-    dropout: float,
 ) -> torch.Tensor:
-    """Attend with those scores read inside the kernel; see [`_sdpa`]."""
+    """Attend with the scores of position ``[B, H, T, W]`` and segment ``[B, H, T, 1]`` read inside of the kernel."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     columns, same, visible = terms.columns, terms.same.expand(terms.columns.shape), terms.visible

@@ -1,28 +1,26 @@
-"""A Transformer-XL with its loss, as the Trainer takes it.
-
-Build or load the Transformer-XL that a program trains.
-"""
+"""A Transformer-XL with its loss, as the Trainer takes it; and how it is built or loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.errors import InputError, check_numbers
+from hf_pretrain.errors import InputError, check_numbers, one_line
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, check_overrides, parse_overrides
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, parse_overrides
+from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
 from hf_pretrain.models.transformer_xl.layers_transformer_xl import find_target_rows
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
+from hf_pretrain.options import option
 
 
 @strict
@@ -70,10 +68,6 @@ class RecurrentLMForPreTraining(PretrainingModel):
     def memory_size(self) -> int:
         """Slots of a lane's memory, in tokens."""
         return self.model.config.mem_len
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the word embeddings of the Transformer-XL."""
-        return self.model.get_input_embeddings()
 
     @staticmethod
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -127,46 +121,39 @@ class TransformerXLModelArguments:
     ranges: ClassVar[dict[str, str]] = {"cutoffs": "[1, 2147483647]", "div_val": "[1, 65536]"}
     needs: ClassVar[dict[str, str]] = {"div_val": "cutoffs"}
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Checkpoint to continue from; without it the model is built from the sizes below."},
+    model_name_or_path: str | None = option(
+        None, "Checkpoint to continue from; without it the model is built from the sizes below."
     )
-    hidden_size: int = field(default=410, metadata={"help": "Width of the layers."})
-    num_hidden_layers: int = field(default=16, metadata={"help": "Number of layers."})
-    num_attention_heads: int = field(default=10, metadata={"help": "Attention heads a layer."})
-    intermediate_size: int = field(default=2100, metadata={"help": "Width of the feed-forward layers."})
-    hidden_dropout_prob: float = field(default=0.1, metadata={"help": "Dropout of embeddings, sub-layers and output."})
-    attention_probs_dropout_prob: float = field(default=0.0, metadata={"help": "Dropout of attention probabilities."})
-    cutoffs: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Ids at which the clusters of an adaptive softmax begin, for a large vocabulary that is sorted by "
-            "frequency (20000 40000 200000 for WikiText-103's words); by default a plain softmax."
-        },
+    hidden_size: int = option(410, "Width of the layers.")
+    num_hidden_layers: int = option(16, "Number of layers.")
+    num_attention_heads: int = option(10, "Attention heads a layer.")
+    intermediate_size: int = option(2100, "Width of the feed-forward layers.")
+    hidden_dropout_prob: float = option(0.1, "Dropout of embeddings, sub-layers and output.")
+    attention_probs_dropout_prob: float = option(0.0, "Dropout of attention probabilities.")
+    cutoffs: list[int] | None = option(
+        None,
+        "Ids at which the clusters of an adaptive softmax begin, for a large vocabulary that is sorted by "
+        "frequency (20000 40000 200000 for WikiText-103's words); by default a plain softmax.",
     )
-    div_val: int = field(default=1, metadata={"help": "How much narrower the embeddings of each cluster are."})
-    embedding_size: int | None = field(
-        default=None, metadata={"help": "Width of the first cluster's embeddings; by default hidden_size."}
-    )
-    untie_r: bool = field(default=False, metadata={"help": "Give every layer position biases of its own."})
-    pre_layer_norm: bool = field(
-        default=False, metadata={"help": "Normalize the input of sub-layers, not the output."}
-    )
-    config_overrides: str | None = field(
-        default=None,
-        metadata={"help": 'JSON object of further configuration values, e.g. {"tie_word_embeddings": false}.'},
+    div_val: int = option(1, "How much narrower the embeddings of each cluster are.")
+    embedding_size: int | None = option(None, "Width of the first cluster's embeddings; by default hidden_size.")
+    untie_r: bool = option(False, "Give every layer position biases of its own.")
+    pre_layer_norm: bool = option(False, "Normalize the input of sub-layers, not the output.")
+    config_overrides: str | None = option(
+        None, 'JSON object of further configuration values, e.g. {"tie_word_embeddings": false}.'
     )
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, and overrides that are no JSON object."""
         check_numbers(self)
-        check_overrides(self.config_overrides)
+        parse_overrides(self.config_overrides)
 
 
 def build_model(
     args: TransformerXLModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    stock: PreTrainedModel | None = None,
     mem_len: int,
     clamp_len: int = -1,
     same_length: bool = False,
@@ -176,6 +163,7 @@ def build_model(
     Args:
         args: What to build.
         tokenizer: Gives the vocabulary and the special ids.
+        stock: A Transformer-XL to train, with or without its head.
         mem_len: Slots of the memory in training.
         clamp_len: Distance from which on positions are all alike; -1 for none.
         same_length: Whether every position sees equally many before it.
@@ -187,7 +175,13 @@ def build_model(
         InputError: If the sizes do not fit together, or the checkpoint does not fit the tokenizer or is none.
     """
     lengths: dict[str, Any] = {"mem_len": mem_len, "clamp_len": clamp_len, "same_length": same_length}
-    if args.model_name_or_path is not None:
+    if stock is not None:
+        if stock.config.model_type != TransformerXLConfig.model_type:
+            raise InputError(f"model={type(stock).__name__} is a {stock.config.model_type}, not a transformer_xl")
+        model = with_head(stock, AutoModelForCausalLM)
+        for name, value in lengths.items():
+            setattr(model.config, name, value)
+    elif args.model_name_or_path is not None:
         model_type = from_pretrained(AutoConfig, args.model_name_or_path).model_type
         if model_type != TransformerXLConfig.model_type:
             raise InputError(f"model_name_or_path={args.model_name_or_path!r} is a {model_type}, not a transformer_xl")
@@ -213,5 +207,4 @@ def _config(
     try:
         return TransformerXLConfig(**(values | overrides))
     except (ValueError, StrictDataclassError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"the model cannot be built: {reason}") from error
+        raise InputError(f"the model cannot be built: {one_line(error, line=-1)}") from error

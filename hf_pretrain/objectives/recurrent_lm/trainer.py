@@ -1,17 +1,15 @@
-"""Batches for language models with a memory.
-
-Options and Trainer of language modelling with a memory.
-"""
+"""Language modelling with a memory: its batches, options and Trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction, SchedulerType
 
 from hf_pretrain.corruption.rows import stack_column
@@ -23,10 +21,18 @@ from hf_pretrain.evaluation.streams import memory_lengths
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
-from hf_pretrain.objectives.recurrence import RecurrentTrainer
-from hf_pretrain.objectives.recurrent_lm.modeling import TransformerXLModelArguments, build_model
+from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
+from hf_pretrain.objectives.recurrent_lm.modeling import (
+    RecurrentLMForPreTraining,
+    TransformerXLModelArguments,
+    build_model,
+)
+from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
+
+# Options that evaluation has a second time, after "eval_".
+_LENGTHS = ("mem_len", "clamp_len", "same_length")
 
 
 class DataCollatorForRecurrentLM:
@@ -60,43 +66,29 @@ class DataCollatorForRecurrentLM:
 class RecurrentLMTrainingArguments(PretrainingArguments):
     """Options of [`RecurrentLMTrainer`]; the defaults are the base model's of WikiText-103."""
 
-    tgt_len: int = field(default=150, metadata={"help": "Tokens of a segment in training."})
-    mem_len: int = field(default=150, metadata={"help": "Tokens that are remembered in training."})
-    clamp_len: int = field(
-        default=-1, metadata={"help": "Distance from which on positions are all alike, in training; -1 for none."}
+    tgt_len: int = option(150, "Tokens of a segment in training.")
+    mem_len: int = option(150, "Tokens that are remembered in training.")
+    clamp_len: int = option(-1, "Distance from which on positions are all alike, in training; -1 for none.")
+    same_length: bool = option(False, "Let every position see equally many tokens, in training.")
+    reset_at_documents: bool = option(
+        False, "Forget at the end of each document; segments end with it and are padded."
     )
-    same_length: bool = field(
-        default=False, metadata={"help": "Let every position see equally many tokens, in training."}
+    eval_tgt_len: int = option(64, "Tokens of a segment in evaluation.")
+    eval_mem_len: int = option(640, "Tokens that are remembered in evaluation.")
+    eval_clamp_len: int = option(400, "Distance from which on positions are all alike, in evaluation; -1 for none.")
+    eval_same_length: bool = option(
+        True, "Let every position see equally many tokens in evaluation, whatever eval_tgt_len."
     )
-    reset_at_documents: bool = field(
-        default=False,
-        metadata={"help": "Forget at the end of each document; segments end with it and are padded."},
+    eval_lanes: int = option(
+        8,
+        "Parts of the held-out text that are read side by side, on all devices together: each begins without "
+        "memory, so the result depends on it; per_device_eval_batch_size is lowered to fit.",
     )
-    eval_tgt_len: int = field(default=64, metadata={"help": "Tokens of a segment in evaluation."})
-    eval_mem_len: int = field(default=640, metadata={"help": "Tokens that are remembered in evaluation."})
-    eval_clamp_len: int = field(
-        default=400, metadata={"help": "Distance from which on positions are all alike, in evaluation; -1 for none."}
-    )
-    eval_same_length: bool = field(
-        default=True,
-        metadata={"help": "Let every position see equally many tokens in evaluation, whatever eval_tgt_len."},
-    )
-    eval_lanes: int = field(
-        default=8,
-        metadata={
-            "help": "Parts of the held-out text that are read side by side, on all devices together: each begins without "
-            "memory, so the result depends on it; per_device_eval_batch_size is lowered to fit."
-        },
-    )
-    learning_rate: float = field(default=2.5e-4, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: SchedulerType | str = field(
-        default="cosine", metadata={"help": "Schedule of the learning rate; the cosine ends at 0."}
-    )
-    warmup_steps: float = field(
-        default=0, metadata={"help": "Steps of warm-up, or their share of all steps if below 1; large models need it."}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay of all but biases and norms."})
-    max_grad_norm: float = field(default=0.25, metadata={"help": "Norm that the gradient is clipped to."})
+    learning_rate: float = option(2.5e-4, "Peak learning rate.")
+    lr_scheduler_type: SchedulerType | str = option("cosine", "Schedule of the learning rate; the cosine ends at 0.")
+    warmup_steps: float = option(0, "Steps of warm-up, or their share of all steps if below 1; large models need it.")
+    weight_decay: float = option(0.0, "Decoupled weight decay of all but biases and norms.")
+    max_grad_norm: float = option(0.25, "Norm that the gradient is clipped to.")
 
     def __post_init__(self) -> None:
         """Refuse lengths out of range."""
@@ -117,20 +109,15 @@ def lane_inputs(data: PreparedData, args: RecurrentLMTrainingArguments) -> dict[
     """
     if data.train_documents is None:
         raise InputError(
-            "streaming=True: lanes are parts of the whole text, which has to be stored; leave streaming out"
+            "lanes are parts of the whole text, which a stream or tokens do not have: give text, and leave streaming out"
         )
     stream = LaneStream(data.train_documents, tokenizer=data.tokenizer, num_lanes=global_batch_size(args))
     train = LaneDataset(stream, window=args.tgt_len, reset_at_documents=args.reset_at_documents)
-    inputs = data.trainer_inputs() | {"train_dataset": train, "eval_dataset": None}
+    held_out = None
     if data.eval_documents is not None:
-        held_out = LaneStream(data.eval_documents, tokenizer=data.tokenizer, num_lanes=args.eval_lanes, complete=True)
-        inputs["eval_dataset"] = LaneDataset(
-            held_out, window=args.eval_tgt_len, reset_at_documents=args.reset_at_documents
-        )
-    of_blocks = ("block_size", "block_mode", "blocks", "held_out_blocks")
-    description = {name: value for name, value in data.description.items() if name not in of_blocks}
-    description |= {"lanes": train.num_lanes, "segments_of_a_lane": train.num_windows}
-    return inputs | {"data_description": description}
+        stream = LaneStream(data.eval_documents, tokenizer=data.tokenizer, num_lanes=args.eval_lanes, complete=True)
+        held_out = LaneDataset(stream, window=args.eval_tgt_len, reset_at_documents=args.reset_at_documents)
+    return inputs_of_lanes(data, train, held_out, unit="segments", without=("block_size",))
 
 
 class RecurrentLMTrainer(RecurrentTrainer):
@@ -165,29 +152,37 @@ outputs = model.generate(inputs.input_ids, max_new_tokens=20)
 print(tokenizer.decode(outputs[0]))""",
     )
 
+    option_classes = (TransformerXLModelArguments, RecurrentLMTrainingArguments)
+    special_tokens = ()
+
+    def build_model(
+        self,
+        options: TransformerXLModelArguments,
+        *,
+        args: Any,
+        data: PreparedData,
+        stock: PreTrainedModel | None = None,
+    ) -> RecurrentLMForPreTraining:
+        """Return the Transformer-XL with the lengths of training."""
+        lengths = {name: getattr(args, name) for name in _LENGTHS}
+        return build_model(options, data.tokenizer, stock=stock, **lengths)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForRecurrentLM:
+        """Return the collator of windows."""
+        return DataCollatorForRecurrentLM()
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return windows of lanes."""
+        return lane_inputs(data, args)
+
     def settings_of_evaluation(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the lengths of evaluation."""
         model: TransformerXLForCausalLM = self.accelerator.unwrap_model(self.model).model
-        lengths = {name: getattr(self.args, f"eval_{name}") for name in ("mem_len", "clamp_len", "same_length")}
-        return memory_lengths(model, **lengths)
+        return memory_lengths(model, **{name: getattr(self.args, f"eval_{name}") for name in _LENGTHS})
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         means = super()._reduce_statistics(prediction)
         return means | {"perplexity": float(np.exp(means["lm_loss"]))}
-
-
-def build_trainer(
-    data: PreparedData, model_args: TransformerXLModelArguments, args: RecurrentLMTrainingArguments
-) -> RecurrentLMTrainer:
-    """Put the model, the lanes and the Trainer together."""
-    model = build_model(
-        model_args,
-        data.tokenizer,
-        mem_len=args.mem_len,
-        clamp_len=args.clamp_len,
-        same_length=args.same_length,
-    )
-    return RecurrentLMTrainer(model, args, data_collator=DataCollatorForRecurrentLM(), **lane_inputs(data, args))
 
 
 METHOD = Method(
@@ -201,7 +196,6 @@ Pre-train a Transformer-XL: a language model that remembers the segments before.
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModelForCausalLM.from_pretrained("my-transformer-xl", trust_remote_code=True)`, and generates.""",
     arguments=(DataArguments, TransformerXLModelArguments, RecurrentLMTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"lm_loss": 0.44}),
     tiny_options={
         "tgt_len": 8,
@@ -211,5 +205,4 @@ Without a file or a dataset it trains on the docstrings of the installed Python 
         "eval_clamp_len": -1,
         "eval_same_length": False,
     },
-    special_tokens=(),
 )

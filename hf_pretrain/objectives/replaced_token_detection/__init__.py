@@ -10,7 +10,7 @@ from hf_pretrain.objectives.replaced_token_detection.trainer import (
     DataCollatorForReplacedTokenDetection,
     ReplacedTokenDetectionTrainer,
     ReplacedTokenDetectionTrainingArguments,
-    print_suspicions,
+    print_wrong_words,
 )
 
 __all__ = [
@@ -22,5 +22,5 @@ __all__ = [
     "ReplacedTokenDetectionTrainer",
     "ReplacedTokenDetectionTrainingArguments",
     "build_model",
-    "print_suspicions",
+    "print_wrong_words",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -35,7 +35,12 @@ from hf_pretrain.modeling.embeddings import (
     shared_embedding_names,
     shared_table_names,
 )
-from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DISCRIMINATOR_HEADS, DiscriminatorHeadConfig
+from hf_pretrain.modeling.heads import (
+    DISCRIMINATOR_HEAD_FOLDER,
+    DISCRIMINATOR_HEADS,
+    DiscriminatorHeadConfig,
+    with_head,
+)
 from hf_pretrain.modeling.loading import (
     find_file,
     first_line,
@@ -50,12 +55,14 @@ from hf_pretrain.objectives.generators import (
     copy_parameters,
     generator_config,
     load_discriminator,
+    stock_discriminator,
     stock_width,
 )
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
     EMBEDDING_SHARING,
     ReplacedTokenDetectionForPreTraining,
 )
+from hf_pretrain.options import option
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _DEBERTA_GENERATOR = "pytorch_model.generator.bin"
@@ -93,12 +100,11 @@ def load_pair(name: str, generator_name: str | None, *, head: str | None = None,
     Raises:
         InputError: If a checkpoint can not be opened, or a published one lacks weights.
     """
-    parts: dict[str, dict[str, torch.Tensor]] = {}
     published = find_file(generator_name or name, _DEBERTA_GENERATOR)
     found, parts = _head(name, is_published=published is not None)
-    head = found if head is None else head
-    if head != found:
+    if head not in (None, found):
         parts.clear()
+    head = head or found
     discriminator = load_discriminator(name, head, **options)
     chosen: dict[str, Any] = {"discriminator_head": head}
     if published is not None:
@@ -186,37 +192,33 @@ class ReplacedTokenDetectionModelArguments(GeneratorArguments):
         "discriminator_head": DISCRIMINATOR_HEADS,
     }
 
-    generator_type: str | None = field(
-        default=None, metadata={"help": "Architecture of the generator, if it is another than the discriminator's."}
+    generator_type: str | None = option(
+        None, "Architecture of the generator, if it is another than the discriminator's."
     )
-    embedding_sharing: str = field(
-        default="tied",
-        metadata={
-            "help": "'tied': one set of embeddings for both models; 'gdes': the discriminator's are the generator's, held "
-            "constant, plus a difference (DeBERTa-v3); 'full': one encoder for both; 'none': each has its own."
-        },
+    embedding_sharing: str = option(
+        "tied",
+        "'tied': one set of embeddings for both models; 'gdes': the discriminator's are the generator's, held "
+        "constant, plus a difference (DeBERTa-v3); 'full': one encoder for both; 'none': each has its own.",
     )
-    discriminator_head: str | None = field(
-        default=None,
-        metadata={
-            "help": "'stock': the head of the architecture's own class in transformers; 'electra' or 'deberta_v3': that head "
-            "on any architecture; by default the checkpoint's, from scratch 'stock'."
-        },
+    discriminator_head: str | None = option(
+        None,
+        "'stock': the head of the architecture's own class in transformers; 'electra' or 'deberta_v3': that head "
+        "on any architecture; by default the checkpoint's, from scratch 'stock'.",
     )
-    enhanced_mask_decoder: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Let a DeBERTa generator decode with absolute positions, as DeBERTa-v3 does; by default if the "
-            "checkpoint's does."
-        },
+    enhanced_mask_decoder: bool | None = option(
+        None,
+        "Let a DeBERTa generator decode with absolute positions, as DeBERTa-v3 does; by default if the "
+        "checkpoint's does.",
     )
-    disallow_correct: bool = field(
-        default=False, metadata={"help": "Never draw the true token, so that every selected one is replaced."}
-    )
+    disallow_correct: bool = option(False, "Never draw the true token, so that every selected one is replaced.")
 
 
 def build_model(
-    args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase, *, temperature: float = 1.0
+    args: ReplacedTokenDetectionModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    temperature: float = 1.0,
+    stock: PreTrainedModel | None = None,
 ) -> ReplacedTokenDetectionForPreTraining:
     """Build or load generator and discriminator and join them.
 
@@ -224,16 +226,20 @@ def build_model(
         args: What to build.
         tokenizer: Its vocabulary sizes the tables; its special tokens are never sampled.
         temperature: Temperature at which the generator is sampled.
+        stock: The discriminator, with or without its head.
 
     Returns:
         The composite to train.
     """
-    if args.model_name_or_path is None:
+    if stock is not None:
+        head = args.discriminator_head or "stock"
+        pair = Pair(_given_generator(args), stock_discriminator(stock, head), {"discriminator_head": head}, {})
+    elif args.model_name_or_path is None:
         pair = _fresh_pair(args, tokenizer)
     else:
         name, generator_name = args.model_name_or_path, args.generator_name_or_path
         pair = load_pair(name, generator_name, head=args.discriminator_head, **attention_options(args))
-    is_fresh, has_generator = args.model_name_or_path is None, pair.generator is not None
+    is_fresh, has_generator = (stock or args.model_name_or_path) is None, pair.generator is not None
     if pair.generator is None:
         pair = pair._replace(generator=_generator_for(pair.discriminator, args))
     assert pair.generator is not None
@@ -255,6 +261,12 @@ def build_model(
     return model
 
 
+def _given_generator(args: ReplacedTokenDetectionModelArguments) -> PreTrainedModel | None:
+    """Return the generator that the options name for a given discriminator, None for a fresh one."""
+    name = args.generator_name_or_path
+    return None if name is None else from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
+
+
 def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pair:
     head = args.discriminator_head or "stock"
     config = build_config(args, tokenizer, **stock_width(args, args.model_type))
@@ -270,23 +282,22 @@ def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTraine
 
 def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionModelArguments) -> PreTrainedModel:
     """Return a generator for a checkpoint that has none: smaller and new, or, to share all, its own weights."""
-    name = args.model_name_or_path
-    assert name is not None, "a checkpoint was opened"
+    name = args.model_name_or_path or type(discriminator).__name__
     if args.generator_type not in (None, discriminator.config.model_type):
         raise InputError(
             f"generator_type={args.generator_type!r}: {name!r} has no generator, and the new one is of its own architecture; "
             "leave it out, or name a generator with --generator_name_or_path"
         )
+    if args.embedding_sharing == "full" and args.model_name_or_path is None:
+        return with_head(discriminator.base_model, AutoModelForMaskedLM)
     if args.embedding_sharing == "full":
-        generator: PreTrainedModel = from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
-        return generator
+        return from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
     config = generator_config(discriminator.config, args)
     say_once(
         f"{name!r} has no generator: a fresh one of generator_size={args.generator_size} is trained beside it; "
         "--generator_name_or_path names another"
     )
-    generator = from_config(AutoModelForMaskedLM, config, **attention_options(args))
-    return generator
+    return from_config(AutoModelForMaskedLM, config, **attention_options(args))
 
 
 def _prepare_tables(

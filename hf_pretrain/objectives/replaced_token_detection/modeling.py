@@ -13,17 +13,11 @@ from typing import Any, Literal
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForMaskedLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.backbone import layer_modules
-from hf_pretrain.modeling.base import GENERATOR_FOLDER, PretrainingModel, masked_trial_batch
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
+from hf_pretrain.modeling.base import GENERATOR_FOLDER, masked_trial_batch
 from hf_pretrain.modeling.embeddings import (
     disentangle_embedding,
     factorize_embeddings,
@@ -44,8 +38,8 @@ from hf_pretrain.modeling.losses import (
     masked_lm_loss,
     sample_tokens,
 )
-from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
-from hf_pretrain.objectives.generators import build_discriminator
+from hf_pretrain.modeling.visibility.rules import isolated_inputs
+from hf_pretrain.objectives.generators import PairConfig, PairForPreTraining, build_discriminator
 
 
 @strict
@@ -91,14 +85,8 @@ class EnhancedMaskDecoder(PreTrainedModel):
                 f'{type(model).__name__}: use model_type deberta-v2 with config_overrides {{"position_biased_input": false}}, '
                 "or leave the option out"
             )
-        config = model.config
-        return cls(
-            EnhancedMaskDecoderConfig(
-                max_position_embeddings=config.max_position_embeddings,
-                hidden_size=config.hidden_size,
-                initializer_range=config.initializer_range,
-            )
-        )
+        names = ("max_position_embeddings", "hidden_size", "initializer_range")
+        return cls(EnhancedMaskDecoderConfig(**{name: getattr(model.config, name) for name in names}))
 
     def attach(self, model: PreTrainedModel) -> None:
         """Make the model's last layer decode in this way from now on."""
@@ -106,7 +94,7 @@ class EnhancedMaskDecoder(PreTrainedModel):
         layer_modules(model.base_model)[-1].register_forward_pre_hook(self._decode, with_kwargs=True)
 
     def _note_positions(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the encoder is told of positions, which without absolute ones it has no use for."""
+        """Keep the encoder's `position_ids`, which it does not read itself without absolute positions."""
         self._position_ids = kwargs.get("position_ids")
 
     def _decode(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -127,14 +115,14 @@ Stage = Literal["joint", "generator", "discriminator"]
 
 
 @strict
-class ReplacedTokenDetectionConfig(CompositeConfig):
+class ReplacedTokenDetectionConfig(PairConfig):
     """Configuration of [`ReplacedTokenDetectionForPreTraining`].
 
+    The generator is a stock masked language model. `embedding_sharing` is "tied": word, position and type tables and their layer
+    norm are one; "gdes": the discriminator's word and position tables are the generator's, held constant, plus a difference;
+    "full": one encoder for both; or "none".
+
     Attributes:
-        generator: Configuration of the stock masked language model that proposes replacements.
-        discriminator: Configuration of the stock model that finds them.
-        embedding_sharing: "tied": word, position and type tables and their layer norm are one; "gdes": the discriminator's word
-            and position tables are the generator's, held constant, plus a difference; "full": one encoder for both; "none".
         generator_embedding_size: Width of the generator's word table where it is not the stock one, to share it with a
             discriminator of another width.
         discriminator_head: "stock": that of `ElectraForPreTraining` or of the token classifier; "electra" or "deberta_v3": that
@@ -143,22 +131,16 @@ class ReplacedTokenDetectionConfig(CompositeConfig):
         temperature: Temperature of the sampling.
         disallow_correct: Whether the true token is never drawn.
         excluded_token_ids: Tokens that are never sampled: special ones, and ids that the tokenizer does not have.
-        tie_word_embeddings: Lets transformers tie at all; without it no sharing takes effect.
     """
 
     model_type = "hf_pretrain_replaced_token_detection"
-    sub_configs = {"generator": AutoConfig, "discriminator": AutoConfig}  # noqa: RUF012
 
-    generator: SubModelConfig = None
-    discriminator: SubModelConfig = None
-    embedding_sharing: str = "tied"
     generator_embedding_size: int | None = None
     discriminator_head: str = "stock"
     enhanced_mask_decoder: bool = False
     temperature: float = 1.0
     disallow_correct: bool = False
     excluded_token_ids: list[int] | None = None
-    tie_word_embeddings: bool = True
 
 
 @dataclass
@@ -172,7 +154,7 @@ class ReplacedTokenDetectionOutput(PretrainingOutput):
     replaced_ids: torch.Tensor | None = None
 
 
-class ReplacedTokenDetectionForPreTraining(PretrainingModel):
+class ReplacedTokenDetectionForPreTraining(PairForPreTraining):
     """Replaced token detection: a generator fills masked positions, a discriminator finds what was replaced.
 
     Args:
@@ -197,8 +179,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
     ) -> None:
         super().__init__(config)
         for name, known in (("embedding_sharing", EMBEDDING_SHARING), ("discriminator_head", DISCRIMINATOR_HEADS)):
-            if getattr(config, name) not in known:
-                raise InputError(f"{name}={getattr(config, name)!r} must be one of {', '.join(known)}")
+            check_choice(getattr(config, name), known, name=name)
         self.export_parts = {"": "discriminator", GENERATOR_FOLDER: "generator"}
         is_trained = discriminator is not None
         self.generator = AutoModelForMaskedLM.from_config(config.generator) if generator is None else generator
@@ -242,30 +223,10 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
                 names[f"{ours}.base_weight"] = f"{theirs}.weight"
         self._tied_weights_keys = {f"discriminator.{ours}": f"generator.{theirs}" for ours, theirs in names.items()}
 
-    @classmethod
-    def from_models(
-        cls, generator: PreTrainedModel, discriminator: PreTrainedModel, **options: Any
-    ) -> ReplacedTokenDetectionForPreTraining:
-        """Pair two stock models; both are trained in place. `options` are fields of [`ReplacedTokenDetectionConfig`].
-
-        With "gdes" the difference starts as what there is between the tables of the two, with "tied" and "full" the generator's
-        parameters take the place of the discriminator's.
-        """
-        config = ReplacedTokenDetectionConfig(
-            generator=generator.config, discriminator=discriminator.config, **options
-        )
-        model = cls(config, generator, discriminator)
-        model.try_out()
-        return model
-
     def trial_batch(self) -> dict[str, torch.Tensor]:
         """Return a few tokens with targets of both models; see [`PretrainingModel.trial_batch`]."""
         batch = masked_trial_batch(self.generator)
         return batch | {"sample_uniforms": torch.full(batch["target_positions"].shape, 0.5, device=self.device)}
-
-    def get_input_embeddings(self) -> torch.nn.Module:
-        """Return the word embeddings of the generator, which the discriminator shares unless told otherwise."""
-        return self.generator.get_input_embeddings()
 
     def stock_part(
         self, attribute: str, state: Mapping[str, torch.Tensor] | None
@@ -288,8 +249,6 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         """Return the selected positions for the generator and the real tokens for the discriminator."""
         return {"mlm": (batch["labels"] != IGNORED).sum(), "rtd": batch["attention_mask"].sum()}
 
-    host_inputs = staticmethod(has_padding)
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -301,7 +260,7 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         stage: Stage = "joint",
         replaced_ids: torch.Tensor | None = None,
         temperature: torch.Tensor | None = None,
-        **inputs: torch.Tensor,
+        **inputs: Any,
     ) -> ReplacedTokenDetectionOutput:
         """Run a step, or one of its halves.
 
@@ -325,9 +284,10 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         output = ReplacedTokenDetectionOutput(losses={}, metrics={}, replaced_ids=replaced_ids)
         original_BL = torch.where(labels == IGNORED, input_ids, labels)
         if replaced_ids is None:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and stage != "discriminator"):
-                logits_TV = self._generate(target_positions, input_ids, attention_mask, inputs)
             targets_T = labels.flatten().index_select(0, target_positions)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and stage != "discriminator"):
+                given = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
+                logits_TV = self.generator_head(self.generator, target_positions, **given)
             sampled_T = self._sample(logits_TV.detach(), targets_T, sample_uniforms, temperature)
             written = original_BL.flatten().index_copy(0, target_positions, sampled_T).view_as(original_BL)
             # Fillers of a fixed shape point at positions that were not selected: those stay as they are.
@@ -341,17 +301,6 @@ class ReplacedTokenDetectionForPreTraining(PretrainingModel):
         if stage != "generator":
             self._detect(output, original_BL, attention_mask, inputs)
         return output
-
-    def _generate(
-        self,
-        positions: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        inputs: dict[str, Any],
-    ) -> torch.Tensor:
-        """Return the generator's logits at the targets, ``[T, V]``."""
-        model_inputs = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
-        return self.generator_head(self.generator, positions, **model_inputs)
 
     def _sample(
         self, logits: torch.Tensor, targets: torch.Tensor, uniforms: torch.Tensor, temperature: torch.Tensor | None

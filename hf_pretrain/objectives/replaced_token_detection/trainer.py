@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from itertools import islice
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.token_store import TokenStore
-from hf_pretrain.data.documents.words import word_starts
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import PreparedData
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics, discrimination_gain
-from hf_pretrain.hub.record import ObjectiveDescription
-from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.hub.record import ObjectiveDescription, cite
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
-from hf_pretrain.modeling.visibility.rules import check_isolation
-from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
+from hf_pretrain.objectives.generators import GeneratorTrainingArguments
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.objectives.replaced_token_detection.building import ReplacedTokenDetectionModelArguments, build_model
-from hf_pretrain.objectives.replaced_token_detection.modeling import Stage
+from hf_pretrain.objectives.replaced_token_detection.modeling import (
+    ReplacedTokenDetectionForPreTraining,
+    Stage,
+)
+from hf_pretrain.options import option
 from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import coloured_words
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -65,7 +69,7 @@ words = scorer("The chef ate the meal.")  # of each word: word, start, end, and 
 
 
 @dataclass
-class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
+class ReplacedTokenDetectionTrainingArguments(GeneratorTrainingArguments):
     """Options of [`ReplacedTokenDetectionTrainer`]; the defaults are the recipe of ELECTRA-Small, but for its length.
 
     Source: the paper's table 6 and `configure_pretraining.py` of the official code.
@@ -74,50 +78,32 @@ class ReplacedTokenDetectionTrainingArguments(MaskedLMTrainingArguments):
     ranges: ClassVar[dict[str, str]] = {"generator_steps": "(0, 2147483647]"}
     needs: ClassVar[dict[str, str]] = {"generator_steps": "training_mode=two_stage"}
 
-    mlm_weight: float | str = field(default=1.0, metadata={"help": "Weight of the generator's loss."})
-    rtd_weight: float | str = field(
-        default=50.0,
-        metadata={
-            "help": "Weight of the discriminator's loss (lambda); a number, or a schedule such as '0:10, 10000:50' or "
-            "'0%:10, 50%:50'."
-        },
+    mlm_weight: float | str = option(1.0, "Weight of the generator's loss.")
+    rtd_weight: float | str = option(
+        50.0,
+        "Weight of the discriminator's loss (lambda); a number, or a schedule such as '0:10, 10000:50' or "
+        "'0%:10, 50%:50'.",
     )
-    temperature: float | str = field(
-        default=1.0,
-        metadata={"help": "Temperature at which the generator is sampled; a number, or a schedule in the same form."},
+    temperature: float | str = option(
+        1.0, "Temperature at which the generator is sampled; a number, or a schedule in the same form."
     )
-    training_mode: str = field(
-        default="joint",
-        metadata={
-            "help": "'joint': one step for both models; 'decoupled': in each step first the generator's, then the "
-            "discriminator's (DeBERTa-v3); 'two_stage': the generator alone, then the discriminator, started from it."
-        },
+    training_mode: str = option(
+        "joint",
+        "'joint': one step for both models; 'decoupled': in each step first the generator's, then the "
+        "discriminator's (DeBERTa-v3); 'two_stage': the generator alone, then the discriminator, started from it.",
     )
-    generator_steps: float = field(
-        default=0.5, metadata={"help": "Steps of the first of two stages, or their share of all steps if below 1."}
+    generator_steps: float = option(0.5, "Steps of the first of two stages, or their share of all steps if below 1.")
+    generator_learning_rate: float | None = option(
+        None, "Peak learning rate of the generator, if it has one of its own."
     )
-    generator_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the generator, if it has one of its own."}
-    )
-    mask_share: float = field(
-        default=0.85, metadata={"help": "Share of the selected tokens that the generator sees masked, 0 to 1."}
-    )
-    random_share: float = field(
-        default=0.0,
-        metadata={"help": "Share of the selected tokens that the generator sees replaced at random, 0 to 1."},
-    )
-    adam_bias_correction: bool = field(
-        default=False, metadata={"help": "Adam's bias correction; the official optimizer has none."}
-    )
-    adam_epsilon: float = field(default=1e-6, metadata={"help": "Adam's epsilon."})
-    decay_during_warmup: bool = field(
-        default=True, metadata={"help": "Multiply the linear decay and the warm-up, as the official code does."}
+    mask_share: float = option(0.85, "Share of the selected tokens that the generator sees masked, 0 to 1.")
+    random_share: float = option(
+        0.0, "Share of the selected tokens that the generator sees replaced at random, 0 to 1."
     )
 
     def __post_init__(self) -> None:
         """Check the training mode, then everything else."""
-        if self.training_mode not in TRAINING_MODES:
-            raise InputError(f"training_mode={self.training_mode!r} must be one of {', '.join(TRAINING_MODES)}")
+        check_choice(self.training_mode, TRAINING_MODES, name="training_mode")
         if self.training_mode != "joint":
             # A backward pass reaches one of the two models only.
             self.ddp_find_unused_parameters = True
@@ -143,15 +129,7 @@ class ReplacedTokenDetectionTrainer(PretrainingTrainer):
             r"\mathcal{L} = -\frac{1}{|M|} \sum_{i \in M} \log p_G(x_i \mid \tilde{x})"
             r" + \lambda \, \frac{1}{n} \sum_{t=1}^{n} \mathrm{BCE}\left(D(\hat{x})_t, [\hat{x}_t \neq x_t]\right)"
         ),
-        citations=(
-            """\
-@inproceedings{clark2020electra,
-  title = {{ELECTRA}: Pre-training Text Encoders as Discriminators Rather Than Generators},
-  author = {Clark, Kevin and Luong, Minh-Thang and Le, Quoc V. and Manning, Christopher D.},
-  booktitle = {International Conference on Learning Representations},
-  year = {2020}
-}""",
-        ),
+        citations=cite("clark2020electra"),
         usage="""\
 import torch
 from transformers import AutoTokenizer, {model_class}
@@ -162,6 +140,23 @@ inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
 with torch.no_grad():
     replaced = model(**inputs).logits.squeeze(-1).sigmoid()  # [1, length]: probability that a token is a replacement""",
     )
+
+    option_classes = (ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments)
+
+    def build_model(
+        self,
+        options: ReplacedTokenDetectionModelArguments,
+        *,
+        args: Any,
+        data: PreparedData,
+        stock: PreTrainedModel | None = None,
+    ) -> ReplacedTokenDetectionForPreTraining:
+        """Return the discriminator with its generator."""
+        return build_model(options, data.tokenizer, temperature=float(args.temperature), stock=stock)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForReplacedTokenDetection:
+        """Return the collator of masks and samples."""
+        return DataCollatorForReplacedTokenDetection(tokenizer, masking=args.masking, seed=args.seed)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -311,114 +306,51 @@ def _one_after_the_other(step: int, *, factors: list[Callable[[int], float]], fi
     return factors[0](step) if step < first else factors[1](step - first)
 
 
-_WORDS = range(8, 21)
-_SHORTEST = 4
-
-
-class WrongWord(NamedTuple):
-    """A sentence in which one word was exchanged.
-
-    Attributes:
-        text: The sentence with the wrong word.
-        place: Number of the wrong word among the sentence's words.
-        original: The word that stood there.
-    """
-
-    text: str
-    place: int
-    original: str
-
-
 def wrong_word_sentences(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, *, count: int = 3, seed: int = 0
-) -> list[WrongWord]:
-    """Take sentences of 8 to 20 words, mostly of letters, and exchange one word of each for one from elsewhere in the text.
+    store: TokenStore, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
+) -> Iterator[tuple[str, int, str]]:
+    """Take sentences of 8 to 20 words, mostly of letters, and put the longest word of one in place of that of the next.
 
     Args:
         store: Tokenized text.
         tokenizer: Its tokenizer.
-        count: How many sentences; fewer are returned where the text has fewer.
-        seed: Seed of the choice.
+        seed: Seed of the order of the sentences.
+
+    Yields:
+        A sentence with a wrong word, the character at which that begins, and the word that stood there.
     """
     bounds = np.append(np.flatnonzero(store.sent_starts(0, store.num_tokens)), store.num_tokens)
-    found: list[WrongWord] = []
+    other = ""
     for sentence in draws.permutation(len(bounds) - 1, seed=seed, stream="sentences").tolist():
-        keys = draws.row_keys([sentence], seed=seed, stream="wrong word")
-        wrong = _exchange(
-            store, tokenizer, int(bounds[sentence]), int(bounds[sentence + 1]), draws.uniforms(keys, 2)[0]
-        )
-        if wrong is not None:
-            found.append(wrong)
-        if len(found) == count:
-            break
-    return found
+        text = tokenizer.decode(store.read(int(bounds[sentence]), int(bounds[sentence + 1]))[0].tolist()).strip()
+        words, num_words = re.findall(r"[^\W\d_]+", text), len(text.split())
+        if not 8 <= num_words <= 20 or len(words) < 0.8 * num_words:
+            continue
+        word = max(words, key=len)
+        begin = text.index(word)
+        if other and other.lower() != word.lower():
+            yield text[:begin] + other + text[begin + len(word) :], begin, word
+        other = word
 
 
-def _exchange(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, start: int, stop: int, uniforms: np.ndarray
-) -> WrongWord | None:
-    text = tokenizer.decode(store.read(start, stop)[0].tolist()).strip()
-    begins = [*word_starts(text).tolist(), len(text)]
-    words = [text[a:b].rstrip() for a, b in zip(begins, begins[1:], strict=False)]
-    candidates = [i for i, word in enumerate(words) if word.isalpha() and len(word) >= _SHORTEST]
-    is_prose = sum(map(str.isalpha, words)) >= 0.8 * len(words)
-    if len(words) not in _WORDS or not is_prose or not candidates:
-        return None
-    index = candidates[int(uniforms[0] * len(candidates))]
-    other = _word_at(store, tokenizer, int(uniforms[1] * store.num_tokens))
-    if other is None or other.lower() == words[index].lower():
-        return None
-    begin = begins[index]
-    return WrongWord(text[:begin] + other + text[begin + len(words[index]) :], index, words[index])
-
-
-def _word_at(store: TokenStore, tokenizer: PreTrainedTokenizerBase, position: int) -> str | None:
-    """Return the first whole word after a position, if it is one to exchange."""
-    ids, starts = store.read(position, min(position + 20, store.num_tokens))
-    begins = np.flatnonzero(starts)
-    if len(begins) < 2:
-        return None
-    word = tokenizer.decode(ids[begins[0] : begins[1]].tolist()).strip()
-    return word if word.isalpha() and len(word) >= _SHORTEST else None
-
-
-def print_suspicions(trainer: ReplacedTokenDetectionTrainer, data: PreparedData) -> None:
-    """Print held-out sentences with one wrong word each, every word coloured by how suspicious the discriminator finds it."""
+def print_wrong_words(trainer: ReplacedTokenDetectionTrainer, data: PreparedData) -> None:
+    """Print held-out sentences with one wrong word each; the colour of a word shows the probability that it was replaced."""
     if not isinstance(data.eval_dataset, BlockDataset):
         return
-    sentences = wrong_word_sentences(data.eval_dataset.store, data.tokenizer, seed=trainer.args.seed)
+    found = wrong_word_sentences(data.eval_dataset.store, data.tokenizer, seed=trainer.args.seed)
+    sentences = list(islice(found, 3))
     if not sentences:
         return
     print("\nHeld-out sentences with one wrong word each; the redder, the more suspicious:")
     model = trainer.model
     scorer = ReplacedTokenScorer(model.discriminator, data.tokenizer, head=model.discriminator_head)
-    for sentence, words in zip(sentences, scorer([sentence.text for sentence in sentences]), strict=True):
-        wrong = words[sentence.place]
+    for (_, begin, original), words in zip(sentences, scorer([text for text, *_ in sentences]), strict=True):
+        wrong = next(word for word in words if word.start <= begin < word.end)
         rank = 1 + sum(word.score > wrong.score for word in words)
         print(f"  {coloured_words([(word.word, word.score) for word in words])}")
         print(
-            f"    {wrong.word!r} instead of {sentence.original!r}: probability {wrong.score:.2f}, rank {rank} of "
-            f"{len(words)} words"
+            f"    {wrong.word!r} instead of {original!r}: probability {wrong.score:.2f}, rank {rank} of {len(words)} words"
         )
-
-
-def build_trainer(
-    data: PreparedData,
-    model_args: ReplacedTokenDetectionModelArguments,
-    args: ReplacedTokenDetectionTrainingArguments,
-) -> ReplacedTokenDetectionTrainer:
-    """Put the pair of models, the collator and the Trainer together."""
-    model = build_model(model_args, data.tokenizer, temperature=float(args.temperature))
-    for part in (model.generator, model.discriminator):
-        check_model_fits(part, data.tokenizer, block_size=data.block_size)
-        if data.isolates_documents:
-            check_isolation(part, length=data.block_size)
-    return ReplacedTokenDetectionTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForReplacedTokenDetection(data.tokenizer, masking=args.masking, seed=args.seed),
-        **data.trainer_inputs(),
-    )
 
 
 METHOD = Method(
@@ -432,9 +364,8 @@ Pre-train an ELECTRA: a generator replaces tokens, a discriminator finds them.
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModel.from_pretrained("my-electra")`; the generator is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(
         left={"mlm_loss": 0.44}, gained={"disc_auc": 0.08}, least={"disc_gain": -0.01}, steps=400, examples=384
     ),
-    demonstrate=print_suspicions,
+    demonstrate=print_wrong_words,
 )

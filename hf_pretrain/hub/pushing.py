@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, hf_api, logging
 
@@ -78,7 +78,7 @@ def repository_of(
 
 
 def _refusal(error: Exception, name: str, *, has_token: bool) -> InputError | RunError:
-    """Return what the user is told when the Hub will not open a repository."""
+    """Return the error of a repository that the Hub does not open."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, HFValidationError):
         return InputError(
@@ -122,12 +122,12 @@ def reason(error: BaseException) -> str:
 
 # Uploads
 
-# What lies in the output folder and is no part of the export. CodeCarbon's file tells where the machine stands, and the logs of
-# TensorBoard and its kin what it is called.
+# What lies in the output folder and is no part of the export. CodeCarbon's file names the place of the machine, and the logs of
+# TensorBoard and its kin name the machine.
 _NOT_EXPORTED = (
     *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv", "runs/*", "wandb/*", "mlruns/*", "*tfevents*", f"*{PART}"),
 )
-# They tell of the machine as they lie here; a push has them without its folders.
+# They name folders of the machine; a push has them without.
 _WITH_PATHS = ("recipe.yaml", "trainer_state.json")
 # An earlier export's, which transformers would open instead of the new one's, or which belongs to another model.
 _REPLACED = (
@@ -163,69 +163,102 @@ class Push(PushInProgress):
 class Pushing:
     """Uploads what a Trainer has written: the export with its card, and checkpoints if `hub_strategy` says so.
 
-    A push that fails while training is told and does not end it: the next one sends what is new then. One that fails at the end
+    A push that fails while training is logged and does not end it: the next one sends what is new then. One that fails at the end
     is an error, and the export lies whole on the disk.
 
     Args:
         trainer: The Trainer; its `hub_model_id` names the repository once that is open.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self.push: Push | None = None
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.trainer.args.output_dir) / _UPLOADING
 
     def is_going_on(self) -> bool:
         """Return whether this process is uploading."""
         return self.push is not None and not self.push.is_done()
 
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """Begin to upload the export of this moment, which was just written, and the checkpoint if asked."""
-        args = self.trainer.args
-        shutil.rmtree(Path(args.output_dir) / _UPLOADING, ignore_errors=True)
+        """Push while training: the export of this moment, and the checkpoint if asked; called on every process."""
+        trainer, args = self.trainer, self.trainer.args
+        if args.hub_strategy == HubStrategy.END:
+            return
+        # Only the first rank knows, but all have to export.
+        if trainer.checkpoints.any_rank(self.is_going_on()) and not args.hub_always_push:
+            return
+        trainer.save_model(_internal_call=True)
+        if not trainer.is_world_process_zero():
+            return
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        trainer.create_model_card()
+        shutil.rmtree(self._folder, ignore_errors=True)
         uploads = {self._upload_export(): self._command(args.output_dir)}
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            is_last = args.hub_strategy == HubStrategy.CHECKPOINT
-            name = "last-checkpoint" if is_last else checkpoint.name
+            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
             job = self.upload(self._kept(checkpoint), path_in_repo=name, delete_patterns=["*"])
             uploads[job] = self._command(checkpoint, path_in_repo=name)
-        self.push = Push(uploads, step=self.trainer.state.global_step)
+        self.push = Push(uploads, step=trainer.state.global_step)
 
     def push_export(
-        self, message: str | None, *, blocking: bool, token: str | None = None, revision: str | None = None
+        self,
+        message: str | None,
+        *,
+        blocking: bool,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        facts: Mapping[str, Any],
     ) -> Any:
-        """Upload the export at the end.
+        """Export, write the card and push both; called on every process.
 
         Args:
             message: Title of the commit.
             blocking: Whether to wait for the upload.
             token: Token with write permission, instead of the arguments'.
-            revision: Branch, instead of the arguments'.
+            revision: Branch to write to, instead of the arguments'; made if it is not there.
+            private: Whether a new repository is private, instead of the arguments'.
+            facts: Facts for the card, by name.
 
         Returns:
-            The commit, or the upload's future.
+            The commit, or the upload's future; None on other processes than the first.
 
         Raises:
-            RunError: If the upload fails; the message says how to repeat it.
+            InputError: If there was no repository or branch so far, and token, name or rights do not allow one.
+            RunError: If the Hub does not answer or the upload fails; the message says how to repeat it.
         """
-        args = self.trainer.args
+        trainer, args = self.trainer, self.trainer.args
+        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+        trainer.save_model(_internal_call=True)
+        if not trainer.is_world_process_zero():
+            return None
+        try:
+            if trainer.hub_model_id is None or revision is not None:
+                trainer.hub_model_id = repository_of(args, token=token, private=private, revision=revision)
+        except (InputError, RunError) as error:
+            raise type(error)(f"{error}; the model lies whole in {args.output_dir}") from error
+        finally:
+            trainer.create_model_card(**facts)
         revision = revision or args.hub_revision
         command = self._command(args.output_dir, revision=revision)
-        uploading = Path(args.output_dir) / _UPLOADING
-        shutil.rmtree(uploading, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
         job = self._upload_export(commit_message=message, token=token or args.hub_token, revision=revision)
         if not blocking:
-            self.push = Push({job: command}, step=self.trainer.state.global_step)
+            self.push = Push({job: command}, step=trainer.state.global_step)
             return job
         try:
             return job.result()
         # Of connections, of the Hub, of its storage: many kinds.
         except Exception as error:
             raise RunError(
-                f"the model is trained and lies whole in {args.output_dir}, but was not pushed to {self.trainer.hub_model_id} "
+                f"the model is trained and lies whole in {args.output_dir}, but was not pushed to {trainer.hub_model_id} "
                 f"({reason(error)}): push it with `{command}`"
             ) from error
         finally:
-            shutil.rmtree(uploading, ignore_errors=True)
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def finish(self) -> None:
         """Wait for the uploads that go on, and say which failed; the stock Trainer never asks."""
@@ -233,7 +266,7 @@ class Pushing:
         if push is None:
             return
         push.wait_until_done()
-        shutil.rmtree(Path(self.trainer.args.output_dir) / _UPLOADING, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
         failed = push.failed()
         if failed:
             logger.warning(
@@ -247,7 +280,7 @@ class Pushing:
         A checkpoint may be removed, for a newer one, before it is uploaded, and what lies here must start the run again.
         """
         source = Path(source)
-        folder = Path(self.trainer.args.output_dir) / _UPLOADING / source.absolute().name
+        folder = self._folder / source.absolute().name
         folder.mkdir(parents=True)
         for path in source.iterdir():
             if any(fnmatch(path.name, pattern) for pattern in ignore):

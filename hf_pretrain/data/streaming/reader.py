@@ -1,13 +1,14 @@
 """Training on a stream, and going on with it after a resume where it was left, without reading what was before.
 
-A process reads its own shards of the text. The micro-batches that were trained on tell how far each worker's part was taken,
-whatever the workers had read ahead; a checkpoint has it in `stream_state.json`.
+A process reads its own shards of the text. The micro-batches that were trained on say how far each worker has come,
+whatever the workers have read ahead; a checkpoint keeps that in `stream_state.json`.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class StreamReader:
         return DataLoader(
             self._own,
             batch_size=batch_size,
-            collate_fn=_CollateWithProgress(collate),
+            collate_fn=partial(_collate_with_progress, collate),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             multiprocessing_context=args.dataloader_multiprocessing_context,
@@ -100,16 +101,13 @@ class StreamReader:
             (folder / STREAM_STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
-class _CollateWithProgress:
-    """A collator that tells, beside the batch, how far its reader has come with it."""
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        reader, stop = examples[-1]["progress"]
-        batch = self.collate([{name: x for name, x in row.items() if name != "progress"} for row in examples])
-        return batch | {_PROGRESS: torch.tensor([reader, stop.item, *stop.position])}
+def _collate_with_progress(
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Return a batch with how far its reader has come with it."""
+    reader, stop = examples[-1]["progress"]
+    batch = collate([{name: x for name, x in row.items() if name != "progress"} for row in examples])
+    return batch | {_PROGRESS: torch.tensor([reader, stop.item, *stop.position])}
 
 
 class ShareOfSteps(TrainerCallback):
