@@ -325,6 +325,8 @@ def area(name: str) -> str:
         return "arguments"
     if "Collator" in name:
         return "collators"
+    if name.startswith(("compare", "log_likelihood", "score_")):
+        return "evaluation"
     package = module.split(".")[1]
     packages = {"data": "data", "tasks": "data", "evaluation": "evaluation", "hub": "hub", "training": "trainers"}
     return packages.get(package, "models")
@@ -333,9 +335,8 @@ def area(name: str) -> str:
 def api_page(page: str) -> str:
     """Return the text of a page of the API; options of arguments come as tables, with their help."""
     names = sorted(name for name in hf_pretrain.__all__ if name != "__version__" and area(name) == page)
-    text = (
-        f"# {AREAS[page]}\n\n`from hf_pretrain import {', '.join(names[:2]) or '…'}`: written from the docstrings.\n"
-    )
+    title, sentence = AREAS[page]
+    text = f"# {title}\n\n{sentence} `from hf_pretrain import …` imports every name of this page.\n"
     for name in names:
         text += f"\n::: hf_pretrain.{name}\n"
         if page == "arguments" and is_dataclass(value := getattr(hf_pretrain, name)):
@@ -430,7 +431,7 @@ def program_pages() -> dict[Path, str]:
     pages = {}
     for name in METHODS:
         page = ROOT / "trainers" / f"{name.replace('-', '_')}.py"
-        source = Path(inspect.getfile(load_method(name).build_trainer)).resolve().relative_to(ROOT)
+        source = Path(inspect.getfile(load_method(name).trainer)).resolve().relative_to(ROOT)
         pages[page] = (
             f'"""`accelerate launch trainers/{page.name}` is `hf-pretrain {name}` on several processes.\n\n'
             f"The method is in `{source}`; `hf-pretrain {name} --help` lists its options.\n"

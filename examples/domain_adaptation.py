@@ -19,6 +19,7 @@ data = prepare_data(text, seed=SEED, output_dir=f"{OUT}/continued")  # holds out
 args = MaskedLMTrainingArguments(f"{OUT}/continued", num_train_epochs=EPOCHS, learning_rate=RATE, seed=SEED)
 trainer = MaskedLMTrainer(model=MODEL, args=args, train_dataset=data)
 trainer.train()
+trainer.evaluate()
 trainer.save_model()
 trainer.create_model_card()
 

@@ -115,7 +115,7 @@ def test_the_text_was_learned_before_the_task(story, folder):
 
     assert distance("old", "new") > 0
     assert distance("b", "new") < distance("b", "old") and distance("a", "old") < distance("a", "new")
-    losses = [row["mlm_loss"] for row in story["trainer"].state.log_history if "mlm_loss" in row]
+    losses = [row["eval_mlm_loss"] for row in story["trainer"].state.log_history if "eval_mlm_loss" in row]
     assert losses[-1] < 0.8 * losses[0]
     assert (folder / "adapted/continued/README.md").is_file()
 
