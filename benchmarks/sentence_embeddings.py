@@ -90,7 +90,7 @@ def main() -> None:
         for begin, sizes in students.items():
             for loss, chosen in losses.items():
                 output = str(Path(folder, f"{begin} {loss}"))
-                run_program(
+                failed = run_program(
                     [
                         *(
                             "distil",
@@ -107,6 +107,8 @@ def main() -> None:
                         *("--bf16", "false", "--save_strategy", "no", "--report_to", "none"),
                     ]
                 )
+                if failed:
+                    raise SystemExit(failed)
                 model = AutoModel.from_pretrained(output)
                 table.append((f"{begin}, {loss}", options.steps, correlation(model, output, pairs)))
     print_table(
