@@ -117,7 +117,7 @@ def parse_arguments(
     return parser.instances(given)
 
 
-_SHAPES = {
+_SHAPES: dict[type, str] = {
     NoneType: "is empty: give a value or remove the line",
     dict: "is a mapping: this option takes a single value",
     list: "is a list: this option takes a single value",
@@ -339,7 +339,8 @@ def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:
     Raises:
         InputError: Naming the option, its value and what it needs.
     """
-    values, needs, switched_off = {}, dict(_NEEDS), set()
+    values: dict[str, Any] = {}
+    needs, switched_off = dict(_NEEDS), set()
     for instance in instances:
         needs |= declared(instance, "needs")
         values |= {known.name: getattr(instance, known.name) for known in dataclasses.fields(instance)}
@@ -388,7 +389,8 @@ def check_together(instances: Iterable[Any]) -> None:
     Raises:
         InputError: Naming both.
     """
-    values, training = {}, None
+    values: dict[str, Any] = {}
+    training = None
     for instance in instances:
         values |= {known.name: getattr(instance, known.name) for known in dataclasses.fields(instance)}
         training = instance if isinstance(instance, TrainingArguments) else training
