@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel
 
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
@@ -32,6 +33,7 @@ from hf_pretrain.objectives.distillation.arguments import (
 )
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
+from hf_pretrain.objectives.distillation.sentence_embeddings import one_text_in_a_row
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.targets import (
     DataCollatorForDistillation,
@@ -287,6 +289,11 @@ class DistillationTrainer(PretrainingTrainer):
             for part in model.stock_models():
                 check_isolation(part, length=data.block_size)
         return model
+
+    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
+        """Return options with which each example is of one text, if a loss compares vectors of texts."""
+        compares_texts = training.weights().keys() & set(OF_SENTENCES)
+        return one_text_in_a_row(data_args) if compares_texts else data_args
 
     def make_collator(self, args: Any, tokenizer: Any) -> Any:
         """Return the collator of masks, and of the teacher's likeliest tokens where they are kept."""

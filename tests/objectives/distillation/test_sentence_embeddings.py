@@ -4,6 +4,7 @@ import json
 import math
 import os
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -14,10 +15,16 @@ from transformers import AutoModel, BertModel
 from helpers.distilled import bert, collator, examples
 from helpers.method_matrix import NO_DROPOUT, build, collate, relative_difference, tiny_data, tiny_tokenizer
 from hf_pretrain.cli import main
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import snippets
 from hf_pretrain.objectives.distillation import METHOD as distil
-from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
+from hf_pretrain.objectives.distillation import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    StudentArguments,
+    join,
+)
 from hf_pretrain.objectives.distillation.arguments import OF_SENTENCES
 from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules, nearest_agreement
 
@@ -276,6 +283,31 @@ class TestPrograms:
         )
         trainer.save_model()
         assert SentenceTransformer(trainer.args.output_dir, device="cpu").max_seq_length == 32
+
+
+class TestInPython:
+    def test_a_dataset_of_texts_and_the_name_of_a_teacher(self, tmp_path):
+        teacher = save_teacher(tmp_path / "teacher")
+        texts = [f"w{i} w{i % 7} w{i % 5}" for i in range(30)]
+        args = DistillationTrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            distillation_method="embedding",
+            max_steps=2,
+            bf16=False,
+            report_to="none",
+        )
+        trainer = DistillationTrainer(
+            StudentArguments(student_layers="last"),
+            args,
+            teacher=teacher,
+            data_args=DataArguments(block_size=24),
+            train_dataset=datasets.Dataset.from_dict({"text": texts}),
+        )
+        # One example a text, not one of several.
+        assert len(trainer.train_dataset) == 30
+        trainer.train()
+        trainer.save_model()
+        assert encoded(tmp_path / "out", texts[:2]).shape == (2, 48)
 
 
 class TestBaseModel:
