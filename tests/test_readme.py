@@ -26,7 +26,7 @@ OTHER_OPTIONS = {"config_file", "num_processes", "cpu", "include", "local-dir", 
 # Where the repository and its site lie: links to both must lead to files that exist.
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
 # Pages that tests/test_doors.py runs.
-DOORS = {"docs/adapt.md", "docs/from_scratch.md", "docs/compare.md"}
+DOORS = {f"docs/{name}.md" for name in ("adapt", "compare", "from_scratch", "model_cards", "objectives", "transfer")}
 
 
 def text_of(name):
