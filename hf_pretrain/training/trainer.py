@@ -1,8 +1,8 @@
 """The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
-The details are in objects that it holds: `streams.py` reads a stream, `progress.py` counts tokens and sums up an evaluation,
-`checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and `hub/run.py` keeps
-the numbers of the card.
+The details are in objects that it holds: `data/streaming/reader.py` reads a stream, `progress.py` counts tokens and sums up an
+evaluation, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and
+`hub/run.py` keeps the numbers of the card.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from hf_pretrain.data.examples.epochs import (
 )
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
@@ -63,7 +64,6 @@ from hf_pretrain.training.processes import (
     sharded_by_blocks,
 )
 from hf_pretrain.training.progress import EvaluationSums, TokenCount, peak_memory_mib, show_progress
-from hf_pretrain.training.streams import ShareOfSteps, StreamReader
 
 
 class PretrainingTrainer(Trainer):
@@ -145,6 +145,7 @@ class PretrainingTrainer(Trainer):
     # What the method learns from where that is not text, and the call that makes it.
     reads_instead_of_text: ClassVar[str] = ""
     data_collator: Any
+    model_init: Any
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
     loss_is_scaled_for_ga = True
 
@@ -162,24 +163,9 @@ class PretrainingTrainer(Trainer):
         data_description: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if "compute_metrics" in kwargs:
-            raise InputError(
-                "compute_metrics is not used here: override evaluation_metrics, which sees scores and labels"
-            )
-        self.inputs = TrainerInputs(
-            self,
-            model,
-            args,
-            model_args=model_args,
-            data_args=data_args,
-            processing_class=processing_class,
-            others=kwargs,
-        )
+        options = {"model_args": model_args, "data_args": data_args, "processing_class": processing_class}
+        self.inputs = TrainerInputs(self, model, args, **options, others=kwargs)
         args = self.inputs.args
-        if args.n_gpu > 1:
-            raise InputError(
-                f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
-            )
         found = self.inputs.read(train_dataset, eval_dataset, collator=data_collator)
         train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
         model = None if "model_init" in kwargs else self.inputs.model
@@ -236,6 +222,10 @@ class PretrainingTrainer(Trainer):
             f"model={type(stock).__name__}: {type(self).__name__} takes a composite of this library: wrap a stock model first, "
             "such as EncoderForPreTraining.from_model(model)"
         )
+
+    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
+        """Return how text is cut into examples for this method with its options; the base changes nothing."""
+        return data_args
 
     def make_collator(self, args: Any, tokenizer: Any) -> Any:
         """Return the collator of the method with its options; the base has none of its own."""
