@@ -199,6 +199,7 @@ def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
     elif args.dataset_name:
         texts = _hub_dataset(args, streaming=False)
     else:
+        args.check_named()
         texts = docstring_dataset(max_bytes=args.max_corpus_bytes, seed=args.split_seed)
     if args.max_corpus_bytes is not None:
         texts = random_subset(texts, max_bytes=args.max_corpus_bytes, seed=args.split_seed)
