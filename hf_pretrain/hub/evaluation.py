@@ -30,6 +30,7 @@ _METRICS_OF_THE_HUB = {
 # Of what was measured on held-out text, one of each kind first. An accuracy on rare labels says little beside an AUC.
 _SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
 _MOST_LOSSES, _MOST_SCORES = 3, 2
+_SENTENCES = "sentence-transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +148,9 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     return ModelCardData(
         language=language or None,
         license=card.license or None,
-        library_name="peft" if card.adapter else "transformers",
+        library_name="peft" if card.adapter else _SENTENCES if _SENTENCES in card.objective.tags else "transformers",
         pipeline_tag=card.objective.pipeline_tag,
-        tags=["hf_pretrain", card.objective.name, "generated_from_trainer"],
+        tags=["hf_pretrain", card.objective.name, *card.objective.tags, "generated_from_trainer"],
         base_model=hub_id(card.base_model),
         datasets=datasets or None,
         metrics=list(metrics) or None,

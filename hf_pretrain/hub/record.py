@@ -47,6 +47,7 @@ class ObjectiveDescription:
         pipeline_tag: The Hub's task for models of this objective: "fill-mask", "feature-extraction", ...
         usage: Python code that uses the trained head, where "{repo}" stands for the repository and
             "{model_class}" for the stock class that opens it.
+        tags: Further tags for the Hub, such as the name of a library that opens the model.
     """
 
     name: str
@@ -56,6 +57,7 @@ class ObjectiveDescription:
     citations: Sequence[str] = ()
     pipeline_tag: str = "feature-extraction"
     usage: str = ""
+    tags: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -250,17 +250,22 @@ class TrainerInputs:
         names.append(getattr(getattr(self.model, "config", None), "name_or_path", None))
         return next(filter(None, names), None)
 
+    def _cutting(self) -> DataArguments:
+        """Return how text is cut: as the options say, and as the method needs it."""
+        args = DataArguments() if self.data_args is None else self.data_args
+        return self.trainer.cut_text(args, training=self.args)
+
     def _outline(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> _Part | None:
         """Return what is known of text before it is read, None of any other dataset."""
         if not isinstance(dataset, DATASETS) or rows_of(dataset) != "text" or self.trainer.reads_instead_of_text:
             return None
-        args = DataArguments() if self.data_args is None else self.data_args
+        args = self._cutting()
         known = PreparedData(tokenizer, None, None, {"block_mode": args.block_mode}, args.block_size)
         return _Part(known, is_outline=True)
 
     def _part(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, holds_out: bool = False) -> _Part:
         """Read a dataset; a share of text is held out only where the options say so and nothing else is."""
-        args = DataArguments() if self.data_args is None else self.data_args
+        args = self._cutting()
         if isinstance(dataset, PreparedData):
             return _Part(dataset)
         if not isinstance(dataset, DATASETS):

@@ -223,6 +223,10 @@ class PretrainingTrainer(Trainer):
             "such as EncoderForPreTraining.from_model(model)"
         )
 
+    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
+        """Return how text is cut into examples for this method with its options; the base changes nothing."""
+        return data_args
+
     def make_collator(self, args: Any, tokenizer: Any) -> Any:
         """Return the collator of the method with its options; the base has none of its own."""
         return None

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel
 
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
@@ -25,12 +26,14 @@ from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
 from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
+    OF_SENTENCES,
     DistillationArguments,
     DistillationTrainingArguments,
     TaskDistillationTrainingArguments,
 )
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
+from hf_pretrain.objectives.distillation.sentence_embeddings import one_text_in_a_row
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.targets import (
     DataCollatorForDistillation,
@@ -76,6 +79,21 @@ MINILMV2 = """\
   year = {2021}
 }"""
 
+REIMERS = """\
+@inproceedings{reimers2020multilingual,
+  title = {Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation},
+  author = {Reimers, Nils and Gurevych, Iryna},
+  booktitle = {Proceedings of {EMNLP}},
+  year = {2020}
+}"""
+JASPER = """\
+@article{zhang2024jasper,
+  title = {Jasper and Stella: distillation of {SOTA} embedding models},
+  author = {Zhang, Dun and Li, Jiacheng and Zeng, Ziyang and Wang, Fulong},
+  journal = {arXiv preprint arXiv:2412.19048},
+  year = {2024}
+}"""
+
 # In words, as a formula ("S" the student, "T" the teacher), and its paper.
 _LOSSES: dict[str, tuple[str, str, str]] = {
     "prediction": ("its predictions", r"\tau^2 \, \mathrm{KL}\left(p_T^{1/\tau} \,\|\, p_S^{1/\tau}\right)", ""),
@@ -93,6 +111,13 @@ _LOSSES: dict[str, tuple[str, str, str]] = {
     "relation_kk": ("those between its keys", r"\mathrm{KL}(R_T^{KK} \,\|\, R_S^{KK})", MINILMV2),
     "relation_vv": ("those between its values", r"\mathrm{KL}(R_T^{VV} \,\|\, R_S^{VV})", MINILMV2),
     "attention_distribution": ("the attention of one of its layers", r"\mathrm{KL}(A_T \,\|\, A_S)", MINILM),
+    "sentence_cosine": ("the direction of its sentence embeddings", r"\left(1 - \cos(v_S, v_T)\right)", JASPER),
+    "sentence_mse": ("its sentence embeddings", r"\mathrm{MSE}(v_S, v_T)", REIMERS),
+    "sentence_similarity": (
+        "the similarities between sentences",
+        r"\left(\cos(v_S, v_S') - \cos(v_T, v_T')\right)^2",
+        JASPER,
+    ),
     "value_relation": ("the relations between its values", r"\mathrm{KL}(R_T^{VV} \,\|\, R_S^{VV})", MINILM),
 }
 
@@ -141,7 +166,7 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     """
     parts, formulas, sources = zip(*(_LOSSES[name] for name in weights), strict=True)
     description = f"{objective.description} The student learns {_enumerate(parts)}."
-    if head == "none":
+    if head == "none" and not weights.keys() & set(OF_SENTENCES):
         description += " It is an encoder only: it has no head, and what no loss reached is as it was at the start."
     terms = [
         formula
@@ -192,6 +217,16 @@ def _enumerate(parts: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+_OF_SENTENCE_TRANSFORMERS: dict[str, Any] = {
+    "pipeline_tag": "sentence-similarity",
+    "tags": ("sentence-transformers",),
+    "usage": """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{repo}")
+embeddings = model.encode(["The chef made a fine meal.", "Dinner was well cooked."])
+similarities = model.similarity(embeddings, embeddings)""",
+}
 _ENCODER_ONLY = "**Encoder only**: this run trained no head; go on with a loss of predictions, or fine-tune it."
 
 
@@ -255,6 +290,11 @@ class DistillationTrainer(PretrainingTrainer):
                 check_isolation(part, length=data.block_size)
         return model
 
+    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
+        """Return options with which each example is of one text, if a loss compares vectors of texts."""
+        compares_texts = training.weights().keys() & set(OF_SENTENCES)
+        return one_text_in_a_row(data_args) if compares_texts else data_args
+
     def make_collator(self, args: Any, tokenizer: Any) -> Any:
         """Return the collator of masks, and of the teacher's likeliest tokens where they are kept."""
         collator_class = DataCollatorForDistillation if args.cache_top_k else DataCollatorForMaskedLM
@@ -295,12 +335,16 @@ class DistillationTrainer(PretrainingTrainer):
     def card_facts(self) -> dict[str, Any]:
         """Return the run's losses, how the student began, and the student beside its teacher."""
         config, args = self.model.config, cast(DistillationArguments, self.args)
-        return {
-            "objective": describe(self.objective, args.weights(), head=config.head),
-            "origin": self.model.origin,
-            "note": "" if OF_PREDICTIONS & args.weights().keys() else _ENCODER_ONLY,
-            "comparison": self.comparison_rows(),
-        }
+        objective = describe(self.objective, args.weights(), head=config.head)
+        facts: dict[str, Any] = {"origin": self.model.origin, "comparison": self.comparison_rows()}
+        if self.model.sentence_modules is not None:
+            objective = dataclasses.replace(objective, **_OF_SENTENCE_TRANSFORMERS)
+            teacher = self.model.teacher_name
+            if teacher and hub_id(teacher) and not Path(teacher).exists():
+                facts["base_model"] = teacher
+        elif not OF_PREDICTIONS & args.weights().keys():
+            facts["note"] = _ENCODER_ONLY
+        return facts | {"objective": objective}
 
 
 class TaskDistillationTrainer(DistillationTrainer):
@@ -364,3 +408,5 @@ def print_comparison(trainer: DistillationTrainer, data: PreparedData) -> None:
         header, *body = rows
         print("\nThe student beside its teacher, on held-out examples:")
         print_table(body, header=header)
+    if trainer.model.sentence_modules is not None:
+        print(f"\nSentence embeddings: SentenceTransformer({trainer.args.output_dir!r}).encode(texts)")
