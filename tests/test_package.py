@@ -18,7 +18,6 @@ import pytest
 import hf_pretrain
 from helpers.fresh_process import run_fresh
 from hf_pretrain.cli import METHODS
-from hf_pretrain.data.text.docstrings import docstring_documents
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("hf_pretrain", "trainers", "model_cards", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -112,8 +111,7 @@ def test_the_readme_runs_from_the_wheel_where_the_repository_is_not(wheel, tmp_p
     (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     check = f"import hf_pretrain\nassert hf_pretrain.__file__.startswith({str(installed)!r})\n"
     (place / "readme.py").write_text(check + block, encoding="utf-8")
-    lines = (" ".join(text.split()) for text in docstring_documents(max_bytes=60_000))
-    (place / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    (place / "corpus.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8") * 20, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     run = subprocess.run([sys.executable, "readme.py"], cwd=place, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

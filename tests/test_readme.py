@@ -119,6 +119,9 @@ def local(target, folder):
     for kind in ("blob", "tree"):
         if target.startswith(f"{URLS['Repository']}/{kind}/main/"):
             return ROOT / target.removeprefix(f"{URLS['Repository']}/{kind}/main/")
+    raw = URLS["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
+    if target.startswith(raw):
+        return ROOT / target.removeprefix(raw)
     return None if target.startswith("https://") else folder / target
 
 
