@@ -163,24 +163,9 @@ class PretrainingTrainer(Trainer):
         data_description: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if "compute_metrics" in kwargs:
-            raise InputError(
-                "compute_metrics is not used here: override evaluation_metrics, which sees scores and labels"
-            )
-        self.inputs = TrainerInputs(
-            self,
-            model,
-            args,
-            model_args=model_args,
-            data_args=data_args,
-            processing_class=processing_class,
-            others=kwargs,
-        )
+        options = {"model_args": model_args, "data_args": data_args, "processing_class": processing_class}
+        self.inputs = TrainerInputs(self, model, args, **options, others=kwargs)
         args = self.inputs.args
-        if args.n_gpu > 1:
-            raise InputError(
-                f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
-            )
         found = self.inputs.read(train_dataset, eval_dataset, collator=data_collator)
         train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
         model = None if "model_init" in kwargs else self.inputs.model

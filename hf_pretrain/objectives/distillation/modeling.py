@@ -234,7 +234,9 @@ class DistillationModel(PretrainingModel):
                 batch["labels"] = batch["labels"].long()
         if "sentence_similarity" in self._names:
             # Texts are compared with one another, so there are two.
-            fill = {"labels": torch.full_like(ids, IGNORED)} | dict.fromkeys(("input_ids", "attention_mask"))
+            fill: dict[str, Any] = {"labels": torch.full_like(ids, IGNORED)} | dict.fromkeys(
+                ("input_ids", "attention_mask")
+            )
             for name in fill.keys() & batch.keys():
                 second = batch[name].flip(1) if fill[name] is None else fill[name]
                 batch[name] = torch.cat([batch[name], second])
