@@ -105,9 +105,7 @@ def main() -> None:
                 model = AutoModel.from_pretrained(output)
                 table.append((f"{begin}, {loss}", options.steps, correlation(model, output, pairs)))
                 print(*table[-1], flush=True)
-    print_table(
-        [(name, str(steps), f"{value:.1f}") for name, steps, value in table], header=("Model", "Steps", "Spearman")
-    )
+    print_table(table, ["Model", "Steps", "Spearman"])
 
 
 if __name__ == "__main__":
