@@ -75,6 +75,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, 
     ran = []
     for kind, text in blocks(page):
         text = text.replace("answerdotai/ModernBERT-base", "modernbert")
+        text = text.replace("sentence-transformers/all-MiniLM-L6-v2", "sentence-encoder")
         ran.append(kind)
         if kind == "python":
             exec(compile(text, page, "exec", dont_inherit=True), names)
