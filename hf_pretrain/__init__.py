@@ -1,52 +1,254 @@
 """Pre-training objectives for transformers: every objective, any backbone, one Trainer.
 
-The names below are imported at their first use, so that ``import hf_pretrain`` costs nothing. Architectures
-that have no stock class in transformers are registered with its Auto classes: now if those are imported, or once they are.
+`from hf_pretrain import ...` has every public name. A name is imported when it is first asked for, so that
+``import hf_pretrain`` costs nothing. Architectures that have no stock class in transformers are registered with its Auto
+classes: now if those are imported, or once they are.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hf_pretrain.objectives import METHODS
 from hf_pretrain.registration import register_architectures
 
+if TYPE_CHECKING:  # for editors and type checkers; a test compares these names with those below
+    from hf_pretrain.corruption.arguments import MaskingArguments as MaskingArguments
+    from hf_pretrain.data import draws as draws
+    from hf_pretrain.data.arguments import DataArguments as DataArguments
+    from hf_pretrain.data.arguments import MultilingualDataArguments as MultilingualDataArguments
+    from hf_pretrain.data.documents.documents import tokenize_documents as tokenize_documents
+    from hf_pretrain.data.documents.tokenizers import train_tokenizer as train_tokenizer
+    from hf_pretrain.data.examples.epochs import EpochDataset as EpochDataset
+    from hf_pretrain.data.examples.epochs import MixtureDataset as MixtureDataset
+    from hf_pretrain.data.examples.packing import BlockDataset as BlockDataset
+    from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset as SentencePairDataset
+    from hf_pretrain.data.prepare import PreparedData as PreparedData
+    from hf_pretrain.data.prepare import prepare_data as prepare_data
+    from hf_pretrain.data.streaming.blocks import StreamingBlocks as StreamingBlocks
+    from hf_pretrain.data.text.datasets import text_dataset as text_dataset
+    from hf_pretrain.data.text.search import find_files as find_files
+    from hf_pretrain.errors import InputError as InputError
+    from hf_pretrain.errors import RunError as RunError
+    from hf_pretrain.evaluation.detector import ReplacedTokenScorer as ReplacedTokenScorer
+    from hf_pretrain.evaluation.minimal_pairs import MinimalPair as MinimalPair
+    from hf_pretrain.evaluation.minimal_pairs import originality_scores as originality_scores
+    from hf_pretrain.evaluation.minimal_pairs import pair_accuracy as pair_accuracy
+    from hf_pretrain.evaluation.minimal_pairs import pseudo_log_likelihoods as pseudo_log_likelihoods
+    from hf_pretrain.evaluation.minimal_pairs import read_minimal_pairs as read_minimal_pairs
+    from hf_pretrain.evaluation.probes import encode as encode
+    from hf_pretrain.evaluation.probes import probe_accuracy as probe_accuracy
+    from hf_pretrain.evaluation.streams import sliding_window_evaluate as sliding_window_evaluate
+    from hf_pretrain.evaluation.streams import stream_evaluate as stream_evaluate
+    from hf_pretrain.hub.card import add_evaluation as add_evaluation
+    from hf_pretrain.hub.evaluation import Evaluation as Evaluation
+    from hf_pretrain.hub.record import ObjectiveDescription as ObjectiveDescription
+    from hf_pretrain.modeling.base import PretrainingModel as PretrainingModel
+    from hf_pretrain.modeling.configuration import ModelArguments as ModelArguments
+    from hf_pretrain.modeling.losses import ExampleSum as ExampleSum
+    from hf_pretrain.modeling.losses import PretrainingOutput as PretrainingOutput
+    from hf_pretrain.modeling.surgery.cutting import cut_student as cut_student
+    from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
+    from hf_pretrain.models.transformer_xl.configuration_transformer_xl import (
+        TransformerXLConfig as TransformerXLConfig,
+    )
+    from hf_pretrain.models.transformer_xl.conversion import load_transfo_xl_checkpoint as load_transfo_xl_checkpoint
+    from hf_pretrain.models.transformer_xl.modeling_transformer_xl import (
+        TransformerXLForCausalLM as TransformerXLForCausalLM,
+    )
+    from hf_pretrain.models.transformer_xl.modeling_transformer_xl import (
+        TransformerXLForSequenceClassification as TransformerXLForSequenceClassification,
+    )
+    from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLModel as TransformerXLModel
+    from hf_pretrain.objectives.distillation import DataCollatorForDistillation as DataCollatorForDistillation
+    from hf_pretrain.objectives.distillation import DistillationModel as DistillationModel
+    from hf_pretrain.objectives.distillation import DistillationTrainer as DistillationTrainer
+    from hf_pretrain.objectives.distillation import DistillationTrainingArguments as DistillationTrainingArguments
+    from hf_pretrain.objectives.distillation import StudentArguments as StudentArguments
+    from hf_pretrain.objectives.distillation import TaskDistillationTrainer as TaskDistillationTrainer
+    from hf_pretrain.objectives.distillation import (
+        TaskDistillationTrainingArguments as TaskDistillationTrainingArguments,
+    )
+    from hf_pretrain.objectives.distillation import Teacher as Teacher
+    from hf_pretrain.objectives.distillation import compare as compare
+    from hf_pretrain.objectives.electric import DataCollatorForElectric as DataCollatorForElectric
+    from hf_pretrain.objectives.electric import ElectricForPreTraining as ElectricForPreTraining
+    from hf_pretrain.objectives.electric import ElectricModelArguments as ElectricModelArguments
+    from hf_pretrain.objectives.electric import ElectricTrainer as ElectricTrainer
+    from hf_pretrain.objectives.electric import ElectricTrainingArguments as ElectricTrainingArguments
+    from hf_pretrain.objectives.electric import TwoTowerClozeConfig as TwoTowerClozeConfig
+    from hf_pretrain.objectives.electric import TwoTowerClozeModel as TwoTowerClozeModel
+    from hf_pretrain.objectives.electric import score_texts as score_texts
+    from hf_pretrain.objectives.encoder import DataCollatorForEncoder as DataCollatorForEncoder
+    from hf_pretrain.objectives.encoder import EncoderTrainer as EncoderTrainer
+    from hf_pretrain.objectives.encoder import EncoderTrainingArguments as EncoderTrainingArguments
+    from hf_pretrain.objectives.encoder import MaskedLMTrainer as MaskedLMTrainer
+    from hf_pretrain.objectives.encoder.generation import generate as generate
+    from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining as EncoderForPreTraining
+    from hf_pretrain.objectives.masking import DataCollatorForMaskedLM as DataCollatorForMaskedLM
+    from hf_pretrain.objectives.masking import MaskedLMTrainingArguments as MaskedLMTrainingArguments
+    from hf_pretrain.objectives.permutation_lm import DataCollatorForPermutationLM as DataCollatorForPermutationLM
+    from hf_pretrain.objectives.permutation_lm import PermutationArguments as PermutationArguments
+    from hf_pretrain.objectives.permutation_lm import PermutationLMForPreTraining as PermutationLMForPreTraining
+    from hf_pretrain.objectives.permutation_lm import PermutationLMModelArguments as PermutationLMModelArguments
+    from hf_pretrain.objectives.permutation_lm import PermutationLMTrainer as PermutationLMTrainer
+    from hf_pretrain.objectives.permutation_lm import PermutationLMTrainingArguments as PermutationLMTrainingArguments
+    from hf_pretrain.objectives.permutation_lm import log_likelihood as log_likelihood
+    from hf_pretrain.objectives.permutation_lm import score_permutations as score_permutations
+    from hf_pretrain.objectives.recurrent_lm import DataCollatorForRecurrentLM as DataCollatorForRecurrentLM
+    from hf_pretrain.objectives.recurrent_lm import RecurrentLMForPreTraining as RecurrentLMForPreTraining
+    from hf_pretrain.objectives.recurrent_lm import RecurrentLMTrainer as RecurrentLMTrainer
+    from hf_pretrain.objectives.recurrent_lm import RecurrentLMTrainingArguments as RecurrentLMTrainingArguments
+    from hf_pretrain.objectives.recurrent_lm import TransformerXLModelArguments as TransformerXLModelArguments
+    from hf_pretrain.objectives.replaced_token_detection import (
+        DataCollatorForReplacedTokenDetection as DataCollatorForReplacedTokenDetection,
+    )
+    from hf_pretrain.objectives.replaced_token_detection import (
+        ReplacedTokenDetectionForPreTraining as ReplacedTokenDetectionForPreTraining,
+    )
+    from hf_pretrain.objectives.replaced_token_detection import (
+        ReplacedTokenDetectionModelArguments as ReplacedTokenDetectionModelArguments,
+    )
+    from hf_pretrain.objectives.replaced_token_detection import (
+        ReplacedTokenDetectionTrainer as ReplacedTokenDetectionTrainer,
+    )
+    from hf_pretrain.objectives.replaced_token_detection import (
+        ReplacedTokenDetectionTrainingArguments as ReplacedTokenDetectionTrainingArguments,
+    )
+    from hf_pretrain.schedules import Schedule as Schedule
+    from hf_pretrain.tasks.batches import DataCollatorForTask as DataCollatorForTask
+    from hf_pretrain.tasks.data import TaskDataArguments as TaskDataArguments
+    from hf_pretrain.tasks.data import prepare_task as prepare_task
+    from hf_pretrain.training.arguments import PretrainingArguments as PretrainingArguments
+    from hf_pretrain.training.method import Learning as Learning
+    from hf_pretrain.training.method import Method as Method
+    from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
+    from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
+    from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
+    from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
+
+# Module -> its public names.
 _EXPORTS = {
-    "BlockDataset": "hf_pretrain.data.examples.packing",
-    "DataCollatorForEncoder": "hf_pretrain.objectives.encoder",
-    "DataCollatorForMaskedLM": "hf_pretrain.objectives.masking",
-    "DistillationModel": "hf_pretrain.objectives.distillation",
-    "DistillationTrainingArguments": "hf_pretrain.objectives.distillation",
-    "EncoderForPreTraining": "hf_pretrain.objectives.encoder.modeling",
-    "EncoderTrainingArguments": "hf_pretrain.objectives.encoder",
-    "EpochDataset": "hf_pretrain.data.examples.epochs",
-    "FineTuningArguments": "hf_pretrain.transfer.fine_tuning",
-    "FineTuningTrainer": "hf_pretrain.transfer.fine_tuning",
-    "InputError": "hf_pretrain.errors",
-    "MaskedLMTrainingArguments": "hf_pretrain.objectives.masking",
-    "MaskingArguments": "hf_pretrain.corruption.arguments",
-    "MixtureDataset": "hf_pretrain.data.examples.epochs",
-    "PretrainingArguments": "hf_pretrain.training.arguments",
-    "PretrainingTrainer": "hf_pretrain.training.trainer",
-    "ReplacedTokenDetectionForPreTraining": "hf_pretrain.objectives.replaced_token_detection",
-    "ReplacedTokenDetectionTrainingArguments": "hf_pretrain.objectives.replaced_token_detection",
-    "ReplacedTokenScorer": "hf_pretrain.evaluation.detector",
-    "SentencePairDataset": "hf_pretrain.data.examples.sentence_pairs",
-    "StreamingBlocks": "hf_pretrain.data.streaming.blocks",
-    "StudentArguments": "hf_pretrain.objectives.distillation",
-    "TaskDistillationTrainingArguments": "hf_pretrain.objectives.distillation",
-    "TransformerXLConfig": "hf_pretrain.models.transformer_xl.configuration_transformer_xl",
-    "TransformerXLForCausalLM": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
-    "TransformerXLForSequenceClassification": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
-    "TransformerXLModel": "hf_pretrain.models.transformer_xl.modeling_transformer_xl",
-    "tokenize_documents": "hf_pretrain.data.documents.documents",
-    "train_tokenizer": "hf_pretrain.data.documents.tokenizers",
-    # The Trainer of every method.
-    **{listed.trainer: listed.place.partition(":")[0] for listed in METHODS.values()},
+    "corruption.arguments": ("MaskingArguments",),
+    "data": ("draws",),
+    "data.arguments": ("DataArguments", "MultilingualDataArguments"),
+    "data.documents.documents": ("tokenize_documents",),
+    "data.documents.tokenizers": ("train_tokenizer",),
+    "data.examples.epochs": ("EpochDataset", "MixtureDataset"),
+    "data.examples.packing": ("BlockDataset",),
+    "data.examples.sentence_pairs": ("SentencePairDataset",),
+    "data.prepare": ("PreparedData", "prepare_data"),
+    "data.streaming.blocks": ("StreamingBlocks",),
+    "data.text.datasets": ("text_dataset",),
+    "data.text.search": ("find_files",),
+    "errors": ("InputError", "RunError"),
+    "evaluation.detector": ("ReplacedTokenScorer",),
+    "evaluation.minimal_pairs": (
+        "MinimalPair",
+        "originality_scores",
+        "pair_accuracy",
+        "pseudo_log_likelihoods",
+        "read_minimal_pairs",
+    ),
+    "evaluation.probes": ("encode", "probe_accuracy"),
+    "evaluation.streams": ("sliding_window_evaluate", "stream_evaluate"),
+    "hub.card": ("add_evaluation",),
+    "hub.evaluation": ("Evaluation",),
+    "hub.record": ("ObjectiveDescription",),
+    "modeling.base": ("PretrainingModel",),
+    "modeling.configuration": ("ModelArguments",),
+    "modeling.losses": ("ExampleSum", "PretrainingOutput"),
+    "modeling.surgery.cutting": ("cut_student",),
+    "modeling.surgery.vocabulary": ("trim_vocabulary",),
+    "models.transformer_xl.configuration_transformer_xl": ("TransformerXLConfig",),
+    "models.transformer_xl.conversion": ("load_transfo_xl_checkpoint",),
+    "models.transformer_xl.modeling_transformer_xl": (
+        "TransformerXLForCausalLM",
+        "TransformerXLForSequenceClassification",
+        "TransformerXLModel",
+    ),
+    "objectives.distillation": (
+        "DataCollatorForDistillation",
+        "DistillationModel",
+        "DistillationTrainer",
+        "DistillationTrainingArguments",
+        "StudentArguments",
+        "TaskDistillationTrainer",
+        "TaskDistillationTrainingArguments",
+        "Teacher",
+        "compare",
+    ),
+    "objectives.electric": (
+        "DataCollatorForElectric",
+        "ElectricForPreTraining",
+        "ElectricModelArguments",
+        "ElectricTrainer",
+        "ElectricTrainingArguments",
+        "TwoTowerClozeConfig",
+        "TwoTowerClozeModel",
+        "score_texts",
+    ),
+    "objectives.encoder": ("DataCollatorForEncoder", "EncoderTrainer", "EncoderTrainingArguments", "MaskedLMTrainer"),
+    "objectives.encoder.generation": ("generate",),
+    "objectives.encoder.modeling": ("EncoderForPreTraining",),
+    "objectives.masking": ("DataCollatorForMaskedLM", "MaskedLMTrainingArguments"),
+    "objectives.permutation_lm": (
+        "DataCollatorForPermutationLM",
+        "PermutationArguments",
+        "PermutationLMForPreTraining",
+        "PermutationLMModelArguments",
+        "PermutationLMTrainer",
+        "PermutationLMTrainingArguments",
+        "log_likelihood",
+        "score_permutations",
+    ),
+    "objectives.recurrent_lm": (
+        "DataCollatorForRecurrentLM",
+        "RecurrentLMForPreTraining",
+        "RecurrentLMTrainer",
+        "RecurrentLMTrainingArguments",
+        "TransformerXLModelArguments",
+    ),
+    "objectives.replaced_token_detection": (
+        "DataCollatorForReplacedTokenDetection",
+        "ReplacedTokenDetectionForPreTraining",
+        "ReplacedTokenDetectionModelArguments",
+        "ReplacedTokenDetectionTrainer",
+        "ReplacedTokenDetectionTrainingArguments",
+    ),
+    "schedules": ("Schedule",),
+    "tasks.batches": ("DataCollatorForTask",),
+    "tasks.data": ("TaskDataArguments", "prepare_task"),
+    "training.arguments": ("PretrainingArguments",),
+    "training.method": ("Learning", "Method"),
+    "training.trainer": ("PretrainingTrainer",),
+    "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
+}
+_MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() for name in names}
+
+# What users of other libraries write -> what it is called here.
+_OTHER_NAMES = {
+    "BertTrainer": "MaskedLMTrainer",
+    "DataCollatorForLanguageModeling": "DataCollatorForMaskedLM",
+    "DataCollatorForRTD": "DataCollatorForReplacedTokenDetection",
+    "DistillationConfig": "DistillationTrainingArguments",
+    "DistilTrainer": "DistillationTrainer",
+    "ElectraTrainer": "ReplacedTokenDetectionTrainer",
+    "ElectricConfig": "ElectricTrainingArguments",
+    "MLMTrainer": "MaskedLMTrainer",
+    "MaskedLMConfig": "MaskedLMTrainingArguments",
+    "PLMTrainer": "PermutationLMTrainer",
+    "RTDConfig": "ReplacedTokenDetectionTrainingArguments",
+    "RTDTrainer": "ReplacedTokenDetectionTrainer",
+    "RTDTrainingArguments": "ReplacedTokenDetectionTrainingArguments",
+    "TransformerXLTrainer": "RecurrentLMTrainer",
+    "XLNetTrainer": "PermutationLMTrainer",
+    "build_model": "a Trainer, which builds it from model= and model_args=",
+    "evaluate_blimp": "pair_accuracy(scores, read_minimal_pairs(folder))",
+    "probe": "probe_accuracy",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
@@ -54,15 +256,19 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("hf-pretrain")
-    if name not in _EXPORTS:
+    if name in _OTHER_NAMES:
+        # An AttributeError would reach `from hf_pretrain import ...` without its text.
+        raise ImportError(f"hf_pretrain has no {name!r}: use {_OTHER_NAMES[name]}")
+    if name not in _MODULES:
         raise AttributeError(f"module 'hf_pretrain' has no attribute {name!r}")
-    value = getattr(import_module(_EXPORTS[name]), name)
+    module = import_module(_MODULES[name])
+    value = getattr(module, name) if hasattr(module, name) else import_module(f"{_MODULES[name]}.{name}")
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_EXPORTS, "__version__"])
+    return sorted([*globals(), *_MODULES, "__version__"])
 
 
 register_architectures()

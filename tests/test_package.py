@@ -3,6 +3,7 @@
 import ast
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 import hf_pretrain
 from helpers.fresh_process import run_fresh
+from hf_pretrain.cli import METHODS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("hf_pretrain", "trainers", "model_cards", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -221,7 +223,7 @@ def test_the_architectures_packages_have_the_names_of_their_classes():
     package = importlib.import_module("hf_pretrain.models.transformer_xl")
     for name in package.__all__:
         assert getattr(package, name) is getattr(hf_pretrain, name)
-    assert set(package.__all__) == {name for name in hf_pretrain.__all__ if name.startswith("TransformerXL")}
+    assert set(package.__all__) == {name for name in hf_pretrain.__all__ if re.match("TransformerXL(?!Model.)", name)}
     with pytest.raises(ImportError):
         from hf_pretrain.models.transformer_xl import Nothing  # noqa: F401
 
@@ -229,8 +231,49 @@ def test_the_architectures_packages_have_the_names_of_their_classes():
 @pytest.mark.parametrize("name", hf_pretrain.__all__)
 def test_every_exported_name_imports(name):
     value = getattr(hf_pretrain, name)
-    assert value.__name__ == name
+    assert value.__name__.rpartition(".")[2] == name
     assert name in dir(hf_pretrain)
+
+
+def test_editors_and_type_checkers_see_the_same_names():
+    """They read the imports of `TYPE_CHECKING`; Python reads the table."""
+    (block,) = (
+        node
+        for node in ast.parse(Path(hf_pretrain.__file__).read_text()).body
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    # "X as X" says that the name is public.
+    assert all(alias.asname == alias.name for node in block.body for alias in node.names)
+    seen = [(node.module, alias.name) for node in block.body for alias in node.names]
+    listed = [(f"hf_pretrain.{module}", name) for module, names in hf_pretrain._EXPORTS.items() for name in names]
+    assert sorted(seen) == sorted(listed) and len({name for _, name in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_of_a_method_is_public(method):
+    """Its Trainer, and the options that the Trainer takes."""
+    record = METHODS[method].load(method)
+    for value in (record.trainer, *record.arguments):
+        assert getattr(hf_pretrain, value.__name__) is value
+
+
+NAMES_OF_P3 = (
+    "DataArguments prepare_data ModelArguments DataCollatorForReplacedTokenDetection ElectricTrainingArguments "
+    "PermutationLMTrainingArguments RecurrentLMTrainingArguments probe_accuracy read_minimal_pairs pseudo_log_likelihoods "
+    "Evaluation add_evaluation score_texts stream_evaluate"
+).split()
+
+
+def test_the_names_of_data_evaluation_and_scores_are_public():
+    assert set(NAMES_OF_P3) <= set(hf_pretrain.__all__)
+
+
+@pytest.mark.parametrize(("name", "right"), hf_pretrain._OTHER_NAMES.items())
+def test_a_name_of_another_library_is_answered_with_that_of_this_one(name, right):
+    with pytest.raises(ImportError, match=f"hf_pretrain has no '{name}': use {re.escape(right)}"):
+        exec(f"from hf_pretrain import {name}")
+    named = set(re.findall(r"\w+", right)) & set(hf_pretrain.__all__)
+    assert (named or name == "build_model") and name not in hf_pretrain.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -8,9 +8,11 @@ import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import ElectraForMaskedLM, ElectraForPreTraining, ElectraModel
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
+import hf_pretrain
 from hf_pretrain.cli import COMMANDS, METHODS, load_method
+from hf_pretrain.data.text.docstrings import docstring_documents
 from hf_pretrain.training.parsing import _OptionParser
 
 ROOT = Path(__file__).parents[1]
@@ -40,20 +42,33 @@ def run(name, folder, monkeypatch):
     return names
 
 
-def test_the_example_of_the_readme_makes_what_it_says(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def corpus(tmp_path):
+    """The text of the documents' blocks, a document a line, in a folder of its own."""
+    lines = (" ".join(text.split()) for text in docstring_documents(max_bytes=60_000))
+    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def test_the_example_of_the_readme_makes_what_it_says(corpus, monkeypatch):
     assert len(python_blocks("README.md")) == 1
-    names = run("README.md", tmp_path, monkeypatch)
-    assert type(names["encoder"]) is ElectraModel
-    assert "eval_disc_auc" in capsys.readouterr().out
-    steps = [row for row in names["trainer"].state.log_history if "eval_loss" in row]
-    assert steps[-1]["step"] == 20
-    discriminator, info = ElectraForPreTraining.from_pretrained("my-electra", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    for name, value in names["encoder"].state_dict().items():
-        assert torch.equal(value, discriminator.electra.state_dict()[name]), name
-    ElectraForMaskedLM.from_pretrained("my-electra", subfolder="pretraining/generator")
-    card = ModelCard.load(tmp_path / "my-electra" / "README.md")
-    assert {result.metric_type for result in card.data.eval_results} >= {"rtd_loss", "mlm_loss", "disc_auc"}
+    names = run("README.md", corpus, monkeypatch)
+    assert names["trainer"].state.global_step == 20
+    model, info = AutoModelForMaskedLM.from_pretrained("my-bert", output_loading_info=True)
+    assert type(model) is BertForMaskedLM and not info["missing_keys"] and not info["unexpected_keys"]
+    for name, value in names["model"].state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+    assert AutoTokenizer.from_pretrained("my-bert").get_vocab() == names["tokenizer"].get_vocab()
+    assert "hf_pretrain" in ModelCard.load(corpus / "my-bert" / "README.md").text
+
+
+def test_the_page_on_python_runs(corpus, monkeypatch, capsys):
+    names = run("docs/python.md", corpus, monkeypatch)
+    assert set(names["best"].hyperparameters) == {"learning_rate"}
+    assert type(AutoModelForMaskedLM.from_pretrained("my-bert")) is BertForMaskedLM
+    documents, held_out = names["data"].description["documents"], names["data"].description["held_out_documents"]
+    assert held_out and documents + held_out == len(names["dataset"].filter(lambda row: row["text"].strip()))
+    assert "my-best-bert" in capsys.readouterr().out
 
 
 def test_the_example_of_the_readme_is_short():
@@ -70,7 +85,12 @@ def test_the_code_of_the_page_on_objectives_is_that_of_the_example():
     blocks = python_blocks("docs/adding_an_objective.md")
     assert len(blocks) >= 5
     for block in blocks:
-        assert any(block in text for text in files), block
+        assert any(_lines_of(block) in _lines_of(text) for text in files), block
+
+
+def _lines_of(code):
+    """The lines of code without their indentation, which a page does not have, and without empty ones."""
+    return "\n".join(line.strip() for line in code.splitlines() if line.strip())
 
 
 def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
@@ -81,8 +101,20 @@ def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_every_page_with_python_is_run_or_compared():
-    known = {"README.md", "docs/adding_an_objective.md", "docs/data.md"}
+    known = {"README.md", "docs/adding_an_objective.md", "docs/data.md", "docs/python.md"}
     assert {name for name in DOCUMENTS if python_blocks(name)} == known
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_pages_import_from_the_top_alone(name):
+    """A user needs `from hf_pretrain import ...` and no other module; all of these names exist."""
+    found = re.findall(
+        r"^ *(?:from (hf_pretrain[\w.]*) import ([^\n#]*)|import (hf_pretrain[\w.]+))", text_of(name), re.M
+    )
+    for module, names, whole in found:
+        assert module == "hf_pretrain" and not whole, f"{name}: {module or whole}"
+        for public in re.findall(r"\w+", names):
+            assert public in hf_pretrain.__all__, public
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

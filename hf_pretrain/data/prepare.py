@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from hf_pretrain.data.documents.documents import UnknownCount, check_offsets, to
 from hf_pretrain.data.documents.tokenizers import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
 from hf_pretrain.data.documents.words import NamedSegmenter, Segmenter, clipped, encodable
 from hf_pretrain.data.examples.packing import BlockDataset
+from hf_pretrain.data.in_memory import Given, given_texts
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.data.text.datasets import (
     file_stamps,
@@ -108,6 +109,8 @@ def prepare_data(
     output_dir: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     first: AbstractContextManager[Any] | None = None,
+    dataset: Any = None,
+    eval_dataset: Any = None,
 ) -> PreparedData:
     """Read the text, hold documents out, tokenize it and cut it into examples; each step is done once and cached.
 
@@ -118,12 +121,23 @@ def prepare_data(
         tokenizer: Tokenizer to use; otherwise ``args.tokenizer_name``, otherwise one is trained on the training text.
         first: Entered while files are written, so that one process writes and the others read:
             ``training_args.main_process_first()``.
+        dataset: Text that is loaded already, instead of the files that `args` name: a `datasets.Dataset`, `DatasetDict` or
+            `IterableDataset` with a column of text, or a list of texts.
+        eval_dataset: Another that is held out; by default the split "validation", or as `args` say.
 
     Raises:
         InputError: If the text can not be read, is too little to hold documents out, or does not fit the options.
     """
-    prepare = _prepare_stream if args.streaming else _prepare_documents
-    return prepare(args, seed, Path(output_dir), tokenizer, nullcontext() if first is None else first)
+    given = None
+    if dataset is not None:
+        if args.train_file or args.dataset_name:
+            name = "train_file" if args.train_file else "dataset_name"
+            raise InputError(f"dataset and {name}={getattr(args, name)!r}: give one text to train on")
+        given = given_texts(dataset, eval_dataset, text_column=args.text_column, split=args.dataset_split)
+        args = replace(args, text_column=given.text_column)
+    is_stream = args.streaming or isinstance(given and given.train, datasets.IterableDataset)
+    prepare = _prepare_stream if is_stream else _prepare_documents
+    return prepare(args, seed, Path(output_dir), tokenizer, nullcontext() if first is None else first, given)
 
 
 def _prepare_documents(
@@ -132,9 +146,10 @@ def _prepare_documents(
     output_dir: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     first: AbstractContextManager[Any],
+    given: Given | None,
 ) -> PreparedData:
     with first:
-        texts = _read_texts(args)
+        texts = _read_texts(args, given)
         sample = RepeatableTexts(lambda: first_texts(shuffled_texts(texts.train, seed=args.split_seed)))
         tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, texts.train._fingerprint)
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
@@ -175,9 +190,12 @@ def _prepare_documents(
     )
 
 
-def _read_texts(args: DataArguments) -> _Texts:
+def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
     """Return the texts to train on and those held out."""
-    if args.train_file:
+    source = _source_name(args) if given is None else dataset_name(given.train)
+    if given is not None:
+        texts = given.train
+    elif args.train_file:
         texts = text_dataset(args.train_file, **args.reading())
     elif args.dataset_name:
         texts = _hub_dataset(args, streaming=False)
@@ -185,14 +203,16 @@ def _read_texts(args: DataArguments) -> _Texts:
         texts = docstring_dataset(max_bytes=args.max_corpus_bytes, seed=args.split_seed)
     if args.max_corpus_bytes is not None:
         texts = random_subset(texts, max_bytes=args.max_corpus_bytes, seed=args.split_seed)
+    if given is not None and given.held_out is not None:
+        return _Texts(texts, given.held_out, source, dataset_name(given.held_out))
     if args.validation_file:
         held_out = text_dataset(args.validation_file, **args.reading())
-        return _Texts(texts, held_out, _source_name(args), file_names(args.validation_file))
+        return _Texts(texts, held_out, source, file_names(args.validation_file))
     train_rows, held_out_rows = split_held_out(len(texts), args.validation_fraction, seed=args.split_seed)
     if not len(held_out_rows):
-        return _Texts(texts, None, _source_name(args), None)
-    name = f"{args.validation_fraction:.3g} of the documents of {_source_name(args)}"
-    return _Texts(texts.select(train_rows), texts.select(held_out_rows), _source_name(args), name)
+        return _Texts(texts, None, source, None)
+    name = f"{args.validation_fraction:.3g} of the documents of {source}"
+    return _Texts(texts.select(train_rows), texts.select(held_out_rows), source, name)
 
 
 def _hub_dataset(args: DataArguments, *, streaming: bool) -> Any:
@@ -369,6 +389,14 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise InputError(f"tokenizer_name={name!r} can not be loaded: {one_line(error, line=0)}") from error
 
 
+def dataset_name(dataset: Any) -> str:
+    """Return how a card names a dataset that was given as an object: as the Hub does, if it is from there."""
+    info = getattr(dataset, "info", None)
+    name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
+    split = f" {dataset.split}" if getattr(dataset, "split", None) else ""
+    return "a dataset in memory" if name is None else f"{name}{split}"
+
+
 def _source_name(args: DataArguments) -> str:
     if args.train_file:
         return file_names(args.train_file)
@@ -414,10 +442,13 @@ def _prepare_stream(
     output_dir: Path,
     tokenizer: PreTrainedTokenizerBase | None,
     first: AbstractContextManager[Any],
+    given: Given | None,
 ) -> PreparedData:
     """Prepare nothing but the tokenizer and the validation file; documents of the stream are not held out."""
     with first:
-        source: Any = resolve_paths(args.train_file) if args.train_file else _hub_dataset(args, streaming=True)
+        source: Any = None if given is None else given.train
+        if source is None:
+            source = resolve_paths(args.train_file) if args.train_file else _hub_dataset(args, streaming=True)
         reading = args.reading("skip")
 
         def texts() -> Iterator[str]:
@@ -425,14 +456,18 @@ def _prepare_stream(
             return first_texts(read_documents(source, **reading) if args.train_file else rows)
 
         head = RepeatableTexts(texts)
-        key = file_stamps(source) if args.train_file else _source_name(args)
+        name = _source_name(args) if given is None else dataset_name(given.train)
+        key = file_stamps(source) if args.train_file else name
         tokenizer = run_tokenizer(args, output_dir, tokenizer, head, key)
         unknown = count_unknown(head, tokenizer)
         check_unknown(args, tokenizer, unknown, head, f"the first {unknown.characters:,} characters of the stream")
         held_out, held_out_unknown = None, UnknownCount()
-        if args.validation_file:
+        to_hold = None if given is None else given.held_out
+        if to_hold is None and args.validation_file:
+            to_hold = text_dataset(args.validation_file, **args.reading())
+        if to_hold is not None:
             held_out = tokenize_documents(
-                text_dataset(args.validation_file, **args.reading()),
+                to_hold,
                 tokenizer,
                 word_segmenter=word_segmenter(args),
                 unknown=held_out_unknown,
@@ -448,7 +483,9 @@ def _prepare_stream(
     )
     eval_dataset = None if held_out is None else BlockDataset(held_out, **options)
     held_out_source = file_names(args.validation_file) if args.validation_file else None
-    description = common_description(args, tokenizer, f"{_source_name(args)} (streamed)", held_out_source, output_dir)
+    if given is not None and given.held_out is not None:
+        held_out_source = dataset_name(given.held_out)
+    description = common_description(args, tokenizer, f"{name} (streamed)", held_out_source, output_dir)
     description |= {"unknown_share": round(unknown.share, 6), "unknown_counted_in": unknown.characters}
     if held_out is not None and eval_dataset is not None:
         description |= {"held_out_documents": len(held_out), "held_out_tokens": eval_dataset.num_tokens}

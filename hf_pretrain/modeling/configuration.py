@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest
@@ -15,6 +15,7 @@ from hf_pretrain.modeling.backbone import (
     WITHOUT_LENGTH,
     feed_forward_name,
 )
+from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import (
     MODEL_DTYPES,
     first_line,
@@ -155,15 +156,17 @@ def load_or_build(
     args: ModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    stock: PreTrainedModel | None = None,
     options: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Any:
-    """Open the checkpoint that the arguments name, or build the model that they describe.
+    """Open the checkpoint that the arguments name, build the model that they describe, or give a stock model its head.
 
     Args:
         choose: The Auto class, or a function from the configuration to it.
         args: What to open or to build.
         tokenizer: Sizes the vocabulary of a model from scratch.
+        stock: A stock model that is there, with or without the head.
         options: Keywords of `from_pretrained` and `from_config`; by default the attention backend of `args`.
         **changes: Arguments of [`build_config`], for a model from scratch.
 
@@ -172,6 +175,8 @@ def load_or_build(
     """
     name, options = args.model_name_or_path, attention_options(args) if options is None else options
     is_class = isinstance(choose, type)
+    if stock is not None:
+        return with_head(stock, choose if is_class else choose(stock.config))
     if name is not None:
         auto_class = choose if is_class else choose(from_pretrained(AutoConfig, name))
         return from_pretrained(auto_class, name, **options)

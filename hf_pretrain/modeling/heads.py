@@ -6,6 +6,7 @@ then the heads of this library, for pairs, for the boundary of spans and for dis
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,9 +20,9 @@ from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_PRETRAINING_MAPPING
 from transformers.utils import ModelOutput
 
-from hf_pretrain.errors import check_choice
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.backbone import shared_options
-from hf_pretrain.modeling.loading import find_file, read_safetensors
+from hf_pretrain.modeling.loading import find_file, from_config, read_safetensors, say_once
 
 HeadKind = Literal["none", "masked_lm", "classification", "regression", "token_classification", "question_answering"]
 
@@ -41,6 +42,44 @@ def head_kind(model: PreTrainedModel) -> HeadKind:
     if model.base_model is model:
         return "none"
     return "regression" if model.config.num_labels == 1 else "classification"
+
+
+@torch.no_grad()
+def with_head(model: PreTrainedModel, auto_class: Any, **changes: Any) -> PreTrainedModel:
+    """Return a stock model as a class with a head: itself if it has that head, else a copy that begins with a fresh one.
+
+    Args:
+        model: Any model of an architecture that the class knows, such as the encoder alone.
+        auto_class: The Auto class of the head.
+        **changes: Values of the copy's configuration.
+
+    Raises:
+        InputError: If the class does not know the architecture, or a weight of the encoder is missing.
+    """
+    known = auto_class._model_mapping.get(type(model.config), ())
+    if isinstance(model, known):
+        return model
+    config = copy.deepcopy(model.config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    target: PreTrainedModel = from_config(auto_class, config)
+    prefix = f"{target.base_model_prefix}." if model.base_model is model else ""
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    own = target.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    target.load_state_dict(fitting, strict=False)
+    target.tie_weights()
+    tied = target.all_tied_weights_keys
+    target.fresh_parameters = tuple(name for name in own if name not in fitting and name not in tied)
+    body = next((f"{name}." for name, part in target.named_modules() if part is target.base_model), "")
+    # A pooler belongs to a head: encoders come without.
+    lost = [name for name in target.fresh_parameters if name.startswith(body) and body and ".pooler." not in name]
+    if lost:
+        raise InputError(f"{type(model).__name__} has no weight {lost[0]}: give a {type(target).__name__}")
+    say_once(
+        f"{type(model).__name__} has no such head: a {type(target).__name__} of its weights begins with a fresh one"
+    )
+    return target
 
 
 def boundary_logits(logits: torch.Tensor, positions: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:

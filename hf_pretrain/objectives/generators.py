@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import (
     AutoConfig,
+    AutoModelForPreTraining,
     AutoModelForTokenClassification,
     ElectraForPreTraining,
     PreTrainedConfig,
@@ -22,6 +23,7 @@ from transformers import (
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.configuration import CompositeConfig, ModelArguments, SubModelConfig, scaled_config
+from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.modeling.visibility.rules import has_padding
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
@@ -156,6 +158,16 @@ def load_discriminator(name: str, head: str = "stock", **options: Any) -> PreTra
     classifier = from_pretrained(
         AutoModelForTokenClassification, name, num_labels=1, announce=head == "stock", **options
     )
+    return classifier if head == "stock" else classifier.base_model
+
+
+def stock_discriminator(model: PreTrainedModel, head: str = "stock") -> PreTrainedModel:
+    """Return a given stock model as one that detects; see [`build_discriminator`]."""
+    if model.config.model_type == "electra" and head != "deberta_v3":
+        return with_head(model, AutoModelForPreTraining)
+    classifier = model
+    if head == "stock" and not ("ForTokenClassification" in type(model).__name__ and model.config.num_labels == 1):
+        classifier = with_head(model.base_model, AutoModelForTokenClassification, num_labels=1)
     return classifier if head == "stock" else classifier.base_model
 
 

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import PretrainingOutput, RecurrentMemory
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -161,15 +160,15 @@ class RecurrentTrainer(PretrainingTrainer):
         InputError: If lanes and batches do not fit, or an option would tear the lanes apart.
     """
 
-    def __init__(self, model: PretrainingModel | None, args: PretrainingArguments, **kwargs: Any) -> None:
-        train_lanes = _num_lanes(kwargs.get("train_dataset"))
+    _lane_memory: LaneMemory | None = None
+
+    def check_data(self, args: PretrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+        """Refuse lanes that are not those of a step, and lower the batch of an evaluation to fit."""
+        train_lanes = _num_lanes(train_dataset)
         if train_lanes is not None:
             _check_lanes(train_lanes, args)
-        eval_dataset = kwargs.get("eval_dataset")
         for dataset in eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]:
             _fit_eval_batch(_num_lanes(dataset), args)
-        super().__init__(model, args, **kwargs)
-        self._lane_memory: LaneMemory | None = None
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """Read windows in the order of time."""

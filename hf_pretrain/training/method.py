@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -16,7 +17,6 @@ from hf_pretrain.errors import InputError
 
 if TYPE_CHECKING:
     from hf_pretrain.data.prepare import PreparedData
-    from hf_pretrain.modeling.base import PretrainingModel
     from hf_pretrain.training.arguments import PretrainingArguments
     from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -55,33 +55,40 @@ class Method:
         trainer: Class of the Trainer. The name of its `objective` is the name of the method.
         description: Text of the program's help.
         arguments: Dataclasses of the options of data, model and training.
-        build_trainer: Makes model, collator and Trainer from the data and the options of model and training. A model comes from
-            the checkpoint that `--model_name_or_path` names, or else has fresh weights.
         learning: What the shared tests expect of a short training.
+        build_trainer: Makes the Trainer from the data and the options of model and training; by default by its hooks.
         tiny_options: Options of model and training that the tiny runs of the shared tests need.
         load: Makes examples from the options, called as [`load_data`], which is the default.
         made_up: Makes examples for the rehearsal, called as [`made_up_data`], which is the default.
         demonstrate: Prints more at the end of a run, to show what was learned.
-        special_tokens: Special tokens that the tokenizer must have.
         left_out: Options of training that the rehearsal has otherwise, because they only cost time.
     """
 
     trainer: type[PretrainingTrainer]
     description: str
     arguments: tuple[type, type, type]
-    build_trainer: Callable[[PreparedData, Any, Any], PretrainingTrainer]
     learning: Learning
+    build_trainer: Callable[[PreparedData, Any, Any], PretrainingTrainer] = None  # type: ignore[assignment]
     tiny_options: Mapping[str, Any] = field(default_factory=dict)
     load: Callable[..., PreparedData] | None = None
     made_up: Callable[..., PreparedData] | None = None
     demonstrate: Callable[[Any, PreparedData], None] | None = None
-    special_tokens: Sequence[str] = ("mask", "pad")
     left_out: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Fill in how the Trainer is built."""
+        if self.build_trainer is None:
+            object.__setattr__(self, "build_trainer", partial(_trainer_of, self.trainer))
 
     @property
     def name(self) -> str:
         """Name of the method on the command line."""
         return self.trainer.objective.name
+
+    @property
+    def special_tokens(self) -> Sequence[str]:
+        """Roles of the special tokens that the tokenizer must have."""
+        return self.trainer.special_tokens
 
     def run(self, argv: list[str] | None = None) -> None:
         """Train from the command line.
@@ -94,35 +101,11 @@ class Method:
         train_method(self, argv)
 
 
-def put_together(
-    trainer: type[PretrainingTrainer],
-    model: PretrainingModel,
-    args: PretrainingArguments,
-    data: PreparedData,
-    *,
-    collator: Any,
-    **inputs: Any,
-) -> Any:
-    """Check that the model can take the data, and make the Trainer.
-
-    Args:
-        trainer: Class of the Trainer.
-        model: The model to train.
-        args: The options of training.
-        data: The examples, their tokenizer and their description.
-        collator: Makes a batch of examples.
-        **inputs: Further arguments of the Trainer, and those that replace the data's own, such as `train_dataset`.
-
-    Returns:
-        The Trainer.
-
-    Raises:
-        InputError: If the model has too few positions or rows, or cannot isolate documents.
-    """
-    inputs = data.trainer_inputs() | inputs
-    isolates = inputs["data_description"].get("block_mode") == "isolated_documents"
-    model.check_fits(data.tokenizer, block_size=data.block_size, isolates_documents=isolates)
-    return trainer(model, args, data_collator=collator, **inputs)
+def _trainer_of(
+    trainer: type[PretrainingTrainer], data: PreparedData, model_args: Any, args: PretrainingArguments
+) -> PretrainingTrainer:
+    """Return the Trainer of a model that is opened or built as the options say, on the examples that its method makes."""
+    return trainer(model_args, args, train_dataset=data)
 
 
 class Listed(NamedTuple):

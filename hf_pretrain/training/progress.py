@@ -114,15 +114,19 @@ class EvaluationSums:
     """Takes each example's sums and counts through the stock loop of an evaluation, in place of logits.
 
     They are small, and free of the repeats that fill the last batch.
+
+    Attributes:
+        losses: Names of the losses of the last batch; a metric may be called a loss too, but is none of the total.
     """
 
     def __init__(self) -> None:
+        self.losses: list[str] = []
         self._names: list[str] = []
 
     def pack(self, output: PretrainingOutput) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Return the output of a model as the stock loop gathers it: no loss, predictions, and labels."""
         sums = {f"{name}_loss": loss for name, loss in output.losses.items()} | output.metrics
-        self._names = sorted(sums)
+        self.losses, self._names = sorted(output.losses), sorted(sums)
         statistics = torch.stack([part for name in self._names for part in sums[name]], dim=1)
         if output.scores is None:
             return None, (statistics,), torch.zeros_like(statistics)

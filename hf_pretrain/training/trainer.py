@@ -1,8 +1,8 @@
 """The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
-The details are in objects that it holds: `streams.py` reads a stream, `progress.py` counts tokens and sums up an evaluation,
-`checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and `hub/run.py` keeps
-the numbers of the card.
+The details are in objects that it holds: `data/streaming/reader.py` reads a stream, `progress.py` counts tokens and sums up an
+evaluation, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and
+`hub/run.py` keeps the numbers of the card.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
 from hf_pretrain.data import draws
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import (
     FILLER,
     CollatorOfFilled,
@@ -33,13 +34,16 @@ from hf_pretrain.data.examples.epochs import (
     FilledDataset,
     FilledSampler,
 )
+from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
+from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
@@ -52,6 +56,7 @@ from hf_pretrain.training.arguments import (
     optimizer_of,
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
+from hf_pretrain.training.inputs import TrainerInputs
 from hf_pretrain.training.processes import (
     check_launch,
     not_finite,
@@ -59,7 +64,6 @@ from hf_pretrain.training.processes import (
     sharded_by_blocks,
 )
 from hf_pretrain.training.progress import EvaluationSums, TokenCount, peak_memory_mib, show_progress
-from hf_pretrain.training.streams import ShareOfSteps, StreamReader
 
 
 class PretrainingTrainer(Trainer):
@@ -93,6 +97,7 @@ class PretrainingTrainer(Trainer):
     | `train` | seeds dropout by rank, finds the checkpoint to go on from, reports faults in one line |
     | `_init_training_state` | a stream goes on by itself; a run that has done all its steps takes no other |
     | `_evaluate` | what was measured before the first step is not measured again after a resume |
+    | `hyperparameter_search` | a model that came by its name is opened anew for each trial |
     | `call_model_init` | a model of a search is checked and seeded as the first |
     | `_hp_search_setup` | refuses to search over an option that has had its effect |
     | `log` | adds components, rates and peak memory; a loss that is not finite ends the run |
@@ -112,12 +117,19 @@ class PretrainingTrainer(Trainer):
     | `_finish_current_push` | says which uploads failed |
 
     Args:
-        model: The composite to train; None if `model_init`, a function that makes one, is among the other arguments, as
-            `hyperparameter_search` needs it.
-        args: Options.
-        train_dataset: Examples; a map-style dataset is wrapped in [`EpochDataset`], so that collators know ids and epochs.
-        eval_dataset: Held-out examples, or a dictionary of several sets.
-        data_description: Numbers and names about the data, for the model card.
+        model: What is trained: a model of transformers, with or without its head; its name or folder; options of one to
+            build; or a composite of this library. None if `model_init`, a function that makes one, is among the other
+            arguments.
+        args: Options of training.
+        data_collator: Makes batches; by default the method's own.
+        train_dataset: Text: a `datasets.Dataset`, `DatasetDict` or `IterableDataset` with a column of text, a list of texts, or
+            what `prepare_data` returns. Or examples: a `datasets.Dataset` with `input_ids`, or any dataset with a length.
+        eval_dataset: The same, held out, or a dictionary of several sets; by default the split "validation" of a
+            `DatasetDict`.
+        processing_class: The tokenizer, or its name; by default the one beside the model's weights.
+        model_args: Options of a model that is built, or opened by its name.
+        data_args: How text is cut into examples, such as `DataArguments(block_size=512)`.
+        data_description: Numbers and names about the data, for the model card; by default what is found.
         **kwargs: Other arguments of `transformers.Trainer`, but `compute_metrics`.
 
     Raises:
@@ -127,17 +139,27 @@ class PretrainingTrainer(Trainer):
     model: PretrainingModel
     hub_model_id: str | None
     objective: ClassVar[ObjectiveDescription]
+    # Options of the model and of training; special tokens that the tokenizer must have.
+    option_classes: ClassVar[tuple[type, type]] = (ModelArguments, PretrainingArguments)
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask", "pad")
+    # What the method learns from where that is not text, and the call that makes it.
+    reads_instead_of_text: ClassVar[str] = ""
     data_collator: Any
+    model_init: Any
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
-        model: PretrainingModel | None,
-        args: PretrainingArguments,
+        model: Any = None,
+        args: PretrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         *,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        model_args: Any = None,
+        data_args: DataArguments | None = None,
         data_description: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -145,10 +167,24 @@ class PretrainingTrainer(Trainer):
             raise InputError(
                 "compute_metrics is not used here: override evaluation_metrics, which sees scores and labels"
             )
+        self.inputs = TrainerInputs(
+            self,
+            model,
+            args,
+            model_args=model_args,
+            data_args=data_args,
+            processing_class=processing_class,
+            others=kwargs,
+        )
+        args = self.inputs.args
         if args.n_gpu > 1:
             raise InputError(
                 f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
             )
+        found = self.inputs.read(train_dataset, eval_dataset, collator=data_collator)
+        train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
+        model = None if "model_init" in kwargs else self.inputs.model
+        self.check_data(args, train_dataset, eval_dataset)
         is_stream = isinstance(train_dataset, IterableDataset)
         check_text(args, is_stream=is_stream, holds_out=eval_dataset is not None)
         args.eval_on_start &= eval_dataset is not None
@@ -161,13 +197,15 @@ class PretrainingTrainer(Trainer):
             args,
             train_dataset=_with_epochs(train_dataset),
             eval_dataset=_with_epochs(eval_dataset),
+            data_collator=found["data_collator"],
+            processing_class=found["processing_class"],
             compute_metrics=self._reduce_statistics,
             **kwargs,
         )
         check_launch(self.accelerator)
         self.progress = show_progress(self)
         self._schedules = schedules_of(args)
-        self.data_description = dict(data_description or {})
+        self.data_description = dict(data_description or found.get("data_description") or {})
         if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
             example = self.train_dataset[0]
             if "document_ids" in example:
@@ -182,6 +220,40 @@ class PretrainingTrainer(Trainer):
         self._is_evaluating = False
         self._sums = EvaluationSums()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
+
+    # What a method says of its inputs
+
+    def build_model(
+        self, options: Any, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> PretrainingModel:
+        """Return the composite of a stock model, or of the checkpoint or the sizes that the options name.
+
+        Args:
+            options: Of the first of the `option_classes`.
+            args: Of the second.
+            data: The examples, with their tokenizer, length and languages.
+            stock: A stock model to train; the options of its own sizes do not count.
+
+        Raises:
+            InputError: If it cannot be built.
+        """
+        raise InputError(
+            f"model={type(stock).__name__}: {type(self).__name__} takes a composite of this library: wrap a stock model first, "
+            "such as EncoderForPreTraining.from_model(model)"
+        )
+
+    def make_collator(self, args: Any, tokenizer: Any) -> Any:
+        """Return the collator of the method with its options; the base has none of its own."""
+        return None
+
+    def make_examples(
+        self, data: PreparedData, *, args: Any, model: PretrainingModel, collator: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of the Trainer that come from the data, such as windows of lanes instead of blocks."""
+        return data.trainer_inputs()
+
+    def check_data(self, args: PretrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+        """Refuse datasets that the options cannot train on; the base does nothing."""
 
     @property
     def _isolates_documents(self) -> bool:
@@ -352,6 +424,8 @@ class PretrainingTrainer(Trainer):
             InputError: If there is nothing to resume from, or it does not fit.
             RunError: If a disk is full, a worker died, or what was learned is not finite.
         """
+        if self.train_dataset is None:
+            raise InputError("train_dataset is missing: give the Trainer a dataset with a column of text")
         # An evaluation before training marks the model as prepared, and accelerate would then leave it out of DDP.
         for wrapped in (self.model, self.model_wrapped):
             # Between two trials of a search there is none.
@@ -399,9 +473,24 @@ class PretrainingTrainer(Trainer):
 
     # Search of hyper-parameters
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Search with fresh weights in each trial; see `transformers.Trainer.hyperparameter_search`.
+
+        Raises:
+            InputError: If the Trainer cannot make the model anew.
+        """
+        if self.model_init is None:
+            if not self.inputs.can_rebuild:
+                raise InputError(
+                    "hyperparameter_search begins each trial with fresh weights: give the Trainer model_init=, a function that "
+                    "makes the model, or the model's name"
+                )
+            self.model_init = self.inputs.rebuild
+        return super().hyperparameter_search(*args, **kwargs)
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh model from `model_init`; see `transformers.Trainer.call_model_init`."""
-        model = super().call_model_init(trial)
+        model = self.inputs.compose(super().call_model_init(trial))
         check_trainable(model, gradient_checkpointing=bool(self.args.activation_checkpointing))
         # transformers sets the seed before each.
         self._seed_dropout()
@@ -501,8 +590,8 @@ class PretrainingTrainer(Trainer):
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Turn the sums and counts of all examples into means weighted by targets."""
         means, scores_and_labels = self._sums.unpack(prediction)
-        losses = [name for name in means if name.endswith("_loss")]
-        means["loss"] = sum(self.loss_weight(name.removesuffix("_loss")) * means[name] for name in losses)
+        losses = {name: means.get(f"{name}_loss", 0.0) for name in self._sums.losses}
+        means["loss"] = sum(self.loss_weight(name) * mean for name, mean in losses.items())
         if scores_and_labels is not None:
             means |= self.evaluation_metrics(*scores_and_labels, means)
         return means

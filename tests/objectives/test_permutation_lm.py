@@ -20,7 +20,7 @@ from hf_pretrain.objectives.permutation_lm import (
     PermutationLMTrainingArguments,
     log_likelihood,
     plm_inputs,
-    score_texts,
+    score_permutations,
 )
 from hf_pretrain.objectives.permutation_lm.scoring import _batch, _log_likelihoods
 
@@ -249,7 +249,7 @@ def test_an_early_target_changes_later_predictions():
 def test_scores_are_sums_over_the_order_and_do_not_depend_on_the_batch():
     model, tokenizer = xlnet(60, scale=6.0), tiny_tokenizer()
     texts = ["w1 w2 w3", "w7 w8 w9 w10 w11 w12", "w5"]
-    scores = score_texts(model.train(), tokenizer, texts)
+    scores = score_permutations(model.train(), tokenizer, texts)
     assert model.training
     assert [score.num_tokens for score in scores] == [3, 6, 1]
     alone = log_likelihood(model, tokenizer, texts, batch_size=1)
@@ -265,14 +265,14 @@ def test_scores_are_sums_over_the_order_and_do_not_depend_on_the_batch():
 def test_random_orders_are_keyed_and_averaged():
     model, tokenizer = xlnet(60, scale=6.0), tiny_tokenizer()
     texts = ["w1 w2 w3 w4 w5", "w7 w8 w9"]
-    scores = score_texts(model, tokenizer, texts, order="random", num_orders=4, seed=5)
-    again = score_texts(model, tokenizer, texts, order="random", num_orders=4, seed=5, batch_size=3)
+    scores = score_permutations(model, tokenizer, texts, order="random", num_orders=4, seed=5)
+    again = score_permutations(model, tokenizer, texts, order="random", num_orders=4, seed=5, batch_size=3)
     for score, other in zip(scores, again, strict=True):
         assert score.by_order == pytest.approx(other.by_order, rel=1e-5)
         assert len({round(value, 4) for value in score.by_order}) > 1
         assert score.log_likelihood == pytest.approx(np.mean(score.by_order))
         assert score.mixture_log_likelihood == pytest.approx(np.log(np.mean(np.exp(score.by_order))))
-    assert score_texts(model, tokenizer, texts, order="random", seed=6)[0].by_order[0] != scores[0].by_order[0]
+    assert score_permutations(model, tokenizer, texts, order="random", seed=6)[0].by_order[0] != scores[0].by_order[0]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +288,7 @@ def test_random_orders_are_keyed_and_averaged():
 def test_bad_scoring_input_is_refused(options, message):
     texts = options.pop("texts", ["w1 w2 w3"])
     with pytest.raises(InputError, match=message):
-        score_texts(xlnet(60), tiny_tokenizer(), texts, **options)
+        score_permutations(xlnet(60), tiny_tokenizer(), texts, **options)
 
 
 # Options, data and Trainer

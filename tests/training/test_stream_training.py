@@ -9,8 +9,8 @@ from helpers.method_matrix import BLOCK_SIZE, VOCAB_SIZE, build, log_of
 from helpers.stream_worker import MLM, OPTIONS, streamed, watch
 from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.data.streaming.blocks import StreamProgress
+from hf_pretrain.data.streaming.reader import STREAM_STATE
 from hf_pretrain.errors import InputError
-from hf_pretrain.training.streams import STREAM_STATE
 
 
 def write_corpus(folder, *, num_files=5, documents=7):

@@ -20,7 +20,7 @@ from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.objectives.distillation.trainer import TaskDistillationTrainer
 from hf_pretrain.objectives.recurrence import RecurrentTrainer
 from hf_pretrain.objectives.replaced_token_detection.trainer import ReplacedTokenDetectionTrainer
-from hf_pretrain.training import measuring
+from hf_pretrain.training import progress
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -228,7 +228,7 @@ class TestLog:
     def test_evaluation_does_not_count_as_training_time(self, tmp_path, monkeypatch, sets, logging_steps):
         """With a clock that goes one second a training step and a hundred an evaluation of a set."""
         clock = FakeClock()
-        monkeypatch.setattr(measuring, "time", clock)
+        monkeypatch.setattr(progress, "time", clock)
         held_out = (
             tiny_data().eval_dataset if sets == 1 else {f"set{i}": tiny_data().eval_dataset for i in range(sets)}
         )
@@ -246,7 +246,7 @@ class TestLog:
 
     def test_time_between_two_trainings_does_not_count(self, tmp_path, monkeypatch):
         clock = FakeClock()
-        monkeypatch.setattr(measuring, "time", clock)
+        monkeypatch.setattr(progress, "time", clock)
         trainer = build(MLM, tmp_path)
         monkeypatch.setattr(trainer, "training_step", clock.after(2.0, trainer.training_step))
         clock.now += 1000.0

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from hf_pretrain.modeling.configuration import ModelArguments, load_or_build
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, binary_token_loss
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.method import Learning, Method, put_together
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.trainer import PretrainingTrainer
 from token_deletion.collator import DataCollatorForTokenDeletion
 
@@ -72,22 +72,25 @@ class TokenDeletionTrainer(PretrainingTrainer):
         formula=r"\mathcal{L} = \frac{1}{n} \sum_{i=1}^{n} \mathrm{BCE}(f(\tilde{x})_i, y_i)",
     )
 
+    option_classes = (ModelArguments, TokenDeletionTrainingArguments)
+    special_tokens = ("pad",)
+
+    def build_model(
+        self, options: ModelArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> TokenDeletionForPreTraining:
+        """Return the model with its head."""
+        model = load_or_build(AutoModelForTokenClassification, options, data.tokenizer, stock=stock)
+        return TokenDeletionForPreTraining(model)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForTokenDeletion:
+        """Return the collator that deletes tokens."""
+        return DataCollatorForTokenDeletion(tokenizer, deletion_probability=args.deletion_probability, seed=args.seed)
+
     def evaluation_metrics(
         self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
     ) -> dict[str, float]:
         """Return the area under the ROC curve: 0.5 for a guess at the base rate, 1 for a perfect order."""
         return {"deletion_auc": float(roc_auc_score(labels, scores))} if len(set(labels.tolist())) == 2 else {}
-
-
-def build_trainer(
-    data: PreparedData, model_args: ModelArguments, args: TokenDeletionTrainingArguments
-) -> TokenDeletionTrainer:
-    """Put the model, the collator and the Trainer together."""
-    model = load_or_build(AutoModelForTokenClassification, model_args, data.tokenizer)
-    collator = DataCollatorForTokenDeletion(
-        data.tokenizer, deletion_probability=args.deletion_probability, seed=args.seed
-    )
-    return put_together(TokenDeletionTrainer, TokenDeletionForPreTraining(model), args, data, collator=collator)
 
 
 METHOD = Method(
@@ -99,7 +102,6 @@ Pre-train an encoder that says of each token whether something is missing behind
 
 The result opens with `AutoModel.from_pretrained("my-encoder")`.""",
     arguments=(DataArguments, ModelArguments, TokenDeletionTrainingArguments),
-    build_trainer=build_trainer,
     # Among equal words no gap would show. That the next token counts is learned late, and then at once.
     learning=Learning(
         text="counts",
@@ -110,5 +112,4 @@ The result opens with `AutoModel.from_pretrained("my-encoder")`.""",
         examples=384,
     ),
     tiny_options={"model_type": "roformer", "hidden_size": 64, "num_attention_heads": 4},
-    special_tokens=("pad",),
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import hf_pretrain
 
-__all__ = [name for name in hf_pretrain.__all__ if name.startswith("TransformerXL")]
+__all__ = [name for name in hf_pretrain.__all__ if name.startswith("TransformerXL") and "Arguments" not in name]
 
 
 def __getattr__(name: str) -> Any:

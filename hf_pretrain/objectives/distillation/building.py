@@ -31,11 +31,10 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import window_of
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import dtype_option
-from hf_pretrain.modeling.heads import head_kind
+from hf_pretrain.modeling.heads import head_kind, with_head
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.observing.capture import check_capture
 from hf_pretrain.modeling.surgery.vocabulary import match_vocabulary, trim_vocabulary, used_ids
-from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
     RELATIONS,
@@ -48,20 +47,12 @@ from hf_pretrain.objectives.distillation.arguments import (
 from hf_pretrain.objectives.distillation.losses import check_relation_heads, check_same_heads
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
 from hf_pretrain.objectives.distillation.student import StudentArguments, build_student, choose_layers
-from hf_pretrain.objectives.distillation.targets import (
-    DataCollatorForDistillation,
-    cache_teacher_logits,
-    cache_teacher_top_k,
-    report_label_agreement,
-)
 from hf_pretrain.objectives.distillation.trainer import (
     DistillationTrainer,
     TaskDistillationTrainer,
     describe_origin,
     print_comparison,
 )
-from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
-from hf_pretrain.tasks.batches import DataCollatorForTask
 from hf_pretrain.tasks.data import TaskDataArguments, prepare_task
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.method import Learning, Method
@@ -116,6 +107,8 @@ def build_model(
     auto_class: Any,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
+    stock: PreTrainedModel | None = None,
+    teacher: PreTrainedModel | None = None,
 ) -> DistillationModel:
     """Load the teacher and build the student that the options describe.
 
@@ -125,25 +118,55 @@ def build_model(
         auto_class: The Auto class of both.
         tokenizer: The tokenizer of both.
         block_size: Longest sequence of the data, in tokens.
+        stock: The student, if it is there; it takes the class of both.
+        teacher: The teacher, if it is there.
 
     Returns:
         The composite to train.
     """
-    teacher = load_teacher(model_args, auto_class=auto_class, tokenizer=tokenizer)
-    student = build_student(model_args, teacher=teacher, tokenizer=tokenizer, auto_class=auto_class)
+    name = "a teacher in memory" if teacher is not None else teacher_name(model_args)
+    if teacher is None:
+        teacher = load_teacher(model_args, auto_class=auto_class, tokenizer=tokenizer)
+    else:
+        teacher = given_teacher(teacher, auto_class)
+    if stock is None:
+        student = build_student(model_args, teacher=teacher, tokenizer=tokenizer, auto_class=auto_class)
+    else:
+        student = bare(stock) if auto_class is AutoModel else with_head(stock, auto_class)
     for model in (student, teacher):
         check_model_fits(model, tokenizer, block_size=block_size)
     model = join(student, teacher, args, **dtype_option(model_args))
-    model.origin = _origin(model_args, teacher)
+    model.origin = _origin(model_args, teacher, name)
     return model
 
 
-def _origin(args: StudentArguments, teacher: PreTrainedModel) -> str:
+def given_teacher(teacher: PreTrainedModel, auto_class: Any) -> PreTrainedModel:
+    """Return a teacher in the class of both models.
+
+    Raises:
+        InputError: If it has no head and a loss compares predictions: a fresh head has nothing to teach.
+    """
+    if auto_class is AutoModel:
+        return bare(teacher)
+    if not isinstance(teacher, auto_class._model_mapping.get(type(teacher.config), ())):
+        raise InputError(
+            f"teacher={type(teacher).__name__} has no head of {auto_class.__name__}: give one with its head, or choose losses "
+            "without predictions (distillation_method='minilmv2')"
+        )
+    return teacher
+
+
+def bare(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the encoder below a head."""
+    return model.base_model
+
+
+def _origin(args: StudentArguments, teacher: PreTrainedModel, name: str) -> str:
     depth = teacher.config.num_hidden_layers
     layers: tuple[int, ...] = ()
     if args.student_layers is not None:
         layers = choose_layers(args.student_layers, teacher_layers=depth, student_layers=args.num_hidden_layers)
-    return describe_origin(args, teacher=teacher_name(args), layers=layers, last_layer=depth - 1)
+    return describe_origin(args, teacher=name, layers=layers, last_layer=depth - 1)
 
 
 def join(
@@ -330,25 +353,6 @@ _TINY_OPTIONS = {f"{name}_weight": 1.0 for name in ("cosine", "embedding", "hidd
 _TINY_OPTIONS |= {"attention_weight": 0.1}
 
 
-def build_trainer(
-    data: PreparedData, model_args: StudentArguments, args: DistillationTrainingArguments
-) -> DistillationTrainer:
-    """Put student and teacher, the collator and the Trainer together."""
-    sizes: dict[str, Any] = {"tokenizer": data.tokenizer, "block_size": data.block_size}
-    model = build_model(model_args, args, auto_class=auto_class_for(args), **sizes)
-    if data.isolates_documents:
-        for part in model.stock_models():
-            check_isolation(part, length=data.block_size)
-    collator_class = DataCollatorForDistillation if args.cache_top_k else DataCollatorForMaskedLM
-    collator = collator_class(data.tokenizer, masking=args.masking, seed=args.seed)
-    return DistillationTrainer(
-        model,
-        args,
-        data_collator=collator,
-        **cache_teacher_top_k(model, data, args, collator=collator).trainer_inputs(),
-    )
-
-
 METHOD = Method(
     trainer=DistillationTrainer,
     description="""\
@@ -363,7 +367,6 @@ Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The student opens with
 `AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`.""",
     arguments=(DataArguments, StudentArguments, DistillationTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"prediction_loss": 0.44}),
     tiny_options=_TINY_OPTIONS,
     load=load_text,
@@ -377,22 +380,6 @@ AUTO_CLASSES = {
     "token-classification": AutoModelForTokenClassification,
     "question-answering": AutoModelForQuestionAnswering,
 }
-
-
-def build_task_trainer(
-    data: PreparedData, model_args: StudentArguments, args: TaskDistillationTrainingArguments
-) -> TaskDistillationTrainer:
-    """Put student and teacher, the collator and the Trainer together."""
-    check_labels(data, args)
-    sizes: dict[str, Any] = {"tokenizer": data.tokenizer, "block_size": data.block_size}
-    model = build_model(model_args, args, auto_class=AUTO_CLASSES[args.task], **sizes)
-    report_label_agreement(model, data, args)
-    return TaskDistillationTrainer(
-        model,
-        args,
-        data_collator=DataCollatorForTask(data.tokenizer),
-        **cache_teacher_logits(model, data, args).trainer_inputs(),
-    )
 
 
 def made_up_examples(
@@ -429,12 +416,10 @@ The teacher says what the labels are; the examples need none. The student opens 
 or lists of words (`tokens`) with their classes (`labels`); with `--task question-answering` files of SQuAD's form, or
 rows of `question`, `context` and `answers`.""",
     arguments=(TaskDataArguments, StudentArguments, TaskDistillationTrainingArguments),
-    build_trainer=build_task_trainer,
     learning=Learning(left={"prediction_loss": 0.44}),
     tiny_options=_TINY_OPTIONS | {"labels_weight": 0.1},
     load=load_task,
     made_up=made_up_examples,
     demonstrate=print_comparison,
-    special_tokens=("pad",),
     left_out={"cache_teacher": False},
 )

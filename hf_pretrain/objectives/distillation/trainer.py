@@ -9,23 +9,38 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel
 
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
-from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, DistillationArguments
+from hf_pretrain.modeling.visibility.rules import check_isolation
+from hf_pretrain.objectives.distillation.arguments import (
+    OF_PREDICTIONS,
+    DistillationArguments,
+    DistillationTrainingArguments,
+    TaskDistillationTrainingArguments,
+)
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
 from hf_pretrain.objectives.distillation.student import StudentArguments
+from hf_pretrain.objectives.distillation.targets import (
+    DataCollatorForDistillation,
+    cache_teacher_logits,
+    cache_teacher_top_k,
+    report_label_agreement,
+)
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.schedules import weight_symbol
-from hf_pretrain.tasks.batches import LengthGroupedSampler
+from hf_pretrain.tasks.batches import DataCollatorForTask, LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.program import print_table
 from hf_pretrain.training.trainer import PretrainingTrainer
@@ -180,6 +195,11 @@ def _enumerate(parts: Sequence[str]) -> str:
 _ENCODER_ONLY = "**Encoder only**: this run trained no head; go on with a loss of predictions, or fine-tune it."
 
 
+def building() -> Any:
+    """Return the module that builds student and teacher, which imports this one."""
+    return import_module("hf_pretrain.objectives.distillation.building")
+
+
 class DistillationTrainer(PretrainingTrainer):
     """Trains the student of a [`DistillationModel`] on text."""
 
@@ -195,8 +215,17 @@ class DistillationTrainer(PretrainingTrainer):
         citations=(DISTILBERT,),
     )
 
-    def __init__(self, model: DistillationModel | None, args: Any, **kwargs: Any) -> None:
-        super().__init__(model, args, **kwargs)
+    option_classes = (StudentArguments, DistillationTrainingArguments)
+
+    def __init__(self, model: Any = None, args: Any = None, *inputs: Any, teacher: Any = None, **kwargs: Any) -> None:
+        if isinstance(teacher, str | Path):
+            options = kwargs.get("model_args") or (
+                model if isinstance(model, StudentArguments) else StudentArguments()
+            )
+            kwargs["model_args"] = dataclasses.replace(options, teacher_name_or_path=str(teacher))
+            model, teacher = None if isinstance(model, StudentArguments) else model, None
+        self._teacher: PreTrainedModel | None = teacher
+        super().__init__(model, args, *inputs, **kwargs)
         missing = set(self.model.config.losses or ()) - set(args.loss_names)
         if missing:
             raise InputError(
@@ -204,9 +233,36 @@ class DistillationTrainer(PretrainingTrainer):
             )
         self._costs: dict[str, float] | None = None
 
-    def loss_weight(self, name: str) -> float:
-        """Return the weight of a loss in the total; 0 of a metric."""
-        return super().loss_weight(name) if name in (self.model.config.losses or ()) else 0.0
+    def auto_class(self, args: Any) -> Any:
+        """Return the Auto class of student and teacher."""
+        return building().auto_class_for(args)
+
+    def build_model(
+        self, options: StudentArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> DistillationModel:
+        """Return the student with its teacher."""
+        model = building().build_model(
+            options,
+            args,
+            auto_class=self.auto_class(args),
+            tokenizer=data.tokenizer,
+            block_size=data.block_size,
+            stock=stock,
+            teacher=self._teacher,
+        )
+        if data.isolates_documents:
+            for part in model.stock_models():
+                check_isolation(part, length=data.block_size)
+        return model
+
+    def make_collator(self, args: Any, tokenizer: Any) -> Any:
+        """Return the collator of masks, and of the teacher's likeliest tokens where they are kept."""
+        collator_class = DataCollatorForDistillation if args.cache_top_k else DataCollatorForMaskedLM
+        return collator_class(tokenizer, masking=args.masking, seed=args.seed)
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return the examples, with the teacher's likeliest tokens where they are kept."""
+        return cache_teacher_top_k(model, data, args, collator=collator).trainer_inputs()
 
     def comparison_rows(self) -> list[Row]:
         """Return the header and the rows of a table of the student beside its teacher.
@@ -265,6 +321,32 @@ from transformers import pipeline
 classify = pipeline("text-classification", model="{repo}")
 predictions = classify("The chef made a fine meal.")""",
     )
+
+    option_classes = (StudentArguments, TaskDistillationTrainingArguments)
+    special_tokens = ("pad",)
+    reads_instead_of_text = (
+        "labelled examples: give train_dataset=prepare_task(TaskDataArguments(train_file=...), ...)"
+    )
+
+    def auto_class(self, args: Any) -> Any:
+        """Return the Auto class of the task."""
+        return building().AUTO_CLASSES[args.task]
+
+    def build_model(
+        self, options: StudentArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> DistillationModel:
+        """Return the student with its teacher; the examples must have labels if a loss needs them."""
+        building().check_labels(data, args)
+        return super().build_model(options, args=args, data=data, stock=stock)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForTask:
+        """Return the collator of labelled examples."""
+        return DataCollatorForTask(tokenizer)
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return the examples, with the teacher's predictions where they are kept."""
+        report_label_agreement(model, data, args)
+        return cache_teacher_logits(model, data, args).trainer_inputs()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """Shuffle by the seed and the epoch, with examples of about one length in a step for `group_by_length`."""

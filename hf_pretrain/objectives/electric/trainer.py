@@ -37,11 +37,12 @@ from hf_pretrain.objectives.generators import (
     copy_parameters,
     generator_config,
     load_discriminator,
+    stock_discriminator,
     stock_width,
 )
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.options import option
-from hf_pretrain.training.method import Learning, Method, put_together
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 
@@ -56,17 +57,20 @@ class ElectricModelArguments(GeneratorArguments):
     )
 
 
-def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase) -> ElectricForPreTraining:
+def build_model(
+    args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase, *, stock: PreTrainedModel | None = None
+) -> ElectricForPreTraining:
     """Build or load generator and discriminator and join them.
 
     Args:
         args: What to build.
         tokenizer: Its vocabulary sizes the tables; its special tokens have no probability.
+        stock: The discriminator, with or without its head.
 
     Returns:
         The composite to train.
     """
-    discriminator = _discriminator(args, tokenizer)
+    discriminator = _discriminator(args, tokenizer) if stock is None else stock_discriminator(stock)
     generator = _load_generator(args)
     if generator is None:
         generator = build_two_tower(
@@ -74,7 +78,7 @@ def build_model(args: ElectricModelArguments, tokenizer: PreTrainedTokenizerBase
             excluded_token_ids=excluded_token_ids(tokenizer, vocab_size=discriminator.config.vocab_size),
             **attention_options(args),
         )
-        if args.model_name_or_path is not None and args.embedding_sharing == "tied":
+        if (stock or args.model_name_or_path) is not None and args.embedding_sharing == "tied":
             # Of two tied models the generator keeps its parameters, and the discriminator is the one that has learned.
             tower = generator.left_tower
             copy_parameters(discriminator, tower, shared_embedding_names(tower, discriminator))
@@ -201,6 +205,18 @@ with torch.no_grad():
 score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pass: the higher, the likelier the text""",
     )
 
+    option_classes = (ElectricModelArguments, ElectricTrainingArguments)
+
+    def build_model(
+        self, options: ElectricModelArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> ElectricForPreTraining:
+        """Return the discriminator with its generator of two towers."""
+        return build_model(options, data.tokenizer, stock=stock)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForElectric:
+        """Return the collator of noise."""
+        return DataCollatorForElectric(tokenizer, masking=args.masking, seed=args.seed)
+
     def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return the share of the labels' entropy that is explained: near 0 at best where the noise is as likely as the text."""
         return discrimination_gain(means["nce_loss"], means["fake_rate"]) if "nce_loss" in means else {}
@@ -210,15 +226,6 @@ score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pa
     ) -> dict[str, float]:
         """Return the same of the held-out text. Accuracy would say little: noise that is easy to find makes no better model."""
         return self.training_metrics(means)
-
-
-def build_trainer(
-    data: PreparedData, model_args: ElectricModelArguments, args: ElectricTrainingArguments
-) -> ElectricTrainer:
-    """Put the pair of models, the collator and the Trainer together."""
-    model = build_model(model_args, data.tokenizer)
-    collator = DataCollatorForElectric(data.tokenizer, masking=args.masking, seed=args.seed)
-    return put_together(ElectricTrainer, model, args, data, collator=collator)
 
 
 METHOD = Method(
@@ -231,9 +238,8 @@ Pre-train an Electric: an encoder that gives every token an energy, an estimate 
         --output_dir my-electric
 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
-`AutoModel.from_pretrained("my-electric")`; `hf_pretrain.objectives.electric.score_texts` scores texts with it. The generator
+`AutoModel.from_pretrained("my-electric")`; `hf_pretrain.score_texts` scores texts with it. The generator
 is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ElectricModelArguments, ElectricTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"cloze_loss": 0.44}),
 )

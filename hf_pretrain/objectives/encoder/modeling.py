@@ -148,6 +148,7 @@ class EncoderForPreTraining(PretrainingModel):
         args: ModelArguments,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        stock: PreTrainedModel | None = None,
         heads: Sequence[str] = ("mlm",),
         changes: Mapping[str, Any] | None = None,
         **options: Any,
@@ -157,6 +158,7 @@ class EncoderForPreTraining(PretrainingModel):
         Args:
             args: What to load or to build.
             tokenizer: Sizes the vocabulary of a model from scratch.
+            stock: A stock model instead, with or without a head.
             heads: Names of the heads. Those that an export of this library has in `pretraining` are loaded.
             changes: Configuration values of a model from scratch that go before those of `args`.
             **options: Further fields of [`EncoderForPreTrainingConfig`].
@@ -168,7 +170,7 @@ class EncoderForPreTraining(PretrainingModel):
         options |= dtype_option(args)
         if "pair" in heads:
             choose = partial(stock_class, heads=heads, pair_classes=options.get("pair_classes", 2))
-        model = load_or_build(choose, args, tokenizer, **(changes or {}))
+        model = load_or_build(choose, args, tokenizer, stock=stock, **(changes or {}))
         joined = cls.from_model(model, heads=list(heads), **options)
         for head, folder in _HEAD_FOLDERS.items():
             if name is not None and getattr(joined, head) is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.data.arguments import DataArguments
@@ -27,7 +27,7 @@ from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
 from hf_pretrain.training.arguments import global_batch_size
-from hf_pretrain.training.method import Learning, Method, put_together
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import load_data
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -65,7 +65,8 @@ def encoder_examples(
     names = list(shares)
     if names != ["mlm"] and data.train_documents is None:
         raise InputError(
-            f"objectives: {names[-1]} reads documents anew each epoch, which a stream does not keep: leave out streaming"
+            f"objectives: {names[-1]} reads documents anew each epoch, which a stream or a tokenized dataset does not keep: "
+            "give text, and leave out streaming"
         )
     if names != ["mlm"] and data.isolates_documents:
         raise InputError(
@@ -127,7 +128,11 @@ def load_examples(
 
 
 def build_model(
-    model_args: ModelArguments, args: EncoderTrainingArguments, data: PreparedData
+    model_args: ModelArguments,
+    args: EncoderTrainingArguments,
+    data: PreparedData,
+    *,
+    stock: PreTrainedModel | None = None,
 ) -> EncoderForPreTraining:
     """Load or build the encoder with the heads of the objectives, and refuse one that cannot be trained by them.
 
@@ -137,6 +142,7 @@ def build_model(
     model = EncoderForPreTraining.from_arguments(
         model_args,
         data.tokenizer,
+        stock=stock,
         heads=args.heads,
         changes=_config_changes(model_args.model_type, args, data),
         pair_classes=3 if args.pair_objective == "sentence_structure" else 2,
@@ -183,33 +189,40 @@ class EncoderTrainer(PretrainingTrainer):
         usage=_FILL_MASK,
     )
 
+    option_classes = (ModelArguments, EncoderTrainingArguments)
+
+    def build_model(
+        self, options: ModelArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> EncoderForPreTraining:
+        """Return the encoder with the heads that the objectives ask for."""
+        return build_model(options, args, data, stock=stock)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForEncoder:
+        """Return the collator of all heads."""
+        return DataCollatorForEncoder(
+            tokenizer,
+            heads=args.heads,
+            word_order_probability=args.word_order_probability,
+            word_order_size=args.word_order_size,
+            keep_identity_order=args.keep_identity_order,
+            span_positions=args.span_positions,
+            masking=args.masking,
+            seed=args.seed,
+        )
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return the examples of each objective, mixed in their shares."""
+        types = getattr(model.model.config, "type_vocab_size", None) or 0
+        train, held_out = (
+            encoder_examples(data, args, held_out=held_out, type_vocab_size=types) for held_out in (False, True)
+        )
+        return data.trainer_inputs() | {"train_dataset": train, "eval_dataset": held_out}
+
     def card_facts(self) -> dict[str, Any]:
         """Return the description of this run's objectives."""
         args = cast(EncoderTrainingArguments, self.args)
         weights = {name: getattr(args, f"{name}_weight", 1.0) for name in args.loss_names}
         return {"objective": describe(self.objective, args.objectives, weights)}
-
-
-def build_trainer(data: PreparedData, model_args: ModelArguments, args: EncoderTrainingArguments) -> EncoderTrainer:
-    """Put the model, the examples, the collator and the Trainer together."""
-    model = build_model(model_args, args, data)
-    type_vocab_size = getattr(model.model.config, "type_vocab_size", None) or 0
-    collator = DataCollatorForEncoder(
-        data.tokenizer,
-        heads=args.heads,
-        word_order_probability=args.word_order_probability,
-        word_order_size=args.word_order_size,
-        keep_identity_order=args.keep_identity_order,
-        span_positions=args.span_positions,
-        masking=args.masking,
-        seed=args.seed,
-    )
-    train, held_out = (
-        encoder_examples(data, args, held_out=held_out, type_vocab_size=type_vocab_size) for held_out in (False, True)
-    )
-    return put_together(
-        EncoderTrainer, model, args, data, collator=collator, train_dataset=train, eval_dataset=held_out
-    )
 
 
 METHOD = Method(
@@ -226,7 +239,6 @@ Pre-train an encoder with any combination of objectives, from scratch or from a 
 bert, roberta, albert, spanbert, structbert, unilm and xlm are this program with a recipe of that name. Without a file or a
 dataset it trains on the docstrings of the installed Python packages.""",
     arguments=(MultilingualDataArguments, ModelArguments, EncoderTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"mlm_loss": 0.44}),
     tiny_options={"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3},
     load=load_examples,
@@ -243,15 +255,17 @@ class MaskedLMTrainer(PretrainingTrainer):
         ["mlm"],
         {"mlm": 1.0},
     )
+    option_classes = (ModelArguments, MaskedLMTrainingArguments)
 
+    def build_model(
+        self, options: ModelArguments, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> EncoderForPreTraining:
+        """Return the masked language model."""
+        return EncoderForPreTraining.from_arguments(options, data.tokenizer, stock=stock)
 
-def build_masked_lm_trainer(
-    data: PreparedData, model_args: ModelArguments, args: MaskedLMTrainingArguments
-) -> MaskedLMTrainer:
-    """Put the model, the collator and the Trainer together."""
-    model = EncoderForPreTraining.from_arguments(model_args, data.tokenizer)
-    collator = DataCollatorForMaskedLM(data.tokenizer, masking=args.masking, seed=args.seed)
-    return put_together(MaskedLMTrainer, model, args, data, collator=collator)
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForMaskedLM:
+        """Return the collator of masking."""
+        return DataCollatorForMaskedLM(tokenizer, masking=args.masking, seed=args.seed)
 
 
 MASKED_LM = Method(
@@ -266,6 +280,5 @@ Pre-train a masked language model, from scratch or from a checkpoint.
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModelForMaskedLM.from_pretrained("my-bert")`.""",
     arguments=(DataArguments, ModelArguments, MaskedLMTrainingArguments),
-    build_trainer=build_masked_lm_trainer,
     learning=Learning(left={"mlm_loss": 0.44}),
 )

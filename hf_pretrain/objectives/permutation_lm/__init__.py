@@ -7,7 +7,7 @@ from hf_pretrain.objectives.permutation_lm.modeling import (
     PermutationLMModelArguments,
     stock_inputs,
 )
-from hf_pretrain.objectives.permutation_lm.scoring import TextScore, log_likelihood, score_texts
+from hf_pretrain.objectives.permutation_lm.scoring import TextScore, log_likelihood, score_permutations
 from hf_pretrain.objectives.permutation_lm.trainer import (
     METHOD,
     PermutationLMTrainer,
@@ -27,6 +27,6 @@ __all__ = [
     "TextScore",
     "log_likelihood",
     "plm_inputs",
-    "score_texts",
+    "score_permutations",
     "stock_inputs",
 ]

@@ -57,18 +57,21 @@ def stock_class(config: PreTrainedConfig) -> Any:
     return AutoModelForCausalLM if config.model_type == "xlnet" else AutoModelForMaskedLM
 
 
-def build_stock_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the checkpoint that the arguments name, or build the model that they describe.
+def build_stock_model(
+    args: ModelArguments, tokenizer: PreTrainedTokenizerBase, *, stock: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """Take a stock model, load the checkpoint that the arguments name, or build the model that they describe.
 
     Raises:
         InputError: If there is no such checkpoint, or the sizes do not fit the architecture.
     """
     name = args.model_name_or_path
-    is_xlnet = (args.model_type if name is None else from_pretrained(AutoConfig, name).model_type) == "xlnet"
+    known = args if name is None else from_pretrained(AutoConfig, name)
+    is_xlnet = (known if stock is None else stock.config).model_type == "xlnet"
     # XLNet's attention is replaced, so that its own class need not know the backend.
     options = {} if is_xlnet else attention_options(args)
     auto_class = AutoModelForCausalLM if is_xlnet else AutoModelForMaskedLM
-    model: PreTrainedModel = load_or_build(auto_class, args, tokenizer, options=options)
+    model: PreTrainedModel = load_or_build(auto_class, args, tokenizer, stock=stock, options=options)
     return model
 
 
@@ -132,10 +135,15 @@ class PermutationLMForPreTraining(PretrainingModel):
 
     @classmethod
     def from_arguments(
-        cls, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, **options: Any
+        cls,
+        args: ModelArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        stock: PreTrainedModel | None = None,
+        **options: Any,
     ) -> PermutationLMForPreTraining:
-        """Load the checkpoint that the arguments name, or build the model that they describe; see [`from_model`]."""
-        model = build_stock_model(args, tokenizer)
+        """Take a stock model, the checkpoint that the arguments name, or the model that they describe; see [`from_model`]."""
+        model = build_stock_model(args, tokenizer, stock=stock)
         if isinstance(model, XLNetLMHeadModel) and args.attn_implementation is not None:
             options["two_stream_attention"] = args.attn_implementation
         return cls.from_model(model, mask_token_id=tokenizer.mask_token_id, **options, **dtype_option(args))

@@ -43,7 +43,7 @@ class TextScore(NamedTuple):
         return most + math.log(math.fsum(math.exp(value - most) for value in self.by_order) / len(self.by_order))
 
 
-def score_texts(
+def score_permutations(
     model: PermutationLMForPreTraining | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
@@ -102,8 +102,8 @@ def log_likelihood(
     texts: Sequence[str],
     **options: Any,
 ) -> torch.Tensor:
-    """Return the log-likelihoods of texts, ``[N]`` in nats, averaged over orders if there are several; see [`score_texts`]."""
-    scores = score_texts(model, tokenizer, texts, **options)
+    """Return the log-likelihoods of texts, ``[N]`` in nats, averaged over orders; see [`score_permutations`]."""
+    scores = score_permutations(model, tokenizer, texts, **options)
     return torch.tensor([score.log_likelihood for score in scores], dtype=torch.float64)
 
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+from transformers import PreTrainedModel
+
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.data.prepare import PreparedData
@@ -14,7 +16,7 @@ from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTr
 from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
-from hf_pretrain.training.method import Learning, Method, put_together
+from hf_pretrain.training.method import Learning, Method
 
 
 @dataclass
@@ -74,7 +76,9 @@ def plm_inputs(data: PreparedData, args: PermutationLMTrainingArguments) -> dict
             )
         return data.trainer_inputs()
     if data.train_documents is None:
-        raise InputError(f"mem_len={args.mem_len} needs stored text to cut into lanes: leave streaming out")
+        raise InputError(
+            f"mem_len={args.mem_len} needs stored text to cut into lanes, not tokens: leave streaming out"
+        )
     ways = 2 if args.bidirectional else 1
     num_lanes = global_batch_size(args)
     if num_lanes % ways:
@@ -114,6 +118,30 @@ def _windows(
 class PermutationLMTrainer(RecurrentTrainer):
     """Trains a [`PermutationLMForPreTraining`], with or without a memory."""
 
+    option_classes = (PermutationLMModelArguments, PermutationLMTrainingArguments)
+
+    def build_model(
+        self,
+        options: PermutationLMModelArguments,
+        *,
+        args: Any,
+        data: PreparedData,
+        stock: PreTrainedModel | None = None,
+    ) -> PermutationLMForPreTraining:
+        """Return the model with its two streams, and its memory if there is one."""
+        reuse_len = (data.block_size + 1) // 2 if args.reuse_len is None else args.reuse_len
+        return PermutationLMForPreTraining.from_arguments(
+            options, data.tokenizer, stock=stock, mem_len=args.mem_len, reuse_len=reuse_len
+        )
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForPermutationLM:
+        """Return the collator of orders."""
+        return DataCollatorForPermutationLM(tokenizer, permutation=args.permutation, seed=args.seed)
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return blocks, or windows of lanes for a memory."""
+        return plm_inputs(data, args)
+
     objective = ObjectiveDescription(
         name="plm",
         title="Permutation language modelling",
@@ -148,18 +176,6 @@ with torch.no_grad():
     )
 
 
-def build_trainer(
-    data: PreparedData, model_args: PermutationLMModelArguments, args: PermutationLMTrainingArguments
-) -> PermutationLMTrainer:
-    """Put the model, the collator and the Trainer together."""
-    reuse_len = (data.block_size + 1) // 2 if args.reuse_len is None else args.reuse_len
-    model = PermutationLMForPreTraining.from_arguments(
-        model_args, data.tokenizer, mem_len=args.mem_len, reuse_len=reuse_len
-    )
-    collator = DataCollatorForPermutationLM(data.tokenizer, permutation=args.permutation, seed=args.seed)
-    return put_together(PermutationLMTrainer, model, args, data, collator=collator, **plm_inputs(data, args))
-
-
 METHOD = Method(
     trainer=PermutationLMTrainer,
     description="""\
@@ -172,7 +188,6 @@ Pre-train a permutation language model: an XLNet, or another encoder that takes 
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModel.from_pretrained("my-xlnet")`.""",
     arguments=(DataArguments, PermutationLMModelArguments, PermutationLMTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"plm_loss": 0.44}),
     tiny_options={"mem_len": 8},
 )

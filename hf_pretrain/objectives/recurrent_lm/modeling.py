@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError, check_numbers, one_line
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, parse_overrides
+from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
 from hf_pretrain.models.transformer_xl.configuration_transformer_xl import TransformerXLConfig
@@ -152,6 +153,7 @@ def build_model(
     args: TransformerXLModelArguments,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    stock: PreTrainedModel | None = None,
     mem_len: int,
     clamp_len: int = -1,
     same_length: bool = False,
@@ -161,6 +163,7 @@ def build_model(
     Args:
         args: What to build.
         tokenizer: Gives the vocabulary and the special ids.
+        stock: A Transformer-XL to train, with or without its head.
         mem_len: Slots of the memory in training.
         clamp_len: Distance from which on positions are all alike; -1 for none.
         same_length: Whether every position sees equally many before it.
@@ -172,7 +175,13 @@ def build_model(
         InputError: If the sizes do not fit together, or the checkpoint does not fit the tokenizer or is none.
     """
     lengths: dict[str, Any] = {"mem_len": mem_len, "clamp_len": clamp_len, "same_length": same_length}
-    if args.model_name_or_path is not None:
+    if stock is not None:
+        if stock.config.model_type != TransformerXLConfig.model_type:
+            raise InputError(f"model={type(stock).__name__} is a {stock.config.model_type}, not a transformer_xl")
+        model = with_head(stock, AutoModelForCausalLM)
+        for name, value in lengths.items():
+            setattr(model.config, name, value)
+    elif args.model_name_or_path is not None:
         model_type = from_pretrained(AutoConfig, args.model_name_or_path).model_type
         if model_type != TransformerXLConfig.model_type:
             raise InputError(f"model_name_or_path={args.model_name_or_path!r} is a {model_type}, not a transformer_xl")

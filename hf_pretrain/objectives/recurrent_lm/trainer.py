@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalPrediction, SchedulerType
 
 from hf_pretrain.corruption.rows import stack_column
@@ -21,7 +22,11 @@ from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
-from hf_pretrain.objectives.recurrent_lm.modeling import TransformerXLModelArguments, build_model
+from hf_pretrain.objectives.recurrent_lm.modeling import (
+    RecurrentLMForPreTraining,
+    TransformerXLModelArguments,
+    build_model,
+)
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
@@ -104,7 +109,7 @@ def lane_inputs(data: PreparedData, args: RecurrentLMTrainingArguments) -> dict[
     """
     if data.train_documents is None:
         raise InputError(
-            "streaming=True: lanes are parts of the whole text, which has to be stored; leave streaming out"
+            "lanes are parts of the whole text, which a stream or tokens do not have: give text, and leave streaming out"
         )
     stream = LaneStream(data.train_documents, tokenizer=data.tokenizer, num_lanes=global_batch_size(args))
     train = LaneDataset(stream, window=args.tgt_len, reset_at_documents=args.reset_at_documents)
@@ -147,6 +152,29 @@ outputs = model.generate(inputs.input_ids, max_new_tokens=20)
 print(tokenizer.decode(outputs[0]))""",
     )
 
+    option_classes = (TransformerXLModelArguments, RecurrentLMTrainingArguments)
+    special_tokens = ()
+
+    def build_model(
+        self,
+        options: TransformerXLModelArguments,
+        *,
+        args: Any,
+        data: PreparedData,
+        stock: PreTrainedModel | None = None,
+    ) -> RecurrentLMForPreTraining:
+        """Return the Transformer-XL with the lengths of training."""
+        lengths = {name: getattr(args, name) for name in _LENGTHS}
+        return build_model(options, data.tokenizer, stock=stock, **lengths)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForRecurrentLM:
+        """Return the collator of windows."""
+        return DataCollatorForRecurrentLM()
+
+    def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
+        """Return windows of lanes."""
+        return lane_inputs(data, args)
+
     def settings_of_evaluation(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the lengths of evaluation."""
         model: TransformerXLForCausalLM = self.accelerator.unwrap_model(self.model).model
@@ -155,14 +183,6 @@ print(tokenizer.decode(outputs[0]))""",
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         means = super()._reduce_statistics(prediction)
         return means | {"perplexity": float(np.exp(means["lm_loss"]))}
-
-
-def build_trainer(
-    data: PreparedData, model_args: TransformerXLModelArguments, args: RecurrentLMTrainingArguments
-) -> RecurrentLMTrainer:
-    """Put the model, the lanes and the Trainer together."""
-    model = build_model(model_args, data.tokenizer, **{name: getattr(args, name) for name in _LENGTHS})
-    return RecurrentLMTrainer(model, args, data_collator=DataCollatorForRecurrentLM(), **lane_inputs(data, args))
 
 
 METHOD = Method(
@@ -176,7 +196,6 @@ Pre-train a Transformer-XL: a language model that remembers the segments before.
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModelForCausalLM.from_pretrained("my-transformer-xl", trust_remote_code=True)`, and generates.""",
     arguments=(DataArguments, TransformerXLModelArguments, RecurrentLMTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(left={"lm_loss": 0.44}),
     tiny_options={
         "tgt_len": 8,
@@ -186,5 +205,4 @@ Without a file or a dataset it trains on the docstrings of the installed Python 
         "eval_clamp_len": -1,
         "eval_same_length": False,
     },
-    special_tokens=(),
 )

@@ -35,7 +35,12 @@ from hf_pretrain.modeling.embeddings import (
     shared_embedding_names,
     shared_table_names,
 )
-from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DISCRIMINATOR_HEADS, DiscriminatorHeadConfig
+from hf_pretrain.modeling.heads import (
+    DISCRIMINATOR_HEAD_FOLDER,
+    DISCRIMINATOR_HEADS,
+    DiscriminatorHeadConfig,
+    with_head,
+)
 from hf_pretrain.modeling.loading import (
     find_file,
     first_line,
@@ -50,6 +55,7 @@ from hf_pretrain.objectives.generators import (
     copy_parameters,
     generator_config,
     load_discriminator,
+    stock_discriminator,
     stock_width,
 )
 from hf_pretrain.objectives.replaced_token_detection.modeling import (
@@ -208,7 +214,11 @@ class ReplacedTokenDetectionModelArguments(GeneratorArguments):
 
 
 def build_model(
-    args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase, *, temperature: float = 1.0
+    args: ReplacedTokenDetectionModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    temperature: float = 1.0,
+    stock: PreTrainedModel | None = None,
 ) -> ReplacedTokenDetectionForPreTraining:
     """Build or load generator and discriminator and join them.
 
@@ -216,16 +226,20 @@ def build_model(
         args: What to build.
         tokenizer: Its vocabulary sizes the tables; its special tokens are never sampled.
         temperature: Temperature at which the generator is sampled.
+        stock: The discriminator, with or without its head.
 
     Returns:
         The composite to train.
     """
-    if args.model_name_or_path is None:
+    if stock is not None:
+        head = args.discriminator_head or "stock"
+        pair = Pair(_given_generator(args), stock_discriminator(stock, head), {"discriminator_head": head}, {})
+    elif args.model_name_or_path is None:
         pair = _fresh_pair(args, tokenizer)
     else:
         name, generator_name = args.model_name_or_path, args.generator_name_or_path
         pair = load_pair(name, generator_name, head=args.discriminator_head, **attention_options(args))
-    is_fresh, has_generator = args.model_name_or_path is None, pair.generator is not None
+    is_fresh, has_generator = (stock or args.model_name_or_path) is None, pair.generator is not None
     if pair.generator is None:
         pair = pair._replace(generator=_generator_for(pair.discriminator, args))
     assert pair.generator is not None
@@ -247,6 +261,12 @@ def build_model(
     return model
 
 
+def _given_generator(args: ReplacedTokenDetectionModelArguments) -> PreTrainedModel | None:
+    """Return the generator that the options name for a given discriminator, None for a fresh one."""
+    name = args.generator_name_or_path
+    return None if name is None else from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
+
+
 def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTrainedTokenizerBase) -> Pair:
     head = args.discriminator_head or "stock"
     config = build_config(args, tokenizer, **stock_width(args, args.model_type))
@@ -262,13 +282,14 @@ def _fresh_pair(args: ReplacedTokenDetectionModelArguments, tokenizer: PreTraine
 
 def _generator_for(discriminator: PreTrainedModel, args: ReplacedTokenDetectionModelArguments) -> PreTrainedModel:
     """Return a generator for a checkpoint that has none: smaller and new, or, to share all, its own weights."""
-    name = args.model_name_or_path
-    assert name is not None, "a checkpoint was opened"
+    name = args.model_name_or_path or type(discriminator).__name__
     if args.generator_type not in (None, discriminator.config.model_type):
         raise InputError(
             f"generator_type={args.generator_type!r}: {name!r} has no generator, and the new one is of its own architecture; "
             "leave it out, or name a generator with --generator_name_or_path"
         )
+    if args.embedding_sharing == "full" and args.model_name_or_path is None:
+        return with_head(discriminator.base_model, AutoModelForMaskedLM)
     if args.embedding_sharing == "full":
         return from_pretrained(AutoModelForMaskedLM, name, **attention_options(args))
     config = generator_config(discriminator.config, args)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_pretrain.data import draws
@@ -32,9 +32,12 @@ from hf_pretrain.modeling.losses import PretrainingOutput
 from hf_pretrain.objectives.generators import GeneratorTrainingArguments
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.objectives.replaced_token_detection.building import ReplacedTokenDetectionModelArguments, build_model
-from hf_pretrain.objectives.replaced_token_detection.modeling import Stage
+from hf_pretrain.objectives.replaced_token_detection.modeling import (
+    ReplacedTokenDetectionForPreTraining,
+    Stage,
+)
 from hf_pretrain.options import option
-from hf_pretrain.training.method import Learning, Method, put_together
+from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import coloured_words
 from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -137,6 +140,23 @@ inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
 with torch.no_grad():
     replaced = model(**inputs).logits.squeeze(-1).sigmoid()  # [1, length]: probability that a token is a replacement""",
     )
+
+    option_classes = (ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments)
+
+    def build_model(
+        self,
+        options: ReplacedTokenDetectionModelArguments,
+        *,
+        args: Any,
+        data: PreparedData,
+        stock: PreTrainedModel | None = None,
+    ) -> ReplacedTokenDetectionForPreTraining:
+        """Return the discriminator with its generator."""
+        return build_model(options, data.tokenizer, temperature=float(args.temperature), stock=stock)
+
+    def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForReplacedTokenDetection:
+        """Return the collator of masks and samples."""
+        return DataCollatorForReplacedTokenDetection(tokenizer, masking=args.masking, seed=args.seed)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -333,17 +353,6 @@ def print_wrong_words(trainer: ReplacedTokenDetectionTrainer, data: PreparedData
         )
 
 
-def build_trainer(
-    data: PreparedData,
-    model_args: ReplacedTokenDetectionModelArguments,
-    args: ReplacedTokenDetectionTrainingArguments,
-) -> ReplacedTokenDetectionTrainer:
-    """Put the pair of models, the collator and the Trainer together."""
-    model = build_model(model_args, data.tokenizer, temperature=float(args.temperature))
-    collator = DataCollatorForReplacedTokenDetection(data.tokenizer, masking=args.masking, seed=args.seed)
-    return put_together(ReplacedTokenDetectionTrainer, model, args, data, collator=collator)
-
-
 METHOD = Method(
     trainer=ReplacedTokenDetectionTrainer,
     description="""\
@@ -355,7 +364,6 @@ Pre-train an ELECTRA: a generator replaces tokens, a discriminator finds them.
 Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModel.from_pretrained("my-electra")`; the generator is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments),
-    build_trainer=build_trainer,
     learning=Learning(
         left={"mlm_loss": 0.44}, gained={"disc_auc": 0.08}, least={"disc_gain": -0.01}, steps=400, examples=384
     ),
