@@ -261,7 +261,7 @@ def _set_aside(path: Path, content: bytes) -> str:
     return name
 
 
-_ESSENTIAL_OPTIONS = {
+ESSENTIAL_OPTIONS = {
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 }
@@ -307,7 +307,7 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
             name: value
             for name, value in plain(options).items()
             if value is not None
-            and (name in _ESSENTIAL_OPTIONS or value != plain(defaults.get(name)))
+            and (name in ESSENTIAL_OPTIONS or value != plain(defaults.get(name)))
             and not _is_housekeeping(name)
         }
     )

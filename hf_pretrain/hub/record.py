@@ -34,6 +34,18 @@ def cite(*names: str) -> tuple[str, ...]:
     return tuple(known[name] for name in names)
 
 
+SHARED_METRICS = {
+    "loss": "The weighted sum of the losses; it compares runs of the same options alone.",
+    "mlm_loss": "How surprised the model is by the true token at a masked position, in nats; 0 is certainty.",
+    "mlm_perplexity": "As many tokens, all as likely, would leave the model as unsure; it depends on tokenizer and masks.",
+    "mlm_accuracy": "Share of the masked positions where the first guess is the true token.",
+    "fake_rate": "Share of the tokens that the generator replaced: how hard the question is, not how good the answer.",
+    "sampled_accuracy": "Share of the generator's samples that are the true token.",
+    "disc_gain": "Share of the doubt about replacements that the model resolves: 0 is knowing their number alone, 1 is perfect.",
+}
+"""What a number of several objectives says, in one sentence for an outsider; see `ObjectiveDescription.metrics`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveDescription:
     """What a reader should know of a pre-training objective.

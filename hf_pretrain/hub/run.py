@@ -20,7 +20,7 @@ from yaml import YAMLError
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import plain, weights_digest
-from hf_pretrain.hub.card import defining_options, recipe_options
+from hf_pretrain.hub.card import ESSENTIAL_OPTIONS, defining_options, recipe_options
 from hf_pretrain.hub.environment import Compute, hardware, measured_energy, peak_flops, versions
 from hf_pretrain.hub.examples import find_examples
 from hf_pretrain.hub.identifiers import as_list
@@ -212,7 +212,8 @@ def _options(trainer: PretrainingTrainer) -> dict[str, Any]:
 def _recipe(trainer: PretrainingTrainer) -> dict[str, Any]:
     """Return the options that make up the run: those of the program, or those that differ from their defaults."""
     if trainer.recipe:
-        return recipe_options(trainer.recipe, defaults={})
+        essential = {name: value for name, value in trainer.options.items() if name in ESSENTIAL_OPTIONS}
+        return recipe_options(essential | trainer.recipe, defaults={})
     options, own = trainer.args.to_dict(), resolved_options([trainer.args])
     return recipe_options(options, defaults={name: value for name, value in options.items() if name not in own})
 

@@ -296,8 +296,11 @@ def size_table(sizes: Mapping[str, Mapping[str, int]]) -> list[Row]:
         sizes: Of each model by its name, "" being the one at the root: sizes by what they are.
     """
     names = dict.fromkeys(name for found in sizes.values() for name in found)
-    header = ("", *("this model" if not name else cell(name.rpartition("/")[2]) for name in sizes))
-    return [header, *((_readable(name), *(cell(found.get(name)) for found in sizes.values())) for name in names)]
+    header = ("Size", *("this model" if not name else cell(name.rpartition("/")[2]) for name in sizes))
+    return [
+        header,
+        *((_readable(name), *(cell(found.get(name)) or "–" for found in sizes.values())) for name in names),
+    ]
 
 
 def yaml_block(options: Mapping[str, Any], *, keep_empty: bool = False) -> str:

@@ -328,7 +328,8 @@ def flops_of_weights(model: PreTrainedModel, tokens: torch.Tensor) -> int | None
         The count, or None where the body does not run on tokens alone.
     """
     body = model.base_model
-    with FlopCounterMode(display=False) as counter, evaluating(body):
+    # The counter follows gradients, although none are computed.
+    with evaluating(body), torch.enable_grad(), FlopCounterMode(display=False) as counter:
         try:
             body(input_ids=tokens)
         except (TypeError, ValueError):
