@@ -1,7 +1,8 @@
-"""Write the tables of the README, of objectives.md and of recipes.md, and the pages of `trainers/`: `make docs`.
+"""Write the tables of the documents, the pages of the API and of `trainers/`, and llms.txt: `make docs`.
 
-Their rows come from the methods' records, from the headers of the recipes, and from what the parser of the programs makes of the
-recipes. A table stands between two comments, `<!-- table: NAME -->` and `<!-- end of table -->`.
+Rows come from the methods' records, from the headers of the recipes, and from what the parser of the programs makes of the
+recipes. A table stands between two comments, `<!-- table: NAME -->` and `<!-- end of table -->`. A page of the API has the public
+names of its area. llms.txt has every page of mkdocs.yml with its first sentence.
 """
 
 from __future__ import annotations
@@ -9,22 +10,30 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
-from dataclasses import fields
-from functools import cache
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
+import yaml
+from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import hf_pretrain
 from hf_pretrain.cli import METHODS, RECIPES, load_method
-from hf_pretrain.modeling.configuration import parse_overrides
+from hf_pretrain.modeling.configuration import ModelArguments, build_config, parse_overrides
 from hf_pretrain.training.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
 RECIPE_FILES = {path.stem: path for path in sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))}
 COMMAND = re.compile(r"`(hf-pretrain [^`]+)`")
 _SOURCE = re.compile(r"([A-Z]\w+(?: and [A-Z]\w+| et al\.) \d{4}), (https://[^\s,;)]+[^\s,;).])")
+_FACT = re.compile(r"(Source|Corpus|Reported|Expected loss|Hardware|Result|Differences) +(.*)")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end of table -->)", flags=re.DOTALL)
 
 
@@ -57,6 +66,21 @@ def sources(recipe: str) -> dict[str, str]:
     return dict(_SOURCE.findall(" ".join(line.strip() for line in header(recipe))))
 
 
+def facts(recipe: str) -> dict[str, str]:
+    """Return what a header says under its names, such as "Corpus" and "Reported"."""
+    found: dict[str, str] = {}
+    name = None
+    for line in header(recipe)[1:]:
+        start = _FACT.fullmatch(line.strip())
+        if start:
+            name, found[start[1]] = start[1], start[2]
+        elif name is not None and line.startswith("  "):
+            found[name] += " " + line.strip()
+        else:
+            name = None
+    return found
+
+
 # What a recipe holds.
 
 
@@ -73,16 +97,37 @@ def stack(command: str) -> tuple[str, ...]:
 
 
 @cache
-def resolved(command: str, *more: str) -> dict[str, Any]:
-    """Return every option of a command by name, as the program sees it."""
+def parsed(command: str, *more: str) -> tuple[Any, ...]:
+    """Return the options of data, model and training of a command, as the program sees them."""
     method, argv = expanded(command)
-    instances = parse_arguments(
-        load_method(method).arguments,
-        [*argv, *more, "--use_cpu", "true"],
-        prog=f"hf-pretrain {method}",
-        description="",
-    )
-    return {field.name: getattr(instance, field.name) for instance in instances for field in fields(instance)}
+    arguments = [*argv, *more, "--use_cpu", "true"]
+    return parse_arguments(load_method(method).arguments, arguments, prog=f"hf-pretrain {method}", description="")
+
+
+def resolved(command: str, *more: str) -> dict[str, Any]:
+    """Return every option of a command by name."""
+    return {field.name: getattr(part, field.name) for part in parsed(command, *more) for field in fields(part)}
+
+
+class _Words(SimpleNamespace):
+    """A tokenizer as far as a configuration asks for it: its size and its special tokens."""
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def parameters(command: str) -> str:
+    """Return the number of parameters of the encoder that a command builds, in millions."""
+    data, model, _ = parsed(command)
+    if not isinstance(model, ModelArguments) or model.model_name_or_path or not model.model_type:
+        return "–"
+    special = {
+        f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep", "unk", "mask"))
+    }
+    config = build_config(model, _Words(size=data.vocab_size, **special), auto_class=AutoModel)
+    with torch.device("meta"):
+        count = AutoModel.from_config(config).num_parameters()
+    return f"{count / 1e6:.0f} M"
 
 
 def _scientific(number: float) -> str:
@@ -151,7 +196,7 @@ def _options_row(recipes: tuple[str, ...]) -> list[str]:
     schedule = "product" if options["decay_during_warmup"] else str(options["lr_scheduler_type"].value)
     betas = f"{options['adam_beta1']:g}, {options['adam_beta2']:g}, {_scientific(options['adam_epsilon'])}"
     return [
-        " + ".join(_link(name, "recipes.md") for name in recipes),
+        " + ".join(_link(name, "docs/papers.md") for name in recipes),
         _trained(method, options),
         *_masked(options),
         f"{length}, {text}",
@@ -191,7 +236,7 @@ def recipes_table() -> Iterator[list[str]]:
 
 
 def options_table() -> Iterator[list[str]]:
-    """Yield the rows of the table of recipes.md: one for each stack of recipes that the page names, in the order of the page."""
+    """Yield the rows of the table of options of papers.md: one for each stack of recipes that the page names, in its order."""
     yield [
         "Recipe",
         "Trained",
@@ -204,20 +249,164 @@ def options_table() -> Iterator[list[str]]:
         "Decay, clip",
         "Dropout",
     ]
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").partition("<!-- end of table -->")[2]
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8").rpartition("<!-- end of table -->")[2]
     stacks = dict.fromkeys(stack(command) for command in COMMAND.findall(text))
     yield from (_options_row(recipes) for recipes in stacks if recipes)
+
+
+def paper_sections() -> dict[str, list[str]]:
+    """Return the sections of papers.md, each with the commands that its paragraphs begin with."""
+    text = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8").rpartition("<!-- end of table -->")[2]
+    parts = re.split(r"^## (.+)$", text, flags=re.MULTILINE)[1:]
+    commands = {
+        title: [command for command in COMMAND.findall(part) if stack(command)]
+        for title, part in zip(parts[::2], parts[1::2], strict=True)
+    }
+    return {title: found for title, found in commands.items() if found}
+
+
+def papers_table() -> Iterator[list[str]]:
+    """Yield the rows of the index of papers: one a section that has a paper."""
+    yield ["Section", "Paper and code", "Loss", "Corpus", "Encoder", "Reported", "Recipes"]
+    for title, commands in paper_sections().items():
+        recipes = list(dict.fromkeys(name for command in commands for name in stack(command)))
+        papers = {paper: address for recipe in recipes for paper, address in sources(recipe).items()}
+        if not papers or title.startswith("Small"):
+            continue
+        known = {recipe: facts(recipe) for recipe in recipes}
+        first = commands[0]
+        yield [
+            f"[{title}](#{re.sub(r'[^a-z0-9 -]', '', title.lower()).replace(' ', '-')})",
+            _linked(papers) + _code([found.get("Source", "") for found in known.values()]),
+            _trained(expanded(first)[0], resolved(first)),
+            _told(known, "Corpus"),
+            parameters(first),
+            _told(known, "Reported"),
+            ", ".join(_link(recipe, "docs/papers.md") for recipe in recipes),
+        ]
+
+
+def _told(known: dict[str, dict[str, str]], name: str) -> str:
+    """Return a fact of the headers; of each recipe by name, if several have it."""
+    found = {recipe: facts[name].rstrip(".") for recipe, facts in known.items() if name in facts}
+    return "; ".join(f"{recipe}: {text}" if len(found) > 1 else text for recipe, text in found.items()) or "–"
+
+
+def _code(texts: list[str]) -> str:
+    """Return links to the repositories that sources name."""
+    found = dict.fromkeys(
+        address.rstrip(".,;:)") for text in texts for address in re.findall(r"https://github\.com/\S+", text)
+    )
+    return "".join(f"; [{address.split('/')[4]}]({address})" for address in found)
+
+
+# The pages of the API.
+
+AREAS = {
+    "trainers": ("Trainers", "A Trainer trains one method on any suitable model, and writes checkpoint and card."),
+    "arguments": (
+        "Arguments",
+        "Options of a run: fields in Python, and options of the same name on the command line.",
+    ),
+    "data": ("Data", "Text becomes documents, and documents become the examples of an objective."),
+    "collators": ("Collators", "A collator makes a batch of examples, and hides tokens by keyed draws."),
+    "models": ("Models", "Models that training wraps around stock models, and architectures without a stock class."),
+    "evaluation": ("Evaluation", "Measures of a trained model: probes, minimal pairs, likelihoods, wrong words."),
+    "hub": ("Hub", "Model cards from the record of a run."),
+}
+
+
+def area(name: str) -> str:
+    """Return the page of the API that a public name belongs on: by its ending, or by the package that defines it."""
+    module = hf_pretrain._MODULES[name]
+    if name.endswith("Trainer"):
+        return "trainers"
+    if name.endswith(("Arguments", "Error")):
+        return "arguments"
+    if "Collator" in name:
+        return "collators"
+    if name.startswith(("compare", "log_likelihood", "score_")):
+        return "evaluation"
+    package = module.split(".")[1]
+    packages = {"data": "data", "tasks": "data", "evaluation": "evaluation", "hub": "hub", "training": "trainers"}
+    return packages.get(package, "models")
+
+
+def api_page(page: str) -> str:
+    """Return the text of a page of the API; options of arguments come as tables, with their help."""
+    names = sorted(name for name in hf_pretrain.__all__ if name != "__version__" and area(name) == page)
+    title, sentence = AREAS[page]
+    text = f"# {title}\n\n{sentence} `from hf_pretrain import …` imports every name of this page.\n"
+    for name in names:
+        text += f"\n::: hf_pretrain.{name}\n"
+        if page == "arguments" and is_dataclass(value := getattr(hf_pretrain, name)):
+            text += "    options:\n      members: false\n      show_signature: false\n\n" + _options(value)
+    return text
+
+
+def _options(arguments: type) -> str:
+    """Return the options that a dataclass adds to the classes it is built on, as a table."""
+    inherited = {field.name for base in arguments.__mro__[1:] if is_dataclass(base) for field in fields(base)}
+    rows = [field for field in fields(arguments) if field.name not in inherited] or []
+    if not rows:
+        return ""
+    text = "| Option | Default | What it does |\n| --- | --- | --- |\n"
+    for field in rows:
+        default = field.default_factory() if field.default_factory is not MISSING else field.default
+        shown = "" if default is MISSING or default is None else f"`{default}`"
+        meaning = str(field.metadata.get("help", "")).replace("%%", "%").replace("|", "\\|")
+        text += f"| `{field.name}` | {shown} | {meaning} |\n"
+    return text
+
+
+# llms.txt.
+
+
+def _entries(nav: list[Any], heading: str = "") -> Iterator[tuple[str, str, str]]:
+    for entry in nav:
+        ((title, place),) = entry.items()
+        if isinstance(place, list):
+            yield from _entries(place, title)
+        else:
+            yield heading, title, place
+
+
+def llms_text() -> str:
+    """Return llms.txt: the pages of the site, with their addresses and first sentences."""
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_multi_constructor("tag:", lambda *_: None)
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=loader)
+    groups: dict[str, list[str]] = {}
+    for heading, title, place in _entries(site["nav"]):
+        address = site["site_url"] + place.removesuffix("index.md").replace(".md", "/")
+        groups.setdefault(heading or "Start", []).append(f"- [{title}]({address}): {first_sentence(place)}")
+    text = f"# {site['site_name']}\n\n> {site['site_description']}\n"
+    return text + "".join(f"\n## {heading}\n\n" + "\n".join(lines) + "\n" for heading, lines in groups.items())
+
+
+def first_sentence(page: str) -> str:
+    """Return the first sentence of a page's text, without links."""
+    text = PAGES[f"docs/{page}"]() if f"docs/{page}" in PAGES else (ROOT / "docs" / page).read_text(encoding="utf-8")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+    prose = next(part for part in paragraphs if part[:1] not in "#<|!-")
+    return re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", re.split(r"(?<=[.:?])(?: |$)", prose)[0]).rstrip(":")
 
 
 TABLES = {
     "README.md": {"methods": methods_table},
     "docs/objectives.md": {"recipes": recipes_table},
-    "docs/recipes.md": {"options": options_table},
+    "docs/papers.md": {"papers": papers_table, "options": options_table},
+}
+PAGES: dict[str, Any] = {f"docs/api/{page}.md": partial(api_page, page) for page in AREAS} | {
+    "docs/llms.txt": llms_text
 }
 
 
 def _link(recipe: str, page: str) -> str:
-    return f"[{recipe}]({'' if page == 'README.md' else '../'}trainers/recipes/{recipe}.yaml)"
+    """Return a link to a recipe: an address in the README, which PyPI shows too, and a path elsewhere."""
+    folder = f"{REPOSITORY}/blob/main" if page == "README.md" else ".."
+    return f"[{recipe}]({folder}/trainers/recipes/{recipe}.yaml)"
 
 
 def _linked(papers: dict[str, str]) -> str:
@@ -225,7 +414,9 @@ def _linked(papers: dict[str, str]) -> str:
 
 
 def written(page: str) -> str:
-    """Return the text of a page with its tables as they are to be."""
+    """Return the text of a page as it is to be."""
+    if page in PAGES:
+        return str(PAGES[page]())
 
     def table(found: re.Match[str]) -> str:
         head, *rows = TABLES[page][found[2]]()
@@ -240,7 +431,7 @@ def program_pages() -> dict[Path, str]:
     pages = {}
     for name in METHODS:
         page = ROOT / "trainers" / f"{name.replace('-', '_')}.py"
-        source = Path(inspect.getfile(load_method(name).build_trainer)).resolve().relative_to(ROOT)
+        source = Path(inspect.getfile(load_method(name).trainer)).resolve().relative_to(ROOT)
         pages[page] = (
             f'"""`accelerate launch trainers/{page.name}` is `hf-pretrain {name}` on several processes.\n\n'
             f"The method is in `{source}`; `hf-pretrain {name} --help` lists its options.\n"
@@ -252,8 +443,9 @@ def program_pages() -> dict[Path, str]:
 if __name__ == "__main__":
     for path, text in program_pages().items():
         path.write_text(text, encoding="utf-8")
-    for page in TABLES:
-        text = written(page)
-        if text != (ROOT / page).read_text(encoding="utf-8"):
-            (ROOT / page).write_text(text, encoding="utf-8")
+    for page in (*TABLES, *PAGES):
+        text, path = written(page), ROOT / page
+        if not path.exists() or text != path.read_text(encoding="utf-8"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
             print(f"{page} is written anew")

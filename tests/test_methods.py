@@ -250,7 +250,7 @@ def test_the_last_step_of_several_ranks_is_that_of_one(method, tmp_path, monkeyp
     trainer = build(program, tmp_path / "ranks", data, **sizes, **options)
     trainer.model.train()
     last = [batches[-1] for batches in batches_of_ranks(trainer, monkeypatch, ranks)]
-    counts = [trainer._count_targets(inputs) for inputs in last]
+    counts = [trainer._get_num_items_in_batch([inputs], trainer.args.device) for inputs in last]
     totals = {name: sum(count[name] for count in counts) for name in counts[0]}
     for inputs in last:
         trainer.compute_loss(trainer.model, inputs, num_items_in_batch=totals).backward()

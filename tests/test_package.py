@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from graphlib import TopologicalSorter
 from importlib.resources import files
@@ -33,15 +34,22 @@ def kept(folder):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel built from a copy of the sources, without the network."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("wheel")
+def tree(tmp_path_factory):
+    """A copy of the sources."""
+    tree = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(source, tree / name)
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree, tmp_path_factory):
+    """A wheel built from the copy, without the network."""
+    out = tmp_path_factory.mktemp("wheel")
     build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
     run = subprocess.run([sys.executable, "-c", build, str(out)], cwd=tree, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -93,6 +101,36 @@ def test_the_wheel_works_where_the_repository_is_not(wheel, tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_readme_runs_from_the_wheel_where_the_repository_is_not(wheel, tmp_path):
+    """`make package` does the same with pip, in environments that have nothing else."""
+    installed, place = tmp_path / "installed", tmp_path / "place"
+    zipfile.ZipFile(wheel).extractall(installed)
+    place.mkdir()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    check = f"import hf_pretrain\nassert hf_pretrain.__file__.startswith({str(installed)!r})\n"
+    (place / "readme.py").write_text(check + block, encoding="utf-8")
+    (place / "corpus.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8") * 20, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(installed), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    run = subprocess.run([sys.executable, "readme.py"], cwd=place, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert (place / "my-bert" / "README.md").is_file() and (place / "my-bert" / "model.safetensors").is_file()
+
+
+def test_the_sdist_makes_the_same_wheel(tree, contents, tmp_path):
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=tree, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = (entry for entry in tmp_path.iterdir() if entry.is_dir())
+    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert {name for name in zipfile.ZipFile(path).namelist() if ".dist-info/" not in name} == contents
 
 
 @pytest.mark.parametrize(("package", "folder"), [("trainers", "recipes"), ("trainers", "accelerate")])

@@ -494,6 +494,24 @@ def test_each_natural_call_works_or_names_the_right_one(call, tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("option", "answer"),
+    [
+        ({"batch_size": 16}, "did you mean 'per_device_train_batch_size'"),
+        ({"lr": 1e-3}, "did you mean 'learning_rate'"),
+        ({"block_size": 64}, r"give the Trainer data_args=DataArguments\(block_size=...\)"),
+        ({"max_seq_length": 64}, r"give the Trainer data_args=DataArguments\(block_size=...\)"),
+        ({"hidden_size": 64}, r"give the Trainer model_args=ModelArguments\(hidden_size=...\)"),
+        ({"mlm_probabilty": 0.3}, "did you mean 'mlm_probability'"),
+        ({"xyzzy": 1}, "its options are those of transformers.TrainingArguments and of the method"),
+    ],
+)
+def test_an_option_of_another_library_is_answered_with_ours(option, answer):
+    (name,) = option
+    with pytest.raises(InputError, match=f"MaskedLMTrainingArguments has no option '{name}': {answer}"):
+        MaskedLMTrainingArguments(output_dir="unused", **option)
+
+
 def test_training_without_data_says_so(tmp_path):
     trainer = MaskedLMTrainer(EncoderForPreTraining.from_model(bert()), options(MaskedLMTrainer, tmp_path))
     with pytest.raises(InputError, match="train_dataset is missing: give the Trainer a dataset with a column of text"):

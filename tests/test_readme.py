@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import datasets
@@ -22,6 +23,10 @@ DOCUMENTS = sorted(
 )
 # Options in the documents that are not those of a program: of accelerate, of hf and of the example.
 OTHER_OPTIONS = {"config_file", "num_processes", "cpu", "include", "local-dir", "help"}
+# Where the repository and its site lie: links to both must lead to files that exist.
+URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+# Pages that tests/test_doors.py runs.
+DOORS = {"docs/adapt.md", "docs/from_scratch.md", "docs/compare.md"}
 
 
 def text_of(name):
@@ -101,8 +106,19 @@ def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_every_page_with_python_is_run_or_compared():
-    known = {"README.md", "docs/adding_an_objective.md", "docs/data.md", "docs/python.md"}
+    known = {"README.md", "docs/adding_an_objective.md", "docs/data.md", "docs/python.md"} | DOORS
     assert {name for name in DOCUMENTS if python_blocks(name)} == known
+
+
+def local(target, folder):
+    """The file that a link leads to, if it is one of the repository or of its site."""
+    if target.startswith(URLS["Documentation"]):
+        page = target.removeprefix(URLS["Documentation"]).strip("/")
+        return ROOT / "docs" / f"{page or 'index'}.md"
+    for kind in ("blob", "tree"):
+        if target.startswith(f"{URLS['Repository']}/{kind}/main/"):
+            return ROOT / target.removeprefix(f"{URLS['Repository']}/{kind}/main/")
+    return None if target.startswith("https://") else folder / target
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -119,16 +135,20 @@ def test_pages_import_from_the_top_alone(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_lead_somewhere(name):
-    folder = (ROOT / name).parent
     for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text_of(name)):
-        if target.startswith("https://"):
+        path = local(target, (ROOT / name).parent) if target else ROOT / name
+        if path is None:
             continue
-        path = folder / target if target else ROOT / name
         assert path.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
             slugs = {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
             assert anchor[1:] in slugs, anchor
+
+
+def test_the_readme_has_whole_addresses_because_other_sites_show_it():
+    for target in re.findall(r"\]\(([^)]*)\)", text_of("README.md")):
+        assert target.startswith("https://"), target
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +167,6 @@ def options():
 def test_options_exist(name, options):
     text = text_of(name)
     known = set().union(*options.values()) | {f"--{other}" for other in OTHER_OPTIONS}
-    if name.startswith("examples/"):
-        for program in sorted((ROOT / "examples").glob("*.py")):
-            known |= set(
-                re.findall(r"^    (\w+): .*= ?(?:field|option)\(", program.read_text(encoding="utf-8"), flags=re.M)
-            )
-        known |= {f"--{option}" for option in known if not option.startswith("--")}
     if name == "docs/benchmarks.md":
         for program in sorted((ROOT / "benchmarks").glob("*.py")):
             code = program.read_text(encoding="utf-8")

@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import subprocess
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,13 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import hf_pretrain
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PINS = [
     Requirement(line)
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
@@ -27,11 +32,24 @@ def wanted():
     return [Requirement(line) for part in lists for line in part if not line.startswith(PROJECT["name"])]
 
 
-def test_versions_agree():
+def test_the_version_is_in_one_place():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["version"] == PROJECT["version"]
-    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert "version" not in citation
+    assert hf_pretrain.__version__ == version("hf-pretrain")
+    named = [
+        path.name for path in (ROOT / "hf_pretrain").rglob("*.py") if f'"{PROJECT["version"]}"' in path.read_text()
+    ]
+    assert not named
     assert f"## [{PROJECT['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_licences_and_addresses_agree():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+    assert citation["repository-code"] == PROJECT["urls"]["Repository"]
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f"repo_url: {PROJECT['urls']['Repository']}\n" in site
+    assert f"site_url: {PROJECT['urls']['Documentation']}\n" in site
 
 
 def test_the_citation_has_what_its_format_requires():
@@ -60,12 +78,94 @@ def test_the_first_screen_of_the_readme_names_the_two_commands():
     assert "make test" in screen
 
 
+TARGETS = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, flags=re.MULTILINE))
+
+
 def test_commands_in_the_documents_are_targets_of_the_makefile():
-    targets = set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, flags=re.MULTILINE))
-    for name in ("README.md", "CONTRIBUTING.md"):
+    for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md", ".github/RELEASE.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
-        assert set(re.findall(r"\bmake ([a-z][a-z-]*)\b", " ".join(re.findall(r"`[^`]+`|^    .*", text)))) <= targets
-        assert set(re.findall(r"^ *make ([a-z-]+)", text, flags=re.MULTILINE)) <= targets
+        assert set(re.findall(r"\bmake ([a-z][a-z-]*)\b", " ".join(re.findall(r"`[^`]+`|^    .*", text)))) <= TARGETS
+        assert set(re.findall(r"^ *make ([a-z-]+)", text, flags=re.MULTILINE)) <= TARGETS
+
+
+def commands_of(workflow):
+    """The lines of shell that a workflow runs, and the actions that it uses."""
+    for job in workflow["jobs"].values():
+        for step in job["steps"]:
+            assert ("run" in step) != ("uses" in step), step
+            yield from step.get("run", "").splitlines()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_calls_what_exists(path):
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert {"name", "jobs"} <= set(workflow) and (
+        True in workflow or "on" in workflow
+    )  # YAML 1.1 reads "on" as a truth value
+    assert workflow["permissions"] == {"contents": "read"}
+    for job in workflow["jobs"].values():
+        assert job["runs-on"] and job["steps"]
+        needed = job.get("needs", [])
+        assert {needed} if isinstance(needed, str) else set(needed) <= set(workflow["jobs"])
+        for step in job["steps"]:
+            assert "uses" not in step or re.fullmatch(r"[\w-]+/[\w-]+@[\w./-]+", step["uses"]), step
+    for line in commands_of(workflow):
+        program, *words = shlex.split(line)
+        if program == "make":
+            assert words[0] in TARGETS, line
+            variables = {word.partition("=")[0] for word in words[1:]}
+            assert all(re.search(rf"^{name} \?=", MAKEFILE, flags=re.MULTILINE) for name in variables), line
+            plan = subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, text=True)
+            assert plan.returncode == 0, plan.stderr
+        else:
+            assert program in ("git", "grep"), line
+
+
+def test_the_workflows_cover_the_versions():
+    tests, release = (
+        yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text()) for name in ("tests", "release")
+    )
+    matrix = tests["jobs"]["test"]["strategy"]["matrix"]
+    assert matrix == {"python": ["3.11", "3.12", "3.13", "3.14"], "versions": ["pins", "newest", "main"]}
+    assert PROJECT["requires-python"] == f">={matrix['python'][0]}"
+    conditions = [step["if"] for step in tests["jobs"]["test"]["steps"] if "if" in step]
+    assert conditions == [f"matrix.versions == '{name}'" for name in matrix["versions"]]
+    assert release[True] == {"push": {"tags": ["v*"]}}
+    assert release["jobs"]["publish"]["permissions"] == {"id-token": "write"} and "password" not in str(release)
+
+
+def test_the_tag_of_a_release_is_the_version():
+    release = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    (check,) = (line for line in commands_of(release) if line.startswith("grep"))
+    for tag, status in ((f"v{PROJECT['version']}", 0), ("v0.0.0", 1), (PROJECT["version"].replace(".", "x"), 1)):
+        run = subprocess.run(["bash", "-c", check], cwd=ROOT, env={**os.environ, "GITHUB_REF_NAME": tag})
+        assert run.returncode == status, tag
+
+
+def test_the_script_of_the_packages_is_whole():
+    path = ROOT / ".ci" / "package"
+    assert os.access(path, os.X_OK)
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+
+
+def test_forms_have_what_they_need():
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    forms = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yml")}
+    assert set(forms) == {"bug", "objective", "config"}
+    assert all(link["url"].startswith("https://") for link in forms.pop("config")["contact_links"])
+    for form in forms.values():
+        assert {"name", "description", "body"} <= set(form)
+        fields = [field for field in form["body"] if field["type"] != "markdown"]
+        assert len({field["id"] for field in fields}) == len(fields)
+        assert all(field["attributes"]["label"] for field in fields)
+
+
+def test_the_hooks_before_a_commit_have_the_pins():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
+    pins = set(map(str, PINS))
+    for hook in hooks:
+        assert set(hook["additional_dependencies"]) <= pins
+        assert f"$(BIN)/{hook['entry'].split()[0]}" in MAKEFILE
 
 
 def test_continuous_integration_runs_the_test_command():

@@ -1,6 +1,6 @@
 """`accelerate launch trainers/distil_task.py` is `hf-pretrain distil-task` on several processes.
 
-The method is in `hf_pretrain/objectives/distillation/building.py`; `hf-pretrain distil-task --help` lists its options.
+The method is in `hf_pretrain/objectives/distillation/trainer.py`; `hf-pretrain distil-task --help` lists its options.
 """
 
 from hf_pretrain.cli import launch

@@ -41,6 +41,7 @@ _METRICS_OF_THE_HUB = {
 _SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
 _MOST_LOSSES, _MOST_SCORES = 3, 2
 _MOST = _MOST_LOSSES + _MOST_SCORES
+_SENTENCES = "sentence-transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,9 +158,13 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     return ModelCardData(
         language=as_list(card.language) or None,
         license=card.license or None,
-        library_name="peft" if card.adapter else "transformers",
+        library_name="peft" if card.adapter else _SENTENCES if _SENTENCES in card.objective.tags else "transformers",
         pipeline_tag=card.objective.pipeline_tag,
-        tags=list(dict.fromkeys(("hf_pretrain", card.objective.name, "generated_from_trainer", *card.tags))),
+        tags=list(
+            dict.fromkeys(
+                ("hf_pretrain", card.objective.name, *card.objective.tags, "generated_from_trainer", *card.tags)
+            )
+        ),
         base_model=hub_id(card.base_model),
         datasets=datasets or None,
         metrics=list(metrics) or None,

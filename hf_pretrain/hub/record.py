@@ -61,6 +61,7 @@ class ObjectiveDescription:
             "{repo}".
         metrics: Metric -> what its number says, in one plain sentence for an outsider: {"mlm_loss": "..."}.
         headline: The three to five metrics that the Hub shows, of those that are measured.
+        tags: Further tags for the Hub, such as the name of a library that opens the model.
     """
 
     name: str
@@ -72,6 +73,7 @@ class ObjectiveDescription:
     usage: str = ""
     metrics: Mapping[str, str] = field(default_factory=dict)
     headline: Sequence[str] = ()
+    tags: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib import import_module
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from accelerate.utils import GradientAccumulationPlugin
@@ -27,8 +28,10 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
 )
 
-from hf_pretrain.errors import InputError, check_choice, check_numbers, one_line
+from hf_pretrain.data.arguments import DataArguments
+from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
 from hf_pretrain.hub.identifiers import check_identifiers
+from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.training.processes import first_process_first
 
@@ -212,6 +215,15 @@ class PretrainingArguments(TrainingArguments):
         "The text is private: its sentences are no examples in the model card. A private repository has none either.",
     )
 
+    def __new__(cls, *args: Any, **options: Any) -> Self:
+        """Refuse an unknown option with the known one; the generated `__init__` would only say that it is unexpected."""
+        # A class that is no dataclass itself may take other arguments.
+        known = [field.name for field in fields(cls)] if "__dataclass_fields__" in vars(cls) else list(options)
+        for name in options:
+            if name not in known:
+                raise InputError(f"{cls.__name__} has no option {name!r}: {_elsewhere(name, known)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         """Choose the precision, then let transformers check the rest."""
         self._check_refused()
@@ -271,6 +283,18 @@ class PretrainingArguments(TrainingArguments):
     def main_process_first(self, local: bool = True, desc: str = "work") -> AbstractContextManager[None]:
         """Let one process work while the others wait, however long it takes; see `transformers.TrainingArguments`."""
         return super().main_process_first(local=local, desc=desc) if local else first_process_first(self)
+
+
+def _elsewhere(name: str, known: Collection[str]) -> str:
+    """Return where an option belongs that a dataclass of training does not have."""
+    synonyms = import_module("hf_pretrain.training.parsing")._SYNONYMS
+    ours = synonyms.get(name, name)
+    if ours in known:
+        return f"did you mean {ours!r}?"
+    for argument, options in (("data_args", DataArguments), ("model_args", ModelArguments)):
+        if ours in (field.name for field in fields(options)):
+            return f"give the Trainer {argument}={options.__name__}({ours}=...)"
+    return nearest(name, known, otherwise="its options are those of transformers.TrainingArguments and of the method")
 
 
 def global_batch_size(args: TrainingArguments) -> int:

@@ -95,9 +95,17 @@ class TrainerInputs:
             value = others[other]
             shown = repr(value) if isinstance(value, str | int | float | None) else type(value).__name__
             raise InputError(f"{other}={shown} is no argument of {self.name}: write {right}")
+        if "compute_metrics" in others:
+            raise InputError(
+                "compute_metrics is not used here: override evaluation_metrics, which sees scores and labels"
+            )
         self.args = self.args_class(output_dir="trainer_output") if args is None else args
         if not isinstance(self.args, PretrainingArguments):
             self._check_args()
+        if self.args.n_gpu > 1:
+            raise InputError(
+                f"one process would drive {self.args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
+            )
         if isinstance(model, self.model_class):
             model, model_args = None, model
         self.model, self.model_args = model, model_args
@@ -162,20 +170,26 @@ class TrainerInputs:
         # Only a method has a collator of its own, and it needs the options of the method.
         makes_collator = collator is None and bool(parts) and self.args_class is not PretrainingArguments
         tokenizer = self._tokenizer(train_dataset, is_needed=makes_collator or not is_ready)
-        if is_ready:
-            if makes_collator:
-                self._check_args()
-                collator = self.trainer.make_collator(self.args, tokenizer)
-            return {
-                "train_dataset": train_dataset,
-                "eval_dataset": eval_dataset,
-                "data_collator": collator,
-                "processing_class": tokenizer,
-            }
-        self._check_args()
+        if makes_collator or not is_ready:
+            self._check_args()
+        if makes_collator and is_ready:
+            collator = self.trainer.make_collator(self.args, tokenizer)
+        if not is_ready:
+            sets = {name: part for name, part in sets.items() if part is not None}
+            found = self._made(train_dataset, sets, collator, tokenizer)
+            held_out = found["eval_dataset"]
+            return found | {"eval_dataset": held_out if isinstance(eval_dataset, dict) else held_out.get("")}
+        return {
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "data_collator": collator,
+            "processing_class": tokenizer,
+        }
+
+    def _made(self, train_dataset: Any, sets: Mapping[str, Any], collator: Any, tokenizer: Any) -> dict[str, Any]:
+        """Return what `read` does of datasets or models that are not yet in the form of the library; sets by their names."""
         for part in sets.values():
             check_held_out(part)
-        sets = {name: part for name, part in sets.items() if part is not None}
         train = self._outline(train_dataset, tokenizer)
         if train is None:
             train = self._part(train_dataset, tokenizer, holds_out=not sets)
@@ -194,10 +208,6 @@ class TrainerInputs:
         found = self._examples(train, held_out, collator)
         if found["data_description"].get("block_mode") == "isolated_documents":
             self.model.check_isolation(length=train.data.block_size)
-        if isinstance(eval_dataset, dict):
-            found["eval_dataset"] = {name: found["eval_dataset"][name] for name in sets}
-        else:
-            found["eval_dataset"] = found["eval_dataset"].get("")
         return found | {"data_collator": collator}
 
     def _has_to_be_read(self, dataset: Any) -> bool:
@@ -240,17 +250,22 @@ class TrainerInputs:
         names.append(getattr(getattr(self.model, "config", None), "name_or_path", None))
         return next(filter(None, names), None)
 
+    def _cutting(self) -> DataArguments:
+        """Return how text is cut: as the options say, and as the method needs it."""
+        args = DataArguments() if self.data_args is None else self.data_args
+        return self.trainer.cut_text(args, training=self.args)
+
     def _outline(self, dataset: Any, tokenizer: PreTrainedTokenizerBase) -> _Part | None:
         """Return what is known of text before it is read, None of any other dataset."""
         if not isinstance(dataset, DATASETS) or rows_of(dataset) != "text" or self.trainer.reads_instead_of_text:
             return None
-        args = DataArguments() if self.data_args is None else self.data_args
+        args = self._cutting()
         known = PreparedData(tokenizer, None, None, {"block_mode": args.block_mode}, args.block_size)
         return _Part(known, is_outline=True)
 
     def _part(self, dataset: Any, tokenizer: PreTrainedTokenizerBase, *, holds_out: bool = False) -> _Part:
         """Read a dataset; a share of text is held out only where the options say so and nothing else is."""
-        args = DataArguments() if self.data_args is None else self.data_args
+        args = self._cutting()
         if isinstance(dataset, PreparedData):
             return _Part(dataset)
         if not isinstance(dataset, DATASETS):

@@ -424,8 +424,13 @@ class TimeBudget(TrainerCallback):
                 self._fit_schedule(total, state.global_step)
 
     def _fitting(self, args: TrainingArguments, step: int, now: float) -> int:
-        """Return the step at which the run is to end: evaluations on the way, and one at the end, take their time too."""
-        left = args.max_minutes * 60 - (now - self._begun) - self._evaluation_seconds
+        """Return the step at which the run is to end: evaluations on the way, and one at the end, take their time too.
+
+        Where they would take most of it, steps have half of the minutes all the same.
+        """
+        minutes: float = args.max_minutes
+        left = minutes * 60 - (now - self._begun) - self._evaluation_seconds
+        left = max(left, minutes * 30 - self._seconds)
         seconds = self._seconds / self._num_timed
         if args.eval_strategy == IntervalStrategy.STEPS:
             seconds += self._evaluation_seconds / args.eval_steps

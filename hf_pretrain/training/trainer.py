@@ -163,24 +163,9 @@ class PretrainingTrainer(Trainer):
         data_description: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if "compute_metrics" in kwargs:
-            raise InputError(
-                "compute_metrics is not used here: override evaluation_metrics, which sees scores and labels"
-            )
-        self.inputs = TrainerInputs(
-            self,
-            model,
-            args,
-            model_args=model_args,
-            data_args=data_args,
-            processing_class=processing_class,
-            others=kwargs,
-        )
+        options = {"model_args": model_args, "data_args": data_args, "processing_class": processing_class}
+        self.inputs = TrainerInputs(self, model, args, **options, others=kwargs)
         args = self.inputs.args
-        if args.n_gpu > 1:
-            raise InputError(
-                f"one process would drive {args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
-            )
         found = self.inputs.read(train_dataset, eval_dataset, collator=data_collator)
         train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
         model = None if "model_init" in kwargs else self.inputs.model
@@ -241,6 +226,10 @@ class PretrainingTrainer(Trainer):
             f"model={type(stock).__name__}: {type(self).__name__} takes a composite of this library: wrap a stock model first, "
             "such as EncoderForPreTraining.from_model(model)"
         )
+
+    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
+        """Return how text is cut into examples for this method with its options; the base changes nothing."""
+        return data_args
 
     def make_collator(self, args: Any, tokenizer: Any) -> Any:
         """Return the collator of the method with its options; the base has none of its own."""

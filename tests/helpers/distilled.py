@@ -5,10 +5,12 @@ from transformers import BertConfig, BertForMaskedLM
 
 from helpers.method_matrix import TINY, VOCAB_SIZE, tiny_data, tiny_tokenizer
 from hf_pretrain.objectives.distillation import DistillationTrainingArguments, join
+from hf_pretrain.objectives.distillation.arguments import OF_SENTENCES
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 
 SIZES = {**TINY, "vocab_size": VOCAB_SIZE}
-ALL = DistillationTrainingArguments.loss_names
+# Without those of whole texts, which need a teacher with a pooling.
+ALL = tuple(name for name in DistillationTrainingArguments.loss_names if name not in OF_SENTENCES)
 # Not of equal predictions, where there is nothing to learn.
 OF_TEACHER = [name for name in ALL if name != "mlm"]
 # Not of all layers, which need equal heads.

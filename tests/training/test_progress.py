@@ -129,6 +129,17 @@ def test_a_run_fits_its_steps_to_its_minutes(evaluations, expected, tmp_path, mo
     assert max(rates) <= trainer.args.learning_rate
 
 
+def test_evaluations_leave_half_of_the_minutes_to_the_steps(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    trainer = build(MLM, tmp_path, max_steps=500, max_minutes=1.0)
+    clock.slow(trainer, "training_step", 2.0)
+    clock.slow(trainer, "prediction_step", 60.0)
+    trainer.evaluate()
+    trainer.args.eval_on_start = True
+    trainer.train()
+    assert abs(trainer.state.global_step - 15) <= 1
+
+
 def test_max_steps_remain_the_most(tmp_path):
     trainer = build(MLM, tmp_path, max_steps=20, max_minutes=60.0)
     trainer.train()

@@ -80,6 +80,8 @@ def _check_spec(spec: str) -> None:
 # Losses that relate a layer's queries, keys or values to themselves, and which of them.
 RELATIONS = {"relation_qq": "query", "relation_kk": "key", "relation_vv": "value", "value_relation": "value"}
 OF_PREDICTIONS = frozenset({"prediction", "mlm", "labels"})
+# Losses between the vectors of whole texts.
+OF_SENTENCES = ("sentence_cosine", "sentence_mse", "sentence_similarity")
 
 
 @strict
@@ -102,6 +104,8 @@ class DistillationConfig(CompositeConfig):
         attention_target: "scores" or "probs".
         projection: "shared" or "per_layer".
         tinybert_official: Whether to follow TinyBERT's code where it differs from the paper.
+        sentence_modules: What makes a vector of a text from the hidden states, and goes with the student; see
+            [`SentenceModules`]. None if the teacher has nothing of the kind.
     """
 
     model_type = "hf_pretrain_distillation"
@@ -121,6 +125,7 @@ class DistillationConfig(CompositeConfig):
     attention_target: str = "scores"
     projection: str = "shared"
     tinybert_official: bool = False
+    sentence_modules: dict[str, Any] | None = None
     tie_word_embeddings: bool = True
 
     @property
@@ -142,7 +147,7 @@ class DistillationConfig(CompositeConfig):
         """Return the outputs of the student and of the teacher that the losses need."""
         names, last = set(self.losses or ()), self.student_config.num_hidden_layers
         hidden = self.pairs * ("hidden" in names) + [(0, 0)] * ("embedding" in names)
-        hidden += [(last, self.teacher_layers)] * ("cosine" in names)
+        hidden += [(last, self.teacher_layers)] * bool(names & {"cosine", *OF_SENTENCES})
         attention = self.pairs * ("attention" in names)
         attention += [(last, self.teacher_layer)] * bool(names & {*RELATIONS, "attention_distribution"})
 
@@ -153,7 +158,7 @@ class DistillationConfig(CompositeConfig):
         return of_side(0, bool(names & OF_PREDICTIONS)), of_side(1, "prediction" in names)
 
 
-Method = Literal["distilbert", "tinybert", "minilm", "minilmv2"]
+Method = Literal["distilbert", "tinybert", "minilm", "minilmv2", "embedding"]
 TrainingStage = Literal["intermediate", "prediction"]
 
 _PRESETS: dict[str, dict[str, float]] = {
@@ -162,6 +167,7 @@ _PRESETS: dict[str, dict[str, float]] = {
     "tinybert": {"embedding": 1.0, "hidden": 1.0, "attention": 1.0},
     "minilm": {"attention_distribution": 1.0, "value_relation": 1.0},
     "minilmv2": {"relation_qq": 1.0, "relation_kk": 1.0, "relation_vv": 1.0},
+    "embedding": {"sentence_cosine": 1.0},
 }
 _STAGES: dict[str, dict[str, float]] = {"intermediate": _PRESETS["tinybert"], "prediction": {"prediction": 1.0}}
 
@@ -276,14 +282,26 @@ class DistillationArguments:
 class DistillationTrainingArguments(DistillationArguments, MaskingArguments, PretrainingArguments):
     """Options of [`DistillationTrainer`]: general distillation, on text alone."""
 
-    loss_names: ClassVar[tuple[str, ...]] = ("prediction", "mlm", *DistillationArguments.loss_names[1:])
+    loss_names: ClassVar[tuple[str, ...]] = (
+        *("prediction", "mlm", *DistillationArguments.loss_names[1:]),
+        *OF_SENTENCES,
+    )
     ranges: ClassVar[dict[str, str]] = {"cache_top_k": "[0, 65536]"}
     needs: ClassVar[dict[str, str]] = {"prediction_positions": "losses~prediction"}
 
     distillation_method: Method = option(
-        "distilbert", "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2."
+        "distilbert",
+        "Whose weights the losses have that are not given: distilbert, tinybert, minilm or minilmv2; or embedding, of a "
+        "teacher that is a sentence-transformers folder.",
     )
     mlm_weight: float | str | None = _weight("the student's own masked-language-model loss (DistilBERT)")
+    sentence_cosine_weight: float | str | None = _weight(
+        "1 - cosine of the vectors of a text, pooled as the teacher's sentence-transformers folder says"
+    )
+    sentence_mse_weight: float | str | None = _weight("the squared difference of these vectors (Reimers & Gurevych)")
+    sentence_similarity_weight: float | str | None = _weight(
+        "the squared difference of the cosines between the texts of a batch, for vectors of any width"
+    )
     mlm_probability: float | str | None = option(  # type: ignore[assignment]
         None,
         "Share of the tokens of each example that are selected as targets, 0 to 1; by default 0.15 for losses of "

@@ -37,6 +37,7 @@ from hf_pretrain.modeling.observing.capture import check_capture
 from hf_pretrain.modeling.surgery.vocabulary import match_vocabulary, trim_vocabulary, used_ids
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
+    OF_SENTENCES,
     RELATIONS,
     DistillationArguments,
     DistillationConfig,
@@ -46,6 +47,11 @@ from hf_pretrain.objectives.distillation.arguments import (
 )
 from hf_pretrain.objectives.distillation.losses import check_relation_heads, check_same_heads
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
+from hf_pretrain.objectives.distillation.sentence_embeddings import (
+    SentenceModules,
+    load_sentence_modules,
+    one_text_in_a_row,
+)
 from hf_pretrain.objectives.distillation.student import StudentArguments, build_student, choose_layers
 from hf_pretrain.objectives.distillation.trainer import (
     DistillationTrainer,
@@ -124,7 +130,11 @@ def build_model(
     Returns:
         The composite to train.
     """
-    name = "a teacher in memory" if teacher is not None else teacher_name(model_args)
+    name = teacher_name(model_args) if teacher is None else "a teacher in memory"
+    modules, source = None, name if teacher is None else teacher.config.name_or_path or name
+    if auto_class in (AutoModel, AutoModelForMaskedLM):
+        needed = sorted(args.weights().keys() & set(OF_SENTENCES))
+        modules = load_sentence_modules(source, needed_by=needed, block_size=block_size)
     if teacher is None:
         teacher = load_teacher(model_args, auto_class=auto_class, tokenizer=tokenizer)
     else:
@@ -135,8 +145,8 @@ def build_model(
         student = bare(stock) if auto_class is AutoModel else with_head(stock, auto_class)
     for model in (student, teacher):
         check_model_fits(model, tokenizer, block_size=block_size)
-    model = join(student, teacher, args, **dtype_option(model_args))
-    model.origin = _origin(model_args, teacher, name)
+    model = join(student, teacher, args, sentence_modules=modules, **dtype_option(model_args))
+    model.origin, model.teacher_name = _origin(model_args, teacher, name), source
     return model
 
 
@@ -170,7 +180,12 @@ def _origin(args: StudentArguments, teacher: PreTrainedModel, name: str) -> str:
 
 
 def join(
-    student: PreTrainedModel, teacher: PreTrainedModel, args: DistillationArguments, *, dtype: str = "float32"
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    args: DistillationArguments,
+    *,
+    dtype: str = "float32",
+    sentence_modules: SentenceModules | None = None,
 ) -> DistillationModel:
     """Let a student learn from a teacher; the student is trained in place, the teacher is frozen.
 
@@ -181,6 +196,7 @@ def join(
         args: The losses between them. Weights that no loss reaches are frozen, such as a head without a loss of
             predictions.
         dtype: Type of the student's weights.
+        sentence_modules: What makes a vector of a text, of both.
 
     Raises:
         InputError: If a loss cannot be computed between the two.
@@ -189,6 +205,7 @@ def join(
         raise InputError("student and teacher are one model: give the student a copy, or weights of its own")
     config = _config(student, teacher, args)
     config.dtype = dtype
+    config.sentence_modules = None if sentence_modules is None else sentence_modules.to_dict()
     check_fit(student, teacher, config)
     if config.head == "none":
         for model in (student, teacher):
@@ -250,6 +267,10 @@ def check_fit(student: PreTrainedModel, teacher: PreTrainedModel, config: Distil
         InputError: Naming the loss and what to change.
     """
     names = set(config.losses or ())
+    if names & set(OF_SENTENCES) and config.sentence_modules is None:
+        raise InputError(
+            f"the {sorted(names & set(OF_SENTENCES))[0]} loss needs sentence_modules: give SentenceModules.read(teacher)"
+        )
     sizes = [model.get_input_embeddings().num_embeddings for model in (student, teacher)]
     if config.head == "masked_lm" and "prediction" in names and sizes[0] != sizes[1]:
         raise InputError(
@@ -289,6 +310,8 @@ def load_text(
     Raises:
         InputError: As [`hf_pretrain.data.prepare.prepare_data`].
     """
+    if isinstance(args, DistillationArguments) and args.weights().keys() & set(OF_SENTENCES):
+        data_args = one_text_in_a_row(data_args)
 
     def prepare(tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         first = args.main_process_first(local=False, desc="data")

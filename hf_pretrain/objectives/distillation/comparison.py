@@ -213,6 +213,7 @@ _ROWS = {
 }
 _ROWS_OF_BOTH = {
     "agreement": "Same prediction as the teacher",
+    "sentence_agreement": "Same nearest text as the teacher",
     "kl": "Divergence from the teacher, nats",
     "squared_difference": "Squared difference from the teacher",
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError, one_line
-from hf_pretrain.modeling.backbone import layer_modules, without_autocast
+from hf_pretrain.modeling.backbone import layer_modules, longest_sequence, without_autocast
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest, TopKTargets
 from hf_pretrain.modeling.visibility.rules import has_padding
-from hf_pretrain.objectives.distillation.arguments import OF_PREDICTIONS, RELATIONS, DistillationConfig
+from hf_pretrain.objectives.distillation.arguments import (
+    OF_PREDICTIONS,
+    OF_SENTENCES,
+    RELATIONS,
+    DistillationConfig,
+)
 from hf_pretrain.objectives.distillation.losses import (
     attention_distribution_loss,
     attention_loss,
@@ -38,6 +44,12 @@ from hf_pretrain.objectives.distillation.predictions import (
     has_label,
     prediction_losses,
     prediction_metrics,
+)
+from hf_pretrain.objectives.distillation.sentence_embeddings import (
+    SentenceModules,
+    from_config,
+    nearest_agreement,
+    sentence_losses,
 )
 
 # Heads that predict at positions of the batch, not for whole sequences.
@@ -161,6 +173,8 @@ class DistillationModel(PretrainingModel):
 
     Attributes:
         origin: How the student began, for the card; "" if that is not known.
+        teacher_name: Name or folder of the teacher; "" if that is not known.
+        sentence_modules: What makes a vector of a text; None if the teacher has nothing of the kind.
 
     Source: Jiao et al. 2020, "TinyBERT"; Sanh et al. 2019, "DistilBERT"; Wang et al. 2020, "MiniLM", and 2021,
         "MiniLMv2".
@@ -169,11 +183,13 @@ class DistillationModel(PretrainingModel):
     config_class = DistillationConfig
     export_parts = {"": "student"}  # noqa: RUF012
     origin: str = ""
+    teacher_name: str = ""
 
     def __init__(self, config: DistillationConfig, student: PreTrainedModel, teacher: Teacher | None = None) -> None:
         super().__init__(config)
         self.student = student
-        self.projections = _projections(config)
+        self.sentence_modules = from_config(config.sentence_modules)
+        self.projections = _projections(config, self.sentence_modules)
         self.teacher = teacher
         self.runner = ModelRunner(student, config.requests()[0], gathers=config.gathers)
         self._names = frozenset(config.losses or ())
@@ -216,6 +232,14 @@ class DistillationModel(PretrainingModel):
             batch["labels"] = torch.zeros(1, device=self.device)
             if head == "classification":
                 batch["labels"] = batch["labels"].long()
+        if "sentence_similarity" in self._names:
+            # Texts are compared with one another, so there are two.
+            fill: dict[str, Any] = {"labels": torch.full_like(ids, IGNORED)} | dict.fromkeys(
+                ("input_ids", "attention_mask")
+            )
+            for name in fill.keys() & batch.keys():
+                second = batch[name].flip(1) if fill[name] is None else fill[name]
+                batch[name] = torch.cat([batch[name], second])
         return batch
 
     def stock_models(self) -> list[PreTrainedModel]:
@@ -241,6 +265,8 @@ class DistillationModel(PretrainingModel):
             **dict.fromkeys(("cosine", "embedding", "hidden"), tokens),
             **dict.fromkeys(RELATIONS, tokens * self.config.relation_heads),
             **dict.fromkeys(("attention_distribution", "value_relation"), tokens * heads),
+            **dict.fromkeys(("sentence_cosine", "sentence_mse"), of_sequences),
+            "sentence_similarity": of_sequences * (len(lengths) - 1),
             "attention": _visible_pairs(batch, self.config.attention_windows or [None]) * heads,
         }
         return {name: counts[name] for name in self.config.losses or ()}
@@ -318,13 +344,44 @@ class DistillationModel(PretrainingModel):
         chosen = self.config.temperature if temperature is None else cast(float, temperature)
         losses = self._prediction_losses(predictions, temperature=chosen)
         both = PairedOutputs(student, teacher, attention_mask, inputs.get("document_ids"))
+        vectors = self._vectors(both)
+        losses |= {} if vectors is None else sentence_losses(*vectors, names=self._names)
         losses |= {name: self._loss(name, both) for name in self.config.losses or () if name not in losses}
         output = PretrainingOutput(losses=losses, metrics={})
+        if not self.training and vectors is not None:
+            output.metrics["sentence_agreement"] = nearest_agreement(*vectors)
         if not self.training and predictions is not None:
             output.metrics.update(prediction_metrics(predictions, head=head, outside=self._outside))
             if "mlm" in losses:
                 del output.metrics["mlm_loss"]
         return output
+
+    def _vectors(self, both: PairedOutputs) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the vectors of all texts, ``[B, E]`` of each model; None if no loss compares them."""
+        if not self._names & set(OF_SENTENCES):
+            return None
+        assert self.sentence_modules is not None, "such a loss has its modules"
+        if both.document_ids is not None:
+            raise InputError(
+                "block_mode='isolated_documents' puts several texts into a row, which has one vector: use 'doc_sentences'"
+            )
+        states = both.student.hidden[self._last_layer], both.teacher.hidden[self.config.teacher_layers]
+        dense = self.projections["sentence"] if "sentence" in self.projections else None
+        ours = self.sentence_modules.vectors(states[0], both.mask, dense)
+        return ours, self.sentence_modules.vectors(states[1], both.mask)
+
+    def export(self, output_dir: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+        """Write the student, and what makes it a model of sentence-transformers; see [`PretrainingModel.export`]."""
+        super().export(output_dir, state_dict=state_dict)
+        if self.sentence_modules is None:
+            return
+        projections = self.part_state_dict("projections", state_dict) or self.projections.state_dict()
+        self.sentence_modules.write(
+            Path(output_dir),
+            hidden_size=self.student.config.hidden_size,
+            longest=longest_sequence(self.student),
+            dense=projections.get("sentence.weight"),
+        )
 
     def _prediction_losses(self, predictions: Predictions | None, *, temperature: float) -> dict[str, ExampleSum]:
         names = OF_PREDICTIONS & self._names
@@ -382,18 +439,22 @@ def _projection_of(name: str, layer: int, config: DistillationConfig) -> str:
     return f"{name}_{layer}" if name == "hidden" and config.projection == "per_layer" else name
 
 
-def _projections(config: DistillationConfig) -> nn.ModuleDict:
+def _projections(config: DistillationConfig, modules: SentenceModules | None) -> nn.ModuleDict:
     """Build the projections that the losses need; none where the widths agree, but in the official code."""
     width, names = config.student_config.hidden_size, config.losses or ()
     layers = {"embedding": [0], "hidden": [m for m, _ in config.pairs], "cosine": [0]}
     keys = {_projection_of(name, layer, config): None for name in layers if name in names for layer in layers[name]}
-    return nn.ModuleDict(
+    found = nn.ModuleDict(
         {
             key: nn.Linear(width, config.teacher_size, bias=key == "shared")
             for key in keys
             if width != config.teacher_size or key == "shared"
         }
     )
+    if modules is not None and {"sentence_cosine", "sentence_mse"} & set(names) and width != config.teacher_size:
+        # A part of the student: its vectors lie in the teacher's space, and the export has the layer too.
+        found["sentence"] = nn.Linear(modules.width(width), modules.width(config.teacher_size), bias=False)
+    return found
 
 
 def _visible_pairs(batch: Mapping[str, Any], windows: Sequence[int | None]) -> torch.Tensor:

@@ -17,20 +17,24 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel
 
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
+from hf_pretrain.hub.run import hub_name_of
 from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
 from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
+    OF_SENTENCES,
     DistillationArguments,
     DistillationTrainingArguments,
     TaskDistillationTrainingArguments,
 )
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
+from hf_pretrain.objectives.distillation.sentence_embeddings import one_text_in_a_row
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.targets import (
     DataCollatorForDistillation,
@@ -76,6 +80,21 @@ MINILMV2 = """\
   year = {2021}
 }"""
 
+REIMERS = """\
+@inproceedings{reimers2020multilingual,
+  title = {Making Monolingual Sentence Embeddings Multilingual using Knowledge Distillation},
+  author = {Reimers, Nils and Gurevych, Iryna},
+  booktitle = {Proceedings of {EMNLP}},
+  year = {2020}
+}"""
+JASPER = """\
+@article{zhang2024jasper,
+  title = {Jasper and Stella: distillation of {SOTA} embedding models},
+  author = {Zhang, Dun and Li, Jiacheng and Zeng, Ziyang and Wang, Fulong},
+  journal = {arXiv preprint arXiv:2412.19048},
+  year = {2024}
+}"""
+
 # In words, as a formula ("S" the student, "T" the teacher), and its paper.
 _LOSSES: dict[str, tuple[str, str, str]] = {
     "prediction": ("its predictions", r"\tau^2 \, \mathrm{KL}\left(p_T^{1/\tau} \,\|\, p_S^{1/\tau}\right)", ""),
@@ -93,6 +112,13 @@ _LOSSES: dict[str, tuple[str, str, str]] = {
     "relation_kk": ("those between its keys", r"\mathrm{KL}(R_T^{KK} \,\|\, R_S^{KK})", MINILMV2),
     "relation_vv": ("those between its values", r"\mathrm{KL}(R_T^{VV} \,\|\, R_S^{VV})", MINILMV2),
     "attention_distribution": ("the attention of one of its layers", r"\mathrm{KL}(A_T \,\|\, A_S)", MINILM),
+    "sentence_cosine": ("the direction of its sentence embeddings", r"\left(1 - \cos(v_S, v_T)\right)", JASPER),
+    "sentence_mse": ("its sentence embeddings", r"\mathrm{MSE}(v_S, v_T)", REIMERS),
+    "sentence_similarity": (
+        "the similarities between sentences",
+        r"\left(\cos(v_S, v_S') - \cos(v_T, v_T')\right)^2",
+        JASPER,
+    ),
     "value_relation": ("the relations between its values", r"\mathrm{KL}(R_T^{VV} \,\|\, R_S^{VV})", MINILM),
 }
 
@@ -153,6 +179,10 @@ _METRICS = (
         "hidden_loss": "Mean square of how far the student's hidden states are from the teacher's; 0 is the same.",
         "attention_loss": "Mean square of how far the student's attention scores are from the teacher's; 0 is the same.",
         "attention_distribution_loss": "How far attention is from the teacher's, in nats; 0 is the same.",
+        "sentence_agreement": "Share of the texts whose nearest other text is the one that is nearest for the teacher.",
+        "sentence_cosine_loss": "How far a text's vector points elsewhere than the teacher's, from 0, the same, to 2.",
+        "sentence_mse_loss": "Mean square of how far a text's vector is from the teacher's; 0 is the same.",
+        "sentence_similarity_loss": "Mean square of how far the likeness of two texts is from the teacher's; 0 is the same.",
         "value_relation_loss": "How far the likeness of tokens, by the values, is from the teacher's, in nats; 0 is the same.",
     }
     | {
@@ -161,6 +191,7 @@ _METRICS = (
     }
 )
 _HEADLINE = (
+    *("sentence_agreement", "sentence_cosine_loss", "sentence_mse_loss", "sentence_similarity_loss"),
     *("agreement", "kl", "squared_difference"),
     *("mlm_loss", "mlm_accuracy", "accuracy", "f1", "exact_match", "squared_error"),
 )
@@ -176,7 +207,7 @@ def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, h
     """
     parts, formulas, sources = zip(*(_LOSSES[name] for name in weights), strict=True)
     description = f"{objective.description} The student learns {_enumerate(parts)}."
-    if head == "none":
+    if head == "none" and not weights.keys() & set(OF_SENTENCES):
         description += " It is an encoder only: it has no head, and what no loss reached is as it was at the start."
     terms = [
         formula
@@ -227,6 +258,16 @@ def _enumerate(parts: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
+_OF_SENTENCE_TRANSFORMERS: dict[str, Any] = {
+    "pipeline_tag": "sentence-similarity",
+    "tags": ("sentence-transformers",),
+    "usage": """\
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{repo}")
+embeddings = model.encode([{sentence}, {another}])
+similarities = model.similarity(embeddings, embeddings)""",
+}
 _ENCODER_ONLY = "**Encoder only**: this run trained no head; go on with a loss of predictions, or fine-tune it."
 
 
@@ -292,6 +333,11 @@ class DistillationTrainer(PretrainingTrainer):
                 check_isolation(part, length=data.block_size)
         return model
 
+    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
+        """Return options with which each example is of one text, if a loss compares vectors of texts."""
+        compares_texts = training.weights().keys() & set(OF_SENTENCES)
+        return one_text_in_a_row(data_args) if compares_texts else data_args
+
     def make_collator(self, args: Any, tokenizer: Any) -> Any:
         """Return the collator of masks, and of the teacher's likeliest tokens where they are kept."""
         collator_class = DataCollatorForDistillation if args.cache_top_k else DataCollatorForMaskedLM
@@ -332,12 +378,17 @@ class DistillationTrainer(PretrainingTrainer):
     def card_facts(self) -> dict[str, Any]:
         """Return the run's losses, how the student began, and the student beside its teacher."""
         config, args = self.model.config, cast(DistillationArguments, self.args)
-        return {
-            "objective": describe(self.objective, args.weights(), head=config.head),
-            "origin": self.model.origin,
-            "note": "" if OF_PREDICTIONS & args.weights().keys() else _ENCODER_ONLY,
-            "comparison": self.comparison_rows(),
-        }
+        objective = describe(self.objective, args.weights(), head=config.head)
+        facts: dict[str, Any] = {"origin": self.model.origin, "comparison": self.comparison_rows()}
+        if self.model.sentence_modules is not None:
+            objective = dataclasses.replace(objective, **_OF_SENTENCE_TRANSFORMERS)
+            teacher = self.model.teacher_name
+            name = hub_name_of(teacher) if teacher and Path(teacher).exists() else hub_id(teacher)
+            if name:
+                facts["base_model"] = name
+        elif not OF_PREDICTIONS & args.weights().keys():
+            facts["note"] = _ENCODER_ONLY
+        return facts | {"objective": objective}
 
 
 class TaskDistillationTrainer(DistillationTrainer):
@@ -403,3 +454,5 @@ def print_comparison(trainer: DistillationTrainer, data: PreparedData) -> None:
         header, *body = rows
         print("\nThe student beside its teacher, on held-out examples:")
         print_table(body, header=header)
+    if trainer.model.sentence_modules is not None:
+        print(f"\nSentence embeddings: SentenceTransformer({trainer.args.output_dir!r}).encode(texts)")

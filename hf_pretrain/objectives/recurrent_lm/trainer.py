@@ -109,7 +109,7 @@ def lane_inputs(data: PreparedData, args: RecurrentLMTrainingArguments) -> dict[
     """
     if data.train_documents is None:
         raise InputError(
-            "lanes are parts of the whole text, which a stream or tokens do not have: give text, and leave streaming out"
+            "streaming=True, or tokens: lanes are parts of the whole text, which has to be stored; give text, leave streaming out"
         )
     stream = LaneStream(data.train_documents, tokenizer=data.tokenizer, num_lanes=global_batch_size(args))
     train = LaneDataset(stream, window=args.tgt_len, reset_at_documents=args.reset_at_documents)

@@ -1,4 +1,4 @@
-"""The page on recipes has the values of the recipes: the program's own parser gives the same numbers."""
+"""The page on papers has the values of the recipes: the program's own parser gives the same numbers."""
 
 import re
 import shlex
@@ -10,12 +10,13 @@ import pytest
 import yaml
 from make_tables import resolved, stack
 
+import hf_pretrain
 from hf_pretrain.cli import METHODS, RECIPES, load_method
 from hf_pretrain.training.parsing import _OptionParser
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "trainers" / "recipes"
-LINES = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").splitlines()
+LINES = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8").splitlines()
 FILES = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
 
 # Options of a recipe that are no part of its method: what is written down, and when.
@@ -71,7 +72,7 @@ def heads():
 # The tables
 
 
-@pytest.mark.parametrize("page", make_tables.TABLES)
+@pytest.mark.parametrize("page", [*make_tables.TABLES, *make_tables.PAGES])
 def test_make_docs_changes_nothing(page):
     assert make_tables.written(page) == (ROOT / page).read_text(encoding="utf-8"), "run make docs"
 
@@ -86,9 +87,33 @@ def test_make_docs_leaves_the_pages_that_are_launched():
 def test_every_recipe_is_in_the_tables():
     for page in make_tables.TABLES:
         linked = set(
-            re.findall(r"\[(\w+)\]\([./]*trainers/recipes/\1\.yaml\)", (ROOT / page).read_text(encoding="utf-8"))
+            re.findall(r"\[(\w+)\]\([^)]*trainers/recipes/\1\.yaml\)", (ROOT / page).read_text(encoding="utf-8"))
         )
         assert linked >= set(FILES), page
+
+
+def test_every_paper_of_a_recipe_is_in_the_index_with_its_code_and_its_results():
+    head, *rows = make_tables.papers_table()
+    index = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    text = " ".join(row["Paper and code"] for row in index.values())
+    for name in FILES:
+        assert all(address in text for address in make_tables.sources(name).values()), name
+    electra = index["[ELECTRA](#electra)"]
+    assert "electra_small: README: 14M parameters" in electra["Reported"] and "OpenWebText" in electra["Corpus"]
+    assert electra["Loss"] == "mlm + 50 rtd" and "google-research/electra" in electra["Paper and code"]
+    # Of the recipe's own configuration: BERT-Base without heads has 109 million parameters, RoBERTa-Base 125.
+    assert index["[BERT](#bert)"]["Encoder"] == "109 M" and index["[RoBERTa](#roberta)"]["Encoder"] == "125 M"
+
+
+def test_every_public_name_is_on_one_page_of_the_api():
+    shown = [
+        name
+        for page in make_tables.AREAS
+        for name in re.findall(
+            r"^::: hf_pretrain\.(\w+)$", (ROOT / f"docs/api/{page}.md").read_text(), flags=re.MULTILINE
+        )
+    ]
+    assert sorted(shown) == sorted(set(hf_pretrain.__all__) - {"__version__"})
 
 
 # The sections

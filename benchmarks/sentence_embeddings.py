@@ -1,0 +1,120 @@
+"""Students of a sentence encoder: how well their vectors rank the similarity of two sentences, on STS-B.
+
+    python benchmarks/sentence_embeddings.py --teacher all-MiniLM-L6-v2 --stsb_dir stsb [--layers 3] [--steps 300]
+
+The folder of STS-B has `train.csv` and `dev.csv` without a header: sentence, sentence, score. Training text is the
+sentences of `train.csv` that are not in `dev.csv`; no score is used. Each student is trained by the program `distil`, and
+measured as `SentenceTransformer` would encode: the Spearman correlation of the cosines with the scores of `dev.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from scipy.stats import spearmanr
+from transformers import AutoModel, AutoTokenizer
+
+from hf_pretrain.cli import main as run_program
+from hf_pretrain.modeling.surgery.cutting import cut_student
+from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules
+from hf_pretrain.objectives.distillation.student import choose_layers
+from timing import print_table
+
+Rows = list[tuple[str, str, float]]
+
+
+def read_pairs(path: Path) -> Rows:
+    """Return the pairs of a file with their scores."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [(first, second, float(score)) for first, second, score in csv.reader(file)]
+
+
+def write_text(folder: Path, target: Path) -> int:
+    """Write the different sentences to train on, one a line; return their number."""
+    held_out = {text for row in read_pairs(folder / "dev.csv") for text in row[:2]}
+    texts = {
+        text.strip(): None for row in read_pairs(folder / "train.csv") for text in row[:2] if text not in held_out
+    }
+    target.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    return len(texts)
+
+
+@torch.no_grad()
+def correlation(model: torch.nn.Module, folder: str, pairs: Rows) -> float:
+    """Return the Spearman correlation of the cosines with the scores, times 100."""
+    modules, tokenizer = SentenceModules.read(folder), AutoTokenizer.from_pretrained(folder)
+    assert modules is not None, "the folder is one of sentence-transformers"
+    sides = []
+    for side in (0, 1):
+        vectors = []
+        for begin in range(0, len(pairs), 64):
+            texts = [row[side] for row in pairs[begin : begin + 64]]
+            batch = tokenizer(texts, padding=True, truncation=True, max_length=modules.max_length, return_tensors="pt")
+            states = model.eval()(**batch).last_hidden_state
+            vectors.append(modules.vectors(states, batch["attention_mask"]))
+        sides.append(torch.cat(vectors))
+    cosines = F.cosine_similarity(*sides)
+    return 100 * float(spearmanr(cosines.numpy(), [score for _, _, score in pairs]).statistic)
+
+
+def main() -> None:
+    """Train the students and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="Folder of a model of sentence-transformers.")
+    parser.add_argument("--stsb_dir", type=Path, required=True, help="Folder with train.csv and dev.csv.")
+    parser.add_argument("--layers", type=int, default=3, help="Layers of the students.")
+    parser.add_argument("--steps", type=int, default=300, help="Steps of 32 sentences.")
+    options = parser.parse_args()
+    pairs, teacher = read_pairs(options.stsb_dir / "dev.csv"), AutoModel.from_pretrained(options.teacher)
+    depth = teacher.config.num_hidden_layers
+    layers = choose_layers("every_other", teacher_layers=depth, student_layers=options.layers)
+    table = [("teacher", 0, correlation(teacher, options.teacher, pairs))]
+    table.append(("cut", 0, correlation(cut_student(teacher, layers), options.teacher, pairs)))
+    students = {"cut": ["--student_layers", "every_other"], "new": []}
+    losses = {
+        "embedding": ["--distillation_method", "embedding"],
+        "embedding, similarities": [
+            *("--distillation_method", "embedding", "--sentence_cosine_weight", "0"),
+            *("--sentence_similarity_weight", "1"),
+        ],
+        "minilmv2": ["--distillation_method", "minilmv2"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "train.txt")
+        print(f"{write_text(options.stsb_dir, text)} sentences to train on")
+        for begin, sizes in students.items():
+            for loss, chosen in losses.items():
+                output = str(Path(folder, f"{begin} {loss}"))
+                failed = run_program(
+                    [
+                        *(
+                            "distil",
+                            "--teacher_name_or_path",
+                            options.teacher,
+                            "--output_dir",
+                            output,
+                            *chosen,
+                            *sizes,
+                        ),
+                        *("--num_hidden_layers", str(options.layers), "--train_file", str(text)),
+                        *("--document_separator", "line", "--block_size", "64", "--max_steps", str(options.steps)),
+                        *("--per_device_train_batch_size", "32", "--learning_rate", "2e-4", "--warmup_steps", "0.1"),
+                        *("--bf16", "false", "--save_strategy", "no", "--report_to", "none"),
+                    ]
+                )
+                if failed:
+                    raise SystemExit(failed)
+                model = AutoModel.from_pretrained(output)
+                table.append((f"{begin}, {loss}", options.steps, correlation(model, output, pairs)))
+    print_table(
+        [(name, str(steps), f"{value:.1f}") for name, steps, value in table], header=("Model", "Steps", "Spearman")
+    )
+
+
+if __name__ == "__main__":
+    main()
