@@ -38,6 +38,7 @@ from hf_pretrain.data.text.docstrings import docstring_dataset, split_held_out
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.options import all_options
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
 
@@ -427,6 +428,8 @@ def common_description(
     record = {} if output_dir is None else _read_record(Path(output_dir))
     is_trained = bool(record) and tokenizer.name_or_path == str(output_dir)
     return {
+        # Those that define the data, for the card of a Trainer that is made in Python.
+        "options": all_options([args]),
         "source": source,
         "held_out_source": held_out_source,
         "tokenizer": model,
