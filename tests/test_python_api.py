@@ -518,6 +518,8 @@ def test_each_natural_call_works_or_names_the_right_one(call, tmp_path):
         ({"max_seq_length": 64}, r"give the Trainer data_args=DataArguments\(block_size=...\)"),
         ({"hidden_size": 64}, r"give the Trainer model_args=ModelArguments\(hidden_size=...\)"),
         ({"mlm_probabilty": 0.3}, "did you mean 'mlm_probability'"),
+        ({"whole_word_mask": True}, "did you mean masking_unit='word'"),
+        ({"line_by_line": True}, r"give the Trainer data_args=DataArguments\(document_separator='line'\)"),
         ({"xyzzy": 1}, "its options are those of transformers.TrainingArguments and of the method"),
     ],
 )
