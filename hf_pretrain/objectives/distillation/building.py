@@ -389,7 +389,7 @@ Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's 
     accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml \\
         --teacher_name_or_path my-bert ...
 
-Without a file or a dataset it trains on the docstrings of the installed Python packages. The student opens with
+With `--demo_corpus true` it trains on the docstrings of the installed Python packages. The student opens with
 `AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`;
 that of a model of sentence-transformers with `SentenceTransformer` too.""",
     arguments=(DataArguments, StudentArguments, DistillationTrainingArguments),
