@@ -12,8 +12,10 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache, partial
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +26,10 @@ from transformers import AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_pretrain
-from hf_pretrain.cli import METHODS, RECIPES, load_method
+from hf_pretrain.cli import COMMANDS, METHODS, load_method, run_named
 from hf_pretrain.modeling.configuration import ModelArguments, build_config, parse_overrides
+from hf_pretrain.names import HELP, described_recipes
+from hf_pretrain.options import read_recipes, recipe_names
 from hf_pretrain.training.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -87,13 +91,13 @@ def facts(recipe: str) -> dict[str, str]:
 def expanded(command: str) -> tuple[str, list[str]]:
     """Return the method and the arguments of a command; a recipe's name stands for its method with that recipe."""
     _, name, *rest = shlex.split(command)
-    return (RECIPES[name][0], ["--config", name, *rest]) if name in RECIPES else (name, rest)
+    recipe = described_recipes().get(name)
+    return (name, rest) if recipe is None else (recipe[0], ["--config", name, *rest])
 
 
 def stack(command: str) -> tuple[str, ...]:
-    """Return the names of a command's recipes, in their order."""
-    argv = expanded(command)[1]
-    return tuple(value for option, value in zip(argv, argv[1:], strict=False) if option == "--config")
+    """Return the names of a command's recipes, in their order, with those that they begin with."""
+    return tuple(path.stem for path, _ in read_recipes(recipe_names(expanded(command)[1])))
 
 
 @cache
@@ -184,11 +188,15 @@ def _dropout(options: dict[str, Any]) -> str:
 
 
 def _options_row(recipes: tuple[str, ...]) -> list[str]:
-    method = method_of(recipes[-1])
+    methods = [method_of(recipe) for recipe in recipes]
+    method = "encoder" if "encoder" in methods else methods[-1]
     options = resolved(f"hf-pretrain {method} " + " ".join(f"--config {name}" for name in recipes))
     length = next(options[name] for name in ("tgt_len", "max_length", "block_size") if name in options)
     has_teacher = "teacher_name_or_path" in options
-    text = "the teacher's" if has_teacher else f"{options['vocab_size']} {options['tokenizer_type']}"
+    if has_teacher or options["model_name_or_path"]:
+        text = "the teacher's" if has_teacher else "the checkpoint's"
+    else:
+        text = f"{options['vocab_size']} {options['tokenizer_type']}"
     batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
     steps, epochs = options["max_steps"], options["num_train_epochs"]
     warmup = options["warmup_steps"]
@@ -440,8 +448,19 @@ def program_pages() -> dict[Path, str]:
     return pages
 
 
+def help_pages() -> dict[Path, str]:
+    """Return the short help of each method and command, which `hf-pretrain METHOD --help` shows without an import of torch."""
+    pages = {}
+    for name in (*METHODS, *COMMANDS):
+        shown = StringIO()
+        with redirect_stdout(shown), suppress(SystemExit):
+            run_named(name, ["--help"])
+        pages[HELP / f"{name}.txt"] = shown.getvalue()
+    return pages
+
+
 if __name__ == "__main__":
-    for path, text in program_pages().items():
+    for path, text in (program_pages() | help_pages()).items():
         path.write_text(text, encoding="utf-8")
     for page in (*TABLES, *PAGES):
         text, path = written(page), ROOT / page

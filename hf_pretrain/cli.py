@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 from importlib import import_module
 
-from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated, nearest
+from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated
+from hf_pretrain.names import HELP, cut, described_recipes, method_hint
 from hf_pretrain.objectives import METHODS
 from hf_pretrain.training.method import Listed, Method, registered_methods
 
@@ -82,8 +83,7 @@ def load_method(name: str) -> Method:
     """
     listed = methods()
     if name not in listed:
-        known = [*listed, *RECIPES, *COMMANDS]
-        hint = nearest(name, known, otherwise=f"choose from {', '.join(known)}")
+        hint = method_hint(name, [*listed, *RECIPES, *COMMANDS])
         raise InputError(f"unknown method {name!r}: {hint}")
     return listed[name].load(name)
 
@@ -166,10 +166,39 @@ def _run_named(argv: list[str] | None) -> int | None:
 
         print(f"hf-pretrain {__version__}")
         return 0
+    if options in (["-h"], ["--help"]) and (text := _kept_help(name)) is not None:
+        print(text, end="")
+        return 0
+    return run_named(name, options)
+
+
+def _kept_help(name: str) -> str | None:
+    """Return the help of a method, a command, or a recipe's method; None where none is kept, as for other packages."""
+    method, line = (name, "") if name in methods() else described_recipes().get(name, (name, ""))
+    kept = HELP / f"{method}.txt"
+    if not kept.is_file():
+        return None
+    note = f"`hf-pretrain {name}` is `hf-pretrain {method} --config {name}`: {line}.\n\n" if method != name else ""
+    return note + kept.read_text(encoding="utf-8")
+
+
+def run_named(name: str, options: list[str]) -> int | None:
+    """Run a method, a command, or a recipe with its method.
+
+    Args:
+        name: The name.
+        options: The arguments after it.
+
+    Returns:
+        The exit status of a command.
+
+    Raises:
+        InputError: If nothing has that name.
+    """
     if name in COMMANDS:
         return import_module(COMMANDS[name][0]).main(options)
-    if name in RECIPES:
-        (name, _), options = RECIPES[name], ["--config", name, *options]
+    if name not in methods() and name in described_recipes():
+        name, options = described_recipes()[name][0], ["--config", name, *options]
     load_method(name).run(options)
     return 0
 
@@ -179,21 +208,27 @@ def _help() -> str:
     groups = {
         "methods": {name: listed.line for name, listed in methods().items()},
         "recipes of encoder, called by name": {name: line for name, (_, line) in RECIPES.items()},
+        "other recipes, called by name": {
+            name: line for name, (_, line) in described_recipes().items() if name not in RECIPES
+        },
         "commands": {name: line for name, (_, line) in COMMANDS.items()},
     }
     width = max(len(name) for lines in groups.values() for name in lines)
     parts = [
-        "usage: hf-pretrain <method or command> [--config RECIPE] [options]",
+        "usage: hf-pretrain <method, recipe or command> [--config RECIPE] [options]",
         "Pre-train a text encoder on your own text.",
     ]
     for title, lines in groups.items():
-        parts.append("\n".join([f"{title}:", *(f"  {name:<{width}}  {line}" for name, line in lines.items())]))
+        parts.append(
+            "\n".join([f"{title}:", *(f"  {name:<{width}}  {cut(line, 110 - width)}" for name, line in lines.items())])
+        )
     return "\n\n".join([*parts, _OPTIONS])
 
 
 _OPTIONS = """\
 options:
-  -h, --help  show this, or after a method or command: all of its options
+  -h, --help  show this, or after a name: the options that most runs need, by group
+  --help-all  after a name: all of its options
   --version   show the version
 
   hf-pretrain rtd --train_file corpus.txt --output_dir my-electra"""

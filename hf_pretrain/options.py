@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, field, fields
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
@@ -18,6 +17,7 @@ import yaml
 
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line, range_of, types_of
 from hf_pretrain.files import plain, write_text
+from hf_pretrain.names import packaged_recipes
 from hf_pretrain.schedules import Schedule
 
 
@@ -180,6 +180,37 @@ def recipe_names(argv: Sequence[str]) -> list[str]:
     return [name for name in names if name]
 
 
+def read_recipes(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """Read recipes in order, before each one those that its entry `config` names.
+
+    Args:
+        names: Paths or names, as `read_recipe` takes them.
+
+    Returns:
+        The path and the options of each, without `config`.
+
+    Raises:
+        InputError: If one cannot be read, or names itself.
+    """
+    found: list[tuple[Path, dict[str, Any]]] = []
+
+    def read(name: str, above: tuple[Path, ...]) -> None:
+        path, recipe = read_recipe(name)
+        inner = recipe.pop("config", None) or []
+        if path in above:
+            raise InputError(f"--config {path}: config names this recipe itself: leave it out")
+        for other in [inner] if isinstance(inner, str) else inner:
+            if not isinstance(other, str):
+                raise InputError(f"--config {path}: config={other!r} is no name of a recipe")
+            beside = path.parent / other
+            read(str(beside) if beside.is_file() else other, (*above, path))
+        found.append((path, recipe))
+
+    for name in names:
+        read(name, ())
+    return found
+
+
 def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
     """Read a recipe from a file, or from among those that come with the library.
 
@@ -219,8 +250,7 @@ def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
 def _find_recipe(name: str) -> Path:
     if Path(name).exists():
         return Path(name)
-    folder = Path(str(files("hf_pretrain.trainers") / "recipes"))
-    packaged = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    packaged = packaged_recipes()
     stem = name.removesuffix(".yaml")
     if stem in packaged:
         return packaged[stem]

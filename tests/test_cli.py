@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ from transformers import AutoModel
 
 from hf_pretrain import cli
 from hf_pretrain.errors import InputError, StoppedError, Terminated
+from hf_pretrain.help import RARE
+from hf_pretrain.names import MODELS, described_recipes, model_hint
+from hf_pretrain.options import read_recipes, recipe_names
+from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.method import Method
+from hf_pretrain.training.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[1]
 PAGES, EXAMPLE = ROOT / "trainers", ROOT / "examples" / "token_deletion"
@@ -34,7 +40,8 @@ def test_help_lists_every_method_and_command_with_one_line(capsys):
 def test_help_and_a_mistake_need_no_torch():
     program = (
         "import sys; from hf_pretrain import cli; cli.main(['--help']); cli.main(['--version']); cli.main(['rdt']); "
-        "cli.main(['statistic']); "
+        "cli.main(['statistic']); cli.main(['electra']); "
+        "assert not any(cli.main([name, '--help']) for name in (*cli.METHODS, *cli.RECIPES, *cli.COMMANDS)); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets', 'numpy')))"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -42,6 +49,8 @@ def test_help_and_a_mistake_need_no_torch():
     assert run.stderr.splitlines() == [
         "error: unknown method 'rdt': did you mean 'rtd'?",
         "error: unknown method 'statistic': did you mean 'statistics'?",
+        "error: unknown method 'electra': ELECTRA is `hf-pretrain rtd --config electra_small`, or `hf-pretrain rtd --config "
+        "electra_base`",
     ]
 
 
@@ -59,9 +68,11 @@ def test_a_method_gets_the_arguments_after_its_name(monkeypatch):
     seen = []
     monkeypatch.setattr(Method, "run", lambda method, argv: seen.append((method.name, argv)))
     assert cli.main(["mlm", "--share", "0.2", "--help"]) == 0
+    assert cli.main(["electra_small", "--seed", "3"]) == 0
     monkeypatch.setattr(sys, "argv", ["hf-pretrain", "plm", "--from-process"])
     assert cli.main() == 0
-    assert seen == [("mlm", ["--share", "0.2", "--help"]), ("plm", ["--from-process"])]
+    by_name = ("rtd", ["--config", "electra_small", "--seed", "3"])
+    assert seen == [("mlm", ["--share", "0.2", "--help"]), by_name, ("plm", ["--from-process"])]
 
 
 @pytest.mark.parametrize("name", cli.METHODS)
@@ -241,21 +252,126 @@ def test_every_method_refuses_a_mistyped_option(method, capsys):
     assert capsys.readouterr().err == "error: unknown option '--learning_rat': did you mean '--learning_rate'?\n"
 
 
+GROUPS = ["objective", "model", "data", "optimisation", "logging", "Hub"]
+
+
+def shown_options(text):
+    return re.findall(r"^  --(\w+) ", text, flags=re.MULTILINE)
+
+
+def titles(text):
+    return [title for title in re.findall(r"^(\w+):$", text, flags=re.MULTILINE) if title in (*GROUPS, "advanced")]
+
+
 @pytest.mark.parametrize("method", cli.METHODS)
-def test_every_method_has_help(method, capsys):
+def test_the_help_of_a_method_is_grouped_and_lists_its_recipes(method, capsys):
+    assert cli.main([method, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"hf-pretrain {method}" in shown and titles(shown) == GROUPS
+    record = cli.load_method(method)
+    own = [field.name for field in fields(record.arguments[2])]
+    inherited = {field.name for field in fields(PretrainingArguments)}
+    objective, _, rest = shown.partition("\nmodel:\n")
+    assert set(shown_options(objective)) == set(own) - inherited - RARE
+    assert {"learning_rate", "output_dir", "train_file"} <= set(shown_options(rest))
+    assert not {"neftune_noise_alpha", "local_rank", "dataloader_pin_memory"} & set(shown_options(shown))
+    recipes = [name for name, (owner, _) in described_recipes().items() if owner == method]
+    assert re.findall(r"^  (\w+) {2,}\S", shown.partition("recipes, for --config:")[2], flags=re.MULTILINE) == recipes
+
+
+def test_the_whole_help_has_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([method, "--help"])
+        cli.main(["rtd", "--help-all"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert f"hf-pretrain {method}" in shown
-    assert "--learning_rate" in shown
+    assert titles(shown) == [*GROUPS, "advanced"]
+    options = [field.name for cls in cli.load_method("rtd").arguments for field in fields(cls) if field.init]
+    assert sorted(shown_options(shown.replace("--config RECIPE", ""))) == sorted(options)
+
+
+def test_the_help_after_a_recipe_shows_its_values(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["rtd", "--config", "electra_small", "--help"])
+    assert re.search(r"--hidden_size VALUE +.*default: 256", capsys.readouterr().out)
+    assert cli.main(["bert_small", "--help"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "`hf-pretrain bert_small` is `hf-pretrain encoder --config bert_small`: BERT"
+    )
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("electra", "hf-pretrain rtd --config electra_small"),
+        ("google/electra-base-discriminator", "hf-pretrain rtd"),
+        ("modernbert", "hf-pretrain mlm --model_type modernbert"),
+        ("ModernBERT-base", "hf-pretrain mlm --model_type modernbert"),
+        ("modernbrt", "hf-pretrain mlm --model_type modernbert"),
+        ("deberta", "hf-pretrain rtd --config deberta_v3_small"),
+        ("xlnet", "hf-pretrain plm --config xlnet_base"),
+        ("tinybert", "hf-pretrain distil --config tinybert_general"),
+        ("minilm", "hf-pretrain distil --config minilmv2"),
+        ("MiniLMv2", "hf-pretrain distil --config minilmv2"),
+        ("transformer-xl", "hf-pretrain recurrent-lm"),
+        ("bert-base-uncased", "hf-pretrain bert"),
+        ("xlm-roberta-base", "hf-pretrain roberta"),
+        ("t5", "T5 is no method here"),
+        ("bart", "BART is no method here"),
+        ("gpt2", "GPT-2 is no method here"),
+        ("word2vec", "word2vec is no method here"),
+        ("llama-3", "LLaMA is no method here"),
+    ],
+)
+def test_a_name_that_people_know_leads_to_the_right_place(typed, said, capsys):
+    assert cli.main([typed, "--train_file", "x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: unknown method {typed!r}: ") and said in err and "did you mean" not in err
+
+
+def test_every_hint_names_a_command_that_there_is(capsys):
+    commands = {command for text in MODELS.values() for command in re.findall(r"`hf-pretrain ([^`]+)`", text)}
+    assert len(commands) > 20
+    for command in commands:
+        name, *options = command.replace("...", "bert").split()
+        assert name in (*cli.METHODS, *cli.RECIPES, *cli.COMMANDS), command
+        if name not in cli.COMMANDS:
+            method = cli.RECIPES[name][0] if name in cli.RECIPES else name
+            for recipe in recipe_names(options):
+                assert described_recipes()[recipe][0] == method, command
+            arguments = cli.load_method(method).arguments
+            assert parse_arguments(arguments, [*options, "--output_dir", "x"], prog=name, description="")
+    for name, text in MODELS.items():
+        assert model_hint(name) == text and name not in cli.METHODS
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (method, _) in described_recipes().items() if method != "distil-task"]
+)
+def test_a_small_recipe_has_the_objective_of_its_paper(name):
+    assert described_recipes()[name][0] in cli.METHODS
+    if name.endswith("_small") and name.removesuffix("_small") in cli.RECIPES:
+        paper = dict(pair for _, recipe in read_recipes([name.removesuffix("_small")]) for pair in recipe.items())
+        small = dict(pair for _, recipe in read_recipes([name]) for pair in recipe.items())
+        assert small["objectives"] == paper["objectives"]
+        sizes = {"hidden_size", "num_hidden_layers"}
+        assert sizes <= paper.keys() or "model_name_or_path" in paper
+        assert paper.keys() >= {"max_steps", "learning_rate"} and not small.keys() & (sizes | {"max_steps"})
+        built_here = small.keys() - {"model_type", "tokenizer_type", "vocab_size"}
+        assert {option: small[option] for option in built_here} == {option: paper[option] for option in built_here}
+
+
+@pytest.mark.parametrize("method", ["mlm", "rtd", "plm", "encoder"])
+def test_a_program_without_text_says_what_to_give(method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([method, "--use_cpu", "true"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: no text to train on: give --train_file") and "--demo_corpus true" in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help_and_refuses_a_mistyped_option(command, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
-    assert stop.value.code == 0
+    assert cli.main([command, "--help"]) == 0
     assert f"hf-pretrain {command}" in capsys.readouterr().out
     assert cli.main([command, "--zzzz", "1"]) == 2
     assert capsys.readouterr().err == f"error: unknown option '--zzzz': see `hf-pretrain {command} --help`\n"

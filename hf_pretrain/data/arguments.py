@@ -14,12 +14,12 @@ _OTHER_FILES = ("language_file", "parallel_file")
 
 
 # Options that name text without its language.
-_OF_ONE_TEXT = ("train_file", "validation_file", "dataset_name", "max_corpus_bytes")
+_OF_ONE_TEXT = ("train_file", "validation_file", "dataset_name", "demo_corpus", "max_corpus_bytes")
 
 
 @dataclass
 class DataArguments:
-    """Which text is trained on and how it is cut; by default, the docstrings of the installed packages.
+    """Which text is trained on and how it is cut.
 
     Raises:
         InputError: If two options exclude each other, or a number is out of range.
@@ -46,6 +46,9 @@ class DataArguments:
     )
     dataset_name: str | None = option(
         None, "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."
+    )
+    demo_corpus: bool = option(
+        False, "Instead of train_file: the docstrings of the installed Python packages, to try something out."
     )
     dataset_config_name: str | None = option(None, "Configuration of the dataset.")
     dataset_split: str = option("train", "Split of the dataset to train on.")
@@ -119,12 +122,24 @@ class DataArguments:
             raise InputError(f"on_bad_text={self.on_bad_text!r} is of files, and none is given: leave it out")
         check_numbers(self)
         if self.streaming and not (self.train_file or self.dataset_name):
-            raise InputError("streaming=True needs a train_file or a dataset_name: the docstring corpus is stored")
+            raise InputError("streaming=True needs a train_file or a dataset_name: the demo corpus is stored")
         if self.word_segmenter is not None:
             NamedSegmenter(self.word_segmenter)
         if self.streaming and self.max_corpus_bytes is not None:
             raise InputError(
                 f"max_corpus_bytes={self.max_corpus_bytes} does not go with streaming: leave one of them out"
+            )
+
+    def check_named(self) -> None:
+        """Refuse options that name no text.
+
+        Raises:
+            InputError: Naming the options that do.
+        """
+        if not (self.train_file or self.dataset_name or self.demo_corpus):
+            raise InputError(
+                "no text to train on: give --train_file (files, folders or globs) or --dataset_name (of the Hub); --demo_corpus "
+                "true trains on the docstrings of the installed Python packages"
             )
 
     def reading(self, on_bad_text: Literal["refuse", "skip"] = "refuse") -> dict[str, Any]:
@@ -200,6 +215,11 @@ class MultilingualDataArguments(DataArguments):
                 )
         self.language_files()
         self.parallel_files()
+
+    def check_named(self) -> None:
+        """Refuse options that name no text, of one language or of several."""
+        if not self.is_multilingual:
+            super().check_named()
 
     @property
     def is_multilingual(self) -> bool:

@@ -200,6 +200,7 @@ def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
     elif args.dataset_name:
         texts = _hub_dataset(args, streaming=False)
     else:
+        args.check_named()
         texts = docstring_dataset(max_bytes=args.max_corpus_bytes, seed=args.split_seed)
     if args.max_corpus_bytes is not None:
         texts = random_subset(texts, max_bytes=args.max_corpus_bytes, seed=args.split_seed)
@@ -393,8 +394,12 @@ def dataset_name(dataset: Any) -> str:
     """Return how a card names a dataset that was given as an object: as the Hub does, if it is from there."""
     info = getattr(dataset, "info", None)
     name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
-    split = f" {dataset.split}" if getattr(dataset, "split", None) else ""
-    return "a dataset in memory" if name is None else f"{name}{split}"
+    if name is None or name in ("generator", "pandas", "sql"):
+        return "a dataset in memory"
+    if name in ("text", "json", "csv", "parquet", "arrow"):
+        # A builder of local files, whose names the dataset does not keep.
+        return f"{name} files"
+    return f"{name} {dataset.split}" if getattr(dataset, "split", None) else str(name)
 
 
 def _source_name(args: DataArguments) -> str:

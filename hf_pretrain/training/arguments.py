@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib import import_module
 from inspect import signature
 from typing import Any, ClassVar, Self
 
@@ -32,6 +31,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
 from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.names import SYNONYMS
 from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.training.processes import first_process_first
 
@@ -287,13 +287,15 @@ class PretrainingArguments(TrainingArguments):
 
 def _elsewhere(name: str, known: Collection[str]) -> str:
     """Return where an option belongs that a dataclass of training does not have."""
-    synonyms = import_module("hf_pretrain.training.parsing")._SYNONYMS
-    ours = synonyms.get(name, name)
-    if ours in known:
-        return f"did you mean {ours!r}?"
+    # "a|b word" is the first of the options a and b that there is, with the value "word".
+    synonym, _, value = SYNONYMS.get(name, name).partition(" ")
+    for ours in synonym.split("|"):
+        if ours in known:
+            return f"did you mean {ours}={value!r}?" if value else f"did you mean {ours!r}?"
     for argument, options in (("data_args", DataArguments), ("model_args", ModelArguments)):
-        if ours in (field.name for field in fields(options)):
-            return f"give the Trainer {argument}={options.__name__}({ours}=...)"
+        for ours in synonym.split("|"):
+            if ours in (field.name for field in fields(options)):
+                return f"give the Trainer {argument}={options.__name__}({ours}={repr(value) if value else '...'})"
     return nearest(name, known, otherwise="its options are those of transformers.TrainingArguments and of the method")
 
 

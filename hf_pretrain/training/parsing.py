@@ -23,65 +23,12 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError, check_numbers, declared, nearest, one_line
-from hf_pretrain.options import number_or_text, read_recipe, recipe_names
+from hf_pretrain.help import add_help
+from hf_pretrain.names import option_hint
+from hf_pretrain.options import number_or_text, read_recipes, recipe_names
 from hf_pretrain.training.arguments import check_text
 
 logger = logging.get_logger(__name__)
-
-# Names of options elsewhere: in earlier versions of transformers, in its examples, and in everyday speech.
-_SYNONYMS = {
-    synonym: option
-    for option, synonyms in {
-        "per_device_train_batch_size": "batch_size train_batch_size per_gpu_train_batch_size bs",
-        "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size",
-        "learning_rate": "lr",
-        "num_train_epochs": "epochs num_epochs",
-        "max_steps": "steps num_train_steps max_train_steps",
-        "warmup_steps": "warmup warmup_ratio num_warmup_steps",
-        "lr_scheduler_type": "scheduler",
-        "optim": "optimizer",
-        "gradient_accumulation_steps": "grad_accum accumulation_steps",
-        "block_size": "max_seq_length max_sequence_length max_seq_len seq_length seq_len max_length context_length",
-        "document_separator": "line_by_line",
-        "masking_unit": "whole_word_mask wwm",
-        "mlm_probability": "mlm_prob mask_probability masking_probability",
-        "eval_strategy": "evaluation_strategy",
-        "eval_accumulation_steps": "eval_accumulation",
-        "validation_fraction": "validation_split_percentage max_eval_samples",
-        "train_file": "train_data_file data",
-        "dataset_name": "dataset",
-        "validation_file": "eval_data_file eval_file",
-        "max_corpus_bytes": "max_train_samples",
-        "model_name_or_path": "model model_name",
-        "teacher_name_or_path": "teacher teacher_model",
-        "tokenizer_name": "tokenizer tokenizer_name_or_path",
-        "lowercase": "do_lower_case uncased",
-        "model_type": "config_name architecture",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "hidden_size": "dim",
-        "output_dir": "output",
-        "resume_from_checkpoint": "resume",
-        "dataloader_num_workers": "num_workers",
-        "preprocessing_num_workers": "num_proc",
-        "use_cpu": "no_cuda no_gpu",
-        "fp16": "fp16_backend",
-        "bf16": "mixed_precision",
-        "max_grad_norm": "gradient_clipping",
-        "hub_token": "token use_auth_token",
-        "hub_model_id": "push_to_hub_model_id",
-        "train_sampling_strategy": "group_by_length",
-        "report_to": "wandb_project",
-    }.items()
-    for synonym in synonyms.split()
-}
-# Options of other programs that have no counterpart here, and what to do instead.
-_WITHOUT_OPTION = {
-    "cache_dir": "set the environment variables HF_HOME and HF_DATASETS_CACHE",
-    "overwrite_cache": "a cache is found by its text and options, and HF_DATASETS_CACHE names its folder",
-    "pad_to_max_length": "batches are padded to their longest example alone",
-    "save_safetensors": "weights are always saved as safetensors",
-}
 
 
 def parse_arguments(
@@ -111,8 +58,7 @@ def parse_arguments(
     given = list(sys.argv[1:] if argv is None else argv)
     parser = _OptionParser(dataclass_types, prog=prog, description=description)
     parser.replace_defaults(defaults or {})
-    for name in recipe_names(given):
-        path, recipe = read_recipe(name)
+    for path, recipe in read_recipes(recipe_names(given)):
         parser.replace_defaults({key: parser.convert(key, value, source=path) for key, value in recipe.items()})
     return parser.instances(given)
 
@@ -122,10 +68,6 @@ _SHAPES: dict[type, str] = {
     dict: "is a mapping: this option takes a single value",
     list: "is a list: this option takes a single value",
 }
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description with the line breaks that it has."""
 
 
 class _OptionParser(HfArgumentParser):
@@ -140,7 +82,7 @@ class _OptionParser(HfArgumentParser):
             prog=prog,
             usage="%(prog)s [--config RECIPE] [--option value ...]",
             description=description,
-            formatter_class=_HelpFormatter,
+            add_help=False,
         )
         self.hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
         self.options: dict[str, argparse.Action] = {}
@@ -152,6 +94,7 @@ class _OptionParser(HfArgumentParser):
                 _read_by_hint(action, self.hints[action.dest])
         recipe_help = "YAML file of options, or the name of a recipe that comes with the library"
         self.add_argument("--config", action="append", metavar="RECIPE", help=recipe_help)
+        add_help(self, dataclass_types)
 
     def error(self, message: str) -> NoReturn:
         # argparse names all spellings of an option, and all choices; one of each is enough.
@@ -210,15 +153,7 @@ class _OptionParser(HfArgumentParser):
     def _nearest(self, name: str) -> str:
         """Return what to do about an unknown option."""
         dashes, name = "--" if name.startswith("--") else "", name.lstrip("-").replace("-", "_")
-        if name in _WITHOUT_OPTION:
-            return _WITHOUT_OPTION[name]
-        option = name.removesuffix("_schedule")
-        if option != name and option in self.options:
-            return f"give the schedule to {dashes + option!r}, which takes a number or a schedule"
-        if _SYNONYMS.get(name) in self.options:
-            return f"did you mean {dashes + _SYNONYMS[name]!r}?"
-        known = [dashes + option for option in self.options]
-        return nearest(dashes + name, known, otherwise=f"see `{self.prog} --help`")
+        return option_hint(name, self.options, prog=self.prog, dashes=dashes)
 
 
 def _read_by_hint(action: argparse.Action, hint: Any) -> None:
@@ -288,6 +223,7 @@ _NEEDS = {
         "language_sampling_alpha mixture_unit": "language_file or parallel_file",
         "bitext_share bitext_frame": "parallel_file",
         "dataset_config_name dataset_split validation_split": "dataset_name",
+        "demo_corpus": "!train_file and !dataset_name",
         "shuffle_buffer_size": "streaming",
         "dataloader_drop_last dataloader_in_order": "!streaming",
         "dataloader_persistent_workers": "!streaming and dataloader_num_workers",

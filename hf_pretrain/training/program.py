@@ -120,6 +120,8 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
     )
     data_args, model_args, args = options
     check_training_options(args)
+    if isinstance(data_args, DataArguments):
+        data_args.check_named()
     # SIGTERM saves a checkpoint in any case.
     args.enable_jit_checkpoint = False
     set_timeout(args)

@@ -69,8 +69,8 @@ def languages(tmp_path_factory):
 
 def recipe_trainer(name, output_dir, folder, **options):
     """Return a Trainer of a recipe on tiny data and a tiny model."""
-    options = recipe_options(name, EncoderTrainingArguments, **options)
-    sizes = recipe_options(name, ModelArguments, **TINY)
+    options = recipe_options(f"{name}_small", EncoderTrainingArguments, **options)
+    sizes = recipe_options(f"{name}_small", ModelArguments, **TINY)
     if name == "albert":
         sizes["embedding_size"] = 16
     if name == "xlm":

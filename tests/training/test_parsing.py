@@ -1,5 +1,6 @@
 """Options from dataclasses, recipes and the command line: types, precedence, refusals, and back to a recipe."""
 
+import re
 from dataclasses import dataclass, field
 from dataclasses import fields as dataclass_fields
 from enum import StrEnum
@@ -14,9 +15,10 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_pretrain.cli import METHODS, load_method
 from hf_pretrain.errors import InputError
+from hf_pretrain.names import SYNONYMS, WITHOUT_OPTION
 from hf_pretrain.options import resolved_options, write_recipe
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import _SYNONYMS, parse_arguments
+from hf_pretrain.training.parsing import parse_arguments
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "trainers" / "recipes").glob("*.yaml"))
@@ -234,7 +236,7 @@ def test_a_missing_recipe_or_a_folder_is_refused(tmp_path):
 
 def test_help_survives_a_percent_sign(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help", types=(DataArguments, TrainingArguments))
+        parse("--help-all", types=(DataArguments, TrainingArguments))
     assert stop.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "100% of them, or 50 % (half). (default: 1000)" in shown
@@ -309,7 +311,7 @@ def test_every_recipe_parses_by_path_and_by_name(path, tmp_path):
     for spelling in (str(path), path.stem, path.name):
         instances = parse("--config", spelling, *beside, types=arguments)
         assert [type(instance) for instance in instances] == list(arguments)
-    given = set(yaml.safe_load(path.read_text(encoding="utf-8")))
+    given = set(yaml.safe_load(path.read_text(encoding="utf-8"))) - {"config"}
     assert given <= {name for instance in instances for name in vars(instance)}
     text = path.read_text(encoding="utf-8").replace("learning_rate:", "learning_rat:")
     wrong = tmp_path / "wrong.yaml"
@@ -414,7 +416,7 @@ def test_an_option_without_effect_is_refused_by_name(method, argv, said, tmp_pat
     [
         ("rtd", "electra_base", "--model_name_or_path x --tokenizer_name y"),
         ("rtd", "deberta_v3_small", "--model_name_or_path microsoft/deberta-v3-small"),
-        ("encoder", "unilm", "--model_name_or_path x"),
+        ("encoder", "unilm_small", "--model_name_or_path x"),
         ("mlm", "bert_base", "--eval_strategy no --save_strategy no"),
         ("mlm", "bert_base", "--max_steps -1 --num_train_epochs 2"),
         ("distil", "minilmv2", "--prediction_weight 1 --mlm_probability 0.15 --temperature 3"),
@@ -522,8 +524,83 @@ def test_names_of_other_programs_lead_to_the_option_here(typed, meant):
         program("mlm", typed, "8")
 
 
+RUN_MLM = """model_name_or_path model_type config_overrides config_name tokenizer_name cache_dir use_fast_tokenizer
+use_slow_tokenizer model_revision token use_auth_token trust_remote_code dtype torch_dtype low_cpu_mem_usage
+dataset_name dataset_config_name train_file validation_file overwrite_cache validation_split_percentage
+max_seq_length preprocessing_num_workers mlm_probability line_by_line pad_to_max_length max_train_samples
+max_eval_samples streaming num_warmup_steps max_train_steps checkpointing_steps with_tracking train_ref_file
+validation_ref_file plm_probability"""
+FAIRSEQ = """arch criterion max-tokens max-tokens-valid batch-size batch-size-valid max-sentences update-freq max-update
+total-num-update max-epoch lr lr-scheduler warmup-updates warmup-init-lr end-learning-rate power clip-norm
+weight-decay dropout attention-dropout activation-dropout pooler-dropout adam-betas adam-eps optimizer
+tokens-per-sample sample-break-mode mask-prob leave-unmasked-prob random-token-prob mask-whole-words
+mask-multiple-length mask-stdev freq-weighted-replacement save-dir restore-file save-interval
+save-interval-updates keep-interval-updates keep-last-epochs keep-best-checkpoints no-save
+no-epoch-checkpoints no-last-checkpoints validate-interval validate-interval-updates valid-subset train-subset
+log-interval log-format log-file no-progress-bar tensorboard-logdir wandb-project fp16 memory-efficient-fp16
+bf16 seed cpu num-workers encoder-layers encoder-embed-dim encoder-ffn-embed-dim encoder-attention-heads
+max-positions max-source-positions skip-invalid-size-inputs-valid-test shorten-method
+required-batch-size-multiple ddp-backend find-unused-parameters distributed-world-size distributed-port
+user-dir reset-optimizer reset-dataloader reset-lr-scheduler reset-meters finetune-from-model
+best-checkpoint-metric maximize-best-checkpoint-metric patience disable-validation stop-time-hours
+checkpoint-activations data-buffer-size dataset-impl share-encoder-input-output-embed model-parallel-size"""
+EVERY_OPTION = {
+    field.name for method in METHODS for cls in load_method(method).arguments for field in dataclass_fields(cls)
+}
+OF_METHOD = {
+    method: {field.name for cls in load_method(method).arguments for field in dataclass_fields(cls)}
+    for method in METHODS
+}
+
+
 def test_every_synonym_leads_to_an_option():
-    options = {
-        field.name for method in METHODS for cls in load_method(method).arguments for field in dataclass_fields(cls)
-    }
-    assert set(_SYNONYMS.values()) <= options and not set(_SYNONYMS) & options - {"max_length"}
+    named = {choice.split()[0] for choices in SYNONYMS.values() for choice in choices.split("|")}
+    assert named <= EVERY_OPTION, named - EVERY_OPTION
+    assert not set(SYNONYMS) & EVERY_OPTION - {"max_length", "task"}
+    assert not set(SYNONYMS) & set(WITHOUT_OPTION) and not set(WITHOUT_OPTION) & EVERY_OPTION
+    others = {option for text in WITHOUT_OPTION.values() for option in re.findall(r"--(\w+)", text)}
+    assert others and others <= EVERY_OPTION, others - EVERY_OPTION
+    for choices in SYNONYMS.values():
+        option, _, value = choices.partition(" ")
+        if value:
+            assert program("mlm", f"--{option}", value, "--output_dir", "x")
+
+
+@pytest.mark.parametrize("name", [*RUN_MLM.split(), *FAIRSEQ.split()])
+def test_the_options_of_run_mlm_and_of_fairseq_are_known(name):
+    plain = name.replace("-", "_")
+    assert plain in OF_METHOD["mlm"] or plain in SYNONYMS or plain in WITHOUT_OPTION
+    for method in ("mlm", "recurrent-lm", "distil-task"):
+        if plain in OF_METHOD[method]:
+            continue
+        with pytest.raises(InputError) as refused:
+            program(method, f"--{name}", "1")
+        hint = str(refused.value).partition(": ")[2]
+        if meant := re.match(r"did you mean '--(\w+)( \w+)?'", hint):
+            # A near spelling never replaces what the name means elsewhere.
+            assert meant[1] in OF_METHOD[method] and (meant[1] + (meant[2] or "")) in SYNONYMS[plain].split("|")
+        else:
+            assert plain in WITHOUT_OPTION or hint.startswith(("elsewhere it is --", "it is an option of"))
+
+
+def test_a_hint_gives_the_value_too_and_in_a_recipe_as_the_recipe_has_it(recipe):
+    with pytest.raises(InputError, match="did you mean '--masking_unit word'"):
+        program("mlm", "--whole-word-mask", "true")
+    with pytest.raises(InputError, match="did you mean 'masking_unit: word'"):
+        program("mlm", "--config", recipe("whole_word_mask: true\n"))
+
+
+def test_a_recipe_begins_with_those_that_it_names(recipe, tmp_path):
+    inner = recipe("hidden_size: 32\nvocab_size: 500\n")
+    outer = tmp_path / "outer.yaml"
+    outer.write_text(f"config: {Path(inner).name}\nvocab_size: 600\n", encoding="utf-8")
+    data, model, _ = program("mlm", "--config", str(outer), "--output_dir", "x")
+    assert (model.hidden_size, data.vocab_size) == (32, 600)
+    data, *_ = program("mlm", "--config", str(outer), "--config", inner, "--output_dir", "x")
+    assert data.vocab_size == 500
+    outer.write_text("config: [bert_base, outer.yaml]\n", encoding="utf-8")
+    with pytest.raises(InputError, match="outer.yaml: config names this recipe itself"):
+        program("mlm", "--config", str(outer))
+    outer.write_text("config: [[bert_base]]\n", encoding="utf-8")
+    with pytest.raises(InputError, match="is no name of a recipe"):
+        program("mlm", "--config", str(outer))

@@ -244,7 +244,7 @@ Pre-train an Electric: an encoder that gives every token an energy, an estimate 
     accelerate launch trainers/electric.py --config trainers/recipes/electric_small.yaml --train_file corpus.txt \
         --output_dir my-electric
 
-Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+With `--demo_corpus true` it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModel.from_pretrained("my-electric")`; `hf_pretrain.score_texts` scores texts with it. The generator
 is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ElectricModelArguments, ElectricTrainingArguments),

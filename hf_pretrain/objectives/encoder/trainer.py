@@ -232,13 +232,14 @@ METHOD = Method(
 Pre-train an encoder with any combination of objectives, from scratch or from a checkpoint.
 
     hf-pretrain encoder --objectives mlm sop --train_file corpus.txt --output_dir my-encoder
-    hf-pretrain albert --train_file corpus.txt --output_dir my-albert
-    hf-pretrain structbert --train_file corpus.txt --output_dir my-structbert --word_order_weight 0.5
+    hf-pretrain albert_small --train_file corpus.txt --output_dir my-albert
+    hf-pretrain structbert_small --train_file corpus.txt --output_dir my-structbert --word_order_weight 0.5
     hf-pretrain xlm --language_file en=en.txt de=de.txt --parallel_file en-de=a.en,a.de --output_dir my-xlm
     accelerate launch trainers/encoder.py --config trainers/recipes/spanbert.yaml --train_file corpus.txt --output_dir my-spanbert
 
-bert, roberta, albert, spanbert, structbert, unilm and xlm are this program with a recipe of that name. Without a file or a
-dataset it trains on the docstrings of the installed Python packages.""",
+bert, roberta, albert, spanbert, structbert, unilm and xlm are this program with the recipe of a paper; bert_small and the like
+have its objectives at the default sizes. With `--demo_corpus true` it trains on the docstrings of the installed Python
+packages.""",
     arguments=(MultilingualDataArguments, ModelArguments, EncoderTrainingArguments),
     learning=Learning(left={"mlm_loss": 0.44}),
     tiny_options={"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3},
@@ -278,7 +279,7 @@ Pre-train a masked language model, from scratch or from a checkpoint.
     hf-pretrain mlm --model_name_or_path bert-base-uncased --train_file corpus.txt --output_dir my-domain-bert
     accelerate launch trainers/mlm.py --config trainers/recipes/roberta_base.yaml --train_file corpus.txt --output_dir my-roberta
 
-Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+With `--demo_corpus true` it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModelForMaskedLM.from_pretrained("my-bert")`.""",
     arguments=(DataArguments, ModelArguments, MaskedLMTrainingArguments),
     learning=Learning(left={"mlm_loss": 0.44}),

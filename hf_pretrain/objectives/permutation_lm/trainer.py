@@ -192,7 +192,7 @@ Pre-train a permutation language model: an XLNet, or another encoder that takes 
     hf-pretrain plm --model_type modernbert --train_file corpus.txt --output_dir my-modernbert
     accelerate launch trainers/plm.py --config trainers/recipes/xlnet_base.yaml --train_file corpus.txt --output_dir my-xlnet
 
-Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+With `--demo_corpus true` it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModel.from_pretrained("my-xlnet")`.""",
     arguments=(DataArguments, PermutationLMModelArguments, PermutationLMTrainingArguments),
     learning=Learning(left={"plm_loss": 0.44}),

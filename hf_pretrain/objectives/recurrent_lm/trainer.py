@@ -199,7 +199,7 @@ Pre-train a Transformer-XL: a language model that remembers the segments before.
     hf-pretrain recurrent-lm --config transformer_xl_small --train_file corpus.txt --output_dir my-transformer-xl
     accelerate launch trainers/recurrent_lm.py --config transformer_xl_wt103 --train_file corpus.txt --output_dir my-txl
 
-Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+With `--demo_corpus true` it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModelForCausalLM.from_pretrained("my-transformer-xl", trust_remote_code=True)`, and generates.""",
     arguments=(DataArguments, TransformerXLModelArguments, RecurrentLMTrainingArguments),
     learning=Learning(left={"lm_loss": 0.44}),

@@ -373,7 +373,7 @@ Pre-train an ELECTRA: a generator replaces tokens, a discriminator finds them.
     hf-pretrain rtd --train_file corpus.txt --output_dir my-electra
     accelerate launch trainers/rtd.py --config trainers/recipes/electra_small.yaml --train_file corpus.txt --output_dir my-electra
 
-Without a file or a dataset it trains on the docstrings of the installed Python packages. The result opens with
+With `--demo_corpus true` it trains on the docstrings of the installed Python packages. The result opens with
 `AutoModel.from_pretrained("my-electra")`; the generator is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ReplacedTokenDetectionModelArguments, ReplacedTokenDetectionTrainingArguments),
     learning=Learning(

@@ -1,0 +1,306 @@
+"""What others call the methods, recipes and options of this library, and where a name leads that is not ours.
+
+Nothing heavy is imported here: the command line answers a mistyped name at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+from hf_pretrain.errors import nearest
+
+# The help of methods and commands, as `make docs` writes it.
+HELP = Path(__file__).parent / "help"
+_ENCODERS_ONLY = "is no method here: this library pre-trains encoders"
+MODELS = {
+    "albert": "ALBERT is `hf-pretrain albert`",
+    "bert": "BERT is `hf-pretrain bert`",
+    "camembert": "CamemBERT is a RoBERTa: `hf-pretrain roberta`",
+    "deberta": "DeBERTa-v3 is `hf-pretrain rtd --config deberta_v3_small`",
+    "debertav2": "DeBERTa-v2 is `hf-pretrain mlm --model_type deberta-v2`",
+    "distilbert": "DistilBERT is `hf-pretrain distil --config distilbert`",
+    "distilroberta": "DistilRoBERTa is `hf-pretrain distil --config distilbert --teacher_name_or_path FacebookAI/roberta-base`",
+    "electra": "ELECTRA is `hf-pretrain rtd --config electra_small`, or `hf-pretrain rtd --config electra_base`",
+    "elmo": f"ELMo {_ENCODERS_ONLY} that are Transformers",
+    "minilm": "MiniLM is `hf-pretrain distil --config minilmv2`",
+    "mlmtlm": "MLM with TLM is `hf-pretrain xlm`",
+    "modernbert": "ModernBERT is `hf-pretrain mlm --model_type modernbert`",
+    "mobilebert": "MobileBERT is no recipe here; any student is made with `hf-pretrain distil`",
+    "mpnet": "MPNet's objective is no method here; its architecture is `hf-pretrain mlm --model_type mpnet`",
+    "mbert": "multilingual BERT is `hf-pretrain bert`, with --language_file",
+    "neobert": f"NeoBERT {_ENCODERS_ONLY} that transformers has; any of them is `hf-pretrain mlm --model_type ...`",
+    "roformer": "RoFormer is `hf-pretrain mlm --model_type roformer`",
+    "longformer": "Longformer is `hf-pretrain mlm --model_type longformer`",
+    "bigbird": "BigBird is `hf-pretrain mlm --model_type big_bird`",
+    "ernie": "ERNIE's masking of phrases is `hf-pretrain mlm --masking_unit ngram`",
+    "roberta": "RoBERTa is `hf-pretrain roberta`",
+    "spanbert": "SpanBERT is `hf-pretrain spanbert`",
+    "structbert": "StructBERT is `hf-pretrain structbert`",
+    "tinybert": "TinyBERT is `hf-pretrain distil --config tinybert_general`, and then `hf-pretrain distil-task --config "
+    "tinybert_intermediate` and `hf-pretrain distil-task --config tinybert_prediction`",
+    "transformerxl": "Transformer-XL is `hf-pretrain recurrent-lm --config transformer_xl_wt103`",
+    "unilm": "UniLM is `hf-pretrain unilm`",
+    "wholewordmasking": "whole-word masking is `hf-pretrain mlm --masking_unit word`",
+    "xlm": "XLM is `hf-pretrain xlm`",
+    "xlmroberta": "XLM-RoBERTa is `hf-pretrain roberta`, with --language_file",
+    "xlmr": "XLM-RoBERTa is `hf-pretrain roberta`, with --language_file",
+    "xlnet": "XLNet is `hf-pretrain plm --config xlnet_base`",
+    # Tasks by other names.
+    "maskedlm": "masked language modelling is `hf-pretrain mlm`",
+    "clm": f"CLM {_ENCODERS_ONLY}; the left-to-right language model among its methods is `hf-pretrain recurrent-lm`",
+    "nsp": "next-sentence prediction is `hf-pretrain encoder --objectives mlm nsp`",
+    "sop": "the order of sentences is `hf-pretrain encoder --objectives mlm sop`",
+    "tlm": "translation language modelling is `hf-pretrain xlm`",
+    "sbo": "the span-boundary objective is `hf-pretrain spanbert`",
+    "distill": "distillation is `hf-pretrain distil`, and on the examples of a task `hf-pretrain distil-task`",
+    "distillation": "distillation is `hf-pretrain distil`, and on the examples of a task `hf-pretrain distil-task`",
+    "dedup": "near-duplicates are left out by `hf-pretrain deduplicate`",
+    "stats": "lengths of a corpus are shown by `hf-pretrain statistics`",
+    **{
+        name: f"{title} {_ENCODERS_ONLY}, and it is {kind}"
+        for kind, titles in {
+            "an encoder with a decoder": "BART mBART T5 mT5 UL2 FLAN-T5 Pegasus MASS Marian",
+            "a decoder": "GPT GPT-2 GPT-Neo GPT-J OPT LLaMA Mistral Qwen Gemma BLOOM Phi Falcon Mamba SmolLM",
+            "a table of word vectors": "word2vec GloVe fastText",
+        }.items()
+        for title in titles.split()
+        for name in [re.sub(r"\W", "", title).lower()]
+    },
+    "simcse": "SimCSE is no method here: it trains sentence embeddings, as sentence-transformers does",
+    "sbert": "Sentence-BERT is no method here: it trains sentence embeddings, as sentence-transformers does",
+    "clip": f"CLIP {_ENCODERS_ONLY} of text",
+    "vit": f"ViT {_ENCODERS_ONLY} of text",
+    "wav2vec2": f"wav2vec 2.0 {_ENCODERS_ONLY} of text",
+}
+"""Names of models and tasks, without case and separators, and where they lead."""
+
+_OPTIONS = {
+    # run_mlm.py and its kin, earlier versions of transformers, and everyday speech.
+    "per_device_train_batch_size": "batch_size train_batch_size per_gpu_train_batch_size per_device_batch_size bs max_sentences",
+    "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size valid_batch_size batch_size_valid max_sentences_valid",
+    "learning_rate": "lr peak_lr",
+    "num_train_epochs": "epochs num_epochs max_epoch epoch n_epochs max_epochs",
+    "max_steps": "steps num_train_steps num_steps max_train_steps max_update total_num_update max_updates training_steps "
+    "total_steps",
+    "max_minutes": "max_time stop_time_hours",
+    "warmup_steps": "warmup warmup_ratio num_warmup_steps warmup_updates warmup_proportion",
+    "lr_scheduler_type": "scheduler lr_scheduler lr_schedule",
+    "optim": "optimizer optimiser",
+    "adam_beta1": "adam_betas beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "adam_eps eps epsilon",
+    "weight_decay": "wd",
+    "gradient_accumulation_steps": "grad_accum accumulation_steps update_freq grad_acc_steps",
+    "max_grad_norm": "gradient_clipping clip_norm grad_clip clip",
+    "activation_checkpointing": "checkpoint_activations",
+    "block_size|max_length|tgt_len": "max_seq_length max_sequence_length max_seq_len seq_length seq_len max_length "
+    "context_length tokens_per_sample sequence_length max_len",
+    "max_position_embeddings": "max_positions max_source_positions",
+    "document_separator line": "line_by_line",
+    "block_mode": "sample_break_mode packing group_texts",
+    "masking_unit word": "whole_word_mask whole_word_masking wwm mask_whole_words do_whole_word_mask",
+    "masking_unit span": "span_masking mask_spans mask_multiple_length",
+    "mlm_probability": "mlm_prob mask_prob mask_probability masking_probability masked_lm_prob mask_ratio mlm_rate mask_rate",
+    "context_factor": "plm_probability",
+    "random_share": "random_token_prob random_replace_prob",
+    "mask_share": "mask_replace_prob",
+    "eval_strategy": "evaluation_strategy do_evaluation",
+    "eval_steps": "validate_interval_updates eval_interval evaluation_steps eval_every",
+    "validation_fraction": "validation_split_percentage val_split eval_fraction test_size",
+    "train_file": "train_data_file data train_data corpus text_file input_file train_path train data_dir dataset_path",
+    "dataset_name": "dataset",
+    "dataset_config_name": "dataset_config",
+    "dataset_split": "train_subset train_split split",
+    "validation_file": "eval_data_file eval_file valid_file dev_file test_file eval_data",
+    "validation_split": "valid_subset",
+    "text_column": "text_column_name text_field dataset_text_field",
+    "text_columns": "sentence_columns",
+    "label_column": "label_column_name",
+    "model_name_or_path": "model model_name finetune_from_model pretrained_model init_checkpoint checkpoint",
+    "teacher_name_or_path": "teacher teacher_model teacher_name teacher_model_name_or_path",
+    "tokenizer_name": "tokenizer tokenizer_name_or_path tokenizer_path vocab_file",
+    "vocab_size": "vocabulary_size n_vocab",
+    "lowercase": "do_lower_case uncased do_lowercase",
+    "model_type": "arch architecture config_name model_arch",
+    "attn_implementation": "attention_implementation use_flash_attention flash_attention",
+    "model_dtype": "torch_dtype dtype",
+    "num_hidden_layers": "num_layers n_layers layers encoder_layers n_layer",
+    "num_attention_heads": "num_heads n_heads heads encoder_attention_heads n_head",
+    "hidden_size": "dim encoder_embed_dim d_model n_embd width",
+    "intermediate_size": "encoder_ffn_embed_dim ffn_dim d_inner",
+    "hidden_dropout_prob|config_overrides": "dropout pooler_dropout activation_dropout",
+    "attention_probs_dropout_prob|config_overrides": "attention_dropout",
+    "output_dir": "output save_dir out output_path",
+    "overwrite_output_dir": "overwrite force",
+    "resume_from_checkpoint": "resume restore_file resume_from resume_training",
+    "save_steps": "checkpointing_steps save_interval_updates save_interval save_every",
+    "save_total_limit": "keep_interval_updates keep_last_epochs keep_best_checkpoints",
+    "logging_steps": "log_interval log_every logging_interval",
+    "dataloader_num_workers": "num_workers",
+    "preprocessing_num_workers": "num_proc workers dataset_num_proc",
+    "use_cpu": "no_cuda no_gpu cpu",
+    "fp16": "fp16_backend memory_efficient_fp16 fp16_opt_level",
+    "bf16": "mixed_precision memory_efficient_bf16 amp",
+    "torch_compile": "compile",
+    "disable_tqdm": "no_progress_bar",
+    "report_to": "wandb_project with_tracking tensorboard_logdir logger use_wandb wandb",
+    "hub_token": "token use_auth_token",
+    "hub_model_id": "push_to_hub_model_id hub_repo_id repo_id",
+    "metric_for_best_model": "best_checkpoint_metric",
+    "greater_is_better": "maximize_best_checkpoint_metric",
+    "train_sampling_strategy": "group_by_length",
+    "ddp_find_unused_parameters": "find_unused_parameters",
+    "seed": "random_seed",
+}
+SYNONYMS = {synonym: option for option, synonyms in _OPTIONS.items() for synonym in synonyms.split()}
+"""Names of options elsewhere, and ours: "a|b" is the first that a program has, and "a word" that option with that value."""
+
+_CACHE = "set the environment variables HF_HOME and HF_DATASETS_CACHE"
+_LENGTH = "batches hold --per_device_train_batch_size examples of at most --block_size tokens"
+_MASKS = "what replaces a token is set by --mask_share and --random_share, and the rest is kept"
+_PROCESSES = "start several processes with accelerate launch"
+WITHOUT_OPTION = {
+    "cache_dir": _CACHE,
+    "overwrite_cache": "a cache is found by its text and options, and HF_DATASETS_CACHE names its folder",
+    "pad_to_max_length": "batches are padded to their longest example alone",
+    "required_batch_size_multiple": "batches are padded to their longest example alone",
+    "save_safetensors": "weights are always saved as safetensors",
+    "use_fast_tokenizer": "tokenizers are always fast ones",
+    "use_slow_tokenizer": "tokenizers are always fast ones",
+    "low_cpu_mem_usage": "weights are always loaded without a second copy",
+    "model_revision": "download the revision, and give its folder to --model_name_or_path",
+    "revision": "download the revision, and give its folder to --model_name_or_path",
+    "trust_remote_code": "models run the code of transformers and of this library alone",
+    "train_ref_file": "give words of Chinese text with --word_segmenter jieba",
+    "validation_ref_file": "give words of Chinese text with --word_segmenter jieba",
+    "max_train_samples": "less text is --max_corpus_bytes, and a shorter training --max_steps",
+    "max_eval_samples": "less held-out text is --validation_fraction, or a shorter --validation_file",
+    "max_tokens": _LENGTH,
+    "max_tokens_valid": _LENGTH,
+    "leave_unmasked_prob": _MASKS,
+    "mask_stdev": _MASKS,
+    "freq_weighted_replacement": "random tokens are all equally likely; how many there are is --random_share",
+    "criterion": "the method is the first word, such as `hf-pretrain mlm`",
+    "task_name": "the method is the first word, such as `hf-pretrain mlm`",
+    "objective": "the method is the first word, such as `hf-pretrain mlm`",
+    "mlm": "the method is the first word: `hf-pretrain mlm`",
+    "do_mlm": "the method is the first word: `hf-pretrain mlm`",
+    "dataset_impl": "text is read as it is, without preprocessing",
+    "skip_invalid_size_inputs_valid_test": "documents that are too long are cut to --block_size",
+    "shorten_method": "documents that are too long are cut to --block_size",
+    "distributed_world_size": _PROCESSES,
+    "distributed_port": _PROCESSES,
+    "num_gpus": _PROCESSES,
+    "gpus": _PROCESSES,
+    "n_gpu": _PROCESSES,
+    "devices": _PROCESSES,
+    "user_dir": "a method of your own is an entry point of a package: see docs/adding_an_objective.md",
+    "reset_optimizer": "weights alone are continued with --model_name_or_path",
+    "reset_dataloader": "weights alone are continued with --model_name_or_path",
+    "reset_lr_scheduler": "weights alone are continued with --model_name_or_path",
+    "reset_meters": "weights alone are continued with --model_name_or_path",
+    "patience": "early stopping is a callback of transformers, in Python",
+    "early_stopping_patience": "early stopping is a callback of transformers, in Python",
+    "end_learning_rate": 'the end of a schedule is set by --lr_scheduler_kwargs, such as {"lr_end": 1e-7}',
+    "power": 'the power of a schedule is set by --lr_scheduler_kwargs, such as {"power": 2}',
+    "no_save": "nothing is saved during training with --save_strategy no",
+    "no_epoch_checkpoints": "nothing is saved during training with --save_strategy no",
+    "no_last_checkpoints": "nothing is saved during training with --save_strategy no",
+    "disable_validation": "nothing is evaluated during training with --eval_strategy no",
+    "validate_interval": "evaluate each epoch with --eval_strategy epoch",
+    "warmup_init_lr": "the warm-up begins at a rate of 0; its length is --warmup_steps",
+    "log_format": "the table is for a terminal, and elsewhere there are plain lines",
+    "log_file": "what is logged stands in trainer_state.json of --output_dir",
+    "share_encoder_input_output_embed": "word table and head are tied as the architecture does; see --config_overrides",
+    "model_parallel_size": "one model is divided over devices with --fsdp",
+    "data_buffer_size": "batches are made ahead by --dataloader_num_workers",
+    "fast_dev_run": "every program rehearses a step before it reads the text; a short run is --max_steps 2",
+}
+"""Options of other programs that have no counterpart here, and what to do instead."""
+
+
+def model_hint(name: str) -> str | None:
+    """Return where the name of a model or a task leads, such as "google/electra-base-discriminator"; None if nowhere."""
+    words = re.findall(r"[a-z0-9.]+", name.rpartition("/")[2].lower())
+    for count in range(len(words), 0, -1):
+        joined = "".join(words[:count]).replace(".", "")
+        for key in dict.fromkeys((joined, re.sub(r"(v?\d+)$", "", joined))):
+            if key in MODELS:
+                return MODELS[key]
+    return None
+
+
+def method_hint(name: str, known: Collection[str]) -> str:
+    """Return the end of a message about an unknown method.
+
+    Args:
+        name: The unknown name.
+        known: The names that the command line knows.
+    """
+    hint = model_hint(name)
+    if hint is None:
+        # A name that is near a model's must not lead to a method with a name that is less near.
+        near = nearest(name.lower(), [*known, *MODELS], otherwise="").removeprefix("did you mean '").removesuffix("'?")
+        hint = MODELS.get(near) if near not in known else f"did you mean {near!r}?"
+    return hint or f"choose from {', '.join(known)}"
+
+
+def option_hint(name: str, known: Collection[str], *, prog: str, dashes: str = "--") -> str:
+    """Return the end of a message about an unknown option.
+
+    Args:
+        name: The unknown name, without dashes.
+        known: Names of the options of the program.
+        prog: How the program is called.
+        dashes: What stands before an option where it is given.
+    """
+    if name in WITHOUT_OPTION:
+        return WITHOUT_OPTION[name]
+    option = name.removesuffix("_schedule")
+    if option != name and option in known:
+        return f"give the schedule to {dashes + option!r}, which takes a number or a schedule"
+    if name in SYNONYMS:
+        choices = SYNONYMS[name].split("|")
+        found = next((choice for choice in choices if choice.split()[0] in known), None)
+        if found is None:
+            return f"elsewhere it is {dashes}{choices[0]}, which this program does not have: see `{prog} --help`"
+        return f"did you mean {dashes + (found if dashes else found.replace(' ', ': '))!r}?"
+    owners = [path.stem for path in sorted(HELP.glob("*.txt")) if f"\n  --{name} " in path.read_text(encoding="utf-8")]
+    if owners:
+        return f"it is an option of {', '.join(owners)}, and `{prog}` has none of that kind"
+    return nearest(dashes + name, [dashes + option for option in known], otherwise=f"see `{prog} --help`")
+
+
+@cache
+def packaged_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the library, by name."""
+    folder = Path(str(files("hf_pretrain.trainers") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+@cache
+def described_recipes() -> dict[str, tuple[str, str]]:
+    """Return the method and the first sentence of every packaged recipe, by name; its header has both."""
+    found = {}
+    for name, path in packaged_recipes().items():
+        first, *rest = path.read_text(encoding="utf-8").splitlines()
+        header: list[str] = []
+        for line in rest:
+            text = line.removeprefix("#").strip()
+            if not line.startswith("#") or line.startswith("#   ") or (not text and header):
+                break
+            header.append(text)
+        sentence = re.split(r"(?<=[.:])(?= |$)", " ".join(filter(None, header)))
+        # A name before a colon, such as "BERT:", is only the beginning.
+        text = sentence[0] if len(sentence[0]) > 40 or len(sentence) == 1 else sentence[0] + sentence[1]
+        found[name] = (first.removeprefix("# hf-pretrain").strip(), text.rstrip(".:;"))
+    return found
+
+
+def cut(line: str, room: int) -> str:
+    """Return the beginning of a line that fits into a number of characters, with dots where more follows."""
+    return line if len(line) <= room else re.sub(r"[,;:]?\s+\S*$", "", line[: room - 3]) + " ..."
