@@ -155,16 +155,13 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     datasets = [name for name in card.datasets if hub_id(name)]
     results = [*_held_out_results(card, dataset=datasets[0] if datasets else "text"), *_task_results(card)]
     metrics = dict.fromkeys(name.metric_type for name in results if name.metric_type in _METRICS_OF_THE_HUB)
+    own = ("hf_pretrain", card.objective.name, *card.objective.tags)
     return ModelCardData(
         language=as_list(card.language) or None,
         license=card.license or None,
         library_name="peft" if card.adapter else _SENTENCES if _SENTENCES in card.objective.tags else "transformers",
         pipeline_tag=card.objective.pipeline_tag,
-        tags=list(
-            dict.fromkeys(
-                ("hf_pretrain", card.objective.name, *card.objective.tags, "generated_from_trainer", *card.tags)
-            )
-        ),
+        tags=list(dict.fromkeys((*own, "generated_from_trainer", *card.tags))),
         base_model=hub_id(card.base_model),
         datasets=datasets or None,
         metrics=list(metrics) or None,
