@@ -1,6 +1,6 @@
 """Students of a sentence encoder: how well their vectors rank the similarity of two sentences, on STS-B.
 
-    python benchmarks/sentence_embeddings.py --teacher all-MiniLM-L6-v2 --stsb_dir stsb [--layers 3] [--steps 300]
+    python benchmarks/sentence_embeddings.py --teacher all-MiniLM-L6-v2 --stsb_dir stsb [--layers 3] [--steps 60]
 
 The folder of STS-B has `train.csv` and `dev.csv` without a header: sentence, sentence, score. Training text is the
 sentences of `train.csv` that are not in `dev.csv`; no score is used. Each student is trained by the program `distil`, and
@@ -24,6 +24,19 @@ from hf_pretrain.modeling.surgery.cutting import cut_student
 from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules
 from hf_pretrain.objectives.distillation.student import choose_layers
 from timing import print_table
+
+STUDENTS = {"cut": ["--student_layers", "every_other"], "new": []}
+LOSSES = {
+    "embedding": ["--distillation_method", "embedding"],
+    "embedding, similarities": [
+        *("--distillation_method", "embedding", "--sentence_cosine_weight", "0"),
+        *("--sentence_similarity_weight", "1"),
+    ],
+    "minilmv2": ["--distillation_method", "minilmv2"],
+}
+
+TRAINING = ["--learning_rate", "2e-4", "--warmup_steps", "0.1", "--bf16", "false", "--save_strategy", "no"]
+TRAINING += ["--report_to", "none", "--logging_steps", "10"]
 
 Rows = list[tuple[str, str, float]]
 
@@ -68,52 +81,31 @@ def main() -> None:
     parser.add_argument("--teacher", required=True, help="Folder of a model of sentence-transformers.")
     parser.add_argument("--stsb_dir", type=Path, required=True, help="Folder with train.csv and dev.csv.")
     parser.add_argument("--layers", type=int, default=3, help="Layers of the students.")
-    parser.add_argument("--steps", type=int, default=300, help="Steps of 32 sentences.")
+    parser.add_argument("--steps", type=int, default=60, help="Steps of 32 sentences.")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     options = parser.parse_args()
     pairs, teacher = read_pairs(options.stsb_dir / "dev.csv"), AutoModel.from_pretrained(options.teacher)
     depth = teacher.config.num_hidden_layers
     layers = choose_layers("every_other", teacher_layers=depth, student_layers=options.layers)
     table = [("teacher", 0, correlation(teacher, options.teacher, pairs))]
     table.append(("cut", 0, correlation(cut_student(teacher, layers), options.teacher, pairs)))
-    students = {"cut": ["--student_layers", "every_other"], "new": []}
-    losses = {
-        "embedding": ["--distillation_method", "embedding"],
-        "embedding, similarities": [
-            *("--distillation_method", "embedding", "--sentence_cosine_weight", "0"),
-            *("--sentence_similarity_weight", "1"),
-        ],
-        "minilmv2": ["--distillation_method", "minilmv2"],
-    }
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "train.txt")
         print(f"{write_text(options.stsb_dir, text)} sentences to train on")
-        for begin, sizes in students.items():
-            for loss, chosen in losses.items():
+        for begin in options.students:
+            for loss, chosen in LOSSES.items():
                 output = str(Path(folder, f"{begin} {loss}"))
-                failed = run_program(
-                    [
-                        *(
-                            "distil",
-                            "--teacher_name_or_path",
-                            options.teacher,
-                            "--output_dir",
-                            output,
-                            *chosen,
-                            *sizes,
-                        ),
-                        *("--num_hidden_layers", str(options.layers), "--train_file", str(text)),
-                        *("--document_separator", "line", "--block_size", "64", "--max_steps", str(options.steps)),
-                        *("--per_device_train_batch_size", "32", "--learning_rate", "2e-4", "--warmup_steps", "0.1"),
-                        *("--bf16", "false", "--save_strategy", "no", "--report_to", "none"),
-                    ]
-                )
+                command = ["distil", "--teacher_name_or_path", options.teacher, "--output_dir", output]
+                command += [*chosen, *STUDENTS[begin], "--num_hidden_layers", str(options.layers)]
+                command += ["--train_file", str(text), "--document_separator", "line", "--block_size", "64"]
+                command += ["--max_steps", str(options.steps), "--per_device_train_batch_size", "32", *TRAINING]
+                failed = run_program(command)
                 if failed:
                     raise SystemExit(failed)
                 model = AutoModel.from_pretrained(output)
                 table.append((f"{begin}, {loss}", options.steps, correlation(model, output, pairs)))
-    print_table(
-        [(name, str(steps), f"{value:.1f}") for name, steps, value in table], header=("Model", "Steps", "Spearman")
-    )
+                print(*table[-1], flush=True)
+    print_table(table, ["Model", "Steps", "Spearman"])
 
 
 if __name__ == "__main__":

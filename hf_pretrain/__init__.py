@@ -64,6 +64,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.objectives.distillation import DistillationModel as DistillationModel
     from hf_pretrain.objectives.distillation import DistillationTrainer as DistillationTrainer
     from hf_pretrain.objectives.distillation import DistillationTrainingArguments as DistillationTrainingArguments
+    from hf_pretrain.objectives.distillation import SentenceModules as SentenceModules
     from hf_pretrain.objectives.distillation import StudentArguments as StudentArguments
     from hf_pretrain.objectives.distillation import TaskDistillationTrainer as TaskDistillationTrainer
     from hf_pretrain.objectives.distillation import (
@@ -172,6 +173,7 @@ _EXPORTS = {
         "DistillationModel",
         "DistillationTrainer",
         "DistillationTrainingArguments",
+        "SentenceModules",
         "StudentArguments",
         "TaskDistillationTrainer",
         "TaskDistillationTrainingArguments",

@@ -288,7 +288,7 @@ def described_recipes() -> dict[str, tuple[str, str]]:
     found = {}
     for name, path in packaged_recipes().items():
         first, *rest = path.read_text(encoding="utf-8").splitlines()
-        header = []
+        header: list[str] = []
         for line in rest:
             text = line.removeprefix("#").strip()
             if not line.startswith("#") or line.startswith("#   ") or (not text and header):

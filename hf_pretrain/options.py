@@ -103,6 +103,21 @@ def resolved_options(instances: Iterable[Any]) -> dict[str, Any]:
     return options
 
 
+def all_options(instances: Iterable[Any]) -> dict[str, Any]:
+    """Return every option of dataclass instances, defaults included, as a recipe holds them.
+
+    Left out are what [`resolved_options`] leaves out, and options that have no value and no default either.
+    """
+    options: dict[str, Any] = {}
+    for instance in instances:
+        for known in fields(instance):
+            value = _recipe_value(getattr(instance, known.name))
+            has_value = value is not None or (known.default is not MISSING and known.default is not None)
+            if known.init and known.name not in _NOT_SAVED and has_value:
+                options[known.name] = value
+    return options
+
+
 def _is_default(known: Field, value: Any) -> bool:
     default = known.default if known.default_factory is MISSING else known.default_factory()
     found = _recipe_value(value)

@@ -13,10 +13,10 @@ from transformers import AutoModel
 
 from hf_pretrain import cli
 from hf_pretrain.errors import InputError, StoppedError, Terminated
+from hf_pretrain.help import RARE
 from hf_pretrain.names import MODELS, described_recipes, model_hint
 from hf_pretrain.options import read_recipes, recipe_names
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.help import RARE
 from hf_pretrain.training.method import Method
 from hf_pretrain.training.parsing import parse_arguments
 

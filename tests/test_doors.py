@@ -1,11 +1,20 @@
-"""The pages that a newcomer meets first: their commands and their Python run from top to bottom, on made-up text."""
+"""The pages of the four doors run from top to bottom on made-up text, commands and Python; so does the Python of the guides."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import datasets
 import pytest
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from helpers.tiny_text import write_models, write_text
 from hf_pretrain.cli import METHODS, RECIPES, main
@@ -66,6 +75,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, 
     ran = []
     for kind, text in blocks(page):
         text = text.replace("answerdotai/ModernBERT-base", "modernbert")
+        text = text.replace("sentence-transformers/all-MiniLM-L6-v2", "sentence-encoder")
         ran.append(kind)
         if kind == "python":
             exec(compile(text, page, "exec", dont_inherit=True), names)
@@ -73,3 +83,90 @@ def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, 
             assert main(shortened(text)) == 0, f"{text}\n{capsys.readouterr().err[-2000:]}"
     assert ran.count("command") >= 2
     assert "python" in ran or page == "make_it_small"
+
+
+# The Python of the guides, which names models that a reader has trained.
+
+RUNS = {
+    "my-electra": "rtd --model_type electra --vocab_size 300",
+    "my-unilm": "unilm --vocab_size 300",
+    "my-xlnet": "plm --model_type xlnet --vocab_size 300",
+    "my-transformer-xl": "recurrent-lm --tokenizer_type wordpiece --vocab_size 300 --tgt_len 16 --mem_len 16 --hidden_size 32 "
+    "--num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 64 --max_steps 2 --save_strategy no --use_cpu true",
+}
+TEXTS = [
+    "The cat was fine today.",
+    "The ship was poor today.",
+    "The garden was fine today.",
+    "The river was poor today.",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the models that the guides name, each trained for two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_text(folder)
+    write_models(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        for name, command in RUNS.items():
+            given = f"hf-pretrain {command} --train_file corpus.txt --output_dir {name}"
+            argv = shlex.split(given)[1:] if "recurrent" in command else shortened(given)
+            assert main(argv) == 0, name
+    pairs = [
+        {"sentence_good": TEXTS[0], "sentence_bad": "The cat were fine today.", "UID": "agreement", "field": "syntax"}
+    ]
+    (folder / "blimp").mkdir()
+    (folder / "blimp" / "agreement.jsonl").write_text(
+        "".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8"
+    )
+    return folder
+
+
+def opened(auto_class, name):
+    return {"model": auto_class.from_pretrained(name), "tokenizer": AutoTokenizer.from_pretrained(name)}
+
+
+def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    tune, probe, compare = (text for kind, text in blocks("transfer") if kind == "python")
+    names = opened(AutoModelForSequenceClassification, "teacher")
+    rows = [{**names["tokenizer"](text), "labels": i % 2} for i, text in enumerate(TEXTS)]
+    names |= {"train": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(rows)}
+    exec(tune, names)
+    assert names["trainer"].args.layerwise_learning_rate_decay == 0.8
+    names = opened(AutoModel, "my-bert") | {
+        "texts": TEXTS * 5,
+        "others": TEXTS,
+        "labels": [0, 1] * 10,
+        "answers": [0, 1] * 2,
+    }
+    exec(probe, names)
+    assert 0 <= names["score"].accuracy <= 1
+    names = opened(AutoModelForMaskedLM, "my-bert")
+    discriminator = opened(AutoModelForPreTraining, "my-electra")
+    names |= {"discriminator": discriminator["model"]}
+    exec(compare, names)
+    assert len(names["pairs"]) == 1 and names["pairs"][0].good == TEXTS[0]
+
+
+def test_the_python_of_the_page_on_cards_runs(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    for _, text in (block for block in blocks("model_cards") if block[0] == "python"):
+        exec(text, {})
+    card = (trained / "my-electra" / "README.md").read_text(encoding="utf-8")
+    assert "SST-2" in card and "0.91" in card and "most frequent class" in card
+
+
+def test_the_python_of_the_page_on_objectives_runs(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    parts = [text for kind, text in blocks("objectives") if kind == "python"]
+    assert len(parts) == 5
+    xlnet = opened(AutoModelForCausalLM, "my-xlnet")
+    for text in parts:
+        names = {"texts": TEXTS} | (xlnet if "log_likelihood" in text else {})
+        exec(text, names)
+        if "scorer" in names:
+            assert [word.word for word in names["words"]][:3] == ["The", "chef", "ate"]

@@ -111,10 +111,11 @@ def test_the_readme_runs_from_the_wheel_where_the_repository_is_not(wheel, tmp_p
     (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     check = f"import hf_pretrain\nassert hf_pretrain.__file__.startswith({str(installed)!r})\n"
     (place / "readme.py").write_text(check + block, encoding="utf-8")
+    (place / "corpus.txt").write_text((ROOT / "README.md").read_text(encoding="utf-8") * 20, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(installed), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     run = subprocess.run([sys.executable, "readme.py"], cwd=place, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert (place / "my-electra" / "README.md").is_file() and (place / "my-electra" / "model.safetensors").is_file()
+    assert (place / "my-bert" / "README.md").is_file() and (place / "my-bert" / "model.safetensors").is_file()
 
 
 def test_the_sdist_makes_the_same_wheel(tree, contents, tmp_path):

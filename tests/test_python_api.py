@@ -59,6 +59,7 @@ from hf_pretrain import (
     prepare_data,
     tokenize_documents,
 )
+from hf_pretrain.training import inputs as trainer_inputs
 
 SIZES = TINY | {"vocab_size": VOCAB_SIZE}
 TEXTS = ["\n".join(" ".join(f"w{(row * 7 + i * 3) % 50}" for i in range(5)) for _ in range(4)) for row in range(40)]
@@ -300,6 +301,20 @@ def test_any_dataset_of_text_is_trained_on(kind, tmp_path):
     assert trainer.state.global_step == 2 and trainer.state.num_input_tokens_seen > 0
 
 
+def test_the_card_names_the_source(tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(text.replace("\n", " ") for text in TEXTS), encoding="utf-8")
+    files = load_dataset("text", data_files=str(tmp_path / "a.txt"), split="train")
+    hub = texts()
+    hub.info.dataset_name, hub._split = "wikitext", "train"
+    for dataset, source in ((files, "text files"), (texts(), "a dataset in memory"), (hub, "wikitext train")):
+        trainer = built(MaskedLMTrainer, tmp_path, model=bert(), train_dataset=dataset)
+        assert trainer.data_description["source"] == source
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "wikitext train" in (tmp_path / "README.md").read_text()
+
+
 def test_the_column_can_be_chosen(tmp_path):
     both = Dataset.from_dict({"title": ["w1 w2"] * 20, "body": TEXTS[:20], "number": list(range(20))})
     with pytest.raises(InputError, match=re.escape("of text 'title', 'body': name one with data_args=DataArguments(")):
@@ -503,13 +518,22 @@ def test_each_natural_call_works_or_names_the_right_one(call, tmp_path):
         ({"max_seq_length": 64}, r"give the Trainer data_args=DataArguments\(block_size=...\)"),
         ({"hidden_size": 64}, r"give the Trainer model_args=ModelArguments\(hidden_size=...\)"),
         ({"mlm_probabilty": 0.3}, "did you mean 'mlm_probability'"),
-        ({"quite_unknown": 1}, "its options are those of transformers.TrainingArguments and of the method"),
+        ({"whole_word_mask": True}, "did you mean masking_unit='word'"),
+        ({"line_by_line": True}, r"give the Trainer data_args=DataArguments\(document_separator='line'\)"),
+        ({"xyzzy": 1}, "its options are those of transformers.TrainingArguments and of the method"),
     ],
 )
 def test_an_option_of_another_library_is_answered_with_ours(option, answer):
     (name,) = option
     with pytest.raises(InputError, match=f"MaskedLMTrainingArguments has no option '{name}': {answer}"):
         MaskedLMTrainingArguments(output_dir="unused", **option)
+
+
+@pytest.mark.parametrize("train_dataset", [texts(), stream()], ids=["a Dataset", "a stream"])
+def test_a_model_that_does_not_fit_is_refused_before_any_text_is_read(train_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_inputs, "prepare_data", lambda *args, **kwargs: pytest.fail("the text was read"))
+    with pytest.raises(InputError, match="embeds only 30"):
+        built(MaskedLMTrainer, tmp_path, model=bert(vocab_size=30), train_dataset=train_dataset)
 
 
 def test_training_without_data_says_so(tmp_path):

@@ -1,6 +1,7 @@
 """The documents are correct: their Python runs, their links have targets, their options and names exist."""
 
 import importlib
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -26,7 +27,7 @@ OTHER_OPTIONS = {"config_file", "num_processes", "cpu", "include", "local-dir", 
 # Where the repository and its site lie: links to both must lead to files that exist.
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
 # Pages that tests/test_doors.py runs.
-DOORS = {"docs/adapt.md", "docs/from_scratch.md", "docs/compare.md"}
+DOORS = {f"docs/{name}.md" for name in ("adapt", "compare", "from_scratch", "model_cards", "objectives", "transfer")}
 
 
 def text_of(name):
@@ -118,16 +119,32 @@ def local(target, folder):
     for kind in ("blob", "tree"):
         if target.startswith(f"{URLS['Repository']}/{kind}/main/"):
             return ROOT / target.removeprefix(f"{URLS['Repository']}/{kind}/main/")
+    raw = URLS["Repository"].replace("github.com", "raw.githubusercontent.com") + "/main/"
+    if target.startswith(raw):
+        return ROOT / target.removeprefix(raw)
     return None if target.startswith("https://") else folder / target
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_pages_import_from_the_top_alone(name):
-    """A user needs `from hf_pretrain import ...` and no other module; all of these names exist."""
-    found = re.findall(
-        r"^ *(?:from (hf_pretrain[\w.]*) import ([^\n#]*)|import (hf_pretrain[\w.]+))", text_of(name), re.M
-    )
-    for module, names, whole in found:
+def code_of(name):
+    """A document or an example as text; of a notebook the cells."""
+    text = text_of(name)
+    if not name.endswith(".ipynb"):
+        return text
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+
+
+EXAMPLES = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "examples").glob("*.*") if path.suffix != ".md"
+)
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, *EXAMPLES])
+def test_pages_and_examples_import_from_the_top_alone(name):
+    """A user needs `from hf_pretrain import ...` and no other module but the command line's; all of these names exist."""
+    form = r"^ *(?:from (hf_pretrain[\w.]*) import (\([^)]*\)|[^\n#]*)|import (hf_pretrain[\w.]+))"
+    for module, names, whole in re.findall(form, code_of(name), re.M):
+        if (module, names.strip()) == ("hf_pretrain.cli", "main"):
+            continue
         assert module == "hf_pretrain" and not whole, f"{name}: {module or whole}"
         for public in re.findall(r"\w+", names):
             assert public in hf_pretrain.__all__, public

@@ -13,7 +13,6 @@ does your text above and below the two comments around the card.
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,8 @@ from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.hub.card import update_card
 from hf_pretrain.hub.evaluation import Evaluation
-from hf_pretrain.hub.text import HUB_NAME
+from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.options import option
-
-# What the Hub takes, and what to give instead.
-_FORMS = {
-    "license": (r"[a-z0-9]+([.-][a-z0-9]+)*", "give the Hub's identifier, such as apache-2.0"),
-    "language": (r"code|multilingual|[a-z]{2,3}(-[A-Za-z0-9]+)*", "give a code, such as en"),
-    "datasets": (HUB_NAME, "give an id on the Hub, such as allenai/c4"),
-    "hub_model_id": (HUB_NAME, "give a repository, such as me/my-electra"),
-}
 
 
 @dataclass
@@ -45,15 +36,13 @@ class CardArguments:
     license: str | None = option(None, "The Hub's identifier of a license: apache-2.0.")
     language: list[str] | None = option(None, "Codes of the languages of the text: en de.")
     datasets: list[str] | None = option(None, "Ids of the training data on the Hub: allenai/c4.")
+    tags: list[str] | None = option(None, "More tags of the model on the Hub: biomedical.")
+    private_text: bool = option(False, "Leave sentences of the held-out text out of the card's code.")
     hub_model_id: str | None = option(None, "Repository that the code of the card is to name: me/my-electra.")
 
     def __post_init__(self) -> None:
         """Check what the Hub would refuse."""
-        for name, (pattern, advice) in _FORMS.items():
-            given = getattr(self, name)
-            for value in [given] if isinstance(given, str) else given or ():
-                if not re.fullmatch(pattern, value):
-                    raise InputError(f"{name}={value!r}: {advice}")
+        check_identifiers(vars(self))
 
 
 ARGUMENTS = (CardArguments,)
@@ -63,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     """Make a card again from the command line; see the top of the file."""
     args = parse_command(ARGUMENTS, argv, name="card", description=__doc__, first="model_folder")
     evaluations = [evaluation for name in args.evaluation or () for evaluation in read_evaluations(name)]
-    changes: dict[str, Any] = {name: getattr(args, name) for name in ("license", "language", "datasets")}
+    changes: dict[str, Any] = {name: getattr(args, name) for name in ("license", "language", "datasets", "tags")}
+    if args.private_text:
+        changes["examples"] = ()
     if args.hub_model_id is not None:
         changes |= {"repo": args.hub_model_id, "model_name": args.hub_model_id.rpartition("/")[2]}
     changes = {name: value for name, value in changes.items() if value is not None}

@@ -38,6 +38,7 @@ from hf_pretrain.data.text.docstrings import docstring_dataset, split_held_out
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.options import all_options
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
 
@@ -393,8 +394,12 @@ def dataset_name(dataset: Any) -> str:
     """Return how a card names a dataset that was given as an object: as the Hub does, if it is from there."""
     info = getattr(dataset, "info", None)
     name = getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
-    split = f" {dataset.split}" if getattr(dataset, "split", None) else ""
-    return "a dataset in memory" if name is None else f"{name}{split}"
+    if name is None or name in ("generator", "pandas", "sql"):
+        return "a dataset in memory"
+    if name in ("text", "json", "csv", "parquet", "arrow"):
+        # A builder of local files, whose names the dataset does not keep.
+        return f"{name} files"
+    return f"{name} {dataset.split}" if getattr(dataset, "split", None) else str(name)
 
 
 def _source_name(args: DataArguments) -> str:
@@ -423,6 +428,8 @@ def common_description(
     record = {} if output_dir is None else _read_record(Path(output_dir))
     is_trained = bool(record) and tokenizer.name_or_path == str(output_dir)
     return {
+        # Those that define the data, for the card of a Trainer that is made in Python.
+        "options": all_options([args]),
         "source": source,
         "held_out_source": held_out_source,
         "tokenizer": model,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.files import plain, write_bytes, write_text
 from hf_pretrain.hub import plots
 from hf_pretrain.hub.evaluation import Evaluation, card_metadata
+from hf_pretrain.hub.examples import in_code
 from hf_pretrain.hub.record import PretrainingCard, check_weights, read_content, read_record, write_record
 from hf_pretrain.hub.text import (
     cell,
@@ -29,6 +30,7 @@ from hf_pretrain.hub.text import (
     number,
     portable_options,
     rows,
+    size_table,
     without_folders,
     yaml_block,
 )
@@ -37,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 _TEMPLATE = "pretraining.md.jinja"
 _FILTERS: tuple[Callable[..., Any], ...] = (
-    *(cell, duration, escaped, hub_id, label, number, plain, rows, without_folders, yaml_block),
+    *(cell, duration, escaped, hub_id, in_code, label, number, plain, rows, size_table, without_folders, yaml_block),
 )
 # A leading underscore keeps a file out of what is pushed to the Hub.
 _SET_ASIDE = "_README.before.md"
@@ -75,8 +77,13 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         metadata=card_metadata(card).to_yaml(),
         begin=_BEGIN,
         end=_END,
-        metrics=metric_table(card.metrics_before, card.metrics_after, last_step=card.compute.steps),
-        figures=plots.training_figures(card.log_history),
+        metrics=metric_table(
+            card.metrics_before,
+            card.metrics_after,
+            last_step=card.compute.steps,
+            meanings=card.objective.metrics,
+        ),
+        figures=plots.training_figures(card.log_history, learning_rates=card.learning_rates),
         plots_folder=plots_folder,
     )
     return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
@@ -106,7 +113,9 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
             lost = str(error)
         if lost:
             logger.warning(f"{path} is replaced, and kept as {_set_aside(path, content)}: {lost}")
-    plots.plot_training(card.log_history, output_dir, exported_step=card.weights_step)
+    plots.plot_training(
+        card.log_history, output_dir, exported_step=card.weights_step, learning_rates=card.learning_rates
+    )
     write_text(path, text)
     write_record(card, output_dir, readme=_digest(_take_apart(made).made))
     return path
@@ -252,7 +261,7 @@ def _set_aside(path: Path, content: bytes) -> str:
     return name
 
 
-_ESSENTIAL_OPTIONS = {
+ESSENTIAL_OPTIONS = {
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
 }
@@ -260,7 +269,23 @@ _ESSENTIAL_OPTIONS = {
 _HOUSEKEEPING_OPTIONS = (
     *("output_dir", "overwrite_output_dir", "logging_", "log_level", "save_", "hub_", "push_to_hub", "report_to"),
     *("run_name", "resume_from_checkpoint", "disable_tqdm", "accelerator_config", "dataloader_pin_memory"),
-    *("do_train", "do_eval", "config", "local_rank"),
+    *("do_train", "do_eval", "local_rank"),
+)
+# Whole names of those that are in the front matter, or say where options come from.
+_OF_THE_CARD = {"config", "language", "license", "datasets", "tags", "private_text"}
+# The same of those that change neither the model nor its numbers, by their whole name or by its beginning.
+_TECHNICAL_OPTIONS = (
+    *(
+        "dataloader_",
+        "ddp_",
+        "log_on_",
+        "preprocessing_num_workers",
+        "project",
+        "debug",
+        "skip_memory_metrics",
+        "ignore_data_skip",
+    ),
+    *("restore_callback_states", "enable_jit_checkpoint", "use_cpu", "trackio_", "torch_empty_cache_steps"),
 )
 
 
@@ -282,10 +307,34 @@ def recipe_options(options: Mapping[str, Any], *, defaults: Mapping[str, Any]) -
             name: value
             for name, value in plain(options).items()
             if value is not None
-            and (name in _ESSENTIAL_OPTIONS or value != plain(defaults.get(name)))
-            and not name.startswith(_HOUSEKEEPING_OPTIONS)
+            and (name in ESSENTIAL_OPTIONS or value != plain(defaults.get(name)))
+            and not _is_housekeeping(name)
         }
     )
+
+
+def defining_options(options: Mapping[str, Any], *, without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the options that define a run, defaults included: all but those of saving, logging, pushing and the machine.
+
+    Args:
+        options: All options of the run, such as `hf_pretrain.options.all_options` returns them.
+        without: Further ones that are left out, such as those that can have one value only.
+
+    Returns:
+        The options in their order, without the folders of the machine.
+    """
+    kept = {
+        name: value
+        for name, value in options.items()
+        if name not in without
+        and not _is_housekeeping(name)
+        and (not name.startswith(_TECHNICAL_OPTIONS) or name == "dataloader_drop_last")
+    }
+    return portable_options(kept)
+
+
+def _is_housekeeping(name: str) -> bool:
+    return name in _OF_THE_CARD or name.startswith(_HOUSEKEEPING_OPTIONS)
 
 
 def snippets(markdown: str) -> list[str]:

@@ -7,6 +7,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,9 @@ class Compute:
         precision: "fp32", "bf16", ...
         peak_memory_mib: The most memory in use at a time, in MiB: of one device, or of one process on a CPU.
         energy: What was measured of it.
+        flops: Floating-point operations of all tokens, at least: those of the encoders' weights, three times forward where they
+            are trained.
+        peak_flops: What the devices can do at most in this precision, per second, together; `None` where that is not known.
     """
 
     parameters: int | None = None
@@ -157,6 +161,8 @@ class Compute:
     precision: str | None = None
     peak_memory_mib: float | None = None
     energy: Energy | None = None
+    flops: float | None = None
+    peak_flops: float | None = None
 
     @property
     def is_partial(self) -> bool:
@@ -168,3 +174,27 @@ class Compute:
         """Speed of the training; None where tokens or time are not known."""
         timed = self.tokens if self.timed_tokens is None else self.timed_tokens
         return round(timed / self.seconds) if timed and self.seconds else None
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """The operations per second as a share of what the devices can do at most; None where one of them is not known."""
+        if not (self.flops and self.peak_flops and self.tokens and self.tokens_per_second):
+            return None
+        return self.flops / self.tokens * self.tokens_per_second / self.peak_flops
+
+
+# Dense bf16 operations per second, by a part of the device's name; a longer name first. Source: NVIDIA's data sheets, the half of
+# what they give with sparsity.
+_PEAK_OF_BF16 = {"H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def peak_flops(name: str, *, precision: str) -> float | None:
+    """Return how many floating-point operations per second a device can do at most; None where no data sheet was read.
+
+    Args:
+        name: Name of the device, such as "NVIDIA H100 80GB HBM3".
+        precision: "bf16", "fp32", ...
+    """
+    if not precision.startswith("bf16"):
+        return None
+    return next((peak for part, peak in _PEAK_OF_BF16.items() if re.search(rf"\b{part}\b", name)), None)

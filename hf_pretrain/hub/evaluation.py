@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.errors import InputError, nearest
 from hf_pretrain.files import plain
-from hf_pretrain.hub.text import bare_name, hub_id, is_loss, label, measured, split_by_held_out_set, without_folders
+from hf_pretrain.hub.identifiers import as_list
+from hf_pretrain.hub.text import (
+    bare_name,
+    hub_id,
+    is_loss,
+    label,
+    measured,
+    split_by_held_out_set,
+    with_perplexity,
+    without_folders,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -30,6 +40,7 @@ _METRICS_OF_THE_HUB = {
 # Of what was measured on held-out text, one of each kind first. An accuracy on rare labels says little beside an AUC.
 _SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", "energy")
 _MOST_LOSSES, _MOST_SCORES = 3, 2
+_MOST = _MOST_LOSSES + _MOST_SCORES
 _SENTENCES = "sentence-transformers"
 
 
@@ -141,16 +152,19 @@ def card_metadata(card: PretrainingCard) -> ModelCardData:
     """Return the metadata that the Hub reads, with a model-index of the held-out metrics and of the tasks."""
     from huggingface_hub import ModelCardData
 
-    language = [card.language] if isinstance(card.language, str) else list(card.language or ())
     datasets = [name for name in card.datasets if hub_id(name)]
     results = [*_held_out_results(card, dataset=datasets[0] if datasets else "text"), *_task_results(card)]
     metrics = dict.fromkeys(name.metric_type for name in results if name.metric_type in _METRICS_OF_THE_HUB)
     return ModelCardData(
-        language=language or None,
+        language=as_list(card.language) or None,
         license=card.license or None,
         library_name="peft" if card.adapter else _SENTENCES if _SENTENCES in card.objective.tags else "transformers",
         pipeline_tag=card.objective.pipeline_tag,
-        tags=["hf_pretrain", card.objective.name, *card.objective.tags, "generated_from_trainer"],
+        tags=list(
+            dict.fromkeys(
+                ("hf_pretrain", card.objective.name, *card.objective.tags, "generated_from_trainer", *card.tags)
+            )
+        ),
         base_model=hub_id(card.base_model),
         datasets=datasets or None,
         metrics=list(metrics) or None,
@@ -173,20 +187,27 @@ def _held_out_results(card: PretrainingCard, *, dataset: str) -> list[EvalResult
             dataset_name=f"{card.evaluation_name}: {name}" if name else card.evaluation_name,
             metric_type=bare_name(key),
             metric_name=label(key),
-            # More digits are noise to a reader of the Hub.
-            metric_value=value if isinstance(value, int) else float(f"{value:.4g}"),
+            metric_value=_rounded(value),
         )
         for name, metrics in split_by_held_out_set(card.metrics_after).items()
-        for key, value in _chosen(measured(metrics)).items()
+        for key, value in _chosen(with_perplexity(measured(metrics)), headline=card.objective.headline).items()
     ]
 
 
-def _chosen(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the few metrics of the model's quality: losses that have a meaning of their own, and scores.
+def _rounded(value: float) -> float:
+    """Return a number with four significant digits: more are noise to a reader of the Hub."""
+    return value if isinstance(value, int) else float(f"{value:.4g}")
+
+
+def _chosen(metrics: Mapping[str, float], *, headline: Sequence[str]) -> dict[str, float]:
+    """Return the few metrics of the model's quality: those of the headline, or losses with a meaning of their own, and scores.
 
     The total loss depends on the weights of a method, and rates and gains on its options; they stay in the card's table.
     """
     finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+    named = {bare_name(key): key for key in finite}
+    if chosen := [named[name] for name in headline if name in named]:
+        return {key: finite[key] for key in chosen[:_MOST]}
     components = [key for key in finite if is_loss(key) and bare_name(key) != "loss"]
     losses = components or [key for key in finite if is_loss(key)]
     kinds = [[key for key in finite if bare_name(key).endswith(kind)] for kind in _SCORES]
@@ -209,7 +230,7 @@ def _task_results(card: PretrainingCard) -> Sequence[EvalResult]:
             dataset_split=evaluation.split,
             metric_type=name,
             metric_name=f"{evaluation.task}: {label(name)}",
-            metric_value=value,
+            metric_value=_rounded(value),
         )
         for evaluation in card.evaluations
         for name, value in evaluation.metrics.items()

@@ -34,8 +34,6 @@ _PANEL_SIZE = (3.9, 2.9)  # inches
 _DOTS_PER_INCH = 110
 _PALETTE = 64  # colours of a PNG
 _FEW_POINTS = 12  # a series this short shows its points as marks
-# In training the total is a mean over steps, a component one over targets; so a lone component is only nearly the total.
-_ALIKE = 0.05
 
 Series = dict[int, float]
 
@@ -70,20 +68,23 @@ class TrainingFigure:
     curves: tuple[Curve, ...]
 
 
-def training_figures(log_history: Sequence[Mapping[str, Any]]) -> list[TrainingFigure]:
+def training_figures(
+    log_history: Sequence[Mapping[str, Any]], *, learning_rates: Sequence[tuple[float, float]] = ()
+) -> list[TrainingFigure]:
     """Return the figures that a log has data for.
 
     Args:
         log_history: Rows as in `Trainer.state.log_history`: training rows with "loss", its components ("mlm_loss",
             ...) and "learning_rate", evaluation rows with "eval_..." keys; each row has "step".
+        learning_rates: (step, rate) between the rows, so that a warm-up shows that ends before the first one.
 
     Returns:
         Up to three figures: losses, learning rate, held-out quality.
     """
-    curves = _curves(log_history)
+    curves = _curves([*log_history, *({"step": step, "learning_rate": rate} for step, rate in learning_rates)])
     losses = [curve for name, curve in curves.items() if is_loss(name)]
-    if len(losses) == 2 and _same(*losses):
-        losses = losses[1:]  # a lone component is the total
+    if len(losses) == 2 and losses[0].name == "loss":
+        losses = losses[1:]  # the total is this loss, times its weight
     panels = {
         "loss": losses,
         "quality": [curve for name, curve in curves.items() if is_quality(name)],
@@ -102,6 +103,7 @@ def plot_training(
     *,
     folder: str = PLOTS_FOLDER,
     exported_step: int | None = None,
+    learning_rates: Sequence[tuple[float, float]] = (),
 ) -> list[Path]:
     """Draw the training curves of a run.
 
@@ -110,11 +112,12 @@ def plot_training(
         output_dir: Folder of the card.
         folder: Folder of the pictures in it.
         exported_step: Step of the weights that are exported, to be marked where it is not the last one.
+        learning_rates: See [`training_figures`].
 
     Returns:
         The PNG files written, of well under 100 kB each; none if the log has nothing to show.
     """
-    figures = training_figures(log_history)
+    figures = training_figures(log_history, learning_rates=learning_rates)
     return [_draw(figure, Path(output_dir, folder, figure.file), exported_step=exported_step) for figure in figures]
 
 
@@ -133,19 +136,6 @@ def _curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
                 series = curve.held_out.setdefault(held_out_set, {}) if key.startswith("eval_") else curve.train
                 series[int(row["step"])] = float(value)
     return {name: curve for name, curve in curves.items() if curve.train or curve.held_out}
-
-
-def _same(one: Curve, other: Curve) -> bool:
-    """Whether two curves have the same steps and nearly the same values."""
-    pairs = [
-        (one.train, other.train),
-        *((series, other.held_out.get(name, {})) for name, series in one.held_out.items()),
-    ]
-    return one.held_out.keys() == other.held_out.keys() and all(
-        first.keys() == second.keys()
-        and all(math.isclose(first[step], second[step], rel_tol=_ALIKE) for step in first)
-        for first, second in pairs
-    )
 
 
 def _is_number(value: object) -> bool:

@@ -34,6 +34,18 @@ def cite(*names: str) -> tuple[str, ...]:
     return tuple(known[name] for name in names)
 
 
+SHARED_METRICS = {
+    "loss": "The weighted sum of the losses; it compares runs of the same options alone.",
+    "mlm_loss": "How surprised the model is by the true token at a masked position, in nats; 0 is certainty.",
+    "mlm_perplexity": "As many tokens, all as likely, would leave the model as unsure; it depends on tokenizer and masks.",
+    "mlm_accuracy": "Share of the masked positions where the first guess is the true token.",
+    "fake_rate": "Share of the tokens that the generator replaced: how hard the question is, not how good the answer.",
+    "sampled_accuracy": "Share of the generator's samples that are the true token.",
+    "disc_gain": "Share of the doubt about replacements that the model resolves: 0 is knowing their number alone, 1 is perfect.",
+}
+"""What a number of several objectives says, in one sentence for an outsider; see `ObjectiveDescription.metrics`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveDescription:
     """What a reader should know of a pre-training objective.
@@ -45,8 +57,10 @@ class ObjectiveDescription:
         formula: The loss in LaTeX, without delimiters.
         citations: BibTeX entries.
         pipeline_tag: The Hub's task for models of this objective: "fill-mask", "feature-extraction", ...
-        usage: Python code that uses the trained head, where "{repo}" stands for the repository and
-            "{model_class}" for the stock class that opens it.
+        usage: Python code that uses the trained head; see [`hf_pretrain.hub.examples.in_code`] for the names in it, such as
+            "{repo}".
+        metrics: Metric -> what its number says, in one plain sentence for an outsider: {"mlm_loss": "..."}.
+        headline: The three to five metrics that the Hub shows, of those that are measured.
         tags: Further tags for the Hub, such as the name of a library that opens the model.
     """
 
@@ -57,6 +71,8 @@ class ObjectiveDescription:
     citations: Sequence[str] = ()
     pipeline_tag: str = "feature-extraction"
     usage: str = ""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    headline: Sequence[str] = ()
     tags: Sequence[str] = ()
 
 
@@ -80,9 +96,15 @@ class PretrainingCard:
         language: ISO code or codes of the text.
         license: The Hub's identifier of a license: "apache-2.0".
         datasets: Hub ids of data sets among the training data.
+        tags: Tags of the model on the Hub, beside those of every card.
+        examples: Two sentences for the code, the first with bars around the word to mask; () for ours, see
+            [`hf_pretrain.hub.examples.examples_of`].
         data: The training data, by what each entry is: {"sources": ["a.txt"], "documents": 1200, "tokens": 2_000_000,
             "blocks": 16_000, "tokenizer": "WordPiece", "vocabulary_size": 8000, "held_out_documents": 60, ...}.
-        recipe: Options of the run; see [`recipe_options`].
+        recipe: Options of the run that are not the defaults, and the essential ones; see [`recipe_options`].
+        options: All options that define the run, defaults included; see [`defining_options`].
+        sizes: Of the root, "", and of each part that was trained, by its sub-folder or name: sizes by what they are.
+        learning_rates: (step, learning rate) as training had them, densely enough to draw.
         log_history: `Trainer.state.log_history`.
         metrics_before: Held-out metrics before the first step, keyed as `Trainer.evaluate` returns them; of several
             held-out sets those of all.
@@ -113,8 +135,13 @@ class PretrainingCard:
     language: str | Sequence[str] | None = None
     license: str | None = None
     datasets: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    examples: Sequence[str] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    learning_rates: Sequence[tuple[float, float]] = ()
     log_history: Sequence[Mapping[str, Any]] = ()
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,19 +11,31 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+from yaml import YAMLError
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import plain, weights_digest
-from hf_pretrain.hub.card import recipe_options
-from hf_pretrain.hub.environment import Compute, hardware, measured_energy, versions
-from hf_pretrain.hub.record import PretrainingCard, read_record, read_weights
+from hf_pretrain.hub.card import ESSENTIAL_OPTIONS, defining_options, recipe_options
+from hf_pretrain.hub.environment import Compute, hardware, measured_energy, peak_flops, versions
+from hf_pretrain.hub.examples import find_examples
+from hf_pretrain.hub.identifiers import as_list
+from hf_pretrain.hub.record import PretrainingCard, read_content, read_record, read_weights
 from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
-from hf_pretrain.options import resolved_options
+from hf_pretrain.modeling.backbone import flops_of_weights, sizes
+from hf_pretrain.modeling.base import trial_tokens
+from hf_pretrain.options import all_options, resolved_options
+from hf_pretrain.training.arguments import REFUSED
+from hf_pretrain.training.processes import is_sharded
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from hf_pretrain.modeling.base import PretrainingModel
     from hf_pretrain.training.trainer import PretrainingTrainer
 
 logger = logging.get_logger(__name__)
@@ -32,6 +46,66 @@ _LIMITS = (
 )
 # A model of one of these has a task already.
 _TASKS = {"text-classification", "token-classification", "question-answering"}
+
+
+class LearningRates(TrainerCallback):
+    """Notes the learning rate of each step where it has changed enough to draw; the rows of a log may be too few for that.
+
+    A resumed run has the steps before from its schedule, where that agrees with the rows of the log.
+    """
+
+    _CHANGE = 1 / 64  # of the greatest rate
+    _MOST = 1024
+
+    def __init__(self) -> None:
+        self._noted: dict[int, float] = {}
+        self._last: tuple[int, float] | None = None
+        self._greatest = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier training."""
+        self._noted = _scheduled_rates(kwargs.get("lr_scheduler"), state) if state.global_step else {}
+        self._last, self._greatest = None, max(self._noted.values(), default=0.0)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the rate of this step, which the optimizer has just taken."""
+        optimizer = kwargs.get("optimizer")
+        rate = optimizer.param_groups[0]["lr"] if optimizer is not None else None
+        if not isinstance(rate, float):  # a tensor on the device is not waited for
+            return
+        before, self._last = self._last, (state.global_step + 1, rate)
+        known = next(reversed(self._noted.values()), None)
+        self._greatest = max(self._greatest, rate)
+        if known is None or abs(rate - known) > self._CHANGE * self._greatest:
+            # With the step before, a line that was level stays so.
+            self._noted |= dict(filter(None, (before, self._last)))
+        if len(self._noted) > self._MOST:
+            self._noted = dict(list(self._noted.items())[::2])
+
+    @property
+    def noted(self) -> tuple[tuple[float, float], ...]:
+        """(step, rate) in order, the last step included."""
+        return tuple(sorted((self._noted | dict([self._last] if self._last else [])).items()))
+
+
+def _scheduled_rates(scheduler: Any, state: TrainerState) -> dict[int, float]:
+    """Return the rates of the steps that are done, by the schedule; {} where the log has others, or there is no formula."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(scheduler, LambdaLR):
+        return {}
+
+    def rate(step: int) -> float:
+        return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1))
+
+    logged = {row["step"]: row["learning_rate"] for row in state.log_history if "learning_rate" in row}
+    if any(not math.isclose(value, rate(step), rel_tol=1e-6, abs_tol=1e-12) for step, value in logged.items()):
+        return {}
+    done = state.global_step
+    return {step: rate(step) for step in sorted({1 + (done - 1) * i // 256 for i in range(257)})}
 
 
 class HeldOutNumbers:
@@ -126,10 +200,20 @@ def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=0.0, equal_nan=True)
 
 
+def _options(trainer: PretrainingTrainer) -> dict[str, Any]:
+    """Return every option that defines the run: those of the program, or those of the Trainer and of its data."""
+    args: Any = trainer.args
+    options = trainer.options or trainer.data_description.get("options", {}) | all_options([args])
+    # They can have one value only.
+    fixed = {name for name in REFUSED if name not in args.also_honoured}
+    return defining_options(options, without=fixed)
+
+
 def _recipe(trainer: PretrainingTrainer) -> dict[str, Any]:
     """Return the options that make up the run: those of the program, or those that differ from their defaults."""
     if trainer.recipe:
-        return recipe_options(trainer.recipe, defaults={})
+        essential = {name: value for name, value in trainer.options.items() if name in ESSENTIAL_OPTIONS}
+        return recipe_options(essential | trainer.recipe, defaults={})
     options, own = trainer.args.to_dict(), resolved_options([trainer.args])
     return recipe_options(options, defaults={name: value for name, value in options.items() if name not in own})
 
@@ -155,12 +239,18 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "fresh_parameters": _fresh_parameters(root, model),
         "repo": repo or ".",
         "objective": trainer.objective,
-        "base_model": _base_model(root.config.name_or_path),
-        "language": _languages(trainer.data_description),
-        "datasets": _datasets(trainer.recipe),
-        "data": trainer.data_description,
+        **_base_model(root.config.name_or_path, is_adapter=bool(adapter_names(root))),
+        "language": args.language or _languages(trainer.data_description),
+        "license": args.license,
+        "datasets": tuple(dict.fromkeys((*_datasets(trainer.recipe), *(args.datasets or ())))),
+        "tags": tuple(args.tags or ()),
+        "examples": _examples(trainer),
+        "data": {name: value for name, value in trainer.data_description.items() if name != "options"},
         "recipe": _recipe(trainer),
+        "options": _options(trainer),
+        "sizes": {} if is_sharded(model) else {name: sizes(part) for name, part in _parts(model).items()},
         "log_history": tuple(log),
+        "learning_rates": trainer.learning_rates.noted,
         "metrics_before": evaluation_at(log, 0),
         "metrics_after": trainer.held_out.after(),
         "weights_step": weights_step if is_earlier else None,
@@ -201,7 +291,7 @@ def _known_before(trainer: PretrainingTrainer, *, weights_step: int | None) -> d
         before = read_record(folder)
     except InputError:
         return {}
-    known: dict[str, Any] = {name: getattr(before, name) for name in ("license", "language", "datasets")}
+    known: dict[str, Any] = {name: getattr(before, name) for name in ("license", "language", "datasets", "tags")}
     is_same = (before.compute.steps, before.weights_step) == (trainer.state.global_step or None, weights_step)
     is_same = is_same and read_weights(folder) in (None, weights_digest(folder))
     return known | ({"evaluations": before.evaluations} if is_same else {})
@@ -228,10 +318,95 @@ def _importable(part: nn.Module) -> str:
     return kind.__name__ if _is_stock(part) else f"{kind.__module__}.{kind.__name__}"
 
 
-def _base_model(name_or_path: str) -> str | None:
-    """Return the Hub's name of the model that was continued, or the absolute path of a local one."""
-    is_local = bool(name_or_path) and Path(name_or_path).exists()
-    return str(Path(name_or_path).resolve()) if is_local else name_or_path or None
+def _base_model(name_or_path: str, *, is_adapter: bool) -> dict[str, Any]:
+    """Return the fields of the card on the model that was continued: its name on the Hub, or the absolute path of a local one."""
+    if not name_or_path or not Path(name_or_path).exists():
+        return {"base_model": name_or_path or None}
+    if name := hub_name_of(name_or_path, or_base=False):
+        return {"base_model": name}
+    # An adapter is of one model, and not of those that this was made from.
+    name = None if is_adapter else hub_name_of(name_or_path)
+    if name is None:
+        return {"base_model": str(Path(name_or_path).resolve())}
+    linked = f"[{name}](https://huggingface.co/{name})"
+    return {
+        "base_model": name,
+        "origin": f"Pre-trained further from a local checkpoint that names {linked} as its origin",
+    }
+
+
+def hub_name_of(folder: str | Path, *, or_base: bool = True) -> str | None:
+    """Return the Hub's name of the model in a folder, or else of the one that it was made from, as the folder names it.
+
+    The record of a run and the path of the Hub's cache have the name of the model; its configuration and the front matter of its
+    card have that of its base. A name needs an owner: one without could be any folder's.
+
+    Args:
+        folder: Folder of a model.
+        or_base: Whether the name of the base will do.
+    """
+    path = Path(folder).resolve()
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots(?:/|$)", path.as_posix())
+    names = [read_content(path).get("card", {}).get("repo"), f"{cached[1]}/{cached[2]}" if cached else None]
+    if or_base:
+        names += [_json_of(path / "config.json").get("_name_or_path")]
+        names += as_list(_front_matter_of(path / "README.md").get("base_model"))
+    return next((name for name in names if isinstance(name, str) and _has_owner(name)), None)
+
+
+def _has_owner(name: str) -> bool:
+    is_folder = Path(name).exists() or Path(name).name.startswith(PREFIX_CHECKPOINT_DIR)
+    return "/" in name and hub_id(name) is not None and not is_folder
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _front_matter_of(path: Path) -> dict[str, Any]:
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(path).data.to_dict() if path.is_file() else {}
+    except (OSError, ValueError, TypeError, YAMLError):  # a card of somebody's own making
+        return {}
+
+
+def _examples(trainer: PretrainingTrainer) -> tuple[str, ...]:
+    """Return sentences of the held-out text for the card; () of private text."""
+    args = trainer.args
+    if args.private_text or args.hub_private_repo:
+        return ()
+    return find_examples(trainer.eval_dataset, trainer.processing_class, seed=args.seed)
+
+
+def _parts(model: PretrainingModel) -> dict[str, PreTrainedModel]:
+    """Return the stock models of a run by how the card names them: "" the root, folders of the others, and the teacher."""
+    names = {attribute: folder for folder, attribute in model.export_parts.items()}
+    parts = {names.get(attribute, attribute): part for attribute, part in model.backbones.items()}
+    teacher = getattr(model, "teacher", None)
+    return parts if teacher is None else parts | {"teacher": teacher.model}
+
+
+def _flops(trainer: PretrainingTrainer, tokens: int | None) -> float | None:
+    """Return the floating-point operations of a run, at least; None where they cannot be counted."""
+    model, args = trainer.model, trainer.args
+    # A step of two stages trains one of the two models.
+    if not tokens or is_sharded(model) or getattr(args, "training_mode", "") == "two_stage":
+        return None
+    total = 0.0
+    for name, part in _parts(model).items():
+        forward = flops_of_weights(part, trial_tokens(part))
+        if forward is None:
+            return None
+        trained = 0 if name == "teacher" else part.num_parameters(only_trainable=True)
+        # Backward they take as much for the states, and as much again for the weights that are trained.
+        total += forward * (1 + 2 * trained / part.num_parameters()) * tokens
+    return total
 
 
 def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
@@ -258,7 +433,18 @@ def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
         precision=_precision(trainer),
         peak_memory_mib=max((row["peak_memory_mib"] for row in steps), default=None),
         energy=measured_energy(args.output_dir),
+        flops=_flops(trainer, tokens),
+        peak_flops=_peak_flops(trainer),
     )
+
+
+def _peak_flops(trainer: PretrainingTrainer) -> float | None:
+    args = trainer.args
+    if args.device.type != "cuda":
+        return None
+    # Ranks on other machines are taken to have the same devices.
+    peak = peak_flops(torch.cuda.get_device_name(args.device), precision=_precision(trainer))
+    return None if peak is None else peak * args.world_size
 
 
 def _precision(trainer: PretrainingTrainer) -> str:

@@ -243,7 +243,13 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def metric_table(before: Mapping[str, Any], after: Mapping[str, Any], *, last_step: int | None = None) -> list[Row]:
+def metric_table(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    *,
+    last_step: int | None = None,
+    meanings: Mapping[str, str] | None = None,
+) -> list[Row]:
     """Return the header and the rows of a table of metrics, in the order of `after`; [] if nothing was measured.
 
     A side that was not measured at all has no column, and several held-out sets have a column of names.
@@ -252,6 +258,7 @@ def metric_table(before: Mapping[str, Any], after: Mapping[str, Any], *, last_st
         before: Metrics before training.
         after: Metrics after it; their `step` is named where it is not the last one.
         last_step: The last step of the run.
+        meanings: Metric -> what its number says; a column, where one of them has a sentence. A sentence stands once.
     """
     step = plain(after.get("step"))
     is_earlier = isinstance(step, int) and last_step and step < last_step
@@ -268,7 +275,12 @@ def metric_table(before: Mapping[str, Any], after: Mapping[str, Any], *, last_st
         )
         for name, key in keys
     ]
-    return [(*(("Held-out set",) if has_sets else ()), "Metric", *sides), *body] if body else []
+    table: list[Row] = [(*(("Held-out set",) if has_sets else ()), "Metric", *sides), *body] if body else []
+    names = [bare_name(key) for _, key in keys]
+    sentences = [(meanings or {}).get(name, "") * (name not in names[:i]) for i, name in enumerate(names)]
+    if not any(sentences):
+        return table
+    return [(*row, text) for row, text in zip(table, ["What it says", *sentences], strict=True)]
 
 
 def _by_set(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
@@ -277,11 +289,30 @@ def _by_set(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     return {(name, key): value for name, row in sets.items() for key, value in with_perplexity(measured(row)).items()}
 
 
-def yaml_block(options: Mapping[str, Any]) -> str:
-    """Return options as YAML in their order, without those that have no value; "" if none is left."""
+def size_table(sizes: Mapping[str, Mapping[str, int]]) -> list[Row]:
+    """Return the header and the rows of a table of sizes, a column for each model.
+
+    Args:
+        sizes: Of each model by its name, "" being the one at the root: sizes by what they are.
+    """
+    names = dict.fromkeys(name for found in sizes.values() for name in found)
+    header = ("Size", *("this model" if not name else cell(name.rpartition("/")[2]) for name in sizes))
+    return [
+        header,
+        *((_readable(name), *(cell(found.get(name)) or "–" for found in sizes.values())) for name in names),
+    ]
+
+
+def yaml_block(options: Mapping[str, Any], *, keep_empty: bool = False) -> str:
+    """Return options as YAML in their order; "" if none is left.
+
+    Args:
+        options: The options.
+        keep_empty: Whether those that have no value are among them.
+    """
     import yaml
 
-    chosen = {name: value for name, value in plain(options).items() if value is not None}
+    chosen = {name: value for name, value in plain(options).items() if keep_empty or value is not None}
     # Unbroken lines: one that a long text is broken into might begin like the end of the block.
     return yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, width=10**6).strip() if chosen else ""
 

@@ -3,7 +3,7 @@
 The library looks here and nowhere else. The answer comes from modules and configuration, or else from the name of the
 architecture. A new architecture is fitted in this file.
 
-The order: tables for single architectures; names in a configuration; layers; the word table; positions; inputs.
+The order: tables for single architectures; names in a configuration; layers; the word table; positions; inputs; sizes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_pretrain.errors import InputError
@@ -292,3 +293,45 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Return the sizes of a stock model by what they are, those that its architecture has; for a reader."""
+    config, embeddings = model.config, model.get_input_embeddings()
+    names = {
+        "layers": "num_hidden_layers",
+        "width": "hidden_size",
+        "attention heads": "num_attention_heads",
+        "feed-forward width": feed_forward_name(config.model_type),
+        "width of the embeddings": "embedding_size",
+    }
+    found = {name: getattr(config, option, None) for name, option in names.items()}
+    if found["width of the embeddings"] == found["width"]:
+        del found["width of the embeddings"]
+    found["vocabulary"] = None if embeddings is None else vocabulary_size(embeddings)
+    found["longest input in tokens"] = longest_sequence(model)
+    found["parameters"] = model.num_parameters()
+    return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+def flops_of_weights(model: PreTrainedModel, tokens: torch.Tensor) -> int | None:
+    """Return the floating-point operations that the products of a body's weights take for a token, forward.
+
+    A layer that runs several times counts each time. The head is left out, and the share of the attention's own products is that
+    of a short text.
+
+    Args:
+        model: A stock model.
+        tokens: ``[B, L]`` tokens to try it with.
+
+    Returns:
+        The count, or None where the body does not run on tokens alone.
+    """
+    body = model.base_model
+    # The counter follows gradients, although none are computed.
+    with evaluating(body), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        try:
+            body(input_ids=tokens)
+        except (TypeError, ValueError):
+            return None
+    return counter.get_total_flops() // tokens.numel()

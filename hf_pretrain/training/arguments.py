@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
 from functools import partial
-from importlib import import_module
 from inspect import signature
 from typing import Any, ClassVar, Self
 
@@ -30,7 +29,9 @@ from transformers.integrations.integration_utils import (
 
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
+from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.names import SYNONYMS
 from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.training.processes import first_process_first
 
@@ -203,6 +204,17 @@ class PretrainingArguments(TrainingArguments):
         False, "Let DDP look for parameters without gradient; every objective uses all of its own."
     )
 
+    language: list[str] | None = option(None, "Codes of the languages of the text, for the model card: en de.")
+    license: str | None = option(None, "License of the model, for its card; the Hub's identifier: apache-2.0.")
+    datasets: list[str] | None = option(
+        None, "Ids of the training data on the Hub, for the model card: allenai/c4; a dataset_name is there anyway."
+    )
+    tags: list[str] | None = option(None, "More tags of the model on the Hub, such as biomedical.")
+    private_text: bool = option(
+        False,
+        "The text is private: its sentences are no examples in the model card. A private repository has none either.",
+    )
+
     def __new__(cls, *args: Any, **options: Any) -> Self:
         """Refuse an unknown option with the known one; the generated `__init__` would only say that it is unexpected."""
         # A class that is no dataclass itself may take other arguments.
@@ -215,6 +227,7 @@ class PretrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Choose the precision, then let transformers check the rest."""
         self._check_refused()
+        check_identifiers({name: getattr(self, name) for name in ("language", "license", "datasets", "tags")})
         check_options(self)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")
@@ -274,13 +287,15 @@ class PretrainingArguments(TrainingArguments):
 
 def _elsewhere(name: str, known: Collection[str]) -> str:
     """Return where an option belongs that a dataclass of training does not have."""
-    synonyms = import_module("hf_pretrain.training.parsing")._SYNONYMS
-    ours = synonyms.get(name, name)
-    if ours in known:
-        return f"did you mean {ours!r}?"
+    # "a|b word" is the first of the options a and b that there is, with the value "word".
+    synonym, _, value = SYNONYMS.get(name, name).partition(" ")
+    for ours in synonym.split("|"):
+        if ours in known:
+            return f"did you mean {ours}={value!r}?" if value else f"did you mean {ours!r}?"
     for argument, options in (("data_args", DataArguments), ("model_args", ModelArguments)):
-        if ours in (field.name for field in fields(options)):
-            return f"give the Trainer {argument}={options.__name__}({ours}=...)"
+        for ours in synonym.split("|"):
+            if ours in (field.name for field in fields(options)):
+                return f"give the Trainer {argument}={options.__name__}({ours}={repr(value) if value else '...'})"
     return nearest(name, known, otherwise="its options are those of transformers.TrainingArguments and of the method")
 
 

@@ -23,10 +23,10 @@ from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError, check_numbers, declared, nearest, one_line
+from hf_pretrain.help import add_help
 from hf_pretrain.names import option_hint
 from hf_pretrain.options import number_or_text, read_recipes, recipe_names
 from hf_pretrain.training.arguments import check_text
-from hf_pretrain.training.help import add_help
 
 logger = logging.get_logger(__name__)
 

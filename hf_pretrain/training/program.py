@@ -32,7 +32,7 @@ from hf_pretrain.hub.text import (
 )
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import from_pretrained
-from hf_pretrain.options import resolved_options, write_recipe
+from hf_pretrain.options import all_options, resolved_options, write_recipe
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in
@@ -181,7 +181,7 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     args = trainer.args
     # Bars of saving and loading a model, which takes less than a second here, would only bury the training's.
     transformers_logging.disable_progress_bar()
-    trainer.recipe = resolved_options(options)
+    trainer.recipe, trainer.options = resolved_options(options), all_options(options)
     stop = StopOnRequest(Stopping() if stopping is None else stopping)
     trainer.add_callback(stop)
     with refused_by_libraries((ValueError, ImportError), unless=lambda: trainer.has_begun):

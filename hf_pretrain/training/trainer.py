@@ -41,7 +41,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
-from hf_pretrain.hub.run import HeldOutNumbers, describe_run
+from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
@@ -195,7 +195,11 @@ class PretrainingTrainer(Trainer):
             example = self.train_dataset[0]
             if "document_ids" in example:
                 self._refuse_lost_documents(self.data_collator([example]))
+        # Options that are not the defaults, and all of them, where a program knows those of data and model too.
         self.recipe: dict[str, Any] = {}
+        self.options: dict[str, Any] = {}
+        self.learning_rates = LearningRates()
+        self.add_callback(self.learning_rates)
         self.stream: StreamReader | None = None
         self.has_begun = False
         self._is_evaluating = False

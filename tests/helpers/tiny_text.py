@@ -8,6 +8,7 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertModel,
     ModernBertConfig,
     ModernBertForMaskedLM,
     set_seed,
@@ -15,6 +16,7 @@ from transformers import (
 
 from hf_pretrain import train_tokenizer
 from hf_pretrain.data import draws
+from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules
 
 THINGS = ("model", "ship", "cat", "engine", "paper", "garden", "river", "sailor")
 
@@ -40,7 +42,11 @@ def write_text(folder: Path, *, names=("0", "1")):
 
 
 def write_models(folder: Path, *, layers=2):
-    """Write my-bert, a masked language model; teacher, a classifier; and modernbert, another masked language model."""
+    """Write tiny models.
+
+    They are my-bert, a masked language model; teacher, a classifier; modernbert, another masked language model; and
+    sentence-encoder, a model of sentence-transformers.
+    """
     tokenizer = train_tokenizer([sentence for sentence, _ in sentences(400, stream="own text")], vocab_size=120)
     sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 64}
     sizes |= {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
@@ -48,6 +54,7 @@ def write_models(folder: Path, *, layers=2):
     models = {
         "my-bert": BertForMaskedLM(BertConfig(**sizes)),
         "teacher": BertForSequenceClassification(BertConfig(**sizes)),
+        "sentence-encoder": BertModel(BertConfig(**sizes)),
     }
     special = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "cls", "sep", "bos", "eos")
@@ -56,6 +63,7 @@ def write_models(folder: Path, *, layers=2):
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+    SentenceModules(normalizes=True).write(folder / "sentence-encoder", hidden_size=32, longest=128)
 
 
 def run_with(source, **constants):

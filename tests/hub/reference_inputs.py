@@ -70,8 +70,8 @@ RTD_LOG = _log(
     {
         "mlm_loss": [(8.0, 7.9), (7.0, 7.0), (6.5, 6.6), (6.2, 6.4), (6.0, 6.3)],
         "rtd_loss": [(0.42, 0.40), (0.36, 0.36), (0.34, 0.34), (0.33, 0.335), (0.32, 0.33)],
-        "rtd_accuracy": [(0.86, 0.86), (0.87, 0.87), (0.88, 0.875), (0.885, 0.88), (0.89, 0.88)],
-        "rtd_auc": [(0.55, 0.55), (0.65, 0.64), (0.7, 0.69), (0.73, 0.72), (0.75, 0.74)],
+        "disc_accuracy": [(0.86, 0.86), (0.87, 0.87), (0.88, 0.875), (0.885, 0.88), (0.89, 0.88)],
+        "disc_auc": [(0.55, 0.55), (0.65, 0.64), (0.7, 0.69), (0.73, 0.72), (0.75, 0.74)],
     },
     weights={"mlm_loss": 1.0, "rtd_loss": 50.0},
 )
@@ -157,7 +157,7 @@ _CARDS = (
         objective=RTD,
         note=NOTE,
         fine_tuning_class=FINE_TUNING_CLASS,
-        language="en",
+        language="de",
         license="apache-2.0",
         data={
             "sources": ["corpus.txt"],
@@ -170,10 +170,40 @@ _CARDS = (
             "held_out_documents": 50,
             "held_out_tokens": 100_000,
         },
+        tags=["example"],
+        examples=["Der Bäcker hat das |Brot| aus dem Ofen geholt.", "Am Abend war nichts mehr davon übrig."],
         recipe={"learning_rate": 5e-4, "max_steps": 500, "per_device_train_batch_size": 32, "seed": 0},
+        options={
+            "train_file": ["corpus.txt"],
+            "block_size": 128,
+            "hidden_size": 256,
+            "num_hidden_layers": 12,
+            "generator_size": 0.25,
+            "per_device_train_batch_size": 32,
+            "max_steps": 500,
+            "learning_rate": 5e-4,
+            "warmup_steps": 50,
+            "adam_epsilon": 1e-6,
+            "max_grad_norm": None,
+            "seed": 0,
+            "mlm_probability": 0.15,
+            "rtd_weight": 50.0,
+        },
+        sizes={
+            "": {"layers": 12, "width": 256, "attention heads": 4, "vocabulary": 8000, "parameters": 5_000_000},
+            "pretraining/generator": {"layers": 12, "width": 64, "attention heads": 1, "vocabulary": 8000},
+        },
+        learning_rates=[(1, 0.0), (50, 5e-4), (500, 0.0)],
         log_history=RTD_LOG,
-        metrics_before={"eval_mlm_loss": 9.0, "eval_rtd_loss": 0.7, "eval_rtd_auc": 0.5, "eval_runtime": 1.0},
-        metrics_after={"eval_mlm_loss": 6.3, "eval_rtd_loss": 0.33, "eval_rtd_auc": 0.74, "eval_runtime": 1.0},
+        metrics_before={"eval_mlm_loss": 9.0, "eval_rtd_loss": 0.7, "eval_disc_auc": 0.5, "eval_runtime": 1.0},
+        metrics_after={
+            "eval_loss": 22.8,
+            "eval_mlm_loss": 6.3,
+            "eval_rtd_loss": 0.33,
+            "eval_disc_auc": 0.74,
+            "eval_disc_gain": 0.14,
+            "eval_runtime": 1.0,
+        },
         compute=Compute(
             parameters=5_000_000,
             trained_parameters=6_000_000,
@@ -181,6 +211,7 @@ _CARDS = (
             examples_per_step=32,
             tokens=2_000_000,
             seconds=200.0,
+            flops=6e13,
             hardware="Example CPU, 4 cores",
             precision="fp32",
             energy=Energy(kwh=0.25, emissions_kg=0.0125, country="Iceland", scope="machine"),
@@ -281,5 +312,7 @@ if __name__ == "__main__":
     REFERENCE_DIR.mkdir(exist_ok=True)
     for name, card in REFERENCE_CARDS.items():
         (REFERENCE_DIR / f"{name}.md").write_text(render_reference(name), encoding="utf-8")
-        for path in plot_training(card.log_history, REFERENCE_DIR, folder=f"plots/{name}"):
+        for path in plot_training(
+            card.log_history, REFERENCE_DIR, folder=f"plots/{name}", learning_rates=card.learning_rates
+        ):
             print(path.relative_to(REFERENCE_DIR), path.stat().st_size)

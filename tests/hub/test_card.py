@@ -97,8 +97,8 @@ def test_a_section_without_facts_is_left_out() -> None:
 def test_the_hubs_library_reads_the_metadata_back(tmp_path: Path) -> None:
     data = ModelCard.load(write_card(REFERENCE_CARDS["rtd"], tmp_path)).data
     assert data.library_name == "transformers"
-    assert data.tags == ["hf_pretrain", "rtd", "generated_from_trainer"]
-    assert (data.pipeline_tag, data.language, data.license) == ("feature-extraction", ["en"], "apache-2.0")
+    assert data.tags == ["hf_pretrain", "rtd", "generated_from_trainer", "example"]
+    assert (data.pipeline_tag, data.language, data.license) == ("feature-extraction", ["de"], "apache-2.0")
     assert data.base_model is None
     assert ModelCard(render_card(REFERENCE_CARDS["mlm"])).data.base_model == "google-bert/bert-base-uncased"
 
@@ -108,7 +108,7 @@ def test_the_model_index_holds_the_metrics_after_training_and_survives_a_round_t
     results = card.data.eval_results
     assert card.data.model_name == "reference-rtd"
     held_out = {result.metric_type: result.metric_value for result in results if result.dataset_type == "text"}
-    assert held_out == {"mlm_loss": 6.3, "rtd_loss": 0.33, "rtd_auc": 0.74}
+    assert held_out == {"mlm_loss": 6.3, "rtd_loss": 0.33, "disc_auc": 0.74, "disc_gain": 0.14}
     assert ModelCard(card.content).data.eval_results == results
     assert "model-index" not in ModelCard(render_card(MINIMAL)).data.to_dict()
 
@@ -120,7 +120,7 @@ def test_numpy_and_torch_values_become_plain_ones() -> None:
         recipe={"learning_rate": np.float64(1e-6), "layers": (1, 2), "folder": Path("a/b")},
     )
     text = render_card(card)
-    assert {result.metric_value for result in ModelCard(text).data.eval_results} == {1.5, 0.25}
+    assert {result.metric_value for result in ModelCard(text).data.eval_results} == {1.5, 4.482, 0.25}
     recipe = re.search(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     assert recipe and yaml.safe_load(recipe[1]) == {"learning_rate": 1e-6, "layers": [1, 2], "folder": "a/b"}
 
@@ -230,9 +230,15 @@ def _renamed(value: Any, name: str) -> Any:
 def test_the_hub_gets_a_few_rounded_numbers() -> None:
     quality = {f"eval_disc_{name}": 0.123456789 for name in ("accuracy", "precision", "recall", "auc", "gain")}
     losses = {"eval_loss": 56.123456789, "eval_mlm_loss": 6.123456789, "eval_rtd_loss": 1.0}
-    card = dataclasses.replace(MINIMAL, metrics_after={**losses, **quality, "eval_fake_rate": 0.1})
+    silent = dataclasses.replace(RTD, headline=())
+    card = dataclasses.replace(MINIMAL, objective=silent, metrics_after={**losses, **quality, "eval_fake_rate": 0.1})
     results = {each.metric_type: each.metric_value for each in ModelCard(render_card(card)).data.eval_results}
-    assert results == {"mlm_loss": 6.123, "rtd_loss": 1.0, "disc_accuracy": 0.1235, "disc_auc": 0.1235}
+    assert results == {"mlm_loss": 6.123, "rtd_loss": 1.0, "mlm_perplexity": 456.4, "disc_auc": 0.1235}
+    said = dataclasses.replace(
+        card, objective=dataclasses.replace(RTD, headline=("disc_recall", "absent", "mlm_loss"))
+    )
+    results = [(each.metric_type, each.metric_value) for each in ModelCard(render_card(said)).data.eval_results]
+    assert results == [("disc_recall", 0.1235), ("mlm_loss", 6.123)], "those of the method, in its order"
     assert "| Total loss | 56.12 |" in render_card(card), "the table of the card has all of them"
     alone = dataclasses.replace(MINIMAL, metrics_after={"eval_loss": 2.0})
     assert [each.metric_type for each in ModelCard(render_card(alone)).data.eval_results] == ["loss"]
@@ -332,7 +338,7 @@ def test_the_snippets_of_the_rtd_card_run(tmp_path: Path, monkeypatch: pytest.Mo
     _tokenizer().save_pretrained(tmp_path)
     encoder, head, parts, tuning = _run_snippets(REFERENCE_CARDS["rtd"], tmp_path, monkeypatch)
     assert encoder["hidden_states"].shape[-1] == 16
-    assert head["replaced"].shape == (1, 8) and ((head["replaced"] > 0) & (head["replaced"] < 1)).all()
+    assert head["replaced"].shape == (1, 12) and ((head["replaced"] > 0) & (head["replaced"] < 1)).all()
     assert isinstance(tuning["model"], ElectraForSequenceClassification) and tuning["loss"].isfinite()
     assert isinstance(parts["generator"], ElectraForMaskedLM)
     for name, value in generator.state_dict().items():
@@ -343,7 +349,7 @@ def test_the_snippets_of_the_mlm_card_run(tmp_path: Path, monkeypatch: pytest.Mo
     BertForMaskedLM(BertConfig(**SIZES)).save_pretrained(tmp_path)
     _tokenizer().save_pretrained(tmp_path)
     encoder, head, _ = _run_snippets(REFERENCE_CARDS["mlm"], tmp_path, monkeypatch)
-    assert encoder["hidden_states"].shape == (1, 7, 16)
+    assert encoder["hidden_states"].shape == (1, 8, 16)
     assert len(head["predictions"]) == 5
 
 
@@ -418,7 +424,9 @@ def test_several_held_out_sets_have_their_names_in_the_table_and_results_of_thei
     results = ModelCard(render_card(card)).data.eval_results
     assert [(result.dataset_config, result.metric_type, result.metric_value) for result in results] == [
         ("news", "mlm_loss", 2.0),
+        ("news", "mlm_perplexity", 7.389),
         ("law", "mlm_loss", 3.0),
+        ("law", "mlm_perplexity", 20.09),
     ]
     assert len({result.unique_identifier for result in results}) == 2
 

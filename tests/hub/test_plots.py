@@ -53,19 +53,21 @@ def test_a_log_is_sorted_into_figures_and_series() -> None:
     assert figures["quality.png"]["rtd_auc"].train == {}
 
 
-def test_a_total_with_one_component_is_drawn_once_but_a_weighted_one_stays() -> None:
+def test_a_single_loss_is_one_panel_whatever_its_weight() -> None:
     alone = [{"loss": 2.0, "mlm_loss": 2.000001, "step": 1}, {"eval_loss": 3.0, "eval_mlm_loss": 3.0, "step": 1}]
     weighted = [{"loss": 100.0, "rtd_loss": 2.0, "step": 1}]
+    total = [{"loss": 100.0, "step": 1}]
     assert list(_curves(alone)["loss.png"]) == ["mlm_loss"]
-    assert list(_curves(weighted)["loss.png"]) == ["loss", "rtd_loss"]
+    assert list(_curves(weighted)["loss.png"]) == ["rtd_loss"]
+    assert list(_curves(total)["loss.png"]) == ["loss"]
+    assert list(_curves(LOG)["loss.png"]) == ["loss", "mlm_loss", "rtd_loss"]
 
 
-def test_a_lone_component_that_is_nearly_the_total_is_drawn_once() -> None:
-    """In training one is a mean over steps, the other over targets."""
-    rows = [{"loss": 5.0 + step, "mlm_loss": 5.03 + step, "step": step} for step in range(3)]
-    assert list(_curves(rows)["loss.png"]) == ["mlm_loss"]
-    weighted = [row | {"loss": 2 * row["mlm_loss"]} for row in rows]
-    assert list(_curves(weighted)["loss.png"]) == ["loss", "mlm_loss"]
+def test_a_warm_up_that_ends_before_the_first_row_is_in_the_curve() -> None:
+    log = [{"loss": 2.0, "learning_rate": 0.5, "step": 100}]
+    rates = [(1, 0.0), (5, 1.0), (100, 0.5)]
+    (curve,) = next(figure for figure in training_figures(log, learning_rates=rates) if "rate" in figure.file).curves
+    assert list(curve.train.items()) == [(1, 0.0), (5, 1.0), (100, 0.5)]
 
 
 @pytest.mark.parametrize("mark", ["other_data", "other_weights"])

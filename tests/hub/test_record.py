@@ -262,7 +262,7 @@ class TestEdits:
         )
         card.data.eval_results.append(theirs)
         card.save(tmp_path / "README.md")
-        for metrics, ours in (({"eval_mlm_loss": 2.0}, [("mlm_loss", 2.0)]), ({}, [])):
+        for metrics, ours in (({"eval_loss": 2.0}, [("loss", 2.0)]), ({}, [])):
             write_card(dataclasses.replace(BARE, metrics_after=metrics), tmp_path)
             results = ModelCard(_readme(tmp_path)).data.eval_results
             assert [(each.metric_type, each.metric_value) for each in results] == [*ours, ("accuracy", 0.5)]
@@ -411,11 +411,14 @@ class TestCommand:
             "org/set",
             "--hub_model_id",
             "me/new",
+            "--tags",
+            "biomedical",
         ]
         command.main([str(tmp_path / "model"), "--evaluation", str(one), str(many), *options])
         assert capsys.readouterr().out == f"model card  {tmp_path / 'model' / 'README.md'}\n"
         card = ModelCard.load(tmp_path / "model" / "README.md")
         assert (card.data.license, card.data.language, card.data.datasets) == ("apache-2.0", ["en", "de"], ["org/set"])
+        assert card.data.tags[-1] == "biomedical"
         assert 'from_pretrained("me/new")' in card.text and "\n# new\n" in card.text
         assert len(read_record(tmp_path / "model").evaluations) == 3
         command.main([str(tmp_path / "model")])
@@ -424,8 +427,11 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (["--license", "Apache 2.0"], "license='Apache 2.0': give the Hub's identifier"),
-            (["--language", "English"], "language='English': give a code"),
+            (
+                ["--license", "Apache 2.0"],
+                "license='Apache 2.0' is no identifier of the Hub: did you mean 'apache-2.0'?",
+            ),
+            (["--language", "English"], "language='English' is no code of a language: did you mean 'en'?"),
             (["--datasets", "/data/x"], "datasets='/data/x': give an id"),
             (["--evaluation", "absent.json"], "evaluation='absent.json' cannot be read"),
             (["--evaluations", "x"], "unknown option '--evaluations': did you mean '--evaluation'"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock, Timeout
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from helpers.method_matrix import data_for, programs, tiny_data, tiny_model_options
@@ -17,6 +19,8 @@ from hf_pretrain.data.arguments import MultilingualDataArguments
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import begin_folder, write_marker
+from hf_pretrain.hub.record import read_record
+from hf_pretrain.hub.text import measured, with_perplexity
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.training.arguments import PretrainingArguments
@@ -547,6 +551,61 @@ class TestRun:
         assert recipe["learning_rate"] == 3e-4 and recipe["max_steps"] == 2
         # Else a recipe written on a machine without a GPU would never use one again.
         assert recipe.keys() <= given
+
+    def test_the_options_in_the_card_are_all_that_define_the_run(self, finished):
+        """Saved as a file, they start the same run again, whatever the defaults will be."""
+        trainer, options, folder = finished
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        block = re.search(r"<details>.*?```yaml\n(.*?)```.*?</details>", card, flags=re.DOTALL)[1]
+        known = yaml.safe_load(block)
+        shown = yaml.safe_load(re.search(r"### Recipe.*?```yaml\n(.*?)```", card, flags=re.DOTALL)[1])
+        assert {"learning_rate", "lr_scheduler_type", "optim", "seed", "warmup_steps"} <= shown.keys() < known.keys()
+        assert {"learning_rate", "warmup_steps", "adam_epsilon", "optim", "weight_decay", "seed"} <= known.keys()
+        defining = {
+            "mlm_probability",
+            "rtd_weight",
+            "generator_size",
+            "strip_accents",
+            "hidden_size",
+            "mem_len",
+            "loss_weights",
+        }
+        for option in options:
+            assert {name for name in defining if getattr(option, name, None) is not None} <= known.keys()
+        (folder.parent / "all.yaml").write_text(block, encoding="utf-8")
+        types = [type(option) for option in options]
+        output = ["--output_dir", str(folder)]
+        config = ["--config", str(folder.parent / "all.yaml")]
+        again = parse_arguments(types, [*config, *output], prog="hf-pretrain", description="")
+        # Where and how a run saves, logs and pushes, and what is a path of the machine.
+        aside = ("output_dir", "logging_", "save_", "disable_tqdm", "train_file", "teacher_name_or_path")
+        for first, second in zip(options, again, strict=True):
+            for option in (option for option in fields(first) if not option.name.startswith(aside)):
+                assert plain(getattr(first, option.name)) == plain(getattr(second, option.name)), option.name
+
+    def test_the_card_has_the_sizes_of_the_model(self, finished):
+        trainer, _, folder = finished
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        root = getattr(trainer.model, trainer.model.export_parts[""])
+        rows = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+) \|", card, flags=re.MULTILINE))
+        config = root.config
+        found = [int(rows[name].replace(",", "")) for name in ("Layers", "Width", "Attention heads", "Vocabulary")]
+        assert found == [
+            *(config.num_hidden_layers, config.hidden_size, config.num_attention_heads),
+            root.get_input_embeddings().weight.shape[0],
+        ]
+        assert rows["Parameters"] == f"{root.num_parameters():,}"
+
+    def test_each_number_of_the_card_is_explained_and_the_hub_gets_a_few(self, finished):
+        trainer, _, folder = finished
+        card = read_record(folder)
+        after = {name.removeprefix("eval_") for name in with_perplexity(measured(card.metrics_after))}
+        assert after and after <= set(card.objective.metrics), "a sentence for an outsider"
+        assert all(text.endswith(".") and len(text) < 110 for text in card.objective.metrics.values())
+        index = ModelCard.load(folder / "README.md").data.eval_results
+        assert {result.metric_type for result in index} <= set(card.objective.headline)
+        assert min(3, len(after)) <= len(index) <= 5
+        assert all(float(f"{result.metric_value:.4g}") == result.metric_value for result in index)
 
     def test_the_card_tells_nothing_of_the_machine(self, finished):
         _, _, folder = finished

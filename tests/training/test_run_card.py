@@ -2,19 +2,26 @@
 
 import dataclasses
 import logging
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig
+from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, TrainerState
 
 from helpers.method_matrix import build, programs, tiny_data
+from hf_pretrain.data.prepare import DataArguments, prepare_data
+from hf_pretrain.hub import run as run_module
 from hf_pretrain.hub.card import add_evaluation, render_card
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import training_figures
 from hf_pretrain.hub.record import read_record
-from hf_pretrain.hub.run import describe_run
-from hf_pretrain.hub.text import number
+from hf_pretrain.hub.run import LearningRates, describe_run, hub_name_of
+from hf_pretrain.hub.text import number, with_perplexity
+from hf_pretrain.modeling.backbone import flops_of_weights
+from hf_pretrain.modeling.base import trial_tokens
 from hf_pretrain.training.program import print_report
 
 MLM = programs()["mlm"]
@@ -114,7 +121,8 @@ def test_the_numbers_are_those_of_the_best_weights(method, tmp_path, capsys):
     assert record.metrics_after == again and (record.weights_step, record.compute.steps) == (1, 4)
     assert "those of step 1 of 4, the best by" in text and "| At step 1 |" in text
     index = {each.metric_type: each.metric_value for each in ModelCard(text).data.eval_results}
-    assert index and all(value == pytest.approx(again[f"eval_{name}"], rel=1e-3) for name, value in index.items())
+    known = with_perplexity(again)
+    assert index and all(value == pytest.approx(known[f"eval_{name}"], rel=1e-3) for name, value in index.items())
     assert "before and at step 1, which is exported" in out
     total = next((line.split() for line in out.splitlines() if line.split()[:1] == ["loss"]), None)
     assert total is None or total[2] == f"{again['eval_loss']:.4f}"
@@ -251,3 +259,156 @@ def test_energy_comes_from_what_codecarbon_left(tmp_path):
     trainer = build(MLM, tmp_path)
     tmp_path.joinpath("emissions.csv").write_text("run_id,emissions,energy_consumed\na,0.1,0.25\n")
     assert describe_run(trainer).compute.energy.kwh == 0.25
+
+
+# Warm-up over the first four of twelve steps, and one row of the log at the end.
+FEW_ROWS = {"max_steps": 12, "warmup_steps": 4, "logging_steps": 12, "learning_rate": 1e-3}
+
+
+def drawn_rates(trainer):
+    """Return step -> learning rate as the card draws it."""
+    card = describe_run(trainer)
+    figures = training_figures(card.log_history, learning_rates=card.learning_rates)
+    return next(figure.curves[0].train for figure in figures if figure.file == "learning_rate.png")
+
+
+def test_the_warm_up_shows_although_it_ends_before_the_first_row_of_the_log(tmp_path):
+    trainer = build(MLM, tmp_path, **FEW_ROWS, save_strategy="steps", save_steps=8)
+    trainer.train()
+    assert [row["step"] for row in trainer.state.log_history if "learning_rate" in row] == [12]
+    rates = drawn_rates(trainer)
+    # The first step has the rate 0, and the fifth is the first after the warm-up.
+    assert rates == pytest.approx({step: 1e-3 * min((step - 1) / 4, (13 - step) / 8) for step in range(1, 13)})
+    logged = next(row for row in trainer.state.log_history if "learning_rate" in row)
+    assert rates[12] == logged["learning_rate"]
+    resumed = build(MLM, tmp_path, **FEW_ROWS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert drawn_rates(resumed) == pytest.approx(rates), "the steps before are those of the schedule"
+
+
+def test_few_points_draw_a_long_run_with_its_warm_up_its_levels_and_its_fall():
+    noted, state = LearningRates(), TrainerState()
+    noted.on_train_begin(None, state, None)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+    true = np.interp(range(20_000), [0, 1000, 9000, 9001, 19_000, 20_000], [0.0, 1.0, 1.0, 0.5, 0.5, 0.0])
+    for step, rate in enumerate(true):
+        state.global_step = step
+        optimizer.param_groups[0]["lr"] = float(rate)
+        noted.on_optimizer_step(None, state, None, optimizer=optimizer)
+    steps, rates = zip(*noted.noted, strict=True)
+    assert (steps[0], steps[-1]) == (1, 20_000) and len(steps) < 1024
+    np.testing.assert_allclose(np.interp(range(1, 20_001), steps, rates), true, atol=0.02)
+
+
+def test_rates_that_the_log_contradicts_are_not_made_up():
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    for logged, is_known in ((0.1, True), (0.2, False)):
+        state = TrainerState(global_step=10, log_history=[{"step": 10, "learning_rate": logged}])
+        noted = LearningRates()
+        noted.on_train_begin(None, state, None, lr_scheduler=schedule)
+        assert bool(noted.noted) is is_known
+        assert not is_known or dict(noted.noted)[2] == 0.5
+
+
+def test_the_front_matter_has_what_the_options_of_the_training_say(tmp_path):
+    facts = {"language": ["de", "nds"], "license": "cc-by-4.0", "datasets": ["org/more"], "tags": ["biomedical"]}
+    trainer = build(MLM, tmp_path, **facts)
+    trainer.recipe = {"dataset_name": "org/texts"}
+    trainer.create_model_card()
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.language, data.license) == (["de", "nds"], "cc-by-4.0")
+    assert data.datasets == ["org/texts", "org/more"]
+    assert data.tags == ["hf_pretrain", "mlm", "generated_from_trainer", "biomedical"]
+    assert not {"language", "license", "tags"} & describe_run(trainer).options.keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"private_text": True}, {"hub_private_repo": True}])
+def test_private_text_gives_no_sentence(tmp_path, options, monkeypatch):
+    trainer = build(MLM, tmp_path, **options)
+    monkeypatch.setattr(run_module, "find_examples", lambda *args, **kwargs: ("A |held-out| one.", "Another."))
+    assert describe_run(trainer).examples == (() if options else ("A |held-out| one.", "Another."))
+    assert ("held-out one" in render_card(describe_run(trainer))) is not bool(options)
+
+
+def test_options_of_data_that_was_prepared_in_python_are_in_the_card(tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n\n".join(f"a text of some words, number {i}." for i in range(50)))
+    options = DataArguments(train_file=[str(corpus)], block_size=16, vocab_size=120, lowercase=False)
+    data = prepare_data(options, seed=1, output_dir=tmp_path / "out")
+    trainer = build(MLM, tmp_path / "out", replace(tiny_data(), description=data.description))
+    card = describe_run(trainer)
+    known = {"lowercase": False, "validation_fraction": 0.02, "tokenizer_type": "auto", "mlm_probability": 0.15}
+    assert known.items() <= card.options.items() and card.options["train_file"] == ["corpus.txt"]
+    assert "options" not in card.data and str(tmp_path) not in render_card(card)
+
+
+def encoder(config):
+    return AutoModelForMaskedLM.from_config(config)
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": 99,
+}
+
+
+def test_operations_are_those_of_the_weights_that_a_token_passes():
+    """A layer that is shared counts each time, tables and heads not at all; attention itself on some devices."""
+    layers = 3 * 2 * (4 * 64 * 64 + 2 * 64 * 256)
+    attention = 3 * 2 * 2 * 8 * 64
+    bert, albert = encoder(BertConfig(**SMALL)), encoder(AlbertConfig(**SMALL, embedding_size=16))
+    pooler = 2 * 64 * 64 // 8
+    found = flops_of_weights(bert, trial_tokens(bert))
+    assert found in (layers, layers + attention)
+    shared = flops_of_weights(albert, trial_tokens(albert))
+    assert (
+        shared in (found + 2 * 16 * 64, found + 2 * 16 * 64 + pooler)
+        and albert.num_parameters() < bert.num_parameters()
+    )
+
+
+def test_a_teacher_computes_forward_alone_and_tokens_are_those_seen(tmp_path):
+    trainer = build(programs()["distil"], tmp_path)
+    trainer.train()
+    card = describe_run(trainer)
+    student, teacher = trainer.model.student, trainer.model.teacher.model
+    forward = [flops_of_weights(part, trial_tokens(part)) for part in (student, teacher)]
+    # The pooler of the student is not trained.
+    share = student.num_parameters(only_trainable=True) / student.num_parameters()
+    assert card.compute.flops == pytest.approx(card.compute.tokens * (forward[0] * (1 + 2 * share) + forward[1]))
+    assert list(card.sizes) == ["", "teacher"] and card.sizes["teacher"]["layers"] == 6
+    assert card.compute.share_of_peak is None, "no data sheet of this device was read"
+
+
+@pytest.mark.parametrize(
+    ("files", "named", "origin"),
+    [
+        ({"config.json": '{"_name_or_path": "org/base"}'}, "org/base", "names [org/base]"),
+        ({"README.md": "---\nbase_model: org/base\n---\n# x\n"}, "org/base", "names [org/base]"),
+        ({"README.md": "---\nbase_model:\n- org/a\n- org/b\n---\n"}, "org/a", "names [org/a]"),
+        ({"pretraining/run.json": '{"format": 2, "card": {"repo": "me/mine"}}'}, "me/mine", ""),
+        ({"config.json": '{"_name_or_path": "bert"}', "README.md": "---\nbase_model: [\n"}, None, ""),
+        ({"config.json": '{"_name_or_path": "out/checkpoint-5"}'}, None, ""),
+        ({"config.json": "[]", "README.md": "# no front matter"}, None, ""),
+    ],
+)
+def test_a_local_folder_says_which_model_of_the_hub_it_is_or_came_from(tmp_path, files, named, origin):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    found = run_module._base_model(str(tmp_path), is_adapter=False)
+    assert found["base_model"] == (named or str(tmp_path)) and origin in found.get("origin", "")
+    assert bool(origin) is ("origin" in found)
+    assert run_module._base_model(str(tmp_path), is_adapter=True)["base_model"] == (
+        named if named and not origin else str(tmp_path)
+    ), "an adapter opens on the very model alone"
+
+
+def test_a_folder_of_the_hubs_cache_is_the_model_that_it_is_of(tmp_path):
+    folder = tmp_path / "models--org--base" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    assert hub_name_of(folder, or_base=False) == "org/base"

@@ -180,7 +180,7 @@ class TestCard:
         assert data.base_model is None and data.license is None
         after = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
         results = {result.metric_type: result.metric_value for result in data.eval_results}
-        assert results.keys() == {"mlm_loss", "rtd_loss", "mlm_accuracy", "disc_auc"}
+        assert results.keys() == {"mlm_loss", "rtd_loss", "disc_gain", "disc_auc"}
         for name, value in results.items():
             assert value == pytest.approx(after[f"eval_{name}"], rel=1e-3)
 

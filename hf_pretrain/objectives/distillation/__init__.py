@@ -2,8 +2,8 @@
 
 `arguments.py` has the options and the configuration, `student.py` the student, `building.py` brings data, student and
 teacher together. A step runs `modeling.py` with the losses of `losses.py` and `predictions.py`; `targets.py` replaces
-the teacher by a cache of its predictions. `trainer.py` logs and describes the run, `comparison.py` measures the
-student beside its teacher.
+the teacher by a cache of its predictions, and `sentence_embeddings.py` is for teachers of sentence-transformers.
+`trainer.py` logs and describes the run, `comparison.py` measures the student beside its teacher.
 """
 
 from hf_pretrain.objectives.distillation.arguments import (
@@ -23,6 +23,7 @@ from hf_pretrain.objectives.distillation.building import (
 )
 from hf_pretrain.objectives.distillation.comparison import compare
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
+from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.targets import (
     DataCollatorForDistillation,
@@ -43,6 +44,7 @@ __all__ = [
     "DistillationModel",
     "DistillationTrainer",
     "DistillationTrainingArguments",
+    "SentenceModules",
     "StudentArguments",
     "TaskDataArguments",
     "TaskDistillationTrainer",

@@ -384,11 +384,14 @@ Distil a trained encoder into a smaller one on raw text: DistilBERT, TinyBERT's 
     hf-pretrain distil --teacher_name_or_path my-bert --student_layers every_other --train_file corpus.txt \\
         --output_dir my-student
     hf-pretrain distil --config minilmv2 --teacher_name_or_path my-bert --train_file corpus.txt --output_dir my-minilm
+    hf-pretrain distil --distillation_method embedding --teacher_name_or_path my-sentence-transformer \\
+        --student_layers every_other --train_file sentences.txt --document_separator line --output_dir my-encoder
     accelerate launch trainers/distil.py --config trainers/recipes/tinybert_general.yaml \\
         --teacher_name_or_path my-bert ...
 
 With `--demo_corpus true` it trains on the docstrings of the installed Python packages. The student opens with
-`AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`.""",
+`AutoModelForMaskedLM.from_pretrained("my-student")`, or where no loss compares predictions, with `AutoModel`;
+that of a model of sentence-transformers with `SentenceTransformer` too.""",
     arguments=(DataArguments, StudentArguments, DistillationTrainingArguments),
     learning=Learning(left={"prediction_loss": 0.44}),
     tiny_options=_TINY_OPTIONS,

@@ -21,7 +21,8 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
+from hf_pretrain.hub.run import hub_name_of
 from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
 from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
@@ -129,7 +130,7 @@ _HEADS = {
 from transformers import pipeline
 
 fill_mask = pipeline("fill-mask", model="{repo}")
-predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")""",
+predictions = fill_mask({masked})""",
     ),
     "token_classification": (
         "token-classification",
@@ -137,7 +138,7 @@ predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")""
 from transformers import pipeline
 
 classify = pipeline("token-classification", model="{repo}", aggregation_strategy="first")
-entities = classify("The chef made a fine meal.")""",
+entities = classify({sentence})""",
     ),
     "question_answering": (
         "question-answering",
@@ -147,13 +148,53 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModelForQuestionAnswering.from_pretrained("{repo}")
-inputs = tokenizer("What did the chef make?", "The chef made a fine meal.", return_tensors="pt")
+inputs = tokenizer({another}, {sentence}, return_tensors="pt")
 with torch.no_grad():
     output = model(**inputs)
 begin, end = output.start_logits.argmax(), output.end_logits.argmax()
 answer = tokenizer.decode(inputs["input_ids"][0, begin : end + 1])""",
     ),
 }
+
+
+_OF_A_SIDE = {name: SHARED_METRICS[name] for name in ("mlm_loss", "mlm_perplexity", "mlm_accuracy")} | {
+    "accuracy": "Share of the predictions that are the label.",
+    "f1": "Overlap of the predicted and the true parts of a text, from 0 to 1, 1 being all of them and nothing else.",
+    "exact_match": "Share of the answers that are the true one to the letter.",
+    "squared_error": "Mean square of how far a prediction is from the label; 0 is perfect.",
+}
+# What the numbers say, for an outsider.
+_METRICS = (
+    SHARED_METRICS
+    | _OF_A_SIDE
+    | {f"teacher_{name}": "The same number of the teacher, which the student is to reach." for name in _OF_A_SIDE}
+    | {
+        "agreement": "Share of the predictions in which the student's first guess is the teacher's.",
+        "kl": "How far the student's probabilities are from the teacher's, in nats; 0 is the same.",
+        "squared_difference": "Mean square of how far a prediction is from the teacher's; 0 is the same.",
+        "prediction_loss": "How far the student's softened probabilities are from the teacher's, in nats; 0 is the same.",
+        "labels_loss": "How surprised the student is by the true label, in nats; 0 is certainty.",
+        "cosine_loss": "How far the student's last states point elsewhere than the teacher's, from 0, the same, to 2.",
+        "embedding_loss": "Mean square of how far the student's embeddings are from the teacher's; 0 is the same.",
+        "hidden_loss": "Mean square of how far the student's hidden states are from the teacher's; 0 is the same.",
+        "attention_loss": "Mean square of how far the student's attention scores are from the teacher's; 0 is the same.",
+        "attention_distribution_loss": "How far attention is from the teacher's, in nats; 0 is the same.",
+        "sentence_agreement": "Share of the texts whose nearest other text is the one that is nearest for the teacher.",
+        "sentence_cosine_loss": "How far a text's vector points elsewhere than the teacher's, from 0, the same, to 2.",
+        "sentence_mse_loss": "Mean square of how far a text's vector is from the teacher's; 0 is the same.",
+        "sentence_similarity_loss": "Mean square of how far the likeness of two texts is from the teacher's; 0 is the same.",
+        "value_relation_loss": "How far the likeness of tokens, by the values, is from the teacher's, in nats; 0 is the same.",
+    }
+    | {
+        f"relation_{short}_loss": f"How far the likeness of tokens, by the {name}, is from the teacher's, in nats; 0 is the same."
+        for short, name in {"qq": "queries", "kk": "keys", "vv": "values"}.items()
+    }
+)
+_HEADLINE = (
+    *("sentence_agreement", "sentence_cosine_loss", "sentence_mse_loss", "sentence_similarity_loss"),
+    *("agreement", "kl", "squared_difference"),
+    *("mlm_loss", "mlm_accuracy", "accuracy", "f1", "exact_match", "squared_error"),
+)
 
 
 def describe(objective: ObjectiveDescription, weights: Mapping[str, float], *, head: str) -> ObjectiveDescription:
@@ -224,7 +265,7 @@ _OF_SENTENCE_TRANSFORMERS: dict[str, Any] = {
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{repo}")
-embeddings = model.encode(["The chef made a fine meal.", "Dinner was well cooked."])
+embeddings = model.encode([{sentence}, {another}])
 similarities = model.similarity(embeddings, embeddings)""",
 }
 _ENCODER_ONLY = "**Encoder only**: this run trained no head; go on with a loss of predictions, or fine-tune it."
@@ -248,6 +289,8 @@ class DistillationTrainer(PretrainingTrainer):
             "teacher is not changed."
         ),
         citations=(DISTILBERT,),
+        metrics=_METRICS,
+        headline=_HEADLINE,
     )
 
     option_classes = (StudentArguments, DistillationTrainingArguments)
@@ -340,8 +383,9 @@ class DistillationTrainer(PretrainingTrainer):
         if self.model.sentence_modules is not None:
             objective = dataclasses.replace(objective, **_OF_SENTENCE_TRANSFORMERS)
             teacher = self.model.teacher_name
-            if teacher and hub_id(teacher) and not Path(teacher).exists():
-                facts["base_model"] = teacher
+            name = hub_name_of(teacher) if teacher and Path(teacher).exists() else hub_id(teacher)
+            if name:
+                facts["base_model"] = name
         elif not OF_PREDICTIONS & args.weights().keys():
             facts["note"] = _ENCODER_ONLY
         return facts | {"objective": objective}
@@ -358,12 +402,14 @@ class TaskDistillationTrainer(DistillationTrainer):
             "task that the teacher was fine-tuned for. The teacher is not changed, and the examples need no labels."
         ),
         citations=(TINYBERT,),
+        metrics=_METRICS,
+        headline=_HEADLINE,
         pipeline_tag="text-classification",
         usage="""\
 from transformers import pipeline
 
 classify = pipeline("text-classification", model="{repo}")
-predictions = classify("The chef made a fine meal.")""",
+predictions = classify({sentence})""",
     )
 
     option_classes = (StudentArguments, TaskDistillationTrainingArguments)

@@ -20,7 +20,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
-from hf_pretrain.hub.record import ObjectiveDescription, cite
+from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
     attention_options,
@@ -194,13 +194,20 @@ class ElectricTrainer(PretrainingTrainer):
             r" + \log q(\hat{x}_t \mid x_{\setminus t}) + \log \frac{k}{1 - k}, [t \in M]\right)"
         ),
         citations=cite("clark2020electric"),
+        metrics=SHARED_METRICS
+        | {
+            "cloze_loss": "How surprised the generator is by a token, given all the others, in nats; 0 is certainty.",
+            "nce_loss": "How surprised the model is to learn whether a token is noise, in nats; 0 is certainty.",
+            "energy": "The model's estimate of how surprising a token of the text is, given all the others, in nats.",
+        },
+        headline=("disc_gain", "nce_loss", "cloze_loss", "energy"),
         usage="""\
 import torch
 from transformers import AutoTokenizer, {model_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = {model_class}.from_pretrained("{repo}")
-inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
+inputs = tokenizer({sentence}, return_tensors="pt")
 is_special = torch.isin(inputs["input_ids"][0], torch.tensor(tokenizer.all_special_ids))
 with torch.no_grad():
     energies = model(**inputs).logits.flatten()  # [length]: estimates of -log p of each token given all the others

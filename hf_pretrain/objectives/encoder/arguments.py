@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 from hf_pretrain.errors import InputError, check_choice
-from hf_pretrain.hub.record import ObjectiveDescription, cite
+from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
 from hf_pretrain.options import option
 from hf_pretrain.schedules import weight_symbol
@@ -246,6 +246,22 @@ _OBJECTIVES: dict[str, tuple[str, str, str]] = {
         "dong2019unilm",
     ),
 }
+# What the numbers beside those of masked tokens say, for an outsider.
+METRICS = SHARED_METRICS | {
+    "pair_loss": "How surprised the model is by how the two segments belong together, in nats; 0 is certainty.",
+    "pair_accuracy": "Share of the pairs that are told rightly; chance is 1 by the number of answers.",
+    "span_boundary_loss": "How surprised the model is by a token of a masked span, from the two beside it, in nats.",
+    "span_boundary_accuracy": "Share of the tokens of masked spans that the two neighbours give.",
+    "word_order_loss": "How surprised the model is by the true token where tokens were shuffled, in nats; 0 is certainty.",
+    "word_order_accuracy": "Share of the shuffled positions where the first guess is the true token.",
+    "tlm_loss": "The same as the MLM loss, where a sentence and its translation are seen together.",
+    "tlm_perplexity": "The perplexity of that loss.",
+    "tlm_accuracy": "Share of the masked positions in pairs of translations where the first guess is the true token.",
+    "bidirectional_nll": "The masked-token loss of the examples in which all tokens see each other, in nats.",
+    "left_to_right_nll": "The masked-token loss of the examples in which tokens see what is before them, in nats.",
+    "right_to_left_nll": "The masked-token loss of the examples in which tokens see what is after them, in nats.",
+    "sequence_to_sequence_nll": "The masked-token loss of the examples in which a second segment follows a first, in nats.",
+}
 # Which loss an objective's formula stands for, where it has not the objective's own name.
 _LOSS_OF = dict.fromkeys(("nsp", "sop", "sentence_structure"), "pair")
 
@@ -267,8 +283,11 @@ def describe(
         if weight:
             factor = "" if weight == 1 else rf"{weight_symbol(weight)} \cdot "
             terms.append(f"{factor}{formula}" if not factor else rf"{factor}\left({formula}\right)")
+    losses = dict.fromkeys(_LOSS_OF.get(name, name) for name, _, formula, _ in known if formula)
     return dataclasses.replace(
         objective,
+        metrics=METRICS,
+        headline=("mlm_loss", "mlm_perplexity", *(f"{name}_accuracy" for name in losses)),
         description=" ".join([objective.description, *(words for _, words, _, _ in known)]).strip(),
         formula=r"\mathcal{L} = "
         + " ".join(term if term.startswith("-") or i == 0 else f"+ {term}" for i, term in enumerate(terms)),

@@ -22,7 +22,7 @@ from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes
-from hf_pretrain.objectives.encoder.arguments import ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
+from hf_pretrain.objectives.encoder.arguments import METRICS, ONE_WAY_OBJECTIVES, EncoderTrainingArguments, describe
 from hf_pretrain.objectives.encoder.collator import DataCollatorForEncoder
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrainingArguments
@@ -176,7 +176,7 @@ _FILL_MASK = """\
 from transformers import pipeline
 
 fill_mask = pipeline("fill-mask", model="{repo}")
-predictions = fill_mask(f"The chef ate the {fill_mask.tokenizer.mask_token}.")"""
+predictions = fill_mask({masked})"""
 
 
 class EncoderTrainer(PretrainingTrainer):
@@ -186,6 +186,7 @@ class EncoderTrainer(PretrainingTrainer):
         name="encoder",
         title="Pre-training of an encoder",
         description="One encoder is trained with several objectives, each with a loss of its own.",
+        metrics=METRICS,
         pipeline_tag="fill-mask",
         usage=_FILL_MASK,
     )

@@ -11,7 +11,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
 from hf_pretrain.objectives.permutation_lm.scoring import logits_at
@@ -167,13 +167,20 @@ class PermutationLMTrainer(RecurrentTrainer):
   year = {2019}
 }""",
         ),
+        metrics=SHARED_METRICS
+        | {
+            "plm_loss": "How surprised the model is by a token, given those before it in the order, in nats; 0 is certainty.",
+            "plm_perplexity": "As many tokens, all as likely, would leave the model as unsure; it depends on the tokenizer.",
+            "plm_accuracy": "Share of the predicted tokens where the first guess is right.",
+        },
+        headline=("plm_loss", "plm_perplexity", "plm_accuracy"),
         usage="""\
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModel.from_pretrained("{repo}")
-inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
+inputs = tokenizer({sentence}, return_tensors="pt")
 with torch.no_grad():
     states = model(**inputs).last_hidden_state  # [1, length, width]: a vector for each token""",
     )

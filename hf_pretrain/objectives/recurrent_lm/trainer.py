@@ -18,7 +18,7 @@ from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.streams import memory_lengths
-from hf_pretrain.hub.record import ObjectiveDescription
+from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLForCausalLM
 from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
@@ -142,13 +142,19 @@ class RecurrentLMTrainer(RecurrentTrainer):
   year = {2019}
 }""",
         ),
+        metrics=SHARED_METRICS
+        | {
+            "lm_loss": "How surprised the model is by the next token, in nats; 0 is certainty.",
+            "perplexity": "As many tokens, all as likely, would leave the model as unsure; it depends on the tokenizer.",
+        },
+        headline=("lm_loss", "perplexity"),
         pipeline_tag="text-generation",
         usage="""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("{repo}", trust_remote_code=True)
-inputs = tokenizer("The chef ate", return_tensors="pt", add_special_tokens=False)
+inputs = tokenizer({beginning}, return_tensors="pt", add_special_tokens=False)
 outputs = model.generate(inputs.input_ids, max_new_tokens=20)
 print(tokenizer.decode(outputs[0]))""",
     )

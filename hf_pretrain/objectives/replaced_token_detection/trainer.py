@@ -26,7 +26,7 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics, discrimination_gain
-from hf_pretrain.hub.record import ObjectiveDescription, cite
+from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
 from hf_pretrain.objectives.generators import GeneratorTrainingArguments
@@ -65,7 +65,7 @@ _USAGE_OF_ANOTHER_HEAD = """\
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer  # opens the encoder with its head
 
 scorer = ReplacedTokenScorer.from_pretrained("{repo}")
-words = scorer("The chef ate the meal.")  # of each word: word, start, end, and score, the probability that it is a replacement"""
+words = scorer({sentence})  # of each word: word, start, end, and score, the probability that it is a replacement"""
 
 
 @dataclass
@@ -130,13 +130,25 @@ class ReplacedTokenDetectionTrainer(PretrainingTrainer):
             r" + \lambda \, \frac{1}{n} \sum_{t=1}^{n} \mathrm{BCE}\left(D(\hat{x})_t, [\hat{x}_t \neq x_t]\right)"
         ),
         citations=cite("clark2020electra"),
+        metrics=SHARED_METRICS
+        | {
+            "mlm_loss": "How surprised the generator is by the true token at a masked position, in nats; 0 is certainty.",
+            "mlm_perplexity": "As many tokens, all as likely, would leave the generator as unsure at a masked position.",
+            "mlm_accuracy": "Share of the masked positions where the generator's first guess is the true token.",
+            "rtd_loss": "How surprised the model is to learn whether a token was replaced, in nats; 0 is certainty.",
+            "disc_auc": "How often a replaced token gets a higher score than an original one: 0.5 is chance, 1 is perfect.",
+            "disc_accuracy": "Share of the tokens that are told rightly; calling all original gives 1 less the fake rate.",
+            "disc_precision": "Share of the tokens called replaced that were replaced.",
+            "disc_recall": "Share of the replaced tokens that are called so.",
+        },
+        headline=("disc_auc", "disc_gain", "rtd_loss", "mlm_loss"),
         usage="""\
 import torch
 from transformers import AutoTokenizer, {model_class}
 
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = {model_class}.from_pretrained("{repo}")
-inputs = tokenizer("The chef ate the meal.", return_tensors="pt")
+inputs = tokenizer({sentence}, return_tensors="pt")
 with torch.no_grad():
     replaced = model(**inputs).logits.squeeze(-1).sigmoid()  # [1, length]: probability that a token is a replacement""",
     )

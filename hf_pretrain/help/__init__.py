@@ -1,6 +1,6 @@
 """The help of a program: its options in groups, the objective first, and those of transformers only on demand.
 
-The short help of each method and command is kept in `hf_pretrain/help/`, because the import of torch and transformers takes
+The short help of each method and command is kept in the files beside this one, because the import of torch and transformers takes
 seconds. `make docs` writes these files, and a test compares them.
 """
 
