@@ -20,6 +20,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
+from hf_pretrain.evaluation.samples import sentences
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
@@ -44,7 +45,6 @@ from hf_pretrain.objectives.generators import (
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.options import option
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.samples import sentences
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 

@@ -17,6 +17,7 @@ from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.samples import print_filled_masks
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
@@ -29,7 +30,6 @@ from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrai
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import load_data
-from hf_pretrain.training.samples import print_filled_masks
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 _PAIR_TASKS: dict[str, PairTask] = {

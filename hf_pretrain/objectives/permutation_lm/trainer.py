@@ -11,6 +11,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.windows import LaneStream, XLNetWindows
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.samples import print_guesses
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
@@ -19,7 +20,6 @@ from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.samples import print_guesses
 
 
 @dataclass

@@ -17,6 +17,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.windows import LaneDataset, LaneStream
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.samples import print_next_tokens
 from hf_pretrain.evaluation.streams import memory_lengths
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.modeling.losses import IGNORED
@@ -30,7 +31,6 @@ from hf_pretrain.objectives.recurrent_lm.modeling import (
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.samples import print_next_tokens
 
 # Options that evaluation has a second time, after "eval_".
 _LENGTHS = ("mem_len", "clamp_len", "same_length")
