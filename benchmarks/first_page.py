@@ -96,7 +96,8 @@ def export(folder: Path) -> None:
     out = folder / "modernbert"
     options = {
         "model_type": "modernbert", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128,
-        "max_corpus_bytes": 2_000_000, "vocab_size": 2000, "block_size": 64, "max_steps": 1500, "learning_rate": 2e-3,
+        "demo_corpus": True, "max_corpus_bytes": 2_000_000, "vocab_size": 2000, "block_size": 64, "max_steps": 1500,
+        "learning_rate": 2e-3,
         "warmup_steps": 20, "per_device_train_batch_size": 16, "save_strategy": "no", "report_to": "none", "use_cpu": True,
         "output_dir": out,
     }  # fmt: skip

@@ -85,6 +85,7 @@ class ComparisonArguments:
             name: getattr(self, name)
             for name in ("train_file", "document_separator", "max_corpus_bytes", "block_size")
         }
+        chosen["demo_corpus"] = not self.train_file
         return DataArguments(**chosen | {"validation_file": self.validation_file or None} | options)
 
     def training(self, folder: Path, seed: int, **options: Any) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, 
 
 RUNS = {
     "my-electra": "rtd --model_type electra --vocab_size 300",
-    "my-unilm": "unilm --vocab_size 300",
+    "my-unilm": "encoder --config unilm_small --vocab_size 300",
     "my-xlnet": "plm --model_type xlnet --vocab_size 300",
     "my-transformer-xl": "recurrent-lm --tokenizer_type wordpiece --vocab_size 300 --tgt_len 16 --mem_len 16 --hidden_size 32 "
     "--num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 64 --max_steps 2 --save_strategy no --use_cpu true",

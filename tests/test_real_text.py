@@ -28,7 +28,9 @@ STEPS = {"mlm": 1200, "rtd": 2600}
 def text(tmp_path_factory):
     # These numbers of steps belong to this tokenizer; `auto` would choose bytes and keep the case.
     tokenizer = {"tokenizer_type": "wordpiece", "lowercase": True, "vocab_size": 4096}
-    options = DataArguments(max_corpus_bytes=6_000_000, block_size=64, validation_fraction=0.03, **tokenizer)
+    options = DataArguments(
+        demo_corpus=True, max_corpus_bytes=6_000_000, block_size=64, validation_fraction=0.03, **tokenizer
+    )
     return prepare_data(options, seed=0, output_dir=tmp_path_factory.mktemp("text"))
 
 
@@ -77,8 +79,8 @@ def test_held_out_text_is_better_predicted_than_by_the_baseline(method, text, tm
 @pytest.mark.slow
 def test_missing_tokens_are_found_better_than_by_their_share(tmp_path):
     """The method of the example package, with its recipe, on docstrings."""
-    recipe = [EXAMPLE_RECIPE, "--max_corpus_bytes", "400000", "--max_steps", "1000", "--disable_tqdm", "true"]
-    recipe += ["--output_dir", str(tmp_path), "--use_cpu", "true"]
+    recipe = [EXAMPLE_RECIPE, "--max_corpus_bytes", "400000", "--max_steps", "1000"]
+    recipe += ["--demo_corpus", "true", "--disable_tqdm", "true", "--output_dir", str(tmp_path), "--use_cpu", "true"]
     options = parse_arguments(EXAMPLE.arguments, ["--config", *recipe], prog="token-deletion", description="")
     data = prepare_data(options[0], seed=0, output_dir=tmp_path)
     set_seed(0)

@@ -216,7 +216,7 @@ def _text_columns(examples: datasets.Dataset, args: TaskDataArguments, task: Tas
     if found is None:
         what = "no column of a usual name" if args.text_columns is None else f"text_columns={args.text_columns}"
         is_table = args.train_file is not None and kind_of(args.train_file[0]) in (".tsv", ".csv")
-        which = "the first line names" if is_table else "the examples have"
+        which = "the first line was taken as the header, and names" if is_table else "the examples have"
         advice = "choose with --text_columns"
         if is_table:
             advice += ", or if that line is an example, put a header above it, such as sentence<TAB>label"

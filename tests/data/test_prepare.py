@@ -234,11 +234,13 @@ def test_dataset_by_name(tmp_path):
         prepare_data(dataclasses.replace(args, text_column="text"), seed=1, output_dir=tmp_path / "out")
 
 
-def test_docstrings_by_default(tmp_path, monkeypatch):
+def test_docstrings_where_they_are_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "_source_files", lambda: [(f"m{i}", tmp_path / f"m{i}.py") for i in range(30)])
     for i, text in enumerate(make_documents(30, seed=1)):
         (tmp_path / f"m{i}.py").write_text(f'"""{text} {text} {text} {text}"""')
-    data = prepare_data(arguments(max_corpus_bytes=8000), seed=1, output_dir=tmp_path / "out")
+    with pytest.raises(InputError, match="no text to train on: give --train_file .*--demo_corpus true"):
+        prepare_data(arguments(max_corpus_bytes=8000), seed=1, output_dir=tmp_path / "out")
+    data = prepare_data(arguments(demo_corpus=True, max_corpus_bytes=8000), seed=1, output_dir=tmp_path / "out")
     assert "docstrings" in data.description["source"]
     assert 5000 < data.description["bytes"] + data.description["held_out_bytes"] <= 8000
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from hf_pretrain.modeling.configuration import (
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import find_file, from_pretrained, say_once
-from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining
+from hf_pretrain.objectives.electric.modeling import EMBEDDING_SHARING, ElectricForPreTraining, score_texts
 from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig, TwoTowerClozeModel, build_two_tower
 from hf_pretrain.objectives.generators import (
     GeneratorArguments,
@@ -43,6 +44,7 @@ from hf_pretrain.objectives.generators import (
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
 from hf_pretrain.options import option
 from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.samples import sentences
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 
@@ -235,6 +237,31 @@ score = -energies[~is_special].sum()  # pseudo-log-likelihood in nats, in one pa
         return self.training_metrics(means)
 
 
+def print_likelier(trainer: ElectricTrainer, data: PreparedData) -> None:
+    """Print held-out sentences, the same with two words exchanged, and the log-likelihood of both."""
+    pairs = [
+        (text, exchanged)
+        for text in islice(sentences(data, seed=trainer.args.seed), 3)
+        if (exchanged := _with_words_exchanged(text)) != text
+    ]
+    if not pairs:
+        return
+    print("\nHeld-out sentences, and with two words exchanged; the higher the log-likelihood, the likelier:")
+    scores = score_texts(trainer.model.discriminator.eval(), data.tokenizer, [text for pair in pairs for text in pair])
+    for number, pair in enumerate(pairs):
+        for text, score in zip(pair, scores[2 * number :], strict=False):
+            print(f"  {score:8.1f}  {text}")
+
+
+def _with_words_exchanged(text: str) -> str:
+    """Return a text with its longest word and the longest of the others exchanged; in scripts without spaces, two characters."""
+    words = text.split() if " " in text else list(text)
+    numbers = sorted(range(len(words)), key=lambda number: (-len(words[number]), number))
+    first, second = numbers[0], next((n for n in numbers[1:] if words[n] != words[numbers[0]]), numbers[0])
+    words[first], words[second] = words[second], words[first]
+    return (" " if " " in text else "").join(words)
+
+
 METHOD = Method(
     trainer=ElectricTrainer,
     description="""\
@@ -249,4 +276,5 @@ With `--demo_corpus true` it trains on the docstrings of the installed Python pa
 is in its folder `pretraining/generator`.""",
     arguments=(DataArguments, ElectricModelArguments, ElectricTrainingArguments),
     learning=Learning(left={"cloze_loss": 0.44}),
+    demonstrate=print_likelier,
 )

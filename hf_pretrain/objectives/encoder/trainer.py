@@ -29,6 +29,7 @@ from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, MaskedLMTrai
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import load_data
+from hf_pretrain.training.samples import print_filled_masks
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 _PAIR_TASKS: dict[str, PairTask] = {
@@ -244,6 +245,7 @@ packages.""",
     learning=Learning(left={"mlm_loss": 0.44}),
     tiny_options={"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3},
     load=load_examples,
+    demonstrate=print_filled_masks,
 )
 
 
@@ -283,4 +285,5 @@ With `--demo_corpus true` it trains on the docstrings of the installed Python pa
 `AutoModelForMaskedLM.from_pretrained("my-bert")`.""",
     arguments=(DataArguments, ModelArguments, MaskedLMTrainingArguments),
     learning=Learning(left={"mlm_loss": 0.44}),
+    demonstrate=print_filled_masks,
 )

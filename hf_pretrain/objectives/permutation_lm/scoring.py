@@ -137,6 +137,20 @@ def _batch(ids: list[np.ndarray], columns: list[np.ndarray], ranks: list[np.ndar
 
 
 @torch.no_grad()
+def logits_at(model: PermutationLMForPreTraining, ids: Sequence[int], position: int) -> torch.Tensor:
+    """Return the logits ``[V]`` of the token at a position of a text, of which all others are seen.
+
+    Args:
+        model: The model as it is trained.
+        ids: Token ids of the text.
+        position: Position of the token, which is not read.
+    """
+    batch = _batch([np.array(ids)], [np.array([position])], [np.array([0])])
+    on_device = PermutedBatch(*(value.to(model.device) for value in batch[:5]))
+    return model.predict(on_device, torch.tensor([0], device=model.device))[0][0]
+
+
+@torch.no_grad()
 def _log_likelihoods(model: PermutationLMForPreTraining, batch: PermutedBatch) -> list[float]:
     """Return the log-likelihood of each row."""
     num_targets = (batch.key_ranks > 0).sum(dim=1)

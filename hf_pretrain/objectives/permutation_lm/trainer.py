@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_pretrain.data.arguments import DataArguments
@@ -13,10 +14,12 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
+from hf_pretrain.objectives.permutation_lm.scoring import logits_at
 from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.samples import print_guesses
 
 
 @dataclass
@@ -183,6 +186,16 @@ with torch.no_grad():
     )
 
 
+def print_candidates(trainer: PermutationLMTrainer, data: PreparedData) -> None:
+    """Print held-out sentences and the likeliest tokens in one place of each, of which all others are seen."""
+
+    def guess(ids: list[int], position: int) -> torch.Tensor:
+        return logits_at(trainer.model.eval(), ids, position)
+
+    title = "Held-out sentences without a token, and the likeliest ones in its place:"
+    print_guesses(data, guess, seed=trainer.args.seed, title=title)
+
+
 METHOD = Method(
     trainer=PermutationLMTrainer,
     description="""\
@@ -196,5 +209,6 @@ With `--demo_corpus true` it trains on the docstrings of the installed Python pa
 `AutoModel.from_pretrained("my-xlnet")`.""",
     arguments=(DataArguments, PermutationLMModelArguments, PermutationLMTrainingArguments),
     learning=Learning(left={"plm_loss": 0.44}),
+    demonstrate=print_candidates,
     tiny_options={"mem_len": 8},
 )

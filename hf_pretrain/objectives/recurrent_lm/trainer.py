@@ -30,6 +30,7 @@ from hf_pretrain.objectives.recurrent_lm.modeling import (
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.samples import print_next_tokens
 
 # Options that evaluation has a second time, after "eval_".
 _LENGTHS = ("mem_len", "clamp_len", "same_length")
@@ -203,6 +204,7 @@ With `--demo_corpus true` it trains on the docstrings of the installed Python pa
 `AutoModelForCausalLM.from_pretrained("my-transformer-xl", trust_remote_code=True)`, and generates.""",
     arguments=(DataArguments, TransformerXLModelArguments, RecurrentLMTrainingArguments),
     learning=Learning(left={"lm_loss": 0.44}),
+    demonstrate=print_next_tokens,
     tiny_options={
         "tgt_len": 8,
         "mem_len": 8,
