@@ -399,11 +399,11 @@ def _flops(trainer: PretrainingTrainer, tokens: int | None) -> float | None:
     if not tokens or is_sharded(model) or getattr(args, "training_mode", "") == "two_stage":
         return None
     total = 0.0
-    for name, part in _parts(model).items():
+    for part in _parts(model).values():
         forward = flops_of_weights(part, trial_tokens(part))
         if forward is None:
             return None
-        trained = 0 if name == "teacher" else part.num_parameters(only_trainable=True)
+        trained = part.num_parameters(only_trainable=True)  # of a teacher none
         # Backward they take as much for the states, and as much again for the weights that are trained.
         total += forward * (1 + 2 * trained / part.num_parameters()) * tokens
     return total
