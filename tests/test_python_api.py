@@ -313,6 +313,16 @@ def test_the_card_names_the_source(tmp_path):
     trainer.save_model()
     trainer.create_model_card()
     assert "wikitext train" in (tmp_path / "README.md").read_text()
+    lines = DataArguments(
+        train_file=[str(tmp_path / "a.txt")], document_separator="line", validation_fraction=0, block_size=16
+    )
+    data = prepare_data(lines, seed=0, output_dir=tmp_path, tokenizer=tiny_tokenizer())
+    trainer = built(MaskedLMTrainer, tmp_path, model=bert(), train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text() + (tmp_path / "pretraining" / "run.json").read_text()
+    assert "a.txt" in card and str(tmp_path) not in card
 
 
 def test_the_column_can_be_chosen(tmp_path):

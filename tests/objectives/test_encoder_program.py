@@ -270,7 +270,8 @@ def test_translations_and_their_objective_come_together(tmp_path, languages, cap
     common = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true"]
     assert cli.main(["encoder", "--parallel_file", pairs, *common]) == 2
     assert "add tlm to the objectives" in capsys.readouterr().err
-    assert cli.main(["encoder", "--objectives", "mlm", "tlm", *common]) == 2
+    text = ["--train_file", str(languages / "en.txt")]
+    assert cli.main(["encoder", "--objectives", "mlm", "tlm", *text, *common]) == 2
     assert "name them with parallel_file" in capsys.readouterr().err
 
 

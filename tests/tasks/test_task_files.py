@@ -116,11 +116,27 @@ class TestReading:
         [
             ("sentence\tlabel\nw1\tugly\n", {}, "holds 'ugly', but the teacher's labels are bad, good"),
             ("sentence\tlabel\nw1\t2\n", {}, "holds 2, but"),
-            ("words\tlabel\nw1\t1\n", {}, "no column of a usual name: the first line names words, label"),
-            ("w1 w2\tugly\nw1\tgood\n", {}, "the first line names w1 w2, ugly; .* put a header above it"),
-            ("0\t1\nw1\t1\nw2\t0\n", {}, "the first line names 0, 1; "),
-            ("a1\t1\t\tw1 w2\na2\t0\t\tw3 w4\n", {}, "the first line names a1, 1, .* put a header above it"),
-            ("sentence\nw1\n", {"text_columns": ["text"]}, r"text_columns=\['text'\]: the first line names sentence"),
+            (
+                "words\tlabel\nw1\t1\n",
+                {},
+                "no column of a usual name: the first line was taken as the header, and names words, label",
+            ),
+            (
+                "w1 w2\tugly\nw1\tgood\n",
+                {},
+                "the first line was taken as the header, and names w1 w2, ugly; .* put a header above it",
+            ),
+            ("0\t1\nw1\t1\nw2\t0\n", {}, "the first line was taken as the header, and names 0, 1; "),
+            (
+                "a1\t1\t\tw1 w2\na2\t0\t\tw3 w4\n",
+                {},
+                "the first line was taken as the header, and names a1, 1, .* put a header above it",
+            ),
+            (
+                "sentence\nw1\n",
+                {"text_columns": ["text"]},
+                r"text_columns=\['text'\]: the first line was taken as the header, and names sentence",
+            ),
             (
                 '{"a": "w1"}\n',
                 {"name": "x.jsonl"},

@@ -200,7 +200,7 @@ def test_two_processes_log_each_component_once_and_as_one_does(home):
         assert other["num_tokens"] == row["num_tokens"]
     for name in PROCESSES:
         printed = (home / f"{name}.out").read_text()
-        assert len(re.findall(r"'mlm_loss'", printed)) == STEPS
+        assert len(re.findall(r"^step \S+  loss .* mlm_loss ", printed, flags=re.MULTILINE)) == STEPS
 
 
 def test_two_processes_export_the_model_of_one(home):

@@ -134,7 +134,7 @@ class TestRefusals:
     def test_a_dataset_without_a_length(self, tmp_path):
         known = build(MLM, tmp_path)
         with pytest.raises(InputError, match="not map-style"):
-            type(known)(known.model, known.args, train_dataset=object())
+            type(known)(known.model, known.args, train_dataset=object(), processing_class=known.processing_class)
 
 
 class TestTableOfOverriddenMethods:
