@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.token_store import TokenStore
+from hf_pretrain.data.documents.words import is_letters, letter_share
 from hf_pretrain.data.prepare import PreparedData
 
 _SHORTEST, _LONGEST = 8, 40  # tokens
@@ -19,7 +20,7 @@ _SENTENCES, _CANDIDATES = 3, 3
 _LETTERS = 0.7  # the least share of letters and spaces
 
 
-def sentences(data: PreparedData, *, seed: int) -> Iterator[str]:
+def held_out_sentences(data: PreparedData, *, seed: int) -> Iterator[str]:
     """Yield sentences of the held-out text in a random order, of 8 to 40 tokens, mostly of letters.
 
     Args:
@@ -37,8 +38,7 @@ def sentences(data: PreparedData, *, seed: int) -> Iterator[str]:
             continue
         ids = store.read(begin, end)[0].tolist()
         text = " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
-        letters = sum(character.isalpha() or character.isspace() for character in text)
-        if tokenizer.unk_token_id not in ids and letters >= _LETTERS * len(text):
+        if tokenizer.unk_token_id not in ids and letter_share(text) >= _LETTERS:
             yield text
 
 
@@ -60,7 +60,7 @@ def print_guesses(
         reads_all: Whether the sentence is read on both sides of the token; a left-to-right model reads what is before it.
     """
     tokenizer, lines = data.tokenizer, []
-    for text in islice(sentences(data, seed=seed), _SENTENCES):
+    for text in islice(held_out_sentences(data, seed=seed), _SENTENCES):
         ids, (begin, end), position = _with_target(text, tokenizer, reads_all=reads_all)
         if position < 0:
             continue
@@ -90,7 +90,7 @@ def _with_target(
     for position, (begin, end) in enumerate(encoding["offset_mapping"]):
         begin += len(text[begin:end]) - len(text[begin:end].lstrip())
         is_late = reads_all or 2 * position >= len(encoding["input_ids"])
-        if is_late and text[begin:end].isalpha() and end - begin > span[1] - span[0]:
+        if is_late and is_letters(text[begin:end]) and end - begin > span[1] - span[0]:
             best, span = position, (begin, end)
     return encoding["input_ids"], span, best
 

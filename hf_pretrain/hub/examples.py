@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.data import draws
+from hf_pretrain.data.documents.words import is_letters, letter_share, letter_words
 from hf_pretrain.hub.identifiers import as_list
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def _sentences(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterat
     # The first and the last piece may be cut.
     parts = [text[begin:end].strip() for begin, end in _bounds(text)][1:-1]
     for part in parts:
-        letters = sum(character.isalpha() or character.isspace() or _is_mark(character) for character in part)
-        if _SHORTEST <= len(part) <= _LONGEST and letters >= _LETTERS * len(part) and "|" not in part:
+        if _SHORTEST <= len(part) <= _LONGEST and letter_share(part) >= _LETTERS and "|" not in part:
             yield part
 
 
@@ -84,18 +84,11 @@ def _bounds(text: str) -> Iterator[tuple[int, int]]:
     yield begin, len(text)
 
 
-def _is_mark(character: str) -> bool:
-    """Whether a character is a vowel sign or the like, which belongs to the letter before it."""
-    import unicodedata
-
-    return unicodedata.category(character).startswith("M")
-
-
 def _with_bars(sentence: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a sentence with bars around its longest word of one token, else around its longest token of letters."""
     encoding = tokenizer(sentence, add_special_tokens=False, return_offsets_mapping=True)
-    spans = {(begin, end) for begin, end in encoding["offset_mapping"] if sentence[begin:end].strip().isalpha()}
-    words = {found.span() for found in re.finditer(r"[^\W\d_]+", sentence)}
+    spans = {(begin, end) for begin, end in encoding["offset_mapping"] if is_letters(sentence[begin:end].strip())}
+    words = set(letter_words(sentence))
     # A tokenizer of bytes counts the space before a word to it.
     spans = {(begin + len(sentence[begin:end]) - len(sentence[begin:end].lstrip()), end) for begin, end in spans}
     chosen = sorted(spans & words or spans, key=lambda span: (span[0] - span[1], span[0]))

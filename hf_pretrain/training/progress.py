@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -40,16 +41,7 @@ if TYPE_CHECKING:
     from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Parts of the names of what the log keeps for the card and for plots, but nobody follows while a run trains.
-_NOT_SHOWN = (
-    "runtime",
-    "_per_second",
-    "preparation_time",
-    "num_tokens",
-    "peak_memory_mib",
-    "epoch",
-    "total_flos",
-    "step",
-)
+_NOT_SHOWN = ("runtime", "_per_second", "preparation_time", "num_tokens", "peak_memory_mib", "total_flos")
 # Shown below the losses.
 _RATES = ("grad_norm", "learning_rate")
 _FIRST_ESTIMATE = 8
@@ -207,7 +199,7 @@ class Progress(TrainerCallback):
         self._speed: float | None = None
         # Batches of the evaluation that runs: those that are done, and how many there are.
         self._evaluated, self._to_evaluate = 0, ""
-        self._steps: list[tuple[int, float]] = []
+        self._steps: deque[tuple[int, float]] = deque(maxlen=100)
         self._max_steps = self._step = 0
 
     def on_train_begin(
@@ -230,7 +222,7 @@ class Progress(TrainerCallback):
     ) -> None:
         """Note when a step ended, for the time left."""
         self._step, self._max_steps = state.global_step, state.max_steps
-        self._steps = [*self._steps[-99:], (state.global_step, time.perf_counter())]
+        self._steps.append((state.global_step, time.perf_counter()))
 
     def on_prediction_step(
         self,
@@ -250,10 +242,14 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Forget how long an evaluation took: the time left is that of steps."""
+        self.end_evaluation()
+
+    def end_evaluation(self) -> None:
+        """Show no evaluation any more, also after an error."""
         if self._live is not None and self._live.transient:
             self.close()
         self._evaluated = 0
-        self._steps = []
+        self._steps.clear()
 
     def on_log(
         self,
@@ -329,7 +325,7 @@ class Progress(TrainerCallback):
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part in name for part in _NOT_SHOWN)
+    return name.removeprefix("eval_") in ("epoch", "step") or any(part in name for part in _NOT_SHOWN)
 
 
 def _number(value: float | None) -> str:

@@ -543,6 +543,7 @@ class PretrainingTrainer(Trainer):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._is_evaluating = False
+            self.progress.end_evaluation()
         is_own = (eval_dataset is None or eval_dataset is self.eval_dataset) and metric_key_prefix == "eval"
         self.held_out.note(self.state.log_history[first:], metrics, is_own=is_own)
         if self.is_in_train and metric_key_prefix == "eval":

@@ -2,10 +2,16 @@
 
 import logging
 import re
+import unicodedata
+from itertools import islice
 
 import pytest
+from datasets import Dataset
 
-from hf_pretrain import cli
+from hf_pretrain import DataArguments, cli, prepare_data
+from hf_pretrain.data.documents.words import letter_share, letter_words
+from hf_pretrain.evaluation.samples import held_out_sentences
+from hf_pretrain.objectives.replaced_token_detection.trainer import wrong_word_sentences
 
 WORDS = "Bären Hörner schöne Bücher lesen über Füße große Brücken öffnen Äpfel wärmen Mütter".split()
 SIZES = {
@@ -97,3 +103,36 @@ def test_a_decoder_is_refused_for_what_it_is(run):
     status, _, err = run("rtd", model_type="gpt2")
     assert status == 2
     assert re.search(r"model_type='gpt2' is no .*masked", err) and "intermediate_size" not in err
+
+
+TEXTS = {
+    "hi": "लड़के ने आज सुबह बगीचे में मीठे आम खाये। किसान शाम को खेत से धीरे धीरे लौटा। नदी के किनारे पुराना मन्दिर है।",
+    "th": "เด็กกินข้าวที่บ้านแล้ว เขาไปตลาดตอนเช้า ที่นี่มีดอกไม้สวยมาก",
+    "he": "הַיֶּלֶד אָכַל אֶת הַתַּפּוּחַ בַּבַּיִת. הָאִישׁ הָלַךְ לַשּׁוּק בַּבֹּקֶר.",
+    "de": "Der Bäcker hat das Brot geholt. Am Abend war davon nichts mehr übrig.",
+}
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_sentences_of_every_script_are_shown_with_whole_words(language, tmp_path):
+    """Vowel signs, tones and points belong to the letters before them."""
+    text = TEXTS[language]
+    data = prepare_data(
+        DataArguments(vocab_size=315, tokenizer_type="bpe", lowercase=False, validation_fraction=0.2),
+        seed=0,
+        output_dir=tmp_path,
+        dataset=Dataset.from_dict({"text": [text] * 30}),
+    )
+    found = list(islice(held_out_sentences(data, seed=0), 2))
+    assert found
+    for sentence in found:
+        words = [sentence[begin:end] for begin, end in letter_words(sentence)]
+        assert words and all(word in text for word in words)
+        # No word begins with a mark that belongs to the letter before it.
+        assert not any(unicodedata.category(word[0]).startswith("M") for word in words)
+    assert letter_share(text) > 0.9
+
+
+def test_a_wrong_word_is_the_longest_of_the_sentence_before():
+    sentences = ["लड़के ने मीठे आम खाये", "किसान धीरे से लौटा", "a bb ccc."]
+    assert list(wrong_word_sentences(sentences)) == [("लड़के धीरे से लौटा", 0, "किसान"), ("a bb किसान.", 5, "ccc")]

@@ -77,6 +77,20 @@ def test_an_evaluation_alone_shows_how_far_it_is(tmp_path):
     assert trainer.progress._live is None
 
 
+def test_an_evaluation_that_fails_leaves_the_terminal_as_it_was(tmp_path):
+    trainer = build(MLM, tmp_path, per_device_eval_batch_size=2)
+    shown(trainer)
+    trainer._reduce_statistics = trainer.compute_metrics = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.evaluate()
+    assert trainer.progress._live is None
+
+
+def test_a_loss_may_have_step_in_its_name():
+    assert not progress._is_hidden("next_step_loss") and progress._is_hidden("eval_steps_per_second")
+    assert progress._is_hidden("epoch") and progress._is_hidden("step")
+
+
 def test_neither_bar_nor_raw_rows_of_transformers_are_left(tmp_path):
     for disable_tqdm in (True, False):
         trainer = build(MLM, tmp_path, disable_tqdm=disable_tqdm)

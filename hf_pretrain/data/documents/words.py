@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -117,6 +118,24 @@ def word_starts(text: str, *, segmenter: Segmenter | None = None, kinds: np.ndar
     starts = np.flatnonzero(_begins_word(kinds))
     starts = starts if kept is None else kept[starts]
     return starts if segmenter is None else _segmented(text, starts, segmenter)
+
+
+def is_letters(text: str) -> bool:
+    """Whether a text has nothing but letters, with the marks that belong to them (accents, vowel signs, tones)."""
+    return bool(text) and all(unicodedata.category(character)[0] in "LM" for character in text)
+
+
+def letter_share(text: str) -> float:
+    """Return the share of a text's characters that are letters, their marks, or spaces."""
+    kinds = [unicodedata.category(character)[0] for character in text]
+    return sum(kind in "LMZ" for kind in kinds) / max(1, len(kinds))
+
+
+def letter_words(text: str) -> list[tuple[int, int]]:
+    """Return where the words of letters begin and end, in characters; words are those of [`word_starts`]."""
+    starts = [*word_starts(text).tolist(), len(text)]
+    spans = [(begin, begin + len(text[begin:end].rstrip())) for begin, end in pairwise(starts)]
+    return [(begin, end) for begin, end in spans if is_letters(text[begin:end])]
 
 
 def _begins_word(kinds: np.ndarray) -> np.ndarray:

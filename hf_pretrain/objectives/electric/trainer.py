@@ -20,7 +20,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import discrimination_gain
-from hf_pretrain.evaluation.samples import sentences
+from hf_pretrain.evaluation.samples import held_out_sentences
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
@@ -241,7 +241,7 @@ def print_likelier(trainer: ElectricTrainer, data: PreparedData) -> None:
     """Print held-out sentences, the same with two words exchanged, and the log-likelihood of both."""
     pairs = [
         (text, exchanged)
-        for text in islice(sentences(data, seed=trainer.args.seed), 3)
+        for text in islice(held_out_sentences(data, seed=trainer.args.seed), 3)
         if (exchanged := _with_words_exchanged(text)) != text
     ]
     if not pairs:

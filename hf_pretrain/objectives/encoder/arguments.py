@@ -249,7 +249,7 @@ _OBJECTIVES: dict[str, tuple[str, str, str]] = {
 # What the numbers beside those of masked tokens say, for an outsider.
 METRICS = SHARED_METRICS | {
     "pair_loss": "How surprised the model is by how the two segments belong together, in nats; 0 is certainty.",
-    "pair_accuracy": "Share of the pairs that are told rightly; chance is 1 by the number of answers.",
+    "pair_accuracy": "Share of the pairs that are classified correctly; chance is 1 by the number of answers.",
     "span_boundary_loss": "How surprised the model is by a token of a masked span, from the two beside it, in nats.",
     "span_boundary_accuracy": "Share of the tokens of masked spans that the two neighbours give.",
     "word_order_loss": "How surprised the model is by the true token where tokens were shuffled, in nats; 0 is certainty.",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,17 +14,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
-from hf_pretrain.data.documents.token_store import TokenStore
-from hf_pretrain.data.examples.packing import BlockDataset
+from hf_pretrain.data.documents.words import letter_words
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.detector import ReplacedTokenScorer
 from hf_pretrain.evaluation.metrics import collapse_warning, detection_metrics, discrimination_gain
+from hf_pretrain.evaluation.samples import held_out_sentences
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.embeddings import shared_body_names
 from hf_pretrain.modeling.losses import PretrainingOutput
@@ -137,7 +135,7 @@ class ReplacedTokenDetectionTrainer(PretrainingTrainer):
             "mlm_accuracy": "Share of the masked positions where the generator's first guess is the true token.",
             "rtd_loss": "How surprised the model is to learn whether a token was replaced, in nats; 0 is certainty.",
             "disc_auc": "How often a replaced token gets a higher score than an original one: 0.5 is chance, 1 is perfect.",
-            "disc_accuracy": "Share of the tokens that are told rightly; calling all original gives 1 less the fake rate.",
+            "disc_accuracy": "Share of the tokens that are classified right; calling all original gives 1 less the fake rate.",
             "disc_precision": "Share of the tokens called replaced that were replaced.",
             "disc_recall": "Share of the replaced tokens that are called so.",
         },
@@ -318,39 +316,27 @@ def _one_after_the_other(step: int, *, factors: list[Callable[[int], float]], fi
     return factors[0](step) if step < first else factors[1](step - first)
 
 
-def wrong_word_sentences(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0
-) -> Iterator[tuple[str, int, str]]:
-    """Take sentences of 8 to 20 words, mostly of letters, and put the longest word of one in place of that of the next.
+def wrong_word_sentences(texts: Iterable[str]) -> Iterator[tuple[str, int, str]]:
+    """Put the longest word of a sentence in place of that of the next.
 
     Args:
-        store: Tokenized text.
-        tokenizer: Its tokenizer.
-        seed: Seed of the order of the sentences.
+        texts: The sentences.
 
     Yields:
         A sentence with a wrong word, the character at which that begins, and the word that stood there.
     """
-    bounds = np.append(np.flatnonzero(store.sent_starts(0, store.num_tokens)), store.num_tokens)
     other = ""
-    for sentence in draws.permutation(len(bounds) - 1, seed=seed, stream="sentences").tolist():
-        text = tokenizer.decode(store.read(int(bounds[sentence]), int(bounds[sentence + 1]))[0].tolist()).strip()
-        words, num_words = re.findall(r"[^\W\d_]+", text), len(text.split())
-        if not 8 <= num_words <= 20 or len(words) < 0.8 * num_words:
-            continue
-        word = max(words, key=len)
-        begin = text.index(word)
-        if other and other.lower() != word.lower():
-            yield text[:begin] + other + text[begin + len(word) :], begin, word
-        other = word
+    for text in texts:
+        begin, end = max(letter_words(text), key=lambda span: span[1] - span[0], default=(0, 0))
+        word = text[begin:end]
+        if word and other and other.lower() != word.lower():
+            yield text[:begin] + other + text[end:], begin, word
+        other = word or other
 
 
 def print_wrong_words(trainer: ReplacedTokenDetectionTrainer, data: PreparedData) -> None:
     """Print held-out sentences with one wrong word each; the colour of a word shows the probability that it was replaced."""
-    if not isinstance(data.eval_dataset, BlockDataset):
-        return
-    found = wrong_word_sentences(data.eval_dataset.store, data.tokenizer, seed=trainer.args.seed)
-    sentences = list(islice(found, 3))
+    sentences = list(islice(wrong_word_sentences(held_out_sentences(data, seed=trainer.args.seed)), 3))
     if not sentences:
         return
     print("\nHeld-out sentences with one wrong word each; the redder, the more suspicious:")
