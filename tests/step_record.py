@@ -118,7 +118,12 @@ RUNS = {
     "transformer_xl_small": ("recurrent-lm", ["transformer_xl_small"], {}),
     "transformer_xl_wt103": ("recurrent-lm", ["transformer_xl_wt103"], {"eval_lanes": 2}),
     "unilm": ("encoder", ["unilm_small"], {"per_device_train_batch_size": 6}),
-    "unilm_paper": ("encoder", ["unilm"], {"model_name_or_path": None, "per_device_train_batch_size": 6}),
+    "unilm_paper": (
+        "encoder",
+        ["unilm"],
+        {"model_name_or_path": "teacher", "per_device_train_batch_size": 6}
+        | dict.fromkeys([*SIZES, "vocab_size", "max_position_embeddings"]),
+    ),
     "xlm": ("encoder", ["xlm_small"], XLM),
     "xlm_mlm_tlm+xlm": ("encoder", ["xlm_mlm_tlm", "xlm"], XLM),
     "xlnet_base": ("plm", ["xlnet_base"], XLNET | {"reuse_len": 16}),
