@@ -69,7 +69,13 @@ _SPARSE_LAYERS = {
     "num_sparse_decoder_layers": "num_decoder_layers",
 }
 # The token that a decoder begins with, for architectures whose configuration does not say it; the others take the end token.
-_DECODER_STARTS = {"t5": "pad", "longt5": "pad", "switch_transformers": "pad", "t5gemma": "bos"}
+_DECODER_STARTS = {
+    "t5": "pad",
+    "longt5": "pad",
+    "switch_transformers": "pad",
+    "t5gemma": "bos",
+    "encoder-decoder": "bos",
+}
 
 # Names for the same option, BERT's first.
 _OTHER_NAMES = {
@@ -156,9 +162,9 @@ def decoder_start(known: PreTrainedConfig) -> str:
     return found or _DECODER_STARTS.get(known.model_type, "eos")
 
 
-def has_cross_attention(config: PreTrainedConfig) -> bool:
-    """Return whether the layers of an architecture can be given attention to the states of an encoder."""
-    return hasattr(config, "add_cross_attention")
+def can_attend_to_encoder(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Return whether the layers of a causal language model can be given attention to the states of an encoder."""
+    return hasattr(config, "add_cross_attention") and "encoder_hidden_states" in _parameters(cast(Any, model_class))
 
 
 def shared_options(config: PreTrainedConfig, *names: str) -> dict[str, Any]:

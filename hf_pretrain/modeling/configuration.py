@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -186,6 +187,11 @@ def build_encoder_decoder_config(
         InputError: If the architecture is no encoder-decoder or has no such sizes, or these do not fit together.
     """
     _check_type(args.model_type, AutoModelForSeq2SeqLM)
+    if args.model_type == EncoderDecoderConfig.model_type:
+        raise InputError(
+            f"model_type={args.model_type!r} is made of two checkpoints: name them with encoder_name_or_path and "
+            "decoder_name_or_path instead"
+        )
     try:
         known = CONFIG_MAPPING[args.model_type]()
     except Exception as error:  # some are made of two that have to be named
