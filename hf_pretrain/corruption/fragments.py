@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hf_pretrain.corruption.selection import Selection, to_uniforms
-from hf_pretrain.corruption.sentinels import below, check_sentinels, hide_spans, rotate_mask, span_mask
+from hf_pretrain.corruption.sentinels import below, check_sentinels, hide_spans, rotate_mask, span_mask, take_where
 from hf_pretrain.corruption.texts import Noise, NoisedTexts, Texts, lay_out
 from hf_pretrain.errors import InputError, check_choice, check_range
 
@@ -354,9 +354,8 @@ class PrefixLM(Noise):
         lengths, width = texts.lengths, texts.valid.shape[1]
         sizes = _fragment_sizes(lengths, share=self.share, bits=texts.text_bits("prefix"))
         is_head = np.arange(width) < (lengths - sizes)[:, None]
-        is_tail = texts.valid & ~is_head
-        input_ids, input_valid = lay_out(np.nonzero(is_head)[0], texts.input_ids[is_head], num_rows=len(lengths))
-        targets, target_valid = lay_out(np.nonzero(is_tail)[0], texts.input_ids[is_tail], num_rows=len(lengths))
+        input_ids, input_valid = take_where(texts.input_ids, is_head)
+        targets, target_valid = take_where(texts.input_ids, texts.valid & ~is_head)
         kinds = np.zeros(len(lengths), dtype=np.int64)
         return NoisedTexts(input_ids, input_valid, targets, target_valid, target_valid.copy(), kinds)
 

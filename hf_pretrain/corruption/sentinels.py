@@ -30,13 +30,14 @@ def span_mask(texts: Texts, *, num_hidden: np.ndarray, num_spans: np.ndarray) ->
         `[P, W]` bool, the hidden tokens.
     """
     num_rows, width = texts.valid.shape
-    num_kept = texts.lengths - num_hidden
+    lengths = texts.lengths
+    num_kept = lengths - num_hidden
     most_cuts = max(int(num_spans.max(initial=1)) - 1, 0)
     columns = np.arange(width)
     # Column c is the place behind the hidden token c, or behind the kept token c - num_hidden. The last of each is no place.
     is_kept = columns >= num_hidden[:, None]
-    is_place = columns < (texts.lengths - 1)[:, None]
-    is_place &= columns != (num_hidden - 1)[:, None]
+    is_place = columns < (lengths - 1)[:, None]
+    is_place[np.arange(num_rows), num_hidden - 1] = False
     bits = texts.bits("span_cuts") >> np.uint64(1)
     bits[is_kept] |= _SECOND  # One sort orders both: places behind hidden tokens come first.
     order = sorted_positions(order_keys(bits, candidates=is_place))
@@ -103,7 +104,7 @@ def hide_spans(texts: Texts, *, mask: np.ndarray, sentinels: np.ndarray) -> Nois
     shown = texts.input_ids.copy()
     shown[begins] = marks
     stays = (texts.valid & ~mask) | begins
-    input_ids, input_valid = lay_out(np.nonzero(stays)[0], shown[stays], num_rows=num_rows)
+    input_ids, input_valid = take_where(shown, stays)
     # Each hidden token moves back by one for each sentinel in front of it.
     is_first = begins[mask]
     places = np.arange(len(is_first)) + np.cumsum(is_first)
@@ -118,6 +119,12 @@ def hide_spans(texts: Texts, *, mask: np.ndarray, sentinels: np.ndarray) -> Nois
     is_hidden[target_valid] = hidden
     kinds = np.zeros(num_rows, dtype=np.int64)
     return NoisedTexts(input_ids, input_valid, targets, target_valid, is_hidden, kinds)
+
+
+def take_where(values: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the values `[P, W]` at which `where` is True, left-aligned, and where they are then, each `[P, V]`."""
+    rows = np.repeat(np.arange(len(where)), np.count_nonzero(where, axis=1))
+    return lay_out(rows, values[where], num_rows=len(where))
 
 
 def check_sentinels(num_sentinels: int, needed: int, *, length: int, spans: str) -> None:
