@@ -232,3 +232,7 @@ options:
   --version   show the version
 
   hf-pretrain rtd --train_file corpus.txt --output_dir my-electra"""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
