@@ -233,7 +233,7 @@ class PairReader:
 
         earlier = sees_within(decoder_mask_BT != 0, _columns(decoder_mask_BT))
         writers: dict[str, Callable[[], Any]] = {
-            "encoder": lambda: rules.mask_inputs(encoder.body, encoder.plan, tokens, like=mask_BL),
+            "encoder": lambda: rules.mask_inputs(encoder.body, encoder.plan, sees_within(is_token_BL), like=mask_BL),
             "decoder": lambda: causal_masks(decoder, earlier, like=decoder_mask_BT),
             "cross": lambda: write_mask(decoder, tokens, like=decoder_mask_BT, num_keys=mask_BL.shape[1]),
         }
