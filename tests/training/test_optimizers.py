@@ -7,7 +7,7 @@ import torch
 from transformers import get_linear_schedule_with_warmup
 
 from helpers.method_matrix import build, programs
-from hf_pretrain.training.arguments import AdamWithoutBiasCorrection, linear_product_schedule
+from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection, linear_product_schedule
 
 PROGRAM = programs()["rtd"]
 KERNELS = [{"fused": True}, {"foreach": True}, {"foreach": False}]
