@@ -28,7 +28,7 @@ from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.names import SYNONYMS
 from hf_pretrain.options import check_options, option, schedules_of
-from hf_pretrain.training.optimizers import OptimizerName, optimizer_of
+from hf_pretrain.training.optimizers import OptimizerName, check_bias_correction, optimizer_of
 from hf_pretrain.training.processes import first_process_first
 
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
@@ -191,10 +191,7 @@ class PretrainingArguments(TrainingArguments):
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
             )
         optim = OptimizerName(self.optim)
-        if not self.adam_bias_correction and not optim.startswith("adamw_torch"):
-            raise InputError(
-                f"adam_bias_correction=False is Adam's, but optim={str(optim)!r}: set it to True or leave optim out"
-            )
+        check_bias_correction(self)
         if optim == "adamw_rms":
             # transformers compares it with its own names; ours is set again below.
             self.optim = "adamw_torch"

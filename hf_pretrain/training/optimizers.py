@@ -33,7 +33,9 @@ _OF_ADAFACTOR = {"scale_parameter": None, "clip_threshold": "(0, inf)", "decay_r
 class _Names(StrEnum):
     @classmethod
     def _missing_(cls, value: object) -> None:
-        raise InputError(f"optim={value!r} is no optimizer: {nearest(value, [str(name) for name in cls])}")
+        raise InputError(
+            f"optim={value!r} is no optimizer: {nearest(str(value).lower(), [str(name) for name in cls])}"
+        )
 
 
 _STOCK = {name.name: name.value for name in OptimizerNames}
@@ -125,30 +127,32 @@ class AdamWithParameterScale(torch.optim.AdamW):
             torch._foreach_add_(steps, 1)
             beta1, beta2 = group["betas"]
             options = {"beta1": beta1, "beta2": beta2, "eps": group["eps"], "amsgrad": False, "maximize": False}
-            rates = _scaled_rates(params, rate=group["lr"], decay=group["weight_decay"])
+            is_on_host = all(parameter.device.type == "cpu" for parameter in params)
+            rates_of = _rates_on_the_host if is_on_host else _rates_on_the_device
+            rates = rates_of(params, rate=group["lr"], decay=group["weight_decay"])
             for *state, step, (rate, decay) in zip(params, grads, means, squares, steps, rates, strict=True):
                 tensors = ([tensor] for tensor in state)
                 torch._fused_adamw_(*tensors, largest, [step], lr=rate, weight_decay=decay, **options)
         return loss
 
 
-def _scaled_rates(params: list[Tensor], *, rate: float, decay: float) -> Iterator[tuple[Any, float]]:
-    """Yield the learning rate of each parameter, and the weight decay that is left to do with it."""
-    if all(parameter.device.type == "cpu" for parameter in params):
-        for parameter in params:
-            norm = float(_whole(torch.linalg.vector_norm(parameter)))
-            scale = max(norm / math.sqrt(max(1, parameter.numel())), _LEAST_SCALE)
-            # The kernel multiplies the decay by the rate.
-            yield rate * scale, decay / scale
-        return
-    # Elsewhere a number would have to wait for the device, so rates are tensors, and the decay is done here.
+def _rates_on_the_host(params: list[Tensor], *, rate: float, decay: float) -> Iterator[tuple[float, float]]:
+    """Yield the learning rate of each parameter, and the weight decay for the kernel, which multiplies it by that rate."""
+    for parameter in params:
+        norm = float(_whole(torch.linalg.vector_norm(parameter)))
+        scale = max(norm / math.sqrt(max(1, parameter.numel())), _LEAST_SCALE)
+        yield rate * scale, decay / scale
+
+
+def _rates_on_the_device(params: list[Tensor], *, rate: float, decay: float) -> Iterator[tuple[Tensor, float]]:
+    """Yield the same with rates that stay on the device, so that nothing waits for it; the decay is done here."""
     rates = [_whole(norm) for norm in torch._foreach_norm(params)]
     torch._foreach_div_(rates, [math.sqrt(max(1, parameter.numel())) for parameter in params])
     torch._foreach_clamp_min_(rates, _LEAST_SCALE)
     torch._foreach_mul_(rates, rate)
     if decay:
         torch._foreach_mul_(params, 1 - rate * decay)
-    yield from ((tensor, 0.0) for tensor in rates)
+    yield from ((scaled, 0.0) for scaled in rates)
 
 
 def _whole(tensor: Any) -> Tensor:
@@ -165,8 +169,9 @@ def optimizer_of(args: TrainingArguments, model: nn.Module | None = None) -> tup
         model: The model, which some stock optimizers need.
 
     Raises:
-        InputError: If optim_args has what Adafactor does not take.
+        InputError: If optim_args has what Adafactor does not take, or the optimizer has no bias correction to leave out.
     """
+    check_bias_correction(args)
     kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     if args.optim == "adamw_rms":
         return AdamWithParameterScale, kwargs
@@ -174,6 +179,15 @@ def optimizer_of(args: TrainingArguments, model: nn.Module | None = None) -> tup
         return AdamWithoutBiasCorrection, kwargs | {"fused": True}
     kind, stock = Trainer.get_optimizer_cls_and_kwargs(args, model)
     return kind, stock | (_adafactor_options(args.optim_args or "") if args.optim == "adafactor" else {})
+
+
+def check_bias_correction(args: TrainingArguments) -> None:
+    """Refuse adam_bias_correction=False with an optimizer that is not Adam, or is always corrected."""
+    name = str(OptimizerName(args.optim))
+    if not args.adam_bias_correction and not name.startswith("adamw_torch"):
+        raise InputError(
+            f"adam_bias_correction=False is Adam's, but optim={name!r}: set it to True or leave optim out"
+        )
 
 
 def _adafactor_options(text: str) -> dict[str, Any]:
