@@ -1,8 +1,8 @@
 """What a denoising model must beat: two counts of tokens, and a rule that copies, on the batches that it is measured on.
 
 `reference_losses` reads collated batches of pairs. `TokenCounts` holds the counts of the training targets, by token and by pair
-of neighbours, and gives probabilities that sum to one. `copied_tokens` is the rule. Counts of pairs and the rule read the previous
-target, as the decoder does. The counts do not read the input, and the rule knows nothing of the training text.
+of neighbours, and gives probabilities that sum to one. `copied_tokens` is the rule. The counts of pairs and the rule read the
+previous target, as the decoder does. The counts do not read the input, and the rule knows nothing of the training text.
 """
 
 from __future__ import annotations
