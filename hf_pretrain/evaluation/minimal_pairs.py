@@ -16,7 +16,7 @@ from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, longest_sequence
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.losses import GatheredHead
 
@@ -27,6 +27,8 @@ WithinWord = Literal["visible", "l2r"]
 Hiding = Literal["sentinel", "mask", "fragment", "rest"]
 
 _SENTINEL = "<extra_id_0>"
+# The same of mT5.
+_OTHER_SENTINEL = "▁<extra_id_0>"
 
 
 class MinimalPair(NamedTuple):
@@ -190,7 +192,7 @@ def denoising_log_likelihoods(
 
     - "sentinel", as in T5: the input has `<extra_id_0>` in its place, and the decoder reads its start and that sentinel;
     - "mask", as in BART: the input has the mask token in its place, and the decoder reads the text up to it;
-    - "fragment", as in MASS: the same input, and the decoder reads the token before it alone, at its position in the text;
+    - "fragment", as in MASS: the same input, and the decoder reads the token before it alone, at the position of the hidden one;
     - "rest", as in prefix language modelling: the input ends before it, and the decoder reads its start. The sum is then the
       log-likelihood of the text.
 
@@ -219,10 +221,11 @@ def denoising_log_likelihoods(
     if not model.config.is_encoder_decoder:
         raise InputError(f"model={type(model).__name__} has no decoder: score it by pseudo_log_likelihoods")
     known = tokenizer.get_vocab()
+    sentinel = known.get(_SENTINEL, known.get(_OTHER_SENTINEL))
     frame = _Frame(
-        hiding=hiding or ("sentinel" if _SENTINEL in known else "mask"),
-        start=decoder_start(model),
-        sentinel=known.get(_SENTINEL),
+        hiding=hiding or ("mask" if sentinel is None else "sentinel"),
+        start=decoder_start_id(model),
+        sentinel=sentinel,
         mask=tokenizer.mask_token_id,
         mode=[] if mode_token is None else [known.get(mode_token)],
     )
@@ -248,22 +251,6 @@ def denoising_log_likelihoods(
             owner_of_target = np.repeat(owners[rows], [len(question.targets) for question in asked])
             np.add.at(scores, owner_of_target, log_probability_T.double().cpu().numpy())
     return scores
-
-
-def decoder_start(model: PreTrainedModel) -> int:
-    """Return the token that the decoder of an encoder-decoder reads first.
-
-    Raises:
-        InputError: If the model does not say.
-    """
-    places = (model.config, model.generation_config, getattr(model.config, "decoder", None))
-    found = [getattr(place, "decoder_start_token_id", None) for place in places]
-    start = next((token for token in found if token is not None), None)
-    if start is None:
-        raise InputError(
-            f"{type(model).__name__} does not say with which token its decoder begins: set model.config.decoder_start_token_id"
-        )
-    return int(start)
 
 
 class _Question(NamedTuple):
@@ -316,8 +303,8 @@ class _Frame(NamedTuple):
         read = {
             "sentinel": [self.start, self.sentinel],
             "mask": [self.start, *text.ids[:begin]],
-            # The position is that of the text; there is none before the first token.
-            "fragment": text.ids[:begin] if begin else [self.start],
+            # What is before the last token is there for the positions alone.
+            "fragment": [self.start, *text.ids[:begin]],
             "rest": [self.start],
         }[self.hiding]
         parts = (text.ids[:first], self.mode, text.ids[first:begin], hole, rest)

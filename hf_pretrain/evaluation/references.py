@@ -32,7 +32,7 @@ def reference_losses(
 
     Args:
         train_batches: Batches of pairs to count, each read once. A batch has `decoder_input_ids` and `labels`, ``[B, T]``, as
-            NumPy arrays or tensors on the CPU; a label of -100 is no target.
+            NumPy arrays or tensors on the CPU. A label of -100 is no target; a decoder input of -1 is the model's start token.
         held_out_batches: Batches to score, each read once, which have `is_hidden` ``[B, T]``, `input_ids` and `attention_mask`
             ``[B, L]`` besides. Where `document_ids` ``[B, L]`` and `decoder_document_ids` ``[B, T]`` say that a row holds several
             pairs, a target is copied from its own input alone.
@@ -96,7 +96,7 @@ class TokenCounts:
         check_range(vocab_size, "[1, inf)", name="vocab_size")
         self.vocab_size = vocab_size
         self._tokens = np.zeros(vocab_size, dtype=np.int64)
-        # Of each pair that was seen, previous * V + target in ascending order, and its count.
+        # Of each pair that was seen, its code in ascending order, and its count.
         self._codes = np.empty(0, dtype=np.int64)
         self._counts = np.empty(0, dtype=np.int64)
         self._waiting: list[np.ndarray] = []
@@ -107,9 +107,9 @@ class TokenCounts:
         return int(self._tokens.sum())
 
     def add(self, previous: np.ndarray, targets: np.ndarray) -> None:
-        """Count targets, ``int64 [N]``, and the token before each, ``int64 [N]``."""
+        """Count targets, ``int64 [N]``, and the token before each, ``int64 [N]``, -1 at the beginning."""
         self._tokens += np.bincount(targets, minlength=self.vocab_size)
-        self._waiting.append(previous * self.vocab_size + targets)
+        self._waiting.append(self._codes_of(previous, targets))
         if sum(map(len, self._waiting)) > _MOST_WAITING:
             self._merge()
 
@@ -120,16 +120,20 @@ class TokenCounts:
     def bigram(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Return the probability of each target behind the token before it, ``float64 [N]``."""
         self._merge()
-        before = self._codes // self.vocab_size
-        total = np.bincount(before, weights=self._counts, minlength=self.vocab_size)[previous]
-        different = np.bincount(before, minlength=self.vocab_size)[previous]
-        codes = previous * self.vocab_size + targets
+        contexts = self._codes // self.vocab_size
+        total = np.bincount(contexts, weights=self._counts, minlength=self.vocab_size + 1)[previous + 1]
+        different = np.bincount(contexts, minlength=self.vocab_size + 1)[previous + 1]
+        codes = self._codes_of(previous, targets)
         at = np.searchsorted(self._codes, codes)
         # Behind the last code is none.
         found = np.append(self._codes, -1)[at] == codes
         seen = np.where(found, np.append(self._counts, 0)[at], 0)
         unigram = self.unigram()[targets]
         return np.where(total > 0, (seen + different * unigram) / np.maximum(total + different, 1), unigram)
+
+    def _codes_of(self, previous: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Return a number for each pair, that of the token before it times V and the target's."""
+        return (previous + 1) * self.vocab_size + targets
 
     def _merge(self) -> None:
         if not self._waiting:
@@ -186,9 +190,9 @@ def _targets(batch: Mapping[str, Any], vocab_size: int, *, with_hidden: bool = F
     previous = np.asarray(batch["decoder_input_ids"])[is_target].astype(np.int64)
     targets = labels[is_target].astype(np.int64)
     is_hidden = np.asarray(batch["is_hidden"])[is_target] if with_hidden else np.zeros(len(targets), dtype=np.bool_)
-    for name, ids in (("labels", targets), ("decoder_input_ids", previous)):
-        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
+    for name, ids, least in (("labels", targets, 0), ("decoder_input_ids", previous, -1)):
+        if len(ids) and not least <= ids.min() <= ids.max() < vocab_size:
+            wrong = ids.min() if ids.min() < least else ids.max()
             raise InputError(
                 f"{name} holds the id {wrong}, and vocab_size={vocab_size}: give the size of the vocabulary"
             )

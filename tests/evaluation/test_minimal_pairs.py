@@ -259,7 +259,7 @@ def question_by_question(model, tokenizer, text, *, hiding, words=None, mode=())
             hole, read = [tokenizer.mask_token_id], [start, *ids[:place]]
         elif hiding == "fragment":
             hole = [tokenizer.mask_token_id] * len(run)
-            read = ids[:place] if run[0] else [start, *known]
+            read = [start, *ids[:place]]
             visible = torch.tensor([[int(i >= len(read) - len(known) - 1) for i in range(len(read))]])
         else:
             hole, behind, read = [], ids[-1:], [start, *known]

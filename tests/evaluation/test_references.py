@@ -12,7 +12,8 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation import references
 from hf_pretrain.evaluation.references import TokenCounts, copied_tokens, reference_losses
 
-START, PAD = 0, 1
+# The collator's beginning of a decoder's input.
+START, PAD = -1, 1
 NAMES = ("unigram_nll", "bigram_nll", "copy_accuracy")
 
 
@@ -72,11 +73,14 @@ def by_loops(train, held_out, vocab_size):
 
 
 @pytest.mark.parametrize("convert", [np.asarray, torch.from_numpy])
-@pytest.mark.parametrize("vocab_size", [3, 40])
-def test_the_numbers_are_those_of_the_definitions(convert, vocab_size):
-    train, held_out = (random_pairs(24, vocab_size=vocab_size, seed=seed) for seed in (0, 1))
+@pytest.mark.parametrize(("vocab_size", "start"), [(3, -1), (40, -1), (41, 40)])
+def test_the_numbers_are_those_of_the_definitions(convert, vocab_size, start):
+    train, held_out = (random_pairs(24, vocab_size=min(vocab_size, 40), seed=seed) for seed in (0, 1))
     batches = [
-        [{name: convert(value) for name, value in batch_of(pairs[i : i + 5]).items()} for i in range(0, 24, 5)]
+        [
+            {name: convert(value) for name, value in batch_of(pairs[i : i + 5], start=start).items()}
+            for i in range(0, 24, 5)
+        ]
         for pairs in (train, held_out)
     ]
     found = reference_losses(iter(batches[0]), iter(batches[1]), vocab_size=vocab_size)
@@ -107,17 +111,17 @@ def test_both_counts_are_distributions(monkeypatch):
     vocab_size, once = 50, {}
     keys = draws.row_keys(range(2), seed=3, stream="counted")
     previous, targets = draws.integers(keys, 3000, high=40).astype(np.int64)
-    previous = np.minimum(previous, 39 - previous)
+    previous = np.minimum(previous, 39 - previous) - 1
     for most in (1 << 20, 64):
         monkeypatch.setattr(references, "_MOST_WAITING", most)
         counts = TokenCounts(vocab_size)
         for begin in range(0, 3000, 50):
             counts.add(previous[begin : begin + 50], targets[begin : begin + 50])
         everything = np.arange(vocab_size)
-        table = np.stack([counts.bigram(np.full(vocab_size, v), everything) for v in range(vocab_size)])
+        table = np.stack([counts.bigram(np.full(vocab_size, v), everything) for v in range(-1, vocab_size)])
         np.testing.assert_allclose(table.sum(1), 1, rtol=1e-12)
         assert (table > 0).all() and counts.unigram().sum() == pytest.approx(1, rel=1e-12)
-        np.testing.assert_allclose(table[45], counts.unigram(), rtol=1e-12)
+        np.testing.assert_allclose(table[46], counts.unigram(), rtol=1e-12)
         once[most] = table
     np.testing.assert_array_equal(once[64], once[1 << 20])
 
@@ -183,8 +187,9 @@ class TestBadInput:
         batch = batch_of([([5], [5, 6], [])])
         with pytest.raises(InputError, match=r"labels holds the id 6, and vocab_size=6"):
             reference_losses([batch], [batch], vocab_size=6)
-        with pytest.raises(InputError, match=r"decoder_input_ids holds the id 9"):
-            reference_losses([batch], [batch_of([([5], [5, 6], [])], start=9)], vocab_size=8)
+        for start in (9, -2):
+            with pytest.raises(InputError, match=f"decoder_input_ids holds the id {start}"):
+                reference_losses([batch], [batch_of([([5], [5, 6], [])], start=start)], vocab_size=8)
 
     def test_no_targets(self):
         batch, empty = batch_of([([5], [5], [])]), batch_of([([5], [5], [])])
