@@ -416,6 +416,23 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
+def decoder_start_id(model: PreTrainedModel) -> int:
+    """Return the token that the decoder of an encoder-decoder reads first.
+
+    Raises:
+        InputError: If its configuration names none.
+    """
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(getattr(model.config, "decoder", None), "bos_token_id", None)
+    if start is None:
+        raise InputError(
+            f"{type(model).__name__} names no decoder_start_token_id: set model.config.decoder_start_token_id, such as "
+            "tokenizer.pad_token_id of a T5"
+        )
+    return int(start)
+
+
 def flops_of_weights(model: PreTrainedModel, tokens: torch.Tensor) -> int | None:
     """Return the floating-point operations that the products of a body's weights take for a token, forward.
 
