@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from helpers.tiny_text import write_models, write_text
-from hf_pretrain.cli import METHODS, RECIPES, main
+from hf_pretrain.cli import METHODS, main
+from hf_pretrain.names import described_recipes
 
 DOCS = Path(__file__).parents[1] / "docs"
 DOORS = ("adapt", "from_scratch", "make_it_small", "compare")
@@ -46,7 +47,7 @@ def blocks(page):
 def shortened(command):
     """The arguments of a command, for a tiny model and two steps."""
     argv = shlex.split(command)[1:]
-    method = RECIPES[argv[0]][0] if argv[0] in RECIPES else argv[0]
+    method = described_recipes()[argv[0]][0] if argv[0] in described_recipes() else argv[0]
     if method not in METHODS:
         return argv
     if "--num_train_epochs" in argv:
@@ -55,7 +56,7 @@ def shortened(command):
     argv = [*argv, *SHORT.split()]
     if method != "distil-task":
         argv += ["--block_size", "32"]
-    if method not in ("distil", "distil-task") and "--model_name_or_path" not in argv:
+    if method not in ("distil", "distil-task") and not {"--model_name_or_path", "--encoder_name_or_path"} & {*argv}:
         argv += SIZES.split() + ([] if "--tokenizer_name" in argv else ["--vocab_size", "300"])
     return argv
 
