@@ -92,6 +92,7 @@ RUNS = {
     "my-electra": "rtd --model_type electra --vocab_size 300",
     "my-unilm": "encoder --config unilm_small --vocab_size 300",
     "my-xlnet": "plm --model_type xlnet --vocab_size 300",
+    "my-t5": "t5_small --vocab_size 300",
     "my-transformer-xl": "recurrent-lm --tokenizer_type wordpiece --vocab_size 300 --tgt_len 16 --mem_len 16 --hidden_size 32 "
     "--num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 64 --max_steps 2 --save_strategy no --use_cpu true",
 }
@@ -164,7 +165,7 @@ def test_the_python_of_the_page_on_cards_runs(trained, monkeypatch):
 def test_the_python_of_the_page_on_objectives_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("objectives") if kind == "python"]
-    assert len(parts) == 5
+    assert len(parts) == 6
     xlnet = opened(AutoModelForCausalLM, "my-xlnet")
     for text in parts:
         names = {"texts": TEXTS} | (xlnet if "log_likelihood" in text else {})
