@@ -68,7 +68,7 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """
     known = tokenizer.get_vocab()
     form = next((form for form in _SENTINELS if form.format(0) in known), _SENTINELS[0])
-    found = []
+    found: list[int] = []
     while (token := form.format(len(found))) in known:
         found.append(known[token])
     return np.array(found, dtype=np.int64)
@@ -135,7 +135,7 @@ def check_tokens(
     Raises:
         InputError: Naming what is missing, how many are needed, and the fix.
     """
-    noise = args.make_noise(tokenizer)
+    noise: Any = args.make_noise(tokenizer)
     if args.noise not in ("t5", "ul2"):
         return
     length = _text_length(cut_text(data_args, args, tokenizer=tokenizer), tokenizer)
@@ -161,7 +161,7 @@ def sentinels_for(args: DenoisingTrainingArguments, length: int) -> int:
         return 0
     if args.span_choice == "iid":
         return (length + 1) // 2
-    rates_of_t5 = {"density": args.noise_density, "mean_length": args.mean_span_length}
+    rates_of_t5: dict[str, Any] = {"density": args.noise_density, "mean_length": args.mean_span_length}
     return sentinels_needed(length, **rates_of_t5, random_roll=args.random_roll)
 
 
