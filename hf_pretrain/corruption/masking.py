@@ -36,6 +36,15 @@ _HALF = np.uint64(32)
 _LOW_HALF = np.uint64((1 << 32) - 1)
 
 
+def special_table(tokenizer: Any) -> np.ndarray:
+    """Return which ids of a tokenizer are special tokens, `[V]` bool."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special_ids = [*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)]
+    special = np.zeros(1 + max(len(tokenizer) - 1, *tokenizer.get_vocab().values()), dtype=np.bool_)
+    special[special_ids] = True
+    return special
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Lookup tables over token ids, built once for a tokenizer.
@@ -69,10 +78,7 @@ class Vocabulary:
                 f"tokenizer={type(tokenizer).__name__} has no mask token: "
                 "add one with tokenizer.add_special_tokens({'mask_token': '[MASK]'}) and resize the embeddings"
             )
-        added = getattr(tokenizer, "added_tokens_decoder", {})
-        special_ids = [*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)]
-        special = np.zeros(1 + max(len(tokenizer) - 1, *tokenizer.get_vocab().values()), dtype=np.bool_)
-        special[special_ids] = True
+        special = special_table(tokenizer)
         ordinary_ids = np.flatnonzero(~special[: len(tokenizer)])
         if not ordinary_ids.size:
             raise InputError(

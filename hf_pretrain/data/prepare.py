@@ -22,7 +22,13 @@ from transformers.utils import logging
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.documents import UnknownCount, check_offsets, tokenize_documents, tokenize_texts
-from hf_pretrain.data.documents.tokenizers import TokenizerChoice, check_tokenizer, choose_tokenizer, train_tokenizer
+from hf_pretrain.data.documents.tokenizers import (
+    TokenizerChoice,
+    add_special_tokens,
+    check_tokenizer,
+    choose_tokenizer,
+    train_tokenizer,
+)
 from hf_pretrain.data.documents.words import NamedSegmenter, Segmenter, clipped, encodable
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.in_memory import Given, given_texts
@@ -111,6 +117,7 @@ def prepare_data(
     first: AbstractContextManager[Any] | None = None,
     dataset: Any = None,
     eval_dataset: Any = None,
+    added_tokens: Sequence[str] = (),
 ) -> PreparedData:
     """Read the text, hold documents out, tokenize it and cut it into examples; each step is done once and cached.
 
@@ -124,6 +131,7 @@ def prepare_data(
         dataset: Text that is loaded already, instead of the files that `args` name: a `datasets.Dataset`, `DatasetDict` or
             `IterableDataset` with a column of text, or a list of texts.
         eval_dataset: Another that is held out; by default the split "validation", or as `args` say.
+        added_tokens: Special tokens that a trained tokenizer gets beside its vocabulary.
 
     Raises:
         InputError: If the text can not be read, is too little to hold documents out, or does not fit the options.
@@ -137,7 +145,8 @@ def prepare_data(
         args = replace(args, text_column=given.text_column)
     is_stream = args.streaming or isinstance(given and given.train, datasets.IterableDataset)
     prepare = _prepare_stream if is_stream else _prepare_documents
-    return prepare(args, seed, Path(output_dir), tokenizer, nullcontext() if first is None else first, given)
+    entered = nullcontext() if first is None else first
+    return prepare(args, seed, Path(output_dir), tokenizer, entered, given, added_tokens)
 
 
 def _prepare_documents(
@@ -147,11 +156,14 @@ def _prepare_documents(
     tokenizer: PreTrainedTokenizerBase | None,
     first: AbstractContextManager[Any],
     given: Given | None,
+    added_tokens: Sequence[str],
 ) -> PreparedData:
     with first:
         texts = _read_texts(args, given)
         sample = RepeatableTexts(lambda: first_texts(shuffled_texts(texts.train, seed=args.split_seed)))
-        tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, texts.train._fingerprint)
+        tokenizer = run_tokenizer(
+            args, output_dir, tokenizer, sample, *_adding(texts.train._fingerprint, added_tokens)
+        )
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
         unknown, documents = {name: UnknownCount() for name in parts}, {}
         for name, part in parts.items():
@@ -292,6 +304,11 @@ def run_tokenizer(
     choice = TokenizerChoice(**_read_record(output_dir)["choice"])
     say(f"tokenizer: {choice.kind}, {'lower case' if choice.lowercase else 'case kept'}: {choice.reason}")
     return _load_tokenizer(str(output_dir))
+
+
+def _adding(texts_key: Any, tokens: Sequence[str]) -> tuple[Any, Callable[[PreTrainedTokenizerBase], None] | None]:
+    """Return the last arguments of `run_tokenizer` for a tokenizer that gets special tokens beside its vocabulary."""
+    return ([texts_key, list(tokens)], partial(add_special_tokens, tokens=tokens)) if tokens else (texts_key, None)
 
 
 def _choice(args: DataArguments, texts: Iterable[str]) -> TokenizerChoice:
@@ -448,6 +465,7 @@ def _prepare_stream(
     tokenizer: PreTrainedTokenizerBase | None,
     first: AbstractContextManager[Any],
     given: Given | None,
+    added_tokens: Sequence[str],
 ) -> PreparedData:
     """Prepare nothing but the tokenizer and the validation file; documents of the stream are not held out."""
     with first:
@@ -463,7 +481,7 @@ def _prepare_stream(
         head = RepeatableTexts(texts)
         name = _source_name(args) if given is None else dataset_name(given.train)
         key = file_stamps(source) if args.train_file else name
-        tokenizer = run_tokenizer(args, output_dir, tokenizer, head, key)
+        tokenizer = run_tokenizer(args, output_dir, tokenizer, head, *_adding(key, added_tokens))
         unknown = count_unknown(head, tokenizer)
         check_unknown(args, tokenizer, unknown, head, f"the first {unknown.characters:,} characters of the stream")
         held_out, held_out_unknown = None, UnknownCount()

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, longest_sequence
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.losses import GatheredHead
 
@@ -23,6 +24,11 @@ from hf_pretrain.modeling.losses import GatheredHead
 _NO_WORD = -2
 
 WithinWord = Literal["visible", "l2r"]
+Hiding = Literal["sentinel", "mask", "fragment", "rest"]
+
+_SENTINEL = "<extra_id_0>"
+# The same of mT5.
+_OTHER_SENTINEL = "▁<extra_id_0>"
 
 
 class MinimalPair(NamedTuple):
@@ -127,12 +133,16 @@ def pseudo_log_likelihoods(
         ``float64 [N]``, in nats; special tokens are not scored.
 
     Raises:
-        InputError: If there is no mask token, a text is too long, or the model lacks ids of the tokenizer.
+        InputError: If the model is an encoder-decoder, there is no mask token, a text is too long, or the model lacks ids of the
+            tokenizer.
 
     Source: Salazar et al. 2020, "Masked Language Model Scoring"; Kauf and Ivanova 2023, "A Better Way to Do Masked Language Model
         Scoring" ("l2r").
     """
     check_choice(within_word, get_args(WithinWord), name="within_word")
+    # Some of them open as masked language models too, and would read the masks on both sides.
+    if model.config.is_encoder_decoder:
+        raise InputError(f"model={type(model).__name__} is an encoder-decoder: score it by denoising_log_likelihoods")
     if tokenizer.mask_token_id is None:
         raise InputError(
             f"tokenizer={type(tokenizer).__name__} has no mask token, which a masked language model needs"
@@ -164,6 +174,175 @@ def _masked_copies(text: _Encoded, mask_token_id: int, within_word: WithinWord) 
         is_of_word = text.words == text.words[text.scored, None]
         is_masked |= is_of_word & (np.arange(len(text.ids)) > text.scored[:, None])
     return np.where(is_masked, mask_token_id, text.ids)
+
+
+def denoising_log_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    hiding: Hiding | None = None,
+    within_word: WithinWord = "visible",
+    mode_token: str | None = None,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """Score texts by an encoder-decoder: the sum of each token's log-probability where the input does not show that token.
+
+    A token is hidden in the way that the model was trained to find it:
+
+    - "sentinel", as in T5: the input has `<extra_id_0>` in its place, and the decoder reads its start and that sentinel;
+    - "mask", as in BART: the input has the mask token in its place, and the decoder reads the text up to it;
+    - "fragment", as in MASS: the same input, and the decoder reads the token before it alone, at the position of the hidden one;
+    - "rest", as in prefix language modelling: the input ends before it, and the decoder reads its start. The sum is then the
+      log-likelihood of the text.
+
+    Args:
+        model: A stock encoder-decoder, such as any `AutoModelForSeq2SeqLM`.
+        tokenizer: Its tokenizer, a fast one.
+        texts: Texts that fit the model's positions.
+        hiding: How a token is hidden; by default "sentinel" if the tokenizer has such tokens, else "mask".
+        within_word: The other tokens of a hidden token's word are "visible"; or, with "l2r", a word is hidden at once, and the
+            decoder reads those to the left, so that the end of a word does not give its beginning away. A hidden word has one
+            sentinel or mask, or with "fragment" a mask for each token.
+        mode_token: A token that the input has before each text, such as UL2's "[NLU]".
+        batch_size: Inputs with something hidden in a batch.
+
+    Returns:
+        ``float64 [N]``, in nats; special tokens are not scored.
+
+    Raises:
+        InputError: If the model has no decoder or none with a start token, the tokenizer lacks a token that is needed, a text is
+            too long, or the model lacks ids of the tokenizer.
+
+    Source: Salazar et al. 2020, "Masked Language Model Scoring", for encoders.
+    """
+    check_choice(hiding, (None, *get_args(Hiding)), name="hiding")
+    check_choice(within_word, get_args(WithinWord), name="within_word")
+    if not model.config.is_encoder_decoder:
+        raise InputError(f"model={type(model).__name__} has no decoder: score it by pseudo_log_likelihoods")
+    known = tokenizer.get_vocab()
+    sentinel = known.get(_SENTINEL, known.get(_OTHER_SENTINEL))
+    frame = _Frame(
+        hiding=hiding or ("mask" if sentinel is None else "sentinel"),
+        start=decoder_start_id(model),
+        sentinel=sentinel,
+        mask=tokenizer.mask_token_id,
+        mode=[] if mode_token is None else [known.get(mode_token)],
+    )
+    frame.check(tokenizer, mode_token)
+    encoded = _encode(model, tokenizer, checked_texts(texts, batch_size=batch_size), more=len(frame.mode))
+    found = [(owner, frame.hide(text, *run)) for owner, text in enumerate(encoded) for run in _runs(text, within_word)]
+    owners, questions = np.array([owner for owner, _ in found], dtype=np.int64), [question for _, question in found]
+    scores = np.zeros(len(encoded))
+    with evaluating(model), GatheredHead(model.get_decoder()) as head:
+        for rows, batch in batches_by_length(
+            [question.input_ids for question in questions],
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=batch_size,
+            device=model.device,
+            name="Scoring",
+        ):
+            asked = [questions[row] for row in rows]
+            decoder_inputs, positions, targets = _decoder_side(asked, only_targets=frame.hiding == "fragment")
+            batch |= {name: torch.from_numpy(value).to(model.device) for name, value in decoder_inputs.items()}
+            logits_TV = head(model, torch.from_numpy(positions).to(model.device), **batch).float()
+            targets_T = torch.from_numpy(targets).to(model.device)
+            log_probability_T = -F.cross_entropy(logits_TV, targets_T, reduction="none")
+            owner_of_target = np.repeat(owners[rows], [len(question.targets) for question in asked])
+            np.add.at(scores, owner_of_target, log_probability_T.double().cpu().numpy())
+    return scores
+
+
+class _Question(NamedTuple):
+    """An input that does not show some tokens, and what the decoder reads; the logits at its last ``T`` columns are theirs.
+
+    `input_ids` is ``[L]``, `decoder_ids` ``[D]`` and `targets`, the hidden tokens, ``[T]``.
+    """
+
+    input_ids: np.ndarray
+    decoder_ids: np.ndarray
+    targets: np.ndarray
+
+
+class _Frame(NamedTuple):
+    """How tokens are hidden, with the ids that this takes."""
+
+    hiding: Hiding
+    start: int
+    sentinel: int | None
+    mask: int | None
+    mode: list[int]
+
+    def check(self, tokenizer: PreTrainedTokenizerBase, mode_token: str | None) -> None:
+        """Refuse a tokenizer without a token that is needed."""
+        name = type(tokenizer).__name__
+        if self.hiding == "sentinel" and self.sentinel is None:
+            raise InputError(f"tokenizer={name} has no {_SENTINEL}, which hiding='sentinel' needs: choose another")
+        if self.hiding in ("mask", "fragment") and self.mask is None:
+            raise InputError(
+                f"tokenizer={name} has no mask token, which hiding={self.hiding!r} needs: give it one, or choose another"
+            )
+        if self.hiding == "rest" and not tokenizer.num_special_tokens_to_add() and not self.mode:
+            raise InputError(
+                f"tokenizer={name} adds no special token, so that with hiding='rest' the first input would be empty: give it one"
+            )
+        if None in self.mode:
+            raise InputError(f"mode_token={mode_token!r} is no token of the tokenizer: name one, or leave it out")
+
+    def hide(self, text: _Encoded, begin: int, end: int) -> _Question:
+        """Return the question after the tokens in the columns from `begin` to `end`, exclusive."""
+        first, last = text.scored[0], text.scored[-1] + 1
+        run = text.ids[begin:end]
+        rest = text.ids[last:] if self.hiding == "rest" else text.ids[end:]
+        hole = {
+            "sentinel": [self.sentinel],
+            "mask": [self.mask],
+            "fragment": [self.mask] * len(run),
+            "rest": [],
+        }[self.hiding]
+        read = {
+            "sentinel": [self.start, self.sentinel],
+            "mask": [self.start, *text.ids[:begin]],
+            # What is before the last token is there for the positions alone.
+            "fragment": [self.start, *text.ids[:begin]],
+            "rest": [self.start],
+        }[self.hiding]
+        parts = (text.ids[:first], self.mode, text.ids[first:begin], hole, rest)
+        input_ids, decoder_ids = (
+            np.concatenate([np.asarray(part, dtype=np.int64) for part in side]) for side in (parts, (read, run[:-1]))
+        )
+        return _Question(input_ids, decoder_ids, run)
+
+
+def _runs(text: _Encoded, within_word: WithinWord) -> list[tuple[int, int]]:
+    """Return the columns, begin and end, that are hidden at once: each token that is not special, or each word."""
+    if not len(text.scored):
+        return []
+    is_first = np.ones(len(text.scored), dtype=np.bool_)
+    if within_word == "l2r":
+        is_first[1:] = (np.diff(text.words[text.scored]) != 0) | (np.diff(text.scored) != 1)
+    last = np.append(np.flatnonzero(is_first)[1:], len(text.scored)) - 1
+    return list(zip(text.scored[is_first].tolist(), (text.scored[last] + 1).tolist(), strict=True))
+
+
+def _decoder_side(
+    questions: Sequence[_Question], *, only_targets: bool
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Return what the decoder reads, ``[B, D]``, the flat positions of the hidden tokens' logits, ``[T]``, and those tokens.
+
+    With `only_targets` the decoder sees nothing but the columns of these logits.
+    """
+    rows = [{"ids": question.decoder_ids} for question in questions]
+    decoder_ids, valid = stack_column(rows, "ids")
+    columns = np.arange(valid.shape[1])
+    lengths = np.array([len(question.decoder_ids) for question in questions])[:, None]
+    numbers = np.array([len(question.targets) for question in questions])[:, None]
+    is_asked = valid & (columns >= lengths - numbers)
+    inputs = {
+        "decoder_input_ids": decoder_ids,
+        "decoder_attention_mask": (is_asked if only_targets else valid).astype(np.int64),
+    }
+    return inputs, np.flatnonzero(is_asked), np.concatenate([question.targets for question in questions])
 
 
 def originality_scores(
@@ -207,20 +386,24 @@ class _Encoded(NamedTuple):
     words: np.ndarray
 
 
-def _encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Encoded]:
+def _encode(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, more: int = 0
+) -> list[_Encoded]:
+    """Return the ids and words of texts; each must fit the model's positions with some `more` tokens."""
     check_model_fits(model, tokenizer, block_size=0)
     check_fast(tokenizer)
     if not texts:
         return []
     encoding = encode_texts(tokenizer, texts, return_offsets_mapping=True, return_special_tokens_mask=True)
-    longest = longest_sequence(model)
+    parts = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)
+    longest = min((found for part in parts if (found := longest_sequence(part)) is not None), default=None)
     encoded = []
     for text, ids, is_special, offsets in zip(
         texts, encoding["input_ids"], encoding["special_tokens_mask"], encoding["offset_mapping"], strict=True
     ):
-        if longest is not None and len(ids) > longest:
+        if longest is not None and len(ids) + more > longest:
             raise InputError(
-                f"a text has {len(ids)} tokens, more than the {longest} positions of {type(model).__name__}: {text[:40]!r}"
+                f"a text has {len(ids) + more} tokens, more than the {longest} positions of {type(model).__name__}: {text[:40]!r}"
             )
         _, words = words_of_tokens(text, offsets)
         is_text = np.array(is_special) == 0

@@ -9,7 +9,7 @@ The order: tables for single architectures; names in a configuration; layers; th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any, cast
@@ -41,10 +41,41 @@ READ_WITHOUT_DEFAULT = {"deberta-v2": frozenset({"position_buckets", "norm_rel_e
 
 POSITIONS_AFTER_PADDING = frozenset(
     """roberta xlm-roberta xlm-roberta-xl camembert mpnet data2vec-text longformer roberta-prelayernorm esm ibert luke
-    xmod""".split()
+    xmod prophetnet""".split()
 )
 """Architectures that number positions from the padding id on: RoBERTa and its kin. [`counts_from_padding`] reads it
 from a model; this is for the sizes of one that is not built yet."""
+
+# Names of the usual sizes in the configurations of encoder-decoders; one has several where its halves are sized apart.
+_NAMES_IN_PAIRS = {
+    "vocab_size": ("vocab_size", "decoder_vocab_size", "src_vocab_size", "tgt_vocab_size"),
+    "hidden_size": ("d_model", "hidden_size"),
+    "num_hidden_layers": ("encoder_layers", "num_encoder_layers", "num_layers"),
+    "num_decoder_layers": ("decoder_layers", "num_decoder_layers"),
+    "num_attention_heads": (
+        *("encoder_attention_heads", "decoder_attention_heads"),
+        *("num_encoder_attention_heads", "num_decoder_attention_heads", "num_heads"),
+    ),
+    "intermediate_size": ("encoder_ffn_dim", "decoder_ffn_dim", "d_ff"),
+    "max_position_embeddings": (
+        *("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings"),
+    ),
+}
+# What follows from the width of a head, and from the number of heads, in these configurations.
+_HEAD_WIDTHS, _KEY_HEADS = ("d_kv", "head_dim", "query_pre_attn_scalar"), "num_key_value_heads"
+# Layers with experts, of which there are no more than layers.
+_SPARSE_LAYERS = {
+    "num_sparse_encoder_layers": "num_hidden_layers",
+    "num_sparse_decoder_layers": "num_decoder_layers",
+}
+# The token that a decoder begins with, for architectures whose configuration does not say it; the others take the end token.
+_DECODER_STARTS = {
+    "t5": "pad",
+    "longt5": "pad",
+    "switch_transformers": "pad",
+    "t5gemma": "bos",
+    "encoder-decoder": "bos",
+}
 
 # Names for the same option, BERT's first.
 _OTHER_NAMES = {
@@ -63,6 +94,77 @@ _POSITION_TABLES = ("position_embeddings", "embed_positions")
 def feed_forward_name(model_type: str) -> str:
     """Return what an architecture calls the width of its feed-forward layers."""
     return _FEED_FORWARD_NAMES.get(model_type, "intermediate_size")
+
+
+def encoder_decoder_sizes(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the usual sizes under the names that an encoder-decoder has for them.
+
+    Args:
+        known: Configuration of the architecture with its defaults.
+        sizes: `vocab_size`, `hidden_size`, `num_hidden_layers` (of the encoder), `num_decoder_layers`, `num_attention_heads`,
+            `intermediate_size` and `max_position_embeddings`; the heads divide the width.
+
+    Returns:
+        Values of its configuration, both halves in one; those of `encoder` and `decoder` apart where these have configurations.
+        A longest sequence is left out where positions are distances.
+
+    Raises:
+        InputError: If the architecture has no name for a size.
+    """
+    halves = [getattr(known, name, None) for name in ("encoder", "decoder")]
+    if all(isinstance(half, PreTrainedConfig) for half in halves):
+        depths = (sizes["num_hidden_layers"], sizes["num_decoder_layers"])
+        parts = [
+            _of_half(half, {**sizes, "num_hidden_layers": depth}) for half, depth in zip(halves, depths, strict=True)
+        ]
+        return {"encoder": parts[0], "decoder": parts[1], "vocab_size": sizes["vocab_size"]}
+    own = known.to_dict().keys()
+    values = {name: size for option, size in sizes.items() for name in _NAMES_IN_PAIRS[option] if name in own}
+    for option, names in _NAMES_IN_PAIRS.items():
+        if option != "max_position_embeddings" and not values.keys() & set(names):
+            raise _no_size(known, option)
+    values |= {name: min(getattr(known, name), sizes[of]) for name, of in _SPARSE_LAYERS.items() if name in own}
+    return values | _of_heads(known, sizes)
+
+
+def _of_half(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Return the sizes of one half of an encoder-decoder whose halves have configurations of their own."""
+    own = known.to_dict().keys()
+    values = {name: size for name, size in sizes.items() if name in own}
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        if name not in values:
+            raise _no_size(known, name)
+    return values | _of_heads(known, sizes)
+
+
+def _of_heads(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    heads, own = sizes["num_attention_heads"], known.to_dict().keys()
+    widths = {name: sizes["hidden_size"] // heads for name in _HEAD_WIDTHS if name in own}
+    return widths | ({_KEY_HEADS: heads} if _KEY_HEADS in own else {})
+
+
+def _no_size(known: PreTrainedConfig, name: str) -> InputError:
+    return InputError(
+        f"model_type={known.model_type!r} cannot be built from these sizes, it has no {name}: continue one of its checkpoints, "
+        "or choose a model_type such as bart, t5, mt5, mbart or pegasus"
+    )
+
+
+def decoder_start(known: PreTrainedConfig) -> str:
+    """Return which special token a decoder begins with: "pad", "bos" or "eos".
+
+    Args:
+        known: Configuration of an encoder-decoder with its defaults.
+    """
+    first = getattr(known, "decoder_start_token_id", None)
+    roles = ("eos", "pad", "bos") if first is not None else ()
+    found = next((role for role in roles if getattr(known, f"{role}_token_id", None) == first), None)
+    return found or _DECODER_STARTS.get(known.model_type, "eos")
+
+
+def can_attend_to_encoder(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Return whether the layers of a causal language model can be given attention to the states of an encoder."""
+    return hasattr(config, "add_cross_attention") and "encoder_hidden_states" in _parameters(cast(Any, model_class))
 
 
 def shared_options(config: PreTrainedConfig, *names: str) -> dict[str, Any]:
@@ -312,6 +414,23 @@ def sizes(model: PreTrainedModel) -> dict[str, int]:
     found["longest input in tokens"] = longest_sequence(model)
     found["parameters"] = model.num_parameters()
     return {name: value for name, value in found.items() if isinstance(value, int)}
+
+
+def decoder_start_id(model: PreTrainedModel) -> int:
+    """Return the token that the decoder of an encoder-decoder reads first.
+
+    Raises:
+        InputError: If its configuration names none.
+    """
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        start = getattr(getattr(model.config, "decoder", None), "bos_token_id", None)
+    if start is None:
+        raise InputError(
+            f"{type(model).__name__} names no decoder_start_token_id: set model.config.decoder_start_token_id, such as "
+            "tokenizer.pad_token_id of a T5"
+        )
+    return int(start)
 
 
 def flops_of_weights(model: PreTrainedModel, tokens: torch.Tensor) -> int | None:

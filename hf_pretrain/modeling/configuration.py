@@ -4,7 +4,15 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest
@@ -13,11 +21,14 @@ from hf_pretrain.modeling.backbone import (
     POSITIONS_AFTER_PADDING,
     READ_WITHOUT_DEFAULT,
     WITHOUT_LENGTH,
+    decoder_start,
+    encoder_decoder_sizes,
     feed_forward_name,
 )
 from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import (
     MODEL_DTYPES,
+    USUAL_ENCODER_DECODERS,
     first_line,
     from_config,
     from_pretrained,
@@ -151,6 +162,89 @@ def build_config(
         raise InputError(f"{args.model_type} cannot be built: {first_line(error)}") from error
 
 
+def build_encoder_decoder_config(
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    num_decoder_layers: int | None = None,
+    **changes: Any,
+) -> PreTrainedConfig:
+    """Build the configuration of an encoder-decoder from scratch.
+
+    Its special ids are the tokenizer's, as `generate` needs them. A tokenizer without `bos_token` or `eos_token` has
+    `cls_token` and `sep_token` in their place.
+
+    Args:
+        args: Sizes of both halves.
+        tokenizer: Gives the vocabulary size and the special ids.
+        num_decoder_layers: Layers of the decoder; by default as many as the encoder's.
+        **changes: Values that go before those of `args`.
+
+    Returns:
+        A stock configuration. `max_position_embeddings` is raised as in [`build_config`].
+
+    Raises:
+        InputError: If the architecture is no encoder-decoder or has no such sizes, or these do not fit together.
+    """
+    _check_type(args.model_type, AutoModelForSeq2SeqLM)
+    if args.model_type == EncoderDecoderConfig.model_type:
+        raise InputError(
+            f"model_type={args.model_type!r} is made of two checkpoints: name them with encoder_name_or_path and "
+            "decoder_name_or_path instead"
+        )
+    try:
+        known = CONFIG_MAPPING[args.model_type]()
+    except Exception as error:  # some are made of two that have to be named
+        raise InputError(f"{args.model_type} cannot be built from sizes: {first_line(error)}") from error
+    _check_pair_options(args, known)
+    sizes = {
+        name: getattr(args, name)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    }
+    sizes |= {"num_decoder_layers": num_decoder_layers or args.num_hidden_layers, "vocab_size": len(tokenizer)}
+    sizes["max_position_embeddings"] = args.max_position_embeddings
+    if args.model_type in POSITIONS_AFTER_PADDING:
+        sizes["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
+    values = encoder_decoder_sizes(known, sizes)
+    ids = special_ids(tokenizer)
+    special = {f"{role}_token_id": ids[role] for role in ("pad", "bos", "eos")}
+    for half in ("encoder", "decoder"):
+        values |= {half: values[half] | special} if half in values else {}
+    values |= special | {"decoder_start_token_id": ids[decoder_start(known)]}
+    values |= {"forced_eos_token_id": ids["eos"]} if getattr(known, "forced_eos_token_id", None) is not None else {}
+    values |= {
+        known.attribute_map.get(name, name): value for name, value in parse_overrides(args.config_overrides).items()
+    }
+    try:
+        return AutoConfig.for_model(args.model_type, **values | changes)
+    except Exception as error:  # each architecture checks in its own way
+        raise InputError(f"{args.model_type} cannot be built: {first_line(error)}") from error
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """Return the ids of the tokens `pad`, `bos` and `eos`; the last two may be called `cls_token` and `sep_token`."""
+    ids: dict[str, int | None] = {"pad": tokenizer.pad_token_id}
+    for role, other in (("bos", "cls"), ("eos", "sep")):
+        own = getattr(tokenizer, f"{role}_token_id")
+        ids[role] = getattr(tokenizer, f"{other}_token_id") if own is None else own
+    return ids
+
+
+def _check_pair_options(args: ModelArguments, known: PreTrainedConfig) -> None:
+    """Refuse options that an encoder-decoder does not have, and heads that do not divide its width."""
+    if args.embedding_size is not None:
+        raise InputError(
+            f"embedding_size={args.embedding_size}: {args.model_type} embeds at its full width; leave it out"
+        )
+    unknown = sorted(name for name in parse_overrides(args.config_overrides) if not hasattr(known, name))
+    if unknown:
+        raise InputError(f"config_overrides: {args.model_type} has no option {', '.join(unknown)}")
+    if args.hidden_size % args.num_attention_heads:
+        raise InputError(
+            f"hidden_size={args.hidden_size} does not divide into num_attention_heads={args.num_attention_heads}: change one"
+        )
+
+
 def load_or_build(
     choose: Any,
     args: ModelArguments,
@@ -213,7 +307,8 @@ def _check_type(model_type: str, auto_class: Any) -> None:
     """Refuse an architecture that is unknown or none that a class opens."""
     mapping = auto_class._model_mapping
     if model_type not in CONFIG_MAPPING:
-        hint = nearest(model_type, list(mapping._model_mapping), otherwise=f"choose one such as {_USUAL}")
+        usual = USUAL_ENCODER_DECODERS if auto_class is AutoModelForSeq2SeqLM else _USUAL
+        hint = nearest(model_type, list(mapping._model_mapping), otherwise=f"choose one such as {usual}")
         raise InputError(f"model_type={model_type!r} is not an architecture of transformers: {hint}")
     if CONFIG_MAPPING[model_type] not in mapping:
         raise refuse_type(model_type, auto_class)

@@ -39,7 +39,11 @@ _KINDS = {
     "AutoModelForSequenceClassification": "classifier",
     "AutoModelForQuestionAnswering": "model for questions",
     "AutoModelForCausalLM": "causal language model",
+    "AutoModelForSeq2SeqLM": "encoder-decoder",
 }
+USUAL_ENCODERS = "bert, roberta, electra, albert, deberta-v2 or modernbert"
+USUAL_ENCODER_DECODERS = "bart, t5, mt5, mbart or pegasus"
+"""The architectures that most people want."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +62,8 @@ def first_line(error: BaseException) -> str:
 def refuse_type(model_type: str, auto_class: Any) -> InputError:
     """Return the error for an architecture that an Auto class does not open."""
     kind = _KINDS.get(auto_class.__name__, auto_class.__name__)
-    return InputError(
-        f"model_type={model_type!r} is no {kind}: choose one such as bert, roberta, electra, albert, deberta-v2 or modernbert"
-    )
+    usual = USUAL_ENCODER_DECODERS if kind == "encoder-decoder" else USUAL_ENCODERS
+    return InputError(f"model_type={model_type!r} is no {kind}: choose one such as {usual}")
 
 
 def from_pretrained(auto_class: Any, name_or_path: str, *, announce: bool = True, **options: Any) -> Any:

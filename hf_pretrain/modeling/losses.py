@@ -316,12 +316,14 @@ class GatheredHead:
 
     Args:
         model: A model with a body (`model.base_model`) and a head, such as any `AutoModelForMaskedLM`.
+        body: The module whose output the head reads, where it is not `model.base_model`: the decoder of an encoder-decoder.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, body: nn.Module | None = None) -> None:
         self._positions: torch.Tensor | None = None
         self._states: torch.Tensor | None = None
-        self._hook: RemovableHandle = model.base_model.register_forward_hook(self._gather)
+        body = model.base_model if body is None else body
+        self._hook: RemovableHandle = body.register_forward_hook(self._gather)
         # Read in each call instead of the handle, at which a compiled graph would break.
         self._is_attached = True
 

@@ -1,4 +1,4 @@
-"""Tokenizers: choosing a kind for a text, training one, framing it as XLM does, and checking one that is given.
+"""Tokenizers: choosing a kind for a text, training one, framing it as XLM does, adding tokens, and checking one that is given.
 
 All kinds split the text as `hf_pretrain.data.documents.words` does before they look for sub-words. So no token reaches
 over two words, and a model's vocabulary does not decide what whole-word masking calls a word. Training twice on the
@@ -502,6 +502,12 @@ def frame_by_separators(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.cls_token = tokenizer.eos_token = separator
     end = (separator, tokenizer.sep_token_id)
     tokenizer.backend_tokenizer.post_processor = _template(end, end)
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Give a tokenizer more special tokens, in this order; those that it has keep their ids."""
+    if tokens:
+        tokenizer.add_special_tokens({"extra_special_tokens": list(tokens)}, replace_extra_special_tokens=False)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, *, roles: Sequence[str] = ("mask", "pad")) -> None:

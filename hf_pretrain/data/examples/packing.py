@@ -327,6 +327,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         mode: How to cut, see :func:`block_bounds`. With ``"isolated_documents"`` the cuts give pieces: each has its
             own special tokens, and a block is the pieces that :func:`hf_pretrain.data.examples.packing.pack_rows` puts
             together. The entry ``document_ids`` of a block tells them apart, so that no piece need see another.
+        with_sentences: Whether a block has the entry ``sent_starts`` too.
 
     Raises:
         InputError: If the documents are empty or not of the schema, ``block_size`` leaves no room for text, ``mode``
@@ -340,8 +341,10 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         tokenizer: PreTrainedTokenizerBase,
         block_size: int = 128,
         mode: PackingMode = "full_sentences",
+        with_sentences: bool = False,
     ) -> None:
         check_choice(mode, get_args(PackingMode), name="mode")
+        self.with_sentences = with_sentences
         self.template = BlockTemplate.of(tokenizer)
         self.store = TokenStore(documents)
         self.block_size = block_size
@@ -367,8 +370,9 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
 
         Returns:
             ``input_ids`` ``int32 [n]`` with special tokens and separators, a read-only view of the documents where
-            the block needs neither; ``word_starts`` ``bool [n]``, True at each of them. Where documents are isolated,
-            also ``document_ids`` ``int32 [n]``: 0 in the first piece of the block, 1 in the second, and so on.
+            the block needs neither; ``word_starts`` ``bool [n]``, True at each of them; ``sent_starts`` ``bool [n]`` if they
+            are wanted, False at each of them. Where documents are isolated, also ``document_ids`` ``int32 [n]``: 0 in the
+            first piece of the block, 1 in the second, and so on.
 
         Raises:
             IndexError: If there is no such block.
@@ -398,10 +402,13 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
 
     def _read(self, start: int, stop: int, first_document: int, last_document: int) -> dict[str, np.ndarray]:
         ids, words = self.store.read(start, stop)
+        columns = {"input_ids": ids, "word_starts": words}
+        if self.with_sentences:
+            columns["sent_starts"] = self.store.sent_starts(start, stop)
         prefix, suffix = self.template.prefix, self.template.suffix
         num_separators = last_document - first_document
         if not (prefix or suffix or num_separators):
-            return {"input_ids": ids, "word_starts": words}
+            return columns
         end = len(prefix) + len(ids) + num_separators
         input_ids = np.empty(end + len(suffix), dtype=np.int32)
         word_starts = np.ones(len(input_ids), dtype=np.bool_)
@@ -418,7 +425,11 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
             is_text[at_border] = False
         input_ids[is_text] = ids
         word_starts[is_text] = words
-        return {"input_ids": input_ids, "word_starts": word_starts}
+        block = {"input_ids": input_ids, "word_starts": word_starts}
+        if self.with_sentences:
+            block["sent_starts"] = np.zeros(len(input_ids), dtype=np.bool_)
+            block["sent_starts"][is_text] = columns["sent_starts"]
+        return block
 
     @property
     def num_tokens(self) -> int:

@@ -183,6 +183,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         tokenize: Maps texts to columns of the document schema; default `hf_pretrain.data.documents.documents.tokenize_texts`.
         on_bad_text: Whether to ``"skip"`` or ``"refuse"`` a document of a file that is no text, see
             `hf_pretrain.data.text.files.BadTextCount`.
+        with_sentences: Whether an example has ``sent_starts`` too.
 
     Raises:
         InputError: If there is no shard, the column is not there, or ``block_size`` leaves no room for text.
@@ -202,6 +203,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         seed: int = 0,
         tokenize: Tokenize | None = None,
         on_bad_text: OnBadText = "skip",
+        with_sentences: bool = False,
     ) -> None:
         check_range(documents_per_buffer, "[1, inf)", name="documents_per_buffer", hint="1000 is usual")
         check_choice(mode, get_args(PackingMode), name="mode")
@@ -212,6 +214,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         self.tokenizer = tokenizer
         self.block_size = block_size
         self.mode = mode
+        self.with_sentences = with_sentences
         self.documents_per_buffer = documents_per_buffer
         self.shuffle_buffer_size = shuffle_buffer_size
         self.seed = seed
@@ -251,7 +254,13 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         epoch, shard = self.sampler.locate(position.number)
         number, start, first_block, taken = position
         for documents, stop in self._windows(shard, epoch=epoch, start=start):
-            blocks = BlockDataset(documents, tokenizer=self.tokenizer, block_size=self.block_size, mode=self.mode)
+            blocks = BlockDataset(
+                documents,
+                tokenizer=self.tokenizer,
+                block_size=self.block_size,
+                mode=self.mode,
+                with_sentences=self.with_sentences,
+            )
             order = self._order(len(blocks), epoch=epoch, window=f"{shard} {first_block}")
             for begin in range(taken, len(blocks), _READ_BLOCKS):
                 rows = order[begin : begin + _READ_BLOCKS].tolist()
