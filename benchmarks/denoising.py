@@ -233,9 +233,10 @@ class Material:
             datasets.Dataset.from_dict({"text": texts[len(texts) // 2 :][:2000]}), self.tokenizer
         )
         lengths = np.array([len(row) for row in documents["input_ids"]])
-        # T5's noise needs a token that stays and one that goes.
+        # T5's noise needs a token that stays and one that goes. A few positions stay free, as packing leaves some.
         fitting = np.flatnonzero((lengths >= 2) & (lengths <= self.room))
-        self.documents = documents.select(fitting[: np.searchsorted(np.cumsum(lengths[fitting]), num_tokens)])
+        count = np.searchsorted(np.cumsum(lengths[fitting] + 2), 0.98 * num_tokens)
+        self.documents = documents.select(fitting[:count])
         self.texts = [np.array(ids) for ids in self.documents["input_ids"]]
 
     def examples(self, mode: str) -> Examples:
@@ -277,9 +278,9 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def stock_loss(model: T5ForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the stock model's loss on a batch of either side."""
-    names = ("input_ids", "attention_mask", "labels", "decoder_input_ids")
-    return model(**{name: batch[name] for name in names if name in batch}).loss
+    """Return the stock model's loss; it makes the decoder's input of the labels."""
+    names = ("input_ids", "attention_mask", "labels")
+    return model(**{name: batch[name] for name in names}).loss
 
 
 def make_steps(

@@ -37,11 +37,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock
-from language_models import CountedModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -59,6 +57,7 @@ from hf_pretrain import train_tokenizer
 from hf_pretrain.cli import load_method
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.references import reference_losses
 from hf_pretrain.hub.text import bare_name
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.options import option
@@ -210,30 +209,33 @@ def pretrain(arm: str, seed: int, args: TranslationArguments, folder: Path) -> d
 
 
 def held_out(trainer: PretrainingTrainer) -> dict[str, Any]:
-    """Return the held-out metrics of the last evaluation, and what counting says at its targets."""
+    """Return the held-out metrics of the last evaluation, and what counting and copying reach at its targets."""
     evaluations = [row for row in trainer.state.log_history if any(name.startswith("eval_") for name in row)]
     metrics = {bare_name(name): value for name, value in evaluations[-1].items() if name.startswith("eval_")}
-    counted = CountedModel(
-        np.concatenate(list(_target_streams(trainer.get_train_dataloader(), most=_COUNTED_TARGETS))),
-        trainer.model.get_vocab_size() if hasattr(trainer.model, "get_vocab_size") else len(trainer.processing_class),
+    start = trainer.model.model.config.decoder_start_token_id
+    training, held_out_text = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
+    references = reference_losses(
+        _enough(_started(training, start), _COUNTED_TARGETS),
+        _started(held_out_text, start),
+        vocab_size=len(trainer.processing_class),
     )
-    before, targets = [], []
-    for batch in trainer.get_eval_dataloader():
-        is_target = batch["labels"] != IGNORED
-        before.append(batch["decoder_input_ids"][is_target].cpu().numpy())
-        targets.append(batch["labels"][is_target].cpu().numpy())
-    unigram, bigram = counted.nats(np.concatenate(before), np.concatenate(targets))
-    return {"denoising": metrics["denoising_loss"], "held_out": metrics, "unigram": unigram, "bigram": bigram}
+    return {"denoising": metrics["denoising_loss"], "held_out": metrics} | references
 
 
-def _target_streams(batches: Iterable[dict[str, torch.Tensor]], *, most: int) -> Iterator[np.ndarray]:
-    """Yield the targets of each pair, with the token before the first, until there are enough."""
+def _started(batches: Iterable[dict[str, Any]], start: int) -> Iterator[dict[str, Any]]:
+    """Yield batches on the CPU whose targets begin with the model's own token, which the collator leaves open."""
+    for batch in batches:
+        arrays = {name: value.cpu() for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        inputs = arrays["decoder_input_ids"]
+        yield arrays | {"decoder_input_ids": inputs.masked_fill(inputs < 0, start)}
+
+
+def _enough(batches: Iterable[dict[str, Any]], most: int) -> Iterator[dict[str, Any]]:
+    """Yield batches until they have so many targets."""
     seen = 0
     for batch in batches:
-        for inputs, labels in zip(batch["decoder_input_ids"].cpu(), batch["labels"].cpu(), strict=True):
-            is_target = labels != IGNORED
-            yield torch.cat([inputs[is_target][:1], labels[is_target]]).numpy()
-            seen += int(is_target.sum())
+        yield batch
+        seen += int((batch["labels"] != IGNORED).sum())
         if seen >= most:
             return
 
@@ -331,8 +333,8 @@ COLUMNS = (
     Column("FLOPs", "flops", 1, None),
     Column("steps", "steps"),
     Column("denoising loss", "denoising", 1, 3),
-    Column("unigram", "unigram", 1, 3),
-    Column("bigram", "bigram", 1, 3),
+    Column("unigram", "unigram_nll", 1, 3),
+    Column("bigram", "bigram_nll", 1, 3),
     Column("translation, nats a token", "nll", 1, 3),
     Column("BLEU", "bleu", 1, 2),
     Column("seconds", "seconds"),
