@@ -113,7 +113,7 @@ def encoder_decoder_sizes(known: PreTrainedConfig, sizes: Mapping[str, int]) -> 
     Raises:
         InputError: If the architecture has no name for a size.
     """
-    halves = [getattr(known, name, None) for name in ("encoder", "decoder")]
+    halves: list[Any] = [getattr(known, name, None) for name in ("encoder", "decoder")]
     if all(isinstance(half, PreTrainedConfig) for half in halves):
         _check_names(known, [name for half in halves for name in _OF_A_HALF if name not in half.to_dict()])
         depths = (sizes["num_hidden_layers"], sizes["num_decoder_layers"])

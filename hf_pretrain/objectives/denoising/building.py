@@ -155,8 +155,8 @@ def check_tokens(
 def sentinels_for(args: DenoisingTrainingArguments, length: int) -> int:
     """Return how many sentinels texts of up to `length` tokens may need; 0 for a noise without them."""
     if args.noise == "ul2":
-        rates = [{"density": d.density, "mean_length": d.mean_length} for d in args.parsed_denoisers()]
-        return max(sentinels_needed(length, **rate) for rate in rates)
+        denoisers = args.parsed_denoisers()
+        return max(sentinels_needed(length, density=d.density, mean_length=d.mean_length) for d in denoisers)
     if args.noise != "t5":
         return 0
     if args.span_choice == "iid":
@@ -249,8 +249,6 @@ def load_examples(
     """
 
     def prepare(options: DataArguments, *, tokenizer: PreTrainedTokenizerBase | None, **others: Any) -> PreparedData:
-        if tokenizer is None and model_args.encoder_name_or_path is not None:
-            tokenizer = from_pretrained(AutoTokenizer, model_args.encoder_name_or_path)
         if tokenizer is not None:
             check_tokens(args, tokenizer, options)
         cut = cut_text(options, args, tokenizer=tokenizer)
