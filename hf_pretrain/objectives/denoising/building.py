@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.corruption.fragments import MODE_TOKENS, sentinels_needed
 from hf_pretrain.corruption.masking import special_table
@@ -28,7 +28,7 @@ from hf_pretrain.modeling.encoder_decoders import (
     join_halves,
     open_encoder_decoder,
 )
-from hf_pretrain.modeling.loading import from_config, from_pretrained
+from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.objectives.denoising.arguments import DenoisingModelArguments, DenoisingTrainingArguments
 from hf_pretrain.training.program import load_data
 from hf_pretrain.training.rehearsal import made_up_data, made_up_tokenizer

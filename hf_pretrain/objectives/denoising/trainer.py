@@ -111,7 +111,9 @@ class DenoisingTrainer(PretrainingTrainer):
 
     def _pairs_of(self, dataset: Any, *, most: int) -> Iterator[dict[str, Any]]:
         """Yield batches of pairs until they have so many targets."""
-        order = range(len(dataset)) if dataset.in_order else draws.permutation(len(dataset), seed=self.args.seed).tolist()
+        order = (
+            range(len(dataset)) if dataset.in_order else draws.permutation(len(dataset), seed=self.args.seed).tolist()
+        )
         for begin in range(0, len(order), _READ):
             batch = self.data_collator([dataset[row] for row in order[begin : begin + _READ]])
             yield batch
@@ -123,11 +125,12 @@ class DenoisingTrainer(PretrainingTrainer):
         """Return the description of this run's noise, what it is measured against, and a sample."""
         args = cast(DenoisingTrainingArguments, self.args)
         words, citation = _NOISES[args.noise]
+        rows = [(name, f"{value:.4g}") for name, value in self.references.items()]
         steps = " and ".join(name.replace("_", " ") for name in args.noise_steps)
         said = f"{self.objective.description} {words.format(steps=steps)}"
         return {
             "objective": replace(self.objective, description=said, citations=cite(citation)),
-            "references": self.references,
+            "references": [("", "held-out pairs"), *rows] if rows else (),
             "samples": rebuilt_sentences(self),
         }
 
