@@ -43,11 +43,11 @@ def open_encoder_decoder(name: str, **options: Any) -> PreTrainedModel:
     if type(config) not in AutoModelForSeq2SeqLM._model_mapping:
         raise _no_encoder_decoder(name, config)
     model: PreTrainedModel = from_pretrained(AutoModelForSeq2SeqLM, name, announce=False, **options)
-    for half, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
+    for half, part in (("an encoder", model.get_encoder()), ("a decoder", model.get_decoder())):
         own = _own_parameters(model, part)
         if own and own <= set(model.fresh_parameters):
             raise InputError(
-                f"model_name_or_path={name!r} holds no weights of a {half}, such as {min(own)}: name a checkpoint of a whole "
+                f"model_name_or_path={name!r} holds no weights of {half}, such as {min(own)}: name a checkpoint of a whole "
                 f"{type(model).__name__}"
             )
     if model.fresh_parameters:

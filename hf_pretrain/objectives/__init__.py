@@ -38,7 +38,7 @@ METHODS = {
         trainer="RecurrentLMTrainer",
     ),
     "denoise": Listed(
-        "sequence-to-sequence denoising (BART, T5, UL2, prefix LM, MASS): write what noise has taken out",
+        "sequence-to-sequence denoising (BART, T5, UL2, MASS): write what noise has taken out",
         "hf_pretrain.objectives.denoising:METHOD",
         trainer="DenoisingTrainer",
     ),

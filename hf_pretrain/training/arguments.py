@@ -130,7 +130,8 @@ class PretrainingArguments(TrainingArguments):
     )
     optim: str = option(
         TrainingArguments.optim,
-        "Optimizer: adamw_torch_fused, adamw_rms, adafactor, ...; see docs/from_scratch.md.",
+        "Optimizer: one of transformers.training_args.OptimizerNames, or adamw_rms, AdamW whose updates are multiplied by the "
+        "size of each matrix.",
     )
     adam_bias_correction: bool = option(
         True, "Adam's bias correction; the official BERT and ELECTRA optimizers have none."

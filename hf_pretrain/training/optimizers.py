@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +39,7 @@ class _Names(StrEnum):
 
 
 _STOCK = {name.name: name.value for name in OptimizerNames}
-OptimizerName: Any = _Names("OptimizerName", _STOCK | {"ADAMW_RMS": "adamw_rms"}, module=__name__)  # type: ignore[misc]
+OptimizerName: Any = cast(Any, _Names)("OptimizerName", _STOCK | {"ADAMW_RMS": "adamw_rms"}, module=__name__)
 """The names of all optimizers, those of `transformers.training_args.OptimizerNames` and ours; each equals its text."""
 
 
@@ -106,7 +106,7 @@ class AdamWithParameterScale(torch.optim.AdamW):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters.
 
         Args:
@@ -131,8 +131,8 @@ class AdamWithParameterScale(torch.optim.AdamW):
             rates_of = _rates_on_the_host if is_on_host else _rates_on_the_device
             rates = rates_of(params, rate=group["lr"], decay=group["weight_decay"])
             for *state, step, (rate, decay) in zip(params, grads, means, squares, steps, rates, strict=True):
-                tensors = ([tensor] for tensor in state)
-                torch._fused_adamw_(*tensors, largest, [step], lr=rate, weight_decay=decay, **options)
+                tensors: Any = ([tensor] for tensor in state)
+                cast(Any, torch)._fused_adamw_(*tensors, largest, [step], lr=rate, weight_decay=decay, **options)
         return loss
 
 

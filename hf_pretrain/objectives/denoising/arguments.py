@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
@@ -167,7 +168,7 @@ class DenoisingTrainingArguments(PretrainingArguments):
         )
 
     def noise_with(
-        self, *, mask_token_id: int, sentinels: np.ndarray, mode_ids: dict[str, int], random_ids: np.ndarray
+        self, *, mask_token_id: int, sentinels: np.ndarray, mode_ids: Mapping[str, int], random_ids: np.ndarray
     ) -> Noise:
         """Return the noise with given ids, of which it takes those that it needs.
 

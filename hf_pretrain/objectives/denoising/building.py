@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.corruption.fragments import MODE_TOKENS, sentinels_needed
 from hf_pretrain.corruption.masking import special_table
@@ -28,7 +28,7 @@ from hf_pretrain.modeling.encoder_decoders import (
     join_halves,
     open_encoder_decoder,
 )
-from hf_pretrain.modeling.loading import from_config, from_pretrained
+from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.objectives.denoising.arguments import DenoisingModelArguments, DenoisingTrainingArguments
 from hf_pretrain.training.program import load_data
 from hf_pretrain.training.rehearsal import made_up_data, made_up_tokenizer
@@ -68,7 +68,7 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """
     known = tokenizer.get_vocab()
     form = next((form for form in _SENTINELS if form.format(0) in known), _SENTINELS[0])
-    found = []
+    found: list[int] = []
     while (token := form.format(len(found))) in known:
         found.append(known[token])
     return np.array(found, dtype=np.int64)
@@ -135,7 +135,7 @@ def check_tokens(
     Raises:
         InputError: Naming what is missing, how many are needed, and the fix.
     """
-    noise = args.make_noise(tokenizer)
+    noise: Any = args.make_noise(tokenizer)
     if args.noise not in ("t5", "ul2"):
         return
     length = _text_length(cut_text(data_args, args, tokenizer=tokenizer), tokenizer)
@@ -155,13 +155,13 @@ def check_tokens(
 def sentinels_for(args: DenoisingTrainingArguments, length: int) -> int:
     """Return how many sentinels texts of up to `length` tokens may need; 0 for a noise without them."""
     if args.noise == "ul2":
-        rates = [{"density": d.density, "mean_length": d.mean_length} for d in args.parsed_denoisers()]
-        return max(sentinels_needed(length, **rate) for rate in rates)
+        denoisers = args.parsed_denoisers()
+        return max(sentinels_needed(length, density=d.density, mean_length=d.mean_length) for d in denoisers)
     if args.noise != "t5":
         return 0
     if args.span_choice == "iid":
         return (length + 1) // 2
-    rates_of_t5 = {"density": args.noise_density, "mean_length": args.mean_span_length}
+    rates_of_t5: dict[str, Any] = {"density": args.noise_density, "mean_length": args.mean_span_length}
     return sentinels_needed(length, **rates_of_t5, random_roll=args.random_roll)
 
 
@@ -249,8 +249,6 @@ def load_examples(
     """
 
     def prepare(options: DataArguments, *, tokenizer: PreTrainedTokenizerBase | None, **others: Any) -> PreparedData:
-        if tokenizer is None and model_args.encoder_name_or_path is not None:
-            tokenizer = from_pretrained(AutoTokenizer, model_args.encoder_name_or_path)
         if tokenizer is not None:
             check_tokens(args, tokenizer, options)
         cut = cut_text(options, args, tokenizer=tokenizer)

@@ -157,7 +157,7 @@ class DenoisingForPreTraining(PretrainingModel):
         batch["decoder_input_ids"] = ids.masked_fill(ids == START, self._start_id)
         logits_NV = self.reader.run(target_positions, **batch)
         targets_N = labels.flatten().index_select(0, target_positions)
-        where = {"positions": target_positions, "shape": labels.shape}
+        where: dict[str, Any] = {"positions": target_positions, "shape": labels.shape}
         output = PretrainingOutput(losses={"denoising": masked_lm_loss(logits_NV, targets_N, **where)}, metrics={})
         if not self.training:
             guesses_N = logits_NV.argmax(-1)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 from transformers import PreTrainedModel
 
+from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
+from hf_pretrain.evaluation.references import reference_losses
+from hf_pretrain.evaluation.samples import print_rebuilt, rebuilt_sentences
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.objectives.denoising.arguments import DenoisingModelArguments, DenoisingTrainingArguments
 from hf_pretrain.objectives.denoising.building import cut_text, load_examples, longest_pair, made_up_examples
 from hf_pretrain.objectives.denoising.collator import DataCollatorForDenoising
 from hf_pretrain.objectives.denoising.modeling import DenoisingForPreTraining
 from hf_pretrain.training.method import Learning, Method
+from hf_pretrain.training.program import print_table
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Noise -> what it does, and the paper that it is from.
@@ -43,6 +49,8 @@ _NOISES = {
         "song2019mass",
     ),
 }
+# Targets that are counted, and held-out ones that are scored by the counts; examples that are read at a time.
+_COUNTED, _READ = (1_000_000, 200_000), 64
 # With a graph that is compiled once, shapes are rounded up to these.
 _COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 
@@ -89,13 +97,42 @@ class DenoisingTrainer(PretrainingTrainer):
         sets = {name: with_sentences(found[name]) for name in ("train_dataset", "eval_dataset")}
         return found | sets
 
+    @cached_property
+    def references(self) -> dict[str, float]:
+        """What counting tokens and copying the input reach on the held-out pairs; see [`reference_losses`].
+
+        Counted are up to a million targets of the first epoch. Nothing, of a stream or where no one text is held out.
+        """
+        parts = (self.train_dataset, self.eval_dataset)
+        if not all(isinstance(part, EpochDataset) for part in parts):
+            return {}
+        counted, held_out = (self._pairs_of(part, most=most) for part, most in zip(parts, _COUNTED, strict=True))
+        return reference_losses(counted, held_out, vocab_size=len(self.processing_class))
+
+    def _pairs_of(self, dataset: Any, *, most: int) -> Iterator[dict[str, Any]]:
+        """Yield batches of pairs until they have so many targets."""
+        order = (
+            range(len(dataset)) if dataset.in_order else draws.permutation(len(dataset), seed=self.args.seed).tolist()
+        )
+        for begin in range(0, len(order), _READ):
+            batch = self.data_collator([dataset[row] for row in order[begin : begin + _READ]])
+            yield batch
+            most -= len(batch["target_positions"])
+            if most <= 0:
+                return
+
     def card_facts(self) -> dict[str, Any]:
-        """Return the description of this run's noise."""
+        """Return the description of this run's noise, what it is measured against, and a sample."""
         args = cast(DenoisingTrainingArguments, self.args)
         words, citation = _NOISES[args.noise]
+        rows = [(name, f"{value:.4g}") for name, value in self.references.items()]
         steps = " and ".join(name.replace("_", " ") for name in args.noise_steps)
         said = f"{self.objective.description} {words.format(steps=steps)}"
-        return {"objective": replace(self.objective, description=said, citations=cite(citation))}
+        return {
+            "objective": replace(self.objective, description=said, citations=cite(citation)),
+            "references": [("", "held-out pairs"), *rows] if rows else (),
+            "samples": rebuilt_sentences(self),
+        }
 
     objective = ObjectiveDescription(
         name="denoise",
@@ -136,6 +173,14 @@ def with_sentences(dataset: Any) -> Any:
     return dataset
 
 
+def demonstrate(trainer: DenoisingTrainer, data: PreparedData) -> None:
+    """Print what counting and copying reach on the held-out text, and sentences that the model has rebuilt."""
+    if trainer.references:
+        print("\nCounting and copying on the same held-out text:")
+        print_table([(name, f"{value:.4f}") for name, value in trainer.references.items()], header=("", ""))
+    print_rebuilt(trainer, data)
+
+
 METHOD = Method(
     trainer=DenoisingTrainer,
     description="""\
@@ -153,4 +198,5 @@ default sizes. With `--demo_corpus true` it trains on the docstrings of the inst
     learning=Learning(left={"denoising_loss": 0.44}),
     load=load_examples,
     made_up=made_up_examples,
+    demonstrate=demonstrate,
 )
