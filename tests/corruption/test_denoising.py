@@ -562,6 +562,26 @@ def test_short_texts(lengths, probability):
             assert ids.count(MASK) == 1 and len(ids) == (1 if probability == 1 else lengths[row])
 
 
+def test_spans_without_room_are_joined_evenly():
+    """Sixteen spans of one word have five slots around the four words that stay."""
+    texts = same_texts(200, words=[1] * 20)
+    pairs = noise_of("infilling", infilling_probability=0.8, infilling_mean_length=1e-9)(texts)
+    for ids in inputs_of(pairs):
+        assert ids[::2] == [MASK] * 5
+        assert sorted(np.diff([99, *ids[1::2], 120]) - 1) == [3, 3, 3, 3, 4]
+
+
+def test_more_sentences_than_tokens():
+    """Of three sentences of one word, one has an empty span behind it, and rotation cuts it in two: four sentences."""
+    texts = same_texts(300, words=[1] * 3, sentences=[1] * 3)
+    options = {"infilling_probability": 0.1, "infilling_mean_length": 1e-9}
+    rotated = inputs_of(noise_of("infilling", "rotation", **options)(texts))
+    pairs = noise_of("infilling", "rotation", "sentence_permutation", **options)(texts)
+    for before, after in zip(rotated, inputs_of(pairs), strict=True):
+        assert sorted(after) == sorted(before)
+    assert inputs_of(pairs) != rotated and max(map(len, rotated)) == 4
+
+
 def test_texts_of_special_tokens_alone_stay():
     texts = make_texts([5, 1, 0])
     texts = replace(texts, is_special=texts.valid.copy())
