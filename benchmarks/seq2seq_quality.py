@@ -72,7 +72,7 @@ MODES = ("[NLU]", "[NLG]", "[S2S]")
 # Half of a block, one token a span: as many are never needed.
 SENTINELS = 100
 _COUNTED_BATCHES = 8
-_COUNTED_TARGETS = 2_000_000
+_COUNTED_TARGETS = 500_000
 # One document in so many is enough for a vocabulary.
 _TOKENIZER_STRIDE = 8
 # Longer sentences of multi30k are rare; a translation ends there too.
@@ -92,6 +92,9 @@ class TranslationArguments(ComparisonArguments):
     hidden_size: int = option(128, "Width; a head for every 32.")
     num_hidden_layers: int = option(3, "Layers of the encoder, and of the decoder.")
     optimizer: str = option("adamw_rms", "Optimizer of the pre-training.")
+    held_out_characters: int = option(
+        300_000, "Evaluate on the first documents of validation_file, of so many characters."
+    )
     tune_steps: int = option(400, "Steps of fine-tuning.")
     tune_batch_size: int = option(32, "Pairs a step of fine-tuning.")
     tune_rate: float = option(2e-3, "Peak rate of fine-tuning, by Adafactor.")
@@ -134,6 +137,23 @@ def tokenizer_of(args: TranslationArguments) -> str:
     return str(folder)
 
 
+def held_out_file(args: TranslationArguments) -> list[str]:
+    """Return a file with the first documents of the held-out text, as an evaluation of all of it would take half of a run."""
+    if not args.validation_file:
+        return []
+    path = args.runs_folder() / f"held-out-{args.held_out_characters}.txt"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            taken, seen = [], 0
+            for text in read_documents(args.validation_file):
+                if taken and seen + len(text) > args.held_out_characters:
+                    break
+                taken.append(text)
+                seen += len(text)
+            path.write_text("\n\n".join(taken), encoding="utf-8")
+    return [str(path)]
+
+
 # Pre-training
 
 
@@ -142,7 +162,7 @@ def command(arm: str, seed: int, args: TranslationArguments, folder: Path) -> li
     options: dict[str, Any] = {
         "noise": "bart" if arm == "none" else arm,
         "train_file": args.train_file,
-        "validation_file": args.validation_file,
+        "validation_file": held_out_file(args),
         "max_corpus_bytes": args.max_corpus_bytes,
         "document_separator": args.document_separator,
         "tokenizer_name": tokenizer_of(args),
