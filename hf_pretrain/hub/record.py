@@ -114,6 +114,7 @@ class PretrainingCard:
         evaluation_name: What they were measured on.
         evaluations: What was measured on tasks.
         comparison: Header and rows of a table of the model beside the one that taught it.
+        samples: Sentences with noise, what the model makes of each, and the sentence itself.
         compute: What the run took.
         parts: Sub-folder -> (class that opens it, what it is). The class is a name in transformers or a dotted path,
             or "" where the folder is not a checkpoint.
@@ -150,6 +151,7 @@ class PretrainingCard:
     evaluation_name: str = "held-out documents"
     evaluations: Sequence[Evaluation] = ()
     comparison: Sequence[Row] = ()
+    samples: Sequence[tuple[str, str, str]] = ()
     compute: Compute = Compute()
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     limits: str = ""
