@@ -27,7 +27,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_pretrain
 from hf_pretrain.cli import COMMANDS, METHODS, load_method, run_named
-from hf_pretrain.modeling.configuration import ModelArguments, build_config, parse_overrides
+from hf_pretrain.modeling.configuration import (
+    ModelArguments,
+    build_config,
+    build_encoder_decoder_config,
+    parse_overrides,
+)
 from hf_pretrain.names import HELP, described_recipes
 from hf_pretrain.options import read_recipes, recipe_names
 from hf_pretrain.training.parsing import parse_arguments
@@ -38,6 +43,7 @@ RECIPE_FILES = {path.stem: path for path in sorted((ROOT / "trainers" / "recipes
 COMMAND = re.compile(r"`(hf-pretrain [^`]+)`")
 _SOURCE = re.compile(r"([A-Z]\w+(?: and [A-Z]\w+| et al\.) \d{4}), (https://[^\s,;)]+[^\s,;).])")
 _FACT = re.compile(r"(Source|Corpus|Reported|Expected loss|Hardware|Result|Differences) +(.*)")
+_DROPOUT = ("hidden_dropout_prob", "dropout", "mlp_dropout", "dropout_rate")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end of table -->)", flags=re.DOTALL)
 
 
@@ -121,14 +127,18 @@ class _Words(SimpleNamespace):
 
 
 def parameters(command: str) -> str:
-    """Return the number of parameters of the encoder that a command builds, in millions."""
+    """Return the number of parameters of the encoder, or encoder-decoder, that a command builds, in millions."""
     data, model, _ = parsed(command)
     if not isinstance(model, ModelArguments) or model.model_name_or_path or not model.model_type:
         return "–"
     special = {
         f"{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos", "cls", "sep", "unk", "mask"))
     }
-    config = build_config(model, _Words(size=data.vocab_size, **special), auto_class=AutoModel)
+    words = _Words(size=data.vocab_size, **special)
+    if hasattr(model, "num_decoder_layers"):
+        config = build_encoder_decoder_config(model, words, num_decoder_layers=model.num_decoder_layers)
+    else:
+        config = build_config(model, words, auto_class=AutoModel)
     with torch.device("meta"):
         count = AutoModel.from_config(config).num_parameters()
     return f"{count / 1e6:.0f} M"
@@ -143,6 +153,8 @@ def _trained(method: str, options: dict[str, Any]) -> str:
     """Return the losses with their weights; the method where they have none."""
     if "objectives" in options:
         return " + ".join(options["objectives"])
+    if "noise" in options:
+        return " + ".join(options["noise_steps"]) if options["noise"] == "bart" else str(options["noise"])
     weights = {
         name.removesuffix("_weight"): value for name, value in options.items() if name.endswith("_weight") and value
     }
@@ -153,6 +165,8 @@ def _masked(options: dict[str, Any]) -> tuple[str, str]:
     """Return which tokens are chosen, and what they are replaced by."""
     if "context_factor" in options:
         return f"1 of {options['context_factor']:g}, spans to {options['max_span_length']}", "–"
+    if "noise" in options:
+        return _hidden(options)
     share = options.get("mlm_probability")
     if not share:
         return "–", "–"
@@ -174,6 +188,21 @@ def _masked(options: dict[str, Any]) -> tuple[str, str]:
     return chosen, replaced + (f", {options['static_masks']} frozen" if options["static_masks"] else "")
 
 
+def _hidden(options: dict[str, Any]) -> tuple[str, str]:
+    """Return which tokens a noise hides, and what they are replaced by."""
+    if options["noise"] == "bart":
+        share, mean = 100 * options["infilling_probability"], options["infilling_mean_length"]
+        return f"{share:g} % words, spans of {mean:g}", "one mask a span"
+    if options["noise"] == "t5":
+        share, mean = 100 * options["noise_density"], options["mean_span_length"]
+        return f"{share:g} % tokens, spans of {mean:g}", "a sentinel a span"
+    if options["noise"] == "ul2":
+        return f"by {len(options['denoisers'])} denoisers", "a sentinel a span"
+    if options["noise"] == "mass":
+        return f"{100 * options['fragment_share']:g} % tokens, one fragment", "80/10/10"
+    return "the end", "–"
+
+
 def _dropout(options: dict[str, Any]) -> str:
     """Return the dropout of states and of attention: the architecture's own unless the recipe says otherwise."""
     if "teacher_name_or_path" in options:
@@ -181,7 +210,7 @@ def _dropout(options: dict[str, Any]) -> str:
     values = options
     if "model_type" in options:
         values = CONFIG_MAPPING[options["model_type"]]().to_dict() | parse_overrides(options["config_overrides"])
-    states = next(values[name] for name in ("hidden_dropout_prob", "dropout", "mlp_dropout") if name in values)
+    states = next(values[name] for name in _DROPOUT if name in values)
     names = ("attention_probs_dropout_prob", "attention_dropout")
     attention = next((values[name] for name in names if name in values), states)
     return f"{states:g} / {attention:g}"
@@ -202,7 +231,8 @@ def _options_row(recipes: tuple[str, ...]) -> list[str]:
     warmup = options["warmup_steps"]
     warmup = f"{100 * warmup:g} %" if 0 < warmup < 1 else f"{warmup:,.0f}"
     schedule = "product" if options["decay_during_warmup"] else str(options["lr_scheduler_type"].value)
-    betas = f"{options['adam_beta1']:g}, {options['adam_beta2']:g}, {_scientific(options['adam_epsilon'])}"
+    adam = f"{options['adam_beta1']:g}, {options['adam_beta2']:g}, {_scientific(options['adam_epsilon'])}"
+    adam += f", {'yes' if options['adam_bias_correction'] else 'no'}"
     return [
         " + ".join(_link(name, "docs/papers.md") for name in recipes),
         _trained(method, options),
@@ -210,7 +240,7 @@ def _options_row(recipes: tuple[str, ...]) -> list[str]:
         f"{length}, {text}",
         f"{batch} × {f'{steps:,} steps' if steps > 0 else f'{epochs:g} epochs'}",
         f"{_scientific(options['learning_rate'])}, {warmup}, {schedule}",
-        f"{betas}, {'yes' if options['adam_bias_correction'] else 'no'}",
+        "Adafactor" if options["optim"] == "adafactor" else adam,
         f"{options['weight_decay']:g}, {options['max_grad_norm']:g}",
         _dropout(options),
     ]

@@ -60,6 +60,11 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
         TransformerXLForSequenceClassification as TransformerXLForSequenceClassification,
     )
     from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLModel as TransformerXLModel
+    from hf_pretrain.objectives.denoising import DataCollatorForDenoising as DataCollatorForDenoising
+    from hf_pretrain.objectives.denoising import DenoisingForPreTraining as DenoisingForPreTraining
+    from hf_pretrain.objectives.denoising import DenoisingModelArguments as DenoisingModelArguments
+    from hf_pretrain.objectives.denoising import DenoisingTrainer as DenoisingTrainer
+    from hf_pretrain.objectives.denoising import DenoisingTrainingArguments as DenoisingTrainingArguments
     from hf_pretrain.objectives.distillation import DataCollatorForDistillation as DataCollatorForDistillation
     from hf_pretrain.objectives.distillation import DistillationModel as DistillationModel
     from hf_pretrain.objectives.distillation import DistillationTrainer as DistillationTrainer
@@ -168,6 +173,13 @@ _EXPORTS = {
         "TransformerXLForSequenceClassification",
         "TransformerXLModel",
     ),
+    "objectives.denoising": (
+        "DataCollatorForDenoising",
+        "DenoisingForPreTraining",
+        "DenoisingModelArguments",
+        "DenoisingTrainer",
+        "DenoisingTrainingArguments",
+    ),
     "objectives.distillation": (
         "DataCollatorForDistillation",
         "DistillationModel",
@@ -230,9 +242,11 @@ _MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() 
 
 # What users of other libraries write -> what it is called here.
 _OTHER_NAMES = {
+    "BartTrainer": "DenoisingTrainer",
     "BertTrainer": "MaskedLMTrainer",
     "DataCollatorForLanguageModeling": "DataCollatorForMaskedLM",
     "DataCollatorForRTD": "DataCollatorForReplacedTokenDetection",
+    "DataCollatorForT5MLM": "DataCollatorForDenoising",
     "DistillationConfig": "DistillationTrainingArguments",
     "DistilTrainer": "DistillationTrainer",
     "ElectraTrainer": "ReplacedTokenDetectionTrainer",
@@ -243,6 +257,7 @@ _OTHER_NAMES = {
     "RTDConfig": "ReplacedTokenDetectionTrainingArguments",
     "RTDTrainer": "ReplacedTokenDetectionTrainer",
     "RTDTrainingArguments": "ReplacedTokenDetectionTrainingArguments",
+    "T5Trainer": "DenoisingTrainer",
     "TransformerXLTrainer": "RecurrentLMTrainer",
     "XLNetTrainer": "PermutationLMTrainer",
     "build_model": "a Trainer, which builds it from model= and model_args=",

@@ -24,6 +24,11 @@ RECIPES = {
     "structbert": ("encoder", "masked tokens, shuffled words and the order of sentences (StructBERT)"),
     "unilm": ("encoder", "masked tokens seen from both sides, one side, or as a target of a source (UniLM)"),
     "xlm": ("encoder", "masked tokens in many languages, and in translations (XLM)"),
+    "bart": ("denoise", "text with infilled spans and permuted sentences, written as it was (BART)"),
+    "t5": ("denoise", "spans behind sentinels, written by the decoder (T5)"),
+    "ul2": ("denoise", "seven kinds of denoising, each with the token of its mode (UL2)"),
+    "prefix_lm": ("denoise", "the rest of a text, written from its beginning (T5's prefix language model)"),
+    "mass": ("denoise", "a masked half of a text, written by the decoder (MASS)"),
 }
 """Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 
@@ -207,7 +212,7 @@ def _help() -> str:
     """Return the text of ``hf-pretrain --help``."""
     groups = {
         "methods": {name: listed.line for name, listed in methods().items()},
-        "recipes of encoder, called by name": {name: line for name, (_, line) in RECIPES.items()},
+        "recipes of papers, called by name": {name: line for name, (_, line) in RECIPES.items()},
         "other recipes, called by name": {
             name: line for name, (_, line) in described_recipes().items() if name not in RECIPES
         },
@@ -216,7 +221,7 @@ def _help() -> str:
     width = max(len(name) for lines in groups.values() for name in lines)
     parts = [
         "usage: hf-pretrain <method, recipe or command> [--config RECIPE] [options]",
-        "Pre-train a text encoder on your own text.",
+        "Pre-train a text encoder, or an encoder-decoder, on your own text.",
     ]
     for title, lines in groups.items():
         parts.append(
@@ -232,3 +237,7 @@ options:
   --version   show the version
 
   hf-pretrain rtd --train_file corpus.txt --output_dir my-electra"""
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

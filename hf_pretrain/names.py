@@ -15,7 +15,8 @@ from hf_pretrain.errors import nearest
 
 # The help of methods and commands, as `make docs` writes it.
 HELP = Path(__file__).parent / "help"
-_ENCODERS_ONLY = "is no method here: this library pre-trains encoders"
+_ENCODERS_ONLY = "is no method here: this library pre-trains encoders and encoder-decoders"
+_TRANSLATION = "is trained on translations, which is no method here; its architecture is"
 MODELS = {
     "albert": "ALBERT is `hf-pretrain albert`",
     "bert": "BERT is `hf-pretrain bert`",
@@ -32,7 +33,7 @@ MODELS = {
     "mobilebert": "MobileBERT is no recipe here; any student is made with `hf-pretrain distil`",
     "mpnet": "MPNet's objective is no method here; its architecture is `hf-pretrain mlm --model_type mpnet`",
     "mbert": "multilingual BERT is `hf-pretrain bert`, with --language_file",
-    "neobert": f"NeoBERT {_ENCODERS_ONLY} that transformers has; any of them is `hf-pretrain mlm --model_type ...`",
+    "neobert": f"NeoBERT {_ENCODERS_ONLY} that transformers has; any encoder of it is `hf-pretrain mlm --model_type ...`",
     "roformer": "RoFormer is `hf-pretrain mlm --model_type roformer`",
     "longformer": "Longformer is `hf-pretrain mlm --model_type longformer`",
     "bigbird": "BigBird is `hf-pretrain mlm --model_type big_bird`",
@@ -49,12 +50,34 @@ MODELS = {
     "xlmroberta": "XLM-RoBERTa is `hf-pretrain roberta`, with --language_file",
     "xlmr": "XLM-RoBERTa is `hf-pretrain roberta`, with --language_file",
     "xlnet": "XLNet is `hf-pretrain plm --config xlnet_base`",
+    # Encoder-decoders.
+    "bart": "BART is `hf-pretrain bart`",
+    "flant5": "FLAN-T5 is a T5 that was fine-tuned on tasks; its pre-training is `hf-pretrain t5`",
+    "flanul2": "FLAN-UL2 is a UL2 that was fine-tuned on tasks; its pre-training is `hf-pretrain ul2`",
+    "longt5": "LongT5's gap sentences are no objective here; its architecture is `hf-pretrain denoise --model_type longt5`",
+    "marian": f"Marian {_TRANSLATION} `hf-pretrain denoise --model_type marian`",
+    "mass": "MASS is `hf-pretrain mass`",
+    "mbart": "mBART is `hf-pretrain bart --model_type mbart`, without its tokens for languages",
+    "mt5": "mT5 is `hf-pretrain t5 --model_type mt5`",
+    "opusmt": f"OPUS-MT {_TRANSLATION} `hf-pretrain denoise --model_type marian`",
+    "pegasus": "Pegasus' gap sentences are no objective here; its architecture is `hf-pretrain denoise --model_type pegasus`",
+    "t5": "T5 is `hf-pretrain t5`",
+    "t5gemma": "T5Gemma is `hf-pretrain denoise --model_type t5gemma`",
+    "ul2": "UL2 is `hf-pretrain ul2`",
+    "umt5": "umT5 is `hf-pretrain t5 --model_type umt5`",
     # Tasks by other names.
     "maskedlm": "masked language modelling is `hf-pretrain mlm`",
     "clm": f"CLM {_ENCODERS_ONLY}; the left-to-right language model among its methods is `hf-pretrain recurrent-lm`",
     "nsp": "next-sentence prediction is `hf-pretrain encoder --objectives mlm nsp`",
     "sop": "the order of sentences is `hf-pretrain encoder --objectives mlm sop`",
     "tlm": "translation language modelling is `hf-pretrain xlm`",
+    "denoising": "denoising from sequence to sequence is `hf-pretrain denoise`",
+    "encoderdecoder": "an encoder-decoder is pre-trained by `hf-pretrain denoise`",
+    "prefixlm": "prefix language modelling is `hf-pretrain prefix_lm`",
+    "seq2seq": "denoising from sequence to sequence is `hf-pretrain denoise`",
+    "spancorruption": "span corruption is `hf-pretrain t5`",
+    "textinfilling": "text infilling is `hf-pretrain bart`",
+    "tsdae": "TSDAE is no method here: it trains sentence embeddings, as sentence-transformers does",
     "sbo": "the span-boundary objective is `hf-pretrain spanbert`",
     "distill": "distillation is `hf-pretrain distil`, and on the examples of a task `hf-pretrain distil-task`",
     "distillation": "distillation is `hf-pretrain distil`, and on the examples of a task `hf-pretrain distil-task`",
@@ -63,7 +86,6 @@ MODELS = {
     **{
         name: f"{title} {_ENCODERS_ONLY}, and it is {kind}"
         for kind, titles in {
-            "an encoder with a decoder": "BART mBART T5 mT5 UL2 FLAN-T5 Pegasus MASS Marian",
             "a decoder": "GPT GPT-2 GPT-Neo GPT-J OPT LLaMA Mistral Qwen Gemma BLOOM Phi Falcon Mamba SmolLM",
             "a table of word vectors": "word2vec GloVe fastText",
         }.items()
@@ -82,7 +104,7 @@ _OPTIONS = {
     # run_mlm.py and its kin, earlier versions of transformers, and everyday speech.
     "per_device_train_batch_size": "batch_size train_batch_size per_gpu_train_batch_size per_device_batch_size bs max_sentences",
     "per_device_eval_batch_size": "eval_batch_size per_gpu_eval_batch_size valid_batch_size batch_size_valid max_sentences_valid",
-    "learning_rate": "lr peak_lr",
+    "learning_rate": "lr peak_lr base_lr",
     "num_train_epochs": "epochs num_epochs max_epoch epoch n_epochs max_epochs",
     "max_steps": "steps num_train_steps num_steps max_train_steps max_update total_num_update max_updates training_steps "
     "total_steps",
@@ -90,23 +112,31 @@ _OPTIONS = {
     "warmup_steps": "warmup warmup_ratio num_warmup_steps warmup_updates warmup_proportion",
     "lr_scheduler_type": "scheduler lr_scheduler lr_schedule",
     "optim": "optimizer optimiser",
+    "optim adafactor": "adafactor",
     "adam_beta1": "adam_betas beta1",
     "adam_beta2": "beta2",
     "adam_epsilon": "adam_eps eps epsilon",
     "weight_decay": "wd",
-    "gradient_accumulation_steps": "grad_accum accumulation_steps update_freq grad_acc_steps",
+    "gradient_accumulation_steps": "grad_accum accumulation_steps update_freq grad_acc_steps grad_acc",
     "max_grad_norm": "gradient_clipping clip_norm grad_clip clip",
     "activation_checkpointing": "checkpoint_activations",
     "block_size|max_length|tgt_len": "max_seq_length max_sequence_length max_seq_len seq_length seq_len max_length "
-    "context_length tokens_per_sample sequence_length max_len",
-    "max_position_embeddings": "max_positions max_source_positions",
+    "context_length tokens_per_sample sequence_length max_len max_source_length input_length inputs_length",
+    "max_position_embeddings": "max_positions max_source_positions max_target_positions",
     "document_separator line": "line_by_line",
     "block_mode": "sample_break_mode packing group_texts",
     "masking_unit word": "whole_word_mask whole_word_masking wwm mask_whole_words do_whole_word_mask",
     "masking_unit span": "span_masking mask_spans mask_multiple_length",
-    "mlm_probability": "mlm_prob mask_prob mask_probability masking_probability masked_lm_prob mask_ratio mlm_rate mask_rate",
+    "mlm_probability": "mlm_prob mask_prob mask_probability masking_probability masked_lm_prob mlm_rate mask_rate",
     "context_factor": "plm_probability",
-    "random_share": "random_token_prob random_replace_prob",
+    "infilling_probability|mlm_probability": "mask mask_ratio",
+    "infilling_mean_length": "poisson_lambda",
+    "sentence_permutation_probability": "permute_sentences permute_sentence_ratio",
+    "rotation_probability": "rotate rotate_ratio",
+    "noise_density": "mlm_probability corruption_rate",
+    "mean_span_length": "mean_noise_span_length mean_noise_span_lengths",
+    "fragment_share": "word_mass",
+    "random_share": "random_token_prob random_replace_prob mask_random",
     "mask_share": "mask_replace_prob",
     "eval_strategy": "evaluation_strategy do_evaluation",
     "eval_steps": "validate_interval_updates eval_interval evaluation_steps eval_every",
@@ -129,6 +159,7 @@ _OPTIONS = {
     "attn_implementation": "attention_implementation use_flash_attention flash_attention",
     "model_dtype": "torch_dtype dtype",
     "num_hidden_layers": "num_layers n_layers layers encoder_layers n_layer",
+    "num_decoder_layers": "decoder_layers n_dec_layers n_decoder_layers",
     "num_attention_heads": "num_heads n_heads heads encoder_attention_heads n_head",
     "hidden_size": "dim encoder_embed_dim d_model n_embd width",
     "intermediate_size": "encoder_ffn_embed_dim ffn_dim d_inner",
@@ -162,7 +193,9 @@ SYNONYMS = {synonym: option for option, synonyms in _OPTIONS.items() for synonym
 _CACHE = "set the environment variables HF_HOME and HF_DATASETS_CACHE"
 _LENGTH = "batches hold --per_device_train_batch_size examples of at most --block_size tokens"
 _MASKS = "what replaces a token is set by --mask_share and --random_share, and the rest is kept"
+_MASK_LENGTH = "what BART does to a text is --noise_steps: infilling has one mask a span, token_masking one a word"
 _PROCESSES = "start several processes with accelerate launch"
+_SENTINELS = "a tokenizer that is trained here gets the sentinels that the noise needs"
 WITHOUT_OPTION = {
     "cache_dir": _CACHE,
     "overwrite_cache": "a cache is found by its text and options, and HF_DATASETS_CACHE names its folder",
@@ -181,6 +214,14 @@ WITHOUT_OPTION = {
     "max_eval_samples": "less held-out text is --validation_fraction, or a shorter --validation_file",
     "max_tokens": _LENGTH,
     "max_tokens_valid": _LENGTH,
+    "mask_length": f"{_MASK_LENGTH}; masked spans of BERT are --masking_unit span",
+    "replace_length": f"{_MASK_LENGTH}, and token_deletion none",
+    "insert": "no random tokens are inserted: in BART's infilling, a span of no words inserts a mask",
+    "permute": "no tokens are permuted: BART's sentences are, with --sentence_permutation_probability",
+    "extra_ids": _SENTINELS,
+    "num_sentinels": _SENTINELS,
+    "max_target_length": "the longest target follows from --block_size and the noise",
+    "targets_length": "the longest target follows from --block_size and the noise",
     "leave_unmasked_prob": _MASKS,
     "mask_stdev": _MASKS,
     "freq_weighted_replacement": "random tokens are all equally likely; how many there are is --random_share",
@@ -263,15 +304,15 @@ def option_hint(name: str, known: Collection[str], *, prog: str, dashes: str = "
     option = name.removesuffix("_schedule")
     if option != name and option in known:
         return f"give the schedule to {dashes + option!r}, which takes a number or a schedule"
-    if name in SYNONYMS:
-        choices = SYNONYMS[name].split("|")
-        found = next((choice for choice in choices if choice.split()[0] in known), None)
-        if found is None:
-            return f"elsewhere it is {dashes}{choices[0]}, which this program does not have: see `{prog} --help`"
-        return f"did you mean {dashes + (found if dashes else found.replace(' ', ': '))!r}?"
     owners = [path.stem for path in sorted(HELP.glob("*.txt")) if f"\n  --{name} " in path.read_text(encoding="utf-8")]
+    choices = SYNONYMS.get(name, "").split("|")
+    found = next((choice for choice in choices if choice.partition(" ")[0] in known), None)
+    if found is not None:
+        return f"did you mean {dashes + (found if dashes else found.replace(' ', ': '))!r}?"
     if owners:
         return f"it is an option of {', '.join(owners)}, and `{prog}` has none of that kind"
+    if name in SYNONYMS:
+        return f"elsewhere it is {dashes}{choices[0]}, which this program does not have: see `{prog} --help`"
     return nearest(dashes + name, [dashes + option for option in known], otherwise=f"see `{prog} --help`")
 
 

@@ -66,7 +66,7 @@ OWN = {
         "teacher_name_or_path": "classifier",
     },
 }
-OWN |= dict.fromkeys(("encoder", "rtd", "electric"), OWN["mlm"])
+OWN |= dict.fromkeys(("encoder", "rtd", "electric", "denoise"), OWN["mlm"])
 STUDENT = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 32}
 # Of xlm the feed-forward layers are always four times as wide.
 XLM = LANGUAGES | {"train_file": None, "intermediate_size": 192}
@@ -90,6 +90,8 @@ RUNS = {
     "albert": ("encoder", ["albert_small"], {"embedding_size": 16}),
     "albert_base": ("encoder", ["albert_base"], {}),
     "albert_base+albert": ("encoder", ["albert_base", "albert"], {"embedding_size": 16}),
+    "bart": ("denoise", ["bart_small"], {}),
+    "bart_paper": ("denoise", ["bart"], {"num_decoder_layers": 2}),
     "bert": ("encoder", ["bert_small"], {}),
     "bert_base": ("mlm", ["bert_base"], {}),
     "bert_base+bert": ("encoder", ["bert_base", "bert"], {}),
@@ -102,8 +104,12 @@ RUNS = {
     "electra_base": ("rtd", ["electra_base"], {"embedding_size": 48}),
     "electra_small": ("rtd", ["electra_small"], {"embedding_size": 24}),
     "electric_small": ("electric", ["electric_small"], {"embedding_size": 24}),
+    "mass": ("denoise", ["mass_small"], {}),
+    "mass_paper": ("denoise", ["mass"], {"num_decoder_layers": 2}),
     "minilmv2": ("distil", ["minilmv2"], STUDENT | {"hidden_size": 48}),
     "modernbert_rtd": ("rtd", ["modernbert_rtd"], {}),
+    "prefix_lm": ("denoise", ["prefix_lm_small"], {}),
+    "prefix_lm_paper": ("denoise", ["prefix_lm"], {"num_decoder_layers": 2}),
     "roberta": ("encoder", ["roberta_small"], {}),
     "roberta_paper": ("encoder", ["roberta"], {}),
     "roberta_base": ("encoder", ["roberta_base"], {}),
@@ -112,11 +118,15 @@ RUNS = {
     "spanbert": ("encoder", ["spanbert_small"], {}),
     "structbert": ("encoder", ["structbert_small"], {}),
     "structbert_paper": ("encoder", ["structbert"], {}),
+    "t5": ("denoise", ["t5_small"], {}),
+    "t5_paper": ("denoise", ["t5"], {"num_decoder_layers": 2}),
     "tinybert_general": ("distil", ["tinybert_general"], STUDENT),
     "tinybert_intermediate": ("distil-task", ["tinybert_intermediate"], STUDENT),
     "tinybert_prediction": ("distil-task", ["tinybert_prediction"], {"model_name_or_path": "student"}),
     "transformer_xl_small": ("recurrent-lm", ["transformer_xl_small"], {}),
     "transformer_xl_wt103": ("recurrent-lm", ["transformer_xl_wt103"], {"eval_lanes": 2}),
+    "ul2": ("denoise", ["ul2_small"], {}),
+    "ul2_paper": ("denoise", ["ul2"], {"num_decoder_layers": 2}),
     "unilm": ("encoder", ["unilm_small"], {"per_device_train_batch_size": 6}),
     "unilm_paper": (
         "encoder",
@@ -138,6 +148,8 @@ RUNS = {
         [],
         {"model_name_or_path": "teacher"} | dict.fromkeys([*SIZES, "vocab_size", "max_position_embeddings"]),
     ),
+    "denoise": ("denoise", [], {}),
+    "denoise, in one row": ("denoise", [], {"block_mode": "isolated_documents"}),
     "encoder": ("encoder", [], {}),
     "encoder, three": ("encoder", [], {"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3}),
     "encoder, one side": ("encoder", [], {"objectives": ["mlm", "left_to_right", "right_to_left"]}),

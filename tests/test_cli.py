@@ -315,8 +315,18 @@ def test_the_help_after_a_recipe_shows_its_values(capsys):
         ("transformer-xl", "hf-pretrain recurrent-lm"),
         ("bert-base-uncased", "hf-pretrain bert"),
         ("xlm-roberta-base", "hf-pretrain roberta"),
-        ("t5", "T5 is no method here"),
-        ("bart", "BART is no method here"),
+        ("t5-small", "T5 is `hf-pretrain t5`"),
+        ("google/t5-v1_1-base", "T5 is `hf-pretrain t5`"),
+        ("mt5-small", "hf-pretrain t5 --model_type mt5"),
+        ("google/flan-t5-xl", "its pre-training is `hf-pretrain t5`"),
+        ("google/flan-ul2", "its pre-training is `hf-pretrain ul2`"),
+        ("facebook/bart-large-cnn", "BART is `hf-pretrain bart`"),
+        ("mbart-large-50", "hf-pretrain bart --model_type mbart"),
+        ("google/pegasus-xsum", "hf-pretrain denoise --model_type pegasus"),
+        ("Helsinki-NLP/opus-mt-en-de", "hf-pretrain denoise --model_type marian"),
+        ("mass-base-uncased", "hf-pretrain mass"),
+        ("span-corruption", "hf-pretrain t5"),
+        ("seq2seq", "hf-pretrain denoise"),
         ("gpt2", "GPT-2 is no method here"),
         ("word2vec", "word2vec is no method here"),
         ("llama-3", "LLaMA is no method here"),
@@ -352,7 +362,8 @@ def test_a_small_recipe_has_the_objective_of_its_paper(name):
     if name.endswith("_small") and name.removesuffix("_small") in cli.RECIPES:
         paper = dict(pair for _, recipe in read_recipes([name.removesuffix("_small")]) for pair in recipe.items())
         small = dict(pair for _, recipe in read_recipes([name]) for pair in recipe.items())
-        assert small["objectives"] == paper["objectives"]
+        what = "noise" if described_recipes()[name][0] == "denoise" else "objectives"
+        assert small[what] == paper[what]
         sizes = {"hidden_size", "num_hidden_layers"}
         assert sizes <= paper.keys() or "model_name_or_path" in paper
         assert paper.keys() >= {"max_steps", "learning_rate"} and not small.keys() & (sizes | {"max_steps"})

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from helpers.tiny_text import write_models, write_text
-from hf_pretrain.cli import METHODS, RECIPES, main
+from hf_pretrain.cli import METHODS, main
+from hf_pretrain.names import described_recipes
 
 DOCS = Path(__file__).parents[1] / "docs"
 DOORS = ("adapt", "from_scratch", "make_it_small", "compare")
@@ -46,7 +47,7 @@ def blocks(page):
 def shortened(command):
     """The arguments of a command, for a tiny model and two steps."""
     argv = shlex.split(command)[1:]
-    method = RECIPES[argv[0]][0] if argv[0] in RECIPES else argv[0]
+    method = described_recipes()[argv[0]][0] if argv[0] in described_recipes() else argv[0]
     if method not in METHODS:
         return argv
     if "--num_train_epochs" in argv:
@@ -55,7 +56,7 @@ def shortened(command):
     argv = [*argv, *SHORT.split()]
     if method != "distil-task":
         argv += ["--block_size", "32"]
-    if method not in ("distil", "distil-task") and "--model_name_or_path" not in argv:
+    if method not in ("distil", "distil-task") and not {"--model_name_or_path", "--encoder_name_or_path"} & {*argv}:
         argv += SIZES.split() + ([] if "--tokenizer_name" in argv else ["--vocab_size", "300"])
     return argv
 
@@ -91,6 +92,7 @@ RUNS = {
     "my-electra": "rtd --model_type electra --vocab_size 300",
     "my-unilm": "encoder --config unilm_small --vocab_size 300",
     "my-xlnet": "plm --model_type xlnet --vocab_size 300",
+    "my-t5": "t5_small --vocab_size 300",
     "my-transformer-xl": "recurrent-lm --tokenizer_type wordpiece --vocab_size 300 --tgt_len 16 --mem_len 16 --hidden_size 32 "
     "--num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 64 --max_steps 2 --save_strategy no --use_cpu true",
 }
@@ -163,7 +165,7 @@ def test_the_python_of_the_page_on_cards_runs(trained, monkeypatch):
 def test_the_python_of_the_page_on_objectives_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("objectives") if kind == "python"]
-    assert len(parts) == 5
+    assert len(parts) == 6
     xlnet = opened(AutoModelForCausalLM, "my-xlnet")
     for text in parts:
         names = {"texts": TEXTS} | (xlnet if "log_likelihood" in text else {})

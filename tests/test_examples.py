@@ -10,9 +10,14 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
-from helpers.tiny_text import run_with, write_models, write_text
+from helpers.tiny_text import run_with, sentences, write_models, write_text
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
@@ -84,7 +89,7 @@ def test_a_script_is_one_page_that_stands_alone(name):
         if isinstance(node, ast.Import | ast.ImportFrom)
     }
     assert not roots & {*SCRIPTS, "argparse", "sys"}
-    assert roots <= {"collections", "datasets", "hf_pretrain", "numpy", "transformers"}
+    assert roots <= {"collections", "datasets", "hf_pretrain", "numpy", "pathlib", "sacrebleu", "transformers"}
 
 
 def test_every_stage_of_the_adaptation_opens_with_stock_transformers(story, folder):
@@ -151,6 +156,53 @@ def test_distillation(story, place, capsys, augmentation_model):
     assert measured > 0.8
     assert ("augmented rows" in shown) == (augmentation_model is not None)
     assert "## Beside its teacher" in (place / out / "student" / "README.md").read_text(encoding="utf-8")
+
+
+def write_pairs(folder, split, *, count):
+    """Write sentences and what stands for their translations: the same words in another order, one of them another word."""
+    lines = [sentence for sentence, _ in sentences(count, stream=f"{split} pairs")]
+    others = [" ".join(["Today", *reversed(line.removesuffix(" today.").split())]) + "." for line in lines]
+    for language, side in (("en", lines), ("de", others)):
+        (folder / f"{split}.{language}").write_text("\n".join(side) + "\n", encoding="utf-8")
+    return lines, others
+
+
+def test_translation(place, tmp_path, monkeypatch, capsys):
+    from sacrebleu import corpus_bleu
+
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path, "train", count=200)
+    sources, expected = write_pairs(tmp_path, "test", count=12)
+    tiny = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "block_size": 32,
+    }
+    task = {"max_steps": 150, "per_device_train_batch_size": 16, "learning_rate": 1e-2, "optim": "adafactor"}
+    text = [str(place / "corpus.txt"), "train.en", "train.de"]
+    run_with(script("translation"), TEXT=text, SIZES=tiny, VOCABULARY=160, STEPS=20, BATCH=8, TASK=task)
+    shown = dict(re.findall(r"BLEU after pre-training (\w+): ([\d.]+)", capsys.readouterr().out))
+    assert set(shown) == {"T5", "MASS", "none"}
+    tokenizer = AutoTokenizer.from_pretrained("translation/t5")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained("translation/mass").get_vocab()
+    for name, score in shown.items():
+        model = opened(AutoModelForSeq2SeqLM, tmp_path / "translation" / f"{name}-fine-tuned").eval()
+        inputs = tokenizer(sources, return_tensors="pt", padding=True, return_token_type_ids=False)
+        found = tokenizer.batch_decode(model.generate(**inputs, max_length=128), skip_special_tokens=True)
+        assert float(score) == pytest.approx(corpus_bleu(found, [expected]).score, abs=0.01)
+        # A model that does not read the sentence writes the same one for all.
+        assert float(score) > max(corpus_bleu([line] * len(expected), [expected]).score for line in expected) + 10
+    tables = {
+        name: load_file(tmp_path / "translation" / name / "model.safetensors")["shared.weight"]
+        for name in ("t5", "mass", "T5-fine-tuned", "MASS-fine-tuned", "none-fine-tuned")
+    }
+    assert len({table.shape for table in tables.values()}) == 1
+    for start, other in (("t5", "mass"), ("mass", "t5")):
+        tuned = tables[f"{start.upper()}-fine-tuned"]
+        assert 0 < float((tuned - tables[start]).norm()) < float((tuned - tables[other]).norm())
+        assert float((tables["none-fine-tuned"] - tables[start]).norm()) > float((tuned - tables[start]).norm())
 
 
 TABLES = {"TASK": {"train": "train.csv", "validation": "dev.csv"}}

@@ -28,7 +28,7 @@ MODE_TOKENS = {"R": "[NLU]", "X": "[NLG]", "S": "[S2S]"}
 
 _HALF = np.uint64(32)
 _LOW_HALF = np.uint64((1 << 32) - 1)
-# A text of i.i.d. spans may have this many standard deviations more spans than the mean; fewer than one in 10^8 has more.
+# Sentinels suffice for i.i.d. spans if there are as many as the mean number of spans and this many standard deviations.
 _MOST_DEVIATIONS = 6.0
 
 
@@ -179,7 +179,10 @@ class SpanCorruption(Noise):
         return hide_spans(texts, mask=mask, sentinels=self.sentinels)
 
     def check_length(self, length: int) -> None:
-        """Refuse texts of up to `length` tokens, before there are any, if they may need more sentinels than there are."""
+        """Refuse texts of up to `length` tokens, before there are any, if they may need more sentinels than there are.
+
+        The number of i.i.d. spans has no bound but half of the tokens; there it is enough if hardly any text needs more.
+        """
         if self.choice == "iid":
             hidden_and_kept = self.density * (1 - self.density)
             deviation = math.sqrt(length * hidden_and_kept * max(1 - 3 * hidden_and_kept, 0))

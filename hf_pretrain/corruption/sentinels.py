@@ -12,7 +12,6 @@ from hf_pretrain.corruption.texts import NoisedTexts, Texts, lay_out
 from hf_pretrain.errors import InputError
 
 _HALF = np.uint64(32)
-_SECOND = np.uint64(1 << 63)
 
 
 def span_mask(texts: Texts, *, num_hidden: np.ndarray, num_spans: np.ndarray) -> np.ndarray:
@@ -33,19 +32,15 @@ def span_mask(texts: Texts, *, num_hidden: np.ndarray, num_spans: np.ndarray) ->
     lengths = texts.lengths
     num_kept = lengths - num_hidden
     most_cuts = max(int(num_spans.max(initial=1)) - 1, 0)
-    columns = np.arange(width)
-    # Column c is the place behind the hidden token c, or behind the kept token c - num_hidden. The last of each is no place.
-    is_kept = columns >= num_hidden[:, None]
-    is_place = columns < (lengths - 1)[:, None]
-    is_place[np.arange(num_rows), num_hidden - 1] = False
-    bits = texts.bits("span_cuts") >> np.uint64(1)
-    bits[is_kept] |= _SECOND  # One sort orders both: places behind hidden tokens come first.
-    order = sorted_positions(order_keys(bits, candidates=is_place))
-    ranks = np.arange(most_cuts)
-    unused = ranks >= (num_spans - 1)[:, None]
-    first_kept = np.maximum(num_hidden - 1, 0)[:, None]
-    hidden_cuts = order[:, :most_cuts] + 1
-    kept_cuts = np.take_along_axis(order, np.minimum(first_kept + ranks, width - 1), axis=1) + 1 - num_hidden[:, None]
+    most_hidden = max(int(num_hidden.max(initial=1)), 1)
+    # Column c stands for the place behind the hidden token c, or behind the kept token c - num_hidden. Behind the last of each is
+    # no place for a cut.
+    bits, columns = texts.bits("span_cuts"), np.arange(width)
+    is_hidden_place = columns[:most_hidden] < (num_hidden - 1)[:, None]
+    is_kept_place = (columns >= num_hidden[:, None]) & (columns < (lengths - 1)[:, None])
+    hidden_cuts = _first_places(bits[:, :most_hidden], is_place=is_hidden_place, count=most_cuts) + 1
+    kept_cuts = _first_places(bits, is_place=is_kept_place, count=most_cuts) + 1 - num_hidden[:, None]
+    unused = np.arange(most_cuts) >= (num_spans - 1)[:, None]
     hidden_ends = _run_ends(np.where(unused, num_hidden[:, None], hidden_cuts), total=num_hidden)
     kept_ends = _run_ends(np.where(unused, num_kept[:, None], kept_cuts), total=num_kept)
     # Where a span ends, all spans up to it lie behind, and as many runs of kept tokens. Spans of no tokens fill the table up.
@@ -55,6 +50,13 @@ def span_mask(texts: Texts, *, num_hidden: np.ndarray, num_spans: np.ndarray) ->
     np.put_along_axis(steps, starts, 1, axis=1)
     np.put_along_axis(steps, ends, -1, axis=1)
     return np.cumsum(steps[:, :width], axis=1, dtype=np.int8) > 0
+
+
+def _first_places(bits: np.ndarray, *, is_place: np.ndarray, count: int) -> np.ndarray:
+    """Return the columns of the first places of each row in a random order, `[P, count]` int64; other columns come last."""
+    keys = order_keys(bits, candidates=is_place)
+    # A row may need fewer than `count`: its first ones are in order, too.
+    return sorted_positions(np.partition(keys, max(count - 1, 0), axis=1)[:, :count])
 
 
 def _run_ends(cuts: np.ndarray, *, total: np.ndarray) -> np.ndarray:
@@ -123,8 +125,11 @@ def hide_spans(texts: Texts, *, mask: np.ndarray, sentinels: np.ndarray) -> Nois
 
 def take_where(values: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the values `[P, W]` at which `where` is True, left-aligned, and where they are then, each `[P, V]`."""
-    rows = np.repeat(np.arange(len(where)), np.count_nonzero(where, axis=1))
-    return lay_out(rows, values[where], num_rows=len(where))
+    lengths = np.count_nonzero(where, axis=1)
+    valid = np.arange(max(int(lengths.max(initial=0)), 1)) < lengths[:, None]
+    laid = np.zeros(valid.shape, dtype=values.dtype)
+    laid[valid] = values[where]
+    return laid, valid
 
 
 def check_sentinels(num_sentinels: int, needed: int, *, length: int, spans: str) -> None:

@@ -161,7 +161,9 @@ def _prepare_documents(
     with first:
         texts = _read_texts(args, given)
         sample = RepeatableTexts(lambda: first_texts(shuffled_texts(texts.train, seed=args.split_seed)))
-        tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, *_adding(texts.train._fingerprint, added_tokens))
+        tokenizer = run_tokenizer(
+            args, output_dir, tokenizer, sample, *_adding(texts.train._fingerprint, added_tokens)
+        )
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
         unknown, documents = {name: UnknownCount() for name in parts}, {}
         for name, part in parts.items():

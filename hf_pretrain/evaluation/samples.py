@@ -203,7 +203,8 @@ def rebuilt(trainer: Any, sentences: Iterable[str]) -> Iterator[Rebuilt]:
                 eos_token_id=int(targets[-1]) if ends else tokenizer.eos_token_id,
             )
         shown = (input_ids[0].tolist(), written[0, read.shape[1] :][:room].tolist())
-        yield Rebuilt(*(_readable(ids, tokenizer) for ids in shown), text)
+        noised, said = (_readable(ids, tokenizer) for ids in shown)
+        yield Rebuilt(noised, said, text)
 
 
 def _as_example(text: str, tokenizer: PreTrainedTokenizerBase, *, number: int) -> dict[str, Any]:

@@ -114,6 +114,7 @@ class PretrainingCard:
         evaluation_name: What they were measured on.
         evaluations: What was measured on tasks.
         comparison: Header and rows of a table of the model beside the one that taught it.
+        references: Header and rows of a table of what counting and copying reach on the held-out pairs.
         samples: Sentences with noise, what the model makes of each, and the sentence itself.
         compute: What the run took.
         parts: Sub-folder -> (class that opens it, what it is). The class is a name in transformers or a dotted path,
@@ -151,6 +152,7 @@ class PretrainingCard:
     evaluation_name: str = "held-out documents"
     evaluations: Sequence[Evaluation] = ()
     comparison: Sequence[Row] = ()
+    references: Sequence[Row] = ()
     samples: Sequence[tuple[str, str, str]] = ()
     compute: Compute = Compute()
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)

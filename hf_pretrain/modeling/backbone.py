@@ -61,6 +61,8 @@ _NAMES_IN_PAIRS = {
         *("max_position_embeddings", "max_encoder_position_embeddings", "max_decoder_position_embeddings"),
     ),
 }
+# The names of sizes where each half has a configuration of its own.
+_OF_A_HALF = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 # What follows from the width of a head, and from the number of heads, in these configurations.
 _HEAD_WIDTHS, _KEY_HEADS = ("d_kv", "head_dim", "query_pre_attn_scalar"), "num_key_value_heads"
 # Layers with experts, of which there are no more than layers.
@@ -69,7 +71,13 @@ _SPARSE_LAYERS = {
     "num_sparse_decoder_layers": "num_decoder_layers",
 }
 # The token that a decoder begins with, for architectures whose configuration does not say it; the others take the end token.
-_DECODER_STARTS = {"t5": "pad", "longt5": "pad", "switch_transformers": "pad", "t5gemma": "bos"}
+_DECODER_STARTS = {
+    "t5": "pad",
+    "longt5": "pad",
+    "switch_transformers": "pad",
+    "t5gemma": "bos",
+    "encoder-decoder": "bos",
+}
 
 # Names for the same option, BERT's first.
 _OTHER_NAMES = {
@@ -105,8 +113,9 @@ def encoder_decoder_sizes(known: PreTrainedConfig, sizes: Mapping[str, int]) -> 
     Raises:
         InputError: If the architecture has no name for a size.
     """
-    halves = [getattr(known, name, None) for name in ("encoder", "decoder")]
+    halves: list[Any] = [getattr(known, name, None) for name in ("encoder", "decoder")]
     if all(isinstance(half, PreTrainedConfig) for half in halves):
+        _check_names(known, [name for half in halves for name in _OF_A_HALF if name not in half.to_dict()])
         depths = (sizes["num_hidden_layers"], sizes["num_decoder_layers"])
         parts = [
             _of_half(half, {**sizes, "num_hidden_layers": depth}) for half, depth in zip(halves, depths, strict=True)
@@ -114,9 +123,8 @@ def encoder_decoder_sizes(known: PreTrainedConfig, sizes: Mapping[str, int]) -> 
         return {"encoder": parts[0], "decoder": parts[1], "vocab_size": sizes["vocab_size"]}
     own = known.to_dict().keys()
     values = {name: size for option, size in sizes.items() for name in _NAMES_IN_PAIRS[option] if name in own}
-    for option, names in _NAMES_IN_PAIRS.items():
-        if option != "max_position_embeddings" and not values.keys() & set(names):
-            raise _no_size(known, option)
+    needed = [option for option in _NAMES_IN_PAIRS if option != "max_position_embeddings"]
+    _check_names(known, [option for option in needed if not values.keys() & set(_NAMES_IN_PAIRS[option])])
     values |= {name: min(getattr(known, name), sizes[of]) for name, of in _SPARSE_LAYERS.items() if name in own}
     return values | _of_heads(known, sizes)
 
@@ -124,11 +132,7 @@ def encoder_decoder_sizes(known: PreTrainedConfig, sizes: Mapping[str, int]) -> 
 def _of_half(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the sizes of one half of an encoder-decoder whose halves have configurations of their own."""
     own = known.to_dict().keys()
-    values = {name: size for name, size in sizes.items() if name in own}
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        if name not in values:
-            raise _no_size(known, name)
-    return values | _of_heads(known, sizes)
+    return {name: size for name, size in sizes.items() if name in own} | _of_heads(known, sizes)
 
 
 def _of_heads(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -137,11 +141,13 @@ def _of_heads(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, in
     return widths | ({_KEY_HEADS: heads} if _KEY_HEADS in own else {})
 
 
-def _no_size(known: PreTrainedConfig, name: str) -> InputError:
-    return InputError(
-        f"model_type={known.model_type!r} cannot be built from these sizes, it has no {name}: continue one of its checkpoints, "
-        "or choose a model_type such as bart, t5, mt5, mbart or pegasus"
-    )
+def _check_names(known: PreTrainedConfig, missing: list[str]) -> None:
+    """Refuse an architecture that has no name for a size."""
+    if missing:
+        raise InputError(
+            f"model_type={known.model_type!r} cannot be built from these sizes, it has no {missing[0]}: continue one of its "
+            "checkpoints, or choose a model_type such as bart, t5, mt5, mbart or pegasus"
+        )
 
 
 def decoder_start(known: PreTrainedConfig) -> str:
@@ -156,9 +162,9 @@ def decoder_start(known: PreTrainedConfig) -> str:
     return found or _DECODER_STARTS.get(known.model_type, "eos")
 
 
-def has_cross_attention(config: PreTrainedConfig) -> bool:
-    """Return whether the layers of an architecture can be given attention to the states of an encoder."""
-    return hasattr(config, "add_cross_attention")
+def can_attend_to_encoder(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Return whether the layers of a causal language model can be given attention to the states of an encoder."""
+    return hasattr(config, "add_cross_attention") and "encoder_hidden_states" in _parameters(cast(Any, model_class))
 
 
 def shared_options(config: PreTrainedConfig, *names: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -186,6 +187,11 @@ def build_encoder_decoder_config(
         InputError: If the architecture is no encoder-decoder or has no such sizes, or these do not fit together.
     """
     _check_type(args.model_type, AutoModelForSeq2SeqLM)
+    if args.model_type == EncoderDecoderConfig.model_type:
+        raise InputError(
+            f"model_type={args.model_type!r} is made of two checkpoints: name them with encoder_name_or_path and "
+            "decoder_name_or_path instead"
+        )
     try:
         known = CONFIG_MAPPING[args.model_type]()
     except Exception as error:  # some are made of two that have to be named
@@ -206,13 +212,29 @@ def build_encoder_decoder_config(
         values |= {half: values[half] | special} if half in values else {}
     values |= special | {"decoder_start_token_id": ids[decoder_start(known)]}
     values |= {"forced_eos_token_id": ids["eos"]} if getattr(known, "forced_eos_token_id", None) is not None else {}
-    values |= {
-        known.attribute_map.get(name, name): value for name, value in parse_overrides(args.config_overrides).items()
+    overrides = {
+        known.attribute_map.get(key, key): value for key, value in parse_overrides(args.config_overrides).items()
     }
     try:
-        return AutoConfig.for_model(args.model_type, **values | changes)
+        config = AutoConfig.for_model(args.model_type, **values | overrides | changes)
     except Exception as error:  # each architecture checks in its own way
         raise InputError(f"{args.model_type} cannot be built: {first_line(error)}") from error
+    _check_pair(config, sizes["num_decoder_layers"], overrides=overrides)
+    return config
+
+
+def _check_pair(config: PreTrainedConfig, depth: int, *, overrides: dict[str, Any]) -> None:
+    """Refuse values that an architecture sets itself, and a decoder for which `generate` would make too few caches."""
+    for name, value in overrides.items():
+        own = getattr(config, name, None)
+        if isinstance(value, bool | int | float | str) and own != value:
+            raise InputError(f"config_overrides: {config.model_type} sets {name}={own!r} itself: leave {name} out")
+    cached = getattr(config.get_text_config(decoder=True), "num_hidden_layers", depth)
+    if cached < depth:
+        raise InputError(
+            f"num_decoder_layers={depth} is more than the {cached} layers that transformers generates with in a "
+            f"{config.model_type}, as many as its encoder has: set num_decoder_layers to at most that, or raise num_hidden_layers"
+        )
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:

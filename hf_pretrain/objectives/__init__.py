@@ -37,6 +37,11 @@ METHODS = {
         "hf_pretrain.objectives.recurrent_lm:METHOD",
         trainer="RecurrentLMTrainer",
     ),
+    "denoise": Listed(
+        "sequence-to-sequence denoising (BART, T5, UL2, MASS): write what noise has taken out",
+        "hf_pretrain.objectives.denoising:METHOD",
+        trainer="DenoisingTrainer",
+    ),
     "distil": Listed(
         "distillation of an encoder into a smaller one, on text (TinyBERT, DistilBERT, MiniLM)",
         "hf_pretrain.objectives.distillation:METHOD",

@@ -1,7 +1,4 @@
-"""Options that every method has, and a check of them before any text is read.
-
-Beside them are the optimizer and the schedule of the official recipes that transformers does not have.
-"""
+"""Options that every method has, and a check of them before any text is read."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, fields
-from functools import partial
 from inspect import signature
 from typing import Any, ClassVar, Self
 
@@ -18,9 +14,8 @@ import torch
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -33,9 +28,9 @@ from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.names import SYNONYMS
 from hf_pretrain.options import check_options, option, schedules_of
+from hf_pretrain.training.optimizers import OptimizerName, check_bias_correction, optimizer_of
 from hf_pretrain.training.processes import first_process_first
 
-_MANY_STEPS = 2.0**40
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 # Options beside those of every method that are read at each step.
@@ -86,50 +81,6 @@ def bf16_is_fast() -> bool:
     return False
 
 
-class AdamWithoutBiasCorrection(torch.optim.AdamW):
-    """Adam with decoupled weight decay and no bias correction, epsilon outside the square root.
-
-    The first update is 3.16 learning rates long instead of one, and warm-up is tuned to that. It is `torch.optim.AdamW` with
-    its step counter so far on that both corrections are one, so the fused and multi-tensor kernels stay in use.
-
-    Source: `AdamWeightDecayOptimizer` of the official BERT and ELECTRA code.
-    """
-
-    def _init_group(self, group: dict[str, Any], *lists: Any) -> bool:
-        fresh = [p for p in group["params"] if p.grad is not None and len(self.state[p]) == 0]
-        has_complex = super()._init_group(group, *lists)
-        for parameter in fresh:
-            self.state[parameter]["step"].fill_(_MANY_STEPS)
-        return has_complex
-
-
-def optimizer_of(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, dict[str, Any]]:
-    """Return class and arguments of the stock optimizer, or of Adam without bias correction where the recipe wants it."""
-    if args.adam_bias_correction:
-        return Trainer.get_optimizer_cls_and_kwargs(args, model)
-    kwargs = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    return AdamWithoutBiasCorrection, kwargs | {"fused": True}
-
-
-def linear_product_schedule(optimizer: Optimizer, *, num_warmup_steps: int, num_training_steps: int) -> LambdaLR:
-    """Return the schedule that multiplies linear decay by linear warm-up.
-
-    At step s of T with w steps of warm-up the factor is ``(1 - s/T) * min(1, s/w)``; the rate is zero at step 0.
-
-    Args:
-        optimizer: Optimizer whose learning rates are scheduled.
-        num_warmup_steps: Steps of warm-up, w.
-        num_training_steps: All steps, T.
-
-    Source: `create_optimizer` of the official ELECTRA code. (BERT's leaves the decay out while warming up.)
-    """
-    return LambdaLR(optimizer, partial(_linear_product, warmup=num_warmup_steps, total=num_training_steps))
-
-
-def _linear_product(step: int, *, warmup: int, total: int) -> float:
-    return max(0.0, 1.0 - step / total) * min(1.0, step / max(1, warmup) if warmup else 1.0)
-
-
 @dataclass
 class PretrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with what pre-training needs and the defaults that suit it.
@@ -176,6 +127,11 @@ class PretrainingArguments(TrainingArguments):
     )
     bf16: bool | None = option(
         None, "Compute in bf16 autocast; by default on machines whose matrix units are fast in it."
+    )
+    optim: str = option(
+        TrainingArguments.optim,
+        "Optimizer: one of transformers.training_args.OptimizerNames, or adamw_rms, AdamW whose updates are multiplied by the "
+        "size of each matrix.",
     )
     adam_bias_correction: bool = option(
         True, "Adam's bias correction; the official BERT and ELECTRA optimizers have none."
@@ -235,11 +191,11 @@ class PretrainingArguments(TrainingArguments):
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
             )
-        optim = str(getattr(self.optim, "value", self.optim))
-        if not self.adam_bias_correction and not optim.startswith("adamw_torch"):
-            raise InputError(
-                f"adam_bias_correction=False is Adam's, but optim={optim!r}: set it to True or leave optim out"
-            )
+        optim = OptimizerName(self.optim)
+        check_bias_correction(self)
+        if optim == "adamw_rms":
+            # transformers compares it with its own names; ours is set again below.
+            self.optim = "adamw_torch"
         if torch.accelerator.current_accelerator(check_available=True) is None:
             # transformers refuses bf16 on a CPU unless use_cpu is set.
             self.use_cpu = True
@@ -251,6 +207,7 @@ class PretrainingArguments(TrainingArguments):
             # transformers keeps the settings of DeepSpeed for the whole process; later models would be built for it.
             unset_hf_deepspeed_config()
             raise
+        self.optim = optim
         self._check_mappings()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
@@ -398,7 +355,7 @@ def check_training_options(args: PretrainingArguments) -> None:
     with _in_one_line("accelerator_config"):
         GradientAccumulationPlugin(**{"num_steps": 1} | (args.accelerator_config.gradient_accumulation_kwargs or {}))
     # The module's numbers are drawn; a run draws its own as if there were none.
-    with torch.random.fork_rng(devices=[]), _in_one_line(f"optim={args.optim.value}"):
+    with torch.random.fork_rng(devices=[]), _in_one_line(f"optim={args.optim}"):
         optimizer = _try_optimizer(args)
     if optimizer is not None:
         _try_schedule(args, optimizer)
@@ -437,7 +394,7 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
     try:
         kind, kwargs = optimizer_of(args, model)
     except ValueError:
-        if args.optim_target_modules is not None and args.optim.value.startswith(("galore", "apollo")):
+        if args.optim_target_modules is not None and args.optim.startswith(("galore", "apollo")):
             # Its modules are the model's.
             return None
         raise
@@ -447,9 +404,7 @@ def _try_optimizer(args: PretrainingArguments) -> Optimizer | None:
         without = copy(args)
         setattr(without, name, None)
         if optimizer_of(without, model) == (kind, kwargs):
-            raise InputError(
-                f"{name}={getattr(args, name)!r} has no effect with optim={args.optim.value}: leave it out"
-            )
+            raise InputError(f"{name}={getattr(args, name)!r} has no effect with optim={args.optim}: leave it out")
     if {"params", "model", "optimizer_dict"} & kwargs.keys():
         return None
     optimizer: Optimizer = kind(model.parameters(), **kwargs)

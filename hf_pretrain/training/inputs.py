@@ -246,7 +246,7 @@ class TrainerInputs:
         """Return the name of the checkpoint that has the tokenizer, None if there is none."""
         options = self.model_args
         names: list[Any] = [str(self.model)] if isinstance(self.model, str | Path) else []
-        names += [getattr(options, key, None) for key in ("model_name_or_path", "teacher_name_or_path")]
+        names += [getattr(options, f"{part}_name_or_path", None) for part in ("model", "teacher", "encoder")]
         names.append(getattr(getattr(self.model, "config", None), "name_or_path", None))
         return next(filter(None, names), None)
 

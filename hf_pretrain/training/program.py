@@ -91,9 +91,8 @@ def _known_tokenizer(
         with quiet():
             # transformers would warn of the composite's configuration, which it does not know.
             return from_pretrained(AutoTokenizer, args.resume_from_checkpoint)
-    name = (
-        data_args.tokenizer_name or model_args.model_name_or_path or getattr(model_args, "teacher_name_or_path", None)
-    )
+    checkpoints = (getattr(model_args, f"{part}_name_or_path", None) for part in ("model", "teacher", "encoder"))
+    name = data_args.tokenizer_name or next(filter(None, checkpoints), None)
     return None if name is None else from_pretrained(AutoTokenizer, name)
 
 

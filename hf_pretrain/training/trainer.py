@@ -52,11 +52,10 @@ from hf_pretrain.training.arguments import (
     check_best_metric,
     check_searched,
     check_text,
-    linear_product_schedule,
-    optimizer_of,
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
+from hf_pretrain.training.optimizers import check_matrices_are_whole, linear_product_schedule, optimizer_of
 from hf_pretrain.training.processes import (
     check_launch,
     not_finite,
@@ -90,7 +89,7 @@ class PretrainingTrainer(Trainer):
     | `_get_train_sampler` | keyed order that carries the epoch; distil-task: examples of about one length in a step |
     | `_get_eval_sampler` | memory: windows in the order of time |
     | `_get_dataloader` | processes with nothing left take a marked example instead of one that was seen |
-    | `get_optimizer_cls_and_kwargs` | Adam without bias correction |
+    | `get_optimizer_cls_and_kwargs` | Adam without bias correction, AdamW with parameter scale, Adafactor's options |
     | `create_optimizer` | rtd: a learning rate of the generator's own |
     | `create_scheduler` | decay times warm-up; rtd: one schedule for each of two stages |
     | `_prepare_for_training` | FSDP shards the blocks that share no parameter, and keeps the rest together |
@@ -188,6 +187,7 @@ class PretrainingTrainer(Trainer):
             **kwargs,
         )
         check_launch(self.accelerator)
+        check_matrices_are_whole(self.args, self.accelerator)
         self.progress = show_progress(self)
         self._schedules = schedules_of(args)
         self.data_description = dict(data_description or found.get("data_description") or {})

@@ -56,7 +56,7 @@ QUIET = {
 }
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
 # Architectures with other names for it.
-NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}'}
+NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}', "bart": '{"dropout": 0.0}'}
 
 
 def programs():
@@ -95,7 +95,11 @@ def tiny_examples(count, *, seed, text="repeats"):
         if text == "counts":
             words = (words + torch.arange(len(words))) % 3
         words += len(SPECIALS)
-        examples.append({"input_ids": [2, *words.tolist(), 3], "word_starts": [True] * (len(words) + 2)})
+        columns = {
+            "word_starts": [True] * (len(words) + 2),
+            "sent_starts": [i % 3 == 1 for i in range(len(words) + 2)],
+        }
+        examples.append({"input_ids": [2, *words.tolist(), 3], **columns})
     return Dataset.from_list(examples)
 
 

@@ -36,8 +36,11 @@ def shard_on_a_cpu():
 
 
 def options_of(method):
-    """Additional options of a method: `rtd` trains with the optimizer of the official ELECTRA."""
-    return STEPS | ({"adam_bias_correction": False} if method == "rtd" else {})
+    """Additional options of a method: two of them train with optimizers that transformers does not have."""
+    return STEPS | {
+        "rtd": {"adam_bias_correction": False},
+        "recurrent-lm": {"optim": "adamw_rms", "learning_rate": 0.1},
+    }.get(method, {})
 
 
 def train(method, folder, *, resume_from=None):

@@ -544,6 +544,10 @@ required-batch-size-multiple ddp-backend find-unused-parameters distributed-worl
 user-dir reset-optimizer reset-dataloader reset-lr-scheduler reset-meters finetune-from-model
 best-checkpoint-metric maximize-best-checkpoint-metric patience disable-validation stop-time-hours
 checkpoint-activations data-buffer-size dataset-impl share-encoder-input-output-embed model-parallel-size"""
+# Of fairseq's denoising task, of run_t5_mlm_flax.py and nanoT5, and of MASS.
+DENOISING = """mask mask-random mask-length replace-length poisson-lambda permute-sentences permute insert rotate
+max-target-positions decoder-layers mlm_probability mean_noise_span_length adafactor extra_ids input_length base_lr grad_acc
+max_source_length max_target_length word_mass n_dec_layers"""
 EVERY_OPTION = {
     field.name for method in METHODS for cls in load_method(method).arguments for field in dataclass_fields(cls)
 }
@@ -556,7 +560,7 @@ OF_METHOD = {
 def test_every_synonym_leads_to_an_option():
     named = {choice.split()[0] for choices in SYNONYMS.values() for choice in choices.split("|")}
     assert named <= EVERY_OPTION, named - EVERY_OPTION
-    assert not set(SYNONYMS) & EVERY_OPTION - {"max_length", "task"}
+    assert not set(SYNONYMS) & EVERY_OPTION - {"max_length", "mlm_probability", "task"}
     assert not set(SYNONYMS) & set(WITHOUT_OPTION) and not set(WITHOUT_OPTION) & EVERY_OPTION
     others = {option for text in WITHOUT_OPTION.values() for option in re.findall(r"--(\w+)", text)}
     assert others and others <= EVERY_OPTION, others - EVERY_OPTION
@@ -566,11 +570,11 @@ def test_every_synonym_leads_to_an_option():
             assert program("mlm", f"--{option}", value, "--output_dir", "x")
 
 
-@pytest.mark.parametrize("name", [*RUN_MLM.split(), *FAIRSEQ.split()])
-def test_the_options_of_run_mlm_and_of_fairseq_are_known(name):
+@pytest.mark.parametrize("name", [*RUN_MLM.split(), *FAIRSEQ.split(), *DENOISING.split()])
+def test_the_options_of_other_programs_are_known(name):
     plain = name.replace("-", "_")
     assert plain in OF_METHOD["mlm"] or plain in SYNONYMS or plain in WITHOUT_OPTION
-    for method in ("mlm", "recurrent-lm", "distil-task"):
+    for method in ("mlm", "recurrent-lm", "distil-task", "denoise"):
         if plain in OF_METHOD[method]:
             continue
         with pytest.raises(InputError) as refused:
@@ -581,6 +585,27 @@ def test_the_options_of_run_mlm_and_of_fairseq_are_known(name):
             assert meant[1] in OF_METHOD[method] and (meant[1] + (meant[2] or "")) in SYNONYMS[plain].split("|")
         else:
             assert plain in WITHOUT_OPTION or hint.startswith(("elsewhere it is --", "it is an option of"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--mask", "'--infilling_probability'"),
+        ("--poisson-lambda", "'--infilling_mean_length'"),
+        ("--permute-sentences", "'--sentence_permutation_probability'"),
+        ("--rotate", "'--rotation_probability'"),
+        ("--mlm_probability", "'--noise_density'"),
+        ("--mean_noise_span_length", "'--mean_span_length'"),
+        ("--word_mass", "'--fragment_share'"),
+        ("--n_dec_layers", "'--num_decoder_layers'"),
+        ("--adafactor", "'--optim adafactor'"),
+        ("--mask-length", "--noise_steps"),
+        ("--extra_ids", "sentinels"),
+    ],
+)
+def test_names_of_other_denoising_programs_lead_to_the_option_here(typed, meant):
+    with pytest.raises(InputError, match=f"unknown option '{typed}': .*{meant}"):
+        program("denoise", typed, "1")
 
 
 def test_a_hint_gives_the_value_too_and_in_a_recipe_as_the_recipe_has_it(recipe):

@@ -83,7 +83,7 @@ def two_rows(
             mask must not make its own by the tokens.
         num_padding: Padding at the end of the second rows.
     """
-    batch = {}
+    batch: dict[str, torch.Tensor] = {}
     for prefix, body, size in zip(("", "decoder_"), bodies, sizes, strict=True):
         tokens = torch.stack([arbitrary_tokens(body, max(size, 8), shift=shift) for shift in (1, 2)])
         padding = getattr(body.config, "pad_token_id", None)

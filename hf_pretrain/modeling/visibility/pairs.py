@@ -10,28 +10,23 @@ targets only. Between two calls the hooks do nothing.
 - Masks are written on the device from one integer a token, in the form of the attention backend. Where nothing is padded and a
   model gives the same without a mask, and without a look at its inputs, it gets none.
 
-No architecture is looked up by name: the first batch of each kind tries the model out, with the trials of `pair_trials.py`. First
-come the two sides, then the reader, then the masks.
+No architecture is looked up by name: the first batch of each kind tries the model out, with the trials of `pair_trials.py`. The
+hooks are in `sides.py`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import first_position, position_tables, window_of, without_autocast
+from hf_pretrain.modeling.backbone import without_autocast
 from hf_pretrain.modeling.losses import GatheredHead, GatheredOutput
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.pair_trials import (
@@ -42,7 +37,8 @@ from hf_pretrain.modeling.visibility.pair_trials import (
     serves,
     two_rows,
 )
-from hf_pretrain.modeling.visibility.rules import AttentionPlan, MaskFunction, sees_within
+from hf_pretrain.modeling.visibility.rules import sees_within
+from hf_pretrain.modeling.visibility.sides import Side, causal_masks, write_mask
 
 _RULE = "pairs"
 
@@ -57,107 +53,6 @@ _CANNOT_PLACE = (
 _CANNOT_GATHER = (
     "{name} cannot be trained on chosen positions: {error}; choose another architecture, such as t5 or bart"
 )
-
-
-class _Table:
-    """A table of positions without an input for them; its output is looked up anew while its side has positions.
-
-    Attributes:
-        offset: Row of position 0: BART's is 2, M2M-100's the one after the padding id's.
-    """
-
-    def __init__(self, side: _Side, module: nn.Module) -> None:
-        self.module, self._side = module, side
-        # Trials look closer; where there are no values to look at, only shapes count.
-        self.offset = int(getattr(module, "offset", first_position(side.body)))
-        self.hook = module.register_forward_hook(self._look_up)
-
-    @property
-    def rows(self) -> torch.Tensor:
-        """The table itself, ``[P, D]``; M2M-100 has a name of its own for it."""
-        name = "weights" if hasattr(self.module, "weights") else "weight"
-        rows: torch.Tensor = getattr(self.module, name)
-        return rows
-
-    def _look_up(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        positions_BL = self._side.positions
-        return None if positions_BL is None else F.embedding(positions_BL + self.offset, self.rows)
-
-    def find_offset(self, output: torch.Tensor) -> bool:
-        """Read the offset off what the table gave a row ``[L]`` without positions; false if its rows are not in order."""
-        length = output.shape[-2]
-        given_LD, rows_PD = output.reshape(-1, *output.shape[-2:])[0].float().cpu(), self.rows.detach().float().cpu()
-        starts = range(len(rows_PD) - length + 1)
-        # A table may hold the same rows twice, for example nothing but zeros.
-        for start in sorted(starts, key=lambda start: start != self.offset):
-            if torch.equal(rows_PD[start : start + length], given_LD):
-                self.offset = start
-                return True
-        return False
-
-
-class _Side:
-    """Encoder or decoder of a stock model, with hooks that hand it what a run has for it.
-
-    Attributes:
-        body: The stock module.
-        inputs: Arguments that replace those that the stock forward hands it; empty between two runs.
-        positions: ``[B, L]`` for tables of positions; None between two runs.
-    """
-
-    def __init__(self, body: PreTrainedModel) -> None:
-        self.body = body
-        self.inputs: dict[str, Any] = {}
-        self.positions: torch.Tensor | None = None
-        self._order = tuple(inspect.signature(type(body).forward).parameters)[1:]
-        self._takes_positions, self._first = "position_ids" in self._order, first_position(body)
-        modules = dict(body.named_modules())
-        names = [] if self._takes_positions else [*position_tables(body), *_with_buffers(modules)]
-        self.tables = [_Table(self, modules[name]) for name in names]
-        hook = body.register_forward_pre_hook(self._hand_over, with_kwargs=True)
-        self.hooks: list[RemovableHandle] = [hook, *(table.hook for table in self.tables)]
-
-    @property
-    def backend(self) -> str:
-        """Name of the attention backend."""
-        return str(self.body.config._attn_implementation)
-
-    @property
-    def plan(self) -> AttentionPlan:
-        """What the side's attention takes."""
-        known = rules.known_plan(self.body, _RULE)
-        return rules.make_plan(self.body, _RULE) if known is None else known
-
-    def place(self, position_ids: torch.Tensor) -> None:
-        """Give the side positions ``[B, L]``, counted from 0, for the next call."""
-        if self._takes_positions:
-            self.inputs["position_ids"] = position_ids + self._first
-        elif self.tables:
-            self.positions = position_ids
-
-    def clear(self) -> None:
-        """Make the hooks inert."""
-        self.inputs, self.positions = {}, None
-
-    def _hand_over(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.inputs:
-            return None
-        given, named = list(args), dict(kwargs)
-        for name, value in self.inputs.items():
-            if name in self._order[: len(given)]:
-                given[self._order.index(name)] = value
-            else:
-                named[name] = value
-        return tuple(given), named
-
-
-def _with_buffers(modules: dict[str, nn.Module]) -> list[str]:
-    """Return the names of tables whose rows are a buffer `weights`: sinusoids of M2M-100 and its kin."""
-    return [
-        name for name, module in modules.items() if name.endswith("embed_positions") and hasattr(module, "weights")
-    ]
 
 
 class _Masks(NamedTuple):
@@ -196,11 +91,11 @@ class PairReader:
         for part in parts:
             if not isinstance(part, PreTrainedModel) or part is model:
                 raise InputError(
-                    f"{type(model).__name__}: its {type(part).__name__} is no model of its own, so that it cannot be given masks; "
+                    f"{type(model).__name__}: its {type(part).__name__} is no model of its own and cannot be given masks; "
                     "choose another architecture, such as t5 or bart"
                 )
         self._model = model
-        self._encoder, self._decoder = (_Side(part.base_model) for part in parts)
+        self._encoder, self._decoder = (Side(part.base_model) for part in parts)
         self._sides, self._bodies = (self._encoder, self._decoder), (self._encoder.body, self._decoder.body)
         self._head = GatheredHead(model, body=self._decoder.body)
         # By rule and attention backends, what trials have found.
@@ -314,14 +209,14 @@ class PairReader:
             encoder.body, encoder.plan, sees_within(document_ids), like=document_ids
         )
         earlier = sees_within(decoder_document_ids, _columns(decoder_document_ids))
-        decoder.inputs["attention_mask"] = _causal_masks(decoder, earlier, like=decoder_document_ids)
+        decoder.inputs["attention_mask"] = causal_masks(decoder, earlier, like=decoder_document_ids)
 
         def own_input(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             # Padding sees all: the encoder row may have none, and a softmax over nothing is no number.
             ids = decoder_document_ids[row, query]
             return (ids == document_ids[row, key]) | (ids < 0)
 
-        decoder.inputs["encoder_attention_mask"] = _write(
+        decoder.inputs["encoder_attention_mask"] = write_mask(
             decoder, own_input, like=decoder_document_ids, num_keys=document_ids.shape[1]
         )
 
@@ -338,9 +233,9 @@ class PairReader:
 
         earlier = sees_within(decoder_mask_BT != 0, _columns(decoder_mask_BT))
         writers: dict[str, Callable[[], Any]] = {
-            "encoder": lambda: rules.mask_inputs(encoder.body, encoder.plan, tokens, like=mask_BL),
-            "decoder": lambda: _causal_masks(decoder, earlier, like=decoder_mask_BT),
-            "cross": lambda: _write(decoder, tokens, like=decoder_mask_BT, num_keys=mask_BL.shape[1]),
+            "encoder": lambda: rules.mask_inputs(encoder.body, encoder.plan, sees_within(is_token_BL), like=mask_BL),
+            "decoder": lambda: causal_masks(decoder, earlier, like=decoder_mask_BT),
+            "cross": lambda: write_mask(decoder, tokens, like=decoder_mask_BT, num_keys=mask_BL.shape[1]),
         }
         for kind, write in writers.items():
             inputs = encoder.inputs if kind == "encoder" else decoder.inputs
@@ -476,37 +371,3 @@ def _both(first: torch.Tensor | None, second: torch.Tensor | None) -> tuple[torc
 
 def _columns(like: torch.Tensor) -> torch.Tensor:
     return torch.arange(like.shape[1], device=like.device).expand_as(like)
-
-
-# Masks
-
-
-def _causal_masks(side: _Side, visible: MaskFunction, *, like: torch.Tensor) -> Any:
-    """Write the mask of a decoder's self-attention; where layers differ, one for each kind of layer."""
-    mask = _write(side, visible, like=like, num_keys=like.shape[1])
-    window = window_of(side.body.config)
-    if window is None:
-        return mask
-
-    def near(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        # A window of a decoder counts the token itself; an encoder's counts the tokens on each side.
-        return visible(row, head, query, key) & (query - key < window)
-
-    near_mask = _write(side, near, like=like, num_keys=like.shape[1])
-    return {"full_attention": mask, "sliding_attention": near_mask}
-
-
-def _write(side: _Side, visible: MaskFunction, *, like: torch.Tensor, num_keys: int) -> Any:
-    """Let transformers write a mask of queries ``[B, T]`` and a number of keys in the form of a side's attention backend."""
-    if side.plan.is_flash or side.backend not in ALL_MASK_ATTENTION_FUNCTIONS:
-        raise InputError(f"no mask is known for attn_implementation={side.backend!r}")
-    return ALL_MASK_ATTENTION_FUNCTIONS[side.backend](
-        batch_size=like.shape[0],
-        q_length=like.shape[1],
-        kv_length=num_keys,
-        mask_function=visible,
-        allow_is_causal_skip=False,
-        dtype=side.body.dtype,
-        device=like.device,
-        config=side.body.config,
-    )

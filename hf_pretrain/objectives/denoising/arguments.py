@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import ClassVar, Literal
 
@@ -26,7 +27,7 @@ _TOKENIZER = "tokenizer_type lowercase strip_accents vocab_size"
 
 @dataclass
 class DenoisingModelArguments(ModelArguments):
-    """Which encoder-decoder is trained: a checkpoint to continue, sizes to build one from, or an encoder and a decoder to join."""
+    """Which encoder-decoder is trained: a checkpoint to continue, sizes to build one from, or two halves to join."""
 
     ranges: ClassVar[dict[str, str]] = {"num_decoder_layers": "[1, 4096]"}
     needs: ClassVar[dict[str, str]] = {
@@ -39,7 +40,9 @@ class DenoisingModelArguments(ModelArguments):
     model_type: str = option(
         "bart", "Architecture built from scratch: bart, t5, mt5, umt5, longt5, mbart, pegasus, marian, t5gemma, ..."
     )
-    num_decoder_layers: int | None = option(None, "Number of layers of the decoder; by default as many as the encoder's.")
+    num_decoder_layers: int | None = option(
+        None, "Number of layers of the decoder; by default as many as the encoder's."
+    )
     encoder_name_or_path: str | None = option(
         None,
         "Checkpoint of an encoder to begin with, such as one of hf-pretrain mlm; its decoder gets fresh attention to it.",
@@ -93,7 +96,9 @@ class DenoisingTrainingArguments(PretrainingArguments):
     )
     token_masking_probability: float = option(0.15, "Share of the words that token_masking replaces by a mask.")
     token_deletion_probability: float = option(0.15, "Share of the words that token_deletion removes.")
-    infilling_probability: float = option(0.3, "Share of the words in the spans that infilling replaces by a mask each.")
+    infilling_probability: float = option(
+        0.3, "Share of the words in the spans that infilling replaces by a mask each."
+    )
     infilling_mean_length: float = option(3.0, "Mean words of these spans (Poisson); mBART has 3.5.")
     sentence_permutation_probability: float = option(1.0, "Share of the sentences that are permuted.")
     rotation_probability: float = option(1.0, "Share of the texts that rotation lets begin at another token.")
@@ -163,7 +168,7 @@ class DenoisingTrainingArguments(PretrainingArguments):
         )
 
     def noise_with(
-        self, *, mask_token_id: int, sentinels: np.ndarray, mode_ids: dict[str, int], random_ids: np.ndarray
+        self, *, mask_token_id: int, sentinels: np.ndarray, mode_ids: Mapping[str, int], random_ids: np.ndarray
     ) -> Noise:
         """Return the noise with given ids, of which it takes those that it needs.
 

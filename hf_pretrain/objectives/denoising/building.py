@@ -1,31 +1,17 @@
 """What denoising needs before its first step: tokens, examples and an encoder-decoder; what does not fit is refused here.
 
-The order: the tokens that a noise puts into texts, the length of a text whose input fits, the examples, and the stock models: built
-from sizes, opened, or joined from an encoder and a decoder.
+The order: the tokens that a noise puts into texts, the length of a text whose input fits, the examples, and the stock model.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    EncoderDecoderConfig,
-    EncoderDecoderModel,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.corruption.fragments import MODE_TOKENS, sentinels_needed
 from hf_pretrain.corruption.masking import special_table
@@ -34,9 +20,15 @@ from hf_pretrain.data.documents.tokenizers import add_special_tokens
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import has_cross_attention, longest_sequence, takes_input, vocabulary_size
+from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.configuration import attention_options, build_encoder_decoder_config, special_ids
-from hf_pretrain.modeling.loading import from_config, from_pretrained, say_once
+from hf_pretrain.modeling.encoder_decoders import (
+    check_encoder_decoder,
+    fill_special_ids,
+    join_halves,
+    open_encoder_decoder,
+)
+from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.objectives.denoising.arguments import DenoisingModelArguments, DenoisingTrainingArguments
 from hf_pretrain.training.program import load_data
 from hf_pretrain.training.rehearsal import made_up_data, made_up_tokenizer
@@ -47,7 +39,6 @@ _SENTINELS = ("<extra_id_{}>", "▁<extra_id_{}>")
 _LEAST_SENTINELS = 100
 # Special tokens around a text, in every tokenizer that a run trains.
 _FRAME = 2
-_JOINABLE = "bert, roberta, electra, camembert, xlm-roberta or gpt2"
 
 
 class NoiseTokens(NamedTuple):
@@ -77,7 +68,7 @@ def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """
     known = tokenizer.get_vocab()
     form = next((form for form in _SENTINELS if form.format(0) in known), _SENTINELS[0])
-    found = []
+    found: list[int] = []
     while (token := form.format(len(found))) in known:
         found.append(known[token])
     return np.array(found, dtype=np.int64)
@@ -144,7 +135,7 @@ def check_tokens(
     Raises:
         InputError: Naming what is missing, how many are needed, and the fix.
     """
-    noise = args.make_noise(tokenizer)
+    noise: Any = args.make_noise(tokenizer)
     if args.noise not in ("t5", "ul2"):
         return
     length = _text_length(cut_text(data_args, args, tokenizer=tokenizer), tokenizer)
@@ -164,13 +155,13 @@ def check_tokens(
 def sentinels_for(args: DenoisingTrainingArguments, length: int) -> int:
     """Return how many sentinels texts of up to `length` tokens may need; 0 for a noise without them."""
     if args.noise == "ul2":
-        rates = [{"density": d.density, "mean_length": d.mean_length} for d in args.parsed_denoisers()]
-        return max(sentinels_needed(length, **rate) for rate in rates)
+        denoisers = args.parsed_denoisers()
+        return max(sentinels_needed(length, density=d.density, mean_length=d.mean_length) for d in denoisers)
     if args.noise != "t5":
         return 0
     if args.span_choice == "iid":
         return (length + 1) // 2
-    rates_of_t5 = {"density": args.noise_density, "mean_length": args.mean_span_length}
+    rates_of_t5: dict[str, Any] = {"density": args.noise_density, "mean_length": args.mean_span_length}
     return sentinels_needed(length, **rates_of_t5, random_roll=args.random_roll)
 
 
@@ -206,6 +197,7 @@ def cut_text(
     noise = _noise_without_ids(args)
     # No text has a shorter input than a shorter text; at the least, a token of 100 stays in it.
     longest = bisect_right(range(1, 100 * max(room, 1)), room, key=lambda length: noise.longest_pair(length)[0])
+    # Not shorter than other noises have it: the mode token alone may be too much for texts of a few tokens.
     return replace(data_args, block_size=max(longest, room) + frame)
 
 
@@ -256,11 +248,7 @@ def load_examples(
         InputError: As [`check_tokens`], before any text is read; or as [`load_data`].
     """
 
-    def prepare(
-        options: DataArguments, *, tokenizer: PreTrainedTokenizerBase | None, **others: Any
-    ) -> PreparedData:
-        if tokenizer is None and model_args.encoder_name_or_path is not None:
-            tokenizer = from_pretrained(AutoTokenizer, model_args.encoder_name_or_path)
+    def prepare(options: DataArguments, *, tokenizer: PreTrainedTokenizerBase | None, **others: Any) -> PreparedData:
         if tokenizer is not None:
             check_tokens(args, tokenizer, options)
         cut = cut_text(options, args, tokenizer=tokenizer)
@@ -297,3 +285,53 @@ def _as_wished(data: PreparedData, data_args: DataArguments) -> PreparedData:
     if data.block_size != data_args.block_size:
         found["text_block_size"] = data.block_size
     return replace(data, description=found)
+
+
+def build_stock_model(
+    options: DenoisingModelArguments, tokenizer: PreTrainedTokenizerBase, *, stock: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """Open, join or build the encoder-decoder of the options, or check the one that is there.
+
+    Args:
+        options: What to open, to join or to build.
+        tokenizer: The tokenizer of the run: a new model gets its special ids and as many rows as it has tokens.
+        stock: A stock encoder-decoder that is there, with its language-model head.
+
+    Returns:
+        A stock model that `AutoModelForSeq2SeqLM` opens once it is saved.
+
+    Raises:
+        InputError: If a checkpoint is no encoder-decoder, or cannot be joined, or sizes do not fit the architecture.
+    """
+    attention = attention_options(options)
+    if stock is not None:
+        check_encoder_decoder(stock)
+        model = stock
+    elif options.encoder_name_or_path is not None:
+        decoder = options.decoder_name_or_path
+        model = join_halves(options.encoder_name_or_path, decoder, tokenizer=tokenizer, **attention)
+    elif options.model_name_or_path is not None:
+        model = open_encoder_decoder(options.model_name_or_path, **attention)
+    else:
+        config = build_encoder_decoder_config(options, tokenizer, num_decoder_layers=options.num_decoder_layers)
+        model = from_config(AutoModelForSeq2SeqLM, config, **attention)
+    fill_special_ids(model, tokenizer)
+    return model
+
+
+def check_decoder_length(model: PreTrainedModel, length: int) -> None:
+    """Refuse targets that are longer than a decoder's table of positions.
+
+    Args:
+        model: A stock encoder-decoder.
+        length: Most tokens that the decoder reads, special tokens included; see [`longest_pair`].
+
+    Raises:
+        InputError: Naming the length, the positions, and the fix.
+    """
+    positions = longest_sequence(model.get_decoder())
+    if positions is not None and length > positions:
+        raise InputError(
+            f"targets of up to {length} tokens are longer than the {positions} positions of the decoder of "
+            f"{type(model).__name__}: set --block_size lower, or raise --max_position_embeddings when training from scratch"
+        )
