@@ -262,6 +262,18 @@ def test_the_cut_span_may_be_any_of_a_text():
     assert abs(gap) < 5 * np.sqrt((sizes[0].var() + sizes[1].var()) / num_texts)
 
 
+@pytest.mark.parametrize("extra", [0, 2])
+def test_an_input_is_no_longer_than_it_may_be(extra):
+    """Many more empty spans are drawn than there is room for."""
+    texts = same_texts(200, words=[1] * 30)
+    options = {"infilling_probability": 0.1, "infilling_mean_length": 0.05}
+    free = noise_of("infilling", **options)(texts).input_valid.sum(1)
+    assert free.max() > 30 + extra
+    bound = noise_of("infilling", **options, longest_input=30 + extra)(texts).input_valid.sum(1)
+    assert bound.max() == 30 + extra
+    assert (bound[free <= 30] == free[free <= 30]).all()
+
+
 def test_empty_spans_lie_between_any_two_words():
     texts = same_texts(40000, words=[1, 2, 1, 2, 1])
     pairs = noise_of("infilling", infilling_probability=0.2, infilling_mean_length=1.5)(texts)
