@@ -40,7 +40,7 @@ class BartNoise(Noise):
     - "infilling" replaces spans of words by one mask each. Lengths are drawn from a Poisson distribution until their sum reaches
       the share of words; the last one is cut to meet it. Spans do not touch, and every such layout is as likely. If a text has
       no room for that, some spans are joined. An empty span puts a mask between two words that stay; it is left out if there is
-      no such place. A special token or an earlier mask divides a span, and each part gets a mask.
+      no such place, or no room in `longest_input`. A special token or an earlier mask divides a span, and each part gets a mask.
     - "sentence_permutation" permutes sentences of a text among themselves. Every order is as likely, the old one too. A special
       token belongs to the sentence before it, and moves along.
     - "rotation" makes a text begin with one of its other tokens, each as likely, and puts the tokens before it at the end.
@@ -54,6 +54,7 @@ class BartNoise(Noise):
         infilling_mean_length: Mean of the Poisson distribution, in words.
         sentence_permutation_probability: Share of the sentences of a text that are permuted, rounded up.
         rotation_probability: Share of the texts that are rotated.
+        longest_input: Most tokens of an input, at least those of a text; None for no limit.
 
     Raises:
         InputError: If a step is unknown or comes twice, or a number is out of range.
@@ -72,6 +73,7 @@ class BartNoise(Noise):
     infilling_mean_length: float = 3.0
     sentence_permutation_probability: float = 1.0
     rotation_probability: float = 1.0
+    longest_input: int | None = None
     kinds: tuple[str, ...] = field(default=("denoising",), init=False)
     needs_sentences: bool = field(default=False, init=False)
     has_whole_target: bool = field(default=True, init=False)
@@ -149,6 +151,11 @@ class BartNoise(Noise):
         lengths = np.diff(np.minimum(np.cumsum(lengths, axis=1), budgets[:, None]), axis=1, prepend=0)
         # The draws end with the span that reaches the budget.
         num_empty = (empty * (lengths > 0)).sum(axis=1)
+        if self.longest_input is not None:
+            # A word has a token or more, and a special token divides one span at most.
+            masks = np.count_nonzero(lengths, axis=1) + np.count_nonzero(texts.is_special, axis=1)
+            room = self.longest_input - texts.lengths + budgets - masks
+            num_empty = np.minimum(num_empty, np.maximum(room, 0))
         hidden, masked, follows = _lay_spans(
             texts.bits("bart_infilling_slots"), words=words, lengths=lengths, num_empty=num_empty
         )

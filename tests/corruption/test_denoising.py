@@ -262,6 +262,18 @@ def test_the_cut_span_may_be_any_of_a_text():
     assert abs(gap) < 5 * np.sqrt((sizes[0].var() + sizes[1].var()) / num_texts)
 
 
+@pytest.mark.parametrize("extra", [0, 2])
+def test_an_input_is_no_longer_than_it_may_be(extra):
+    """Many more empty spans are drawn than there is room for."""
+    texts = same_texts(200, words=[1] * 30)
+    options = {"infilling_probability": 0.1, "infilling_mean_length": 0.05}
+    free = noise_of("infilling", **options)(texts).input_valid.sum(1)
+    assert free.max() > 30 + extra
+    bound = noise_of("infilling", **options, longest_input=30 + extra)(texts).input_valid.sum(1)
+    assert bound.max() == 30 + extra
+    assert (bound[free <= 30] == free[free <= 30]).all()
+
+
 def test_empty_spans_lie_between_any_two_words():
     texts = same_texts(40000, words=[1, 2, 1, 2, 1])
     pairs = noise_of("infilling", infilling_probability=0.2, infilling_mean_length=1.5)(texts)
@@ -560,6 +572,26 @@ def test_short_texts(lengths, probability):
     for row, ids in enumerate(inputs_of(noise_of("infilling", infilling_probability=probability)(texts))):
         if lengths[row]:
             assert ids.count(MASK) == 1 and len(ids) == (1 if probability == 1 else lengths[row])
+
+
+def test_spans_without_room_are_joined_evenly():
+    """Sixteen spans of one word have five slots around the four words that stay."""
+    texts = same_texts(200, words=[1] * 20)
+    pairs = noise_of("infilling", infilling_probability=0.8, infilling_mean_length=1e-9)(texts)
+    for ids in inputs_of(pairs):
+        assert ids[::2] == [MASK] * 5
+        assert sorted(np.diff([99, *ids[1::2], 120]) - 1) == [3, 3, 3, 3, 4]
+
+
+def test_more_sentences_than_tokens():
+    """Of three sentences of one word, one has an empty span behind it, and rotation cuts it in two: four sentences."""
+    texts = same_texts(300, words=[1] * 3, sentences=[1] * 3)
+    options = {"infilling_probability": 0.1, "infilling_mean_length": 1e-9}
+    rotated = inputs_of(noise_of("infilling", "rotation", **options)(texts))
+    pairs = noise_of("infilling", "rotation", "sentence_permutation", **options)(texts)
+    for before, after in zip(rotated, inputs_of(pairs), strict=True):
+        assert sorted(after) == sorted(before)
+    assert inputs_of(pairs) != rotated and max(map(len, rotated)) == 4
 
 
 def test_texts_of_special_tokens_alone_stay():

@@ -41,7 +41,7 @@ PACKS = ["t5", "mt5", "umt5", "bart", "mbart", "pegasus", "marian", "m2m_100", "
 PACKS += ["bert+bert", "bert+gpt2", "modernbert+bert", "roberta+roberta", "bert+bart"]
 EAGER_ONLY = {"t5gemma"}
 BOTH_BACKENDS = {"t5", "umt5", "bart", "pegasus", "bert+bert", "bert+gpt2", "modernbert+bert"}
-# Tokens of input and target of each pair, by row: both sides end with padding, in different rows.
+# Tokens of input and target of each pair, by row; the second input row has no padding where its target row has some.
 ROWS = [[(9, 5), (4, 7), (6, 3)], [(14, 6), (7, 6)]]
 
 
@@ -86,7 +86,7 @@ def pairs_of(rows=ROWS, *, seed=1):
     ]
 
 
-def batch_of(rows, *, widths=(26, 18), documents=True):
+def batch_of(rows, *, widths=(21, 18), documents=True):
     """Rows of pairs as a collator writes them, with every real target token as a target."""
     batch = {}
     for side, (prefix, width) in enumerate(zip(("", "decoder_"), widths, strict=True)):
@@ -401,12 +401,9 @@ def test_no_step_looks_at_a_value(name, backend):
     # Tried out, and then not.
     for other in (copy.deepcopy(reader), PairReader(copy.deepcopy(model))):
         other._model.to("meta").train()
-        for inputs in kinds:
-            on_meta = {key: value.to("meta") for key, value in inputs.items()}
-            for known in flags:
-                logits = other.run(**on_meta, **known)
-                assert logits.is_meta and logits.shape == (len(batch["target_positions"]), VOCAB_SIZE)
-                logits.sum().backward()
+        for inputs, known in zip([*kinds, kinds[1]], [{}, {}, {}, flags[2]], strict=True):
+            logits = other.run(**{key: value.to("meta") for key, value in inputs.items()}, **known)
+            assert logits.is_meta and logits.shape == (len(batch["target_positions"]), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(
@@ -465,12 +462,11 @@ def test_dropout_is_that_of_the_stock_forward():
 
 
 def test_a_compiled_step_is_the_same_and_whole():
-    model, batch = build("bart"), batch_of(pairs_of())
+    model, batch = build("bart", encoder_layers=1, decoder_layers=1), batch_of(pairs_of())
     reader = PairReader(model)
-    for inputs in (batch, without_documents(batch)):
-        expected = reader.run(**inputs)
-        compiled = torch.compile(lambda inputs: reader.run(**inputs), backend="eager", fullgraph=True)
-        torch.testing.assert_close(compiled(inputs), expected, rtol=1e-5, atol=1e-5)
+    expected = reader.run(**batch)
+    compiled = torch.compile(lambda inputs: reader.run(**inputs), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_gathers_from_the_module_that_it_reads():

@@ -358,10 +358,12 @@ def test_a_tokenizer_that_is_trained_has_the_tokens_of_the_noise(noise, tmp_path
 def test_another_noise_in_the_same_folder_trains_another_tokenizer(tmp_path):
     data_args = data_options(tmp_path)
     sizes = []
-    for noise in ("bart", "t5", "ul2"):
-        args = options(tmp_path / "run", noise=noise)
+    # Texts of the two have the same length, so that the tokens alone tell the tokenizers apart.
+    for chosen in ({"noise": "bart"}, {"noise": "t5", "span_choice": "iid"}):
+        args = options(tmp_path / "run", **chosen)
+        assert cut_text(data_args, args) == data_args
         sizes.append(len(load_examples(data_args, model_options(), args).tokenizer))
-    assert [size - sizes[0] for size in sizes] == [0, 100, 103]
+    assert sizes[1] - sizes[0] == 100
 
 
 def test_a_stream_has_the_tokens_and_the_length_too(tmp_path):
@@ -437,7 +439,9 @@ def test_an_architecture_is_built_from_the_usual_sizes(model_type, tokenizer, tm
     opened, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert torch.equal(runs(opened), logits)
+    assert all(torch.equal(opened.state_dict()[key], value) for key, value in model.state_dict().items())
+    # Products of the same numbers elsewhere in memory may be summed in another order.
+    assert torch.allclose(runs(opened), logits, atol=1e-5)
     assert (opened.generate(ids, max_new_tokens=2)[:, 0] == start).all()
 
 

@@ -129,13 +129,14 @@ def find_mixing(read: Reading, bodies: tuple[PreTrainedModel, PreTrainedModel], 
         (1, 1, lambda row: states_of(tokens[0], row)[1]),
     ]
     for edited, seen, states in readings:
+        edits = []
         for own, other in ((0, 1), (1, 0)):
             row = tokens[edited].clone()
             row[parts[edited][own]] = others[edited][parts[edited][own]]
-            edits = [Edit(row, parts[seen][other], [0]), Edit(row, parts[seen][own], [])]
-            leak = find_leak(states, tokens[edited], edits)
-            if leak is not None:
-                return _SEES_TOO_MUCH if leak[1] else _SEES_TOO_LITTLE
+            edits += [Edit(row, parts[seen][other], [0]), Edit(row, parts[seen][own], [])]
+        leak = find_leak(states, tokens[edited], edits)
+        if leak is not None:
+            return _SEES_TOO_MUCH if leak[1] else _SEES_TOO_LITTLE
     begin, end = parts[1][1].start, parts[1][1].stop
     middle, row = (begin + end) // 2, tokens[1].clone()
     row[middle:] = others[1][middle:]

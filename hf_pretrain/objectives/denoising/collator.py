@@ -256,7 +256,8 @@ def _numbers_in_row(rows: np.ndarray) -> np.ndarray:
 
 
 def end_of_target(tokenizer: Any, template: BlockTemplate) -> tuple[int, ...]:
-    """Return the token that ends a target: the last one behind a text, or the end token; empty if there is neither."""
-    names = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    known = template.suffix[-1:] or tuple(token for token in names if token is not None)
-    return tuple(known[:1])
+    """Return the token that ends a target: of those behind a text the end token, else the last; empty if there is none at all."""
+    if tokenizer.eos_token_id in template.suffix:
+        return (tokenizer.eos_token_id,)
+    known = (*template.suffix[-1:], tokenizer.eos_token_id, tokenizer.sep_token_id)
+    return tuple(token for token in known if token is not None)[:1]

@@ -8,8 +8,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_pretrain.corruption.denoising import BartNoise
 from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
@@ -76,7 +77,8 @@ class DenoisingTrainer(PretrainingTrainer):
 
     def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
         """Return how text is cut: longer where span corruption makes it shorter."""
-        return cut_text(data_args, training)
+        known = self.inputs.processing_class
+        return cut_text(data_args, training, tokenizer=known if isinstance(known, PreTrainedTokenizerBase) else None)
 
     def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForDenoising:
         """Return the collator of pairs; of fixed shapes where the model is compiled."""
@@ -92,6 +94,10 @@ class DenoisingTrainer(PretrainingTrainer):
         inputs, targets = longest_pair(args, data.tokenizer, data.block_size)
         model.check_lengths(data.tokenizer, inputs=inputs, targets=targets)
         found = data.trainer_inputs()
+        if isinstance(collator.noise, BartNoise):
+            # A model may have no position behind the longest text.
+            room = data.block_size - collator.template.num_special_tokens
+            collator.noise = replace(collator.noise, longest_input=room)
         if not collator.noise.needs_sentences:
             return found
         sets = {name: with_sentences(found[name]) for name in ("train_dataset", "eval_dataset")}
@@ -177,7 +183,9 @@ def demonstrate(trainer: DenoisingTrainer, data: PreparedData) -> None:
     """Print what counting and copying reach on the held-out text, and sentences that the model has rebuilt."""
     if trainer.references:
         print("\nCounting and copying on the same held-out text:")
-        print_table([(name, f"{value:.4f}") for name, value in trainer.references.items()], header=("", ""))
+        print_table(
+            [(name, f"{value:.4f}") for name, value in trainer.references.items()], header=("", "held-out pairs")
+        )
     print_rebuilt(trainer, data)
 
 
