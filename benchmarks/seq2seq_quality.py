@@ -92,6 +92,7 @@ class TranslationArguments(ComparisonArguments):
     hidden_size: int = option(128, "Width; a head for every 32.")
     num_hidden_layers: int = option(3, "Layers of the encoder, and of the decoder.")
     optimizer: str = option("adamw_rms", "Optimizer of the pre-training.")
+    learning_rate: float = option(1e-2, "Peak rate on text, relative to the size of the weights for adamw_rms.")
     held_out_characters: int = option(
         300_000, "Evaluate on the first documents of validation_file, of so many characters."
     )
