@@ -330,11 +330,11 @@ class TestEncoderDecoder:
             assert np.array_equal(by_default, denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=default))
             assert not np.allclose(by_default, denoising_log_likelihoods(model, tokenizer, TEXTS, hiding="rest"))
 
-    @pytest.mark.parametrize("hiding", ["sentinel", "mask", "rest"])
-    def test_the_mode_stands_before_the_text_of_the_input(self, hiding):
-        model, tokenizer = encoder_decoder("t5"), framed("t5")
-        mode = [tokenizer.convert_tokens_to_ids("[NLU]")]
-        scores = denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding, mode_token="[NLU]")
+    @pytest.mark.parametrize(("kind", "hiding"), [case for case in CASES if case[0] != "bert2bert"])
+    def test_the_mode_stands_before_the_text_of_the_input(self, kind, hiding):
+        model, tokenizer, token = encoder_decoder(kind), framed(kind), "[NLU]" if kind == "t5" else "x9"
+        mode = [tokenizer.convert_tokens_to_ids(token)]
+        scores = denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding, mode_token=token)
         expected = [question_by_question(model, tokenizer, text, hiding=hiding, mode=mode) for text in TEXTS]
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
         assert not np.allclose(scores, denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding), rtol=1e-3)

@@ -39,10 +39,12 @@ def batch_of(pairs, *, start=START):
 def random_pairs(number, *, vocab_size, seed, longest=12):
     """Pairs of random tokens, so that many pairs of neighbours were never counted."""
     values = draws.integers(draws.row_keys(range(number), seed=seed, stream="pairs"), 3 * longest, high=vocab_size)
+    # Drawn apart, or a small vocabulary would have short texts alone.
+    lengths = draws.integers(draws.row_keys(range(number), seed=seed, stream="lengths"), 2, high=longest)
     pairs = []
-    for row in values.tolist():
-        target = row[: 1 + row[-1] % longest]
-        source = row[longest : longest + 1 + row[-2] % longest]
+    for row, (first, second) in zip(values.tolist(), lengths.tolist(), strict=True):
+        target = row[: 1 + first]
+        source = row[longest : longest + 1 + second]
         pairs.append((source, target, [i for i in range(len(target)) if row[2 * longest + i] % 3 == 0]))
     return pairs
 
