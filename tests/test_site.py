@@ -37,7 +37,7 @@ def test_a_broken_link_fails_the_build(tmp_path):
     for name in ("mkdocs.yml", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    for name in ("hf_pretrain", "trainers", "examples", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for name in ("hf_pretrain", "trainers", "examples", "benchmarks", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     for text, message in (
         ("[gone](gone.md)", "gone.md"),
