@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.errors import RunError as RunError
     from hf_pretrain.evaluation.detector import ReplacedTokenScorer as ReplacedTokenScorer
     from hf_pretrain.evaluation.minimal_pairs import MinimalPair as MinimalPair
+    from hf_pretrain.evaluation.minimal_pairs import denoising_log_likelihoods as denoising_log_likelihoods
     from hf_pretrain.evaluation.minimal_pairs import originality_scores as originality_scores
     from hf_pretrain.evaluation.minimal_pairs import pair_accuracy as pair_accuracy
     from hf_pretrain.evaluation.minimal_pairs import pseudo_log_likelihoods as pseudo_log_likelihoods
@@ -151,6 +152,7 @@ _EXPORTS = {
     "evaluation.detector": ("ReplacedTokenScorer",),
     "evaluation.minimal_pairs": (
         "MinimalPair",
+        "denoising_log_likelihoods",
         "originality_scores",
         "pair_accuracy",
         "pseudo_log_likelihoods",

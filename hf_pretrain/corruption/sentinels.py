@@ -1,9 +1,12 @@
 """Spans of a text that are hidden, and the sentinels that stand in their place.
 
-`span_mask` lays spans at random, `rotate_mask` rotates them, and `hide_spans` makes the pairs of input and target.
+`sentinel_ids` finds them in a tokenizer. `span_mask` lays spans at random, `rotate_mask` rotates them, and `hide_spans` makes the
+pairs of input and target.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +14,27 @@ from hf_pretrain.corruption.selection import Selection, order_keys, sorted_posit
 from hf_pretrain.corruption.texts import NoisedTexts, Texts, lay_out
 from hf_pretrain.errors import InputError
 
+SENTINEL_NAMES = ("<extra_id_{}>", "▁<extra_id_{}>")
+"""What T5's and mT5's tokenizers call their sentinels, by number."""
+
 _HALF = np.uint64(32)
+
+
+def sentinel_ids(tokenizer: Any) -> np.ndarray:
+    """Return the ids of a tokenizer's sentinels in order, looked up by their names, as far as there is no gap: `[S]` int64.
+
+    Their ids follow no rule: published T5 tokenizers count down, those that transformers 5 trains too but from id 102 on, and
+    those that got them as added tokens count up.
+
+    Args:
+        tokenizer: Any tokenizer; `<extra_id_0>`, `<extra_id_1>` and so on are its sentinels.
+    """
+    known = tokenizer.get_vocab()
+    form = next((form for form in SENTINEL_NAMES if form.format(0) in known), SENTINEL_NAMES[0])
+    found: list[int] = []
+    while (token := form.format(len(found))) in known:
+        found.append(known[token])
+    return np.array(found, dtype=np.int64)
 
 
 def span_mask(texts: Texts, *, num_hidden: np.ndarray, num_spans: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.corruption.rows import stack_column
+from hf_pretrain.corruption.sentinels import SENTINEL_NAMES, sentinel_ids
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
@@ -25,10 +26,6 @@ _NO_WORD = -2
 
 WithinWord = Literal["visible", "l2r"]
 Hiding = Literal["sentinel", "mask", "fragment", "rest"]
-
-_SENTINEL = "<extra_id_0>"
-# The same of mT5.
-_OTHER_SENTINEL = "▁<extra_id_0>"
 
 
 class MinimalPair(NamedTuple):
@@ -221,7 +218,7 @@ def denoising_log_likelihoods(
     if not model.config.is_encoder_decoder:
         raise InputError(f"model={type(model).__name__} has no decoder: score it by pseudo_log_likelihoods")
     known = tokenizer.get_vocab()
-    sentinel = known.get(_SENTINEL, known.get(_OTHER_SENTINEL))
+    sentinel = next(iter(sentinel_ids(tokenizer).tolist()), None)
     frame = _Frame(
         hiding=hiding or ("mask" if sentinel is None else "sentinel"),
         start=decoder_start_id(model),
@@ -277,7 +274,9 @@ class _Frame(NamedTuple):
         """Refuse a tokenizer without a token that is needed."""
         name = type(tokenizer).__name__
         if self.hiding == "sentinel" and self.sentinel is None:
-            raise InputError(f"tokenizer={name} has no {_SENTINEL}, which hiding='sentinel' needs: choose another")
+            raise InputError(
+                f"tokenizer={name} has no {SENTINEL_NAMES[0].format(0)}, which hiding='sentinel' needs: choose another"
+            )
         if self.hiding in ("mask", "fragment") and self.mask is None:
             raise InputError(
                 f"tokenizer={name} has no mask token, which hiding={self.hiding!r} needs: give it one, or choose another"

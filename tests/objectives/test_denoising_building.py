@@ -30,6 +30,7 @@ from transformers import (
 
 from hf_pretrain.corruption.denoising import BartNoise
 from hf_pretrain.corruption.fragments import MassNoise, PrefixLM, SpanCorruption, UL2Noise
+from hf_pretrain.corruption.sentinels import sentinel_ids
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.tokenizers import add_special_tokens, train_tokenizer
 from hf_pretrain.errors import InputError
@@ -44,7 +45,6 @@ from hf_pretrain.objectives.denoising.building import (
     load_examples,
     longest_pair,
     made_up_examples,
-    sentinel_ids,
 )
 from hf_pretrain.training.parsing import parse_arguments
 

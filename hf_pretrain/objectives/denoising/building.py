@@ -15,6 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedToken
 
 from hf_pretrain.corruption.fragments import MODE_TOKENS, sentinels_needed
 from hf_pretrain.corruption.masking import special_table
+from hf_pretrain.corruption.sentinels import SENTINEL_NAMES, sentinel_ids
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.tokenizers import add_special_tokens
 from hf_pretrain.data.examples.packing import BlockTemplate
@@ -33,8 +34,6 @@ from hf_pretrain.objectives.denoising.arguments import DenoisingModelArguments, 
 from hf_pretrain.training.program import load_data
 from hf_pretrain.training.rehearsal import made_up_data, made_up_tokenizer
 
-# What T5's and mT5's tokenizers call their sentinels.
-_SENTINELS = ("<extra_id_{}>", "▁<extra_id_{}>")
 # As many as T5 has, so that the texts may become longer later.
 _LEAST_SENTINELS = 100
 # Special tokens around a text, in every tokenizer that a run trains.
@@ -55,23 +54,6 @@ class NoiseTokens(NamedTuple):
     sentinels: np.ndarray = np.zeros(0, dtype=np.int64)
     modes: Mapping[str, int] = {}  # noqa: RUF012 (never changed)
     ordinary: np.ndarray = np.zeros(0, dtype=np.int64)
-
-
-def sentinel_ids(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Return the ids of a tokenizer's sentinels in order, looked up by their names, as far as there is no gap: `[S]` int64.
-
-    Their ids follow no rule: published T5 tokenizers count down, those that transformers 5 trains too but from id 102 on, and
-    those that got them as added tokens count up.
-
-    Args:
-        tokenizer: Any tokenizer; `<extra_id_0>`, `<extra_id_1>` and so on are its sentinels.
-    """
-    known = tokenizer.get_vocab()
-    form = next((form for form in _SENTINELS if form.format(0) in known), _SENTINELS[0])
-    found: list[int] = []
-    while (token := form.format(len(found))) in known:
-        found.append(known[token])
-    return np.array(found, dtype=np.int64)
 
 
 def noise_tokens(args: DenoisingTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> NoiseTokens:
@@ -171,7 +153,7 @@ def added_tokens(args: DenoisingTrainingArguments, data_args: DataArguments) -> 
         return []
     length = cut_text(data_args, args).block_size - _FRAME
     count = max(_LEAST_SENTINELS, sentinels_for(args, length))
-    return [*_modes(args).values(), *(_SENTINELS[0].format(number) for number in range(count))]
+    return [*_modes(args).values(), *(SENTINEL_NAMES[0].format(number) for number in range(count))]
 
 
 def cut_text(

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import decoder_start_id
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, dtype_option
 from hf_pretrain.modeling.losses import (
@@ -61,7 +61,7 @@ class DenoisingForPreTraining(PretrainingModel):
     def __init__(self, config: DenoisingConfig, model: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.model = AutoModelForSeq2SeqLM.from_config(config.model) if model is None else model
-        self._start_id = start_id(self.model)
+        self._start_id = decoder_start_id(self.model)
         self.reader = PairReader(self.model)
         self.post_init()
 
@@ -200,21 +200,3 @@ def exact_runs(
     wrong_R = wrong_R.index_add(0, run_N, (hidden & ~is_right).float())
     exact_N = begins & (wrong_R.index_select(0, run_N) == 0)
     return ExampleSum(sum_by_example(exact_N, positions, shape), sum_by_example(begins, positions, shape))
-
-
-def start_id(model: PreTrainedModel) -> int:
-    """Return the token that a stock model's decoder begins with.
-
-    Raises:
-        InputError: If its configuration names none.
-    """
-    config = model.config
-    start = getattr(config, "decoder_start_token_id", None)
-    if start is None:
-        start = getattr(getattr(config, "decoder", None), "bos_token_id", None)
-    if start is None:
-        raise InputError(
-            f"{type(model).__name__} names no decoder_start_token_id: set model.config.decoder_start_token_id, such as "
-            "tokenizer.pad_token_id of a T5"
-        )
-    return int(start)
