@@ -27,8 +27,8 @@ from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest,
 from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.names import SYNONYMS
+from hf_pretrain.optimizers import OptimizerName, check_bias_correction, optimizer_of
 from hf_pretrain.options import check_options, option, schedules_of
-from hf_pretrain.training.optimizers import OptimizerName, check_bias_correction, optimizer_of
 from hf_pretrain.training.processes import first_process_first
 
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"

@@ -45,6 +45,7 @@ from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
+from hf_pretrain.optimizers import check_matrices_are_whole, linear_product_schedule, optimizer_of
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import (
@@ -55,7 +56,6 @@ from hf_pretrain.training.arguments import (
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
-from hf_pretrain.training.optimizers import check_matrices_are_whole, linear_product_schedule, optimizer_of
 from hf_pretrain.training.processes import (
     check_launch,
     not_finite,

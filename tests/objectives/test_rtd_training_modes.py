@@ -11,7 +11,7 @@ from helpers.replaced_tokens import MODES, PROGRAM, STEPS, data_with_an_empty_ra
 from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.training.optimizers import AdamWithoutBiasCorrection
+from hf_pretrain.optimizers import AdamWithoutBiasCorrection
 
 GDES = {"embedding_sharing": "gdes"}
 TWO_STAGE = {"training_mode": "two_stage", "model_options": {"embedding_sharing": "none", "generator_size": 1.0}}

@@ -13,17 +13,17 @@ from accelerate.utils import DistributedType
 from transformers import Adafactor, get_linear_schedule_with_warmup
 
 from helpers.method_matrix import build, log_of, programs
+from hf_pretrain import optimizers
 from hf_pretrain.errors import InputError
-from hf_pretrain.options import resolved_options, write_recipe
-from hf_pretrain.training import optimizers
-from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
-from hf_pretrain.training.optimizers import (
+from hf_pretrain.optimizers import (
     AdamWithoutBiasCorrection,
     AdamWithParameterScale,
     check_matrices_are_whole,
     linear_product_schedule,
     optimizer_of,
 )
+from hf_pretrain.options import resolved_options, write_recipe
+from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.parsing import parse_arguments
 
 PROGRAM, MLM = programs()["rtd"], programs()["mlm"]
