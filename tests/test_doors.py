@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import datasets
@@ -69,6 +70,8 @@ def test_a_page_is_two_screens(page):
 @pytest.mark.parametrize("page", DOORS)
 def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     write_text(tmp_path)
+    for name in ("books.txt", "train.en", "train.de"):
+        shutil.copy(tmp_path / "corpus.txt", tmp_path / name)
     write_models(tmp_path, layers=4)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -228,7 +228,9 @@ def print_report(trainer: PretrainingTrainer) -> None:
     root = getattr(trainer.model, trainer.model.export_parts[""])
     print(f"\nThe export in {output_dir} {_how_it_opens(root, output_dir)}:")
     adapters = adapter_names(root)
-    for model_class in () if adapters else (AutoModel, type(root)):
+    # transformers knows no body of two models that are joined.
+    classes = (AutoModel, type(root)) if type(root.config) in AutoModel._model_mapping else (type(root),)
+    for model_class in () if adapters else classes:
         print(f"  {_loading_line(model_class, output_dir)}")
     weights_step = trainer.held_out.weights_step
     rows = held_out_rows(trainer.state.log_history, weights_step=weights_step)

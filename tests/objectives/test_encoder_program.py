@@ -96,7 +96,7 @@ def multilingual_data(folder, output_dir, *, group_size):
     )
 
 
-@pytest.mark.parametrize("name", cli.RECIPES)
+@pytest.mark.parametrize("name", EXPORTS)
 def test_a_recipe_trains_and_exports_the_stock_class(name, tmp_path, languages):
     trainer = recipe_trainer(name, tmp_path, languages, max_steps=3, learning_rate=1e-3)
     trainer.train()
@@ -287,7 +287,7 @@ def test_views_that_need_documents_refuse_others(tmp_path):
 
 @pytest.mark.parametrize("name", cli.RECIPES)
 def test_a_name_is_the_program_with_its_recipe(name, monkeypatch):
-    seen = []
+    program, seen = cli.load_method(cli.RECIPES[name][0]), []
     monkeypatch.setattr(program_module, "train_method", lambda *given: seen.append(given))
     assert cli.main([name, "--seed", "3"]) == 0
     assert seen == [(program, ["--config", name, "--seed", "3"])]
