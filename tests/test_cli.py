@@ -59,6 +59,12 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out.split() == ["hf-pretrain", __import__("hf_pretrain").__version__]
 
 
+@pytest.mark.parametrize("module", ["hf_pretrain", "hf_pretrain.cli"])
+def test_the_package_is_a_program_too(module):
+    found = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("hf-pretrain ")
+
+
 def test_a_method_without_a_near_name_is_answered_with_all(capsys):
     assert cli.main(["zzzz"]) == 2
     assert f"choose from {', '.join([*cli.METHODS, *cli.RECIPES, *cli.COMMANDS])}" in capsys.readouterr().err
