@@ -168,6 +168,7 @@ def write_pairs(folder, split, *, count):
     return lines, others
 
 
+@pytest.mark.slow
 def test_translation(place, tmp_path, monkeypatch, capsys):
     from sacrebleu import corpus_bleu
 
