@@ -214,7 +214,7 @@ def try_out(
         with evaluating(backbone):
             failure = trial(body, plan)
     except Exception as error:  # an architecture may trip anywhere over a mask that it does not know
-        if _is_own_fault(error):
+        if is_own_fault(error):
             raise
         failure = f"its forward fails with such a mask ({one_line(error, line=0)})"
     finally:
@@ -225,7 +225,7 @@ def try_out(
     return plan
 
 
-def _is_own_fault(error: Exception) -> bool:
+def is_own_fault(error: Exception) -> bool:
     """Whether an error of a trial is a mistake in this library: of these types, and raised in a line of it.
 
     Of other types, such as a RuntimeError over two shapes, a line of ours may raise what a backbone's states cause.
