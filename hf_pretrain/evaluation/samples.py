@@ -145,7 +145,10 @@ def print_rebuilt(trainer: Any, data: PreparedData) -> None:
     if found:
         print("\nHeld-out sentences with noise, what the decoder writes, and the sentences themselves:")
     for number, sample in enumerate(found):
-        print("\n" * (number > 0) + "\n".join(f"  {name:9}{text or '(nothing)'}" for name, text in sample._asdict().items()))
+        print(
+            "\n" * (number > 0)
+            + "\n".join(f"  {name:9}{text or '(nothing)'}" for name, text in sample._asdict().items())
+        )
 
 
 def rebuilt_sentences(trainer: Any) -> tuple[Rebuilt, ...]:
