@@ -75,6 +75,7 @@ class BartNoise(Noise):
     rotation_probability: float = 1.0
     longest_input: int | None = None
     kinds: tuple[str, ...] = field(default=("denoising",), init=False)
+    needs_words: bool = field(default=False, init=False)
     needs_sentences: bool = field(default=False, init=False)
     has_whole_target: bool = field(default=True, init=False)
     ends_target: bool = field(default=True, init=False)
@@ -91,6 +92,9 @@ class BartNoise(Noise):
             self.infilling_mean_length, f"(0, {LONGEST_SPAN}]", name="infilling_mean_length", hint="3 is usual"
         )
         object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(
+            self, "needs_words", not {"token_masking", "token_deletion", "infilling"}.isdisjoint(self.steps)
+        )
         object.__setattr__(self, "needs_sentences", "sentence_permutation" in self.steps)
 
     def __call__(self, texts: Texts) -> NoisedTexts:

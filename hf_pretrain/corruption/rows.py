@@ -108,6 +108,27 @@ class ExampleRows:
         return (columns - np.maximum.accumulate(columns * begins, axis=1)) * self.valid
 
 
+def check_padding(tokenizer: Any, *, pad_to_multiple_of: int | None, target_slots: int | None) -> None:
+    """Refuse a tokenizer without a padding token, and numbers to round up to that are not positive.
+
+    Args:
+        tokenizer: The tokenizer of a collator.
+        pad_to_multiple_of: What the length of a batch is rounded up to; None for no rounding.
+        target_slots: What the number of targets is rounded up to; None for no rounding.
+
+    Raises:
+        InputError: Naming the token or the number.
+    """
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"tokenizer={type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
+            "tokenizer.add_special_tokens({'pad_token': '[PAD]'})"
+        )
+    for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("target_slots", target_slots)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} must be at least 1, or None for no such rounding")
+
+
 def stack_column(
     examples: Sequence[Mapping[str, Any]],
     name: str,

@@ -22,7 +22,8 @@ class Texts:
     Attributes:
         input_ids: `[P, W]` int64, without the special tokens around a text.
         valid: `[P, W]` bool, False at padding; a text may have no tokens.
-        word_starts: `[P, W]` bool, where a word begins; the first token always begins one, and a special token is one by itself.
+        word_starts: `[P, W]` bool, where a word begins; the first token always begins one, and a special token is one by
+            itself. True at each token if the noise needs no words.
         sent_starts: `[P, W]` bool, where a sentence begins; the first token always begins one. None if the noise needs none.
         is_special: `[P, W]` bool, special tokens inside a text, such as the separator of two documents.
         rows: `[P]` int64, the example that a text is of, ascending.
@@ -88,6 +89,7 @@ class Noise:
 
     Attributes:
         kinds: Names of the kinds of pairs that it makes, for the metrics.
+        needs_words: Whether it reads `word_starts`.
         needs_sentences: Whether it reads `sent_starts`.
         has_whole_target: Whether a target is a whole text, with the special tokens in front of it; otherwise a target begins with
             the first token of the decoder.
@@ -95,6 +97,7 @@ class Noise:
     """
 
     kinds: tuple[str, ...] = ("denoising",)
+    needs_words: bool = False
     needs_sentences: bool = False
     has_whole_target: bool = False
     ends_target: bool = True

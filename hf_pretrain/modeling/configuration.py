@@ -29,6 +29,7 @@ from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import (
     MODEL_DTYPES,
     USUAL_ENCODER_DECODERS,
+    USUAL_ENCODERS,
     first_line,
     from_config,
     from_pretrained,
@@ -311,19 +312,15 @@ def _check_options(
     if unknown:
         raise InputError(
             f"model_type={args.model_type!r} cannot be built from these sizes, it has no {', '.join(unknown)}: continue one of "
-            f"its checkpoints, or choose a model_type such as {_USUAL}"
+            f"its checkpoints, or choose a model_type such as {USUAL_ENCODERS}"
         )
-
-
-# The architectures that most people want.
-_USUAL = "bert, roberta, electra, albert, deberta-v2, modernbert, distilbert"
 
 
 def _check_type(model_type: str, auto_class: Any) -> None:
     """Refuse an architecture that is unknown or none that a class opens."""
     mapping = auto_class._model_mapping
     if model_type not in CONFIG_MAPPING:
-        usual = USUAL_ENCODER_DECODERS if auto_class is AutoModelForSeq2SeqLM else _USUAL
+        usual = USUAL_ENCODER_DECODERS if auto_class is AutoModelForSeq2SeqLM else USUAL_ENCODERS
         hint = nearest(model_type, list(mapping._model_mapping), otherwise=f"choose one such as {usual}")
         raise InputError(f"model_type={model_type!r} is not an architecture of transformers: {hint}")
     if CONFIG_MAPPING[model_type] not in mapping:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file, is_protobuf_available, is_sentencepiece_available
+from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.modeling.backbone import name_of
@@ -203,6 +204,17 @@ def _fresh(model: PreTrainedModel, name: str) -> str:
 
 class ShapesDiffer(InputError):
     """Raised where a weight of a checkpoint has another shape than its configuration, or an option, says."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers log nothing but errors."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.masking import MaskedRows, Vocabulary, mask_rows, needs_word_starts
-from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
+from hf_pretrain.corruption.rows import ExampleRows, RowKeys, check_padding, stack_examples
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.options import schedules_of
@@ -103,14 +103,7 @@ class DataCollatorForMaskedLM:
         """Read what masking needs from the tokenizer."""
         self.masking = MaskingArguments() if masking is None else masking
         self.vocabulary = Vocabulary.from_tokenizer(tokenizer, mask_unknown=self.masking.mask_unknown)
-        if tokenizer.pad_token_id is None:
-            raise InputError(
-                f"tokenizer={type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
-                "tokenizer.add_special_tokens({'pad_token': '[PAD]'})"
-            )
-        for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("target_slots", target_slots)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1, or None for no such rounding")
+        check_padding(tokenizer, pad_to_multiple_of=pad_to_multiple_of, target_slots=target_slots)
         self.tokenizer = tokenizer
         self.seed = seed
         self.pad_to_multiple_of = pad_to_multiple_of

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from hf_pretrain.hub.text import (
     with_perplexity,
 )
 from hf_pretrain.modeling.configuration import ModelArguments
-from hf_pretrain.modeling.loading import from_pretrained
+from hf_pretrain.modeling.loading import from_pretrained, quiet
 from hf_pretrain.options import all_options, resolved_options, write_recipe
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.method import Method
@@ -94,17 +93,6 @@ def _known_tokenizer(
     checkpoints = (getattr(model_args, f"{part}_name_or_path", None) for part in ("model", "teacher", "encoder"))
     name = data_args.tokenizer_name or next(filter(None, checkpoints), None)
     return None if name is None else from_pretrained(AutoTokenizer, name)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Let transformers log nothing but errors."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def train_method(method: Method, argv: list[str] | None = None) -> None:

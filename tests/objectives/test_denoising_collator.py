@@ -225,12 +225,21 @@ def test_shapes_are_fixed_where_they_are_to_be():
     assert (full["labels"].flatten()[full["target_positions"][5:]] == -100).all()
 
 
-def test_a_permutation_of_sentences_without_sentences_is_refused():
-    collator = DataCollatorForDenoising(tokenizer(), noise=NOISES["bart"])
+@pytest.mark.parametrize(("name", "column"), [("bart", "sent_starts"), ("bart", "word_starts")])
+def test_a_column_that_the_noise_reads_is_asked_for(name, column):
     made = example(words(5), 0)
-    del made["sent_starts"]
-    with pytest.raises(InputError, match="sent_starts"):
-        collator([made])
+    del made[column]
+    with pytest.raises(InputError, match=column):
+        DataCollatorForDenoising(tokenizer(), noise=NOISES[name])([made])
+
+
+@pytest.mark.parametrize("name", ["t5", "ul2", "prefix_lm", "mass"])
+def test_tokens_alone_do_where_the_noise_reads_no_words(name):
+    collator = DataCollatorForDenoising(tokenizer(), noise=NOISES[name])
+    whole = [example(words(n, n), n) for n in (30, 7)]
+    alone = [{key: made[key] for key in ("input_ids", "example_id", "epoch")} for made in whole]
+    expected, found = collator(whole), collator(alone)
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_a_separator_inside_a_text_stays_a_token_of_its_own():

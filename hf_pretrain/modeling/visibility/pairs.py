@@ -16,17 +16,16 @@ hooks are in `sides.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import without_autocast
+from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import GatheredHead, GatheredOutput
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.pair_trials import (
@@ -336,7 +335,7 @@ class PairReader:
     def _find_masks(self, sizes: tuple[int, int]) -> str | None:
         """Compare gathered logits with the stock ones, and find the masks that serve and look at nothing."""
         padded, whole = (two_rows(self._bodies, sizes, odd_tokens=True, num_padding=n) for n in (2, 0))
-        with without_autocast(self._encoder.body.device), _quiet():
+        with without_autocast(self._encoder.body.device), quiet():
             stock = self._model(**padded["batch"], use_cache=False).logits.flatten(0, 1)[padded["target_positions"]]
             expected, expected_whole = (self._read(**rows).logits for rows in (padded, whole))
             if expected.shape != stock.shape or not is_same(expected, stock):
@@ -350,17 +349,6 @@ class PairReader:
                     found, fewest = fewer, looks
         self._found[self._key("masks")] = found
         return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out warnings of transformers, such as that a mask is missing: it is meant to be."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def _both(first: torch.Tensor | None, second: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:

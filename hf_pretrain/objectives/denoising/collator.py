@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hf_pretrain.corruption.masking import special_table
-from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_column, stack_examples
+from hf_pretrain.corruption.rows import ExampleRows, RowKeys, check_padding, stack_column, stack_examples
 from hf_pretrain.corruption.texts import Noise, NoisedTexts, Texts
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.errors import InputError
@@ -29,9 +29,9 @@ class DataCollatorForDenoising:
     What is drawn depends on the seed and on each example's `epoch` and `example_id` only: not on the batch, the worker or the
     rank. Each epoch draws anew unless `static_masks` is set.
 
-    The examples are dicts of lists or arrays: `input_ids` with the special tokens, `word_starts`, `example_id`, `epoch`, where
-    the noise needs them `sent_starts`, and optionally `document_ids`: the documents of such an example are noised each by itself,
-    and no pair sees another. The batch is a dict of tensors, padded on the right:
+    The examples are dicts of lists or arrays: `input_ids` with the special tokens, `example_id`, `epoch`, where the noise needs
+    them `word_starts` and `sent_starts`, and optionally `document_ids`: the documents of such an example are noised each by
+    itself, and no pair sees another. The batch is a dict of tensors, padded on the right:
 
     - `input_ids`, `attention_mask`: `[B, L]` int64, what the encoder reads;
     - `decoder_input_ids`, `decoder_attention_mask`, `labels`: `[B, T]` int64; `labels` is -100 at padding. Each target is
@@ -67,14 +67,7 @@ class DataCollatorForDenoising:
         target_slots: int | None = None,
     ) -> None:
         """Read the special tokens off the tokenizer."""
-        if tokenizer.pad_token_id is None:
-            raise InputError(
-                f"tokenizer={type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
-                "tokenizer.add_special_tokens({'pad_token': '[PAD]'})"
-            )
-        for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("target_slots", target_slots)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1, or None for no such rounding")
+        check_padding(tokenizer, pad_to_multiple_of=pad_to_multiple_of, target_slots=target_slots)
         self.tokenizer = tokenizer
         self.noise = noise
         self.template = BlockTemplate.of(tokenizer)
@@ -92,21 +85,25 @@ class DataCollatorForDenoising:
 
     def read(self, examples: Sequence[Mapping[str, Any]]) -> tuple[Texts, bool]:
         """Return the texts of the examples, and whether an example holds several that are kept apart."""
+        for column, is_needed in (
+            ("word_starts", self.noise.needs_words),
+            ("sent_starts", self.noise.needs_sentences),
+        ):
+            if is_needed and column not in examples[0]:
+                raise InputError(
+                    f"examples have no column {column!r}, which this noise reads: give text, or another noise; of BART's "
+                    "noise_steps only rotation needs neither words nor sentences"
+                )
         keys = RowKeys.from_examples(examples, seed=self.seed, static_masks=self.static_masks)
-        rows = stack_examples(examples, keys=keys, pad_id=self.tokenizer.pad_token_id, with_words=True)
+        pad_id = self.tokenizer.pad_token_id
+        rows = stack_examples(examples, keys=keys, pad_id=pad_id, with_words=self.noise.needs_words)
         sentences = None
         if self.noise.needs_sentences:
-            if "sent_starts" not in examples[0]:
-                raise InputError(
-                    "examples have no column 'sent_starts', and the noise permutes sentences: give text, or leave "
-                    "sentence_permutation out of noise_steps"
-                )
             sentences, _ = stack_column(examples, "sent_starts", valid=rows.valid)
         return self._cut_out(rows, sentences), rows.document_ids is not None
 
     def _cut_out(self, rows: ExampleRows, sentences: np.ndarray | None) -> Texts:
         """Return the texts without the special tokens around them."""
-        assert rows.word_starts is not None, "they are stacked with the words"
         width, begins = rows.valid.shape[1], rows.document_starts()
         is_first = np.zeros_like(rows.valid)
         is_first[:, 0] = True
@@ -120,7 +117,8 @@ class DataCollatorForDenoising:
         columns = start[:, None] + np.arange(max(int((end - start).max()), 1))
         valid = columns < end[:, None]
         flat = row[:, None] * width + np.minimum(columns, width - 1)
-        ids, words = (column.ravel()[flat] for column in (rows.input_ids, rows.word_starts))
+        ids = rows.input_ids.ravel()[flat]
+        words = valid if rows.word_starts is None else rows.word_starts.ravel()[flat]
         is_special = self.special[np.where(valid, ids, self.tokenizer.pad_token_id)] & valid
         first_sentences = None if sentences is None else sentences.ravel()[flat] & valid
         words = words & valid | is_special

@@ -17,7 +17,7 @@ from hf_pretrain.corruption.permutation import (
     sample_targets,
     visibility,
 )
-from hf_pretrain.corruption.rows import ExampleRows, RowKeys, stack_examples
+from hf_pretrain.corruption.rows import ExampleRows, RowKeys, check_padding, stack_examples
 from hf_pretrain.errors import InputError, check_choice, check_numbers
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.masking import PaddedLayout
@@ -135,14 +135,7 @@ class DataCollatorForPermutationLM:
         target_slots: int | None = None,
     ) -> None:
         """Read what is needed from the tokenizer."""
-        if tokenizer.pad_token_id is None:
-            raise InputError(
-                f"tokenizer={type(tokenizer).__name__} has no padding token: set tokenizer.pad_token, for example "
-                "tokenizer.add_special_tokens({'pad_token': '<pad>'})"
-            )
-        for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("target_slots", target_slots)):
-            if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be at least 1, or None for no such rounding")
+        check_padding(tokenizer, pad_to_multiple_of=pad_to_multiple_of, target_slots=target_slots)
         self.tokenizer = tokenizer
         self.permutation = PermutationArguments() if permutation is None else permutation
         self.functional_ids = [i for i in (tokenizer.sep_token_id, tokenizer.cls_token_id) if i is not None]
