@@ -26,7 +26,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from timing import print_table
+from timing import options_parser, print_table
 
 ARMS = ("adamw_torch_fused=1e-2", "adamw_torch_fused=1e-3", "adamw_rms=1e-2", "adafactor=1e-2")
 OPTIONS = {"adafactor": {"optim_args": "scale_parameter=true"}}
@@ -128,22 +128,21 @@ def draw(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the arms that are missing, print the table and draw the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_parser(
+        __doc__,
+        max_steps=1000,
+        batch_size=16,
+        block_size=128,
+        vocab_size=8192,
+        hidden_size=256,
+        num_hidden_layers=4,
+        seed=0,
+    )
     parser.add_argument("--train_file", help="text to train on")
     parser.add_argument("--validation_file", help="held-out text; by default some of the documents")
     parser.add_argument("--output_dir", default="t5-optimizers", help="folder of the runs and the plot")
     parser.add_argument("--arm", nargs="+", default=list(ARMS), help="optimizers with their rates")
     parser.add_argument("--table", action="store_true", help="only read what was run")
-    for name, default in {
-        "max_steps": 1000,
-        "batch_size": 16,
-        "block_size": 128,
-        "vocab_size": 8192,
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "seed": 0,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
     args, others = parser.parse_known_args(argv)
     for arm in args.arm:
         if not args.table and not (folder_of(arm, args) / "trainer_state.json").is_file():

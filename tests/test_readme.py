@@ -188,6 +188,7 @@ def test_options_exist(name, options):
         for program in sorted((ROOT / "benchmarks").glob("*.py")):
             code = program.read_text(encoding="utf-8")
             fields = re.findall(r"^    (\w+): .*= ?(?:field|option)\(", code, flags=re.M)
+            fields += re.findall(r"(\w+)=", " ".join(re.findall(r"options_parser\(([^)]*)\)", code)))
             known |= {f"--{option}" for option in fields} | set(re.findall(r"add_argument\(\s*\"(--\w+)\"", code))
     for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
         assert option in known, option
