@@ -144,7 +144,7 @@ class TestExport:
             return  # It brings a class of its own.
         export_checkpoint(folder / "checkpoint-2", tmp_path / "new" / "model")
         model = AutoModel.from_pretrained(tmp_path / "new" / "model").eval()
-        trained = getattr(trainer.model, trainer.model.export_parts[""]).eval().base_model
+        trained = trainer.model.root.eval().base_model
         ids = torch.tensor([[2, 7, 8, 9, 3]])
         with torch.no_grad():
             assert torch.allclose(model(ids)[0], trained(ids)[0], atol=1e-6)

@@ -182,7 +182,7 @@ def test_a_stock_model_is_trained_on_text_as_it_is(name, tmp_path):
     model = make()
     args = options(trainer_class, tmp_path, **changes)
     trainer = built(trainer_class, tmp_path, model=model, args=args, **inputs)
-    root = getattr(trainer.model, trainer.model.export_parts[""])
+    root = trainer.model.root
     if not isinstance(model, StudentArguments):
         given = model.get_input_embeddings()
         tables = [part for part in given.modules() if isinstance(part, torch.nn.Embedding)]

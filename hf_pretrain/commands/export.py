@@ -97,7 +97,7 @@ def export_checkpoint(checkpoint: str | Path, output_dir: str | Path) -> str:
         os.replace(part, output_dir)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return type(getattr(model, model.export_parts[""])).__name__
+    return type(model.root).__name__
 
 
 def load_composite(checkpoint: str | Path) -> PretrainingModel:

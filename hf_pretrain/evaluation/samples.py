@@ -106,7 +106,7 @@ def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 def print_filled_masks(trainer: Any, data: PreparedData) -> None:
     """Print held-out sentences with a masked token and what the model fills in."""
-    model = getattr(trainer.model, trainer.model.export_parts[""]).eval()
+    model = trainer.model.root.eval()
 
     def guess(ids: list[int], position: int) -> torch.Tensor:
         masked = torch.tensor([ids], device=model.device)
@@ -122,7 +122,7 @@ def print_filled_masks(trainer: Any, data: PreparedData) -> None:
 
 def print_next_tokens(trainer: Any, data: PreparedData) -> None:
     """Print beginnings of held-out sentences and the tokens with which a left-to-right model goes on."""
-    model = getattr(trainer.model, trainer.model.export_parts[""]).eval()
+    model = trainer.model.root.eval()
 
     def guess(ids: list[int], position: int) -> torch.Tensor:
         return model(torch.tensor([ids[:position]], device=model.device)).logits[0, -1]
@@ -174,7 +174,7 @@ def rebuilt(trainer: Any, sentences: Iterable[str]) -> Iterator[Rebuilt]:
         trainer: The Trainer of a denoising run: its collator makes the noise, by the seed of the run.
         sentences: Sentences; one that the model has no positions for is left out.
     """
-    model, collator = getattr(trainer.model, trainer.model.export_parts[""]), trainer.data_collator
+    model, collator = trainer.model.root, trainer.data_collator
     tokenizer = trainer.processing_class
     lengths = [longest_sequence(side) for side in (model.get_encoder(), model.get_decoder())]
     longest = min((length for length in lengths if length is not None), default=None)

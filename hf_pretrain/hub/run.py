@@ -226,7 +226,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         **changes: Fields of [`PretrainingCard`] that are known better elsewhere, such as `license` or `language`.
     """
     args, model, log = trainer.args, trainer.model, trainer.state.log_history
-    root = getattr(model, model.export_parts[""])
+    root = model.root
     weights_step = trainer.held_out.weights_step
     is_earlier = weights_step is not None and weights_step < trainer.state.global_step
     # The Trainer knows the whole name once the repository exists.
@@ -257,7 +257,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "chosen_by": args.metric_for_best_model or "" if is_earlier else "",
         "compute": _compute(trainer, root_parameters=root.num_parameters()),
         "parts": {
-            folder: (_importable(getattr(model, attribute)), f"the {attribute}, needed to go on training")
+            folder: (_importable(model.get_submodule(attribute)), f"the {_of_part(attribute)}, needed to go on training")
             for folder, attribute in model.export_parts.items()
             if folder
         },
@@ -270,6 +270,11 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         has_one = type(root.config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
         facts.setdefault("fine_tuning_class", "AutoModelForSequenceClassification" if has_one else "")
     return PretrainingCard(**facts)
+
+
+def _of_part(attribute: str) -> str:
+    """Return what a reader calls a part: the last name of its path."""
+    return attribute.rpartition(".")[2]
 
 
 def adapter_names(part: nn.Module) -> dict[str, str]:
@@ -387,7 +392,7 @@ def _examples(trainer: PretrainingTrainer) -> tuple[str, ...]:
 def _parts(model: PretrainingModel) -> dict[str, PreTrainedModel]:
     """Return the stock models of a run by how the card names them: "" the root, folders of the others, and the teacher."""
     names = {attribute: folder for folder, attribute in model.export_parts.items()}
-    parts = {names.get(attribute, attribute): part for attribute, part in model.backbones.items()}
+    parts = {names.get(attribute, _of_part(attribute)): part for attribute, part in model.backbones.items()}
     teacher = getattr(model, "teacher", None)
     return parts if teacher is None else parts | {"teacher": teacher.model}
 

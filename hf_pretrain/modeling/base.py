@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -72,11 +72,14 @@ class PretrainingModel(PreTrainedModel):
     of a usual size are lost in the rounding of 16-bit weights.
 
     Attributes:
-        export_parts: Folder in the exported checkpoint -> attribute of the sub-model written there; "" is the root, which
-            stock transformers opens. What only training needs goes below "pretraining/".
+        export_parts: Folder in the exported checkpoint -> attribute of the sub-model written there, with dots where it is a
+            part of a part; "" is the root, which stock transformers opens. What only training needs goes below "pretraining/".
+        is_additive: Whether the loss of a step is the sum over its micro-batches and ranks; not where texts of one are compared
+            with those of another.
     """
 
     export_parts: dict[str, str] = {"": "model"}  # noqa: RUF012
+    is_additive = True
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     # The composite has no attention of its own; each sub-model checks its own backend.
@@ -111,10 +114,15 @@ class PretrainingModel(PreTrainedModel):
         super().post_init()
 
     @property
+    def root(self) -> PreTrainedModel:
+        """The stock model that is written at the root of an export."""
+        return cast(PreTrainedModel, self.get_submodule(self.export_parts[""]))
+
+    @property
     def backbones(self) -> dict[str, PreTrainedModel]:
         """The stock models that are trained, by attribute."""
         names = [name for folder, name in self.export_parts.items() if folder in ("", GENERATOR_FOLDER)]
-        return {name: getattr(self, name) for name in names}
+        return {name: cast(PreTrainedModel, self.get_submodule(name)) for name in names}
 
     def check_fits(self, tokenizer: PreTrainedTokenizerBase, *, block_size: int, isolates_documents: bool) -> None:
         """Refuse stock models that cannot take the data.
@@ -145,7 +153,7 @@ class PretrainingModel(PreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the word embeddings of the stock model that is exported."""
-        return getattr(self, self.export_parts[""]).get_input_embeddings()
+        return self.root.get_input_embeddings()
 
     def trial_batch(self) -> dict[str, Any] | None:
         """Return a small batch with targets of every loss, on the model's device; None if there is nothing to try."""
@@ -247,8 +255,7 @@ class PretrainingModel(PreTrainedModel):
         self, attribute: str, state: Mapping[str, torch.Tensor] | None
     ) -> tuple[PreTrainedModel, Mapping[str, torch.Tensor] | None]:
         """Return what is written for a sub-model: a stock model, and its state where that is not in the model itself."""
-        part: PreTrainedModel = getattr(self, attribute)
-        return part, state
+        return cast(PreTrainedModel, self.get_submodule(attribute)), state
 
     def part_state_dict(
         self, attribute: str, state_dict: Mapping[str, torch.Tensor] | None

@@ -213,7 +213,7 @@ def check_steps(trainer: PretrainingTrainer) -> None:
 def print_report(trainer: PretrainingTrainer) -> None:
     """Open the export as a user would, and print the held-out numbers before and after training, and where everything is."""
     output_dir = Path(trainer.args.output_dir)
-    root = getattr(trainer.model, trainer.model.export_parts[""])
+    root = trainer.model.root
     print(f"\nThe export in {output_dir} {_how_it_opens(root, output_dir)}:")
     adapters = adapter_names(root)
     # transformers knows no body of two models that are joined.

@@ -154,7 +154,7 @@ def data_line(description: Mapping[str, Any], train_dataset: Any) -> str:
 def model_line(model: PretrainingModel) -> str:
     """Return one line on the model: its class and the parameters, in all and in what is exported."""
     count = sum(parameter.numel() for parameter in model.parameters())
-    root = getattr(model, model.export_parts[""])
+    root = model.root
     exported = sum(parameter.numel() for parameter in root.parameters())
     others = "" if exported == count else f", {_millions(exported)} of them in the exported {type(root).__name__}"
     return f"{type(model).__name__}, {_millions(count)} parameters{others}"

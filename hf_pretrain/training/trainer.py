@@ -639,7 +639,7 @@ class PretrainingTrainer(Trainer):
             folder = Path(self.args.output_dir if output_dir is None else output_dir)
             self.model.export(folder, state_dict=state_dict)
             if self.processing_class is not None:
-                root = getattr(self.model, self.model.export_parts[""])
+                root = self.model.root
                 with tokenizer_for(root, self.processing_class) as tokenizer:
                     tokenizer.save_pretrained(folder)
 

@@ -83,7 +83,7 @@ def test_the_code_of_the_card_runs(method, exports, outcomes):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_tokenizer_makes_what_the_model_takes(method, exports):
     folder, trainer = exports[method]
-    root = getattr(trainer.model, trainer.model.export_parts[""])
+    root = trainer.model.root
     tokenizer = type(trainer.processing_class).from_pretrained(folder)
     for encoded in (tokenizer("w1 w2"), tokenizer("w1 w2", "w3", return_tensors="pt")):
         assert set(encoded) <= set(inspect.signature(root.forward).parameters)

@@ -183,7 +183,7 @@ class TestEveryWay:
     def test_it_opens_where_only_transformers_is(self, pushed, name, way):
         """Stock models without a word, one of our own by the code that lies beside it; outputs are the trained model's."""
         trainer = pushed.trainer(f"{name}.{way}")
-        assert type(getattr(trainer.model, trainer.model.export_parts[""])).__module__.startswith(
+        assert type(trainer.model.root).__module__.startswith(
             ("transformers.", "hf_pretrain.models.")
         )
         assert pushed.found[f"{name}.{way}"]["problem"] is None, pushed.found[f"{name}.{way}"]["problem"]
@@ -201,7 +201,7 @@ class TestEveryWay:
         assert last == (names(trainer.args.output_dir, "checkpoint-2") if way == "call" else set())
         assert f'from_pretrained("{repo}"' in files["README.md"].read_text(encoding="utf-8")
         assert [path.endswith(".py") for path in files].count(True) > 0 or not has_own_code(
-            getattr(trainer.model, trainer.model.export_parts[""])
+            trainer.model.root
         )
 
     def test_where_and_when_it_was_pushed(self, pushed, name, way):

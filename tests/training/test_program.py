@@ -525,7 +525,7 @@ class TestRun:
         assert not (folder / "_lock").exists()
         # Trained, then evaluated, then exported.
         assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row][-1] == 2
-        root = getattr(trainer.model, trainer.model.export_parts[""])
+        root = trainer.model.root
         loaded = type(root).from_pretrained(folder).state_dict()
         assert all(torch.equal(loaded[name], value) for name, value in root.state_dict().items())
 
@@ -586,7 +586,7 @@ class TestRun:
     def test_the_card_has_the_sizes_of_the_model(self, finished):
         trainer, _, folder = finished
         card = (folder / "README.md").read_text(encoding="utf-8")
-        root = getattr(trainer.model, trainer.model.export_parts[""])
+        root = trainer.model.root
         rows = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+) \|", card, flags=re.MULTILINE))
         config = root.config
         found = [int(rows[name].replace(",", "")) for name in ("Layers", "Width", "Attention heads", "Vocabulary")]
