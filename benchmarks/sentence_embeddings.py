@@ -10,18 +10,20 @@ measured as `SentenceTransformer` would encode: the Spearman correlation of the 
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F  # noqa: N812
-from scipy.stats import spearmanr
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 
 from hf_pretrain.cli import main as run_program
+from hf_pretrain.evaluation.similarity import (
+    ScoredPairs,
+    read_scored_pairs,
+    similarity_correlation,
+    text_vectors,
+)
+from hf_pretrain.modeling.pooling import SentenceModules
 from hf_pretrain.modeling.surgery.cutting import cut_student
-from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules
 from hf_pretrain.objectives.distillation.student import choose_layers
 from timing import print_table
 
@@ -38,41 +40,23 @@ LOSSES = {
 TRAINING = ["--learning_rate", "2e-4", "--warmup_steps", "0.1", "--bf16", "false", "--save_strategy", "no"]
 TRAINING += ["--report_to", "none", "--logging_steps", "10"]
 
-Rows = list[tuple[str, str, float]]
-
-
-def read_pairs(path: Path) -> Rows:
-    """Return the pairs of a file with their scores."""
-    with path.open(encoding="utf-8", newline="") as file:
-        return [(first, second, float(score)) for first, second, score in csv.reader(file)]
-
 
 def write_text(folder: Path, target: Path) -> int:
     """Write the different sentences to train on, one a line; return their number."""
-    held_out = {text for row in read_pairs(folder / "dev.csv") for text in row[:2]}
-    texts = {
-        text.strip(): None for row in read_pairs(folder / "train.csv") for text in row[:2] if text not in held_out
-    }
+    dev, train = (read_scored_pairs(folder / f"{split}.csv") for split in ("dev", "train"))
+    held_out = {*dev.first, *dev.second}
+    pairs = zip(train.first, train.second, strict=True)
+    texts = {text.strip(): None for pair in pairs for text in pair if text not in held_out}
     target.write_text("\n".join(texts) + "\n", encoding="utf-8")
     return len(texts)
 
 
-@torch.no_grad()
-def correlation(model: torch.nn.Module, folder: str, pairs: Rows) -> float:
+def correlation(model: PreTrainedModel, folder: str, pairs: ScoredPairs) -> float:
     """Return the Spearman correlation of the cosines with the scores, times 100."""
     modules, tokenizer = SentenceModules.read(folder), AutoTokenizer.from_pretrained(folder)
     assert modules is not None, "the folder is one of sentence-transformers"
-    sides = []
-    for side in (0, 1):
-        vectors = []
-        for begin in range(0, len(pairs), 64):
-            texts = [row[side] for row in pairs[begin : begin + 64]]
-            batch = tokenizer(texts, padding=True, truncation=True, max_length=modules.max_length, return_tensors="pt")
-            states = model.eval()(**batch).last_hidden_state
-            vectors.append(modules.vectors(states, batch["attention_mask"]))
-        sides.append(torch.cat(vectors))
-    cosines = F.cosine_similarity(*sides)
-    return 100 * float(spearmanr(cosines.numpy(), [score for _, _, score in pairs]).statistic)
+    first, second = (text_vectors(model, tokenizer, texts, modules=modules) for texts in (pairs.first, pairs.second))
+    return 100 * similarity_correlation(first, second, pairs.scores)
 
 
 def main() -> None:
@@ -84,7 +68,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="Steps of 32 sentences.")
     parser.add_argument("--students", nargs="+", choices=STUDENTS, default=list(STUDENTS))
     options = parser.parse_args()
-    pairs, teacher = read_pairs(options.stsb_dir / "dev.csv"), AutoModel.from_pretrained(options.teacher)
+    pairs, teacher = read_scored_pairs(options.stsb_dir / "dev.csv"), AutoModel.from_pretrained(options.teacher)
     depth = teacher.config.num_hidden_layers
     layers = choose_layers("every_other", teacher_layers=depth, student_layers=options.layers)
     table = [("teacher", 0, correlation(teacher, options.teacher, pairs))]

@@ -153,6 +153,9 @@ def _trained(method: str, options: dict[str, Any]) -> str:
     """Return the losses with their weights; the method where they have none."""
     if "objectives" in options:
         return " + ".join(options["objectives"])
+    if "views" in options:
+        name = options["views"] if options["objective"] == "contrastive" else options["objective"]
+        return name if options["beside"] == "none" else f"{name} + {options['beside']}"
     if "noise" in options:
         return " + ".join(options["noise_steps"]) if options["noise"] == "bart" else str(options["noise"])
     weights = {
@@ -167,6 +170,10 @@ def _masked(options: dict[str, Any]) -> tuple[str, str]:
         return f"1 of {options['context_factor']:g}, spans to {options['max_span_length']}", "–"
     if "noise" in options:
         return _hidden(options)
+    if options.get("objective") == "tsdae":
+        return f"{100 * options['deletion_probability']:g} % tokens", "deleted"
+    if options.get("beside") == "none" and options["objective"] != "retromae":
+        return "–", "–"
     share = options.get("mlm_probability")
     if not share:
         return "–", "–"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.data.examples.epochs import MixtureDataset as MixtureDataset
     from hf_pretrain.data.examples.packing import BlockDataset as BlockDataset
     from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset as SentencePairDataset
+    from hf_pretrain.data.examples.views import TextViewDataset as TextViewDataset
     from hf_pretrain.data.prepare import PreparedData as PreparedData
     from hf_pretrain.data.prepare import prepare_data as prepare_data
     from hf_pretrain.data.streaming.blocks import StreamingBlocks as StreamingBlocks
@@ -39,6 +40,10 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.evaluation.minimal_pairs import read_minimal_pairs as read_minimal_pairs
     from hf_pretrain.evaluation.probes import encode as encode
     from hf_pretrain.evaluation.probes import probe_accuracy as probe_accuracy
+    from hf_pretrain.evaluation.similarity import read_scored_pairs as read_scored_pairs
+    from hf_pretrain.evaluation.similarity import retrieval_recall as retrieval_recall
+    from hf_pretrain.evaluation.similarity import similarity_correlation as similarity_correlation
+    from hf_pretrain.evaluation.similarity import text_vectors as text_vectors
     from hf_pretrain.evaluation.streams import sliding_window_evaluate as sliding_window_evaluate
     from hf_pretrain.evaluation.streams import stream_evaluate as stream_evaluate
     from hf_pretrain.hub.card import add_evaluation as add_evaluation
@@ -48,6 +53,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.modeling.configuration import ModelArguments as ModelArguments
     from hf_pretrain.modeling.losses import ExampleSum as ExampleSum
     from hf_pretrain.modeling.losses import PretrainingOutput as PretrainingOutput
+    from hf_pretrain.modeling.pooling import SentenceModules as SentenceModules
     from hf_pretrain.modeling.surgery.cutting import cut_student as cut_student
     from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
     from hf_pretrain.models.transformer_xl.configuration_transformer_xl import (
@@ -61,6 +67,13 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
         TransformerXLForSequenceClassification as TransformerXLForSequenceClassification,
     )
     from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLModel as TransformerXLModel
+    from hf_pretrain.objectives.contrastive import ContrastiveForPreTraining as ContrastiveForPreTraining
+    from hf_pretrain.objectives.contrastive import ContrastiveModelArguments as ContrastiveModelArguments
+    from hf_pretrain.objectives.contrastive import ContrastiveTrainer as ContrastiveTrainer
+    from hf_pretrain.objectives.contrastive import ContrastiveTrainingArguments as ContrastiveTrainingArguments
+    from hf_pretrain.objectives.contrastive import DataCollatorForContrastive as DataCollatorForContrastive
+    from hf_pretrain.objectives.contrastive import GivenPairs as GivenPairs
+    from hf_pretrain.objectives.contrastive import load_pairs as load_pairs
     from hf_pretrain.objectives.denoising import DataCollatorForDenoising as DataCollatorForDenoising
     from hf_pretrain.objectives.denoising import DenoisingForPreTraining as DenoisingForPreTraining
     from hf_pretrain.objectives.denoising import DenoisingModelArguments as DenoisingModelArguments
@@ -70,7 +83,6 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.objectives.distillation import DistillationModel as DistillationModel
     from hf_pretrain.objectives.distillation import DistillationTrainer as DistillationTrainer
     from hf_pretrain.objectives.distillation import DistillationTrainingArguments as DistillationTrainingArguments
-    from hf_pretrain.objectives.distillation import SentenceModules as SentenceModules
     from hf_pretrain.objectives.distillation import StudentArguments as StudentArguments
     from hf_pretrain.objectives.distillation import TaskDistillationTrainer as TaskDistillationTrainer
     from hf_pretrain.objectives.distillation import (
@@ -144,6 +156,7 @@ _EXPORTS = {
     "data.examples.epochs": ("EpochDataset", "MixtureDataset"),
     "data.examples.packing": ("BlockDataset",),
     "data.examples.sentence_pairs": ("SentencePairDataset",),
+    "data.examples.views": ("TextViewDataset",),
     "data.prepare": ("PreparedData", "prepare_data"),
     "data.streaming.blocks": ("StreamingBlocks",),
     "data.text.datasets": ("text_dataset",),
@@ -159,6 +172,7 @@ _EXPORTS = {
         "read_minimal_pairs",
     ),
     "evaluation.probes": ("encode", "probe_accuracy"),
+    "evaluation.similarity": ("read_scored_pairs", "retrieval_recall", "similarity_correlation", "text_vectors"),
     "evaluation.streams": ("sliding_window_evaluate", "stream_evaluate"),
     "hub.card": ("add_evaluation",),
     "hub.evaluation": ("Evaluation",),
@@ -166,6 +180,7 @@ _EXPORTS = {
     "modeling.base": ("PretrainingModel",),
     "modeling.configuration": ("ModelArguments",),
     "modeling.losses": ("ExampleSum", "PretrainingOutput"),
+    "modeling.pooling": ("SentenceModules",),
     "modeling.surgery.cutting": ("cut_student",),
     "modeling.surgery.vocabulary": ("trim_vocabulary",),
     "models.transformer_xl.configuration_transformer_xl": ("TransformerXLConfig",),
@@ -174,6 +189,15 @@ _EXPORTS = {
         "TransformerXLForCausalLM",
         "TransformerXLForSequenceClassification",
         "TransformerXLModel",
+    ),
+    "objectives.contrastive": (
+        "ContrastiveForPreTraining",
+        "ContrastiveModelArguments",
+        "ContrastiveTrainer",
+        "ContrastiveTrainingArguments",
+        "DataCollatorForContrastive",
+        "GivenPairs",
+        "load_pairs",
     ),
     "objectives.denoising": (
         "DataCollatorForDenoising",
@@ -187,7 +211,6 @@ _EXPORTS = {
         "DistillationModel",
         "DistillationTrainer",
         "DistillationTrainingArguments",
-        "SentenceModules",
         "StudentArguments",
         "TaskDistillationTrainer",
         "TaskDistillationTrainingArguments",
@@ -246,6 +269,7 @@ _MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() 
 _OTHER_NAMES = {
     "BartTrainer": "DenoisingTrainer",
     "BertTrainer": "MaskedLMTrainer",
+    "ContrastiveConfig": "ContrastiveTrainingArguments",
     "DataCollatorForLanguageModeling": "DataCollatorForMaskedLM",
     "DataCollatorForRTD": "DataCollatorForReplacedTokenDetection",
     "DataCollatorForT5MLM": "DataCollatorForDenoising",
@@ -259,6 +283,7 @@ _OTHER_NAMES = {
     "RTDConfig": "ReplacedTokenDetectionTrainingArguments",
     "RTDTrainer": "ReplacedTokenDetectionTrainer",
     "RTDTrainingArguments": "ReplacedTokenDetectionTrainingArguments",
+    "SimCSETrainer": "ContrastiveTrainer",
     "T5Trainer": "DenoisingTrainer",
     "TransformerXLTrainer": "RecurrentLMTrainer",
     "XLNetTrainer": "PermutationLMTrainer",

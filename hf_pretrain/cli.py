@@ -29,6 +29,11 @@ RECIPES = {
     "ul2": ("denoise", "seven kinds of denoising, each with the token of its mode (UL2)"),
     "prefix_lm": ("denoise", "the rest of a text, written from its beginning (T5's prefix language model)"),
     "mass": ("denoise", "a masked half of a text, written by the decoder (MASS)"),
+    "simcse": ("contrastive", "a sentence against itself under other dropout (SimCSE)"),
+    "ict": ("contrastive", "a sentence against the text around it (inverse cloze task)"),
+    "infoword": ("contrastive", "a text against one of its n-grams, and masked tokens (InfoWord, Deep InfoMax)"),
+    "retromae": ("contrastive", "a masked text, rebuilt from its vector and a part of its tokens (RetroMAE)"),
+    "tsdae": ("contrastive", "a text with deletions, written from its vector (TSDAE)"),
 }
 """Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 

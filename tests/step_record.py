@@ -66,7 +66,7 @@ OWN = {
         "teacher_name_or_path": "classifier",
     },
 }
-OWN |= dict.fromkeys(("encoder", "rtd", "electric", "denoise"), OWN["mlm"])
+OWN |= dict.fromkeys(("encoder", "rtd", "electric", "denoise", "contrastive"), OWN["mlm"])
 STUDENT = {"num_hidden_layers": 2, "hidden_size": 24, "num_attention_heads": 12, "intermediate_size": 32}
 # Of xlm the feed-forward layers are always four times as wide.
 XLM = LANGUAGES | {"train_file": None, "intermediate_size": 192}
@@ -104,17 +104,21 @@ RUNS = {
     "electra_base": ("rtd", ["electra_base"], {"embedding_size": 48}),
     "electra_small": ("rtd", ["electra_small"], {"embedding_size": 24}),
     "electric_small": ("electric", ["electric_small"], {"embedding_size": 24}),
+    "ict": ("contrastive", ["ict"], {"gradient_accumulation_steps": 2}),
+    "infoword": ("contrastive", ["infoword"], {}),
     "mass": ("denoise", ["mass_small"], {}),
     "mass_paper": ("denoise", ["mass"], {"num_decoder_layers": 2}),
     "minilmv2": ("distil", ["minilmv2"], STUDENT | {"hidden_size": 48}),
     "modernbert_rtd": ("rtd", ["modernbert_rtd"], {}),
     "prefix_lm": ("denoise", ["prefix_lm_small"], {}),
     "prefix_lm_paper": ("denoise", ["prefix_lm"], {"num_decoder_layers": 2}),
+    "retromae": ("contrastive", ["retromae"], {}),
     "roberta": ("encoder", ["roberta_small"], {}),
     "roberta_paper": ("encoder", ["roberta"], {}),
     "roberta_base": ("encoder", ["roberta_base"], {}),
     "roberta_base+roberta_nsp": ("encoder", ["roberta_base", "roberta_nsp"], {}),
     "roberta_base+roberta_static": ("encoder", ["roberta_base", "roberta_static"], {}),
+    "simcse": ("contrastive", ["simcse"], {}),
     "spanbert": ("encoder", ["spanbert_small"], {}),
     "structbert": ("encoder", ["structbert_small"], {}),
     "structbert_paper": ("encoder", ["structbert"], {}),
@@ -125,6 +129,7 @@ RUNS = {
     "tinybert_prediction": ("distil-task", ["tinybert_prediction"], {"model_name_or_path": "student"}),
     "transformer_xl_small": ("recurrent-lm", ["transformer_xl_small"], {}),
     "transformer_xl_wt103": ("recurrent-lm", ["transformer_xl_wt103"], {"eval_lanes": 2}),
+    "tsdae": ("contrastive", ["tsdae"], {}),
     "ul2": ("denoise", ["ul2_small"], {}),
     "ul2_paper": ("denoise", ["ul2"], {"num_decoder_layers": 2}),
     "unilm": ("encoder", ["unilm_small"], {"per_device_train_batch_size": 6}),
@@ -150,6 +155,8 @@ RUNS = {
     ),
     "denoise": ("denoise", [], {}),
     "denoise, in one row": ("denoise", [], {"block_mode": "isolated_documents"}),
+    "contrastive": ("contrastive", [], {}),
+    "contrastive, replaced tokens": ("contrastive", [], {"beside": "rtd", "views": "neighbours"}),
     "encoder": ("encoder", [], {}),
     "encoder, three": ("encoder", [], {"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3}),
     "encoder, one side": ("encoder", [], {"objectives": ["mlm", "left_to_right", "right_to_left"]}),

@@ -33,6 +33,11 @@ def program(request):
     return PROGRAMS[request.param]
 
 
+def is_additive(program):
+    """Whether the loss of a batch is the sum of those of its parts."""
+    return program.name != "contrastive"
+
+
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
 def test_gradient_does_not_depend_on_how_the_batch_is_cut(program, tmp_path, batch, accumulation):
     whole = build(program, tmp_path / "whole", per_device_train_batch_size=8)
@@ -93,7 +98,7 @@ def test_checkpoint_is_whole_and_the_export_is_stock(program, tmp_path):
     assert set(composite) == expected
     trainer.save_model()
     for folder, attribute in trainer.model.export_parts.items():
-        part = getattr(trainer.model, attribute)
+        part = trainer.model.get_submodule(attribute)
         loaded, info = type(part).from_pretrained(tmp_path / folder, output_loading_info=True)
         # What only training needs may be of our own making.
         assert type(loaded).__module__.startswith(
@@ -117,7 +122,8 @@ def test_resume_refuses_another_model(program, tmp_path):
 
 
 def test_evaluation_is_weighted_by_targets_and_repeatable(program, tmp_path):
-    trainer = build(program, tmp_path)
+    # Where texts are compared with those of their batch, all are in one.
+    trainer = build(program, tmp_path, per_device_eval_batch_size=4 if is_additive(program) else 512)
     state = torch.random.get_rng_state()
     first, second = trainer.evaluate(), trainer.evaluate()
     assert torch.equal(state, torch.random.get_rng_state())
@@ -236,8 +242,9 @@ def batches_of_ranks(trainer, monkeypatch, world_size, *, epoch=0, skip=0):
             yield list(loader)
 
 
-# Lanes of text are as many as the examples of a step, so there is nothing to fill.
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "recurrent-lm"])
+# Lanes of text are as many as the examples of a step, so there is nothing to fill. Texts that are compared with those of other
+# ranks need these at work: tests/objectives/test_contrastive_modeling.py.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("recurrent-lm", "contrastive")])
 @pytest.mark.parametrize(("ranks", "batch", "examples"), [(2, 2, 13), (4, 2, 9), (3, 4, 2)])
 def test_the_last_step_of_several_ranks_is_that_of_one(method, tmp_path, monkeypatch, ranks, batch, examples):
     """Also if the last turn leaves ranks without an example, and if an epoch is shorter than one turn."""

@@ -8,6 +8,8 @@ The folder is that of a run, or a copy from the Hub. A file of evaluations is on
      "metrics": {"accuracy": 0.91}, "method": "fine-tuned for 3 epochs, one seed",
      "baseline": {"accuracy": 0.51}, "baseline_name": "most frequent class"}
 
+A file that mteb writes for a task (STSBenchmark.json) is read too: each split and subset in it is an evaluation.
+
 An evaluation replaces an earlier one of the same task and split. Your changes to the front matter of README.md stay, and so
 does your text above and below the two comments around the card.
 """
@@ -20,7 +22,7 @@ from typing import Any
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.hub.card import update_card
-from hf_pretrain.hub.evaluation import Evaluation
+from hf_pretrain.hub.evaluation import Evaluation, is_mteb_result, mteb_evaluations
 from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.options import option
 
@@ -31,7 +33,7 @@ class CardArguments:
 
     model_folder: str = option(help="Folder of the model; it may be given without the name of the option.")
     evaluation: list[str] | None = option(
-        None, "JSON files of evaluations on tasks; one of the same task and split is replaced."
+        None, "JSON files of evaluations on tasks, or mteb's results; one of the same task and split is replaced."
     )
     license: str | None = option(None, "The Hub's identifier of a license: apache-2.0.")
     language: list[str] | None = option(None, "Codes of the languages of the text: en de.")
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_evaluations(path: str | Path) -> list[Evaluation]:
-    """Return the evaluations of a JSON file: one object with the names of the fields, or a list of them.
+    """Return the evaluations of a JSON file: objects with the names of the fields, or a result of mteb.
 
     Raises:
         InputError: If the file cannot be read, or an evaluation is not right.
@@ -81,4 +83,10 @@ def read_evaluations(path: str | Path) -> list[Evaluation]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"evaluation={str(path)!r} is no JSON: {error}") from error
     entries = content if isinstance(content, list) else [content]
-    return [Evaluation.from_mapping(entry, source=str(path)) for entry in entries]
+    found: list[Evaluation] = []
+    for entry in entries:
+        if is_mteb_result(entry):
+            found += mteb_evaluations(entry, source=str(path))
+        else:
+            found.append(Evaluation.from_mapping(entry, source=str(path)))
+    return found

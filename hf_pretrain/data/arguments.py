@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from hf_pretrain.data.documents.words import NamedSegmenter
@@ -256,6 +256,19 @@ class MultilingualDataArguments(DataArguments):
         """Return the names of all languages, sorted."""
         pairs = [pair.split("-") for pair in self.parallel_files()]
         return sorted({*self.language_files(), *itertools.chain.from_iterable(pairs)})
+
+
+def one_text_in_a_row(args: DataArguments) -> DataArguments:
+    """Return options with which no example has two documents; whole sentences fill it, as by default.
+
+    Raises:
+        InputError: If the options cut text in another way.
+    """
+    if args.block_mode not in ("full_sentences", "doc_sentences"):
+        raise InputError(
+            f"block_mode={args.block_mode!r} puts several texts into a row, which has one vector: use 'doc_sentences'"
+        )
+    return replace(args, block_mode="doc_sentences")
 
 
 def _parse(option: str, entry: str, *, pattern: str, form: str) -> tuple[str, list[str]]:

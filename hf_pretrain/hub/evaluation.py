@@ -1,6 +1,7 @@
 """What was measured, for the Hub: evaluations on tasks, and the front matter of a card with its model-index.
 
-`Evaluation` holds the scores of a model on a task. `card_metadata` puts them beside the held-out numbers of the run.
+`Evaluation` holds the scores of a model on a task; `mteb_evaluations` reads them from mteb's files. `card_metadata` puts them
+beside the held-out numbers of the run.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ _SCORES = ("perplexity", "auc", "accuracy", "f1", "correlation", "exact_match", 
 _MOST_LOSSES, _MOST_SCORES = 3, 2
 _MOST = _MOST_LOSSES + _MOST_SCORES
 _SENTENCES = "sentence-transformers"
+# Keys that a file of mteb has, the last one of versions before 1.11, and no evaluation of ours.
+_MTEB = frozenset({"mteb_version", "task_name", "mteb_dataset_name"})
+# The Hub's kind of task by the name of a metric; what else mteb does with vectors has none of its own.
+_KINDS_OF_MTEB = {"spearman": "sentence-similarity", "accuracy": "text-classification", "ndcg": "text-retrieval"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,12 +142,73 @@ class Evaluation:
         return f"{self.dataset} ({self.dataset_config})" if self.dataset_config else self.dataset
 
 
+def is_mteb_result(values: Any) -> bool:
+    """Whether a mapping has the form of a file that mteb writes for a task."""
+    return isinstance(values, Mapping) and not _MTEB.isdisjoint(values)
+
+
+def mteb_evaluations(values: Mapping[str, Any], *, source: str) -> list[Evaluation]:
+    """Return the evaluations that mteb's result on a task holds: one a split and subset of the data.
+
+    Args:
+        values: Content of the file: `task_name`, `mteb_version` and `scores`, which have a list of subsets a split.
+        source: Where it comes from, for the messages.
+
+    Returns:
+        Evaluations with two metrics: mteb's `main_score`, and the metric whose value it is, such as `cosine_spearman`; of several
+        with this value the one with the longest name. The file does not name the dataset's repository, so the data is called as
+        on the Hub's cards, "MTEB STSBenchmark".
+
+    Raises:
+        InputError: If an entry is missing, or not of its kind.
+
+    Source: mteb from 1.11 on, `mteb.results.TaskResult`.
+    """
+    task, scores = values.get("task_name"), values.get("scores")
+    if not isinstance(task, str) or not isinstance(scores, Mapping) or not scores:
+        raise InputError(
+            f"{source}: a result of mteb has a 'task_name' and 'scores' by split, as mteb 1.11 and later write them: "
+            "run it with such a version"
+        )
+    found = []
+    for split, subsets in scores.items():
+        if not isinstance(subsets, list) or not subsets:
+            raise InputError(f"{source}: scores of {split!r} are no list of subsets of {task}: run mteb again")
+        for entry in subsets:
+            subset = entry.get("hf_subset") if isinstance(entry, Mapping) else None
+            if not isinstance(subset, str) or "main_score" not in entry:
+                raise InputError(
+                    f"{source}: a subset in scores of {split!r} has no 'hf_subset' or no 'main_score': run mteb again"
+                )
+            main = entry["main_score"]
+            named = [
+                name for name, value in entry.items() if name != "main_score" and _is_number(value) and value == main
+            ]
+            version = entry.get("mteb_version") or values.get("mteb_version") or "of an unknown version"
+            kinds = [kind for name, kind in _KINDS_OF_MTEB.items() if any(name in metric for metric in named)]
+            evaluation = {
+                "task": task if subset == "default" else f"{task} ({subset})",
+                "dataset": f"MTEB {task}",
+                "dataset_config": None if subset == "default" else subset,
+                "split": split,
+                "metrics": {name: entry[name] for name in ("main_score", *sorted(named, key=len)[-1:])},
+                "method": f"mteb {version}",
+                "task_type": kinds[0] if kinds else "feature-extraction",
+            }
+            found.append(Evaluation.from_mapping(evaluation, source=source))
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _scores(values: Any, where: str) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise InputError(f"{where}: give names and values, not {values!r}")
     scores = {}
     for name, value in plain(values).items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value):
             raise InputError(f"{where}: {name}={value!r} is no finite number")
         scores[name] = float(value)
     return scores

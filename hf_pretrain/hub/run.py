@@ -257,7 +257,10 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "chosen_by": args.metric_for_best_model or "" if is_earlier else "",
         "compute": _compute(trainer, root_parameters=root.num_parameters()),
         "parts": {
-            folder: (_importable(model.get_submodule(attribute)), f"the {_of_part(attribute)}, needed to go on training")
+            folder: (
+                _importable(model.get_submodule(attribute)),
+                f"the {_of_part(attribute)}, needed to go on training",
+            )
             for folder, attribute in model.export_parts.items()
             if folder
         },

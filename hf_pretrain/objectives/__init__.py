@@ -42,6 +42,11 @@ METHODS = {
         "hf_pretrain.objectives.denoising:METHOD",
         trainer="DenoisingTrainer",
     ),
+    "contrastive": Listed(
+        "one vector for a text (SimCSE, ICT, InfoWord, RetroMAE, TSDAE), from raw text",
+        "hf_pretrain.objectives.contrastive:METHOD",
+        trainer="ContrastiveTrainer",
+    ),
     "distil": Listed(
         "distillation of an encoder into a smaller one, on text (TinyBERT, DistilBERT, MiniLM)",
         "hf_pretrain.objectives.distillation:METHOD",

@@ -297,6 +297,21 @@ def check_needs(instances: Iterable[Any], typed: Iterable[str]) -> None:
             logger.warning(message)
 
 
+def check_changed(instance: Any) -> None:
+    """Refuse options of a dataclass that are not its defaults and have no effect beside the others; see [`check_needs`].
+
+    Raises:
+        InputError: Naming the option, its value and what it needs.
+    """
+    changed = []
+    for known in dataclasses.fields(instance):
+        make = known.default_factory
+        default = known.default if make is dataclasses.MISSING else make()
+        if getattr(instance, known.name) != default:
+            changed.append(known.name)
+    check_needs([instance], [name for name in changed if name in declared(instance, "needs")])
+
+
 def _lack(need: str, values: Mapping[str, Any]) -> str | None:
     """Return beside or without what an option has no effect, and the way on; None where the need is met."""
     negation, name, relation, choices = re.fullmatch(r"(!?)(\w+)(!=|=|~)?(.*)", need).groups()  # type: ignore[union-attr]

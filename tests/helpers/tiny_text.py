@@ -16,7 +16,7 @@ from transformers import (
 
 from hf_pretrain import train_tokenizer
 from hf_pretrain.data import draws
-from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules
+from hf_pretrain.modeling.pooling import SentenceModules
 
 THINGS = ("model", "ship", "cat", "engine", "paper", "garden", "river", "sailor")
 

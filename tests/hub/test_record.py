@@ -449,3 +449,128 @@ class TestCommand:
         command.main([str(tmp_path), "--language", "no"])
         front = _readme(tmp_path).split("---\n")[1]
         assert yaml.safe_load(front)["language"] == ["no"], "Norwegian, not false"
+
+
+MTEB: dict[str, Any] = {
+    "dataset_revision": "b0fddb56ed78048fa8b90373c8a3cfc37b684831",
+    "task_name": "STSBenchmark",
+    "mteb_version": "2.26.24",
+    "scores": {
+        "validation": [
+            {
+                "pearson": 0.7101,
+                "spearman": 0.7213,
+                "cosine_pearson": 0.7101,
+                "cosine_spearman": 0.7213,
+                "manhattan_spearman": 0.7209,
+                "scores_per_experiment": [{"spearman": 0.7213}],
+                "main_score": 0.7213,
+                "hf_subset": "default",
+                "languages": ["eng-Latn"],
+                "mteb_version": "2.26.24",
+            }
+        ],
+        "test": [
+            {"cosine_spearman": 0.65, "main_score": 0.65, "hf_subset": "en", "languages": ["eng-Latn"]},
+            {"cosine_spearman": 0.5, "main_score": 0.5, "hf_subset": "de-en", "languages": ["deu-Latn", "eng-Latn"]},
+        ],
+    },
+    "evaluation_time": 3.2,
+    "kg_co2_emissions": None,
+    "date": 1760000000.0,
+    "evaluation_phases": None,
+}
+
+
+def _subset(**changes: Any) -> dict[str, Any]:
+    """A result of mteb with one subset, changed."""
+    entry = MTEB["scores"]["validation"][0] | changes
+    return MTEB | {"scores": {"test": [{name: value for name, value in entry.items() if value != "left out"}]}}
+
+
+class TestResultsOfMteb:
+    def test_each_split_and_subset_is_an_evaluation_with_the_main_score_by_its_name(self, tmp_path: Path) -> None:
+        (tmp_path / "STSBenchmark.json").write_text(json.dumps(MTEB))
+        found = command.read_evaluations(tmp_path / "STSBenchmark.json")
+        assert [(each.task, each.split, each.dataset_config, dict(each.metrics)) for each in found] == [
+            ("STSBenchmark", "validation", None, {"main_score": 0.7213, "cosine_spearman": 0.7213}),
+            ("STSBenchmark (en)", "test", "en", {"main_score": 0.65, "cosine_spearman": 0.65}),
+            ("STSBenchmark (de-en)", "test", "de-en", {"main_score": 0.5, "cosine_spearman": 0.5}),
+        ]
+        assert {(each.dataset, each.method, each.task_type) for each in found} == {
+            ("MTEB STSBenchmark", "mteb 2.26.24", "sentence-similarity")
+        }
+
+    def test_they_stand_on_the_card_beside_evaluations_of_ours(self, tmp_path: Path) -> None:
+        write_card(PLAIN, tmp_path / "model")
+        (tmp_path / "mixed.json").write_text(json.dumps([PROBE, MTEB]))
+        command.main([str(tmp_path / "model"), "--evaluation", str(tmp_path / "mixed.json")])
+        command.main([str(tmp_path / "model"), "--evaluation", str(tmp_path / "mixed.json")])
+        kept = read_record(tmp_path / "model").evaluations
+        assert [each.task for each in kept] == [
+            PROBE["task"],
+            "STSBenchmark",
+            "STSBenchmark (en)",
+            "STSBenchmark (de-en)",
+        ]
+        card = ModelCard.load(tmp_path / "model" / "README.md")
+        results = [result for result in card.data.eval_results or [] if result.dataset_name == "MTEB STSBenchmark"]
+        assert {(result.metric_type, result.metric_value) for result in results} == {
+            ("main_score", 0.7213),
+            ("cosine_spearman", 0.7213),
+        }
+        assert results[0].task_type == "sentence-similarity" and results[0].dataset_split == "validation"
+        assert "| STSBenchmark (de-en) |" in card.text and "mteb 2.26.24" in card.text
+
+    @pytest.mark.parametrize(
+        ("result", "kind", "metrics", "method"),
+        [
+            (
+                _subset(main_score=0.9, accuracy=0.9, f1=0.88),
+                "text-classification",
+                {"main_score": 0.9, "accuracy": 0.9},
+                "mteb 2.26.24",
+            ),
+            (
+                _subset(main_score=0.3, ndcg_at_10=0.3, mteb_version="left out") | {"mteb_version": "1.34.0"},
+                "text-retrieval",
+                {"main_score": 0.3, "ndcg_at_10": 0.3},
+                "mteb 1.34.0",
+            ),
+            (
+                _subset(main_score=1, v_measure=0.4, is_public=True, mteb_version="left out") | {"mteb_version": None},
+                "feature-extraction",
+                {"main_score": 1.0},
+                "mteb of an unknown version",
+            ),
+        ],
+    )
+    def test_kinds_of_tasks_and_versions(
+        self, result: dict[str, Any], kind: str, metrics: dict[str, float], method: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        (found,) = command.read_evaluations(tmp_path / "result.json")
+        assert (found.task_type, dict(found.metrics), found.method) == (kind, metrics, method)
+
+    @pytest.mark.parametrize(
+        ("result", "words"),
+        [
+            ({"mteb_dataset_name": "STS12", "mteb_version": "1.7", "test": {}}, "mteb 1.11 and later"),
+            ({"task_name": "STS12"}, "'task_name' and 'scores'"),
+            (MTEB | {"task_name": 7}, "'task_name' and 'scores'"),
+            (MTEB | {"scores": {}}, "'task_name' and 'scores'"),
+            (MTEB | {"scores": {"test": []}}, "scores of 'test' are no list of subsets"),
+            (MTEB | {"scores": {"test": {"default": {"main_score": 0.1}}}}, "scores of 'test' are no list of subsets"),
+            (MTEB | {"scores": {"test": [0.1]}}, "a subset in scores of 'test' has no 'hf_subset'"),
+            (_subset(hf_subset="left out"), "no 'hf_subset' or no 'main_score'"),
+            (_subset(main_score="left out"), "no 'hf_subset' or no 'main_score'"),
+            (_subset(main_score=None), "main_score=None is no finite number"),
+            (_subset(main_score=math.nan), "main_score=nan is no finite number"),
+            (_subset(main_score="0.9"), "main_score='0.9' is no finite number"),
+        ],
+    )
+    def test_other_files_are_refused_in_one_line(self, result: dict[str, Any], words: str, tmp_path: Path) -> None:
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        with pytest.raises(InputError, match=re.escape(words)) as caught:
+            command.read_evaluations(tmp_path / "result.json")
+        assert str(caught.value).startswith(str(tmp_path / "result.json")) and "\n" not in str(caught.value)

@@ -114,7 +114,7 @@ def plan(label, trainer, outputs):
     trainer.model.eval()
     parts, expected = [], {}
     for folder, attribute in trainer.model.export_parts.items():
-        part = getattr(trainer.model, attribute)
+        part = trainer.model.get_submodule(attribute)
         if not type(part).__module__.startswith(("transformers.", "hf_pretrain.models.")):
             continue
         parts.append({"folder": folder, "has_own_code": has_own_code(part), "auto_classes": auto_classes(part)})
@@ -183,9 +183,7 @@ class TestEveryWay:
     def test_it_opens_where_only_transformers_is(self, pushed, name, way):
         """Stock models without a word, one of our own by the code that lies beside it; outputs are the trained model's."""
         trainer = pushed.trainer(f"{name}.{way}")
-        assert type(trainer.model.root).__module__.startswith(
-            ("transformers.", "hf_pretrain.models.")
-        )
+        assert type(trainer.model.root).__module__.startswith(("transformers.", "hf_pretrain.models."))
         assert pushed.found[f"{name}.{way}"]["problem"] is None, pushed.found[f"{name}.{way}"]["problem"]
 
     def test_what_was_pushed_is_the_export(self, pushed, name, way):
@@ -200,9 +198,7 @@ class TestEveryWay:
         last = {path.removeprefix("last-checkpoint/") for path in files if path.startswith("last-checkpoint/")}
         assert last == (names(trainer.args.output_dir, "checkpoint-2") if way == "call" else set())
         assert f'from_pretrained("{repo}"' in files["README.md"].read_text(encoding="utf-8")
-        assert [path.endswith(".py") for path in files].count(True) > 0 or not has_own_code(
-            trainer.model.root
-        )
+        assert [path.endswith(".py") for path in files].count(True) > 0 or not has_own_code(trainer.model.root)
 
     def test_where_and_when_it_was_pushed(self, pushed, name, way):
         hub, repo = pushed.hub, pushed.trainer(f"{name}.{way}").hub_model_id
@@ -229,7 +225,7 @@ class TestEveryMethod:
         trainer = pushed.trainer(f"{name}.call")
         with connected(pushed.hub.url), torch.no_grad():
             for folder, attribute in trainer.model.export_parts.items():
-                part = getattr(trainer.model, attribute)
+                part = trainer.model.get_submodule(attribute)
                 options = {"subfolder": folder, "cache_dir": tmp_path, "output_loading_info": True}
                 loaded, info = type(part).from_pretrained(trainer.hub_model_id, **options)
                 assert not info["missing_keys"] and not info["unexpected_keys"]

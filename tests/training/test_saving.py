@@ -87,7 +87,7 @@ class TestLayout:
         trainer._save(str(tmp_path / "export"), state_dict=state)
         for folder, attribute in trainer.model.export_parts.items():
             saved = load_file(tmp_path / "export" / folder / "model.safetensors")
-            part = getattr(trainer.model, attribute).state_dict()
+            part = trainer.model.get_submodule(attribute).state_dict()
             assert saved and all(torch.equal(value, part[name] + 1) for name, value in saved.items())
 
 

@@ -74,6 +74,11 @@ class TokenStore:
         return np.concatenate(offsets), np.concatenate(numbers), np.concatenate(lengths)
 
     @property
+    def documents(self) -> datasets.Dataset:
+        """The dataset that the tokens are of."""
+        return self._documents
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all documents together."""
         return int(self.begins[-1])

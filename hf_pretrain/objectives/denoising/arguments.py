@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.corruption.denoising import BART_STEPS, BartNoise
 from hf_pretrain.corruption.fragments import Denoiser, MassNoise, PrefixLM, SpanCorruption, UL2Noise
 from hf_pretrain.corruption.texts import Noise
-from hf_pretrain.errors import InputError, check_choice, declared
+from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.options import check_options, option
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.parsing import check_needs
+from hf_pretrain.training.parsing import check_changed
 
 NoiseName = Literal["bart", "t5", "ul2", "prefix_lm", "mass"]
 
@@ -130,7 +130,7 @@ class DenoisingTrainingArguments(PretrainingArguments):
         twice = next((step for step in self.noise_steps if self.noise_steps.count(step) > 1), None)
         if twice is not None:
             raise InputError(f"noise_steps={' '.join(self.noise_steps)} names {twice} twice: name each once")
-        check_needs([self], [name for name in declared(self, "needs") if self._is_changed(name)])
+        check_changed(self)
         if self.noise == "bart" and not any(getattr(self, f"{step}_probability") for step in self.noise_steps):
             raise InputError(
                 f"noise_steps={' '.join(self.noise_steps)!r} leaves the text as it is: name a noise with a probability above 0, "
@@ -139,11 +139,6 @@ class DenoisingTrainingArguments(PretrainingArguments):
         if self.noise == "ul2":
             self.parsed_denoisers()
         super().__post_init__()
-
-    def _is_changed(self, name: str) -> bool:
-        known = next(field for field in fields(self) if field.name == name)
-        default = known.default if known.default_factory is MISSING else known.default_factory()
-        return bool(getattr(self, name) != default)
 
     def parsed_denoisers(self) -> tuple[Denoiser, ...]:
         """Return UL2's denoisers; raise InputError for one that is none, or if there is none."""

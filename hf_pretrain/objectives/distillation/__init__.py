@@ -23,7 +23,6 @@ from hf_pretrain.objectives.distillation.building import (
 )
 from hf_pretrain.objectives.distillation.comparison import compare
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
-from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.targets import (
     DataCollatorForDistillation,
@@ -44,7 +43,6 @@ __all__ = [
     "DistillationModel",
     "DistillationTrainer",
     "DistillationTrainingArguments",
-    "SentenceModules",
     "StudentArguments",
     "TaskDataArguments",
     "TaskDistillationTrainer",

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_pretrain.data.arguments import DataArguments
+from hf_pretrain.data.arguments import DataArguments, one_text_in_a_row
 from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData, prepare_data
@@ -34,6 +34,7 @@ from hf_pretrain.modeling.configuration import dtype_option
 from hf_pretrain.modeling.heads import head_kind, with_head
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.observing.capture import check_capture
+from hf_pretrain.modeling.pooling import SentenceModules
 from hf_pretrain.modeling.surgery.vocabulary import match_vocabulary, trim_vocabulary, used_ids
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
@@ -47,11 +48,7 @@ from hf_pretrain.objectives.distillation.arguments import (
 )
 from hf_pretrain.objectives.distillation.losses import check_relation_heads, check_same_heads
 from hf_pretrain.objectives.distillation.modeling import DistillationModel, Teacher
-from hf_pretrain.objectives.distillation.sentence_embeddings import (
-    SentenceModules,
-    load_sentence_modules,
-    one_text_in_a_row,
-)
+from hf_pretrain.objectives.distillation.sentence_embeddings import load_sentence_modules
 from hf_pretrain.objectives.distillation.student import StudentArguments, build_student, choose_layers
 from hf_pretrain.objectives.distillation.trainer import (
     DistillationTrainer,

@@ -23,6 +23,7 @@ from hf_pretrain.modeling.backbone import layer_modules, longest_sequence, witho
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest, TopKTargets
+from hf_pretrain.modeling.pooling import SentenceModules, from_config
 from hf_pretrain.modeling.visibility.rules import has_padding
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
@@ -45,12 +46,7 @@ from hf_pretrain.objectives.distillation.predictions import (
     prediction_losses,
     prediction_metrics,
 )
-from hf_pretrain.objectives.distillation.sentence_embeddings import (
-    SentenceModules,
-    from_config,
-    nearest_agreement,
-    sentence_losses,
-)
+from hf_pretrain.objectives.distillation.sentence_embeddings import nearest_agreement, sentence_losses
 
 # Heads that predict at positions of the batch, not for whole sequences.
 _AT_POSITIONS = ("masked_lm", "token_classification", "question_answering")

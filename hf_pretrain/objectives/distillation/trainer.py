@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel
 
-from hf_pretrain.data.arguments import DataArguments
+from hf_pretrain.data.arguments import DataArguments, one_text_in_a_row
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
@@ -34,7 +34,6 @@ from hf_pretrain.objectives.distillation.arguments import (
 )
 from hf_pretrain.objectives.distillation.comparison import by_side, comparison_rows, measure_costs
 from hf_pretrain.objectives.distillation.modeling import DistillationModel
-from hf_pretrain.objectives.distillation.sentence_embeddings import one_text_in_a_row
 from hf_pretrain.objectives.distillation.student import StudentArguments
 from hf_pretrain.objectives.distillation.targets import (
     DataCollatorForDistillation,

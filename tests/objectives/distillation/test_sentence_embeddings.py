@@ -1,7 +1,6 @@
 """Teachers that are sentence-transformers folders; the library itself is the oracle of what a folder computes."""
 
 import json
-import math
 import os
 
 import datasets
@@ -9,7 +8,6 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModel, BertModel
 
 from helpers.distilled import bert, collator, examples
@@ -18,6 +16,7 @@ from hf_pretrain.cli import main
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.card import snippets
+from hf_pretrain.modeling.pooling import SentenceModules
 from hf_pretrain.objectives.distillation import METHOD as distil
 from hf_pretrain.objectives.distillation import (
     DistillationTrainer,
@@ -26,9 +25,8 @@ from hf_pretrain.objectives.distillation import (
     join,
 )
 from hf_pretrain.objectives.distillation.arguments import OF_SENTENCES
-from hf_pretrain.objectives.distillation.sentence_embeddings import SentenceModules, nearest_agreement
+from hf_pretrain.objectives.distillation.sentence_embeddings import nearest_agreement
 
-MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 POOLED = {
     "mean": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
     "cls": {"pooling_mode_cls_token": True},
@@ -88,29 +86,6 @@ def encoded(folder, texts, **options):
     return torch.tensor(
         SentenceTransformer(str(folder), device="cpu").encode(texts, show_progress_bar=False, **options)
     )
-
-
-class TestVectors:
-    @pytest.mark.parametrize("side", ["left", "right"])
-    @pytest.mark.parametrize("mode", MODES)
-    def test_pooling_is_that_of_sentence_transformers(self, mode, side):
-        torch.manual_seed(0)
-        states, mask = torch.randn(4, 9, 5), torch.ones(4, 9, dtype=torch.long)
-        for row, length in enumerate((9, 1, 4, 7)):
-            mask[row, slice(length, None) if side == "right" else slice(0, 9 - length)] = 0
-        features = {"token_embeddings": states, "attention_mask": mask}
-        expected = Pooling(5, pooling_mode=mode)(features)["sentence_embedding"]
-        # Padding may hold anything.
-        found = SentenceModules({"pooling_mode": mode}).vectors(
-            states.masked_fill(mask[..., None] == 0, math.nan), mask
-        )
-        torch.testing.assert_close(found, expected)
-
-    def test_the_length_is_divided_by_where_the_folder_says_so(self):
-        states, mask = torch.randn(3, 4, 5), torch.ones(3, 4)
-        plain, unit = (SentenceModules(normalizes=normalizes).vectors(states, mask) for normalizes in (False, True))
-        torch.testing.assert_close(unit, plain / plain.norm(dim=1, keepdim=True))
-        assert not torch.allclose(plain.norm(dim=1), torch.ones(3))
 
 
 class TestLosses:
@@ -327,7 +302,7 @@ class TestRefusals:
 
     def test_a_module_that_is_not_known(self, tmp_path, caplog):
         teacher = save_teacher(tmp_path / "teacher", others=["Dense"])
-        with pytest.raises(InputError, match="has Dense: distillation knows"):
+        with pytest.raises(InputError, match="has Dense: give a model of a Transformer"):
             built(tmp_path, teacher)
         # Other losses do not need it; the student has no files that would compute something else.
         relations = NO_LOSS | {"distillation_method": "minilmv2"}

@@ -1,0 +1,699 @@
+"""Batches of texts that get one vector each: rows, masked copies, hidden n-grams, deletion, what decoders read, keys of texts."""
+
+import pickle
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from test_denoising_collator import EOS, FIRST_WORD
+from test_denoising_collator import PAD as T5_PAD
+from test_denoising_collator import tokenizer as framed_tokenizer
+from test_masking_collator import NUM_TOKENS, make_tokenizer
+
+from hf_pretrain.corruption.arguments import MaskingArguments
+from hf_pretrain.errors import InputError
+from hf_pretrain.objectives.contrastive.collator import DataCollatorForContrastive, text_keys
+from hf_pretrain.objectives.masking import DataCollatorForMaskedLM
+from hf_pretrain.objectives.replaced_token_detection import DataCollatorForReplacedTokenDetection
+from hf_pretrain.schedules import Schedule, TrainingSteps
+
+PAD, CLS, SEP, MASK, FIRST = 0, 2, 3, 4, 5
+SETTINGS = [
+    ("contrastive", "none"),
+    ("contrastive", "mlm"),
+    ("contrastive", "rtd"),
+    ("infoword", "none"),
+    ("infoword", "mlm"),
+    ("retromae", "none"),
+    ("retromae", "mlm"),
+    ("tsdae", "none"),
+    ("tsdae", "mlm"),
+]
+NUM_TEXTS = {"contrastive": 3, "infoword": 2, "retromae": 1, "tsdae": 1}
+
+
+def make_text(rng, *, least=3, most=40, with_types=False):
+    length = int(rng.integers(least, most + 1))
+    ids = rng.integers(FIRST, NUM_TOKENS, length).astype(np.int32)
+    ids[0], ids[-1] = CLS, SEP
+    words = rng.random(length) < 0.7
+    words[[0, -1]] = True
+    text = {"input_ids": ids, "word_starts": words}
+    if with_types:
+        text["token_type_ids"] = (np.arange(length) > length // 2).astype(np.int64)
+    return text
+
+
+def make_examples(count, *, num_texts=2, epoch=0, first_id=0, least=5, **options):
+    """The same id gives the same example, with an n-gram of one to three tokens."""
+    examples = []
+    for number in range(first_id, first_id + count):
+        rng = np.random.default_rng(number)
+        texts = [make_text(rng, least=least, **options) for _ in range(num_texts)]
+        length = len(texts[0]["input_ids"])
+        begin = int(rng.integers(1, length - 1))
+        examples.append(
+            {
+                "texts": texts,
+                "ngram": (begin, min(begin + int(rng.integers(1, 4)), length - 1)),
+                "document": number // 3,
+                "example_id": number,
+                "epoch": epoch,
+            }
+        )
+    return examples
+
+
+def collator_of(objective="contrastive", beside="none", *, side="right", tokenizer=None, **options):
+    tokenizer = make_tokenizer(padding_side=side) if tokenizer is None else tokenizer
+    return DataCollatorForContrastive(tokenizer, objective=objective, beside=beside, **options)
+
+
+class Piece(NamedTuple):
+    """One sequence of a batch, as a loop over the batch finds it."""
+
+    text: int
+    first: int
+    ids: list
+    labels: list
+    types: list
+
+
+def pieces_of(batch):
+    """Cut a batch into its sequences token by token, and check what the entries say of each."""
+    pieces = []
+    packed = "document_ids" in batch
+    assert packed == ("position_ids" in batch)
+    entries = {name: values.tolist() for name, values in batch.items()}
+    width = batch["input_ids"].shape[1]
+    for row, mask in enumerate(entries["attention_mask"]):
+        numbers = entries["document_ids"][row] if packed else [real - 1 for real in mask]
+        ids, text_ids = entries["input_ids"][row], entries["text_ids"][row]
+        labels = entries["labels"][row] if "labels" in entries else [-100] * width
+        types = entries["token_type_ids"][row] if "token_type_ids" in entries else [0] * width
+        found = {}
+        for column, number in enumerate(numbers):
+            assert (number >= 0) == (mask[column] == 1)
+            if number < 0:
+                assert (ids[column], text_ids[column], labels[column]) == (PAD, -1, -100)
+                assert not packed or entries["position_ids"][row][column] == 0
+            else:
+                found.setdefault(number, []).append(column)
+        assert list(found) == list(range(len(found)))
+        for columns in found.values():
+            begin, end = columns[0], columns[-1] + 1
+            assert columns == list(range(begin, end))
+            if packed:
+                assert entries["position_ids"][row][begin:end] == list(range(end - begin))
+            (text,) = set(text_ids[begin:end])
+            pieces.append(Piece(text, row * width + begin, ids[begin:end], labels[begin:end], types[begin:end]))
+    return pieces
+
+
+def texts_of(batch):
+    """The sequences with a vector in the order of their numbers, and the others."""
+    pieces = pieces_of(batch)
+    texts = sorted(piece for piece in pieces if piece.text >= 0)
+    assert [piece.text for piece in texts] == list(range(len(batch["first_positions"])))
+    assert [piece.first for piece in texts] == batch["first_positions"].tolist()
+    return texts, [piece for piece in pieces if piece.text < 0]
+
+
+def role_by_role(examples, name="input_ids"):
+    num_texts = len(examples[0]["texts"])
+    return [example["texts"][role][name].tolist() for role in range(num_texts) for example in examples]
+
+
+def anchors_of(examples):
+    return [
+        {**example["texts"][0], "example_id": example["example_id"], "epoch": example["epoch"]} for example in examples
+    ]
+
+
+def masked_anchors(examples, **options):
+    """The anchors as the collator of masked language modelling hides them: (ids, labels) each."""
+    batch = DataCollatorForMaskedLM(make_tokenizer(), **options)(anchors_of(examples))
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    return [
+        (batch["input_ids"][row, :length].tolist(), batch["labels"][row, :length].tolist())
+        for row, length in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("num_texts", [2, 4])
+@pytest.mark.parametrize("with_types", [False, True])
+@pytest.mark.parametrize(("packed", "side"), [(False, "right"), (False, "left"), (True, "right"), (True, "left")])
+def test_every_text_comes_back_bit_exact_and_in_its_order(num_texts, with_types, packed, side):
+    examples = make_examples(23, num_texts=num_texts, with_types=with_types)
+    batch = collator_of(side=side, packed=packed)(examples)
+    texts, others = texts_of(batch)
+    assert not others and [text.ids for text in texts] == role_by_role(examples)
+    if with_types:
+        assert [text.types for text in texts] == role_by_role(examples, "token_type_ids")
+    assert all(values.dtype == torch.int64 for values in batch.values())
+    assert batch["documents"].tolist() == [example["document"] for example in examples]
+    expected = {"input_ids", "attention_mask", "text_ids", "first_positions", "documents", "text_keys"}
+    expected |= {"document_ids", "position_ids"} if packed else set()
+    assert set(batch) == expected | ({"token_type_ids"} if with_types else set())
+    if not packed:
+        assert [text.first // batch["input_ids"].shape[1] for text in texts] == list(range(23 * num_texts))
+        assert batch["attention_mask"][:, -1 if side == "left" else 0].all()
+    else:
+        assert batch["attention_mask"][:, 0].all()
+    assert batch["input_ids"].shape[1] == max(len(ids) for ids in role_by_role(examples))
+
+
+@pytest.mark.parametrize(("objective", "beside"), SETTINGS)
+def test_rows_that_are_shared_hold_the_same_sequences(objective, beside):
+    examples = make_examples(40, num_texts=NUM_TEXTS[objective])
+
+    def contents(batch):
+        texts, others = texts_of(batch)
+        return [(text.ids, text.labels) for text in texts], Counter(str(other[2:]) for other in others)
+
+    alone, together = (collator_of(objective, beside, packed=packed)(examples) for packed in (False, True))
+    assert contents(alone) == contents(together)
+    rest = set(alone) - {"input_ids", "attention_mask", "text_ids", "first_positions", "labels", "target_positions"}
+    rest -= {"target_examples"}
+    assert all(torch.equal(alone[name], together[name]) for name in rest)
+
+
+def test_targets_know_their_example():
+    """Of 12 examples whose words are their number, masked copies and anchors in their rows."""
+    for objective, beside in SETTINGS:
+        if beside != "mlm":
+            continue
+        examples = make_examples(12, num_texts=NUM_TEXTS[objective])
+        for packed in (False, True):
+            whole = collator_of(objective, beside, packed=packed)(examples)
+            found = Counter(
+                (int(example), int(whole["labels"].flatten()[position]))
+                for example, position in zip(whole["target_examples"], whole["target_positions"], strict=True)
+            )
+            expected = Counter()
+            for number, example in enumerate(examples):
+                lone = collator_of(objective, beside, packed=packed)([example])
+                labels = lone["labels"].flatten()
+                expected.update((number, int(labels[position])) for position in lone["target_positions"])
+            assert found == expected, (objective, packed)
+
+
+def test_rows_that_are_shared_are_fewer():
+    alone, together = (
+        collator_of("contrastive", "none", packed=packed)(make_examples(40, num_texts=2)) for packed in (False, True)
+    )
+    assert len(together["input_ids"]) < len(alone["input_ids"])
+
+
+def test_shared_rows_are_full():
+    """On sentences of 20 tokens in the mean, of very different lengths."""
+    examples = []
+    for number in range(64):
+        rng = np.random.default_rng(number)
+        lengths = np.clip(rng.lognormal(np.log(17), 0.55, 2), 4, 80).astype(int)
+        examples.append(
+            {
+                "texts": [make_text(rng, least=length, most=length) for length in lengths],
+                "document": number,
+                "example_id": number,
+                "epoch": 0,
+            }
+        )
+    for beside in ("none", "mlm"):
+        fill = collator_of(beside=beside, packed=True)(examples)["attention_mask"].double().mean()
+        assert fill >= 0.93
+    assert collator_of(packed=True, row_length=256)(examples)["attention_mask"].double().mean() >= 0.9
+
+
+def test_shared_rows_have_the_width_that_is_given():
+    examples = make_examples(16)
+    longest = max(map(len, role_by_role(examples)))
+    for options, width in (
+        ({"packed": True, "row_length": 100}, 100),
+        ({"packed": True, "row_length": 100, "pad_to_multiple_of": 32}, 128),
+        ({"packed": True, "row_length": longest}, longest),
+        ({"packed": True, "pad_to_multiple_of": 64}, 64),
+        ({"pad_to_multiple_of": 64}, 64),
+    ):
+        batch = collator_of(**options)(examples)
+        assert batch["input_ids"].shape[1] == width
+        assert [text.ids for text in texts_of(batch)[0]] == role_by_role(examples)
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "tsdae"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_masked_copies_are_those_of_masked_language_modelling(objective, packed, unit):
+    masking = MaskingArguments(masking_unit=unit)
+    examples = make_examples(30, num_texts=NUM_TEXTS[objective], with_types=True)
+    batch = collator_of(objective, "mlm", packed=packed, masking=masking, seed=7)(examples)
+    texts, copies = texts_of(batch)
+    wanted = masked_anchors(examples, masking=masking, seed=7)
+    assert Counter(str((copy.ids, copy.labels)) for copy in copies) == Counter(map(str, wanted))
+    assert Counter(str(copy.types) for copy in copies) == Counter(
+        map(str, role_by_role(examples, "token_type_ids")[:30])
+    )
+    assert all(set(text.labels) == {-100} for text in texts)
+    if objective == "contrastive":
+        assert [text.ids for text in texts] == role_by_role(examples)
+    if not packed:
+        assert [(copy.ids, copy.labels) for copy in copies] == wanted
+        assert [copy.first // batch["input_ids"].shape[1] for copy in copies] == [
+            len(texts) + row for row in range(30)
+        ]
+    positions = (batch["labels"].flatten() != -100).nonzero().flatten()
+    assert torch.equal(batch["target_positions"], positions) and len(positions) > 30
+
+
+@pytest.mark.parametrize(("objective", "beside"), [pair for pair in SETTINGS if pair[1] != "mlm"])
+def test_without_masked_language_modelling_there_are_no_targets(objective, beside):
+    batch = collator_of(objective, beside)(make_examples(8, num_texts=NUM_TEXTS[objective]))
+    assert not {"labels", "target_positions"} & set(batch)
+    assert len(batch["input_ids"]) == 8 * NUM_TEXTS[objective]
+
+
+@pytest.mark.parametrize("beside", ["none", "mlm"])
+@pytest.mark.parametrize("masking", [{}, {"masking_unit": "word"}, {"mlm_probability": 0.9, "mask_share": 0.0}])
+def test_an_ngram_is_hidden_whole_and_is_no_target(beside, masking):
+    examples = make_examples(300)
+    batch = collator_of("infoword", beside, masking=MaskingArguments(**masking))(examples)
+    texts, others = texts_of(batch)
+    originals = role_by_role(examples)
+    assert not others and [text.ids for text in texts[300:]] == originals[300:]
+    num_targets = num_kept = 0
+    for example, anchor, original in zip(examples, texts, originals, strict=False):
+        begin, end = example["ngram"]
+        assert anchor.ids[begin:end] == [MASK] * (end - begin)
+        for column, (ids, before) in enumerate(zip(anchor.ids, original, strict=True)):
+            label = anchor.labels[column] if beside == "mlm" else -100
+            if label == -100:
+                assert ids == before or begin <= column < end
+                num_kept += 1
+            else:
+                assert label == before >= FIRST and not begin <= column < end
+                num_targets += 1
+    assert num_kept > 300 and (num_targets > 300) == (beside == "mlm")
+    keys = collator_of()(examples)["text_keys"]
+    assert torch.equal(batch["text_keys"], keys), "those of the texts before masks"
+
+
+def test_the_encoder_of_retromae_reads_the_masks_of_the_options():
+    masking = MaskingArguments(mlm_probability=0.3, masking_unit="word")
+    examples = make_examples(60, num_texts=1)
+    texts, others = texts_of(collator_of("retromae", "mlm", masking=masking, seed=3)(examples))
+    assert not others
+    assert [(text.ids, text.labels) for text in texts] == masked_anchors(examples, masking=masking, seed=3)
+    plain, _ = texts_of(collator_of("retromae", "none", masking=masking, seed=3)(examples))
+    assert [text.ids for text in plain] == [text.ids for text in texts]
+
+
+def decoder_rows(batch):
+    """Each decoder row without its padding: (ids, labels); padding has neither."""
+    ids, labels, mask = (batch[f"decoder_{name}"].tolist() for name in ("input_ids", "labels", "mask"))
+    rows = []
+    for row, length in enumerate(map(sum, mask)):
+        assert mask[row] == [1] * length + [0] * (len(mask[row]) - length), "padded on the right"
+        assert set(labels[row][length:]) <= {-100} and set(ids[row][length:]) <= {PAD}
+        rows.append((ids[row][:length], labels[row][:length]))
+    return rows
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_decoder_of_retromae_has_masks_of_its_own(side):
+    examples = make_examples(1500, num_texts=1, least=20)
+    masking = MaskingArguments(mlm_probability=0.3)
+    batch = collator_of("retromae", "mlm", side=side, masking=masking, decoder_mask_probability=0.5)(examples)
+    texts, _ = texts_of(batch)
+    assert "decoder_keys" not in batch
+    counts = Counter()
+    for (ids, labels), text, original in zip(decoder_rows(batch), texts, role_by_role(examples), strict=True):
+        for token, label, before, target in zip(ids, labels, original, text.labels, strict=True):
+            if label == -100:
+                assert token == before
+            else:
+                assert token == MASK and label == before >= FIRST
+            if before >= FIRST:
+                counts[target != -100, label != -100] += 1
+        assert sum(label != -100 for label in labels) == round(0.5 * len(original))
+    # Being selected for one says nothing about the other.
+    shares = [counts[hidden, True] / (counts[hidden, True] + counts[hidden, False]) for hidden in (False, True)]
+    assert abs(shares[0] - shares[1]) < 0.02 and abs(shares[1] - 0.53) < 0.03
+
+
+def test_the_decoder_of_retromae_masks_by_the_unit_of_the_options():
+    examples = make_examples(200, num_texts=1, least=20)
+    masking = MaskingArguments(masking_unit="word", random_share=0.2, mask_share=0.1)
+    batch = collator_of("retromae", masking=masking)(examples)
+    for (ids, labels), example in zip(decoder_rows(batch), examples, strict=True):
+        hidden = np.array(labels) != -100
+        assert hidden.any() and set(np.array(ids)[hidden].tolist()) == {MASK}
+        words = example["texts"][0]["word_starts"].copy()
+        words[1] = True  # Behind a special token a word begins in any case.
+        changes = hidden[1:] != hidden[:-1]
+        assert words[1:][changes].all(), "hidden and visible tokens meet at borders of words only"
+
+
+def test_enhanced_decoding_predicts_every_ordinary_token():
+    examples = make_examples(300, num_texts=1)
+    batch = collator_of("retromae", enhanced_decoding=True)(examples)
+    for (ids, labels), original in zip(decoder_rows(batch), role_by_role(examples), strict=True):
+        assert ids == original
+        assert labels == [-100, *original[1:-1], -100]
+    keys = batch["decoder_keys"]
+    assert keys.shape == (300,) and keys.dtype == torch.int64 and len(set(keys.tolist())) == 300
+    later = collator_of("retromae", enhanced_decoding=True)(make_examples(300, num_texts=1, epoch=1))["decoder_keys"]
+    assert not set(keys.tolist()) & set(later.tolist())
+
+
+def test_the_vector_has_a_column_where_no_special_token_comes_first():
+    ids = [FIRST_WORD + 1, FIRST_WORD + 2, FIRST_WORD + 3, EOS]
+    example = {
+        "texts": [{"input_ids": ids, "word_starts": [True] * 4}],
+        "document": 0,
+        "example_id": 0,
+        "epoch": 0,
+    }
+    enhanced = collator_of("retromae", tokenizer=framed_tokenizer("t5"), enhanced_decoding=True)([example])
+    assert enhanced["decoder_input_ids"].tolist() == [[T5_PAD, *ids]]
+    assert enhanced["decoder_labels"].tolist() == [[-100, *ids[:3], -100]]
+    assert enhanced["decoder_mask"].tolist() == [[1] * 5]
+    masked = collator_of("retromae", tokenizer=framed_tokenizer("t5"), decoder_mask_probability=1.0)([example])
+    assert masked["decoder_input_ids"].tolist() == [[T5_PAD, MASK, MASK, MASK, EOS]]
+    assert masked["decoder_labels"].tolist() == [[-100, *ids[:3], -100]]
+    rebuilt = collator_of("tsdae", tokenizer=framed_tokenizer("t5"))([example])
+    assert rebuilt["decoder_input_ids"].tolist() == [[T5_PAD, *ids[:3]]]
+    assert rebuilt["decoder_labels"].tolist() == [ids]
+
+
+def test_deletion_leaves_a_subsequence_with_the_special_tokens():
+    examples = make_examples(2000, num_texts=1, least=3)
+    batch = collator_of("tsdae")(examples)
+    texts, _ = texts_of(batch)
+    deleted = total = 0
+    for text, original in zip(texts, role_by_role(examples), strict=True):
+        rest = iter(original)
+        assert all(token in rest for token in text.ids), "in the order of the text"
+        assert text.ids[0] == CLS and text.ids[-1] == SEP and len(text.ids) >= 3 - (len(original) == 2)
+        # Few texts are so short that a token stays against the draws.
+        if len(original) >= 20:
+            deleted, total = deleted + len(original) - len(text.ids), total + len(original) - 2
+    assert total > 20000 and abs(deleted / total - 0.6) < 0.02
+
+
+def test_each_token_is_deleted_by_its_own_draw():
+    """At any probability; and if all would go, each is as likely to stay."""
+    examples = [
+        {
+            "texts": [{"input_ids": [CLS, 10, 11, 12, 13, SEP], "word_starts": [True] * 6}],
+            "document": 0,
+            "example_id": number,
+            "epoch": 0,
+        }
+        for number in range(4000)
+    ]
+    left = [text.ids[1:-1] for text in texts_of(collator_of("tsdae", deletion_probability=0.5)(examples))[0]]
+    counts = Counter(map(tuple, left))
+    assert len(counts) == 15, "every subset but the empty one"
+    for kept, count in counts.items():
+        wanted = 1 / 16 + (1 / 64 if len(kept) == 1 else 0)
+        assert abs(count / 4000 - wanted) < 0.018
+    alone, _ = texts_of(collator_of("tsdae", deletion_probability=1.0)(examples))
+    assert {len(text.ids) for text in alone} == {3}
+    whole, _ = texts_of(collator_of("tsdae", deletion_probability=0.0)(examples))
+    assert all(text.ids == [CLS, 10, 11, 12, 13, SEP] for text in whole)
+
+
+def test_a_text_of_special_tokens_alone_stays_as_it_is():
+    example = {"texts": [{"input_ids": [CLS, SEP]}], "document": 0, "example_id": 0, "epoch": 0}
+    batch = collator_of("tsdae", deletion_probability=1.0)([example])
+    assert batch["input_ids"].tolist() == [[CLS, SEP]]
+    assert batch["decoder_labels"].tolist() == [[-100, SEP]]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_decoder_of_tsdae_writes_the_untouched_text(side):
+    examples = make_examples(50, num_texts=1)
+    batch = collator_of("tsdae", side=side, pad_to_multiple_of=16)(examples)
+    assert batch["decoder_mask"].shape[1] % 16 == 0
+    for (ids, labels), original in zip(decoder_rows(batch), role_by_role(examples), strict=True):
+        assert ids == [PAD, *original[:-1]]
+        assert labels == [-100, *original[1:]], "the last token too, so that it learns to stop"
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_replaced_token_detection_gets_the_untouched_anchors(side):
+    examples = make_examples(20, num_texts=3)
+    options = {
+        "masking": MaskingArguments(mlm_probability=0.3),
+        "seed": 5,
+        "pad_to_multiple_of": 8,
+        "target_slots": 64,
+    }
+    batch = collator_of(beside="rtd", side=side, **options)(examples)
+    wanted = DataCollatorForReplacedTokenDetection(make_tokenizer(padding_side=side), **options)(anchors_of(examples))
+    assert {name for name in batch if name.startswith("rtd_")} == {f"rtd_{name}" for name in wanted}
+    assert all(torch.equal(batch[f"rtd_{name}"], values) for name, values in wanted.items())
+    assert "sample_uniforms" in wanted
+    assert [text.ids for text in texts_of(batch)[0]] == role_by_role(examples)
+    # A deletion is not seen by it.
+    detection = collator_of("tsdae", "rtd", side=side, **options)(make_examples(20, num_texts=1))
+    alone = DataCollatorForReplacedTokenDetection(make_tokenizer(padding_side=side), **options)
+    assert torch.equal(detection["rtd_labels"], alone(anchors_of(make_examples(20, num_texts=1)))["labels"])
+
+
+def test_equal_texts_have_equal_keys_and_others_do_not():
+    rng = np.random.default_rng(0)
+    drawn, sizes = rng.integers(5, 30, (170_000, 8)).tolist(), rng.integers(1, 9, 170_000).tolist()
+    texts = {tuple(ids[:size]) for ids, size in zip(drawn, sizes, strict=True)}
+    # What a sum or a product of tokens would mix up.
+    texts |= {(5, 6, 7), (7, 6, 5), (6, 5, 7), (6, 6, 6), (0, 5), (5, 0), (5,), (0,), (0, 0), (0, 0, 0)}
+    texts = [*texts]
+    assert len(texts) > 100_000
+    lengths = np.array([len(text) for text in texts])
+    flat = np.array([token for text in texts for token in text])
+    keys = text_keys(flat, lengths=lengths)
+    assert keys.dtype == np.int64 and len(set(keys.tolist())) == len(texts)
+    # All 64 bits are used, each half of the time.
+    shares = np.unpackbits(keys.view(np.uint8).reshape(-1, 8), axis=1).mean(axis=0)
+    assert (abs(shares - 0.5) < 0.01).all()
+    order = rng.permutation(len(texts))[:50]
+    again = text_keys(np.concatenate([np.array(texts[index]) for index in order]), lengths=lengths[order])
+    assert again.tolist() == keys[order].tolist()
+
+
+def test_keys_of_texts_depend_on_the_tokens_alone():
+    examples = make_examples(12, num_texts=3)
+    examples[7]["texts"][2] = dict(examples[2]["texts"][0])
+    wanted = collator_of()(examples)["text_keys"]
+    assert wanted[2 * 12 + 7] == wanted[2] and len(set(wanted.tolist())) == 35
+    for number, example in enumerate(examples):
+        moved = {**example, "epoch": 4, "example_id": 99, "document": 8}
+        for batch in (
+            collator_of(side="left", pad_to_multiple_of=128, seed=1)([moved]),
+            collator_of(beside="mlm", packed=True)([moved]),
+        ):
+            assert batch["text_keys"].tolist() == wanted[number::12].tolist()
+
+
+def facts(batch):
+    """All that a batch says of each example, free of its place in the batch."""
+    texts, copies = texts_of(batch)
+    num_examples = len(batch["documents"])
+    found = [
+        [batch["documents"][row].item(), *((text.ids, text.labels, text.types) for text in texts[row::num_examples])]
+        for row in range(num_examples)
+    ]
+    if copies and "document_ids" not in batch:
+        for row, copy in zip(found, copies, strict=True):
+            row.append((copy.ids, copy.labels))
+    for row, keys in zip(found, batch["text_keys"].view(-1, num_examples).T.tolist(), strict=True):
+        row.append(keys)
+    if "decoder_mask" in batch:
+        for row, decoder in zip(found, decoder_rows(batch), strict=True):
+            row.append(decoder)
+    if "decoder_keys" in batch:
+        for row, key in zip(found, batch["decoder_keys"].tolist(), strict=True):
+            row.append(key)
+    return found, Counter(str(copy[2:]) for copy in copies)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("objective", "beside", "options"),
+    [(*pair, {}) for pair in SETTINGS] + [("retromae", "none", {"enhanced_decoding": True})],
+)
+def test_batch_order_side_and_lists_change_no_bit(objective, beside, options, packed):
+    examples = make_examples(24, num_texts=NUM_TEXTS[objective], with_types=True)
+    collator = collator_of(objective, beside, packed=packed, seed=11, **options)
+    wanted, copies = facts(collator(examples))
+    for size in (1, 5):
+        parts = [facts(collator(examples[start : start + size])) for start in range(0, 24, size)]
+        assert [row for part, _ in parts for row in part] == wanted
+        assert sum((others for _, others in parts), Counter()) == copies
+    order = np.random.default_rng(1).permutation(24)
+    shuffled, others = facts(collator([examples[index] for index in order]))
+    assert shuffled == [wanted[index] for index in order] and others == copies
+    left = collator_of(objective, beside, side="left", packed=packed, seed=11, pad_to_multiple_of=32, **options)
+    assert facts(left(examples)) == (wanted, copies)
+    listed = [
+        {
+            **example,
+            "texts": [{name: values.tolist() for name, values in text.items()} for text in example["texts"]],
+        }
+        for example in examples
+    ]
+    assert facts(collator(listed)) == (wanted, copies)
+    copy = pickle.loads(pickle.dumps(collator))
+    assert facts(copy(examples)) == (wanted, copies)
+
+
+DRAWN = {
+    ("contrastive", "mlm"): ["labels"],
+    ("infoword", "mlm"): ["labels"],
+    ("retromae", "mlm"): ["labels", "decoder_labels"],
+    ("tsdae", "none"): ["text_lengths"],
+    ("contrastive", "rtd"): ["rtd_labels", "rtd_sample_uniforms"],
+}
+
+
+@pytest.mark.parametrize(("objective", "beside"), DRAWN)
+def test_another_epoch_or_seed_draws_anew_and_static_masks_repeat(objective, beside):
+    def drawn(epoch, seed=0, **masking):
+        examples = make_examples(40, num_texts=NUM_TEXTS[objective], epoch=epoch)
+        batch = collator_of(objective, beside, seed=seed, masking=MaskingArguments(**masking))(examples)
+        batch["text_lengths"] = torch.bincount(batch["text_ids"].flatten() + 1)
+        return [batch[name].tolist() for name in DRAWN[objective, beside]]
+
+    for first, other, seeded in zip(drawn(0), drawn(1), drawn(0, seed=1), strict=True):
+        assert first != other and first != seeded and other != seeded
+    assert drawn(1) == drawn(1)
+    assert drawn(0, static_masks=2) == drawn(2, static_masks=2) == drawn(0)
+    assert all(a != b for a, b in zip(drawn(0, static_masks=2), drawn(1, static_masks=2), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("objective", "packed"), [("contrastive", False), ("contrastive", True), ("infoword", False), ("retromae", False)]
+)
+@pytest.mark.parametrize("num_examples", [1, 16])
+def test_target_slots_fix_the_number_of_targets(objective, packed, num_examples):
+    examples = make_examples(num_examples, num_texts=NUM_TEXTS[objective])
+    plain = collator_of(objective, "mlm", packed=packed)(examples)["target_positions"]
+    batch = collator_of(objective, "mlm", packed=packed, target_slots=32)(examples)
+    positions = batch["target_positions"]
+    assert len(positions) % 32 == 0 and len(positions) - len(plain) < 32
+    assert torch.equal(positions[: len(plain)], plain)
+    (filler,) = set(positions[len(plain) :].tolist()) or {int((batch["labels"].flatten() == -100).int().argmax())}
+    assert batch["labels"].flatten()[filler] == -100
+
+
+def test_a_batch_without_a_free_position_is_widened_for_its_slots():
+    """Rows of ordinary tokens alone that are targets throughout."""
+    examples = [
+        {
+            "texts": [{"input_ids": [FIRST_WORD + i for i in range(6)], "word_starts": [True] * 6}],
+            "document": 0,
+            "example_id": number,
+            "epoch": 0,
+        }
+        for number in range(3)
+    ]
+    masking = MaskingArguments(mlm_probability=1.0, mask_share=1.0, random_share=0.0)
+    for packed in (False, True):
+        options = {"tokenizer": framed_tokenizer("bare"), "masking": masking, "packed": packed}
+        assert collator_of("retromae", "mlm", **options)(examples)["labels"].shape == (3, 6)
+        batch = collator_of("retromae", "mlm", target_slots=8, **options)(examples)
+        assert batch["labels"].shape == (3, 7) and len(batch["target_positions"]) == 24
+        fillers = batch["target_positions"][18:]
+        assert (batch["labels"].flatten()[fillers] == -100).all()
+        assert [text.ids for text in texts_of(batch)[0]] == [[MASK] * 6] * 3
+
+
+@pytest.mark.parametrize(
+    ("objective", "beside", "name"),
+    [
+        ("contrastive", "mlm", "labels"),
+        ("retromae", "mlm", "labels"),
+        ("contrastive", "rtd", "rtd_labels"),
+    ],
+)
+def test_a_schedule_of_the_mask_rate_reaches_every_mask(objective, beside, name):
+    masking = MaskingArguments(mlm_probability=Schedule.parse("0:0.8, 10:0.1", name="mlm_probability"))
+    examples = make_examples(64, num_texts=NUM_TEXTS[objective], least=30)
+    for index, example in enumerate(examples):
+        example["order_index"] = index
+    collator = collator_of(objective, beside, masking=masking)
+    late = (collator(examples)[name] != -100).sum()
+    assert collator.training_steps is None
+    steps = TrainingSteps(examples_per_step=64, per_epoch=10, total=10)
+    collator.training_steps = steps
+    assert collator.training_steps is steps
+    early = (collator(examples)[name] != -100).sum()
+    assert 6 < early / late < 10
+
+
+def test_without_masks_no_mask_token_is_needed():
+    tokenizer = make_tokenizer()
+    tokenizer.mask_token = None
+    examples = make_examples(4)
+    assert [text.ids for text in texts_of(collator_of(tokenizer=tokenizer)(examples))[0]] == role_by_role(examples)
+    lonely = make_examples(4, num_texts=1)
+    wanted = collator_of("tsdae")(lonely)
+    assert torch.equal(collator_of("tsdae", tokenizer=tokenizer)(lonely)["input_ids"], wanted["input_ids"])
+    for objective, beside in (("contrastive", "mlm"), ("infoword", "none"), ("retromae", "none"), ("tsdae", "rtd")):
+        with pytest.raises(InputError, match="no mask token"):
+            collator_of(objective, beside, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "infomax"}, "objective='infomax' must be one of .*contrastive"),
+        ({"beside": "auto"}, "beside='auto' must be one of none, mlm, rtd"),
+        ({"deletion_probability": 1.5}, "deletion_probability=1.5"),
+        ({"decoder_mask_probability": 0.0}, "decoder_mask_probability=0.0"),
+        ({"enhanced_decoding": True}, "enhanced_decoding=True has no effect on objective='contrastive'"),
+        ({"row_length": 64}, "row_length=64 has no effect .* packed=True"),
+        ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0"),
+        ({"target_slots": 0}, "target_slots=0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        collator_of(**options)
+
+
+def test_examples_that_cannot_be_are_refused():
+    def refused(message, examples, *args, **options):
+        with pytest.raises(InputError, match=message):
+            collator_of(*args, **options)(examples)
+
+    two, three = make_examples(2), make_examples(2, num_texts=3)
+    refused("texts has 2 or 3 texts", [two[0], three[1]])
+    refused("texts has 1 texts .* objective='contrastive' needs an anchor, a positive", make_examples(2, num_texts=1))
+    refused("texts has 3 texts .* objective='infoword'", three, "infoword")
+    refused("texts has 2 texts .* objective='tsdae' needs one text", two, "tsdae")
+    refused("texts has 2 texts .* objective='retromae'", two, "retromae")
+    for name in ("texts", "document"):
+        refused(f"no entry '{name}'", [two[0], {key: two[1][key] for key in two[1] if key != name}])
+    bare = [{key: example[key] for key in example if key != "ngram"} for example in two]
+    refused("no entry 'ngram'", bare, "infoword")
+    for ngram in ((-1, 2), (3, 3), (1, len(two[1]["texts"][0]["input_ids"]) + 1)):
+        refused(r"ngram=\(", [two[0], two[1] | {"ngram": ngram}], "infoword")
+    for role in (0, 1):
+        strange = make_examples(2)
+        strange[1]["texts"][role]["input_ids"][1] = NUM_TOKENS
+        refused(f"input_ids holds the id {NUM_TOKENS}", strange)
+        empty = make_examples(2)
+        empty[1]["texts"][role] = {"input_ids": [], "word_starts": []}
+        refused("text without tokens in the example with document=0", empty)
+    refused("row_length=4 is less than the", two, packed=True, row_length=4)
+    keyless = [{key: example[key] for key in example if key != "epoch"} for example in two]
+    refused("no entry 'epoch'", keyless, beside="mlm")
+    refused(
+        "no column 'word_starts'",
+        [example | {"texts": [{"input_ids": text["input_ids"]} for text in example["texts"]]} for example in two],
+        beside="mlm",
+        masking=MaskingArguments(masking_unit="word"),
+    )
