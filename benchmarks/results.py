@@ -20,18 +20,23 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 
 import pandas as pd
 from filelock import FileLock
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from hf_pretrain import train_tokenizer
 from hf_pretrain.cli import run_program
 from hf_pretrain.data.prepare import DataArguments
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.options import option
 from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.trainer import PretrainingTrainer
 from timing import print_table
 
 RunArm = Callable[[str, int], dict[str, Any]]
 """Runs an arm with a seed and returns what was measured."""
 Chosen = TypeVar("Chosen", bound="ComparisonArguments")
 
+_COUNTED_BATCHES = 8
 _NOT_SETTINGS = ("train_file", "validation_file", "data_dir", "results", "table", "arm", "seed")
 
 
@@ -115,6 +120,39 @@ def sizes_of(width: int, layers: int, **options: Any) -> dict[str, Any]:
     """Return the options of an encoder's sizes, with a head for every 32 of its width, and further ones."""
     sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": max(1, width // 32)}
     return sizes | {"intermediate_size": 4 * width} | options
+
+
+def shared_tokenizer(args: ComparisonArguments, texts: Callable[[], Iterable[str]], *, added: Sequence[str]) -> str:
+    """Return the folder of a tokenizer that all arms share, byte pairs with further special tokens; the first process trains it.
+
+    Args:
+        args: The options, with the size of the vocabulary.
+        texts: Gives the texts to train it on.
+        added: Special tokens beside those of a masked language model.
+    """
+    folder = args.runs_folder() / f"tokenizer-{args.vocab_size}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            tokenizer = train_tokenizer(texts(), kind="bpe", vocab_size=args.vocab_size, lowercase=False)
+            tokenizer.add_tokens(list(added), special_tokens=True)
+            tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def flops_of_a_step(trainer: PretrainingTrainer) -> float:
+    """Count the floating-point operations of forward and backward: the mean of some batches, whose targets differ in number."""
+    size, model = trainer.args.per_device_train_batch_size, trainer.model.train()
+    # The counter knows the products that attention is made of, not the fused kernel of a CPU.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for first in range(0, _COUNTED_BATCHES * size, size):
+            batch = trainer._prepare_inputs(
+                trainer.data_collator(trainer.train_dataset.__getitems__(range(first, first + size)))
+            )
+            # A memory costs the same whatever is in it.
+            batch.pop("lanes", None)
+            sum(loss.sum.sum() for loss in model(**batch).losses.values()).backward()
+            model.zero_grad()
+    return counter.get_total_flops() / _COUNTED_BATCHES
 
 
 def compare_arms(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.errors import RunError as RunError
     from hf_pretrain.evaluation.detector import ReplacedTokenScorer as ReplacedTokenScorer
     from hf_pretrain.evaluation.minimal_pairs import MinimalPair as MinimalPair
+    from hf_pretrain.evaluation.minimal_pairs import causal_log_likelihoods as causal_log_likelihoods
     from hf_pretrain.evaluation.minimal_pairs import denoising_log_likelihoods as denoising_log_likelihoods
     from hf_pretrain.evaluation.minimal_pairs import originality_scores as originality_scores
     from hf_pretrain.evaluation.minimal_pairs import pair_accuracy as pair_accuracy
@@ -165,6 +166,7 @@ _EXPORTS = {
     "evaluation.detector": ("ReplacedTokenScorer",),
     "evaluation.minimal_pairs": (
         "MinimalPair",
+        "causal_log_likelihoods",
         "denoising_log_likelihoods",
         "originality_scores",
         "pair_accuracy",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -17,9 +19,10 @@ from hf_pretrain.corruption.sentinels import SENTINEL_NAMES, sentinel_ids
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
-from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, longest_sequence
+from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, longest_sequence, takes_input
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.losses import GatheredHead
+from hf_pretrain.modeling.visibility.rules import Edit, arbitrary_tokens, find_leak
 
 # The word of a special token.
 _NO_WORD = -2
@@ -157,11 +160,15 @@ def pseudo_log_likelihoods(
             masked, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=model.device, name="Scoring"
         ):
             positions = np.arange(len(rows)) * batch["input_ids"].shape[1] + column[rows]
-            logits_BV = head(model, torch.from_numpy(positions).to(model.device), **batch).float()
-            target_B = torch.from_numpy(target[rows]).to(model.device)
-            log_probability_B = -F.cross_entropy(logits_BV, target_B, reduction="none")
-            np.add.at(scores, owner[rows], log_probability_B.double().cpu().numpy())
+            logits_BV = head(model, torch.from_numpy(positions).to(model.device), **batch)
+            np.add.at(scores, owner[rows], _log_probabilities(logits_BV, target[rows]))
     return scores
+
+
+def _log_probabilities(logits: torch.Tensor, targets: np.ndarray) -> np.ndarray:
+    """Return the log-probability of each target ``[T]`` under its logits ``[T, V]``: ``float64 [T]``, in nats."""
+    nll_T = F.cross_entropy(logits.float(), torch.from_numpy(targets).to(logits.device), reduction="none")
+    return -nll_T.double().cpu().numpy()
 
 
 def _masked_copies(text: _Encoded, mask_token_id: int, within_word: WithinWord) -> np.ndarray:
@@ -242,11 +249,9 @@ def denoising_log_likelihoods(
             asked = [questions[row] for row in rows]
             decoder_inputs, positions, targets = _decoder_side(asked, only_targets=frame.hiding == "fragment")
             batch |= {name: torch.from_numpy(value).to(model.device) for name, value in decoder_inputs.items()}
-            logits_TV = head(model, torch.from_numpy(positions).to(model.device), **batch).float()
-            targets_T = torch.from_numpy(targets).to(model.device)
-            log_probability_T = -F.cross_entropy(logits_TV, targets_T, reduction="none")
+            logits_TV = head(model, torch.from_numpy(positions).to(model.device), **batch)
             owner_of_target = np.repeat(owners[rows], [len(question.targets) for question in asked])
-            np.add.at(scores, owner_of_target, log_probability_T.double().cpu().numpy())
+            np.add.at(scores, owner_of_target, _log_probabilities(logits_TV, targets))
     return scores
 
 
@@ -344,6 +349,120 @@ def _decoder_side(
     return inputs, np.flatnonzero(is_asked), np.concatenate([question.targets for question in questions])
 
 
+def causal_log_likelihoods(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 64
+) -> np.ndarray:
+    """Score texts by a causal language model: the sum of each token's log-probability after the tokens before it.
+
+    The first token follows on the special tokens that the tokenizer puts before a text, as Llama's does. GPT-2's puts none: the
+    first token then follows on `bos_token`, or on `eos_token` where there is no other. A model with a memory has read documents
+    in one stream, so the first token follows on what ends a document: `eos_token`, or `sep_token`. With a tokenizer that has none
+    of these the first token is not scored.
+
+    Args:
+        model: A stock causal language model, such as any `AutoModelForCausalLM`.
+        tokenizer: Its tokenizer, a fast one.
+        texts: Texts that fit the model's positions.
+        batch_size: Texts in a batch.
+
+    Returns:
+        ``float64 [N]``, in nats; special tokens are not scored.
+
+    Raises:
+        InputError: If the model is an encoder-decoder, predicts no next token or sees it, a text is too long, or the model lacks
+            ids of the tokenizer.
+
+    Source: Warstadt et al. 2020, "BLiMP: The Benchmark of Linguistic Minimal Pairs for English".
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise InputError(f"model={name} is an encoder-decoder: score it by denoising_log_likelihoods")
+    texts = checked_texts(texts, batch_size=batch_size)
+    encoded = _tokenize(model, tokenizer, texts)
+    _check_causal(model, tokenizer)
+    found = [_continuation(text, *_beginning(model, tokenizer)) for text in encoded]
+    # Positions that are no table have an end too: what was read in training.
+    longest = longest_sequence(model) or getattr(model.config, "max_position_embeddings", None)
+    _check_lengths(model, texts, [len(part.ids) for part in found], longest=longest)
+    chosen = np.flatnonzero([len(part.targets) for part in found])
+    scores = np.zeros(len(encoded))
+    # Nothing is read further.
+    options = {"use_cache": False} if takes_input(model, "use_cache") else {}
+    with evaluating(model), _gathered(model) as logits_at:
+        for rows, batch in batches_by_length(
+            [found[index].ids for index in chosen],
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=batch_size,
+            device=model.device,
+            name="Scoring",
+        ):
+            parts, width = [found[index] for index in chosen[rows]], batch["input_ids"].shape[1]
+            columns = [np.arange(len(part.ids) - len(part.targets), len(part.ids)) for part in parts]
+            positions = np.concatenate([row * width + of_row for row, of_row in enumerate(columns)])
+            logits_TV = logits_at(torch.from_numpy(positions).to(model.device), **batch, **options)
+            owner = np.repeat(chosen[rows], [len(part.targets) for part in parts])
+            np.add.at(scores, owner, _log_probabilities(logits_TV, np.concatenate([part.targets for part in parts])))
+    return scores
+
+
+class _Continuation(NamedTuple):
+    """What a model reads, ``[L]``, and the tokens that follow on the last ``T`` columns of it, ``[T]``."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+
+def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, bool]:
+    """Return the token that a text follows on, and whether special tokens that the tokenizer puts before it come first."""
+    if takes_input(model, "mems"):
+        separators = (tokenizer.eos_token_id, tokenizer.sep_token_id)
+        return next((token for token in separators if token is not None), None), False
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id, True
+
+
+def _continuation(text: _Encoded, begin: int | None, is_framed: bool) -> _Continuation:
+    """Return what is read of a text and what is to follow; special tokens behind it are neither."""
+    if not len(text.scored):
+        return _Continuation(text.ids[:0], text.ids[:0])
+    first, last = int(text.scored[0]), int(text.scored[-1])
+    before = text.ids[:first] if is_framed and first else np.array([] if begin is None else [begin], dtype=np.int64)
+    ids = np.concatenate([before, text.ids[first : last + 1]])
+    return _Continuation(ids[:-1], ids[max(1, len(before)) :])
+
+
+def _check_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that does not predict the next token, or that sees it: another last token moves the logits before it."""
+    name = type(model).__name__
+    tokens, others = (arbitrary_tokens(model.base_model, 4, shift=shift) for shift in range(2))
+    edit = Edit(torch.cat([tokens[:-1], others[-1:]]), slice(0, -1), hiding=[0])
+    with evaluating(model):
+        logits = getattr(model(input_ids=tokens[None]), "logits", None)
+        if logits is None or logits.dim() != 3 or logits.shape[-1] < len(tokenizer):
+            raise InputError(
+                f"model={name} does not predict tokens: open it by AutoModelForCausalLM, or score a discriminator by "
+                "originality_scores"
+            )
+        if find_leak(lambda ids: model(input_ids=ids[None]).logits, tokens, [edit]) is not None:
+            raise InputError(
+                f"model={name} sees the tokens that follow: score it by pseudo_log_likelihoods (XLNet by score_permutations), "
+                "or set is_decoder=True in the configuration of an encoder that was trained as a decoder"
+            )
+
+
+@contextmanager
+def _gathered(model: PreTrainedModel) -> Iterator[Callable[..., torch.Tensor]]:
+    """Give a function from flat positions ``[T]`` and a model's inputs to the logits there, ``[T, V]``."""
+    decoder = model.get_decoder()
+    # OPT and the decoders of BART's kin run this part alone; ModernBERT's decoder calls a layer of its head so.
+    body = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+    if body is model:
+        # The classes without a base model, such as Llama 4's.
+        yield lambda positions, **inputs: model(**inputs).logits.flatten(0, 1).index_select(0, positions)
+        return
+    with GatheredHead(model, body=body) as head:
+        yield partial(head, model)
+
+
 def originality_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 64
 ) -> np.ndarray:
@@ -389,21 +508,33 @@ def _encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, more: int = 0
 ) -> list[_Encoded]:
     """Return the ids and words of texts; each must fit the model's positions with some `more` tokens."""
+    encoded = _tokenize(model, tokenizer, texts)
+    parts = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)
+    longest = min((found for part in parts if (found := longest_sequence(part)) is not None), default=None)
+    _check_lengths(model, texts, [len(text.ids) + more for text in encoded], longest=longest)
+    return encoded
+
+
+def _check_lengths(model: PreTrainedModel, texts: list[str], lengths: list[int], *, longest: int | None) -> None:
+    """Refuse a text of which a model would have to read more tokens than it has positions."""
+    for text, length in zip(texts, lengths, strict=True):
+        if longest is not None and length > longest:
+            raise InputError(
+                f"a text has {length} tokens, more than the {longest} positions of {type(model).__name__}: {text[:40]!r}"
+            )
+
+
+def _tokenize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Encoded]:
+    """Return the ids and words of texts, whatever their length."""
     check_model_fits(model, tokenizer, block_size=0)
     check_fast(tokenizer)
     if not texts:
         return []
     encoding = encode_texts(tokenizer, texts, return_offsets_mapping=True, return_special_tokens_mask=True)
-    parts = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)
-    longest = min((found for part in parts if (found := longest_sequence(part)) is not None), default=None)
     encoded = []
     for text, ids, is_special, offsets in zip(
         texts, encoding["input_ids"], encoding["special_tokens_mask"], encoding["offset_mapping"], strict=True
     ):
-        if longest is not None and len(ids) + more > longest:
-            raise InputError(
-                f"a text has {len(ids) + more} tokens, more than the {longest} positions of {type(model).__name__}: {text[:40]!r}"
-            )
         _, words = words_of_tokens(text, offsets)
         is_text = np.array(is_special) == 0
         encoded.append(_Encoded(np.array(ids), np.flatnonzero(is_text), np.where(is_text, words, _NO_WORD)))

@@ -6,61 +6,35 @@ import lzma
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
     AutoModelForTokenClassification,
-    BartConfig,
     BertConfig,
     ElectraConfig,
     ElectraForPreTraining,
-    EncoderDecoderConfig,
-    PreTrainedTokenizerFast,
     RobertaConfig,
-    T5Config,
     set_seed,
 )
 
+from helpers.scored_texts import (
+    SIZES,
+    TEXTS,
+    decoder,
+    denoiser,
+    detector,
+    masked_lm,
+    wordpiece,
+)
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.minimal_pairs import (
     MinimalPair,
+    causal_log_likelihoods,
     denoising_log_likelihoods,
     originality_scores,
     pair_accuracy,
     pseudo_log_likelihoods,
     read_minimal_pairs,
 )
-
-SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = ["the", "cat", "dog", "sat", "un", "##happi", "##ness", "##s", ".", *(f"x{i}" for i in range(40))]
-SIZES = {
-    "vocab_size": len(SPECIALS) + len(WORDS),
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 20,
-    "pad_token_id": 0,
-    "initializer_range": 0.3,
-}
-TEXTS = ["unhappiness sat.", "the cat", "the cats sat unhappiness the dogs.", "zebra the dog"]
-
-
-def wordpiece():
-    backend = Tokenizer(models.WordPiece({token: i for i, token in enumerate(SPECIALS + WORDS)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    names = ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **dict(zip(names, SPECIALS, strict=True)))
-
-
-def masked_lm(config_class=BertConfig):
-    set_seed(0)
-    return AutoModelForMaskedLM.from_config(config_class(**SIZES))
 
 
 @torch.no_grad()
@@ -132,18 +106,14 @@ class TestPseudoLogLikelihood:
 ODD = ["", "   ", "\n", "[MASK] [SEP]", "\u200b", "\U0001f469\u200d\U0001f469", "the cat\r\nsat.", "\x00"]
 
 
-def detector():
-    set_seed(0)
-    return ElectraForPreTraining(ElectraConfig(**SIZES, embedding_size=16))
-
-
-def denoiser():
-    return encoder_decoder("bart")
-
-
 @pytest.mark.parametrize(
     ("score", "model"),
-    [(pseudo_log_likelihoods, masked_lm), (originality_scores, detector), (denoising_log_likelihoods, denoiser)],
+    [
+        (pseudo_log_likelihoods, masked_lm),
+        (originality_scores, detector),
+        (denoising_log_likelihoods, denoiser),
+        (causal_log_likelihoods, decoder),
+    ],
 )
 class TestOddTexts:
     def test_each_has_the_score_that_it_has_alone(self, score, model):
@@ -205,212 +175,6 @@ class TestOriginality:
         assert scores == pytest.approx([2 * np.log(1 / (1 + np.exp(-2))), 2 * np.log(1 / (1 + np.exp(2)))], rel=1e-5)
 
 
-SENTINELS = ["<extra_id_0>", "[NLU]"]
-# Word of each token of a text, special tokens left out.
-WORDS_OF = [[0, 0, 0, 1, 2], [0, 1], [0, 1, 1, 2, 3, 3, 3, 4, 5, 5, 6], [0, 1, 2]]
-
-
-def framed(kind):
-    """A tokenizer with sentinels, whose texts end on a special token and perhaps begin with one."""
-    backend = wordpiece().backend_tokenizer
-    single, pieces = ("$A [SEP]", [("[SEP]", 3)]) if kind == "t5" else ("[CLS] $A [SEP]", [("[CLS]", 2), ("[SEP]", 3)])
-    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
-    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS, strict=True))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    if kind == "t5":
-        tokenizer.add_special_tokens({"extra_special_tokens": SENTINELS})
-    return tokenizer
-
-
-def encoder_decoder(kind, *, trained=False):
-    """A tiny model whose logits differ from place to place."""
-    set_seed(0)
-    vocab_size = len(SPECIALS) + len(WORDS) + len(SENTINELS)
-    ids = {"vocab_size": vocab_size, "pad_token_id": 0, "decoder_start_token_id": 2 if kind == "bart" else 0}
-    if kind == "t5":
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        return AutoModelForSeq2SeqLM.from_config(T5Config(**ids, **sizes, initializer_factor=1.0 if trained else 3.0))
-    if kind == "bert2bert":
-        half = BertConfig(**SIZES | {"vocab_size": vocab_size})
-        config = EncoderDecoderConfig.from_encoder_decoder_configs(half, half, decoder_start_token_id=2)
-        return AutoModelForSeq2SeqLM.from_config(config)
-    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 64))}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.02 if trained else 0.3}
-    config = BartConfig(**ids, **sides, **heads, d_model=32, max_position_embeddings=20)
-    return AutoModelForSeq2SeqLM.from_config(config)
-
-
-@torch.no_grad()
-def question_by_question(model, tokenizer, text, *, hiding, words=None, mode=()):
-    """The score by the definition: one token, one forward pass and one row of logits at a time."""
-    ids, total, mode = tokenizer(text)["input_ids"], 0.0, list(mode)
-    first = 0 if ids[0] != tokenizer.cls_token_id else 1
-    start = model.config.decoder_start_token_id
-    for place in range(first, len(ids) - 1):
-        run = [place]
-        if words is not None:
-            run = [other for other in range(first, len(ids) - 1) if words[other - first] == words[place - first]]
-        before, behind = ids[first : run[0]], ids[run[-1] + 1 :]
-        known = ids[run[0] : place]
-        visible = None
-        if hiding == "sentinel":
-            hole, read = [tokenizer.convert_tokens_to_ids("<extra_id_0>")], [start, len(SPECIALS) + len(WORDS), *known]
-        elif hiding == "mask":
-            hole, read = [tokenizer.mask_token_id], [start, *ids[:place]]
-        elif hiding == "fragment":
-            hole = [tokenizer.mask_token_id] * len(run)
-            read = [start, *ids[:place]]
-            visible = torch.tensor([[int(i >= len(read) - len(known) - 1) for i in range(len(read))]])
-        else:
-            hole, behind, read = [], ids[-1:], [start, *known]
-        source = torch.tensor([ids[:first] + mode + before + hole + behind])
-        output = model.eval()(source, decoder_input_ids=torch.tensor([read]), decoder_attention_mask=visible)
-        total += float(output.logits[0, -1].log_softmax(-1)[ids[place]])
-    return total
-
-
-class TestEncoderDecoder:
-    CASES = (
-        *(("t5", hiding) for hiding in ("sentinel", "mask", "fragment", "rest")),
-        *(("bart", hiding) for hiding in ("mask", "fragment", "rest")),
-        ("bert2bert", "mask"),
-    )
-
-    @pytest.mark.parametrize(("kind", "hiding"), CASES)
-    def test_each_token_is_hidden_in_turn(self, kind, hiding):
-        model, tokenizer = encoder_decoder(kind), framed(kind)
-        expected = [question_by_question(model, tokenizer, text, hiding=hiding) for text in TEXTS]
-        for batch_size in (1, 3, 256):
-            scores = denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding, batch_size=batch_size)
-            np.testing.assert_allclose(scores, expected, rtol=1e-5)
-        assert len({round(score, 2) for score in expected}) == len(TEXTS)
-
-    @pytest.mark.parametrize(("kind", "hiding"), CASES)
-    def test_a_word_is_hidden_at_once(self, kind, hiding):
-        """Where the model sees only what is before a token, each token has the same probability as alone."""
-        model, tokenizer = encoder_decoder(kind), framed(kind)
-        scores = denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding, within_word="l2r", batch_size=3)
-        expected = [
-            question_by_question(model, tokenizer, text, hiding=hiding, words=words)
-            for text, words in zip(TEXTS, WORDS_OF, strict=True)
-        ]
-        np.testing.assert_allclose(scores, expected, rtol=1e-5)
-        visible = denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding)
-        assert (np.abs(scores - visible) > 1e-4).tolist() == [True, False, True, False]
-
-    def test_a_fragment_of_relative_positions_needs_no_text_before_it(self):
-        """On T5 the token before the fragment may as well be the only one that the decoder is given."""
-        model, tokenizer = encoder_decoder("t5").eval(), framed("t5")
-        ids, total = tokenizer(TEXTS[0])["input_ids"], 0.0
-        for place, token in enumerate(ids[:-1]):
-            source = torch.tensor([[*ids[:place], 4, *ids[place + 1 :]]])
-            with torch.no_grad():
-                logits = model(source, decoder_input_ids=torch.tensor([[ids[place - 1] if place else 0]])).logits[
-                    0, -1
-                ]
-            total += float(logits.log_softmax(-1)[token])
-        score = denoising_log_likelihoods(model, tokenizer, TEXTS[:1], hiding="fragment")
-        assert score == pytest.approx([total], rel=1e-5)
-
-    def test_the_rest_gives_the_likelihood_of_a_text(self):
-        """Over all texts of a word, the probabilities sum to one."""
-        model, tokenizer = encoder_decoder("bart"), framed("bart")
-        words = [word for word in WORDS if not word.startswith("##")]
-        scores = denoising_log_likelihoods(model, tokenizer, words, hiding="rest")
-        source = torch.tensor([[2, 3]])
-        with torch.no_grad():
-            masses = model.eval()(source, decoder_input_ids=torch.tensor([[2]])).logits[0, -1].softmax(-1)
-        expected = masses[[tokenizer.convert_tokens_to_ids(word) for word in words]].sum()
-        assert np.exp(scores).sum() == pytest.approx(float(expected), rel=1e-5)
-
-    def test_the_way_follows_from_the_tokenizer_unless_it_is_given(self):
-        for kind, default in (("t5", "sentinel"), ("bart", "mask")):
-            model, tokenizer = encoder_decoder(kind), framed(kind)
-            by_default = denoising_log_likelihoods(model, tokenizer, TEXTS)
-            assert np.array_equal(by_default, denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=default))
-            assert not np.allclose(by_default, denoising_log_likelihoods(model, tokenizer, TEXTS, hiding="rest"))
-
-    @pytest.mark.parametrize(("kind", "hiding"), [case for case in CASES if case[0] != "bert2bert"])
-    def test_the_mode_stands_before_the_text_of_the_input(self, kind, hiding):
-        model, tokenizer, token = encoder_decoder(kind), framed(kind), "[NLU]" if kind == "t5" else "x9"
-        mode = [tokenizer.convert_tokens_to_ids(token)]
-        scores = denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding, mode_token=token)
-        expected = [question_by_question(model, tokenizer, text, hiding=hiding, mode=mode) for text in TEXTS]
-        np.testing.assert_allclose(scores, expected, rtol=1e-5)
-        assert not np.allclose(scores, denoising_log_likelihoods(model, tokenizer, TEXTS, hiding=hiding), rtol=1e-3)
-
-    def test_the_head_runs_at_the_hidden_tokens_only(self):
-        model, shapes = encoder_decoder("bart"), []
-        model.get_output_embeddings().register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[:-1]))
-        denoising_log_likelihoods(model, framed("bart"), ["the cat sat"], batch_size=2)
-        assert shapes == [(1, 2), (1, 1)]
-
-    @pytest.mark.parametrize("kind", ["t5", "bart"])
-    def test_the_model_is_left_as_it_was(self, kind):
-        """Dropout is off in between, and no hook stays behind."""
-        model = encoder_decoder(kind).train()
-        first, second = (denoising_log_likelihoods(model, framed(kind), TEXTS) for _ in range(2))
-        assert np.array_equal(first, second) and all(module.training for module in model.modules())
-        assert not any(module._forward_hooks for module in model.modules())
-
-    @pytest.mark.parametrize("kind", ["t5", "bart"])
-    def test_a_trained_model_prefers_the_sentences_of_its_language(self, kind):
-        """The last word of a sentence follows from its second one, and some words lie between."""
-        tokenizer, model = framed(kind), encoder_decoder(kind, trained=True).train()
-        verbs, other_verb = {"x1": "x3", "x2": "x4", "x5": "x3", "x6": "x4"}, {"x3": "x4", "x4": "x3"}
-        fillers = [(a, b) for a in range(10, 16) for b in range(10, 16)]
-        texts = [f"the {noun} x{a} x{b} {verbs[noun]}." for noun in verbs for a, b in fillers if a != b]
-        rows = torch.tensor(tokenizer(texts)["input_ids"])
-        columns = range(int(kind == "bart"), rows.shape[1] - 1)
-        start, sentinel = model.config.decoder_start_token_id, len(SPECIALS) + len(WORDS)
-        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-        choices = draws.integers(draws.row_keys(range(120), seed=0, stream="steps"), 32, high=len(rows))
-        for step, chosen in enumerate(choices.tolist()):
-            column, source, target = columns[step % len(columns)], rows[chosen].clone(), rows[chosen]
-            source[:, column] = sentinel if kind == "t5" else tokenizer.mask_token_id
-            if kind == "t5":
-                target = torch.stack([torch.full((32,), sentinel), target[:, column]], dim=1)
-            decoder = torch.cat([torch.full((32, 1), start), target[:, :-1]], dim=1)
-            logits = model(source, decoder_input_ids=decoder).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        # Fillers that were not seen together in training.
-        beginnings = [(f"the {noun} x{a} x{b}", verb) for noun, verb in verbs.items() for a, b in fillers if a == b]
-        pairs = [
-            MinimalPair(f"{words} {verb}.", f"{words} {other_verb[verb]}.", "agreement", "syntax")
-            for words, verb in beginnings
-        ]
-        result = pair_accuracy(lambda texts: denoising_log_likelihoods(model, tokenizer, texts), pairs)
-        assert result.mean > 0.9
-
-    def test_bad_input(self):
-        bart, bart_tokenizer, t5, t5_tokenizer = (
-            part for kind in ("bart", "t5") for part in (encoder_decoder(kind), framed(kind))
-        )
-        with pytest.raises(InputError, match="BartForConditionalGeneration is an encoder-decoder: .*denoising_log"):
-            pseudo_log_likelihoods(bart, bart_tokenizer, TEXTS)
-        with pytest.raises(InputError, match="BertForMaskedLM has no decoder: .*pseudo_log_likelihoods"):
-            denoising_log_likelihoods(masked_lm(), wordpiece(), TEXTS)
-        with pytest.raises(InputError, match="hiding='sentinels'.*did you mean 'sentinel'"):
-            denoising_log_likelihoods(bart, bart_tokenizer, TEXTS, hiding="sentinels")
-        with pytest.raises(InputError, match="has no <extra_id_0>"):
-            denoising_log_likelihoods(bart, bart_tokenizer, TEXTS, hiding="sentinel")
-        with pytest.raises(InputError, match=r"mode_token='\[S2S\]' is no token"):
-            denoising_log_likelihoods(t5, t5_tokenizer, TEXTS, mode_token="[S2S]")
-        with pytest.raises(InputError, match="22 tokens, more than the 20 positions"):
-            denoising_log_likelihoods(bart, bart_tokenizer, ["cat " * 20])
-        with pytest.raises(InputError, match="24 tokens"):
-            denoising_log_likelihoods(encoder_decoder("bert2bert"), bart_tokenizer, ["cat " * 22])
-        assert np.isfinite(denoising_log_likelihoods(t5, t5_tokenizer, ["cat " * 60])).all()
-        t5_tokenizer.mask_token = None
-        with pytest.raises(InputError, match="no mask token, which hiding='fragment' needs"):
-            denoising_log_likelihoods(t5, t5_tokenizer, TEXTS, hiding="fragment")
-        t5.config.decoder_start_token_id = t5.generation_config.decoder_start_token_id = None
-        with pytest.raises(InputError, match="set model.config.decoder_start_token_id"):
-            denoising_log_likelihoods(t5, t5_tokenizer, TEXTS)
-
-
 class TestAccuracy:
     PAIRS = (
         MinimalPair("aa", "a", "one", "syntax"),
@@ -428,7 +192,7 @@ class TestAccuracy:
         assert result.fields == {"syntax": 0.75, "semantics": 0.375}
         assert result.mean == pytest.approx((0.5 + 1.0 + 0.375) / 3)
 
-    @pytest.mark.parametrize("kind", ["masked", "discriminator"])
+    @pytest.mark.parametrize("kind", ["masked", "discriminator", "causal"])
     def test_an_untrained_model_guesses(self, kind):
         """On pairs of random words; within four standard errors."""
         words = draws.integers(draws.row_keys(range(600), seed=0, stream="pairs"), 8, high=40)
@@ -438,6 +202,9 @@ class TestAccuracy:
         if kind == "masked":
             model = masked_lm()
             result = pair_accuracy(lambda texts: pseudo_log_likelihoods(model, tokenizer, texts), pairs)
+        elif kind == "causal":
+            model = decoder()
+            result = pair_accuracy(lambda texts: causal_log_likelihoods(model, tokenizer, texts), pairs)
         else:
             set_seed(0)
             model = ElectraForPreTraining(ElectraConfig(**SIZES))
