@@ -180,9 +180,12 @@ def rise_of_memory(step: Callable[[], None]) -> float:
     before = process.memory_info().rss
     watcher = threading.Thread(target=watch)
     watcher.start()
-    step()
-    done.set()
-    watcher.join()
+    try:
+        step()
+    finally:
+        # Otherwise the process would never end after a step that fails.
+        done.set()
+        watcher.join()
     return max(0, peak - before) / 2**20
 
 

@@ -688,6 +688,13 @@ def test_examples_that_cannot_be_are_refused():
         empty = make_examples(2)
         empty[1]["texts"][role] = {"input_ids": [], "word_starts": []}
         refused("text without tokens in the example with document=0", empty)
+    typed = make_examples(2)
+    typed[1]["texts"][1]["token_type_ids"] = [0] * len(typed[1]["texts"][1]["input_ids"])
+    refused("token_type_ids is a column of some texts", typed)
+    typed[1]["texts"][1]["token_type_ids"] = [0]
+    for text in (*typed[0]["texts"], typed[1]["texts"][0]):
+        text["token_type_ids"] = [0] * len(text["input_ids"])
+    refused("token_type_ids is not as long as input_ids", typed)
     refused("row_length=4 is less than the", two, packed=True, row_length=4)
     keyless = [{key: example[key] for key in example if key != "epoch"} for example in two]
     refused("no entry 'epoch'", keyless, beside="mlm")

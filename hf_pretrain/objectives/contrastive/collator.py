@@ -294,8 +294,12 @@ class DataCollatorForContrastive:
             raise InputError(
                 f"texts has a text without tokens in the example with document={example['document']}: leave such texts out"
             )
-        types = None
-        if "token_type_ids" in texts[0]:
+        types, have_types = None, {"token_type_ids" in text for text in texts}
+        if len(have_types) > 1:
+            raise InputError(
+                "token_type_ids is a column of some texts of a batch only: give it to all texts or to none"
+            )
+        if True in have_types:
             types = stack_column(texts, "token_type_ids", valid=valid)[0][valid]
         flat = ids[valid]
         self.vocabulary.is_protected(flat)  # Refuses unknown ids.
@@ -481,7 +485,7 @@ class DataCollatorForContrastive:
 def text_keys(input_ids: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
     """Return a key a text, by which equal texts are known also where their tokens are not at hand.
 
-    Each token is mixed with its column into 64 bits. The sum of a text is mixed with its length once more.
+    Each token is mixed with its column into 64 bits, and a key is the sum over the text.
 
     Args:
         input_ids: `[n]` int64, the tokens of the texts one after the other.
@@ -493,8 +497,7 @@ def text_keys(input_ids: np.ndarray, *, lengths: np.ndarray) -> np.ndarray:
     """
     columns = np.arange(len(input_ids)) - np.repeat(_begins(lengths), lengths)
     tokens = draws.row_keys(input_ids, seed=0, epoch=columns, stream="tokens of a text")
-    sums = np.add.reduceat(tokens, _begins(lengths)).view(np.int64)
-    return draws.row_keys(sums, seed=0, epoch=lengths, stream="keys of texts").view(np.int64)
+    return np.add.reduceat(tokens, _begins(lengths)).view(np.int64)
 
 
 def _vocabulary(tokenizer: Any, *, mask_unknown: bool) -> Vocabulary:
