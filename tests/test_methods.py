@@ -67,7 +67,7 @@ def test_gradient_is_that_of_the_weighted_means(program, tmp_path):
     assert {n: int(x.count.sum()) for n, x in output.losses.items()} == {n: int(c) for n, c in counted.items()}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_resume_is_bit_exact(program, tmp_path, workers):
     options = {
         "max_steps": 7,
@@ -168,7 +168,15 @@ def test_documents_are_kept_apart_or_refused(method, tmp_path):
         assert batch["document_ids"].amax(1).tolist() == [1] * 4
 
 
-def test_learning_reaches_what_the_method_declares(program, tmp_path):
+# Those that take longest, and are in other tests too.
+SLOW_TO_LEARN = ("distil", "distil-task", "electric", "encoder", "recurrent-lm", "token-deletion")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TO_LEARN else name for name in METHODS]
+)
+def test_learning_reaches_what_the_method_declares(method, tmp_path):
+    program = PROGRAMS[method]
     expected = program.learning
     steps = {"max_steps": expected.steps, "logging_steps": expected.steps, "learning_rate": expected.learning_rate}
     data = tiny_data(train=expected.examples, held_out=150, text=expected.text)

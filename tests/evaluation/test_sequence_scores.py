@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -252,6 +253,14 @@ class TestCausal:
         for name, token in names.items():
             setattr(tokenizer, name, token)
         expected = [token_by_token(model, tokenizer(text)["input_ids"][:-1], known=1) for text in TEXTS]
+        np.testing.assert_allclose(causal_log_likelihoods(model, tokenizer, TEXTS), expected, rtol=1e-5)
+
+    def test_several_tokens_may_stand_first(self):
+        model, tokenizer = decoder(), unframed(bos_token="[CLS]")
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] [MASK] $A [SEP]", special_tokens=[("[CLS]", 2), ("[MASK]", 4), ("[SEP]", 3)]
+        )
+        expected = [token_by_token(model, tokenizer(text)["input_ids"][:-1], known=2) for text in TEXTS]
         np.testing.assert_allclose(causal_log_likelihoods(model, tokenizer, TEXTS), expected, rtol=1e-5)
 
     def test_a_model_with_a_memory_has_read_documents_with_a_separator_between_them(self):
