@@ -41,7 +41,7 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -49,7 +49,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from filelock import FileLock
-from seq2seq_quality import flops_of_a_step, held_out_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -61,7 +60,6 @@ from transformers import (
 )
 
 from hf_pretrain import train_tokenizer
-from hf_pretrain.cli import load_method
 from hf_pretrain.data import draws
 from hf_pretrain.data.text.docstrings import docstring_documents
 from hf_pretrain.data.text.files import read_documents
@@ -74,14 +72,22 @@ from hf_pretrain.evaluation.similarity import (
     similarity_correlation,
     text_vectors,
 )
-from hf_pretrain.hub.text import bare_name
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.pooling import SentenceModules
 from hf_pretrain.options import option
-from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.program import load_data, train_method
-from hf_pretrain.training.trainer import PretrainingTrainer
-from results import Column, ComparisonArguments, compare_arms, print_arms, rows_by_settings, sizes_of
+from results import (
+    Column,
+    ComparisonArguments,
+    command_line,
+    compare_arms,
+    flops_of_a_step,
+    held_out_file,
+    print_arms,
+    rows_by_settings,
+    sizes_of,
+    train_by_program,
+    trainer_of_program,
+)
 
 CONTRASTIVE: dict[str, dict[str, str]] = {
     "simcse": {"objective": "contrastive", "views": "same", "beside": "none"},
@@ -167,8 +173,7 @@ def command(arm: str, seed: int, args: VectorArguments, folder: Path) -> tuple[s
     """Return the method of an arm and its arguments on the command line."""
     options: dict[str, Any] = {
         "train_file": args.train_file,
-        # It asks for the held-out text and the folder of the models alone.
-        "validation_file": held_out_file(args),  # type: ignore[arg-type]
+        "validation_file": held_out_file(args, args.held_out_characters),
         "max_corpus_bytes": args.max_corpus_bytes,
         "document_separator": args.document_separator,
         "tokenizer_name": tokenizer_of(args),
@@ -183,49 +188,20 @@ def command(arm: str, seed: int, args: VectorArguments, folder: Path) -> tuple[s
         options |= {"model_name_or_path": str(begin_folder(seed, args)), "learning_rate": args.further_rate}
     if arm in CONTRASTIVE:
         options |= CONTRASTIVE[arm] | {"pooling": args.pooling}
-    given = {name: value for name, value in options.items() if value is not None and value != []}
-    words = [part for name, value in given.items() for part in (f"--{name}", *_words(value))]
-    return "contrastive" if arm in CONTRASTIVE else "mlm", words
-
-
-def _words(value: object) -> list[str]:
-    return [str(part) for part in value] if isinstance(value, list) else [str(value)]
-
-
-def build_trainer(name: str, argv: Sequence[str]) -> PretrainingTrainer:
-    """Put the arm of a command together, as the program of its method does."""
-    method = load_method(name)
-    data_args, model_args, options = parse_arguments(method.arguments, argv, prog=name, description="")
-    data = (method.load or load_data)(data_args, model_args, options, special_tokens=method.special_tokens)
-    set_seed(options.seed)
-    return method.build_trainer(data, model_args, options)
+    return "contrastive" if arm in CONTRASTIVE else "mlm", command_line(options)
 
 
 def train_arm(arm: str, seed: int, args: VectorArguments, folder: Path) -> dict[str, Any]:
     """Train an arm by its program with half of the budget, or leave it as it is built; its folder has the export."""
     name, argv = command(arm, seed, args, folder)
-    with FileLock(args.runs_folder() / "_lock"):
-        # The first process tokenizes the text; the others find it.
-        trainer = build_trainer(name, argv)
+    trainer = trainer_of_program(name, argv, args)
     if arm == "untrained":
         trainer.save_model()
         return {"steps": 0, "flops": 0, "seconds": 0}
     step = flops_of_a_step(trainer)
     steps = max(1, round(args.flops / 2 / step))
-    kept: list[PretrainingTrainer] = []
-    method = load_method(name)
-
-    def build(*inputs: Any) -> PretrainingTrainer:
-        # The rehearsal builds too, before the text is read.
-        kept[:] = [method.build_trainer(*inputs)]
-        return kept[0]
-
-    begin = time.perf_counter()
-    train_method(replace(method, build_trainer=build), [*argv, "--max_steps", str(steps)])
-    evaluations = [row for row in kept[0].state.log_history if any(key.startswith("eval_") for key in row)]
-    held_out = {bare_name(key): value for key, value in evaluations[-1].items() if key.startswith("eval_")}
-    seconds = round(time.perf_counter() - begin)
-    return {"steps": steps, "flops": steps * step, "seconds": seconds, "held_out": held_out}
+    _, row = train_by_program(name, argv, steps=steps)
+    return row | {"steps": steps, "flops": steps * step}
 
 
 def trained_start(seed: int, args: VectorArguments) -> dict[str, Any]:

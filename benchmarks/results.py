@@ -11,9 +11,10 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
@@ -22,13 +23,17 @@ import pandas as pd
 from filelock import FileLock
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import set_seed
 
 from hf_pretrain import train_tokenizer
-from hf_pretrain.cli import run_program
+from hf_pretrain.cli import load_method, run_program
 from hf_pretrain.data.prepare import DataArguments
+from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.hub.text import bare_name
 from hf_pretrain.options import option
 from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.program import load_data, train_method
 from hf_pretrain.training.trainer import PretrainingTrainer
 from timing import print_table
 
@@ -153,6 +158,63 @@ def flops_of_a_step(trainer: PretrainingTrainer) -> float:
             sum(loss.sum.sum() for loss in model(**batch).losses.values()).backward()
             model.zero_grad()
     return counter.get_total_flops() / _COUNTED_BATCHES
+
+
+def held_out_file(args: ComparisonArguments, characters: int) -> list[str]:
+    """Return a file with the first documents of the held-out text, as an evaluation of all of it would take half of a run.
+
+    Args:
+        args: The options; without a `validation_file` there is none.
+        characters: So many of them, or one document.
+    """
+    if not args.validation_file:
+        return []
+    path = args.runs_folder() / f"held-out-{characters}.txt"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            taken, seen = [], 0
+            for text in read_documents(args.validation_file):
+                if taken and seen + len(text) > characters:
+                    break
+                taken.append(text)
+                seen += len(text)
+            path.write_text("\n\n".join(taken), encoding="utf-8")
+    return [str(path)]
+
+
+def command_line(options: Mapping[str, Any]) -> list[str]:
+    """Return options as the words of a command line; those that are None or empty are left out."""
+    given = {name: value for name, value in options.items() if value is not None and value != []}
+    words = {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+    return [part for name, values in words.items() for part in (f"--{name}", *map(str, values))]
+
+
+def trainer_of_program(name: str, argv: Sequence[str], args: ComparisonArguments) -> PretrainingTrainer:
+    """Put the Trainer of a command together, as the program of its method does; the first process tokenizes the text."""
+    method = load_method(name)
+    data_args, model_args, options = parse_arguments(method.arguments, argv, prog=name, description="")
+    with FileLock(args.runs_folder() / "_lock"):
+        data = (method.load or load_data)(data_args, model_args, options, special_tokens=method.special_tokens)
+        set_seed(options.seed)
+        return method.build_trainer(data, model_args, options)
+
+
+def train_by_program(name: str, argv: Sequence[str], *, steps: int) -> tuple[PretrainingTrainer, dict[str, Any]]:
+    """Run a command for some steps; return its Trainer, and the held-out metrics of its last evaluation with the seconds."""
+    kept: list[PretrainingTrainer] = []
+    method = load_method(name)
+
+    def build(*inputs: Any) -> PretrainingTrainer:
+        # The rehearsal builds too, before the text is read.
+        kept[:] = [method.build_trainer(*inputs)]
+        return kept[0]
+
+    begin = time.perf_counter()
+    train_method(replace(method, build_trainer=build), [*argv, "--max_steps", str(steps)])
+    seconds = round(time.perf_counter() - begin)
+    evaluations = [row for row in kept[0].state.log_history if any(key.startswith("eval_") for key in row)]
+    held_out = {bare_name(key): value for key, value in evaluations[-1].items() if key.startswith("eval_")}
+    return kept[0], {"seconds": seconds, "held_out": held_out}
 
 
 def compare_arms(

@@ -33,15 +33,12 @@ import itertools
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from filelock import FileLock
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -53,25 +50,32 @@ from transformers import (
     set_seed,
 )
 
-from hf_pretrain import train_tokenizer
-from hf_pretrain.cli import load_method
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.references import reference_losses
-from hf_pretrain.hub.text import bare_name
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.options import option
-from hf_pretrain.training.parsing import parse_arguments
-from hf_pretrain.training.program import load_data, train_method
 from hf_pretrain.training.trainer import PretrainingTrainer
-from results import Column, ComparisonArguments, compare_arms, print_arms, rows_by_settings, sizes_of
+from results import (
+    Column,
+    ComparisonArguments,
+    command_line,
+    compare_arms,
+    flops_of_a_step,
+    held_out_file,
+    print_arms,
+    rows_by_settings,
+    shared_tokenizer,
+    sizes_of,
+    train_by_program,
+    trainer_of_program,
+)
 
 ARMS = ("none", "bart", "t5", "ul2", "prefix_lm", "mass")
 LANGUAGES = ("en", "de")
 MODES = ("[NLU]", "[NLG]", "[S2S]")
 # Half of a block, one token a span: as many are never needed.
 SENTINELS = 100
-_COUNTED_BATCHES = 8
 _COUNTED_TARGETS = 500_000
 # One document in so many is enough for a vocabulary.
 _TOKENIZER_STRIDE = 8
@@ -125,34 +129,14 @@ def read_pairs(args: TranslationArguments, split: str) -> list[list[str]]:
 
 
 def tokenizer_of(args: TranslationArguments) -> str:
-    """Return the folder of the tokenizer that all arms share; the first process trains it."""
-    folder = args.runs_folder() / f"tokenizer-{args.vocab_size}"
-    with FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            documents = itertools.islice(read_documents(args.train_file), 0, None, _TOKENIZER_STRIDE)
-            texts = [*itertools.chain.from_iterable(read_pairs(args, "train")), *documents]
-            tokenizer = train_tokenizer(texts, kind="bpe", vocab_size=args.vocab_size, lowercase=False)
-            tokens = [*(f"<extra_id_{index}>" for index in range(SENTINELS)), *MODES]
-            tokenizer.add_tokens(tokens, special_tokens=True)
-            tokenizer.save_pretrained(folder)
-    return str(folder)
+    """Return the folder of the tokenizer that all arms share."""
 
+    def texts() -> Iterator[str]:
+        yield from itertools.chain.from_iterable(read_pairs(args, "train"))
+        yield from itertools.islice(read_documents(args.train_file), 0, None, _TOKENIZER_STRIDE)
 
-def held_out_file(args: TranslationArguments) -> list[str]:
-    """Return a file with the first documents of the held-out text, as an evaluation of all of it would take half of a run."""
-    if not args.validation_file:
-        return []
-    path = args.runs_folder() / f"held-out-{args.held_out_characters}.txt"
-    with FileLock(f"{path}.lock"):
-        if not path.exists():
-            taken, seen = [], 0
-            for text in read_documents(args.validation_file):
-                if taken and seen + len(text) > args.held_out_characters:
-                    break
-                taken.append(text)
-                seen += len(text)
-            path.write_text("\n\n".join(taken), encoding="utf-8")
-    return [str(path)]
+    tokens = [*(f"<extra_id_{index}>" for index in range(SENTINELS)), *MODES]
+    return shared_tokenizer(args, texts, added=tokens)
 
 
 # Pre-training
@@ -163,7 +147,7 @@ def command(arm: str, seed: int, args: TranslationArguments, folder: Path) -> li
     options: dict[str, Any] = {
         "noise": "bart" if arm == "none" else arm,
         "train_file": args.train_file,
-        "validation_file": held_out_file(args),
+        "validation_file": held_out_file(args, args.held_out_characters),
         "max_corpus_bytes": args.max_corpus_bytes,
         "document_separator": args.document_separator,
         "tokenizer_name": tokenizer_of(args),
@@ -174,73 +158,32 @@ def command(arm: str, seed: int, args: TranslationArguments, folder: Path) -> li
     }
     options |= sizes_of(args.hidden_size, args.num_hidden_layers)
     options |= args.training(folder, seed, optim=args.optimizer, lr_scheduler_type="linear", warmup_steps=0.1)
-    given = {name: value for name, value in options.items() if value is not None and value != []}
-    return [part for name, value in given.items() for part in (f"--{name}", *_words(value))]
-
-
-def _words(value: object) -> list[str]:
-    return [str(part) for part in value] if isinstance(value, list) else [str(value)]
-
-
-def build_trainer(argv: Sequence[str]) -> PretrainingTrainer:
-    """Put the arm of a command together, as the program does."""
-    method = load_method("denoise")
-    data_args, model_args, options = parse_arguments(method.arguments, argv, prog="denoise", description="")
-    data = (method.load or load_data)(data_args, model_args, options, special_tokens=method.special_tokens)
-    set_seed(options.seed)
-    return method.build_trainer(data, model_args, options)
-
-
-def flops_of_a_step(trainer: PretrainingTrainer) -> float:
-    """Count the floating-point operations of forward and backward, the mean of some batches, whose targets differ in length."""
-    size, model = trainer.args.per_device_train_batch_size, trainer.model.train()
-    # The counter knows the products that attention is made of, not the fused kernel of a CPU.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        for first in range(0, _COUNTED_BATCHES * size, size):
-            examples = trainer.train_dataset.__getitems__(range(first, first + size))
-            output = model(**trainer._prepare_inputs(trainer.data_collator(examples)))
-            sum(loss.sum.sum() for loss in output.losses.values()).backward()
-            model.zero_grad()
-    return counter.get_total_flops() / _COUNTED_BATCHES
+    return command_line(options)
 
 
 def pretrain(arm: str, seed: int, args: TranslationArguments, folder: Path) -> dict[str, Any]:
     """Pre-train an arm by the program, or leave it as it is built; its folder has the export."""
     argv = command(arm, seed, args, folder)
-    with FileLock(args.runs_folder() / "_lock"):
-        # The first process tokenizes the text; the others find it.
-        trainer = build_trainer(argv)
+    trainer = trainer_of_program("denoise", argv, args)
     if arm == "none":
         trainer.save_model()
         return {"steps": 0, "flops": 0, "seconds": 0}
     step = flops_of_a_step(trainer)
     steps = max(1, round(args.flops / step))
-    kept: list[PretrainingTrainer] = []
-    method = load_method("denoise")
-
-    def build(*inputs: Any) -> PretrainingTrainer:
-        # The rehearsal builds too, before the text is read.
-        kept[:] = [method.build_trainer(*inputs)]
-        return kept[0]
-
-    begin = time.perf_counter()
-    train_method(replace(method, build_trainer=build), [*argv, "--max_steps", str(steps)])
-    row: dict[str, Any] = {"steps": steps, "flops": steps * step, "seconds": round(time.perf_counter() - begin)}
-    return row | held_out(kept[0])
+    trained, row = train_by_program("denoise", argv, steps=steps)
+    row |= {"steps": steps, "flops": steps * step, "denoising": row["held_out"]["denoising_loss"]}
+    return row | counted(trained)
 
 
-def held_out(trainer: PretrainingTrainer) -> dict[str, Any]:
-    """Return the held-out metrics of the last evaluation, and what counting and copying reach at its targets."""
-    evaluations = [row for row in trainer.state.log_history if any(name.startswith("eval_") for name in row)]
-    metrics = {bare_name(name): value for name, value in evaluations[-1].items() if name.startswith("eval_")}
+def counted(trainer: PretrainingTrainer) -> dict[str, float]:
+    """Return what counting and copying reach at the held-out targets."""
     start = trainer.model.model.config.decoder_start_token_id
     training, held_out_text = trainer.get_train_dataloader(), trainer.get_eval_dataloader()
-    references = reference_losses(
+    return reference_losses(
         _enough(_started(training, start), _COUNTED_TARGETS),
         _started(held_out_text, start),
         vocab_size=len(trainer.processing_class),
     )
-    return {"denoising": metrics["denoising_loss"], "held_out": metrics} | references
 
 
 def _started(batches: Iterable[dict[str, Any]], start: int) -> Iterator[dict[str, Any]]:
