@@ -47,6 +47,7 @@ def test_a_recipe_trains_and_its_export_opens_both_ways(name, folder):
     assert model.encode(["The ship was fine today."]).shape == (1, 32) and model.max_seq_length == 32
     card = (folder / "out" / "README.md").read_text(encoding="utf-8")
     assert "library_name: sentence-transformers" in card and "SentenceTransformer(" in card
+    assert "| Examples |" in card and "Block mode" not in card
     # The recipe of a run starts it again.
     options = yaml.safe_load((folder / "out" / "recipe.yaml").read_text())
     assert name in (options.get("objective"), options.get("views")) or name == "simcse"

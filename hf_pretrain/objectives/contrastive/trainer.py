@@ -33,6 +33,7 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 
 logger = logging.get_logger(__name__)
 
+_OF_BLOCKS = ("blocks", "held_out_blocks", "block_mode")
 # Objective or views -> what they are, and the paper.
 _VIEWS = {
     "same": (
@@ -150,7 +151,11 @@ class ContrastiveTrainer(PretrainingTrainer):
             name: None if documents is None else self._views(documents, data, args, held_out=name == "eval_dataset")
             for name, documents in sets.items()
         }
-        return found | views
+        # Texts are taken from documents, and not from blocks.
+        facts = {name: value for name, value in data.description.items() if name not in _OF_BLOCKS}
+        counts = {"examples": views["train_dataset"], "held_out_examples": views["eval_dataset"]}
+        facts |= {name: len(part) for name, part in counts.items() if part is not None}
+        return found | views | {"data_description": facts}
 
     @staticmethod
     def _views(documents: Any, data: PreparedData, args: Any, *, held_out: bool) -> TextViewDataset:
