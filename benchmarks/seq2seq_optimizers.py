@@ -120,7 +120,7 @@ def draw(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
         axes.plot(
             list(held_out), list(held_out.values()), color=colour, linewidth=1.8, label=arm.replace("=", ", rate ")
         )
-    axes.set(xlabel="step", ylabel="loss (nats a target)", yscale="log", title="T5 from scratch, span corruption")
+    axes.set(xlabel="step", ylabel="loss (nats a target)", title="T5 from scratch, span corruption")
     axes.grid(visible=True, which="both", alpha=0.2)
     axes.legend(title="held-out text (thin: training)")
     figure.savefig(path, dpi=130)
