@@ -200,6 +200,8 @@ class ContrastiveTrainer(PretrainingTrainer):
         number, self._micro_batch = self._micro_batch, self._micro_batch + 1
         known, gradients = self._found[number]
         self._seed_micro_batch(number)
+        if self._micro_batch == len(self._step):
+            self._step = []
         return super().run_model(model, inputs | {"known": known, "vector_gradients": gradients})
 
     @torch.no_grad()
