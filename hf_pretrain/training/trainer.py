@@ -80,9 +80,9 @@ class PretrainingTrainer(Trainer):
 
     | Stock method | Why |
     | --- | --- |
-    | `get_batch_samples` | counts the tokens of a step, and notes how far a stream was taken |
+    | `get_batch_samples` | counts a step's tokens, and notes how far a stream was taken; contrastive: keeps the micro-batches |
     | `_get_num_items_in_batch` | counts the targets of each loss by name, over micro-batches and ranks |
-    | `compute_loss` | divides each sum by its own count, weights it, keeps the components for the log |
+    | `compute_loss` | divides each sum by its count, weights it, keeps the components; contrastive: fillers are no negatives |
     | `training_step` | rtd: generator and discriminator in turn, or in two stages |
     | `set_initial_training_values` | gives the collator the number of steps before the first batch is made |
     | `get_train_dataloader` | a stream is read by each process alone |

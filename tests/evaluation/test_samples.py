@@ -157,7 +157,7 @@ class Composite(torch.nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.model = model
+        self.model = self.root = model
 
 
 def denoising_run(tmp_path, language, kind, noise, **options):

@@ -213,7 +213,9 @@ class TestEveryMethod:
         trainer = pushed.trainer(f"{name}.call")
         card = pushed.found[f"{name}.call"]["card"]
         row = [row for row in trainer.state.log_history if "eval_loss" in row][-1]
-        assert card["library"] == "transformers" and {"hf_pretrain", trainer.objective.name} <= set(card["tags"])
+        of_sentences = "sentence-transformers" in trainer.objective.tags
+        assert card["library"] == ("sentence-transformers" if of_sentences else "transformers")
+        assert {"hf_pretrain", trainer.objective.name} <= set(card["tags"])
         assert card["pipeline"] and card["results"]
         measured = {name.removeprefix("eval_"): value for name, value in row.items()}
         losses = [name.removesuffix("_loss") for name in measured if name.endswith("_loss")]

@@ -547,6 +547,8 @@ class TestRun:
         given |= {"save_strategy", "learning_rate", "train_file", "seed"}
         # What a preset of losses stands for is written out, and a batch that was lowered to fit the lanes held out.
         given |= {name for name in recipe if name.endswith("_weight")} | {"temperature", "mlm_probability"}
+        # What follows from the objective where nothing is given.
+        given |= {"similarity", "contrastive_temperature", "text_unit"} if "views" in recipe else set()
         given |= {"per_device_eval_batch_size"} if hasattr(trainer.args, "eval_lanes") else set()
         assert recipe["learning_rate"] == 3e-4 and recipe["max_steps"] == 2
         # Else a recipe written on a machine without a GPU would never use one again.
