@@ -91,9 +91,10 @@ class ContrastiveTrainingArguments(MaskedLMTrainingArguments):
     )
     views: View = option(
         "same",
-        "Two views of a text: 'same' (the same text twice, under other dropout), 'neighbours' (a sentence and the next one), "
-        "'spans' (two spans of a document), 'ict' (a sentence and the text around it), 'title' (the first sentence of a document "
-        "and its body), or 'pairs' (given pairs, in train_file as CSV, TSV or JSON lines, perhaps with hard negatives).",
+        "Two views of a text: 'same' (the same text twice, under other dropout), 'neighbours' (a sentence and the one before or "
+        "behind), 'spans' (two spans of a document), 'ict' (a sentence and the text around it), 'title' (the first sentence of a "
+        "document and a block of its body), or 'pairs' (given pairs, in train_file as CSV, TSV or JSON lines, perhaps with hard "
+        "negatives).",
     )
     text_unit: Literal["sentence", "block"] | None = option(
         None,

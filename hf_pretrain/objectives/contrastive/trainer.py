@@ -40,7 +40,7 @@ _VIEWS = {
         "Two readings of a text under other dropout are nearer to each other than to other texts.",
         "gao2021simcse",
     ),
-    "neighbours": ("A sentence and the next one are nearer to each other than to other sentences.", "gao2021simcse"),
+    "neighbours": ("A sentence and its neighbour are nearer to each other than to other sentences.", "gao2021simcse"),
     "spans": (
         "Two spans of a document are nearer to each other than to spans of other documents.",
         "giorgi2021declutr",
