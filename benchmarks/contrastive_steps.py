@@ -72,8 +72,6 @@ CACHED = "ours, cached"
 CACHING = tuple(name for name in ("ours, plain accumulation", CACHED, THEIRS and f"{THEIRS}, cached") if name)
 # Cosines are divided by it: 20 in terms of a scale.
 TEMPERATURE = 0.05
-# Rows that texts share hold so many of the longest.
-TEXTS_IN_A_ROW = 4
 # A shorter paragraph is often a heading or a list of names.
 LEAST_CHARACTERS = 40
 
@@ -127,8 +125,6 @@ def make_encoder(args: argparse.Namespace, *, dropout: float = 0.1) -> BertModel
         num_hidden_layers=args.num_hidden_layers,
         num_attention_heads=max(1, args.hidden_size // 64),
         intermediate_size=4 * args.hidden_size,
-        # A row of several texts must fit.
-        max_position_embeddings=max(512, TEXTS_IN_A_ROW * args.sequence_length),
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
@@ -147,8 +143,7 @@ def our_model(encoder: BertModel, length: int) -> ContrastiveForPreTraining:
 
 def our_collator(material: Material, *, packed: bool) -> DataCollatorForContrastive:
     """Return our collator."""
-    length = TEXTS_IN_A_ROW * material.length if packed else None
-    return DataCollatorForContrastive(material.tokenizer, objective="contrastive", packed=packed, row_length=length)
+    return DataCollatorForContrastive(material.tokenizer, objective="contrastive", packed=packed)
 
 
 def our_loss(model: ContrastiveForPreTraining, batch: Batch) -> torch.Tensor:
