@@ -69,7 +69,7 @@ def pmi_matrix(
     words = np.asarray(table.sum(axis=1), dtype=np.float64).ravel()
     contexts = np.asarray(table.sum(axis=0), dtype=np.float64).ravel()
     # A context that never occurs stays at zero, also with an exponent of zero.
-    contexts = np.where(contexts > 0, np.maximum(contexts, 1e-300) ** smoothing, 0)
+    contexts = np.where(contexts > 0, contexts**smoothing, 0)
     # Whole numbers below 2**53 make the quotient exactly 1 where word and context are independent.
     products = np.repeat(words, np.diff(table.indptr)) * contexts[table.indices]
     table.data = np.log(table.data * contexts.sum() / products)
