@@ -257,7 +257,7 @@ class WordCorpus:
             len(documents),
             _documents_of_words(tokens, bounds, len(words)),
         )
-        return cls(vocabulary, tokens, np.unique(before[line_ends]), bounds, word_tokenizer(words, lowercase=False))
+        return cls(vocabulary, tokens, _distinct(before[line_ends]), bounds, word_tokenizer(words, lowercase=False))
 
 
 def _check_free(folder: Path) -> None:
@@ -394,7 +394,7 @@ def _renumber(folder: Path, new_ids: np.ndarray, counts: np.ndarray) -> None:
         num_known += len(known)
         document_counts += _documents_of_words(known, new_document_ends[low : high + 1], len(counts))
     tokens.flush()
-    np.save(folder / "lines.npy", np.unique(new_line_ends))
+    np.save(folder / "lines.npy", _distinct(new_line_ends))
     np.save(folder / "documents.npy", new_document_ends)
     np.save(folder / "document_counts.npy", document_counts)
 
@@ -411,7 +411,15 @@ def _parts(ends: np.ndarray) -> Iterator[tuple[int, int]]:
 def _documents_of_words(tokens: np.ndarray, bounds: np.ndarray, num_words: int) -> np.ndarray:
     """Return how many documents hold each word; the bounds of the documents begin at the first token."""
     number = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return np.bincount(np.unique(number * num_words + tokens) % num_words, minlength=num_words)
+    # Faster than `np.unique`, which hashes.
+    keys = np.sort(number * num_words + tokens)
+    is_first = np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]
+    return np.bincount(keys[is_first] % num_words, minlength=num_words)
+
+
+def _distinct(bounds: np.ndarray) -> np.ndarray:
+    """Leave out bounds that equal the one before."""
+    return bounds[np.concatenate([[True], np.diff(bounds) > 0])]
 
 
 def _raw(folder: Path, name: str) -> Path:
