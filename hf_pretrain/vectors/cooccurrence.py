@@ -172,12 +172,15 @@ def _counted_parts(
         end = min(begin + step, num_tokens)
         tokens = np.asarray(corpus.tokens[begin : end + window.size], dtype=np.int64)
         # A pair belongs to the part of its left word; the right one may lie beyond the part, but not beyond the line.
-        left_words = np.arange(end - begin)
-        room = bounds[np.searchsorted(bounds, left_words + begin, side="right")] - begin - left_words
+        positions = np.arange(begin, end)
+        room = bounds[np.searchsorted(bounds, positions, side="right")] - positions
+        left_words = (tokens[: end - begin] * size) << low_bits
+        right_words = tokens << low_bits
         keys = []
-        for distance in range(1, window.size + 1):
-            left = np.flatnonzero(room > distance)
-            keys.append(((tokens[left] * size + tokens[left + distance]) << low_bits) | (distance - 1))
+        for distance in range(1, min(window.size, len(tokens) - 1) + 1):
+            right = right_words[distance : distance + end - begin]
+            both = (left_words[: len(right)] + right) | (distance - 1)
+            keys.append(both[room[: len(right)] > distance])
         if pairs := sum(map(len, keys)):
             yield _summed(np.concatenate(keys), numerators, size=size, low_bits=low_bits, pairs=pairs)
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -79,7 +79,7 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
         self.max_features = max_features
         self.lowercase = lowercase
 
-    def fit(self, texts: Iterable[str], y: Any = None) -> SparseTextVectorizer:
+    def fit(self, texts: Iterable[str], y: Any = None) -> Self:
         """Choose the vocabulary and weigh its words.
 
         Args:
@@ -164,7 +164,7 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
         share_weights(folder)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SparseTextVectorizer:
+    def from_pretrained(cls, folder: str | Path) -> Self:
         """Return the vectorizer of a folder; it gives the same vectors bit for bit.
 
         Args:
@@ -269,7 +269,7 @@ class LatentTextVectorizer(SparseTextVectorizer):
         self.exact = exact
         self.seed = seed
 
-    def fit(self, texts: Iterable[str], y: Any = None) -> LatentTextVectorizer:
+    def fit(self, texts: Iterable[str], y: Any = None) -> Self:
         """Choose the vocabulary, weigh the words, and decompose the matrix of the texts.
 
         Args:

@@ -70,7 +70,8 @@ class TestBuild:
     @pytest.mark.parametrize("pieces", [1, 7, 1 << 18])
     @pytest.mark.parametrize("ids", [1, 9, 1 << 22])
     def test_it_is_a_plain_count(self, min_count, pieces, ids, tmp_path, monkeypatch):
-        monkeypatch.setattr(module, "_PIECES", pieces)
+        monkeypatch.setattr(module, "_CHARACTERS", pieces)
+        monkeypatch.setattr(module, "_CUT", min(pieces, 500))
         monkeypatch.setattr(module, "_KNOWN_PIECES", pieces)
         monkeypatch.setattr(module, "_IDS", ids)
         corpus = built(tmp_path / "corpus", min_count=min_count)
