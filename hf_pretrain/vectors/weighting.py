@@ -145,26 +145,30 @@ def latent_vectors(
     kind = matrix.dtype if matrix.dtype in (np.float32, np.float64) else np.float64
     matrix = sparse.csr_matrix(matrix, dtype=kind)
     number = generator_seed(seed=seed, stream="svd") % (1 << _SEED_BITS)
-    if exact:
-        start = np.random.Generator(np.random.Philox(key=number)).standard_normal(min(matrix.shape)).astype(kind)
-        left, values, right = svds(matrix, k=dimensions, v0=start)
-        order = np.argsort(-values, kind="stable")
-        left, values, right = left[:, order], values[order], right[order]
-    else:
-        left, values, right = randomized_svd(
-            matrix,
-            dimensions,
-            n_oversamples=_OVERSAMPLES,
-            n_iter=_POWER_ITERATIONS,
-            power_iteration_normalizer="auto",
-            flip_sign=False,
-            random_state=number,
-        )
+    left, values, right = _decomposed(matrix, dimensions, number, exact=exact)
     rank = int((values > values[0] * np.finfo(kind).eps * max(matrix.shape)).sum())
     if rank < dimensions:
         raise InputError(
             f"dimensions={dimensions}: the matrix has only {rank} independent columns; name at most {rank}"
         )
     signs = np.sign(left[np.abs(left).argmax(axis=0), np.arange(dimensions)])
-    left, right = left * signs, right * signs[:, None]
-    return LatentVectors(left * values**power, values, right)
+    return LatentVectors(left * signs * values**power, values, right * signs[:, None])
+
+
+def _decomposed(
+    matrix: sparse.csr_matrix, dimensions: int, number: int, *, exact: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return U, Σ and V^T, from the largest singular value on; their signs are free."""
+    if not exact:
+        return randomized_svd(
+            matrix,
+            dimensions,
+            n_oversamples=_OVERSAMPLES,
+            n_iter=_POWER_ITERATIONS,
+            flip_sign=False,
+            random_state=number,
+        )
+    start = np.random.Generator(np.random.Philox(key=number)).standard_normal(min(matrix.shape))
+    left, values, right = svds(matrix, k=dimensions, v0=start.astype(matrix.dtype))
+    order = np.argsort(-values, kind="stable")
+    return left[:, order], values[order], right[order]
