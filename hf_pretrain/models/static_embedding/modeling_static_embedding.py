@@ -141,12 +141,16 @@ class StaticEmbeddingModel(PreTrainedModel):
 
 
 def _mean(states_BLD: torch.Tensor, counts_BL: torch.Tensor | None) -> torch.Tensor:  # noqa: N803
-    """Return the mean over the tokens that count, in fp32."""
-    if counts_BL is None:
-        counts_BL = torch.ones(states_BLD.shape[:2], dtype=torch.bool, device=states_BLD.device)
-    # Not by a product: padding may hold values that are not a number.
-    kept_BLD = states_BLD.float().masked_fill(~counts_BL[:, :, None], 0)
-    return kept_BLD.sum(1) / counts_BL.sum(1, keepdim=True).clamp(min=1)
+    """Return the mean over the tokens that count, in fp32, with the bits of sentence-transformers' own."""
+    (num_texts, length, width), device = states_BLD.shape, states_BLD.device
+    nowhere = num_texts * length
+    rows_N = torch.arange(nowhere, device=device)
+    if counts_BL is not None:
+        rows_N = torch.where(counts_BL.flatten(), rows_N, nowhere)
+    # The row behind the last stands for what does not count: padding may hold values that are not a number, and is not read.
+    table_RD = F.pad(states_BLD.float().reshape(-1, width), (0, 0, 0, 1))
+    offsets_B = torch.arange(num_texts, device=device) * length
+    return F.embedding_bag(rows_N, table_RD, offsets_B, mode="mean", padding_idx=nowhere)
 
 
 __all__ = ["StaticEmbeddingModel"]
