@@ -52,11 +52,13 @@ def test_a_text_is_the_mean_of_the_tokens_that_count():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 1]])
     output = model(ids, attention_mask=mask)
     assert torch.equal(output.last_hidden_state, table[ids])
-    expected = torch.stack([
-        (table[2] + table[3]) / 2,
-        (table[4] + table[5] + table[6]) / 3,  # padding never counts, whatever the mask says
-        (table[7] + table[9]) / 3,  # an unknown word counts, as zero
-    ])
+    expected = torch.stack(
+        [
+            (table[2] + table[3]) / 2,
+            (table[4] + table[5] + table[6]) / 3,  # padding never counts, whatever the mask says
+            (table[7] + table[9]) / 3,  # an unknown word counts, as zero
+        ]
+    )
     torch.testing.assert_close(output.pooler_output, expected)
     without_mask = model(ids).pooler_output
     torch.testing.assert_close(without_mask[:2], expected[:2])
@@ -128,7 +130,9 @@ def test_the_table_is_read_set_and_resized():
     assert head.weight is model.embeddings
     other = torch.nn.Embedding(6, 8)
     model.set_input_embeddings(other)
-    assert model.embeddings is other.weight and torch.equal(model(torch.tensor([[4]])).pooler_output[0], other.weight[4])
+    assert model.embeddings is other.weight and torch.equal(
+        model(torch.tensor([[4]])).pooler_output[0], other.weight[4]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -117,7 +117,10 @@ def test_one_dimension_and_words_that_are_numbers(tmp_path):
     found = read_vectors(write(tmp_path, "7 5\n8 6\n9 7\n"))
     assert found.words == ("7", "8", "9") and found.vectors.ravel().tolist() == [5, 6, 7]
     assert read_vectors(write(tmp_path, "1 2 3\n4 5 6\n")).words == ("1", "4")
-    assert read_vectors(write(tmp_path, "2 2\na +1 2\nb 3 4_0\n".replace("_", ""))).vectors.tolist() == [[1, 2], [3, 40]]
+    assert read_vectors(write(tmp_path, "2 2\na +1 2\nb 3 4_0\n".replace("_", ""))).vectors.tolist() == [
+        [1, 2],
+        [3, 40],
+    ]
 
 
 def test_one_row_more_than_the_header_says(tmp_path, told):
