@@ -1,6 +1,5 @@
 """Files of word vectors: each kind, each oddity, and what is refused."""
 
-import gzip
 import logging
 import struct
 import zipfile
