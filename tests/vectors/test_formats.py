@@ -105,7 +105,7 @@ def test_lines_may_end_in_spaces(end, tmp_path):
 
 def test_words_with_spaces_are_split_from_the_right(tmp_path):
     names = (". . .", "at name@domain.com", "a\u00a0b", "c\u2028d", "x\x85y", " ", "", "1 2", "plain", "e f")
-    table = numbers(len(names), 5)
+    table = numbers(len(names), 6)
     for kind in ("glove", "word2vec", "fasttext"):
         found = read_vectors(write_vectors(tmp_path / "x", names, table, kind=kind))
         assert found.words == names and same_bits(found.vectors, table)
@@ -142,7 +142,7 @@ def test_the_first_of_words_that_come_twice_stays(tmp_path, told):
         ("a 1 2\nb 3 nan\nc 1 1\n", r"line 2"),
         ("a 1 2\nb inf 3\nc 1 1\n", r"line 2"),
         ("a 1 2\nb 1e39 3\nc 1 1\n", r"line 2"),
-        ("a 1 2\nb 3  4\nc  5\n", r"line 3: '' is no finite number"),
+        ("a 1 2\nb 3  4\nc  5\n", r"line 2: '' is no finite number"),
         ("3 2\na 1 2\nb 3 4\n", r"2 of the 3 words"),
         ("word\nother\n", r"line 1: there is no word followed by numbers"),
         ("", r"no row"),
