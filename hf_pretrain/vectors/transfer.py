@@ -100,7 +100,11 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, TokenText]:
 
 def start_from_vectors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
     """Fill the word table of a new model from a folder of word vectors, and say what was found; see [`table_from_vectors`]."""
-    report = table_from_vectors(model, tokenizer, WordVectors.open(name_or_path))
+    table, vectors = model.get_input_embeddings().weight, WordVectors.open(name_or_path)
+    if table.is_meta:  # a rehearsal
+        _check_width(vectors.vectors, table.shape[1], model)
+        return
+    report = table_from_vectors(model, tokenizer, vectors)
     say_once(
         f"{name_or_path}: {report.found:.1%} of the word table starts from vectors ({report.words} words, {report.pieces} pieces "
         f"of words; {report.kept} tokens start at random)"
@@ -130,11 +134,12 @@ def table_from_vectors(
         InputError: If the vectors are narrower than the table, or too few for principal components.
     """
     table = model.get_input_embeddings().weight
-    values = _of_width(vectors.vectors, table.shape[1], model)
+    _check_width(vectors.vectors, table.shape[1], model)
+    values = _of_width(vectors.vectors, table.shape[1])
     from_word, piece_ids, of_pieces = _rows_of_tokens(tokenizer, vectors)
     ids = [*from_word, *piece_ids]
     report = TableReport(len(from_word), len(piece_ids), len(tokenizer) - len(ids))
-    if not ids or table.is_meta:
+    if not ids:
         return report
     new = np.concatenate([values[list(from_word.values())], of_pieces @ values]).astype(np.float64)
     spread = new.std()
@@ -144,16 +149,20 @@ def table_from_vectors(
     return report
 
 
-def _of_width(vectors: np.ndarray, width: int, model: PreTrainedModel) -> np.ndarray:
-    """Return vectors as wide as a table: themselves or their principal components."""
+def _check_width(vectors: np.ndarray, width: int, model: PreTrainedModel) -> None:
+    """Refuse vectors that are narrower than a table, or too few for as many principal components."""
     num_words, own = vectors.shape
-    if own == width:
-        return vectors
-    if own < width or num_words < width:
+    if own < width or (own > width and num_words < width):
         raise InputError(
             f"init_embeddings: {num_words} vectors of width {own} cannot fill the word table of {type(model).__name__}, which is "
             f"{width} wide: make at least {width} vectors of at least that width, or a model with a table of {own}"
         )
+
+
+def _of_width(vectors: np.ndarray, width: int) -> np.ndarray:
+    """Return vectors as wide as a table: themselves or their principal components."""
+    if vectors.shape[1] == width:
+        return vectors
     return np.asarray(PCA(n_components=width, svd_solver="covariance_eigh").fit_transform(vectors.astype(np.float64)))
 
 
