@@ -46,7 +46,7 @@ class GloVeOptions:
         dimensions: Width D of the vectors.
         x_max: Count from which on all counts weigh the same: 10 for small corpora, 100 in the paper (6 billion words).
         alpha: Exponent of the weight of smaller counts.
-        learning_rate: Step of AdaGrad.
+        learning_rate: Step of AdaGrad; the program's is 0.05.
         epochs: Times that each count is visited; 50 in the paper for less than 300 dimensions, else 100.
         batch_size: Counts in a batch.
         seed: Seed of the first vectors and of the order.
@@ -71,7 +71,7 @@ class GloVeOptions:
     dimensions: int = 100
     x_max: float = 10.0
     alpha: float = 0.75
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     epochs: int = 25
     batch_size: int = 65536
     seed: int = 0

@@ -144,7 +144,7 @@ def table_from_vectors(
     new = np.concatenate([values[list(from_word.values())], of_pieces @ values]).astype(np.float64)
     spread = new.std()
     if spread > 0:
-        new *= table.float().std().item() / spread
+        new *= table.float().std(correction=0).item() / spread
     table[torch.tensor(ids, device=table.device)] = torch.from_numpy(new).to(table.device, table.dtype)
     return report
 
