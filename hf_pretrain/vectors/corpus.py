@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from tqdm.auto import tqdm
 
-from hf_pretrain.data.documents.words import encodable
+from hf_pretrain.data.documents.words import code_points, encodable
 from hf_pretrain.errors import InputError, check_range, one_line
 from hf_pretrain.files import MARKER, PART, begin_folder, first_difference, read_marker, write_marker
 
@@ -37,11 +39,12 @@ _ARRAYS = {
 }
 _TOKENIZER = "tokenizer.json"
 _RAW = ("words", "lines", "documents")
-# Pieces of text that are looked up together, and most distinct ones that are kept: about 200 bytes each.
-_PIECES, _KNOWN_PIECES = 1 << 18, 1 << 21
+# Characters of text that are looked up together; most distinct pieces that are kept, about 200 bytes each; and pieces that are
+# cut in one call.
+_CHARACTERS, _KNOWN_PIECES, _CUT = 1 << 23, 1 << 21, 500
 # Ids that are translated together; a longer document is one part.
 _IDS = 1 << 22
-# Python's `str.split` splits at these, Unicode and the tokenizer do not.
+# Arrow splits at these, the tokenizer does not.
 _SEPARATORS = "\x1c\x1d\x1e\x1f"
 _WITHOUT_SEPARATORS = str.maketrans("", "", _SEPARATORS)
 # Control and format characters, but for white space and the joiners of letters; U+FFFD; selectors of glyphs.
@@ -257,7 +260,7 @@ class WordCorpus:
             len(documents),
             _documents_of_words(tokens, bounds, len(words)),
         )
-        return cls(vocabulary, tokens, np.unique(before[line_ends]), bounds, word_tokenizer(words, lowercase=False))
+        return cls(vocabulary, tokens, _distinct(before[line_ends]), bounds, word_tokenizer(words, lowercase=False))
 
 
 def _check_free(folder: Path) -> None:
@@ -294,26 +297,37 @@ class _Pieces:
         self._flat = np.empty(0, dtype=np.int32)
         self._begins = np.zeros(1, dtype=np.int64)
 
-    def ids(self, pieces: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the ids of all words, `int32 [n]`, and how many words each piece has, `int64 [P]`."""
-        numbers = np.fromiter(map(self._pieces.__getitem__, pieces), dtype=np.int64, count=len(pieces))
+    def ids(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of all words of lines, `int32 [n]`, and how many words each line has, `int64 [L]`."""
+        pieces = pc.utf8_split_whitespace(pa.array(lines, type=pa.large_string()))
+        distinct = pieces.flatten().dictionary_encode()
+        names = distinct.dictionary.to_pylist()
+        numbers = np.fromiter(map(self._pieces.__getitem__, names), dtype=np.int64, count=len(names))
         num_new = len(self._pieces) - (len(self._begins) - 1)
-        new = list(itertools.islice(reversed(self._pieces), num_new))[::-1]
-        cut = [self._cut(piece) for piece in new]
-        flat = np.array([number for words in cut for number in words], dtype=np.int32)
-        ends = self._begins[-1] + np.cumsum([len(words) for words in cut], dtype=np.int64)
-        self._flat, self._begins = np.concatenate([self._flat, flat]), np.concatenate([self._begins, ends])
+        lengths, flat = self._cut(list(itertools.islice(reversed(self._pieces), num_new))[::-1])
+        self._begins = np.concatenate([self._begins, self._begins[-1] + np.cumsum(lengths)])
+        self._flat = np.concatenate([self._flat, flat])
+        numbers = numbers[distinct.indices.to_numpy(zero_copy_only=False)] if names else numbers
         first, lengths = self._begins[numbers], np.diff(self._begins)[numbers]
         # The words of piece p are at first[p], first[p] + 1, ...
-        steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        ids = self._flat[np.repeat(first, lengths) + steps]
+        before = np.concatenate([[0], np.cumsum(lengths)])
+        ids = self._flat[np.arange(before[-1]) + np.repeat(first - before[:-1], lengths)]
         if len(self._pieces) > _KNOWN_PIECES:
             self._forget()
-        return ids, lengths
+        return ids, np.diff(before[pieces.offsets.to_numpy()])
 
-    def _cut(self, piece: str) -> list[int]:
-        cut = self._pre_tokenizer.pre_tokenize_str(self._normalizer.normalize_str(piece))
-        return [self.words[word] for word, _ in cut]
+    def _cut(self, pieces: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return how many words each piece has, and the ids of all."""
+        lengths, flat = [np.empty(0, dtype=np.int64)], list[int]()
+        for begin in range(0, len(pieces), _CUT):
+            group = pieces[begin : begin + _CUT]
+            text = self._normalizer.normalize_str("\n".join(group))
+            cut = self._pre_tokenizer.pre_tokenize_str(text)
+            ends = np.flatnonzero(code_points(text) == ord("\n"))
+            owners = np.searchsorted(ends, np.array([start for _, (start, _) in cut], dtype=np.int64))
+            lengths.append(np.bincount(owners, minlength=len(group)))
+            flat += [self.words[word] for word, _ in cut]
+        return np.concatenate(lengths), np.array(flat, dtype=np.int32)
 
 
 def _number(texts: Iterable[str], folder: Path, *, lowercase: bool) -> _Numbered:
@@ -322,39 +336,38 @@ def _number(texts: Iterable[str], folder: Path, *, lowercase: bool) -> _Numbered
     counts = np.zeros(1 << 16, dtype=np.int64)
     with ExitStack() as stack:
         files = {name: stack.enter_context(_raw(folder, name).open("wb")) for name in _RAW}
-        for waiting, line_ends, document_ends in _batches(texts):
-            ids, lengths = pieces.ids(waiting)
-            ids.tofile(files["words"])
+        for lines, document_ends in _batches(texts):
+            ids, lengths = pieces.ids(lines)
             before = np.concatenate([[0], np.cumsum(lengths)])
-            for name, ends in (("lines", line_ends), ("documents", document_ends)):
-                np.diff(before[np.array([0, *ends])]).tofile(files[name])
+            ids.tofile(files["words"])
+            lengths.tofile(files["lines"])
+            np.diff(before[[0, *document_ends]]).tofile(files["documents"])
             if len(pieces.words) > len(counts):
                 counts = np.concatenate([counts, np.zeros(2 * len(pieces.words) - len(counts), dtype=np.int64)])
             counts += np.bincount(ids, minlength=len(counts))
     return _Numbered(list(pieces.words), counts[: len(pieces.words)])
 
 
-def _batches(texts: Iterable[str]) -> Iterator[tuple[list[str], list[int], list[int]]]:
-    """Yield the pieces of whole documents, and at which of them lines and documents end."""
-    pieces: list[str] = []
-    line_ends: list[int] = []
+def _batches(texts: Iterable[str]) -> Iterator[tuple[list[str], list[int]]]:
+    """Yield the lines of whole documents, and at which of them documents end."""
+    lines: list[str] = []
     document_ends: list[int] = []
+    num_characters = 0
     for text in tqdm(texts, desc="Counting words", unit=" documents", delay=2, disable=None):
         if not isinstance(text, str):
             raise InputError(
                 f"texts hold {type(text).__name__} {str(text)[:40]!r}: each must be the text of a document"
             )
         text = encodable(text)
-        if any(separator in text for separator in _SEPARATORS):
+        if not text.isprintable() and any(separator in text for separator in _SEPARATORS):
             text = text.translate(_WITHOUT_SEPARATORS)
-        for line in text.split("\n"):
-            pieces += line.split()
-            line_ends.append(len(pieces))
-        document_ends.append(len(pieces))
-        if len(pieces) >= _PIECES:
-            yield pieces, line_ends, document_ends
-            pieces, line_ends, document_ends = [], [], []
-    yield pieces, line_ends, document_ends
+        lines += text.split("\n")
+        document_ends.append(len(lines))
+        num_characters += len(text)
+        if num_characters >= _CHARACTERS:
+            yield lines, document_ends
+            lines, document_ends, num_characters = [], [], 0
+    yield lines, document_ends
 
 
 def _choose(
@@ -394,7 +407,7 @@ def _renumber(folder: Path, new_ids: np.ndarray, counts: np.ndarray) -> None:
         num_known += len(known)
         document_counts += _documents_of_words(known, new_document_ends[low : high + 1], len(counts))
     tokens.flush()
-    np.save(folder / "lines.npy", np.unique(new_line_ends))
+    np.save(folder / "lines.npy", _distinct(new_line_ends))
     np.save(folder / "documents.npy", new_document_ends)
     np.save(folder / "document_counts.npy", document_counts)
 
@@ -411,7 +424,15 @@ def _parts(ends: np.ndarray) -> Iterator[tuple[int, int]]:
 def _documents_of_words(tokens: np.ndarray, bounds: np.ndarray, num_words: int) -> np.ndarray:
     """Return how many documents hold each word; the bounds of the documents begin at the first token."""
     number = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    return np.bincount(np.unique(number * num_words + tokens) % num_words, minlength=num_words)
+    # Faster than `np.unique`, which hashes.
+    keys = np.sort(number * num_words + tokens)
+    is_first = np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]
+    return np.bincount(keys[is_first] % num_words, minlength=num_words)
+
+
+def _distinct(bounds: np.ndarray) -> np.ndarray:
+    """Leave out bounds that equal the one before."""
+    return bounds[np.concatenate([[True], np.diff(bounds) > 0])]
 
 
 def _raw(folder: Path, name: str) -> Path:
