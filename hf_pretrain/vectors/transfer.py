@@ -99,12 +99,26 @@ def token_texts(tokenizer: PreTrainedTokenizerBase) -> dict[int, TokenText]:
 
 
 def start_from_vectors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name_or_path: str) -> None:
-    """Fill the word table of a new model from a folder of word vectors, and say what was found; see [`table_from_vectors`]."""
+    """Fill the word table of a new model from a folder of word vectors, and say what was found; see [`table_from_vectors`].
+
+    Args:
+        model: The model, changed in place. Of one without values, only the width is checked.
+        tokenizer: Its tokenizer.
+        name_or_path: What `WordVectors.open` opens.
+
+    Raises:
+        InputError: If the vectors cannot be opened, do not fit, or are of no token of the tokenizer.
+    """
     table, vectors = model.get_input_embeddings().weight, WordVectors.open(name_or_path)
     if table.is_meta:  # a rehearsal
         _check_width(vectors.vectors, table.shape[1], model)
         return
     report = table_from_vectors(model, tokenizer, vectors)
+    if not report.found:
+        raise InputError(
+            f"init_embeddings={name_or_path!r}: none of its {len(vectors)} words is made of the tokenizer's tokens: use "
+            "vectors of the same language and script"
+        )
     say_once(
         f"{name_or_path}: {report.found:.1%} of the word table starts from vectors ({report.words} words, {report.pieces} pieces "
         f"of words; {report.kept} tokens start at random)"

@@ -10,6 +10,8 @@ import torch
 
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.vectors import glove
+from hf_pretrain.vectors.cooccurrence import Window, count_cooccurrences
+from hf_pretrain.vectors.corpus import WordCorpus
 from hf_pretrain.vectors.glove import (
     CHECKPOINT,
     GloVeOptions,
@@ -231,6 +233,22 @@ def test_memory_mapped_counts_give_the_same_bits(small_pools, tmp_path):
     results = [train_glove(each, OPTIONS) for each in (cooccurrences, SimpleNamespace(shape=(40, 40), **mapped))]
     for one, other in zip(*results, strict=True):
         assert np.array_equal(one, other)
+
+
+def test_counts_of_a_corpus_on_disk_give_the_same_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = [[f"{topic}{word}" for word in rng.integers(0, 9, 12)] for topic in "ab" * 60]
+    corpus = WordCorpus.from_words([lines])
+    counts = [
+        count_cooccurrences(corpus, Window(size=4, weighting="harmonic"), **options)
+        for options in ({}, {"max_entries": 1024, "folder": tmp_path})
+    ]
+    results = [train_glove(each, dataclasses.replace(OPTIONS, epochs=20)) for each in counts]
+    assert np.array_equal(results[0].vectors, results[1].vectors)
+    names = np.array([word[0] for word in corpus.vocabulary.words])
+    unit = results[0].vectors / np.linalg.norm(results[0].vectors, axis=1, keepdims=True)
+    same = names[:, None] == names
+    assert (unit @ unit.T)[same].mean() > (unit @ unit.T)[~same].mean() + 0.5
 
 
 def test_a_run_goes_on_with_the_same_bits(tmp_path):

@@ -399,6 +399,13 @@ def test_generator_and_discriminator_start_from_the_vectors(folder, sharing):
         assert np.ptp(rows / words(width=16).vectors[0]) < 1e-4
 
 
+def test_vectors_of_other_words_are_refused(tmp_path):
+    WordVectors(("слово", "язык"), np.ones((2, 8))).save(tmp_path, method="glove", training={}, lowercase=True)
+    tokenizer = pieces_tokenizer()
+    with pytest.raises(InputError, match="none of its 2 words"):
+        start_from_vectors(model_for(tokenizer), tokenizer, str(tmp_path))
+
+
 def test_vectors_for_a_model_that_is_there_are_refused(folder):
     with pytest.raises(InputError, match="leave out one of the two"):
         ModelArguments(init_embeddings=folder, model_name_or_path="bert-base-uncased")
