@@ -116,7 +116,7 @@ def distil_vectors(
         names, rows = _tokens(tokenizer)
         before, after = _frame(tokenizer)
         sequences = [[*before, token, *after] for token in rows.tolist()]
-        inside = [range(len(before), len(before) + 1)] * len(rows)
+        inside = [[len(before)]] * len(rows)
     else:
         names, rows = tuple(words), np.arange(len(words))
         sequences, inside = _word_sequences(tokenizer, names)
@@ -163,7 +163,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
 
 def _word_sequences(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str]
-) -> tuple[list[list[int]], list[Sequence[int]]]:
+) -> tuple[list[list[int]], list[list[int]]]:
     """Return the ids of each word with special tokens, and the places of its own tokens."""
     seen: set[str] = set()
     for number, word in enumerate(words):
@@ -193,7 +193,7 @@ def _mean_states(
             input_ids = torch.tensor([sequences[number] for number in batch], device=encoder.device)
             is_inside = np.zeros(input_ids.shape, dtype=np.float32)
             for row, number in enumerate(batch):
-                is_inside[row, list(inside[number])] = 1 / len(inside[number])
+                is_inside[row, inside[number]] = 1 / len(inside[number])
             states = encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state
             share = torch.from_numpy(is_inside).to(encoder.device)
             means[batch] = torch.einsum("bld,bl->bd", states.float(), share).cpu().numpy()
