@@ -123,6 +123,9 @@ def test_bytes_that_are_no_character_are_paired_by_their_spelling():
     pairs, names = shared_tokens(one, other), one.get_vocab()
     for byte in ("Ã", "ã", "¢"):
         assert pairs[other.get_vocab()[byte]] == names[byte]
+    # Other letters of the spelling are other bytes, not another case.
+    one, other = byte_level("Ġã"), byte_level("ĠÃ")
+    assert other.get_vocab()["ĠÃ"] not in shared_tokens(one, other)
 
 
 # FOCUS
