@@ -374,7 +374,9 @@ class StretchReader:
             return position, np.empty(0, dtype=np.int64)
         edge, width = int(self.lines[line if step < 0 else line + 1]), 4 * self.options.window
         while True:
-            low, high = (max(edge, position - width), position) if step < 0 else (position, min(edge, position + width))
+            low, high = (
+                (max(edge, position - width), position) if step < 0 else (position, min(edge, position + width))
+            )
             found = low + np.flatnonzero(self._kept(epoch, low, high))
             outer = low if step < 0 else high
             if len(found) >= self.options.window or outer == edge:
@@ -410,7 +412,9 @@ def make_backend(
 ) -> Backend:
     """Return what learns, from the vectors of a state on; numba or torch's part is imported here."""
     table: HuffmanCodes | AliasTable
-    table = huffman_codes(counts) if options.hierarchical else alias_table(noise_distribution(counts, options.noise_power))
+    table = (
+        huffman_codes(counts) if options.hierarchical else alias_table(noise_distribution(counts, options.noise_power))
+    )
     if options.used_backend == "numba":
         from hf_pretrain.vectors.word2vec_kernel import KernelBackend
 
@@ -452,7 +456,13 @@ def train_word2vec(
     backend, total = make_backend(reader, counts, options, run.state), options.epochs * num_tokens
     saved = seen = run.epoch * num_tokens + run.position
     with tqdm(
-        total=total, initial=seen, desc="Training", unit=" words", unit_scale=True, delay=2, disable=None if progress else True
+        total=total,
+        initial=seen,
+        desc="Training",
+        unit=" words",
+        unit_scale=True,
+        delay=2,
+        disable=None if progress else True,
     ) as bar:
         while run.epoch < options.epochs:
             end = min(run.position + backend.positions, num_tokens)

@@ -285,9 +285,7 @@ class KernelBackend:
             return self._learn_part(stretch, 0, size)
         bounds = [size * thread // threads for thread in range(threads + 1)]
         with ThreadPoolExecutor(threads) as pool:
-            parts = [
-                pool.submit(self._learn_part, stretch, *bounds[thread : thread + 2]) for thread in range(threads)
-            ]
+            parts = [pool.submit(self._learn_part, stretch, *bounds[thread : thread + 2]) for thread in range(threads)]
             losses, pairs = zip(*(part.result() for part in parts), strict=True)
         return sum(losses), sum(pairs)
 
