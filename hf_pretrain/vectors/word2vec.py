@@ -1,10 +1,10 @@
 """Skip-gram and CBOW: vectors of words that predict their neighbours, with negative sampling or hierarchical softmax.
 
-[`train_word2vec`] reads the corpus in order. [`stretches`] says for a part of it which words are kept, how wide their windows are
-and how fast they learn. Two backends learn from that: `word2vec_kernel` on the CPU, compiled by numba, and `word2vec_torch` in large
-batches on any device. All draws follow from the seed, the epoch and the position in the corpus, so they do not depend on the size of a
-stretch. A run on one thread repeats bit for bit, also if it was interrupted. Several threads write to the same vectors
-without locks, so their results differ a little from run to run.
+[`train_word2vec`] reads the corpus in order. `StretchReader` says for a part of it which words are kept, how wide their windows
+are and how fast they learn. Two backends learn from that: `word2vec_kernel` on the CPU, compiled by numba, and `word2vec_torch`
+in large batches on any device. All draws follow from the seed, the epoch and the position in the corpus, so they do not depend on
+the size of a stretch. A run on one thread repeats bit for bit, also if it was interrupted. Several threads write to the same
+vectors without locks, so their results differ a little from run to run.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class Word2VecOptions:
         sample: Relative frequency above which words are left out at random; 0 keeps all. Useful values are 1e-3 to 1e-5.
         noise_power: Exponent of the counts in the distribution of the noise.
         epochs: Times that the corpus is read.
-        learning_rate: Learning rate at the start. By default .025 for skip-gram, .15 for CBOW with the gradient of the mean, .05 with
-            that of word2vec, and .1 in torch, which uses AdaGrad.
+        learning_rate: Learning rate at the start. By default .025 for skip-gram, .15 for CBOW with the gradient of the mean,
+            .05 with that of word2vec, and .1 in torch, which uses AdaGrad.
         min_learning_rate_share: Share of the learning rate below which its linear decay does not go.
         shared_negatives: Whether all pairs of a centre word have the same noise, and learn in one step: three times as
             fast, as good. CBOW has one pair a centre word in any case.
@@ -146,7 +146,7 @@ class Word2VecResult(NamedTuple):
 
     Attributes:
         vectors: ``float32 [V, D]``, the vector of each word.
-        outputs: ``float32 [V, D]`` of the words as they are predicted; with hierarchical softmax ``[V - 1, D]`` of the tree's nodes.
+        outputs: ``float32 [V, D]`` of the words as they are predicted; hierarchical: ``[V - 1, D]`` of the tree's nodes.
         loss: Words seen, over all epochs, and the mean loss a pair since the last entry, in nats.
     """
 

@@ -1,7 +1,7 @@
 """Skip-gram and CBOW on the CPU: the functions are plain Python, and numba compiles them when the backend is made.
 
-`learn_centres` goes over the centre words in order. For each it gathers the rows that are predicted (the word and its noise, or the
-nodes of its path), and `_step` takes one step of gradient descent on the loss of one or several input vectors together.
+`learn_centres` goes over the centre words in order. For each it gathers the rows that are predicted (the word and its noise, or
+the nodes of its path), and `_step` takes one step of gradient descent on the loss of one or several input vectors together.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _step(
     old: np.ndarray,
     steps: np.ndarray,
 ) -> float:
-    """Move the output rows, write to `changes` how each input moves, and return the loss before; all gradients are of the old values."""
+    """Move the output rows, write to `changes` how each input moves, and return the loss; all gradients are of the old values."""
     dimensions = hidden.shape[1]
     for row in range(num_rows):
         target = rows[row]

@@ -1,7 +1,8 @@
 """Skip-gram and CBOW in torch: large batches on any device, AdaGrad, gradients by formula.
 
-A batch is a stretch of the corpus. Its size follows from the options, so its bounds depend on the position alone. A batch of plain gradient
-descent sums the steps of thousands of pairs of a frequent word and diverges; AdaGrad takes steps of about the learning rate.
+A batch is a stretch of the corpus. Its size follows from the options, so its bounds depend on the position alone. Plain gradient
+descent on a large batch sums the steps of thousands of pairs of a frequent word and diverges. AdaGrad takes steps of about the
+learning rate.
 Runs on the CPU repeat bit for bit; sums on a GPU are added in any order.
 """
 
@@ -181,10 +182,7 @@ class TorchBackend:
 
 
 def _adagrad(table: torch.Tensor, squares: torch.Tensor, rows: torch.Tensor, steps: torch.Tensor, rate: float) -> None:
-    """Add the steps of each row, and move it by their sum over the root of the sum of its squares so far.
-
-    Source: Duchi, Hazan and Singer 2011, "Adaptive Subgradient Methods for Online Learning and Stochastic Optimization", figure 1.
-    """
+    """Move each row by the sum of its steps over the root of its squares so far (Duchi, Hazan and Singer 2011, figure 1)."""
     is_touched = torch.zeros(len(table), dtype=torch.int64, device=table.device)
     is_touched[rows] = 1
     own = is_touched.nonzero()[:, 0]
