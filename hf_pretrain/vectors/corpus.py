@@ -173,7 +173,7 @@ class WordCorpus:
             for name in _RAW:
                 _raw(folder, name).unlink(missing_ok=True)
         word_tokenizer(words, lowercase=lowercase).save(str(folder / _TOKENIZER))
-        facts = {"min_count": min_count, "max_words": max_words, "lowercase": lowercase}
+        facts: dict[str, Any] = {"min_count": min_count, "max_words": max_words, "lowercase": lowercase}
         write_marker(folder, format=_FORMAT, total=int(numbered.counts.sum()), **facts)
         return cls.open(folder)
 
