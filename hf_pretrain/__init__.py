@@ -57,6 +57,12 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.modeling.pooling import SentenceModules as SentenceModules
     from hf_pretrain.modeling.surgery.cutting import cut_student as cut_student
     from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
+    from hf_pretrain.models.static_embedding.configuration_static_embedding import (
+        StaticEmbeddingConfig as StaticEmbeddingConfig,
+    )
+    from hf_pretrain.models.static_embedding.modeling_static_embedding import (
+        StaticEmbeddingModel as StaticEmbeddingModel,
+    )
     from hf_pretrain.models.transformer_xl.configuration_transformer_xl import (
         TransformerXLConfig as TransformerXLConfig,
     )
@@ -146,6 +152,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
     from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
     from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
+    from hf_pretrain.vectors.folder import WordVectors as WordVectors
 
 # Module -> its public names.
 _EXPORTS = {
@@ -185,6 +192,8 @@ _EXPORTS = {
     "modeling.pooling": ("SentenceModules",),
     "modeling.surgery.cutting": ("cut_student",),
     "modeling.surgery.vocabulary": ("trim_vocabulary",),
+    "models.static_embedding.configuration_static_embedding": ("StaticEmbeddingConfig",),
+    "models.static_embedding.modeling_static_embedding": ("StaticEmbeddingModel",),
     "models.transformer_xl.configuration_transformer_xl": ("TransformerXLConfig",),
     "models.transformer_xl.conversion": ("load_transfo_xl_checkpoint",),
     "models.transformer_xl.modeling_transformer_xl": (
@@ -264,6 +273,7 @@ _EXPORTS = {
     "training.method": ("Learning", "Method"),
     "training.trainer": ("PretrainingTrainer",),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
+    "vectors.folder": ("WordVectors",),
 }
 _MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() for name in names}
 
