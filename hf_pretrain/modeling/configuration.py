@@ -98,11 +98,21 @@ class ModelArguments:
     config_overrides: str | None = option(
         None, 'JSON object of further configuration values, e.g. {"hidden_dropout_prob": 0.0}.'
     )
+    init_embeddings: str | None = option(
+        None,
+        "Word vectors that the word table of a new model starts from: a folder of hf-pretrain vectors, a model on the Hub, or a "
+        "file of word2vec, GloVe or fastText.",
+    )
 
     def __post_init__(self) -> None:
-        """Refuse numbers out of range, and overrides that are no JSON object."""
+        """Refuse numbers out of range, overrides that are no JSON object, and word vectors for a table that is there."""
         check_numbers(self)
         parse_overrides(self.config_overrides)
+        if self.init_embeddings is not None and self.model_name_or_path is not None:
+            raise InputError(
+                f"init_embeddings={self.init_embeddings!r} is for a new model, and model_name_or_path="
+                f"{self.model_name_or_path!r} has a word table: leave out one of the two"
+            )
 
 
 def build_config(
@@ -282,17 +292,45 @@ def load_or_build(
         **changes: Arguments of [`build_config`], for a model from scratch.
 
     Raises:
-        InputError: If there is no such checkpoint, or the sizes do not fit the architecture.
+        InputError: If there is no such checkpoint, the sizes do not fit the architecture, or word vectors do not fit the model.
     """
     name, options = args.model_name_or_path, attention_options(args) if options is None else options
     is_class = isinstance(choose, type)
     if stock is not None:
+        check_without_vectors(args)
         return with_head(stock, choose if is_class else choose(stock.config))
     if name is not None:
         auto_class = choose if is_class else choose(from_pretrained(AutoConfig, name))
         return from_pretrained(auto_class, name, **options)
     config = build_config(args, tokenizer, **({"auto_class": choose} if is_class else {}) | changes)
-    return from_config(choose if is_class else choose(config), config, **options)
+    return fill_word_table(from_config(choose if is_class else choose(config), config, **options), args, tokenizer)
+
+
+def fill_word_table(model: Any, args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Return a new model whose word table starts from the vectors that the arguments name, if they name any.
+
+    Args:
+        model: The model, changed in place.
+        args: Name the vectors in `init_embeddings`.
+        tokenizer: Tokenizer of the model.
+
+    Raises:
+        InputError: If there are no such vectors, or they are narrower than the table.
+    """
+    if args.init_embeddings is not None:
+        # Vectors are made from models, so that module imports this folder.
+        from hf_pretrain.vectors.transfer import start_from_vectors
+
+        start_from_vectors(model, tokenizer, args.init_embeddings)
+    return model
+
+
+def check_without_vectors(args: ModelArguments) -> None:
+    """Refuse word vectors for a model that is there."""
+    if args.init_embeddings is not None:
+        raise InputError(
+            f"init_embeddings={args.init_embeddings!r} is for a new model, and one that is given has a word table: leave it out"
+        )
 
 
 def _check_options(

@@ -139,13 +139,13 @@ def trim_model(model: PreTrainedModel, kept: torch.Tensor) -> PreTrainedModel:
     backend = model.config._attn_implementation
     trimmed: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype, attn_implementation=backend)
     state = model.state_dict()
-    for name in _vocabulary_tables(model):
+    for name in vocabulary_tables(model):
         state[name] = state[name].index_select(0, kept.to(state[name].device))
     trimmed.load_state_dict(state)
     return trimmed.to(model.device).train(model.training)
 
 
-def _vocabulary_tables(model: PreTrainedModel) -> list[str]:
+def vocabulary_tables(model: PreTrainedModel) -> list[str]:
     """Return the names of what has a row or a value a token: what has another shape with another vocabulary."""
     config = copy.deepcopy(model.config)
     config.vocab_size += 1

@@ -21,7 +21,7 @@ from hf_pretrain.training.parsing import check_changed
 NoiseName = Literal["bart", "t5", "ul2", "prefix_lm", "mass"]
 
 _SIZES = """model_type hidden_size num_hidden_layers num_decoder_layers num_attention_heads intermediate_size embedding_size
-    max_position_embeddings config_overrides"""
+    max_position_embeddings config_overrides init_embeddings"""
 _TOKENIZER = "tokenizer_type lowercase strip_accents vocab_size"
 
 

@@ -22,7 +22,13 @@ from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import longest_sequence
-from hf_pretrain.modeling.configuration import attention_options, build_encoder_decoder_config, special_ids
+from hf_pretrain.modeling.configuration import (
+    attention_options,
+    build_encoder_decoder_config,
+    check_without_vectors,
+    fill_word_table,
+    special_ids,
+)
 from hf_pretrain.modeling.encoder_decoders import (
     check_encoder_decoder,
     fill_special_ids,
@@ -288,6 +294,7 @@ def build_stock_model(
     attention = attention_options(options)
     if stock is not None:
         check_encoder_decoder(stock)
+        check_without_vectors(options)
         model = stock
     elif options.encoder_name_or_path is not None:
         decoder = options.decoder_name_or_path
@@ -296,7 +303,7 @@ def build_stock_model(
         model = open_encoder_decoder(options.model_name_or_path, **attention)
     else:
         config = build_encoder_decoder_config(options, tokenizer, num_decoder_layers=options.num_decoder_layers)
-        model = from_config(AutoModelForSeq2SeqLM, config, **attention)
+        model = fill_word_table(from_config(AutoModelForSeq2SeqLM, config, **attention), options, tokenizer)
     fill_special_ids(model, tokenizer)
     return model
 

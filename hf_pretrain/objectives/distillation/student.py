@@ -8,7 +8,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import feed_forward_name, longest_sequence, per_layer_values, position_tables
-from hf_pretrain.modeling.configuration import ModelArguments, attention_options, build_config, parse_overrides
+from hf_pretrain.modeling.configuration import (
+    ModelArguments,
+    attention_options,
+    build_config,
+    fill_word_table,
+    parse_overrides,
+)
 from hf_pretrain.modeling.loading import ShapesDiffer, from_config, from_pretrained
 from hf_pretrain.modeling.surgery.cutting import changed_config, check_layers, cut_student
 from hf_pretrain.objectives.distillation.arguments import layer_map
@@ -58,7 +64,7 @@ class StudentArguments(ModelArguments):
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
         super().__post_init__()
-        excluded = {"student_layers": sorted(("model_type", *_SIZES))}
+        excluded = {"student_layers": sorted(("init_embeddings", "model_type", *_SIZES))}
         excluded["model_name_or_path"] = sorted(
             ("student_layers", "num_hidden_layers", "config_overrides", *excluded["student_layers"])
         )
@@ -217,6 +223,7 @@ def fresh_student(
             "give both, such as 312 and 12"
         )
     student: PreTrainedModel = from_config(auto_class, config, **attention_options(args))
+    fill_word_table(student, args, tokenizer)
     return student.eval()
 
 

@@ -26,7 +26,9 @@ from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
     attention_options,
     build_config,
+    check_without_vectors,
     dtype_option,
+    fill_word_table,
 )
 from hf_pretrain.modeling.embeddings import shared_embedding_names
 from hf_pretrain.modeling.loading import find_file, from_pretrained, say_once
@@ -72,6 +74,8 @@ def build_model(
     Returns:
         The composite to train.
     """
+    if stock is not None:
+        check_without_vectors(args)
     discriminator = _discriminator(args, tokenizer) if stock is None else stock_discriminator(stock)
     generator = _load_generator(args)
     if generator is None:
@@ -84,6 +88,9 @@ def build_model(
             # Of two tied models the generator keeps its parameters, and the discriminator is the one that has learned.
             tower = generator.left_tower
             copy_parameters(discriminator, tower, shared_embedding_names(tower, discriminator))
+    if (stock or args.model_name_or_path) is None:
+        for part in (discriminator, generator.left_tower):
+            fill_word_table(part, args, tokenizer)
     options = dtype_option(args)
     return ElectricForPreTraining.from_models(
         generator, discriminator, embedding_sharing=args.embedding_sharing, **options

@@ -27,7 +27,9 @@ from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.configuration import (
     attention_options,
     build_config,
+    check_without_vectors,
     dtype_option,
+    fill_word_table,
 )
 from hf_pretrain.modeling.embeddings import (
     factorize_embeddings,
@@ -232,6 +234,7 @@ def build_model(
         The composite to train.
     """
     if stock is not None:
+        check_without_vectors(args)
         head = args.discriminator_head or "stock"
         pair = Pair(_given_generator(args), stock_discriminator(stock, head), {"discriminator_head": head}, {})
     elif args.model_name_or_path is None:
@@ -250,6 +253,9 @@ def build_model(
     }
     options["temperature"] = temperature
     options["generator_embedding_size"] = _prepare_tables(pair, args, is_fresh=is_fresh, is_new=not has_generator)
+    if is_fresh:
+        for part in (pair.generator, pair.discriminator):
+            fill_word_table(part, args, tokenizer)
     options |= dtype_option(args)
     vocab_size = pair.generator.config.vocab_size
     never_sampled = {*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)}
