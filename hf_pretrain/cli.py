@@ -40,10 +40,14 @@ RECIPES = {
 COMMANDS = {
     "statistics": ("hf_pretrain.commands.statistics", "lengths of a corpus' documents, and how they fill the blocks"),
     "deduplicate": ("hf_pretrain.commands.deduplicate", "leave out documents that repeat another, nearly or exactly"),
+    "vectors": (
+        "hf_pretrain.commands.vectors",
+        "vectors of words: counts, PMI, LSA, word2vec, GloVe, or those of an encoder",
+    ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
 }
-"""Programs that train nothing."""
+"""Programs that pre-train nothing."""
 
 _EXIT_RUN = 1
 _EXIT_INPUT = 2

@@ -16,18 +16,19 @@ import numpy as np
 VERSION = 2
 """Part of the identity of everything that is kept from draws. Raise it when a key changes."""
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
+# Of SplitMix64; what draws on a device or in compiled code has them from here.
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX_2 = np.uint64(0x94D049BB133111EB)
 _TO_UNIT = 2.0**-53
 
 
 def _mix(bits: np.ndarray) -> np.ndarray:
     """SplitMix64's output function, in place on a fresh ``uint64`` array; multiplication wraps modulo 2**64."""
     bits ^= bits >> np.uint64(30)
-    bits *= _MIX_1
+    bits *= MIX_1
     bits ^= bits >> np.uint64(27)
-    bits *= _MIX_2
+    bits *= MIX_2
     bits ^= bits >> np.uint64(31)
     return bits
 
@@ -37,7 +38,7 @@ def _run_key(seed: int, stream: str) -> np.ndarray:
     number = int.from_bytes(hashlib.blake2b(stream.encode(), digest_size=8).digest(), "little")
     # An array, because the multiplication of NumPy's scalars warns when it wraps.
     key = np.array([number], dtype=np.uint64)
-    return _mix(key + _GOLDEN + np.array([seed % 2**64], dtype=np.uint64))
+    return _mix(key + GOLDEN + np.array([seed % 2**64], dtype=np.uint64))
 
 
 def row_keys(
@@ -57,13 +58,13 @@ def row_keys(
     # Each part passes through the mixer before the next one is added: a sum of parts would be the same for other parts.
     keys = _run_key(int(seed), stream)
     for part in (epoch, example_ids):
-        keys = _mix(keys + _GOLDEN + np.asarray(part, dtype=np.int64).astype(np.uint64))
+        keys = _mix(keys + GOLDEN + np.asarray(part, dtype=np.int64).astype(np.uint64))
     return keys
 
 
 def bits(keys: np.ndarray, length: int) -> np.ndarray:
     """Return 64 random bits a position: ``uint64`` of shape ``[*keys.shape, length]``."""
-    steps = np.arange(1, length + 1, dtype=np.uint64) * _GOLDEN
+    steps = np.arange(1, length + 1, dtype=np.uint64) * GOLDEN
     return _mix(keys[..., None] + steps)
 
 

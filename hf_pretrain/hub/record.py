@@ -115,6 +115,7 @@ class PretrainingCard:
         evaluations: What was measured on tasks.
         comparison: Header and rows of a table of the model beside the one that taught it.
         references: Header and rows of a table of what counting and copying reach on the held-out pairs.
+        sections: Further sections, in Markdown, by their titles.
         samples: Sentences with noise, what the model makes of each, and the sentence itself.
         compute: What the run took.
         parts: Sub-folder -> (class that opens it, what it is). The class is a name in transformers or a dotted path,
@@ -154,6 +155,7 @@ class PretrainingCard:
     comparison: Sequence[Row] = ()
     references: Sequence[Row] = ()
     samples: Sequence[tuple[str, str, str]] = ()
+    sections: Mapping[str, str] = field(default_factory=dict)
     compute: Compute = Compute()
     parts: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     limits: str = ""

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from hf_pretrain.data import draws
+from hf_pretrain.data.device_draws import bits, shifted
 from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.modeling.backbone import feed_forward_name, shared_options
 
@@ -29,28 +29,6 @@ DECODER_KINDS = ("masked", "enhanced", "causal")
 
 # A head of attention is this wide where the encoder does not say how many there are.
 _HEAD_WIDTH = 64
-
-
-def _signed(number: int) -> int:
-    """Return the 64-bit integer of the same bits that torch can hold."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-_GOLDEN, _MIX_1, _MIX_2 = (_signed(int(number)) for number in (draws._GOLDEN, draws._MIX_1, draws._MIX_2))
-
-
-def _bits(keys: torch.Tensor, length: int) -> torch.Tensor:
-    """Return ``[*keys.shape, length]`` int64: `draws.bits`, bit by bit, on the device of the keys."""
-    steps = torch.arange(1, length + 1, device=keys.device) * _GOLDEN
-    bits = keys[..., None] + steps
-    for shift, factor in ((30, _MIX_1), (27, _MIX_2)):
-        bits = (bits ^ _shifted(bits, shift)) * factor
-    return bits ^ _shifted(bits, 31)
-
-
-def _shifted(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """Shift to the right and fill with zeros; torch alone would fill with the sign."""
-    return (bits >> count) & (2 ** (64 - count) - 1)
 
 
 def sampled_context(keys: torch.Tensor, length: int, *, mask_probability: float) -> torch.Tensor:
@@ -70,8 +48,9 @@ def sampled_context(keys: torch.Tensor, length: int, *, mask_probability: float)
     Source: Xiao et al. 2022, "RetroMAE: Pre-Training Retrieval-oriented Language Models Via Masked Auto-Encoder", section 3.3.
     """
     # In whole numbers of 53 bits: the same as a comparison in double precision, which is slow on most devices.
-    seen = _shifted(_bits(_bits(keys, length), length), 11) < math.ceil((1 - mask_probability) * 2**53)
     columns_L = torch.arange(length, device=keys.device)
+    bits_BLL = bits(bits(keys[:, None], columns_L)[..., None], columns_L)
+    seen = shifted(bits_BLL, 11) < math.ceil((1 - mask_probability) * 2**53)
     return (seen & (columns_L[:, None] != columns_L)) | (columns_L == 0)
 
 

@@ -309,6 +309,7 @@ class WordVectors:
         weights, tokens = (_path_of(str(name_or_path), file) for file in (_WEIGHTS, _TOKENIZER))
         statistics = _path_of(str(name_or_path), STATISTICS, is_needed=False)
         try:
+            assert tokens is not None and weights is not None, "both are needed"
             tokenizer = Tokenizer.from_file(tokens)
             table = _table(weights)
             known = {} if statistics is None else _tensors(statistics)

@@ -1,6 +1,6 @@
 """GloVe: vectors of words whose products are the logarithms of how often the words occur together.
 
-[`train_glove`] takes the counts of [`hf_pretrain.vectors.cooccurrence`]. One epoch visits every count once, in batches. Their
+[`train_glove`] takes the counts of [`hf_pretrain.vectors.counts`]. One epoch visits every count once, in batches. Their
 order follows from seed and epoch. [`batch_gradient`] is the mathematics of one batch, [`entry_batches`] the order.
 """
 
@@ -23,7 +23,7 @@ from hf_pretrain.errors import InputError, RunError, check_choice, check_numbers
 from hf_pretrain.files import write_bytes
 
 if TYPE_CHECKING:
-    from hf_pretrain.vectors.cooccurrence import Cooccurrences
+    from hf_pretrain.vectors.counts import Cooccurrences
 
 UPDATES = ("torch", "stanford")
 CHECKPOINT = "glove.safetensors"

@@ -25,7 +25,7 @@ from hf_pretrain.data.documents.words import encodable
 from hf_pretrain.errors import InputError, check_choice, one_line
 from hf_pretrain.files import plain, share_weights, write_text
 from hf_pretrain.vectors.corpus import SPECIAL_WORDS, word_tokenizer
-from hf_pretrain.vectors.weighting import latent_vectors, tfidf_weights
+from hf_pretrain.vectors.counts import latent_vectors, tfidf_weights
 
 _METHODS = ("onehot", "counts", "tfidf")
 _CONFIG, _TOKENIZER, _WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
@@ -39,7 +39,7 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
     Args:
         method: `"onehot"` (1 for each word that a text holds), `"counts"`, or `"tfidf"`.
         idf: Convention of the inverse document frequency of `"tfidf"`: `"sklearn"` or `"textbook"`, see
-            [`hf_pretrain.vectors.weighting.tfidf_weights`].
+            [`hf_pretrain.vectors.counts.tfidf_weights`].
         sublinear_tf: Replace a count n by 1 + ln n; not for `"onehot"`.
         normalize: Divide each row by its length. By default only for `"tfidf"`.
         min_df: Documents that hold a word of the vocabulary at least: their number, or their share as a float.

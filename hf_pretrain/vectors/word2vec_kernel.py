@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_pretrain.data.draws import GOLDEN, MIX_1, MIX_2
+
 if TYPE_CHECKING:
     from hf_pretrain.vectors.word2vec import AliasTable, HuffmanCodes, Stretch, Word2VecOptions
 
-# As in hf_pretrain/data/draws.py; a test compares the draws.
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
 _27, _30, _31, _32 = (np.uint64(bits) for bits in (27, 30, 31, 32))
 _LOW = np.uint64(0xFFFFFFFF)
 
@@ -54,9 +52,9 @@ def _sigmoid(score: np.float32, table: np.ndarray) -> np.float32:
 
 def _draw(key: np.uint64, number: int, thresholds: np.ndarray, aliases: np.ndarray) -> int:
     """Return a word of noise, that of a number from the key of a centre."""
-    bits = key + np.uint64(number + 1) * _GOLDEN
-    bits = (bits ^ (bits >> _30)) * _MIX_1
-    bits = (bits ^ (bits >> _27)) * _MIX_2
+    bits = key + np.uint64(number + 1) * GOLDEN
+    bits = (bits ^ (bits >> _30)) * MIX_1
+    bits = (bits ^ (bits >> _27)) * MIX_2
     bits = bits ^ (bits >> _31)
     column = int(((bits >> _32) * np.uint64(len(thresholds))) >> _32)
     if int(bits & _LOW) < thresholds[column]:
@@ -100,7 +98,7 @@ def _step(
             steps[row, d] = 0
     loss = 0.0
     for number in range(num_hidden):
-        likelihood = 1.0
+        likelihood: Any = 1.0
         for d in range(dimensions):
             changes[number, d] = 0
         for row in range(num_rows):
@@ -291,7 +289,8 @@ class KernelBackend:
 
     def _learn_part(self, stretch: Stretch, begin: int, end: int) -> tuple[float, int]:
         part = slice(begin, end)
-        columns = (column[part] for column in (stretch.before, stretch.after, stretch.keys, stretch.rates))
+        columns: list[Any] = [stretch.before, stretch.after, stretch.keys, stretch.rates]
+        columns = [column[part] for column in columns]
         loss, pairs = self.learn_centres(
             self.inputs, self.outputs, stretch.words, stretch.first + begin, *columns, *self.rest
         )

@@ -15,20 +15,13 @@ import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
+from hf_pretrain.data.device_draws import bits, shifted
+
 if TYPE_CHECKING:
     from hf_pretrain.vectors.word2vec import AliasTable, HuffmanCodes, Stretch, Word2VecOptions
 
-# Of hf_pretrain/data/draws.py, as the signed integers of the same bits; a test compares the draws.
-_GOLDEN, _MIX_1, _MIX_2 = (
-    constant - 2**64 for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
 _LOW = 0xFFFFFFFF
 _EPSILON = 1e-10
-
-
-def _shifted(bits: torch.Tensor, places: int) -> torch.Tensor:
-    """Shift right and fill with zeros, as unsigned integers are."""
-    return (bits >> places) & ((1 << (64 - places)) - 1)
 
 
 def draw_noise(
@@ -45,12 +38,9 @@ def draw_noise(
     Returns:
         ``int64`` ids of words.
     """
-    bits = keys + (numbers + 1) * _GOLDEN
-    bits = (bits ^ _shifted(bits, 30)) * _MIX_1
-    bits = (bits ^ _shifted(bits, 27)) * _MIX_2
-    bits = bits ^ _shifted(bits, 31)
-    columns = (_shifted(bits, 32) * len(thresholds)) >> 32
-    return torch.where((bits & _LOW) < thresholds[columns], columns, aliases[columns])
+    drawn = bits(keys, numbers)
+    columns = (shifted(drawn, 32) * len(thresholds)) >> 32
+    return torch.where((drawn & _LOW) < thresholds[columns], columns, aliases[columns])
 
 
 class Gradients(NamedTuple):

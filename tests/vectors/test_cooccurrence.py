@@ -7,9 +7,9 @@ import pytest
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.vectors import cooccurrence as module
-from hf_pretrain.vectors.cooccurrence import Window, count_cooccurrences, document_counts
+from hf_pretrain.vectors import counts as module
 from hf_pretrain.vectors.corpus import WordCorpus
+from hf_pretrain.vectors.counts import Window, count_cooccurrences, document_counts
 
 # Two documents, three lines: a b a c | c b || b b a
 HAND = WordCorpus.from_words([[list("abac"), list("cb")], [list("bba")]])

@@ -190,12 +190,12 @@ def test_wrong_vectors_are_refused(options, message):
 
 ROYAL = WordVectors(
     ("king", "man", "woman", "queen", "apple", "pear", "zero"),
-    np.array([[1, 1, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1], [-1, 0.1, 0], [-2, 0.1, 0], [0, 0, 0]], dtype=np.float32),
+    np.array([[1, 1, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1], [0, -1, -1], [0, -2, -1.9], [0, 0, 0]], dtype=np.float32),
 )
 
 
 def test_neighbours():
-    assert [word for word, _ in ROYAL.most_similar("apple", top=2)] == ["pear", "zero"]
+    assert [word for word, _ in ROYAL.most_similar("apple", top=2)] == ["pear", "man"]
     assert ROYAL.most_similar("king", top=1) == [("queen", pytest.approx(2 / 6**0.5))]
     # A vector is no word: its own word is a neighbour, the first of equal ones.
     assert ROYAL.most_similar(np.array([5, 5, 0]), top=1) == [("king", pytest.approx(1))]
@@ -221,7 +221,7 @@ def test_analogies(method):
 
 def test_the_scores_of_analogies():
     a, b, c = (np.array([value], dtype=np.float32) for value in (0.2, 0.6, -0.4))
-    assert analogy_scores(a.copy(), b.copy(), c.copy())[0] == pytest.approx(0.6 - 0.2 - 0.4)
+    assert analogy_scores(a.copy(), b.copy(), c.copy())[0] == pytest.approx(0.6 - 0.2 - 0.4, abs=1e-6)
     expected = (1.6 / 2) * (0.6 / 2) / (1.2 / 2 + 0.001)
     assert analogy_scores(a, b, c, method="multiply")[0] == pytest.approx(expected)
 

@@ -10,8 +10,8 @@ import torch
 
 from hf_pretrain.errors import InputError, RunError
 from hf_pretrain.vectors import glove
-from hf_pretrain.vectors.cooccurrence import Window, count_cooccurrences
 from hf_pretrain.vectors.corpus import WordCorpus
+from hf_pretrain.vectors.counts import Window, count_cooccurrences
 from hf_pretrain.vectors.glove import (
     CHECKPOINT,
     GloVeOptions,

@@ -8,9 +8,8 @@ from scipy import sparse
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
-from hf_pretrain.vectors.cooccurrence import Window, count_cooccurrences
 from hf_pretrain.vectors.corpus import WordCorpus
-from hf_pretrain.vectors.weighting import latent_vectors, pmi_matrix, tfidf_weights
+from hf_pretrain.vectors.counts import Window, count_cooccurrences, latent_vectors, pmi_matrix, tfidf_weights
 
 TABLE = sparse.csr_matrix(np.array([[4.0, 0, 1], [2, 2, 0], [0, 1, 6], [0, 0, 0]]))
 

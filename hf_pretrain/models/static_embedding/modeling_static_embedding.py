@@ -60,13 +60,14 @@ class StaticEmbeddingModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """Return a module whose `weight` is the table; it is made anew at each call, so hooks on it do not last."""
         # Not a submodule: the table would have a second name in the state.
-        table = nn.Embedding(*self.embeddings.shape, device="meta")
+        table = nn.Embedding(self.embeddings.shape[0], self.embeddings.shape[1], device="meta")
         table.weight = self.embeddings
         return table
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Take the `weight` of a module as the table."""
-        self.embeddings = nn.Parameter(value.weight) if not isinstance(value.weight, nn.Parameter) else value.weight
+        weight: Any = value.weight
+        self.embeddings = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
 
     @can_return_tuple
     def forward(
@@ -93,7 +94,10 @@ class StaticEmbeddingModel(PreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
-        states_BLD = F.embedding(input_ids, self.embeddings) if inputs_embeds is None else inputs_embeds
+        states_BLD = inputs_embeds
+        if states_BLD is None:
+            assert input_ids is not None, "one of the two is given"
+            states_BLD = F.embedding(input_ids, self.embeddings)
         counts_BL = None if attention_mask is None else attention_mask != 0
         if input_ids is not None and self.config.pad_token_id is not None:
             is_token_BL = input_ids != self.config.pad_token_id
