@@ -12,13 +12,13 @@
     distil                   the tokens of the encoder that `encoder` names, each read alone
     encoder                  that encoder itself: means of its last states
 
-All arms but the last two read the words of one corpus, built once and timed by itself. Words a second are those of the text, unknown
-ones included, by the passes over it. WordSim-353 and SimLex-999 are rank correlations of cosines; of pairs with an unknown word there is
-none. Analogies are answered by 3CosAdd among the 30 000 most frequent words. STS-B is the rank correlation of the cosines of two
-sentences, each the mean of its words. SST-2 is the accuracy of a logistic regression on such means.
+All arms but the last two read the words of one corpus, built once and timed by itself. Words a second are those of the text,
+unknown ones included, by the passes over it. WordSim-353 and SimLex-999 are rank correlations of cosines, of pairs of known
+words. Analogies are answered by 3CosAdd among the 30 000 most frequent words. STS-B is the rank correlation of the cosines
+of two sentences, each the mean of its words. SST-2 is the accuracy of a logistic regression on such means.
 
-The folder `data_dir` holds wordsim/, stsb/, sst2/ and books/train.txt.xz, unless `train_file` names other text. Each run is a row of the
-file `results`; what is there is not run again.
+The folder `data_dir` holds wordsim/, stsb/, sst2/ and books/train.txt.xz, unless `train_file` names other text. Each run is a row
+of the file `results`; what is there is not run again.
 """
 
 from __future__ import annotations

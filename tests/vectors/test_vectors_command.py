@@ -84,7 +84,9 @@ def test_what_is_exported_is_imported_again(name, folder):
 
 
 def test_what_people_said_of_words_is_compared(folder, capsys):
-    (folder / "pairs.tsv").write_text("ship\tsea\t9\nship\ttoday\t2\nfine\tpoor\t7\nship\tunheard\t1\n", encoding="utf-8")
+    (folder / "pairs.tsv").write_text(
+        "ship\tsea\t9\nship\ttoday\t2\nfine\tpoor\t7\nship\tunheard\t1\n", encoding="utf-8"
+    )
     (folder / "questions.txt").write_text(": gram1\nship sea fine poor\n", encoding="utf-8")
     vocabulary = {word for line in (folder / "corpus.txt").read_text().split("\n") for word in line.lower().split()}
     assert {"ship", "today"} <= {word.strip(".") for word in vocabulary}
