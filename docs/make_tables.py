@@ -356,6 +356,10 @@ AREAS = {
     "data": ("Data", "Text becomes documents, and documents become the examples of an objective."),
     "collators": ("Collators", "A collator makes a batch of examples, and hides tokens by keyed draws."),
     "models": ("Models", "Models that training wraps around stock models, and architectures without a stock class."),
+    "vectors": (
+        "Vectors of words",
+        "Counts, word2vec, GloVe and the tokens of an encoder, as arrays and as one folder.",
+    ),
     "evaluation": ("Evaluation", "Measures of a trained model: probes, minimal pairs, likelihoods, wrong words."),
     "hub": ("Hub", "Model cards from the record of a run."),
 }
@@ -373,6 +377,10 @@ def area(name: str) -> str:
     if name.startswith(("compare", "log_likelihood", "score_")):
         return "evaluation"
     package = module.split(".")[1]
+    if module.startswith(
+        ("hf_pretrain.vectors.", "hf_pretrain.models.static_embedding", "hf_pretrain.evaluation.words")
+    ):
+        return "vectors"
     packages = {"data": "data", "tasks": "data", "evaluation": "evaluation", "hub": "hub", "training": "trainers"}
     return packages.get(package, "models")
 

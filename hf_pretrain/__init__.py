@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.evaluation.similarity import text_vectors as text_vectors
     from hf_pretrain.evaluation.streams import sliding_window_evaluate as sliding_window_evaluate
     from hf_pretrain.evaluation.streams import stream_evaluate as stream_evaluate
+    from hf_pretrain.evaluation.words import analogy_accuracy as analogy_accuracy
+    from hf_pretrain.evaluation.words import word_similarity as word_similarity
     from hf_pretrain.hub.card import add_evaluation as add_evaluation
     from hf_pretrain.hub.evaluation import Evaluation as Evaluation
     from hf_pretrain.hub.record import ObjectiveDescription as ObjectiveDescription
@@ -152,7 +154,15 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
     from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
     from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
+    from hf_pretrain.vectors.corpus import WordCorpus as WordCorpus
+    from hf_pretrain.vectors.distillation import distil_vectors as distil_vectors
     from hf_pretrain.vectors.folder import WordVectors as WordVectors
+    from hf_pretrain.vectors.glove import train_glove as train_glove
+    from hf_pretrain.vectors.text_vectors import LatentTextVectorizer as LatentTextVectorizer
+    from hf_pretrain.vectors.text_vectors import SparseTextVectorizer as SparseTextVectorizer
+    from hf_pretrain.vectors.transfer import transfer_vocabulary as transfer_vocabulary
+    from hf_pretrain.vectors.word2vec import Word2VecOptions as Word2VecOptions
+    from hf_pretrain.vectors.word2vec import train_word2vec as train_word2vec
 
 # Module -> its public names.
 _EXPORTS = {
@@ -183,6 +193,7 @@ _EXPORTS = {
     "evaluation.probes": ("encode", "probe_accuracy"),
     "evaluation.similarity": ("read_scored_pairs", "retrieval_recall", "similarity_correlation", "text_vectors"),
     "evaluation.streams": ("sliding_window_evaluate", "stream_evaluate"),
+    "evaluation.words": ("analogy_accuracy", "word_similarity"),
     "hub.card": ("add_evaluation",),
     "hub.evaluation": ("Evaluation",),
     "hub.record": ("ObjectiveDescription",),
@@ -273,7 +284,13 @@ _EXPORTS = {
     "training.method": ("Learning", "Method"),
     "training.trainer": ("PretrainingTrainer",),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
+    "vectors.corpus": ("WordCorpus",),
+    "vectors.distillation": ("distil_vectors",),
     "vectors.folder": ("WordVectors",),
+    "vectors.glove": ("train_glove",),
+    "vectors.text_vectors": ("LatentTextVectorizer", "SparseTextVectorizer"),
+    "vectors.transfer": ("transfer_vocabulary",),
+    "vectors.word2vec": ("Word2VecOptions", "train_word2vec"),
 }
 _MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() for name in names}
 

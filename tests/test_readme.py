@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 import hf_pretrain
+from helpers.tiny_text import write_models, write_text
+from hf_pretrain import WordVectors, cli, train_tokenizer
 from hf_pretrain.cli import COMMANDS, METHODS, load_method
 from hf_pretrain.data.text.docstrings import docstring_documents
 from hf_pretrain.training.parsing import _OptionParser
@@ -106,8 +108,30 @@ def test_the_page_on_data_runs(tmp_path, monkeypatch, capsys):
     assert names["documents"]["sent_starts"][0][0] and sum(names["documents"]["sent_starts"][0]) == 3
 
 
+def test_the_page_on_vectors_runs(tmp_path, monkeypatch):
+    write_text(tmp_path)
+    write_models(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-bert").rename("my-encoder")
+    text = (tmp_path / "corpus.txt").read_text(encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text(text + "\n\nthe king and the man and the woman\n" * 2, encoding="utf-8")
+    train_tokenizer(text.split("\n"), kind="bpe", vocab_size=300, lowercase=False).save_pretrained("my-tokenizer")
+    shared = ["vectors", "--train_file", "corpus.txt", "--min_count", "1"]
+    assert cli.main([*shared, "--dimensions", "4", "--output_dir", "my-vectors"]) == 0
+    assert cli.main([*shared, "--method", "tfidf", "--output_dir", "my-tfidf"]) == 0
+    of_tokens = ["--tokenizer_name", "my-tokenizer", "--output_dir", "my-token-vectors", "--dimensions", "4"]
+    assert cli.main([*shared, *of_tokens]) == 0
+    names = run("docs/vectors.md", tmp_path, monkeypatch)
+    made = WordVectors.open("my-token-vectors")
+    words = text.split()[:50]
+    cut = names["new"].tokenize(" " + " ".join(words))
+    assert set(cut) <= set(made.words) and all(made.vector(token).any() for token in cut)
+    saved = AutoModelForMaskedLM.from_pretrained("my-new-encoder")
+    assert saved.get_input_embeddings().weight.shape[0] == len(names["new"]) == 300
+
+
 def test_every_page_with_python_is_run_or_compared():
-    known = {"README.md", "docs/adding_an_objective.md", "docs/data.md", "docs/python.md"} | DOORS
+    known = {"README.md", "docs/adding_an_objective.md", "docs/data.md", "docs/python.md", "docs/vectors.md"} | DOORS
     assert {name for name in DOCUMENTS if python_blocks(name)} == known
 
 

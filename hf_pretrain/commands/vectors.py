@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from scipy import sparse
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_pretrain.commands import of_data, parse_command
 from hf_pretrain.data.text.docstrings import docstring_documents
@@ -45,7 +45,7 @@ from hf_pretrain.hub.text import cell
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.options import check_options, option
 from hf_pretrain.training.parsing import check_changed
-from hf_pretrain.vectors.corpus import WordCorpus
+from hf_pretrain.vectors.corpus import SPECIAL_WORDS, WordCorpus, WordVocabulary
 from hf_pretrain.vectors.counts import (
     Window,
     count_cooccurrences,
@@ -54,7 +54,7 @@ from hf_pretrain.vectors.counts import (
     pmi_matrix,
     tfidf_weights,
 )
-from hf_pretrain.vectors.distillation import distil_vectors
+from hf_pretrain.vectors.distillation import bare_tokenizer, distil_vectors, ids_of_special_tokens
 from hf_pretrain.vectors.folder import WordVectors
 from hf_pretrain.vectors.formats import write_vectors
 from hf_pretrain.vectors.glove import GloVeOptions, train_glove
@@ -104,6 +104,7 @@ class VectorArguments:
             "train_file demo_corpus text_column document_separator min_count max_words lowercase".split(),
             f"method={'|'.join(_OF_TEXT)}",
         ),
+        "tokenizer_name": f"method={'|'.join((*_FACTORIZED, *_WORD2VEC, 'glove'))}",
         "dimensions": f"method={'|'.join(_DENSE)}",
         **dict.fromkeys(("window", "crosses_lines"), f"method={'|'.join((*_FACTORIZED[:3], *_WORD2VEC, 'glove'))}"),
         "window_weighting": f"method={'|'.join((*_FACTORIZED[:3], 'glove'))}",
@@ -130,6 +131,9 @@ class VectorArguments:
     text_column: str = of_data("text_column")
     document_separator: Literal["blank_line", "line", "file"] = of_data("document_separator")
     lowercase: bool = option(True, "Lower the case.")
+    tokenizer_name: str | None = option(
+        None, "Make vectors of the tokens of this tokenizer in place of words, such as transfer_vocabulary needs."
+    )
     min_count: int = option(5, "Words that occur less often are left out.")
     max_words: int | None = option(None, "Keep the most frequent words alone, so many.")
     dimensions: int = option(100, "Width of the vectors.")
@@ -282,6 +286,7 @@ def make(args: VectorArguments, work: Path) -> Made:
         return _of_words(args, WordVectors.open(args.vectors_file), {"imported_from": Path(args.vectors_file).name})
     if args.method == "distil":
         return _distilled(args)
+    tokenizer = None if args.tokenizer_name is None else from_pretrained(AutoTokenizer, args.tokenizer_name)
     if is_whole(work / "corpus"):
         corpus = WordCorpus.open(work / "corpus")
     else:
@@ -291,6 +296,7 @@ def make(args: VectorArguments, work: Path) -> Made:
             min_count=args.min_count,
             max_words=args.max_words,
             lowercase=args.lowercase,
+            tokenizer=None if tokenizer is None else tokenizer.backend_tokenizer,
         )
     known = corpus.vocabulary
     facts = {
@@ -305,8 +311,21 @@ def make(args: VectorArguments, work: Path) -> Made:
         flush=True,
     )
     vectors = _trained(args, corpus, work)
+    if tokenizer is not None:
+        return _of_words(args, _of_tokens(known, vectors, tokenizer), facts)
     made = WordVectors(known.words, vectors, counts=known.counts, tokenizer=corpus.tokenizer)
     return _of_words(args, made, facts)
+
+
+def _of_tokens(known: WordVocabulary, vectors: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> WordVectors:
+    """Return vectors of all tokens of a tokenizer but special ones; those that the text does not have are zero."""
+    special = ids_of_special_tokens(tokenizer)
+    ids = {number: token for token, number in tokenizer.get_vocab().items() if number not in special}
+    tokens = tuple(ids[number] for number in sorted(ids) if ids[number] not in SPECIAL_WORDS)
+    rows = np.array([known.ids.get(token, -1) for token in tokens])
+    table = np.where(rows[:, None] >= 0, vectors[rows], 0).astype(np.float32)
+    counts = np.where(rows >= 0, known.counts[rows], 0)
+    return WordVectors(tokens, table, counts=counts, tokenizer=bare_tokenizer(tokenizer))
 
 
 def _trained(args: VectorArguments, corpus: WordCorpus, work: Path) -> np.ndarray:

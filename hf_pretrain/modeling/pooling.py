@@ -47,6 +47,7 @@ _MODES = {
 }
 _WIDTHS = ("word_embedding_dimension", "embedding_dimension")
 _ORDERS = (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"])
+_STATIC_ORDERS = (["StaticEmbedding"], ["StaticEmbedding", "Normalize"])
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,9 @@ class SentenceModules:
             folders = {entry["type"].rpartition(".")[2]: entry["path"] for entry in listed}
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{MODULES} of {name_or_path!r} lists no modules with type and path") from error
+        if list(folders) in _STATIC_ORDERS:
+            # The table of words is the whole encoder, and the vector of a text their mean.
+            return cls(normalizes="Normalize" in folders, library=_read_json(name_or_path, _LIBRARY) or {})
         if list(folders) not in _ORDERS or len(folders) != len(listed) or folders["Transformer"]:
             other = [kind for kind in folders if kind not in _ORDERS[-1]]
             found = other[0] if other else f"the order {', '.join(folders)}, or a Transformer in a folder of its own"

@@ -140,6 +140,7 @@ class WordCorpus:
         min_count: int = 5,
         max_words: int | None = None,
         lowercase: bool = True,
+        tokenizer: Tokenizer | None = None,
     ) -> WordCorpus:
         """Count the words of texts and write their ids to a folder.
 
@@ -150,9 +151,11 @@ class WordCorpus:
             min_count: How often a word of the vocabulary occurs at least.
             max_words: Most words in the vocabulary, the most frequent ones; by default there is no limit.
             lowercase: Lower the case.
+            tokenizer: Cuts each stretch between white space into tokens, which take the place of words; special tokens are left
+                out. By default words are those of [`word_tokenizer`].
 
         Returns:
-            The corpus, its arrays memory-mapped.
+            The corpus, its arrays memory-mapped. Of tokens its own tokenizer has the spelling alone: it cuts no text into them.
 
         Raises:
             InputError: If there is no word, none occurs `min_count` times, or the folder holds something else.
@@ -164,7 +167,8 @@ class WordCorpus:
         _check_free(folder)
         begin_folder(folder)
         try:
-            numbered = _number(texts(), folder, lowercase=lowercase)
+            cutter = word_tokenizer((), lowercase=lowercase) if tokenizer is None else tokenizer
+            numbered = _number(texts(), folder, _Pieces(cutter, into_tokens=tokenizer is not None))
             words, new_ids = _choose(numbered.words, numbered.counts, min_count=min_count, max_words=max_words)
             counts = np.sort(numbered.counts[new_ids >= 0])[::-1]
             np.save(folder / "counts.npy", counts)
@@ -287,8 +291,10 @@ class _Pieces:
     Provisional ids of words follow the order in which the words occur first.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._normalizer, self._pre_tokenizer = tokenizer.normalizer, tokenizer.pre_tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, into_tokens: bool = False) -> None:
+        self._tokenizer, self._into_tokens = tokenizer, into_tokens
+        self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        self._special |= set(SPECIAL_WORDS)
         self.words: dict[str, int] = defaultdict(itertools.count().__next__)
         self._forget()
 
@@ -321,8 +327,15 @@ class _Pieces:
         lengths, flat = [np.empty(0, dtype=np.int64)], list[int]()
         for begin in range(0, len(pieces), _CUT):
             group = pieces[begin : begin + _CUT]
-            text = self._normalizer.normalize_str("\n".join(group))
-            cut = self._pre_tokenizer.pre_tokenize_str(text)
+            if self._into_tokens:
+                # Behind a space, as in a text.
+                encodings = self._tokenizer.encode_batch([f" {piece}" for piece in group], add_special_tokens=False)
+                tokens = [[token for token in each.tokens if token not in self._special] for each in encodings]
+                lengths.append(np.array([len(each) for each in tokens], dtype=np.int64))
+                flat += [self.words[token] for each in tokens for token in each]
+                continue
+            text = self._tokenizer.normalizer.normalize_str("\n".join(group))
+            cut = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
             ends = np.flatnonzero(code_points(text) == ord("\n"))
             owners = np.searchsorted(ends, np.array([start for _, (start, _) in cut], dtype=np.int64))
             lengths.append(np.bincount(owners, minlength=len(group)))
@@ -330,9 +343,8 @@ class _Pieces:
         return np.concatenate(lengths), np.array(flat, dtype=np.int32)
 
 
-def _number(texts: Iterable[str], folder: Path, *, lowercase: bool) -> _Numbered:
+def _number(texts: Iterable[str], folder: Path, pieces: _Pieces) -> _Numbered:
     """Write the provisional ids of all words, and the lengths of lines and documents in words, to files."""
-    pieces = _Pieces(word_tokenizer((), lowercase=lowercase))
     counts = np.zeros(1 << 16, dtype=np.int64)
     with ExitStack() as stack:
         files = {name: stack.enter_context(_raw(folder, name).open("wb")) for name in _RAW}

@@ -3,14 +3,16 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import AutoConfig, AutoModel, BertModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertModel
 
 from helpers.distilled import bert
 from helpers.method_matrix import TINY, tiny_tokenizer
+from hf_pretrain import WordVectors, text_vectors
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.heads import load_head
 from hf_pretrain.modeling.pooling import (
@@ -158,3 +160,14 @@ class TestTrainedEncoder:
     def test_an_unknown_pooling_is_refused(self):
         with pytest.raises(InputError, match="pooling='max' must be one of mean, cls, cls_mlp"):
             sentence_modules_of("max", normalizes=True, max_seq_length=12)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_static_vectors_are_pooled_by_their_mean(normalize, tmp_path):
+    words = ("the", "ship", "sails")
+    vectors = np.array([[1, 0], [0, 2], [3, 1]], dtype=np.float32)
+    WordVectors(words, vectors).save(tmp_path, method="ppmi", training={}, lowercase=True, normalize=normalize)
+    model, tokenizer = AutoModel.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    found = text_vectors(model, tokenizer, ["The ship", "sails"], modules=SentenceModules.read(str(tmp_path)))
+    np.testing.assert_allclose(found, SentenceTransformer(str(tmp_path)).encode(["The ship", "sails"]), atol=1e-7)
+    assert np.allclose(np.linalg.norm(found, axis=1), 1) == normalize
