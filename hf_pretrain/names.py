@@ -87,11 +87,24 @@ MODELS = {
         name: f"{title} {_ENCODERS_ONLY}, and it is {kind}"
         for kind, titles in {
             "a decoder": "GPT GPT-2 GPT-Neo GPT-J OPT LLaMA Mistral Qwen Gemma BLOOM Phi Falcon Mamba SmolLM",
-            "a table of word vectors": "word2vec GloVe fastText",
         }.items()
         for title in titles.split()
         for name in [re.sub(r"\W", "", title).lower()]
     },
+    # Vectors of words.
+    "bagofwords": "counts of words are `hf-pretrain vectors --method counts`",
+    "cbow": "CBOW is `hf-pretrain vectors --method cbow`",
+    "fasttext": "fastText's letter n-grams are no method here; `hf-pretrain vectors --method import` reads its .vec files",
+    "focus": "FOCUS is `transfer_vocabulary` in Python, with `hf-pretrain vectors --tokenizer_name`",
+    "glove": "GloVe is `hf-pretrain vectors --method glove`",
+    "lsa": "latent semantic analysis is `hf-pretrain vectors --method lsa`",
+    "model2vec": "vectors of an encoder's tokens are `hf-pretrain vectors --method distil`",
+    "onehot": "one-hot words are `hf-pretrain vectors --method onehot`",
+    "ppmi": "PPMI is `hf-pretrain vectors --method ppmi`",
+    "skipgram": "skip-gram is `hf-pretrain vectors --method skipgram`",
+    "tfidf": "TF-IDF is `hf-pretrain vectors --method tfidf`",
+    "word2vec": "word2vec is `hf-pretrain vectors --method skipgram`, or `--method cbow`",
+    "wordvectors": "vectors of words are made by `hf-pretrain vectors`",
     # One vector for a text.
     "ctl": "contrastive learning is `hf-pretrain contrastive`",
     "declutr": "DeCLUTR is `hf-pretrain contrastive --views spans --beside mlm`",

@@ -334,7 +334,7 @@ def test_the_help_after_a_recipe_shows_its_values(capsys):
         ("span-corruption", "hf-pretrain t5"),
         ("seq2seq", "hf-pretrain denoise"),
         ("gpt2", "GPT-2 is no method here"),
-        ("word2vec", "word2vec is no method here"),
+        ("word2vec", "word2vec is `hf-pretrain vectors --method skipgram`"),
         ("llama-3", "LLaMA is no method here"),
     ],
 )

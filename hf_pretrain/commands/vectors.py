@@ -492,6 +492,12 @@ from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("{repo}")
 vectors = model.encode(["A text.", "Another text."])
 """
+_SPARSE_USAGE = """\
+from hf_pretrain import SparseTextVectorizer
+
+vectorizer = SparseTextVectorizer.from_pretrained("{repo}")
+vectors = vectorizer.transform(["A text.", "Another text."])
+"""
 
 
 def write_vectors_card(
@@ -514,6 +520,7 @@ def write_vectors_card(
         model_name=Path(args.output_dir).resolve().name,
         model_class="SparseTextVectorizer" if is_sparse else "StaticEmbeddingModel",
         has_own_code=not is_sparse,
+        loading=_SPARSE_USAGE if is_sparse else "",
         objective=objective,
         data=made.facts,
         recipe=recipe_options(options, defaults=_defaults()),

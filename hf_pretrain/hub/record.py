@@ -85,6 +85,7 @@ class PretrainingCard:
         model_class: transformers class that opens the root of the repository with its head: "ElectraForPreTraining".
         objective: What it was trained to do.
         has_own_code: Whether that class is no stock one and its code lies in the repository.
+        loading: Python code that opens the root, where no Auto class does; "" if one does.
         adapter: Kind of adapter, such as "LORA", where the root holds one alone, without the model below it; "" for a model.
         fresh_parameters: What of the model did not come from `base_model` and began anew, in words: "the head cls".
         fine_tuning_class: Auto class that opens the root with a fresh head for a task, "" if there is none.
@@ -128,6 +129,7 @@ class PretrainingCard:
     model_class: str
     objective: ObjectiveDescription
     has_own_code: bool = False
+    loading: str = ""
     adapter: str = ""
     fresh_parameters: str = ""
     fine_tuning_class: str = ""
