@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
@@ -29,6 +29,7 @@ from hf_pretrain.errors import InputError, check_choice, check_range, one_line
 from hf_pretrain.files import plain
 from hf_pretrain.models.static_embedding.configuration_static_embedding import StaticEmbeddingConfig
 from hf_pretrain.models.static_embedding.modeling_static_embedding import StaticEmbeddingModel
+from hf_pretrain.vectors.corpus import SPECIAL_WORDS, word_tokenizer
 from hf_pretrain.vectors.formats import read_vectors
 
 AnalogyMethod = Literal["add", "multiply"]
@@ -37,9 +38,8 @@ AnalogyMethod = Literal["add", "multiply"]
 STATISTICS = "pretraining/words.safetensors"
 """Counts and weights of the words in a folder, in the order of their ids; no model needs them."""
 
-_PADDING, _UNKNOWN = "[PAD]", "[UNK]"
-_PADDINGS = (_PADDING, "<pad>")
-_UNKNOWNS = (_UNKNOWN, "<unk>")
+_PADDINGS = (SPECIAL_WORDS[0], "<pad>")
+_UNKNOWNS = (SPECIAL_WORDS[1], "<unk>")
 _EPSILON = 1e-3
 _WEIGHTS, _TOKENIZER, _CONFIG = "model.safetensors", "tokenizer.json", "config.json"
 
@@ -281,7 +281,7 @@ class WordVectors:
         names = tokenizer.get_vocab()
         pad, unk = (next((name for name in known if name in names), None) for known in (_PADDINGS, _UNKNOWNS))
         if pad is None:
-            raise InputError(f"tokenizer has no {_PADDING}: texts of different lengths need it to share a batch")
+            raise InputError(f"tokenizer has no {SPECIAL_WORDS[0]}: texts of different lengths need it to share a batch")
         return PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
             pad_token=pad,
@@ -361,21 +361,16 @@ def analogy_scores(
 
 
 def _word_tokenizer(words: Sequence[str], *, lowercase: bool) -> Tokenizer:
-    special = [word for word in (_PADDING, _UNKNOWN) if word in words]
+    special = [word for word in SPECIAL_WORDS if word in words]
     if special:
         raise InputError(f"words has {special[0]!r}, the name of a special token: leave it out")
-    vocabulary = {word: number for number, word in enumerate((_PADDING, _UNKNOWN, *words))}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=_UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if lowercase:
-        tokenizer.normalizer = normalizers.Lowercase()
-    return tokenizer
+    return word_tokenizer(words, lowercase=lowercase)
 
 
 def _words_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Return the tokens that are no special ones, with their ids, in the order of these."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= {_PADDING, _UNKNOWN}
+    special |= set(SPECIAL_WORDS)
     vocabulary = tokenizer.get_vocab()
     return {
         token: vocabulary[token] for token in sorted(vocabulary, key=vocabulary.__getitem__) if token not in special
