@@ -1,10 +1,10 @@
 """Do vectors of texts get better than those of the masked language model they start from? Arms of equal training FLOPs.
 
-    python benchmarks/contrastive_quality.py --data_dir data [--arm simcse ict] [--seed 0 1] [--flops 4e13]
+    python benchmarks/contrastive_quality.py --data_dir data [--arm simcse ict] [--seed 0 1] [--flops 2e13]
     python benchmarks/contrastive_quality.py --table
 
     untrained   the encoder as it is before training
-    start       a masked language model, trained with half of the budget; each arm below trains it with the other half
+    start       a masked language model of the budget `start_flops`; each arm below goes on with it for the budget `flops`
     mlm         goes on with masked language modelling
     simcse      a sentence twice; dropout makes the difference
     ict         a sentence and the text around it
@@ -15,7 +15,8 @@
 
 All arms train one encoder of one size with one tokenizer, on one text, by the programs `hf-pretrain mlm` and
 `hf-pretrain contrastive`. Those of a seed continue one checkpoint. FLOPs of forward and backward, with heads and decoders, are
-counted on real batches by torch's FlopCounterMode; the steps are what the budget pays for. Every arm has dropout, which SimCSE
+counted on real batches by torch's FlopCounterMode; the steps are what the budget pays for. The start has to know more than how
+often words occur (a loss below the unigram's), or vectors of random words are better than all of its own. Every arm has dropout, which SimCSE
 needs, and one pooling.
 
 Judged are the vectors, before and after `tune_steps` supervised steps on the training pairs of STS-B, which are the same for all
@@ -118,9 +119,10 @@ class VectorArguments(ComparisonArguments):
     arms: ClassVar = ARMS
 
     results: str = option("contrastive_quality.json", "File that each run adds a row to.")
-    flops: float = option(
-        4e13, "Training budget of an arm; the masked language model that it starts from has half of it."
+    start_flops: float = option(
+        1e14, "Training budget of the masked language model that the arms of a seed start from."
     )
+    flops: float = option(2e13, "Training budget of an arm.")
     vocab_size: int = option(4096, "Tokens of the tokenizer, trained once on the text.")
     model_type: str = option("modernbert", "Architecture of the encoder.")
     hidden_size: int = option(128, "Width; a head for every 32.")
@@ -192,14 +194,14 @@ def command(arm: str, seed: int, args: VectorArguments, folder: Path) -> tuple[s
 
 
 def train_arm(arm: str, seed: int, args: VectorArguments, folder: Path) -> dict[str, Any]:
-    """Train an arm by its program with half of the budget, or leave it as it is built; its folder has the export."""
+    """Train an arm by its program with its budget, or leave it as it is built; its folder has the export."""
     name, argv = command(arm, seed, args, folder)
     trainer = trainer_of_program(name, argv, args)
     if arm == "untrained":
         trainer.save_model()
         return {"steps": 0, "flops": 0, "seconds": 0}
     step = flops_of_a_step(trainer)
-    steps = max(1, round(args.flops / 2 / step))
+    steps = max(1, round((args.start_flops if arm == "start" else args.flops) / step))
     _, row = train_by_program(name, argv, steps=steps)
     return row | {"steps": steps, "flops": steps * step}
 
