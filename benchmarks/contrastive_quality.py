@@ -16,8 +16,8 @@
 All arms train one encoder of one size with one tokenizer, on one text, by the programs `hf-pretrain mlm` and
 `hf-pretrain contrastive`. Those of a seed continue one checkpoint. FLOPs of forward and backward, with heads and decoders, are
 counted on real batches by torch's FlopCounterMode; the steps are what the budget pays for. The start has to know more than how
-often words occur (a loss below the unigram's), or vectors of random words are better than all of its own. Every arm has dropout, which SimCSE
-needs, and one pooling.
+often words occur (a loss below the unigram's): else vectors of random words are better than its own. Every arm has dropout, which
+SimCSE needs, and one pooling.
 
 Judged are the vectors, before and after `tune_steps` supervised steps on the training pairs of STS-B, which are the same for all
 arms: a plain loop with the squared difference of cosine and score.
