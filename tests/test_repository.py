@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import tomllib
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
@@ -239,3 +240,9 @@ def test_links_of_the_documents_lead_somewhere():
     for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text(encoding="utf-8")):
             assert target.startswith("https://") or (ROOT / target).exists(), f"{name}: {target}"
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Two files of one name cannot be imported together: the tests have no packages."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]
