@@ -281,7 +281,9 @@ class WordVectors:
         names = tokenizer.get_vocab()
         pad, unk = (next((name for name in known if name in names), None) for known in (_PADDINGS, _UNKNOWNS))
         if pad is None:
-            raise InputError(f"tokenizer has no {SPECIAL_WORDS[0]}: texts of different lengths need it to share a batch")
+            raise InputError(
+                f"tokenizer has no {SPECIAL_WORDS[0]}: texts of different lengths need it to share a batch"
+            )
         return PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
             pad_token=pad,
