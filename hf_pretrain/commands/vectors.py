@@ -68,7 +68,7 @@ _SPARSE, _WORD2VEC = ("onehot", "counts", "tfidf"), ("skipgram", "cbow")
 _FACTORIZED = ("cooccurrence", "pmi", "ppmi", "lsa")
 _OF_TEXT = (*_SPARSE, *_FACTORIZED, *_WORD2VEC, "glove")
 _DENSE = (*_FACTORIZED, *_WORD2VEC, "glove", "distil")
-_WORK = "_work"
+_WORK, _CHECKPOINTS = "_work", "checkpoints"
 _PICTURE, _LEAST_IN_PICTURE = f"{PLOTS_FOLDER}/words.svg", 3
 
 
@@ -106,8 +106,8 @@ class VectorArguments:
         ),
         "tokenizer_name": f"method={'|'.join((*_FACTORIZED, *_WORD2VEC, 'glove'))}",
         "dimensions": f"method={'|'.join(_DENSE)}",
-        **dict.fromkeys(("window", "crosses_lines"), f"method={'|'.join((*_FACTORIZED[:3], *_WORD2VEC, 'glove'))}"),
-        "window_weighting": f"method={'|'.join((*_FACTORIZED[:3], 'glove'))}",
+        "window": f"method={'|'.join((*_FACTORIZED[:3], *_WORD2VEC, 'glove'))}",
+        **dict.fromkeys(("window_weighting", "crosses_lines"), f"method={'|'.join((*_FACTORIZED[:3], 'glove'))}"),
         "window_direction": f"method={'|'.join(_FACTORIZED[:3])}",
         **dict.fromkeys(("shift", "context_smoothing"), "method=pmi|ppmi"),
         "singular_power": f"method={'|'.join(_FACTORIZED)}",
@@ -205,6 +205,16 @@ class VectorArguments:
         for method, name in (("distil", "model_name_or_path"), ("import", "vectors_file")):
             if self.method == method and getattr(self, name) is None:
                 raise InputError(f"method={method!r} needs --{name}")
+        # Before hours of training, not behind them.
+        for name in (*(self.word_similarity_file or []), *filter(None, [self.analogy_file])):
+            if not Path(name).is_file():
+                raise InputError(f"word_similarity_file or analogy_file: {name!r} is no file")
+        if self.export_file is not None and not Path(self.export_file).absolute().parent.is_dir():
+            raise InputError(f"export_file={self.export_file!r} is in no folder that exists: name another")
+        if self.tokenizer_name is not None and not self.lowercase:
+            raise InputError(
+                f"lowercase=False has no effect beside tokenizer_name={self.tokenizer_name!r}: leave it out"
+            )
 
     def word2vec(self) -> Word2VecOptions:
         """Return the options of word2vec."""
@@ -331,10 +341,10 @@ def _of_tokens(known: WordVocabulary, vectors: np.ndarray, tokenizer: PreTrained
 def _trained(args: VectorArguments, corpus: WordCorpus, work: Path) -> np.ndarray:
     """Return the vector of each word of a corpus, `float32 [V, D]`."""
     if args.method in _WORD2VEC:
-        return train_word2vec(corpus, args.word2vec(), checkpoint_folder=work / "checkpoints").vectors
+        return train_word2vec(corpus, args.word2vec(), checkpoint_folder=work / _CHECKPOINTS).vectors
     if args.method == "glove":
         counts = count_cooccurrences(corpus, args.windows, folder=work / "counts")
-        return train_glove(counts, args.glove(), checkpoint_folder=work / "checkpoints").vectors
+        return train_glove(counts, args.glove(), checkpoint_folder=work / _CHECKPOINTS).vectors
     if args.method == "lsa":
         known = corpus.vocabulary
         table = document_counts(corpus).T.tocsr().astype(np.float64)
@@ -561,7 +571,13 @@ def main(argv: list[str] | None = None) -> None:
     work = folder / _WORK
     _claim(args, folder)
     begin = time.perf_counter()
-    made = make(args, work)
+    try:
+        made = make(args, work)
+    except BaseException:
+        if not (work / _CHECKPOINTS).exists():
+            # There is nothing to go on with.
+            shutil.rmtree(work)
+        raise
     seconds = time.perf_counter() - begin
     part = work / "model"
     shutil.rmtree(part, ignore_errors=True)
@@ -598,6 +614,10 @@ def _claim(args: VectorArguments, folder: Path) -> None:
                 f"{wrong[0]}={options[wrong[0]]!r} was {known.get(wrong[0])!r} in the run that --resume goes on with"
             )
         return
+    if (folder / _WORK / _CHECKPOINTS).exists():
+        raise InputError(
+            f"output_dir={args.output_dir!r} holds a run that was cut off: go on with --resume true, or name another folder"
+        )
     shutil.rmtree(folder / _WORK, ignore_errors=True)
     (folder / _WORK).mkdir(parents=True)
     write_text(begun, json.dumps(options))

@@ -111,6 +111,8 @@ def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch, capsys):
     monkeypatch.setattr(command, "train_glove", cut_off)
     run(*options, "--epochs", "4", expected=130)
     monkeypatch.setattr(command, "train_glove", train)
+    run(*options, "--epochs", "4", expected=2)
+    assert "holds a run that was cut off: go on with --resume true" in capsys.readouterr().err
     run(*options, "--epochs", "5", "--resume", "true", expected=2)
     assert "epochs=5 was 4 in the run" in capsys.readouterr().err
     run(*options, "--epochs", "4", "--resume", "true")
@@ -131,6 +133,12 @@ def test_a_run_that_was_cut_off_goes_on(folder, monkeypatch, capsys):
         (["--train_file", "corpus.txt", "--dimensions", "100000"], "dimensions=100000 must be from 1 to"),
         (["--train_file", "corpus.txt", "--min_count", "100000"], "min_count=100000"),
         (["--train_file", "corpus.txt", "--resume", "true"], "resume"),
+        (
+            ["--method", "cbow", "--train_file", "corpus.txt", "--crosses_lines", "true"],
+            "crosses_lines=True has no effect",
+        ),
+        (["--train_file", "corpus.txt", "--analogy_file", "none.txt"], "'none.txt' is no file"),
+        (["--train_file", "corpus.txt", "--export_file", "none/v.txt"], "export_file='none/v.txt' is in no folder"),
         (["--method", "import", "--vectors_file", "corpus.txt"], "corpus.txt"),
     ],
 )
@@ -138,6 +146,7 @@ def test_bad_options_are_refused_in_one_line(argv, message, folder, capsys):
     run(*argv, expected=2)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+    assert not (folder / "out" / "_work").exists()
 
 
 def test_a_folder_in_use_is_left_alone(folder, capsys):
