@@ -377,9 +377,8 @@ def area(name: str) -> str:
     if name.startswith(("compare", "log_likelihood", "score_")):
         return "evaluation"
     package = module.split(".")[1]
-    if module.startswith(
-        ("hf_pretrain.vectors.", "hf_pretrain.models.static_embedding", "hf_pretrain.evaluation.words")
-    ):
+    tables = ("models.static_embedding", "models.sparse_text", "evaluation.words")
+    if module.startswith(("hf_pretrain.vectors.", *(f"hf_pretrain.{name}" for name in tables))):
         return "vectors"
     packages = {"data": "data", "tasks": "data", "evaluation": "evaluation", "hub": "hub", "training": "trainers"}
     return packages.get(package, "models")

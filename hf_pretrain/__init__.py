@@ -59,6 +59,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.modeling.pooling import SentenceModules as SentenceModules
     from hf_pretrain.modeling.surgery.cutting import cut_student as cut_student
     from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
+    from hf_pretrain.models.sparse_text.configuration_sparse_text import SparseTextConfig as SparseTextConfig
+    from hf_pretrain.models.sparse_text.modeling_sparse_text import SparseTextModel as SparseTextModel
     from hf_pretrain.models.static_embedding.configuration_static_embedding import (
         StaticEmbeddingConfig as StaticEmbeddingConfig,
     )
@@ -203,6 +205,8 @@ _EXPORTS = {
     "modeling.pooling": ("SentenceModules",),
     "modeling.surgery.cutting": ("cut_student",),
     "modeling.surgery.vocabulary": ("trim_vocabulary",),
+    "models.sparse_text.configuration_sparse_text": ("SparseTextConfig",),
+    "models.sparse_text.modeling_sparse_text": ("SparseTextModel",),
     "models.static_embedding.configuration_static_embedding": ("StaticEmbeddingConfig",),
     "models.static_embedding.modeling_static_embedding": ("StaticEmbeddingModel",),
     "models.transformer_xl.configuration_transformer_xl": ("TransformerXLConfig",),

@@ -11,7 +11,8 @@ neighbours, lsa one of words and documents. skipgram and cbow are word2vec, glov
 by itself. The default is ppmi, the fastest way to good vectors of some millions of words.
 
 The folder opens with `AutoModel.from_pretrained`, `SentenceTransformer` and `model2vec.StaticModel`; that of onehot, counts and
-tfidf with `hf_pretrain.SparseTextVectorizer`. `hf-pretrain mlm --init_embeddings my-vectors` begins a training with the vectors.
+tfidf with `AutoModel.from_pretrained`, whose output is sparse, and with `hf_pretrain.SparseTextVectorizer`.
+`hf-pretrain mlm --init_embeddings my-vectors` begins a training with the vectors.
 """
 
 from __future__ import annotations
@@ -522,15 +523,14 @@ def write_vectors_card(
         description=description,
         citations=cite(*citations),
         pipeline_tag="feature-extraction" if is_sparse else "sentence-similarity",
-        usage="" if is_sparse else _USAGE,
+        usage=_SPARSE_USAGE if is_sparse else _USAGE,
         tags=("static-vectors", *(() if is_sparse else ("sentence-transformers", "model2vec"))),
     )
     options = plain(dataclasses.asdict(args))
     card = PretrainingCard(
         model_name=Path(args.output_dir).resolve().name,
-        model_class="SparseTextVectorizer" if is_sparse else "StaticEmbeddingModel",
-        has_own_code=not is_sparse,
-        loading=_SPARSE_USAGE if is_sparse else "",
+        model_class="SparseTextModel" if is_sparse else "StaticEmbeddingModel",
+        has_own_code=True,
         objective=objective,
         data=made.facts,
         recipe=recipe_options(options, defaults=_defaults()),

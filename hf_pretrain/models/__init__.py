@@ -7,7 +7,11 @@ from importlib import import_module
 from typing import Any
 
 # Folder here -> name of its configuration, which names its classes in `auto_map`.
-_CONFIGURATIONS = {"static_embedding": "StaticEmbeddingConfig", "transformer_xl": "TransformerXLConfig"}
+_CONFIGURATIONS = {
+    "sparse_text": "SparseTextConfig",
+    "static_embedding": "StaticEmbeddingConfig",
+    "transformer_xl": "TransformerXLConfig",
+}
 
 
 def _configurations() -> Iterator[tuple[str, Any]]:

@@ -237,7 +237,7 @@ class WordVectors:
         Raises:
             InputError: If the tokenizer's tokens are not these words.
         """
-        tokenizer = self._fast_tokenizer(lowercase=lowercase)
+        tokenizer = fast_tokenizer(self.tokenizer or _word_tokenizer(self.words, lowercase=lowercase))
         tokens = _words_of(tokenizer)
         if set(tokens) != set(self.words):
             odd = next(iter(set(tokens) ^ set(self.words)))
@@ -274,23 +274,6 @@ class WordVectors:
     def _weighted(self) -> np.ndarray:
         return self.vectors if self.weights is None else self.vectors * self.weights[:, None]
 
-    def _fast_tokenizer(self, *, lowercase: bool) -> PreTrainedTokenizerFast:
-        """Return the tokenizer as transformers has it, without tokens that it would add to a text."""
-        tokenizer = self.tokenizer or _word_tokenizer(self.words, lowercase=lowercase)
-        parts = json.loads(tokenizer.to_str()) | dict.fromkeys(("post_processor", "truncation", "padding"))
-        names = tokenizer.get_vocab()
-        pad, unk = (next((name for name in known if name in names), None) for known in (_PADDINGS, _UNKNOWNS))
-        if pad is None:
-            raise InputError(
-                f"tokenizer has no {SPECIAL_WORDS[0]}: texts of different lengths need it to share a batch"
-            )
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
-            pad_token=pad,
-            unk_token=parts["model"].get("unk_token") or unk,
-            model_input_names=["input_ids", "attention_mask"],
-        )
-
     @classmethod
     def open(cls, name_or_path: str | Path) -> WordVectors:
         """Open a folder, a model on the Hub, or a file of word2vec, GloVe or fastText.
@@ -308,10 +291,9 @@ class WordVectors:
         """
         if Path(name_or_path).is_file():
             return cls(*read_vectors(name_or_path))
-        weights, tokens = (_path_of(str(name_or_path), file) for file in (_WEIGHTS, _TOKENIZER))
-        statistics = _path_of(str(name_or_path), STATISTICS, is_needed=False)
+        weights, tokens = (path_of(str(name_or_path), file) for file in (_WEIGHTS, _TOKENIZER))
+        statistics = _find(str(name_or_path), STATISTICS)
         try:
-            assert tokens is not None and weights is not None, "both are needed"
             tokenizer = Tokenizer.from_file(tokens)
             table = _table(weights)
             known = {} if statistics is None else _tensors(statistics)
@@ -328,6 +310,30 @@ class WordVectors:
         if "weights" in known:
             vectors = vectors / known["weights"][:, None]
         return cls(tuple(words), vectors, known.get("counts"), known.get("weights"), tokenizer)
+
+
+def fast_tokenizer(tokenizer: Tokenizer, **options: Any) -> PreTrainedTokenizerFast:
+    """Return a tokenizer as transformers has it, without tokens that it would add to a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        **options: As of `PreTrainedTokenizerFast`.
+
+    Raises:
+        InputError: If it has no padding.
+    """
+    parts = json.loads(tokenizer.to_str()) | dict.fromkeys(("post_processor", "truncation", "padding"))
+    names = tokenizer.get_vocab()
+    pad, unk = (next((name for name in known if name in names), None) for known in (_PADDINGS, _UNKNOWNS))
+    if pad is None:
+        raise InputError(f"tokenizer has no {SPECIAL_WORDS[0]}: texts of different lengths need it to share a batch")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(parts)),
+        pad_token=pad,
+        unk_token=parts["model"].get("unk_token") or unk,
+        model_input_names=["input_ids", "attention_mask"],
+        **options,
+    )
 
 
 def analogy_scores(
@@ -379,21 +385,30 @@ def _words_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     }
 
 
-def _path_of(name_or_path: str, file: str, *, is_needed: bool = True) -> str | None:
-    """Return the path of a file of a folder or of a repository."""
+def path_of(name_or_path: str, file: str) -> str:
+    """Return the path of a file of a folder or of a repository.
+
+    Raises:
+        InputError: If there is none.
+    """
+    found = _find(name_or_path, file)
+    if found is None:
+        raise InputError(
+            f"name_or_path={name_or_path!r} is no file, and no folder or repository with {file}: give one of word vectors"
+        )
+    return found
+
+
+def _find(name_or_path: str, file: str) -> str | None:
     try:
-        found = cached_file(
+        found: str | None = cached_file(
             name_or_path,
             file,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
     except (OSError, ValueError):
-        found = None
-    if found is None and is_needed:
-        raise InputError(
-            f"name_or_path={name_or_path!r} is no file, and no folder or repository with {file}: give one of word vectors"
-        )
+        return None
     return found
 
 

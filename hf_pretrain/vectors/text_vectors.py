@@ -2,30 +2,34 @@
 
 [`SparseTextVectorizer`] and [`LatentTextVectorizer`] are transformers of scikit-learn. Their words are those of
 [`hf_pretrain.vectors.corpus.word_tokenizer`]. They are saved as a folder with a configuration, a tokenizer and safetensors.
+`AutoModel` opens that of sparse vectors too, as a [`SparseTextModel`].
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file, save_file
 from scipy import sparse
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize as unit_rows
 from sklearn.utils.validation import check_is_fitted
 from tokenizers import Tokenizer
 
 from hf_pretrain.data.documents.words import encodable
-from hf_pretrain.errors import InputError, check_choice, one_line
+from hf_pretrain.errors import InputError, check_choice, check_range, one_line
 from hf_pretrain.files import plain, share_weights, write_text
-from hf_pretrain.vectors.corpus import SPECIAL_WORDS, word_tokenizer
-from hf_pretrain.vectors.counts import latent_vectors, tfidf_weights
+from hf_pretrain.models.sparse_text.configuration_sparse_text import SparseTextConfig
+from hf_pretrain.models.sparse_text.modeling_sparse_text import SparseTextModel
+from hf_pretrain.vectors.corpus import SPECIAL_WORDS, WordCorpus, word_tokenizer
+from hf_pretrain.vectors.counts import document_counts, latent_vectors, tfidf_weights
+from hf_pretrain.vectors.folder import fast_tokenizer, path_of
 
 _METHODS = ("onehot", "counts", "tfidf")
 _CONFIG, _TOKENIZER, _WEIGHTS = "config.json", "tokenizer.json", "model.safetensors"
@@ -56,7 +60,7 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
         Salton and Buckley, "Term-weighting approaches in automatic text retrieval" (1988).
     """
 
-    model_type: ClassVar[str] = "sparse_text_vectors"
+    model_type: ClassVar[str] = SparseTextConfig.model_type
 
     def __init__(
         self,
@@ -92,23 +96,47 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
         Raises:
             InputError: If an option is out of range or has no effect, a text is no string, or no word is left.
         """
-        self._check_options()
-        cut = partial(_words, word_tokenizer((), lowercase=self.lowercase))
-        counter = CountVectorizer(analyzer=cut, min_df=self.min_df, max_df=self.max_df, max_features=self.max_features)
-        texts = _checked(texts)
-        try:
-            counts = counter.fit_transform(texts)
-        except ValueError as error:
-            raise InputError(f"texts, {len(texts)} of them, leave no vocabulary: {one_line(error)}") from error
-        words = counter.get_feature_names_out().tolist()
-        self.tokenizer_ = word_tokenizer(words, lowercase=self.lowercase)
-        self.num_documents_ = len(texts)
-        weights = np.ones(len(words))
-        if self.method == "tfidf":
-            frequencies = np.bincount(counts.indices, minlength=len(words))
-            weights = tfidf_weights(frequencies, len(texts), convention=self.idf)
-        self.weights_ = weights.astype(np.float32)
+        self._fit(texts)
         return self
+
+    def _fit(self, texts: Iterable[str]) -> sparse.csr_matrix:
+        """Take the vocabulary and the weights from texts; return how often each of them holds each word."""
+        self._check_options()
+        with TemporaryDirectory() as folder:
+            corpus = WordCorpus.build(
+                lambda: _checked(texts), folder=Path(folder), min_count=1, lowercase=self.lowercase
+            )
+            counts, known = document_counts(corpus), corpus.vocabulary
+        found = self._kept(known.document_counts, known.documents)
+        # In the order of scikit-learn's columns.
+        kept = sorted(found.tolist(), key=known.words.__getitem__)
+        self.tokenizer_ = word_tokenizer([known.words[number] for number in kept], lowercase=self.lowercase)
+        self.num_documents_ = known.documents
+        weights = np.ones(len(kept))
+        if self.method == "tfidf":
+            weights = tfidf_weights(known.document_counts[kept], known.documents, convention=self.idf)
+        self.weights_ = weights.astype(np.float32)
+        return counts[:, kept].astype(np.float64)
+
+    def _kept(self, in_documents: np.ndarray, documents: int) -> np.ndarray:
+        """Return the numbers of the words of the vocabulary, which are sorted from frequent to rare."""
+        limits = []
+        for name in ("min_df", "max_df"):
+            limit = getattr(self, name)
+            is_share = isinstance(limit, float)
+            check_range(
+                limit, "[0, 1]" if is_share else "[1, inf)", name=name, hint="a number of documents, or a share"
+            )
+            limits.append(limit * documents if is_share else limit)
+        if self.max_features is not None:
+            check_range(self.max_features, "[1, inf)", name="max_features")
+        kept = np.flatnonzero((in_documents >= limits[0]) & (in_documents <= limits[1]))[: self.max_features]
+        if not len(kept):
+            raise InputError(
+                f"texts, {documents} of them, leave no vocabulary: no word is in {limits[0]:g} to {limits[1]:g} of them; "
+                "change min_df or max_df"
+            )
+        return kept
 
     def transform(self, texts: Iterable[str]) -> sparse.csr_matrix:
         """Return the vectors of texts; words outside of the vocabulary are left out.
@@ -126,7 +154,10 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
 
     def _sparse(self, texts: Iterable[str]) -> sparse.csr_matrix:
         check_is_fitted(self, "weights_")
-        table = _counts(self.tokenizer_, _checked(texts), len(self.weights_))
+        return self._weighted(_counts(self.tokenizer_, list(_checked(texts)), len(self.weights_)))
+
+    def _weighted(self, table: sparse.csr_matrix) -> sparse.csr_matrix:
+        """Return the vectors of texts with these counts, which are changed."""
         if self.method == "onehot":
             table.data[:] = 1
         if self.sublinear_tf:
@@ -149,38 +180,49 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json`, `tokenizer.json` and `model.safetensors`.
+        """Write a configuration, a tokenizer and weights, which `AutoModel` and `AutoTokenizer` open too.
 
         Args:
             folder: Made if need be.
         """
         check_is_fitted(self, "weights_")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"model_type": self.model_type, "options": plain(self.get_params()), "documents": self.num_documents_}
-        write_text(folder / _CONFIG, json.dumps(config | {"vocab_size": len(self.weights_)}, indent=2) + "\n")
-        self.tokenizer_.save(str(folder / _TOKENIZER))
-        save_file(self._tensors(), folder / _WEIGHTS)
-        share_weights(folder)
+        config = SparseTextConfig(
+            **plain(self.get_params()),
+            documents=self.num_documents_,
+            vocab_size=self.tokenizer_.get_vocab_size(),
+            hidden_size=len(self.weights_),
+            first_word_id=len(SPECIAL_WORDS),
+            dtype="float32",
+        )
+        with torch.device("meta"):
+            model = SparseTextModel(config)
+        model.weights = torch.nn.Parameter(torch.from_numpy(self.weights_))
+        model.save_pretrained(folder)
+        # The text "[UNK]" is three words.
+        fast_tokenizer(self.tokenizer_, split_special_tokens=True).save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Return the vectorizer of a folder; it gives the same vectors bit for bit.
+        """Return the vectorizer of a folder or of a model on the Hub; it gives the same vectors bit for bit.
 
         Args:
-            folder: Where `save_pretrained` wrote it.
+            folder: Where `save_pretrained` wrote it, or a name on the Hub.
 
         Raises:
             InputError: If the folder holds none, or one of another kind.
         """
-        folder = Path(folder)
         try:
-            config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
+            paths = {name: path_of(str(folder), name) for name in (_CONFIG, _TOKENIZER, _WEIGHTS)}
+            config = json.loads(Path(paths[_CONFIG]).read_text(encoding="utf-8"))
             if config.get("model_type") == cls.model_type:
-                vectorizer = cls(**config["options"])
+                vectorizer = cls(**{name: config[name] for name in cls().get_params()})
+                vectorizer._check_options()
                 vectorizer.num_documents_ = config["documents"]
-                vectorizer.tokenizer_ = Tokenizer.from_file(str(folder / _TOKENIZER))
-                vectorizer._take(load_file(folder / _WEIGHTS), vectorizer.tokenizer_.get_vocab_size() - 2)
+                ids = Tokenizer.from_file(paths[_TOKENIZER]).get_vocab()
+                words = sorted(ids, key=ids.__getitem__)[len(SPECIAL_WORDS) :]
+                # Anew: in the file the names of special words are no text.
+                vectorizer.tokenizer_ = word_tokenizer(words, lowercase=vectorizer.lowercase)
+                vectorizer._take(load_file(paths[_WEIGHTS]), len(words))
                 return vectorizer
         except Exception as error:  # noqa: BLE001 (tokenizers raises bare ones)
             raise InputError(
@@ -189,9 +231,6 @@ class SparseTextVectorizer(TransformerMixin, BaseEstimator):
         raise InputError(
             f"folder={str(folder)!r} has model_type {config.get('model_type')!r}: {cls.__name__} opens {cls.model_type!r}"
         )
-
-    def _tensors(self) -> dict[str, np.ndarray]:
-        return {"weights": self.weights_}
 
     def _take(self, tensors: dict[str, np.ndarray], num_words: int) -> None:
         """Take the tensors of a file; raise if they do not fit the tokenizer."""
@@ -282,10 +321,12 @@ class LatentTextVectorizer(SparseTextVectorizer):
         Raises:
             InputError: If an option is out of range, a text is no string, or the texts have fewer dimensions than asked.
         """
-        texts = _checked(texts)
-        super().fit(texts)
         latent = latent_vectors(
-            self._sparse(texts), dimensions=self.dimensions, power=self.power, seed=self.seed, exact=self.exact
+            self._weighted(self._fit(texts)),
+            dimensions=self.dimensions,
+            power=self.power,
+            seed=self.seed,
+            exact=self.exact,
         )
         self.components_ = np.ascontiguousarray(latent.components, dtype=np.float32)
         self.singular_values_ = latent.singular_values.astype(np.float32)
@@ -316,8 +357,21 @@ class LatentTextVectorizer(SparseTextVectorizer):
         check_is_fitted(self, "components_")
         return np.array([f"latent{number}" for number in range(len(self.singular_values_))], dtype=object)
 
-    def _tensors(self) -> dict[str, np.ndarray]:
-        return super()._tensors() | {"components": self.components_, "singular_values": self.singular_values_}
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `tokenizer.json` and `model.safetensors`.
+
+        Args:
+            folder: Made if need be.
+        """
+        check_is_fitted(self, "components_")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"model_type": self.model_type, **plain(self.get_params()), "documents": self.num_documents_}
+        write_text(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
+        self.tokenizer_.save(str(folder / _TOKENIZER))
+        tensors = {"weights": self.weights_, "components": self.components_, "singular_values": self.singular_values_}
+        save_file(tensors, folder / _WEIGHTS)
+        share_weights(folder)
 
     def _take(self, tensors: dict[str, np.ndarray], num_words: int) -> None:
         super()._take(tensors, num_words)
@@ -326,19 +380,13 @@ class LatentTextVectorizer(SparseTextVectorizer):
             raise ValueError(f"components of shape {self.components_.shape} do not fit {num_words} words")
 
 
-def _checked(texts: Iterable[str]) -> list[str]:
+def _checked(texts: Iterable[str]) -> Iterator[str]:
     if isinstance(texts, str):
         raise InputError(f"texts={texts[:40]!r} is one string: pass a list of texts")
-    checked = []
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise InputError(f"texts[{number}]={str(text)[:40]} is {type(text).__name__}, not a string: leave it out")
-        checked.append(encodable(text))
-    return checked
-
-
-def _words(tokenizer: Tokenizer, text: str) -> list[str]:
-    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text))]
+        yield encodable(text)
 
 
 def _counts(tokenizer: Tokenizer, texts: list[str], num_words: int) -> sparse.csr_matrix:

@@ -13,7 +13,9 @@ from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from transformers import AutoModel, AutoTokenizer
 
+from hf_pretrain import SparseTextModel
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 from hf_pretrain.vectors.corpus import word_tokenizer
@@ -81,16 +83,40 @@ class TestSparse:
     def test_a_folder_gives_the_same_vectors(self, options, tmp_path):
         ours = SparseTextVectorizer(**options).fit(TEXTS)
         ours.save_pretrained(tmp_path / "folder")
-        assert {path.name for path in (tmp_path / "folder").iterdir()} == {
-            "config.json",
-            "tokenizer.json",
-            "model.safetensors",
-        }
         again = SparseTextVectorizer.from_pretrained(tmp_path / "folder")
         assert again.get_params() == ours.get_params()
         assert again.num_documents_ == len(TEXTS)
         for texts in (TEXTS, UNSEEN):
             assert again.transform(texts).toarray().tobytes() == ours.transform(texts).toarray().tobytes()
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"method": "onehot"},
+            {"method": "onehot", "normalize": True},
+            {"method": "counts", "sublinear_tf": True},
+            {},
+            {"normalize": False, "lowercase": False},
+            {"idf": "textbook", "sublinear_tf": True, "max_features": 7},
+        ],
+    )
+    def test_auto_classes_open_the_folder_with_the_same_vectors(self, options, tmp_path):
+        ours = SparseTextVectorizer(**options).fit([*TEXTS, "[ UNK ]"])
+        ours.save_pretrained(tmp_path)
+        (model, info), tokenizer = (
+            AutoModel.from_pretrained(tmp_path, output_loading_info=True),
+            AutoTokenizer.from_pretrained(tmp_path),
+        )
+        assert type(model) is SparseTextModel and not any(info.values())
+        texts = [*TEXTS, *(text for text in UNSEEN if "\ud800" not in text), "mat [UNK] mat [PAD]"]
+        pooled = model(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+        assert pooled.is_sparse
+        np.testing.assert_allclose(pooled.to_dense().detach().numpy(), ours.transform(texts).toarray(), rtol=1e-7)
+
+    def test_texts_may_come_one_by_one(self):
+        one_by_one = SparseTextVectorizer().fit(text for text in TEXTS)
+        np.testing.assert_array_equal(one_by_one.weights_, SparseTextVectorizer().fit(TEXTS).weights_)
+        assert one_by_one.num_documents_ == len(TEXTS)
 
 
 class TestLatent:
@@ -199,7 +225,7 @@ class TestRefusals:
             (other / "model.safetensors").rename(tmp_path / "model.safetensors")
         else:
             config = json.loads((tmp_path / "config.json").read_text())
-            config["options"]["colour"] = "red"
+            config["method"] = "red"
             (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(InputError, match="no whole vectorizer") as caught:
             SparseTextVectorizer.from_pretrained(tmp_path)

@@ -65,7 +65,12 @@ def test_sparse_vectors_are_a_folder_too(method, folder):
     assert set(counts) >= {"the", "ship"}
     assert counts["ship"] == {"onehot": 1, "counts": 2}.get(method, pytest.approx(counts["ship"]))
     card = (folder / "out" / "README.md").read_text(encoding="utf-8")
-    assert 'SparseTextVectorizer.from_pretrained(".")' in card and "AutoModel" not in card
+    assert (
+        'SparseTextVectorizer.from_pretrained(".")' in card and 'AutoModel.from_pretrained(".", trust_remote' in card
+    )
+    model, tokenizer = AutoModel.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    pooled = model(**tokenizer(["the ship, the ship"], return_tensors="pt")).pooler_output
+    np.testing.assert_array_equal(pooled.to_dense().detach().numpy()[0], row.astype(np.float32))
 
 
 def test_an_encoder_gives_its_tokens_vectors(folder):
