@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -260,7 +261,8 @@ def _leaving_no_trace() -> Iterator[str]:
     """Yield a folder that goes again, while nothing is printed and random numbers stay as they are."""
     # The Trainer seeds them all.
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, own = transformers_logging.get_verbosity(), logging.getLogger(__name__.partition(".")[0])
+    level = own.level
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(redirect_stdout(io.StringIO()))
@@ -268,10 +270,13 @@ def _leaving_no_trace() -> Iterator[str]:
         folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         warnings.simplefilter("ignore")
         transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+        # What is said of a model would be said twice, and of made-up text.
+        own.setLevel(logging.CRITICAL)
         try:
             yield folder
         finally:
             transformers_logging.set_verbosity(verbosity)
+            own.setLevel(level)
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
 

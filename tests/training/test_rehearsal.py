@@ -1,5 +1,6 @@
 """What can be known without the text is refused before any is read, in one line; what works is not refused."""
 
+import logging
 import random
 import re
 from dataclasses import replace
@@ -165,6 +166,14 @@ def test_nothing_is_changed_by_it(tmp_path, capsys, monkeypatch):
     assert model.device.type == "cpu"
     model.save_pretrained(tmp_path / "model")
     assert BertForMaskedLM.from_pretrained(tmp_path / "model").device.type == "cpu"
+
+
+def test_what_is_said_of_a_model_is_not_said_of_the_rehearsals(caplog):
+    logger = logging.getLogger("hf_pretrain.modeling.loading")
+    with rehearsal._leaving_no_trace():
+        logger.warning("of made-up text")
+    logger.warning("of the text")
+    assert [record.message for record in caplog.records] == ["of the text"]
 
 
 def test_a_checkpoint_is_tried_without_its_weights(tmp_path, capsys, monkeypatch, tokenizer):
