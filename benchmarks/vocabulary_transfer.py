@@ -8,9 +8,9 @@
     random    a new token is drawn with the mean and the deviation of the old table
     scratch   a model of the same sizes with fresh weights throughout
 
-All arms have one new tokenizer, trained on the text, and see the same batches by the program `hf-pretrain mlm`. Tokens that both
-tokenizers know keep their rows in the first three arms. The vectors of focus are PPMI's, of the new tokenizer's tokens in the text.
-The loss is that of held-out text, in nats a masked token, before training and as it goes.
+All arms have one new tokenizer, trained on the text, and see the same batches by the program `hf-pretrain mlm`. Tokens that
+both tokenizers know keep their rows in the first three arms. The vectors of focus are PPMI's, of the new tokenizer's tokens in
+the text. The loss is that of held-out text, in nats a masked token, before training and as it goes.
 
 Each run is a row of the file `results`; what is there is not run again. The models are kept in a folder beside it.
 """
@@ -31,7 +31,15 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.vectors.transfer import shared_tokens
-from results import Column, ComparisonArguments, command_line, compare_arms, print_arms, rows_by_settings, train_by_program
+from results import (
+    Column,
+    ComparisonArguments,
+    command_line,
+    compare_arms,
+    print_arms,
+    rows_by_settings,
+    train_by_program,
+)
 
 ARMS = ("focus", "mean", "random", "scratch")
 _EVALUATED = 100
@@ -117,7 +125,11 @@ def print_results(path: Path) -> None:
         print(f"\n{settings}")
         steps = [step for step in (0, 100, 300, 1000) if any(f"loss_{step}" in row for row in rows)]
         columns = [Column(f"loss at {step}", f"loss_{step}", 1, 3) for step in steps]
-        print_arms(rows, ARMS, (*columns, Column("tokens", "tokens"), Column("shared", "shared"), Column("seconds", "seconds")))
+        print_arms(
+            rows,
+            ARMS,
+            (*columns, Column("tokens", "tokens"), Column("shared", "shared"), Column("seconds", "seconds")),
+        )
 
 
 if __name__ == "__main__":

@@ -121,7 +121,8 @@ def count_cooccurrences(
         folder: Where these files are. By default a temporary folder that goes with the result.
 
     Returns:
-        The counts, the same bit for bit for every `max_entries`.
+        The counts, the same bit for bit for every `max_entries`; with harmonic windows of 23 words and more, whose weights have
+        no common unit, the same up to rounding.
 
     Source:
         Levy, Goldberg and Dagan, "Improving Distributional Similarity with Lessons Learned from Word Embeddings" (2015), 3.1.

@@ -323,12 +323,13 @@ def transfer_vocabulary(
     transferred = trim_model(model, kept)
     old_state, new_state, written = model.state_dict(), transferred.state_dict(), set[int]()
     fresh = np.setdiff1d(np.arange(len(kept)), np.fromiter(shared, dtype=np.int64))
-    for name in vocabulary_tables(model):
-        table = new_state[name]
+    for name, axis in vocabulary_tables(model).items():
+        # BART's bias has its tokens in columns.
+        table = new_state[name].movedim(axis, 0)
         if table.data_ptr() in written:  # tied to one before
             continue
         written.add(table.data_ptr())
-        old = old_state[name].float().cpu().numpy()
+        old = old_state[name].movedim(axis, 0).float().cpu().numpy()
         rows = _plain_rows(old[used.numpy()], fresh, seed=seed, name=name, is_random=method != "mean")
         if means is not None:
             rows[np.searchsorted(fresh, means[0])] = means[1] @ old

@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     BertTokenizer,
     PreTrainedTokenizerFast,
 )
@@ -240,6 +241,23 @@ def test_other_architectures_and_ids(kind, auto_class):
     assert type(moved) is type(model) and moved.config.pad_token_id == new.pad_token_id
     assert np.array_equal(table(moved)[new.get_vocab()["▁the"]], table(model)[old.get_vocab()["Ġthe"]])
     moved(**{k: v for k, v in new("the dog", return_tensors="pt").items() if k != "token_type_ids"})
+
+
+@pytest.mark.parametrize("method", ["focus", "mean", "random"])
+def test_a_bias_with_its_tokens_in_columns(pair, method):
+    old, new = pair
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = model_for(old, "bart", AutoModelForSeq2SeqLM, **sizes, decoder_start_token_id=2)
+    model.final_logits_bias.copy_(torch.arange(float(len(old)))[None])
+    moved = transfer_vocabulary(model, old, new, auxiliary(), method=method)
+    ours, theirs = new.get_vocab(), old.get_vocab()
+    bias = moved.final_logits_bias
+    assert bias.shape == (1, len(new))
+    assert [bias[0, ours[name]].item() for name in ("dog", "a", "fox")] == [theirs["dog"], theirs["a"], theirs["fox"]]
+    mean = {"focus": 0.6 * theirs["fox"] + 0.4 * theirs["a"], "mean": (len(old) - 1) / 2}
+    if method in mean:
+        assert bias[0, ours["puma"]].item() == pytest.approx(mean[method])
 
 
 def test_special_ids_of_the_configuration_are_the_new_ones():

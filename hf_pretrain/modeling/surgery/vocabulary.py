@@ -139,19 +139,23 @@ def trim_model(model: PreTrainedModel, kept: torch.Tensor) -> PreTrainedModel:
     backend = model.config._attn_implementation
     trimmed: PreTrainedModel = type(model)._from_config(config, dtype=model.dtype, attn_implementation=backend)
     state = model.state_dict()
-    for name in vocabulary_tables(model):
-        state[name] = state[name].index_select(0, kept.to(state[name].device))
+    for name, axis in vocabulary_tables(model).items():
+        state[name] = state[name].index_select(axis, kept.to(state[name].device))
     trimmed.load_state_dict(state)
     return trimmed.to(model.device).train(model.training)
 
 
-def vocabulary_tables(model: PreTrainedModel) -> list[str]:
-    """Return the names of what has a row or a value a token: what has another shape with another vocabulary."""
+def vocabulary_tables(model: PreTrainedModel) -> dict[str, int]:
+    """Return what has a row or a value a token, by name: the axis that is longer with a larger vocabulary."""
     config = copy.deepcopy(model.config)
     config.vocab_size += 1
     with torch.device("meta"):
         other = type(model)._from_config(config).state_dict()
-    return [name for name, value in model.state_dict().items() if value.shape != other[name].shape]
+    changes = {
+        name: [axis for axis, size in enumerate(value.shape) if size != other[name].shape[axis]]
+        for name, value in model.state_dict().items()
+    }
+    return {name: axes[0] for name, axes in changes.items() if axes}
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, kept: torch.Tensor) -> PreTrainedTokenizerBase:
