@@ -29,7 +29,7 @@ from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.modeling.backbone import (
     DISENTANGLED,
     evaluating,
-    first_position,
+    given_first_position,
     row_position_inputs,
     takes_input,
     window_of,
@@ -86,7 +86,7 @@ def make_plan(backbone: PreTrainedModel, rule: str, *, takes_masks: bool = True)
     plan = AttentionPlan(
         backend=body.config._attn_implementation,
         takes_positions=takes_input(body, "position_ids"),
-        first_position=first_position(body),
+        first_position=given_first_position(body),
         takes_masks=takes_masks,
     )
     setattr(backbone, f"_plan_for_{rule}", plan)
