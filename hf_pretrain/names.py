@@ -15,7 +15,7 @@ from hf_pretrain.errors import nearest
 
 # The help of methods and commands, as `make docs` writes it.
 HELP = Path(__file__).parent / "help"
-_ENCODERS_ONLY = "is no method here: this library pre-trains encoders and encoder-decoders"
+_ENCODERS_ONLY = "is no method here: this library pre-trains encoders, decoders and encoder-decoders"
 _TRANSLATION = "is trained on translations, which is no method here; its architecture is"
 MODELS = {
     "albert": "ALBERT is `hf-pretrain albert`",
@@ -87,10 +87,10 @@ MODELS = {
     "dedup": "near-duplicates are left out by `hf-pretrain deduplicate`",
     "stats": "lengths of a corpus are shown by `hf-pretrain statistics`",
     # Left-to-right language models.
-    "gpt": "GPT-1 is `hf-pretrain gpt1`, and its architecture with any sizes `hf-pretrain clm --model_type openai-gpt`",
-    "gpt1": "GPT-1 is `hf-pretrain gpt1`",
-    "openaigpt": "GPT-1 is `hf-pretrain gpt1`",
-    "gpt2": "GPT-2 is `hf-pretrain gpt2_small`, and its architecture with any sizes `hf-pretrain clm`",
+    "gpt": "GPT-1 is `hf-pretrain clm --config gpt1`, and its architecture `hf-pretrain clm --model_type openai-gpt`",
+    "gpt1": "GPT-1 is `hf-pretrain clm --config gpt1`",
+    "openaigpt": "GPT-1 is `hf-pretrain clm --config gpt1`",
+    "gpt2": "GPT-2 is `hf-pretrain clm --config gpt2_small`, and its architecture with any sizes `hf-pretrain clm`",
     "llm": "a left-to-right language model is `hf-pretrain clm`",
     **{
         re.sub(r"\W", "", title).lower(): f"{title}'s architecture is `hf-pretrain clm --model_type {model_type}`"

@@ -165,7 +165,7 @@ class _GradientSums(NamedTuple):
             if seen_CD.dtype == torch.float32:
                 self.weight.addmm_(errors.T, seen_CD)
             else:
-                self.weight += errors.T @ seen_CD
+                self.weight.add_(errors.T @ seen_CD)
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Return the sums in the number formats of what they are the gradients of."""
@@ -291,8 +291,9 @@ class ChunkedHead:
 
     def _run_stock(self, states_TD: torch.Tensor) -> torch.Tensor:
         """Run the stock model with states in the place of what its body would return: logits ``[T, V]``."""
-        output_class = self._output_class or _output_class(self._body)
-        output, own = output_class(last_hidden_state=states_TD[None]), vars(self._body)
+        if self._output_class is None:
+            self._output_class = _output_class(self._body)
+        output, own = self._output_class(last_hidden_state=states_TD[None]), vars(self._body)
         before = own.get("forward")
         own["forward"] = lambda *args, **kwargs: output
         try:
