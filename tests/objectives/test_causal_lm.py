@@ -85,8 +85,8 @@ def test_so_they_are_under_autocast_and_with_recomputed_activations(model_type):
         torch.testing.assert_close(loss, stock, rtol=tolerance / 10, atol=1e-5)
         expected = torch.autograd.grad(stock, parameters)
         assert_same_gradients(torch.autograd.grad(loss, parameters), expected, tolerance=tolerance)
-    composite.gradient_checkpointing_enable()
-    assert model.is_gradient_checkpointing
+    composite.activation_checkpointing_enable()
+    assert any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     assert_same_gradients(torch.autograd.grad(mean_loss(composite, batch), parameters), expected)
 
 
@@ -169,6 +169,8 @@ def isolated_batch(lengths=(9, 4, 7)):
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("model_type", ISOLATING)
 def test_documents_of_a_row_have_the_losses_that_they_have_alone(model_type, backend):
+    if model_type == "gemma2":
+        backend = "eager"  # it has no other, for its soft cap of the scores
     composite = composite_of(causal_lm(model_type, attn_implementation=backend))
     composite.check_isolation(length=24)
     together, alone = isolated_batch()
@@ -305,7 +307,10 @@ def test_a_stock_folder_is_continued_and_the_export_opens_with_equal_logits(tmp_
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path / "stock")
     trainer = CausalLMTrainer(
-        str(tmp_path / "stock"), options(tmp_path / "out", learning_rate=1e-2), train_dataset=tiny_examples(32, seed=1)
+        str(tmp_path / "stock"),
+        options(tmp_path / "out", learning_rate=1e-2),
+        train_dataset=tiny_documents(tiny_examples(32, seed=1)),
+        data_args=CausalLMDataArguments(block_size=24),
     )
     stock, own = model.state_dict(), trainer.model.model.state_dict()
     assert stock.keys() == own.keys() and all(torch.equal(value, own[name]) for name, value in stock.items())

@@ -284,7 +284,9 @@ def is_alike(states: torch.Tensor, expected: torch.Tensor) -> bool:
 def arbitrary_tokens(body: PreTrainedModel, length: int, *, shift: int) -> torch.Tensor:
     """Return ``[length]`` tokens that are not padding; those of neighbouring shifts differ everywhere, in any vocabulary."""
     tokens = torch.arange(min(body.config.vocab_size, 100), device=body.device)
-    tokens = tokens[tokens != getattr(body.config, "pad_token_id", None)]
+    padding = getattr(body.config, "pad_token_id", None)
+    # Compared with None, a tensor is one truth, which as an index would add a dimension.
+    tokens = tokens if padding is None else tokens[tokens != padding]
     return tokens[(3 * torch.arange(length, device=body.device) + shift) % len(tokens)]
 
 
