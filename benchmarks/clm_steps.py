@@ -1,9 +1,9 @@
 """A step of causal language modelling against stock GPT-2 with its own loss.
 
-Both sides share the weights of one GPT-2 and read the same packed rows without padding; they run in one process, in turn, and the
-best of several rounds counts. A step is forward and backward. "stock" is `model(input_ids, labels=labels)`, what transformers'
-Trainer calls: logits of all positions, in fp32 for the loss. "ours" is the composite of `hf-pretrain clm`. Memory is the rise of the
-peak in a forked child.
+Both sides share the weights of one GPT-2 and read the same packed rows without padding. They run in one process, in turn, and
+the best of several rounds counts. A step is forward and backward. "stock" is `model(input_ids, labels=labels)`, what the Trainer
+of transformers calls: logits of all positions, in fp32 for the loss. "ours" is the composite of `hf-pretrain clm`. Memory is the
+rise of the peak in a forked child.
 
     python benchmarks/clm_steps.py
     python benchmarks/clm_steps.py --vocab_size 50257 --sequence_length 1024 --batch_size 4 --precision fp32
@@ -16,11 +16,11 @@ import functools
 from collections.abc import Callable
 
 import torch
-from timing import interleaved, load_of_machine, options_parser, peak_memory, print_table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.causal_lm import CausalLMForPreTraining
+from timing import interleaved, load_of_machine, options_parser, peak_memory, print_table
 
 SIDES = ("stock", "ours")
 

@@ -20,11 +20,11 @@ from transformers import (
     ElectraConfig,
     ElectraForPreTraining,
     ElectraModel,
-    TrainerCallback,
-    TrainingArguments,
     GPT2Config,
     GPT2LMHeadModel,
     GPT2Model,
+    TrainerCallback,
+    TrainingArguments,
     XLNetConfig,
     XLNetLMHeadModel,
     XLNetModel,
@@ -34,8 +34,8 @@ from transformers.integrations import integration_utils
 import hf_pretrain
 from helpers.method_matrix import QUIET, TINY, VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain import (
-    CausalLMTrainer,
     BlockDataset,
+    CausalLMTrainer,
     DataArguments,
     DataCollatorForMaskedLM,
     DistillationTrainer,

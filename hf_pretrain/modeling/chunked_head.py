@@ -2,8 +2,8 @@
 
 A batch of 32 rows of 1024 tokens has more logits over 50 000 tokens than many devices have memory. Here at most a chunk of them
 exists at any time. [`linear_cross_entropy`] is for a head that is one linear map: it computes the gradients of a chunk together
-with its loss, while the logits are there, so that nothing is computed twice. [`ChunkedHead`] takes any stock head. It finds out by
-a trial whether the head is such a map, and runs the stock code chunk by chunk where it is not; its logits are computed once more
+with its loss, while the logits are there, so that nothing is computed twice. [`ChunkedHead`] takes any stock head. It finds out
+by a trial whether the head is such a map, and runs the stock code chunk by chunk where it is not; its logits are computed once more
 in the backward pass.
 """
 
@@ -115,7 +115,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.sums is None:
             raise RuntimeError("the gradients of linear_cross_entropy are gone: run backward once for a forward pass")
         gradients, ctx.sums = ctx.sums.gradients(), None
@@ -284,9 +284,7 @@ class ChunkedHead:
             part = slice(begin, begin + rows)
             logits_CV = self.logits(states_TD[part])
             guesses_T[part] = logits_CV.argmax(dim=-1)
-            nll_T[part] = F.cross_entropy(
-                logits_CV.float(), targets_T[part], ignore_index=IGNORED, reduction="none"
-            )
+            nll_T[part] = F.cross_entropy(logits_CV.float(), targets_T[part], ignore_index=IGNORED, reduction="none")
         return nll_T, guesses_T
 
     def _run_stock(self, states_TD: torch.Tensor) -> torch.Tensor:

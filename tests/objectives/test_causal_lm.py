@@ -275,7 +275,8 @@ def test_target_slots_fill_up_with_a_position_without_a_label():
 
 
 @pytest.mark.parametrize(
-    "model_type", ["gpt2", "openai-gpt", "gptj", "llama", "mistral", "gemma2", "gpt_neox", "opt", "bloom", "bert", "qwen3"]
+    "model_type",
+    ["gpt2", "openai-gpt", "gptj", "llama", "mistral", "gemma2", "gpt_neox", "opt", "bloom", "bert", "qwen3"],
 )
 def test_a_model_is_built_from_the_usual_sizes(model_type):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
@@ -285,7 +286,9 @@ def test_a_model_is_built_from_the_usual_sizes(model_type):
     config = composite.model.config
     assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (32, 2, 2)
     assert config.vocab_size == VOCAB_SIZE and (config.bos_token_id, config.eos_token_id) == (2, 3)
-    widths = {max(value.shape) for name, value in composite.named_parameters() if value.dim() == 2 and ".2." not in name}
+    widths = {
+        max(value.shape) for name, value in composite.named_parameters() if value.dim() == 2 and ".2." not in name
+    }
     assert 128 in widths and not widths & {1024, 4096, 2048}
     with pytest.raises(InputError, match="block_size=513 is longer than the 512 positions"):
         if model_type not in ("gpt2", "openai-gpt", "opt", "bert"):
@@ -300,7 +303,9 @@ def options(folder, **changes):
 
 def test_a_stock_folder_is_continued_and_the_export_opens_with_equal_logits(tmp_path):
     model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=3, eos_token_id=3)
+        GPT2Config(
+            vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=2, n_positions=32, bos_token_id=3, eos_token_id=3
+        )
     )
     model.save_pretrained(tmp_path / "stock")
     tokenizer = tiny_tokenizer()
@@ -326,18 +331,20 @@ def test_a_stock_folder_is_continued_and_the_export_opens_with_equal_logits(tmp_
 
 def test_text_is_joined_and_cut_anywhere_unless_the_options_say_otherwise(tmp_path):
     documents = tiny_documents(tiny_examples(40, seed=1))
-    tokenizer, model = tiny_tokenizer(), CausalLMModelArguments(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
+    tokenizer, model = (
+        tiny_tokenizer(),
+        CausalLMModelArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128),
     )
 
-    def trainer(**inputs):
-        args = options(tmp_path)
+    def trainer(predict_end=None, **inputs):
+        args = options(tmp_path, predict_end=predict_end)
         return CausalLMTrainer(model, args, train_dataset=documents, processing_class=tokenizer, **inputs)
 
     by_default = trainer()
     base = by_default.train_dataset.base
     assert isinstance(base, BlockDataset) and base.mode == CausalLMDataArguments().block_mode == "tokens"
     assert not by_default.data_collator.predicts_end
+    assert trainer(predict_end=True).data_collator.predicts_end
     apart = trainer(data_args=DataArguments(block_mode="doc_sentences", block_size=24))
     assert apart.train_dataset.base.mode == "doc_sentences" and apart.data_collator.predicts_end
 
@@ -363,7 +370,9 @@ def test_evaluation_has_perplexity_and_references_are_counted_by_hand(tmp_path):
 def test_weight_decay_is_of_matrices_alone_and_the_rate_ends_at_0(tmp_path):
     model = CausalLMModelArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
     train = Dataset.from_list([{"input_ids": [2, 5, 6, 3]}] * 32)
-    trainer = CausalLMTrainer(model, options(tmp_path, max_steps=4), train_dataset=train, processing_class=tiny_tokenizer())
+    trainer = CausalLMTrainer(
+        model, options(tmp_path, max_steps=4), train_dataset=train, processing_class=tiny_tokenizer()
+    )
     trainer.train()
     rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
     assert rates[0] == 2.5e-4 and rates[2] == pytest.approx(1.25e-4) and trainer.lr_scheduler.get_last_lr()[0] < 1e-9

@@ -68,7 +68,6 @@ WRONG = {
         ("model_type=bogus", "bogus"),
         ("max_position_embeddings=16", "block_size=32 is longer than the 16 positions"),
         ("model_type=openai-gpt block_mode=isolated_documents", "cannot isolate documents"),
-        ("model_type=xlnet", "sees the tokens that follow"),
     ],
     "recurrent-lm": [("streaming=true max_steps=3", "leave streaming out"), ("cutoffs=600", "cutoffs")],
     "distil": [

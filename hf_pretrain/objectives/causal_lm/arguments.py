@@ -67,6 +67,11 @@ class CausalLMModelArguments(ModelArguments):
 class CausalLMTrainingArguments(PretrainingArguments):
     """Options of [`CausalLMTrainer`]; the defaults are GPT-1's, but for the share of warm-up."""
 
+    predict_end: bool | None = option(
+        None,
+        "Predict the special tokens that the tokenizer puts behind a text at the end of an example; by default where examples "
+        "end with their documents, and not where text is cut there.",
+    )
     learning_rate: float = option(2.5e-4, "Peak learning rate.")
     lr_scheduler_type: SchedulerType | str = option("cosine", "Schedule of the learning rate; the cosine ends at 0.")
     warmup_steps: float = option(

@@ -115,7 +115,9 @@ class CausalLMForPreTraining(PretrainingModel):
         """
         mask = batch.get("attention_mask")
         if mask is not None and not bool(mask[:, 0].all()):
-            raise InputError("attention_mask: a row begins with padding: pad rows of a causal language model on the right")
+            raise InputError(
+                "attention_mask: a row begins with padding: pad rows of a causal language model on the right"
+            )
         return {}
 
     def forward(
@@ -147,9 +149,7 @@ class CausalLMForPreTraining(PretrainingModel):
         found = self.head(states_TD, targets_T, with_guesses=not self.training)
         where: dict[str, Any] = {"positions": target_positions, "shape": labels.shape}
         counts_B = sum_by_example(targets_T != IGNORED, **where)
-        output = PretrainingOutput(
-            losses={"lm": ExampleSum(sum_by_example(found.nll, **where), counts_B)}, metrics={}
-        )
+        output = PretrainingOutput(losses={"lm": ExampleSum(sum_by_example(found.nll, **where), counts_B)}, metrics={})
         if found.guesses is not None:
             output.metrics["lm_accuracy"] = masked_lm_accuracy(found.guesses, targets_T, **where)
         return output

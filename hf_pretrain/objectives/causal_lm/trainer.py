@@ -171,14 +171,17 @@ print(tokenizer.decode(outputs[0]))""",
 
     def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForCausalLM:
         """Return the collator; of fixed shapes where the model is compiled."""
-        fixed = (
-            {"pad_to_multiple_of": _COMPILED_WIDTH, "target_slots": _COMPILED_TARGETS} if args.torch_compile else {}
+        return DataCollatorForCausalLM(
+            tokenizer,
+            predicts_end=args.predict_end is not False,
+            pad_to_multiple_of=_COMPILED_WIDTH if args.torch_compile else None,
+            target_slots=_COMPILED_TARGETS if args.torch_compile else None,
         )
-        return DataCollatorForCausalLM(tokenizer, **fixed)
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
-        """Return the blocks; where they are cut anywhere, their end is not predicted."""
-        if isinstance(collator, DataCollatorForCausalLM) and data.description.get("block_mode") in _CUTTING:
+        """Return the blocks; where they are cut anywhere, their end is not predicted unless the options say so."""
+        is_cut = args.predict_end is None and data.description.get("block_mode") in _CUTTING
+        if is_cut and isinstance(collator, DataCollatorForCausalLM):
             collator.predicts_end = False
         return data.trainer_inputs()
 
