@@ -3,8 +3,8 @@
 A batch of 32 rows of 1024 tokens has more logits over 50 000 tokens than many devices have memory. Here at most a chunk of them
 exists at any time. [`linear_cross_entropy`] is for a head that is one linear map: it computes the gradients of a chunk together
 with its loss, while the logits are there, so that nothing is computed twice. [`ChunkedHead`] takes any stock head. It finds out
-by a trial whether the head is such a map, and runs the stock code chunk by chunk where it is not; its logits are computed once more
-in the backward pass.
+by a trial whether the head is such a map, and runs the stock code chunk by chunk where it is not; its logits are computed once
+more in the backward pass.
 """
 
 from __future__ import annotations
