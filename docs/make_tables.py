@@ -43,7 +43,7 @@ RECIPE_FILES = {path.stem: path for path in sorted((ROOT / "trainers" / "recipes
 COMMAND = re.compile(r"`(hf-pretrain [^`]+)`")
 _SOURCE = re.compile(r"([A-Z]\w+(?: and [A-Z]\w+| et al\.) \d{4}), (https://[^\s,;)]+[^\s,;).])")
 _FACT = re.compile(r"(Source|Corpus|Reported|Expected loss|Hardware|Result|Differences) +(.*)")
-_DROPOUT = ("hidden_dropout_prob", "dropout", "mlp_dropout", "dropout_rate")
+_DROPOUT = ("hidden_dropout_prob", "dropout", "mlp_dropout", "dropout_rate", "resid_pdrop")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(?=<!-- end of table -->)", flags=re.DOTALL)
 
 
@@ -218,7 +218,7 @@ def _dropout(options: dict[str, Any]) -> str:
     if "model_type" in options:
         values = CONFIG_MAPPING[options["model_type"]]().to_dict() | parse_overrides(options["config_overrides"])
     states = next(values[name] for name in _DROPOUT if name in values)
-    names = ("attention_probs_dropout_prob", "attention_dropout")
+    names = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
     attention = next((values[name] for name in names if name in values), states)
     return f"{states:g} / {attention:g}"
 

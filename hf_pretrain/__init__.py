@@ -78,6 +78,12 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
         TransformerXLForSequenceClassification as TransformerXLForSequenceClassification,
     )
     from hf_pretrain.models.transformer_xl.modeling_transformer_xl import TransformerXLModel as TransformerXLModel
+    from hf_pretrain.objectives.causal_lm import CausalLMDataArguments as CausalLMDataArguments
+    from hf_pretrain.objectives.causal_lm import CausalLMForPreTraining as CausalLMForPreTraining
+    from hf_pretrain.objectives.causal_lm import CausalLMModelArguments as CausalLMModelArguments
+    from hf_pretrain.objectives.causal_lm import CausalLMTrainer as CausalLMTrainer
+    from hf_pretrain.objectives.causal_lm import CausalLMTrainingArguments as CausalLMTrainingArguments
+    from hf_pretrain.objectives.causal_lm import DataCollatorForCausalLM as DataCollatorForCausalLM
     from hf_pretrain.objectives.contrastive import ContrastiveForPreTraining as ContrastiveForPreTraining
     from hf_pretrain.objectives.contrastive import ContrastiveModelArguments as ContrastiveModelArguments
     from hf_pretrain.objectives.contrastive import ContrastiveTrainer as ContrastiveTrainer
@@ -216,6 +222,14 @@ _EXPORTS = {
         "TransformerXLForSequenceClassification",
         "TransformerXLModel",
     ),
+    "objectives.causal_lm": (
+        "CausalLMDataArguments",
+        "CausalLMForPreTraining",
+        "CausalLMModelArguments",
+        "CausalLMTrainer",
+        "CausalLMTrainingArguments",
+        "DataCollatorForCausalLM",
+    ),
     "objectives.contrastive": (
         "ContrastiveForPreTraining",
         "ContrastiveModelArguments",
@@ -302,6 +316,7 @@ _MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() 
 _OTHER_NAMES = {
     "BartTrainer": "DenoisingTrainer",
     "BertTrainer": "MaskedLMTrainer",
+    "CLMTrainer": "CausalLMTrainer",
     "ContrastiveConfig": "ContrastiveTrainingArguments",
     "DataCollatorForLanguageModeling": "DataCollatorForMaskedLM",
     "DataCollatorForRTD": "DataCollatorForReplacedTokenDetection",
@@ -310,6 +325,8 @@ _OTHER_NAMES = {
     "DistilTrainer": "DistillationTrainer",
     "ElectraTrainer": "ReplacedTokenDetectionTrainer",
     "ElectricConfig": "ElectricTrainingArguments",
+    "GPT2Trainer": "CausalLMTrainer",
+    "GPTTrainer": "CausalLMTrainer",
     "MLMTrainer": "MaskedLMTrainer",
     "MaskedLMConfig": "MaskedLMTrainingArguments",
     "PLMTrainer": "PermutationLMTrainer",

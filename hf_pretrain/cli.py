@@ -230,7 +230,7 @@ def _help() -> str:
     width = max(len(name) for lines in groups.values() for name in lines)
     parts = [
         "usage: hf-pretrain <method, recipe or command> [--config RECIPE] [options]",
-        "Pre-train a text encoder, or an encoder-decoder, on your own text.",
+        "Pre-train a text encoder, a language model, or an encoder-decoder, on your own text.",
     ]
     for title, lines in groups.items():
         parts.append(

@@ -15,7 +15,7 @@ from hf_pretrain.errors import nearest
 
 # The help of methods and commands, as `make docs` writes it.
 HELP = Path(__file__).parent / "help"
-_ENCODERS_ONLY = "is no method here: this library pre-trains encoders and encoder-decoders"
+_ENCODERS_ONLY = "is no method here: this library pre-trains encoders, decoders and encoder-decoders"
 _TRANSLATION = "is trained on translations, which is no method here; its architecture is"
 MODELS = {
     "albert": "ALBERT is `hf-pretrain albert`",
@@ -67,7 +67,10 @@ MODELS = {
     "umt5": "umT5 is `hf-pretrain t5 --model_type umt5`",
     # Tasks by other names.
     "maskedlm": "masked language modelling is `hf-pretrain mlm`",
-    "clm": f"CLM {_ENCODERS_ONLY}; the left-to-right language model among its methods is `hf-pretrain recurrent-lm`",
+    "causallm": "causal language modelling is `hf-pretrain clm`",
+    "languagemodeling": "left-to-right language modelling is `hf-pretrain clm`, and masked language modelling `hf-pretrain mlm`",
+    "runclm": "run_clm.py's task is `hf-pretrain clm`",
+    "runmlm": "run_mlm.py's task is `hf-pretrain mlm`",
     "nsp": "next-sentence prediction is `hf-pretrain encoder --objectives mlm nsp`",
     "sop": "the order of sentences is `hf-pretrain encoder --objectives mlm sop`",
     "tlm": "translation language modelling is `hf-pretrain xlm`",
@@ -83,13 +86,29 @@ MODELS = {
     "distillation": "distillation is `hf-pretrain distil`, and on the examples of a task `hf-pretrain distil-task`",
     "dedup": "near-duplicates are left out by `hf-pretrain deduplicate`",
     "stats": "lengths of a corpus are shown by `hf-pretrain statistics`",
+    # Left-to-right language models.
+    "gpt": "GPT-1 is `hf-pretrain clm --config gpt1`, and its architecture `hf-pretrain clm --model_type openai-gpt`",
+    "gpt1": "GPT-1 is `hf-pretrain clm --config gpt1`",
+    "openaigpt": "GPT-1 is `hf-pretrain clm --config gpt1`",
+    "gpt2": "GPT-2 is `hf-pretrain clm --config gpt2_small`, and its architecture with any sizes `hf-pretrain clm`",
+    "llm": "a left-to-right language model is `hf-pretrain clm`",
     **{
-        name: f"{title} {_ENCODERS_ONLY}, and it is {kind}"
-        for kind, titles in {
-            "a decoder": "GPT GPT-2 GPT-Neo GPT-J OPT LLaMA Mistral Qwen Gemma BLOOM Phi Falcon Mamba SmolLM",
+        re.sub(r"\W", "", title).lower(): f"{title}'s architecture is `hf-pretrain clm --model_type {model_type}`"
+        for title, model_type in {
+            "BLOOM": "bloom",
+            "Falcon": "falcon",
+            "Gemma": "gemma",
+            "GPT-J": "gptj",
+            "GPT-Neo": "gpt_neo",
+            "GPT-NeoX": "gpt_neox",
+            "LLaMA": "llama",
+            "Mamba": "mamba",
+            "Mistral": "mistral",
+            "OPT": "opt",
+            "Phi": "phi",
+            "Qwen": "qwen2",
+            "SmolLM": "llama",
         }.items()
-        for title in titles.split()
-        for name in [re.sub(r"\W", "", title).lower()]
     },
     # Vectors of words.
     "bagofwords": "counts of words are `hf-pretrain vectors --method counts`",

@@ -56,6 +56,7 @@ BLOCKS = {"block_size": 32}
 OWN = {
     "mlm": FRESH | BLOCKS | {"max_position_embeddings": 64},
     "plm": FRESH | BLOCKS,
+    "clm": FRESH | BLOCKS | {"max_position_embeddings": 64, "intermediate_size": 192},
     "recurrent-lm": FRESH | {"tgt_len": 8, "mem_len": 8, "eval_tgt_len": 4, "eval_mem_len": 16, "eval_clamp_len": 12},
     "distil": COMMON | BLOCKS | TEXT | TEACHER,
     "distil-task": {name: value for name, value in COMMON.items() if name != "validation_fraction"}
@@ -104,6 +105,8 @@ RUNS = {
     "electra_base": ("rtd", ["electra_base"], {"embedding_size": 48}),
     "electra_small": ("rtd", ["electra_small"], {"embedding_size": 24}),
     "electric_small": ("electric", ["electric_small"], {"embedding_size": 24}),
+    "gpt1": ("clm", ["gpt1"], {}),
+    "gpt2_small": ("clm", ["gpt2_small"], {}),
     "ict": ("contrastive", ["ict"], {"gradient_accumulation_steps": 2}),
     "infoword": ("contrastive", ["infoword"], {}),
     "mass": ("denoise", ["mass_small"], {}),
@@ -166,6 +169,9 @@ RUNS = {
     "rtd, gdes": ("rtd", [], {"embedding_sharing": "gdes"}),
     "electric": ("electric", [], {}),
     "plm": ("plm", [], {}),
+    "clm": ("clm", [], {}),
+    "clm, in one row": ("clm", [], {"block_mode": "isolated_documents"}),
+    "clm, llama": ("clm", [], {"model_type": "llama"}),
     "recurrent-lm": ("recurrent-lm", [], {}),
     "recurrent-lm, adaptive": ("recurrent-lm", [], {"cutoffs": [60, 120]}),
     "distil": ("distil", [], {"num_hidden_layers": 2}),

@@ -333,9 +333,12 @@ def test_the_help_after_a_recipe_shows_its_values(capsys):
         ("mass-base-uncased", "hf-pretrain mass"),
         ("span-corruption", "hf-pretrain t5"),
         ("seq2seq", "hf-pretrain denoise"),
-        ("gpt2", "GPT-2 is no method here"),
+        ("gpt2", "hf-pretrain clm --config gpt2_small"),
+        ("openai-community/gpt2", "hf-pretrain clm --config gpt2_small"),
+        ("run_clm", "hf-pretrain clm"),
+        ("gpt-neox", "hf-pretrain clm --model_type gpt_neox"),
         ("word2vec", "word2vec is `hf-pretrain vectors --method skipgram`"),
-        ("llama-3", "LLaMA is no method here"),
+        ("llama-3", "hf-pretrain clm --model_type llama"),
     ],
 )
 def test_a_name_that_people_know_leads_to_the_right_place(typed, said, capsys):

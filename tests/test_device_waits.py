@@ -9,7 +9,7 @@ from hf_pretrain.modeling.visibility.rules import isolated_inputs
 
 PROGRAMS = programs()
 RAGGED, EQUAL = [0, 1, 2, 3], [0, 0, 0, 0]
-ISOLATING = ["distil", "electric", "mlm", "rtd"]
+ISOLATING = ["clm", "distil", "electric", "mlm", "rtd"]
 OPTIONS = [
     ("distil", {"prediction_positions": "all"}),
     ("distil", {"distillation_method": "minilm"}),
@@ -64,6 +64,8 @@ def test_nor_does_a_step_with_options(method, options, tmp_path):
 @pytest.mark.parametrize(
     ("method", "model_options", "options"),
     [
+        ("clm", {"model_type": "llama", "config_overrides": "{}"}, {}),
+        ("clm", {"model_type": "gemma2", "config_overrides": "{}"}, {}),
         ("recurrent-lm", {"cutoffs": [20, 40]}, {}),
         ("rtd", {"embedding_sharing": "gdes"}, {}),
         ("rtd", {"embedding_sharing": "none", "generator_size": 1.0}, {"training_mode": "two_stage"}),

@@ -20,6 +20,9 @@ from transformers import (
     ElectraConfig,
     ElectraForPreTraining,
     ElectraModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
     TrainerCallback,
     TrainingArguments,
     XLNetConfig,
@@ -32,6 +35,7 @@ import hf_pretrain
 from helpers.method_matrix import QUIET, TINY, VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain import (
     BlockDataset,
+    CausalLMTrainer,
     DataArguments,
     DataCollatorForMaskedLM,
     DistillationTrainer,
@@ -90,6 +94,12 @@ def electra(model_class):
 def xlnet(model_class):
     torch.manual_seed(0)
     return model_class(XLNetConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layer=2, n_head=2, d_inner=64))
+
+
+def gpt2(model_class):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    return model_class(GPT2Config(vocab_size=VOCAB_SIZE, bos_token_id=2, eos_token_id=3, **sizes))
 
 
 def transformer_xl(model_class):
@@ -156,6 +166,8 @@ STOCK = {
     "plm": (PermutationLMTrainer, lambda: xlnet(XLNetLMHeadModel), {}, XLNetLMHeadModel, {}),
     "plm-body": (PermutationLMTrainer, lambda: xlnet(XLNetModel), {"mem_len": 8}, XLNetLMHeadModel, {}),
     "plm-bert": (PermutationLMTrainer, lambda: bert(), {}, BertForMaskedLM, {}),
+    "clm": (CausalLMTrainer, lambda: gpt2(GPT2LMHeadModel), {}, GPT2LMHeadModel, {}),
+    "clm-body": (CausalLMTrainer, lambda: gpt2(GPT2Model), {}, GPT2LMHeadModel, {}),
     "recurrent-lm": (RecurrentLMTrainer, lambda: transformer_xl(TransformerXLForCausalLM), LANES, None, {}),
     "recurrent-lm-body": (RecurrentLMTrainer, lambda: transformer_xl(TransformerXLModel), LANES, None, {}),
     "distil": (
@@ -199,7 +211,7 @@ def test_a_stock_model_is_trained_on_text_as_it_is(name, tmp_path):
         assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize("name", ["mlm", "encoder", "rtd", "electric", "plm", "recurrent-lm", "distil"])
+@pytest.mark.parametrize("name", ["mlm", "encoder", "rtd", "electric", "plm", "clm", "recurrent-lm", "distil"])
 def test_a_name_brings_its_tokenizer(name, tmp_path):
     trainer_class, make, changes, _, inputs = STOCK[name]
     folder = tmp_path / "model"

@@ -28,13 +28,18 @@ DISENTANGLED = frozenset({"deberta", "deberta-v2"})
 _COMPARED_SEGMENTS = {"xlnet": 2, "funnel": 2}
 
 # Names for the width of the feed-forward layers.
-_FEED_FORWARD_NAMES = {"distilbert": "hidden_dim", "xlnet": "d_inner"}
+_FEED_FORWARD_NAMES = {
+    "distilbert": "hidden_dim",
+    "xlnet": "d_inner",
+    **dict.fromkeys(("gpt2", "gptj", "codegen"), "n_inner"),
+    "opt": "ffn_dim",
+}
 
-FEED_FORWARD_OF_FOUR_WIDTHS = frozenset({"xlm", "flaubert"})
+FEED_FORWARD_OF_FOUR_WIDTHS = frozenset({"xlm", "flaubert", "openai-gpt", "bloom"})
 """Architectures whose feed-forward layers are always four times as wide as the states."""
 
-WITHOUT_LENGTH = frozenset({"xlnet"})
-"""Architectures whose configuration refuses a longest sequence."""
+WITHOUT_LENGTH = frozenset({"xlnet", "bloom"})
+"""Architectures whose configuration refuses a longest sequence, or has none."""
 
 READ_WITHOUT_DEFAULT = {"deberta-v2": frozenset({"position_buckets", "norm_rel_ebd", "share_att_key"})}
 """Options that a model reads from its configuration although the class has no such field: published files have them."""
@@ -90,7 +95,8 @@ _OTHER_NAMES = {
 # Options that are lists with a value a layer.
 _PER_LAYER = ("layer_types", "attention_window")
 
-_POSITION_TABLES = ("position_embeddings", "embed_positions")
+# GPT-2's and GPT-1's tables have the last two names.
+_POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 
 
 def feed_forward_name(model_type: str) -> str:
@@ -126,16 +132,22 @@ def encoder_decoder_sizes(known: PreTrainedConfig, sizes: Mapping[str, int]) -> 
     needed = [option for option in _NAMES_IN_PAIRS if option != "max_position_embeddings"]
     _check_names(known, [option for option in needed if not values.keys() & set(_NAMES_IN_PAIRS[option])])
     values |= {name: min(getattr(known, name), sizes[of]) for name, of in _SPARSE_LAYERS.items() if name in own}
-    return values | _of_heads(known, sizes)
+    return values | head_sizes(known, sizes)
 
 
 def _of_half(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Return the sizes of one half of an encoder-decoder whose halves have configurations of their own."""
     own = known.to_dict().keys()
-    return {name: size for name, size in sizes.items() if name in own} | _of_heads(known, sizes)
+    return {name: size for name, size in sizes.items() if name in own} | head_sizes(known, sizes)
 
 
-def _of_heads(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+def head_sizes(known: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, int]:
+    """Return what follows from width and heads under the names of a configuration: the width of a head, heads of keys.
+
+    Args:
+        known: Configuration of the architecture with its defaults.
+        sizes: `hidden_size` and `num_attention_heads`, the second of which divides the first.
+    """
     heads, own = sizes["num_attention_heads"], known.to_dict().keys()
     widths = {name: sizes["hidden_size"] // heads for name in _HEAD_WIDTHS if name in own}
     return widths | ({_KEY_HEADS: heads} if _KEY_HEADS in own else {})
@@ -304,6 +316,12 @@ def first_position(model: nn.Module) -> int:
     return max(0, _rows(table) - own) if table is not None and isinstance(own, int) and own > 0 else 0
 
 
+def given_first_position(model: nn.Module) -> int:
+    """Return the number to give a model for the first position of a row: 0 where the table adds its own offset, as OPT's."""
+    table = next(iter(position_tables(model).values()), None)
+    return 0 if isinstance(getattr(table, "offset", None), int) else first_position(model)
+
+
 def longest_sequence(model: PreTrainedModel) -> int | None:
     """Return how many tokens the position table of a stock model holds, or None where positions are not a table."""
     table = next(iter(position_tables(model).values()), None)
@@ -359,8 +377,9 @@ def note_what_is_counted(model: PreTrainedModel) -> tuple[bool, int]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     has_table = bool(position_tables(model)) or model_type in DISENTANGLED
     counts = has_table and not counts_from_padding(model) and takes_input(model, "position_ids")
-    setattr(model, "_counted_columns", (counts, first_position(model)))  # noqa: B010 (no attribute that the type knows)
-    return counts, first_position(model)
+    found = counts, given_first_position(model)
+    setattr(model, "_counted_columns", found)  # noqa: B010 (no attribute that the type knows)
+    return found
 
 
 def takes_input(model: PreTrainedModel, name: str) -> bool:

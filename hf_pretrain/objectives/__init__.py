@@ -32,6 +32,11 @@ METHODS = {
         "hf_pretrain.objectives.permutation_lm:METHOD",
         trainer="PermutationLMTrainer",
     ),
+    "clm": Listed(
+        "causal language modelling (GPT): predict each token from those before it",
+        "hf_pretrain.objectives.causal_lm:METHOD",
+        trainer="CausalLMTrainer",
+    ),
     "recurrent-lm": Listed(
         "language modelling with a memory of the text before (Transformer-XL)",
         "hf_pretrain.objectives.recurrent_lm:METHOD",

@@ -66,6 +66,7 @@ def run(tmp_path, capsys):
         ("bert_small", {}),
         ("plm", {}),
         ("plm", {"model_type": "modernbert"}),
+        ("clm", {}),
         ("recurrent-lm", {"tgt_len": 8, "mem_len": 8, "eval_tgt_len": 8, "eval_mem_len": 8, "block_size": None}),
     ],
 )
@@ -81,7 +82,7 @@ def test_a_run_ends_on_held_out_sentences_with_the_likeliest_tokens(run, tmp_pat
         assert (before + token + after).replace(" ", "") in text
         values = [float(candidate.split()[-1]) for candidate in candidates.split(", ")]
         assert len(values) == 3 and values == sorted(values, reverse=True) and sum(values) <= 1.01
-        assert method != "recurrent-lm" or not after
+        assert method not in ("clm", "recurrent-lm") or not after
 
 
 def test_electric_ends_on_the_likelihood_of_sentences(run):

@@ -56,7 +56,11 @@ QUIET = {
 }
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
 # Architectures with other names for it.
-NO_DROPOUT_OF = {"xlnet": '{"dropout": 0.0}', "bart": '{"dropout": 0.0}'}
+NO_DROPOUT_OF = {
+    "xlnet": '{"dropout": 0.0}',
+    "bart": '{"dropout": 0.0}',
+    "gpt2": '{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}',
+}
 
 
 def programs():

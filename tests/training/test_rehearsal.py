@@ -64,6 +64,12 @@ WRONG = {
         ("model_type=bogus", "bogus"),
         HEADS,
     ],
+    "clm": [
+        HEADS,
+        ("model_type=bogus", "bogus"),
+        ("max_position_embeddings=16", "block_size=32 is longer than the 16 positions"),
+        ("model_type=openai-gpt block_mode=isolated_documents", "cannot isolate documents"),
+    ],
     "recurrent-lm": [("streaming=true max_steps=3", "leave streaming out"), ("cutoffs=600", "cutoffs")],
     "distil": [
         ("distillation_method=minilmv2 teacher_layer=12 student_layers=first", "the teacher has 6 layers"),
@@ -83,6 +89,7 @@ RIGHT = {
     "rtd": ["", "metric_for_best_model=eval_rtd_loss", "streaming=true max_steps=3"],
     "electric": [""],
     "plm": ["", "mem_len=16", "model_type=modernbert"],
+    "clm": ["", "streaming=true max_steps=3", "block_mode=isolated_documents", "model_type=llama", "model_type=bert"],
     "recurrent-lm": ["cutoffs=100", "per_device_train_batch_size=64"],
     "distil": ["student_layers=first", "student_layers=first cosine_weight=0 cache_top_k=4 static_masks=2",
                "distillation_method=minilmv2 num_hidden_layers=3"],

@@ -29,7 +29,7 @@ from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.modeling.backbone import (
     DISENTANGLED,
     evaluating,
-    first_position,
+    given_first_position,
     row_position_inputs,
     takes_input,
     window_of,
@@ -86,7 +86,7 @@ def make_plan(backbone: PreTrainedModel, rule: str, *, takes_masks: bool = True)
     plan = AttentionPlan(
         backend=body.config._attn_implementation,
         takes_positions=takes_input(body, "position_ids"),
-        first_position=first_position(body),
+        first_position=given_first_position(body),
         takes_masks=takes_masks,
     )
     setattr(backbone, f"_plan_for_{rule}", plan)
@@ -284,7 +284,9 @@ def is_alike(states: torch.Tensor, expected: torch.Tensor) -> bool:
 def arbitrary_tokens(body: PreTrainedModel, length: int, *, shift: int) -> torch.Tensor:
     """Return ``[length]`` tokens that are not padding; those of neighbouring shifts differ everywhere, in any vocabulary."""
     tokens = torch.arange(min(body.config.vocab_size, 100), device=body.device)
-    tokens = tokens[tokens != getattr(body.config, "pad_token_id", None)]
+    padding = getattr(body.config, "pad_token_id", None)
+    # Compared with None, a tensor is one truth, which as an index would add a dimension.
+    tokens = tokens if padding is None else tokens[tokens != padding]
     return tokens[(3 * torch.arange(length, device=body.device) + shift) % len(tokens)]
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import first_position, position_tables, window_of
+from hf_pretrain.modeling.backbone import first_position, given_first_position, position_tables, window_of
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.rules import AttentionPlan, MaskFunction
 
@@ -71,7 +71,7 @@ class Side:
         self.inputs: dict[str, Any] = {}
         self.positions: torch.Tensor | None = None
         self._order = tuple(inspect.signature(type(body).forward).parameters)[1:]
-        self._takes_positions, self._first = "position_ids" in self._order, first_position(body)
+        self._takes_positions, self._first = "position_ids" in self._order, given_first_position(body)
         modules = dict(body.named_modules())
         names = [] if self._takes_positions else [*position_tables(body), *_with_buffers(modules)]
         self.tables = [Table(self, modules[name]) for name in names]

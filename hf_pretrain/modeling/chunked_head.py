@@ -1,0 +1,331 @@
+"""The head of a language model with its cross-entropy, a chunk of positions at a time.
+
+A batch of 32 rows of 1024 tokens has more logits over 50 000 tokens than many devices have memory. Here at most a chunk of them
+exists at any time. [`linear_cross_entropy`] is for a head that is one linear map: it computes the gradients of a chunk together
+with its loss, while the logits are there, so that nothing is computed twice. [`ChunkedHead`] takes any stock head. It finds out
+by a trial whether the head is such a map, and runs the stock code chunk by chunk where it is not; its logits are computed once
+more in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import evaluating, without_autocast
+from hf_pretrain.modeling.losses import IGNORED
+
+CHUNK_LOGITS = 1 << 23
+"""Logits that exist at a time: 32 MiB in fp32."""
+
+# Positions of a trial. Logits are made as large as this: a soft cap leaves small ones almost as they are.
+_TRIAL_POSITIONS, _TRIAL_LOGITS = 4, 100.0
+_UNEQUAL = (
+    "the losses of the positions are weighted differently: their gradients were added up in the forward pass; add up the losses "
+    "and weigh the sum"
+)
+
+
+def linear_cross_entropy(
+    states: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    chunk_logits: int = CHUNK_LOGITS,
+) -> torch.Tensor:
+    """Return the cross-entropy of a linear head without its logits.
+
+    The gradients of states, weight and bias are those of the sum of the losses. They are computed here, and multiplied in the
+    backward pass by the gradient of the losses, which must be the same for all positions.
+
+    Args:
+        states: ``[T, D]``.
+        weight: ``[V, D]`` of the head.
+        targets: ``[T]`` token ids, -100 for a position without a target.
+        bias: ``[V]`` of the head.
+        chunk_logits: Logits that exist at a time, at least those of one position.
+
+    Returns:
+        ``[T]`` fp32, in nats; 0 where there is no target.
+
+    Raises:
+        RuntimeError: In the backward pass, if the losses of two positions have different gradients.
+    """
+    inputs = (states, weight, bias)
+    wants_gradients = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+    rows = _rows(len(weight), chunk_logits)
+    losses: torch.Tensor = _LinearCrossEntropy.apply(states, weight, bias, targets, rows, wants_gradients)
+    return losses
+
+
+def _rows(vocab_size: int, chunk_logits: int) -> int:
+    return max(1, chunk_logits // vocab_size)
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Return the number format in which a linear map computes: that of autocast, or the weight's."""
+    kind = weight.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return weight.dtype
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss of each position; its gradients are there when the forward pass is over."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_T: torch.Tensor,
+        rows: int,
+        wants_gradients: bool,
+    ) -> torch.Tensor:
+        dtype = _compute_dtype(weight_VD)
+        needed = [wants_gradients and need for need in ctx.needs_input_grad[:3]]
+        sums = _GradientSums.of((states_TD, weight_VD, bias_V), needed)
+        nll_T = torch.empty(len(states_TD), dtype=torch.float32, device=states_TD.device)
+        with without_autocast(states_TD.device):
+            # One copy for all chunks, which autocast would keep too.
+            weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+            for begin in range(0, len(states_TD), rows):
+                part = slice(begin, begin + rows)
+                chunk_CD, targets_C = states_TD[part].to(dtype), targets_T[part]
+                log_probs_CV = F.log_softmax(F.linear(chunk_CD, weight, bias), dim=-1, dtype=torch.float32)
+                ids_C1 = targets_C.clamp(min=0)[:, None]
+                nll_C = -log_probs_CV.gather(1, ids_C1).squeeze(1)
+                is_target_C = targets_C != IGNORED
+                nll_T[part] = nll_C.masked_fill(~is_target_C, 0.0)
+                if any(needed):
+                    errors_CV = log_probs_CV.exp_()
+                    errors_CV.scatter_add_(1, ids_C1, errors_CV.new_full(ids_C1.shape, -1.0))
+                    sums.add(part, errors_CV, chunk_CD, weight, is_target_C[:, None])
+        ctx.sums = sums
+        return nll_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.sums is None:
+            raise RuntimeError("the gradients of linear_cross_entropy are gone: run backward once for a forward pass")
+        gradients, ctx.sums = ctx.sums.gradients(), None
+        if not len(grad_T):
+            return *gradients, None, None, None
+        lowest, highest = grad_T.aminmax()
+        # No wait for the device; on a GPU an assertion fails there.
+        torch._assert_async(lowest == highest, _UNEQUAL)
+        scaled = [None if gradient is None else gradient.mul_(lowest.to(gradient.dtype)) for gradient in gradients]
+        return *scaled, None, None, None
+
+
+class _GradientSums(NamedTuple):
+    """Gradients of states, weight and bias while they are added up; None for what has none. Sums are in fp32."""
+
+    states: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+
+    @classmethod
+    def of(cls, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], needed: list[bool]) -> _GradientSums:
+        states, weight, bias = inputs
+        return cls(
+            torch.empty_like(states) if needed[0] else None,
+            torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+            torch.zeros_like(bias, dtype=torch.float32) if needed[2] and bias is not None else None,
+            (states.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype),
+        )
+
+    def add(
+        self,
+        part: slice,
+        errors_CV: torch.Tensor,
+        chunk_CD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        is_target_C1: torch.Tensor,
+    ) -> None:
+        """Add a chunk of positions: its probabilities less the targets, ``[C, V]`` fp32."""
+        if self.bias is not None:
+            self.bias.addmv_(errors_CV.T, is_target_C1[:, 0].float())
+        errors = errors_CV.to(chunk_CD.dtype)
+        if self.states is not None:
+            self.states[part] = (errors @ weight_VD).masked_fill_(~is_target_C1, 0.0)
+        if self.weight is not None:
+            seen_CD = chunk_CD.masked_fill(~is_target_C1, 0.0)
+            if seen_CD.dtype == torch.float32:
+                self.weight.addmm_(errors.T, seen_CD)
+            else:
+                self.weight.add_(errors.T @ seen_CD)
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Return the sums in the number formats of what they are the gradients of."""
+        sums = (self.states, self.weight, self.bias)
+        return [None if one is None else one.to(dtype) for one, dtype in zip(sums, self.dtypes, strict=True)]
+
+
+class ChunkedOutput(NamedTuple):
+    """What a head makes of states.
+
+    Attributes:
+        nll: ``[T]`` fp32 cross-entropy of each target in nats; 0 where there is none.
+        guesses: ``[T]`` the likeliest tokens; None if they are not asked for.
+    """
+
+    nll: torch.Tensor
+    guesses: torch.Tensor | None
+
+
+class ChunkedHead:
+    """The head of a stock language model with its cross-entropy, a chunk of positions at a time.
+
+    Args:
+        model: A stock model with a head that reads the last states of its body, each position on its own.
+        body: The module whose output the head reads.
+        chunk_logits: Logits that exist at a time, at least those of one position.
+    """
+
+    def __init__(self, model: PreTrainedModel, body: PreTrainedModel, *, chunk_logits: int = CHUNK_LOGITS) -> None:
+        self._model, self._body = model, body
+        self.chunk_logits = chunk_logits
+        self._is_linear: bool | None = None
+        self._output_class: Any = None
+
+    @torch.compiler.disable
+    def __call__(self, states: torch.Tensor, targets: torch.Tensor, *, with_guesses: bool = False) -> ChunkedOutput:
+        """Return the cross-entropy of targets.
+
+        Args:
+            states: ``[T, D]`` of the body.
+            targets: ``[T]`` token ids, -100 for a position without a target.
+            with_guesses: Whether the likeliest tokens are returned too.
+        """
+        guesses = None
+        if with_guesses or not torch.is_grad_enabled():
+            nll, guesses = self._score(states, targets)
+            if not torch.is_grad_enabled():
+                return ChunkedOutput(nll, guesses if with_guesses else None)
+        linear = self.linear_map()
+        if linear is not None and _compute_dtype(linear[0]) != torch.float16:
+            weight, bias = linear
+            nll = linear_cross_entropy(states, weight, targets, bias=bias, chunk_logits=self.chunk_logits)
+            return ChunkedOutput(nll, guesses)
+        # In float16 the gradient of the loss has to be scaled before it is multiplied, or it vanishes.
+        rows = _rows(self._vocab_size, self.chunk_logits)
+        parts = zip(states.split(rows), targets.split(rows), strict=True)
+        losses = [checkpoint(self._losses, part, of_part, use_reentrant=False) for part, of_part in parts]
+        return ChunkedOutput(torch.cat(losses), guesses)
+
+    def linear_map(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return the weight ``[V, D]`` and the bias ``[V]`` by which the head maps states to logits; None if it does more.
+
+        The first call compares the two on a few large states.
+        """
+        table = self._model.get_output_embeddings()
+        if type(table) is not nn.Linear or table.weight.dim() != 2:
+            return None
+        if self._is_linear is None:
+            if table.weight.is_meta:
+                return table.weight, table.bias  # There are no logits to compare.
+            self._is_linear = self._try_linear(table)
+        return (table.weight, table.bias) if self._is_linear else None
+
+    @property
+    def _vocab_size(self) -> int:
+        table = self._model.get_output_embeddings()
+        size = getattr(table, "out_features", None) or self._model.config.get_text_config(decoder=True).vocab_size
+        return int(size)
+
+    def check(self, input_ids: torch.Tensor) -> None:
+        """Refuse a model whose head reads more than the states of its body.
+
+        Args:
+            input_ids: ``[B, L]`` a few tokens.
+
+        Raises:
+            InputError: Naming the class.
+        """
+        if self._body.device.type == "meta":
+            return
+        with evaluating(self._model), without_autocast(input_ids.device):
+            output = self._body(input_ids=input_ids)
+            self._output_class = type(output)
+            expected = self._model(input_ids=input_ids).logits.flatten(0, 1)
+            found = self._run_stock(output[0].flatten(0, 1))
+        if found.shape != expected.shape or not _is_same(found, expected):
+            raise InputError(
+                f"{type(self._model).__name__} cannot be trained a chunk of positions at a time: its head reads more than the "
+                "last states of its body; choose another architecture, such as gpt2 or llama"
+            )
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[T, V]`` of states ``[T, D]``, all at once."""
+        linear = self.linear_map()
+        return self._run_stock(states) if linear is None else F.linear(states, *linear)
+
+    def _losses(self, states_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(states_CD).float(), targets_C, ignore_index=IGNORED, reduction="none")
+
+    @torch.no_grad()
+    def _score(self, states_TD: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cross-entropy and likeliest tokens, without gradients."""
+        nll_T = torch.empty(len(targets_T), dtype=torch.float32, device=states_TD.device)
+        guesses_T, rows = torch.empty_like(targets_T), _rows(self._vocab_size, self.chunk_logits)
+        for begin in range(0, len(targets_T), rows):
+            part = slice(begin, begin + rows)
+            logits_CV = self.logits(states_TD[part])
+            guesses_T[part] = logits_CV.argmax(dim=-1)
+            nll_T[part] = F.cross_entropy(logits_CV.float(), targets_T[part], ignore_index=IGNORED, reduction="none")
+        return nll_T, guesses_T
+
+    def _run_stock(self, states_TD: torch.Tensor) -> torch.Tensor:
+        """Run the stock model with states in the place of what its body would return: logits ``[T, V]``."""
+        if self._output_class is None:
+            self._output_class = _output_class(self._body)
+        output, own = self._output_class(last_hidden_state=states_TD[None]), vars(self._body)
+        before = own.get("forward")
+        own["forward"] = lambda *args, **kwargs: output
+        try:
+            tokens = torch.zeros(1, len(states_TD), dtype=torch.long, device=states_TD.device)
+            logits: torch.Tensor = self._model(input_ids=tokens).logits[0]
+            return logits
+        finally:
+            del own["forward"]
+            if before is not None:
+                own["forward"] = before
+
+    @torch.compiler.disable
+    def _try_linear(self, table: nn.Linear) -> bool:
+        """Compare the stock logits of a few large states with those of a linear map."""
+        width, weight = table.in_features, table.weight
+        with evaluating(self._model), without_autocast(weight.device):
+            numbers = torch.arange(_TRIAL_POSITIONS * width, device=weight.device, dtype=torch.float32)
+            states = torch.sin(numbers * numbers).view(_TRIAL_POSITIONS, width).to(weight.dtype)
+            size = F.linear(states, weight).float().std()
+            if not size > 0:
+                return False
+            states = states * (_TRIAL_LOGITS / size).to(weight.dtype)
+            return _is_same(self._run_stock(states), F.linear(states, weight, table.bias))
+
+
+def _output_class(body: PreTrainedModel) -> Any:
+    """Return the class of a body's output, of one token."""
+    with evaluating(body):
+        return type(body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=body.device)))
+
+
+def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether logits differ by no more than the rounding of kernels."""
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.03
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).float().abs().max() <= tolerance * expected.float().abs().max())
