@@ -159,8 +159,9 @@ class GenerativeTransferTrainer(Trainer):
 
 
 def _check_rows(dataset: Any, model: GenerativeTransferModel, *, name: str) -> None:
-    """Refuse rows that are longer than the model's table of positions."""
-    longest = longest_sequence(model.model)
+    """Refuse rows that are longer than what the model can read."""
+    # Positions that are no table have an end too: what was read in pre-training.
+    longest = longest_sequence(model.model) or getattr(model.config.model, "max_position_embeddings", None)
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
         if isinstance(part, datasets.Dataset) and longest is not None and "input_ids" in part.column_names:
             length = longest_row(part)

@@ -27,6 +27,7 @@ from transformers.utils import ModelOutput
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.modeling.backbone import (
+    counts_from_padding,
     evaluating,
     name_of,
     row_position_inputs,
@@ -37,7 +38,7 @@ from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, GatheredHead, masked_lm_loss
 from hf_pretrain.modeling.surgery.vocabulary import vocabulary_tables
-from hf_pretrain.modeling.visibility.rules import Edit, arbitrary_tokens, find_leak
+from hf_pretrain.modeling.visibility.rules import Edit, arbitrary_tokens, find_leak, row_positions
 from hf_pretrain.transfer.generative_inputs import (
     TransferTokens,
     Transformation,
@@ -230,7 +231,7 @@ class GenerativeTransferModel(PreTrainedModel):
         ids_RL = input_ids.flatten(0, 1)
         mask_RL = torch.ones_like(ids_RL) if attention_mask is None else attention_mask.flatten(0, 1)
         rows_BC = torch.ones_like(input_ids[..., 0], dtype=torch.bool) if row_mask is None else row_mask
-        inputs = {"input_ids": ids_RL, "attention_mask": mask_RL} | row_position_inputs(self.model, mask_RL)
+        inputs = {"input_ids": ids_RL, "attention_mask": mask_RL} | self._position_inputs(mask_RL)
         if takes_input(self.model, "use_cache"):
             inputs["use_cache"] = False
         lm_sum = None
@@ -249,6 +250,13 @@ class GenerativeTransferModel(PreTrainedModel):
         if lm_sum is not None:
             losses["lm"], loss = lm_sum, loss + lm_loss_weight * lm_sum.sum.mean()
         return GenerativeTransferOutput(loss=loss, logits=logits, losses=losses)
+
+    def _position_inputs(self, mask_RL: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the positions of rows that may begin with padding, where the model would count it."""
+        found = row_position_inputs(self.model, mask_RL)
+        if found or counts_from_padding(self.model) or not takes_input(self.model, "position_ids"):
+            return found
+        return {"position_ids": row_positions(mask_RL)}
 
     def _logits(self, states_RLD: torch.Tensor, ids_RL: torch.Tensor, rows_BC: torch.Tensor) -> torch.Tensor:
         """Return the head's output for each example, from the states of its rows at `_classify_`."""
