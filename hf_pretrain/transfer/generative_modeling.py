@@ -73,6 +73,11 @@ class GenerativeTransferConfig(CompositeConfig):
     transfer_token_ids: list[int] | None = None
     classifier_dropout: float = 0.1
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Say whether the causal model ties its tables, which peft asks of the whole."""
+        super().__post_init__(**kwargs)
+        self.tie_word_embeddings = getattr(self.model, "tie_word_embeddings", False)
+
     @property
     def is_regression(self) -> bool:
         """Whether the one output is a value; of several answers it is a score."""
@@ -130,6 +135,11 @@ class GenerativeTransferModel(PreTrainedModel):
         self._body_name = name_of(self.model, body)
         self.lm_head = GatheredHead(self.model, body=body)
         output = self.model.get_output_embeddings()
+        table = self.model.get_input_embeddings()
+        if output.weight is table.weight:
+            # Known of the part already; peft asks the whole.
+            names = [f"model.{name_of(self.model, part)}.weight" for part in (output, table)]
+            self._tied_weights_keys = {names[0]: names[1]}
         self.score = nn.Linear(output.weight.shape[1], config.num_labels, bias=False, dtype=self.model.dtype)
         self.post_init()
 
@@ -231,7 +241,7 @@ class GenerativeTransferModel(PreTrainedModel):
         ids_RL = input_ids.flatten(0, 1)
         mask_RL = torch.ones_like(ids_RL) if attention_mask is None else attention_mask.flatten(0, 1)
         rows_BC = torch.ones_like(input_ids[..., 0], dtype=torch.bool) if row_mask is None else row_mask
-        inputs = {"input_ids": ids_RL, "attention_mask": mask_RL} | self._position_inputs(mask_RL)
+        inputs: dict[str, Any] = {"input_ids": ids_RL, "attention_mask": mask_RL} | self._position_inputs(mask_RL)
         if takes_input(self.model, "use_cache"):
             inputs["use_cache"] = False
         lm_sum = None
