@@ -82,7 +82,9 @@ def encode_words(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[E
     ):
         _, words = words_of_tokens(text, offsets)
         is_text = np.array(is_special) == 0
-        encoded.append(EncodedText(np.array(ids), np.flatnonzero(is_text), np.where(is_text, words, NO_WORD)))
+        encoded.append(
+            EncodedText(np.array(ids, dtype=np.int64), np.flatnonzero(is_text), np.where(is_text, words, NO_WORD))
+        )
     return encoded
 
 
@@ -105,7 +107,7 @@ def masked_scores(
     within_word: WithinWord,
     batch_size: int,
 ) -> Iterator[TokenScores]:
-    """Yield the scores of tokens where each alone is masked; see `hf_pretrain.evaluation.minimal_pairs.pseudo_log_likelihoods`.
+    """Yield the scores of tokens where each alone is masked; see `pseudo_log_likelihoods`.
 
     Args:
         model: A masked language model.
@@ -148,7 +150,7 @@ def denoising_scores(
     only_targets: bool,
     batch_size: int,
 ) -> Iterator[TokenScores]:
-    """Yield the scores of the tokens that an encoder-decoder writes; see `hf_pretrain.evaluation.minimal_pairs.denoising_log_likelihoods`.
+    """Yield the scores of the tokens that an encoder-decoder writes; see `denoising_log_likelihoods`.
 
     Args:
         model: An encoder-decoder.
@@ -203,7 +205,7 @@ class HidingFrame(NamedTuple):
         hiding: Hiding | None,
         mode_token: str | None,
     ) -> HidingFrame:
-        """Find the ids in a tokenizer; see `hf_pretrain.evaluation.minimal_pairs.denoising_log_likelihoods`."""
+        """Find the ids in a tokenizer; see `denoising_log_likelihoods`."""
         known = tokenizer.get_vocab()
         sentinel = next(iter(sentinel_ids(tokenizer).tolist()), None)
         frame = cls(
@@ -294,7 +296,7 @@ def _decoder_side(
 def causal_scores(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Sequence[Continuation], *, batch_size: int
 ) -> Iterator[TokenScores]:
-    """Yield the scores of tokens that follow on others; see `hf_pretrain.evaluation.minimal_pairs.causal_log_likelihoods`.
+    """Yield the scores of tokens that follow on others; see `causal_log_likelihoods`.
 
     Args:
         model: A causal language model.
