@@ -94,9 +94,9 @@ def rolling_perplexity(
     texts = checked_texts([texts] if isinstance(texts, str) else texts)
     found = LikelihoodScorer(model, tokenizer, **scoring).rolling(texts, window=window, stride=stride)
     num_tokens = int(found.num_tokens.sum())
-    if not num_tokens:
-        raise InputError("texts hold no text to score: give at least one that is not blank")
     words, sizes = sum(len(text.split()) for text in texts), sum(len(text.encode()) for text in texts)
+    if not num_tokens or not words:
+        raise InputError("texts hold no text to score: give at least one that is not blank")
     return RollingPerplexity(
         log_likelihoods=found.log_likelihoods, num_tokens=num_tokens, num_words=words, num_bytes=sizes
     )
@@ -175,10 +175,10 @@ def score_options(
 
 @dataclass(frozen=True, kw_only=True)
 class FewShotTask:
-    """A task as text: a prompt for each example, options, and some training examples with their answers before it.
+    r"""A task as text: a prompt for each example, options, and some training examples with their answers before it.
 
     Attributes:
-        template: The prompt with names of columns, "{premise}\\nQuestion: {hypothesis} True or false?\\nAnswer:".
+        template: The prompt with names of columns, "{premise}\nQuestion: {hypothesis} True or false?\nAnswer:".
         options: The options of all examples, or the name of the column that has those of each.
         label: Column with the right option: its number from 0, or its text.
         train: Examples to draw from.
@@ -186,7 +186,7 @@ class FewShotTask:
         description: What stands before them.
         separator: What stands behind each example.
         delimiter: What stands between a prompt and an option.
-        seed: Seed of the draw. The examples depend on it and on the number of the prompt's example alone, and never are that example.
+        seed: Seed of the draw, which depends on it and on the number of the prompt's example alone. That example is never drawn.
 
     Raises:
         InputError: If there are fewer training examples than shots.

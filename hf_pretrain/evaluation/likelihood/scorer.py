@@ -98,13 +98,14 @@ class LikelihoodScorer:
     - "causal": the log-likelihood of the continuation.
     - "masked": its pseudo-log-likelihood: each token alone is masked, and the model sees the context and the other tokens.
     - "permutation": its log-likelihood from left to right; the context is seen in both directions.
-    - "encoder-decoder": its log-likelihood in the decoder, with the context in the encoder. With `hiding` the encoder reads context
-      and continuation in one text, and each token is hidden in turn as `denoising_log_likelihoods` does.
+    - "encoder-decoder": its log-likelihood in the decoder, with the context in the encoder. With `hiding` the encoder reads both
+      as one text, and each token is hidden in turn as `denoising_log_likelihoods` does.
     - "bidirectional": the mean of its log-likelihoods in both directions; the backward model reads nothing of the context.
 
-    Context and continuation are cut as lm-evaluation-harness does it. Spaces at the end of the context belong to the continuation,
-    both are tokenized in one piece, and the context is as long as it is alone; an encoder-decoder reads two pieces. What is too long
-    for the model loses tokens at the beginning of the context. The log-likelihoods of causal models are then those of the harness.
+    Context and continuation are cut as lm-evaluation-harness does it. Spaces at the end of the context belong to the
+    continuation. Both are tokenized in one piece, and the context has as many tokens as it has alone; an encoder-decoder reads
+    two pieces. A context that is too long for the model loses its first tokens. So the log-likelihoods of causal models are those of
+    the harness.
 
     Args:
         model: A stock model, a `PermutationLMForPreTraining`, or a `BidirectionalLM`.
@@ -118,8 +119,8 @@ class LikelihoodScorer:
     Raises:
         InputError: If the model is not of this kind, an option has no effect on it, or a token that it needs is missing.
 
-    Source: Radford et al. 2018, section 4.2 (scores of continuations); Salazar et al. 2020, "Masked Language Model Scoring"; Kauf and
-        Ivanova 2023 ("l2r"); Peters et al. 2018, section 3.1 (both directions).
+    Source: Brown et al. 2020, section 2.4 (causal); Salazar et al. 2020, "Masked Language Model Scoring"; Kauf and Ivanova 2023
+        ("l2r"); Yang et al. 2019, section 2.2 (permutation); Peters et al. 2018, section 3.1 (both directions).
     """
 
     def __init__(
@@ -215,7 +216,7 @@ class LikelihoodScorer:
             Their scores, in this order.
 
         Raises:
-            InputError: If a continuation has no token of its own or is too long, or a context is empty and no token begins a text.
+            InputError: If a continuation has no token of its own or is too long, or nothing stands before it.
         """
         known = {pair: number for number, pair in enumerate(dict.fromkeys(map(tuple, pairs)))}
         scores = self.score_tokens(self.requests(list(known)))  # type: ignore[arg-type]
