@@ -503,9 +503,9 @@ class TestFewShot:
         examples = [{"text": f"x{i}", "label": i % 2} for i in range(12, 30)]
         model = trained_decoder(tokenizer, [(f"x{i}", answers[i % 2]) for i in range(30)])
         task = FewShotTask(template="{text}", options=answers, train=TRAIN, shots=2, separator=" . ")
-        found = few_shot_accuracy(model, tokenizer, task, examples, unconditional=".", content_free=("x31", "x32"))
-        assert set(found.accuracy) == {"sum", "tokens", "bytes", "unconditional", "calibrated"}
-        assert set(found.accuracy.values()) == {1.0}
+        found = few_shot_accuracy(model, tokenizer, task, examples, unconditional=None, content_free=("x1", "x2"))
+        # A word of each kind in place of the content: no option is likelier than the other.
+        assert found.accuracy == dict.fromkeys(("sum", "tokens", "bytes", "calibrated"), 1.0)
         assert found.labels.tolist() == [i % 2 for i in range(12, 30)]
         wrong = [example | {"label": 1 - example["label"]} for example in examples]
         assert few_shot_accuracy(model, tokenizer, task, wrong).accuracy["sum"] == 0

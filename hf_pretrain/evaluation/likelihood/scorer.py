@@ -102,10 +102,9 @@ class LikelihoodScorer:
       as one text, and each token is hidden in turn as `denoising_log_likelihoods` does.
     - "bidirectional": the mean of its log-likelihoods in both directions; the backward model reads nothing of the context.
 
-    Context and continuation are cut as lm-evaluation-harness does it. Spaces at the end of the context belong to the
-    continuation. Both are tokenized in one piece, and the context has as many tokens as it has alone; an encoder-decoder reads
-    two pieces. A context that is too long for the model loses its first tokens. So the log-likelihoods of causal models are those of
-    the harness.
+    Context and continuation are cut as lm-evaluation-harness does it, and the log-likelihoods of causal models are those of the
+    harness. Spaces at the end of the context belong to the continuation. Both are tokenized in one piece, and the context has as
+    many tokens as it has alone; an encoder-decoder reads two pieces. A context that is too long loses its first tokens.
 
     Args:
         model: A stock model, a `PermutationLMForPreTraining`, or a `BidirectionalLM`.
@@ -115,6 +114,10 @@ class LikelihoodScorer:
         hiding: For an encoder-decoder: how a token is hidden in a text; by default the decoder writes the whole continuation.
         mode_token: For an encoder-decoder: a token that its input has before the text, such as UL2's "[S2S]".
         batch_size: Sequences in a batch.
+
+    Attributes:
+        kind: The kind of model.
+        longest: Tokens that the model reads at most; None if there is no end.
 
     Raises:
         InputError: If the model is not of this kind, an option has no effect on it, or a token that it needs is missing.
@@ -158,7 +161,7 @@ class LikelihoodScorer:
     def _set_up(self, hiding: Hiding | None, mode_token: str | None) -> None:
         """Check the model, and find how long its inputs may be."""
         model, tokenizer = self.model, self.tokenizer
-        self._longest: int | None = None
+        self.longest: int | None = None
         num_special, self._read = (
             len(self._prefix) + len(self._suffix),
             getattr(self, f"_{self.kind.replace('-', '_')}"),
@@ -187,7 +190,7 @@ class LikelihoodScorer:
             )
         check_model_fits(model, tokenizer, block_size=0)
         parts = (model.get_encoder(), model.get_decoder()) if self.kind == "encoder-decoder" else (model,)
-        self._longest = min((found for part in parts if (found := longest_sequence(part)) is not None), default=None)
+        self.longest = min((found for part in parts if (found := longest_sequence(part)) is not None), default=None)
         if self.kind == "masked":
             check_masked(model, tokenizer)
         elif self.kind == "encoder-decoder":
@@ -197,7 +200,7 @@ class LikelihoodScorer:
         elif self.kind == "causal":
             check_causal(model, tokenizer)
             # Positions that are no table have an end too: what was read in training.
-            self._longest = self._longest or getattr(model.config, "max_position_embeddings", None)
+            self.longest = self.longest or getattr(model.config, "max_position_embeddings", None)
             begin, is_framed = text_beginning(model, tokenizer)
             self._starts_always = not is_framed or len(self._prefix) > 0
             own = np.array([] if begin is None else [begin], dtype=np.int64)
@@ -243,12 +246,20 @@ class LikelihoodScorer:
                     f"continuation {continuation!r} has no token of its own: begin it with a space, or leave it out"
                 )
             before = ids_of[context] if self._is_apart else tokens[:cut]
-            if self._starts_always or not len(before):
-                before = np.concatenate([self._start, before])
+            before = self.begun(before)
             if self.kind == "causal" and not len(before):
                 self._refuse_no_start()
             found.append(Request(before, tokens[cut:], words[cut:]))
         return found
+
+    def begun(self, context: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Return a context ``[C]`` with what begins a text under a causal model, if anything does."""
+        ids = np.asarray(context, dtype=np.int64)
+        return np.concatenate([self._start, ids]) if self._starts_always or not len(ids) else ids
+
+    def most_stride(self, window: int) -> int:
+        """Return the tokens that a window can score at most."""
+        return window if self.kind == "causal" else window - self._special
 
     def _refuse_no_start(self) -> None:
         """Refuse to score the first token of a text that follows on nothing."""
@@ -269,14 +280,14 @@ class LikelihoodScorer:
 
     def _shortened(self, requests: Sequence[Request]) -> list[Request]:
         """Return what fits the model: the first tokens of contexts are left out, with a warning."""
-        if self._longest is None:
+        if self.longest is None:
             return list(requests)
-        room, kept, num_cut = self._longest - self._special, [], 0
+        room, kept, num_cut = self.longest - self._special, [], 0
         for request in requests:
             length = len(request.continuation)
-            if length > (self._longest if self._is_apart or self.kind == "causal" else room):
+            if length > (self.longest if self._is_apart or self.kind == "causal" else room):
                 raise InputError(
-                    f"a continuation has {length} tokens, more than the model reads at once ({self._longest} with special ones): "
+                    f"a continuation has {length} tokens, more than the model reads at once ({self.longest} with special ones): "
                     "score it by rolling_perplexity"
                 )
             first = max(0, len(request.context) - room + (0 if self._is_apart else length))
@@ -284,7 +295,7 @@ class LikelihoodScorer:
             kept.append(request._replace(context=request.context[first:]))
         if num_cut:
             logger.warning(
-                f"{num_cut} of {len(kept)} contexts are too long for the {self._longest} positions of the model: they lose their "
+                f"{num_cut} of {len(kept)} contexts are too long for the {self.longest} positions of the model: they lose their "
                 "first tokens; give fewer shots or shorter contexts"
             )
         return kept
@@ -382,11 +393,11 @@ class LikelihoodScorer:
             window: Tokens read at once.
             stride: Tokens by which the window moves.
         """
-        window = window or self._longest or _USUAL_WINDOW
+        window = window or self.longest or _USUAL_WINDOW
         least = max(1, len(self._start)) if self.kind == "causal" else self._special + 1
-        check_range(window, f"[{least}, {self._longest or 'inf'}{']' if self._longest else ')'}", name="window")
+        check_range(window, f"[{least}, {self.longest or 'inf'}{']' if self.longest else ')'}", name="window")
         room = window - self._special
-        most = window if self.kind == "causal" else room
+        most = self.most_stride(window)
         stride = min(max(1, window // 2), most) if stride is None else stride
         check_range(stride, f"[1, {most}]", name="stride", hint="each token is to be read in some window")
         owners, requests = [], []
