@@ -82,30 +82,40 @@ def evaluate_lm(
         check_range(shots, "[0, inf)", name="shots")
     if limit is not None:
         check_range(limit, "[1, inf)", name="limit")
-    from lm_eval import simple_evaluate
+    from lm_eval.evaluator import evaluate
 
     chosen = [tasks] if isinstance(tasks, (str, Mapping)) else list(tasks)
     if not chosen:
         raise InputError("tasks is empty: name at least one, such as 'lambada_openai'")
-    try:
-        found = simple_evaluate(
-            model=lm,
-            tasks=[task if isinstance(task, str) else dict(task) for task in chosen],
-            num_fewshot=shots,
-            limit=limit,
-            bootstrap_iters=0,
-            log_samples=False,
-            # The generators of the process are left as they are.
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
-            fewshot_random_seed=seed,
-        )
-    except KeyError as error:
-        raise InputError(f"tasks={chosen} has one that lm-evaluation-harness lacks: {one_line(error)}") from error
+    loaded = _load(chosen, shots=shots, seed=seed)
+    found = evaluate(lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
     metrics = {task: _plain_metrics(values) for task, values in found["results"].items()}
     records = [_record(task, found, metrics[task], lm.scorer.kind) for task in found["configs"] if task in metrics]
     return HarnessResults(metrics, [record for record in records if record is not None])
+
+
+def _load(tasks: Sequence[str | Mapping[str, Any]], *, shots: int | None, seed: int) -> Any:
+    """Return tasks as the harness has them, with their numbers of examples and the seed of the draw."""
+    is_whole = all(isinstance(task, Mapping) and {"dataset_path", "custom_dataset"} & set(task) for task in tasks)
+    try:
+        loaded = _task_manager(not is_whole).load([task if isinstance(task, str) else dict(task) for task in tasks])
+    except KeyError as error:
+        raise InputError(f"tasks={list(tasks)} has one that lm-evaluation-harness lacks: {one_line(error)}") from error
+    for name, task in loaded["tasks"].items():
+        own = task.get_config("num_fewshot")
+        if shots and own == 0:
+            raise InputError(f"shots={shots} but the task {name!r} takes no examples: leave shots out for it")
+        task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
+        task.set_fewshot_seed(seed=seed)
+    return loaded
+
+
+@cache
+def _task_manager(has_tasks: bool) -> Any:
+    """Return the harness' list of tasks, which takes it half a minute to read, or an empty one."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=has_tasks)
 
 
 def _plain_metrics(values: Mapping[str, Any]) -> dict[str, float]:
@@ -142,9 +152,9 @@ def harness_model(
 ) -> Any:
     """Return a model as lm-evaluation-harness takes it.
 
-    `loglikelihood` and `loglikelihood_rolling` work for every kind of model, `generate_until` for causal ones. Results are those
-    of the harness' own `HFLM`, but for long texts of a tokenizer that begins a text with a token, as Llama's does: `HFLM` begins them
-    with two of these tokens and scores the second.
+    `loglikelihood` and `loglikelihood_rolling` work for every kind of model, `generate_until` for causal ones. Results are
+    those of the harness' own `HFLM` with one exception. Where a tokenizer begins texts with a token, as Llama's does, `HFLM` begins
+    a long text with two of them and scores the second.
 
     Args:
         model: A model of any kind; see `LikelihoodScorer`.
