@@ -153,8 +153,8 @@ def harness_model(
     """Return a model as lm-evaluation-harness takes it.
 
     `loglikelihood` and `loglikelihood_rolling` work for every kind of model, `generate_until` for causal ones. Results are
-    those of the harness' own `HFLM` with one exception. Where a tokenizer begins texts with a token, as Llama's does, `HFLM` begins
-    a long text with two of them and scores the second.
+    those of the harness' own `HFLM` with one exception. Where a tokenizer begins texts with a token, as Llama's does, `HFLM`
+    begins a long text with two of them and scores the second.
 
     Args:
         model: A model of any kind; see `LikelihoodScorer`.
