@@ -182,7 +182,7 @@ def _lm_class() -> type:
             "this needs lm-evaluation-harness, which is not installed: pip install 'hf-pretrain[harness]'"
         ) from error
 
-    class ScorerLM(LM):  # type: ignore[misc]
+    class ScorerLM(LM):
         """Answers requests by a `LikelihoodScorer`."""
 
         def __init__(self, scorer: LikelihoodScorer, window: int | None) -> None:
