@@ -32,6 +32,20 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.errors import InputError as InputError
     from hf_pretrain.errors import RunError as RunError
     from hf_pretrain.evaluation.detector import ReplacedTokenScorer as ReplacedTokenScorer
+    from hf_pretrain.evaluation.harness import HarnessResults as HarnessResults
+    from hf_pretrain.evaluation.harness import evaluate_lm as evaluate_lm
+    from hf_pretrain.evaluation.harness import harness_model as harness_model
+    from hf_pretrain.evaluation.likelihood import BidirectionalLM as BidirectionalLM
+    from hf_pretrain.evaluation.likelihood import ClozeScore as ClozeScore
+    from hf_pretrain.evaluation.likelihood import ContinuationScores as ContinuationScores
+    from hf_pretrain.evaluation.likelihood import FewShotScore as FewShotScore
+    from hf_pretrain.evaluation.likelihood import FewShotTask as FewShotTask
+    from hf_pretrain.evaluation.likelihood import LikelihoodScorer as LikelihoodScorer
+    from hf_pretrain.evaluation.likelihood import RollingPerplexity as RollingPerplexity
+    from hf_pretrain.evaluation.likelihood import cloze_accuracy as cloze_accuracy
+    from hf_pretrain.evaluation.likelihood import few_shot_accuracy as few_shot_accuracy
+    from hf_pretrain.evaluation.likelihood import rolling_perplexity as rolling_perplexity
+    from hf_pretrain.evaluation.likelihood import score_options as score_options
     from hf_pretrain.evaluation.minimal_pairs import MinimalPair as MinimalPair
     from hf_pretrain.evaluation.minimal_pairs import causal_log_likelihoods as causal_log_likelihoods
     from hf_pretrain.evaluation.minimal_pairs import denoising_log_likelihoods as denoising_log_likelihoods
@@ -198,6 +212,20 @@ _EXPORTS = {
     "data.text.search": ("find_files",),
     "errors": ("InputError", "RunError"),
     "evaluation.detector": ("ReplacedTokenScorer",),
+    "evaluation.harness": ("HarnessResults", "evaluate_lm", "harness_model"),
+    "evaluation.likelihood": (
+        "BidirectionalLM",
+        "ClozeScore",
+        "ContinuationScores",
+        "FewShotScore",
+        "FewShotTask",
+        "LikelihoodScorer",
+        "RollingPerplexity",
+        "cloze_accuracy",
+        "few_shot_accuracy",
+        "rolling_perplexity",
+        "score_options",
+    ),
     "evaluation.minimal_pairs": (
         "MinimalPair",
         "causal_log_likelihoods",

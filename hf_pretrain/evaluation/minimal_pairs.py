@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
-import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.corruption.rows import stack_column
-from hf_pretrain.corruption.sentinels import SENTINEL_NAMES, sentinel_ids
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError, check_choice
-from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
-from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, longest_sequence, takes_input
+from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts
+from hf_pretrain.evaluation.token_scores import (
+    Continuation,
+    EncodedText,
+    Hiding,
+    HidingFrame,
+    WithinWord,
+    causal_scores,
+    check_causal,
+    check_masked,
+    denoising_scores,
+    encode_words,
+    hidden_runs,
+    masked_scores,
+    sum_scores,
+    text_beginning,
+)
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence
 from hf_pretrain.modeling.base import check_model_fits
-from hf_pretrain.modeling.losses import GatheredHead
-from hf_pretrain.modeling.visibility.rules import Edit, arbitrary_tokens, find_leak
-
-# The word of a special token.
-_NO_WORD = -2
-
-WithinWord = Literal["visible", "l2r"]
-Hiding = Literal["sentinel", "mask", "fragment", "rest"]
 
 
 class MinimalPair(NamedTuple):
@@ -140,44 +143,10 @@ def pseudo_log_likelihoods(
         Scoring" ("l2r").
     """
     check_choice(within_word, get_args(WithinWord), name="within_word")
-    # Some of them open as masked language models too, and would read the masks on both sides.
-    if model.config.is_encoder_decoder:
-        raise InputError(f"model={type(model).__name__} is an encoder-decoder: score it by denoising_log_likelihoods")
-    if tokenizer.mask_token_id is None:
-        raise InputError(
-            f"tokenizer={type(tokenizer).__name__} has no mask token, which a masked language model needs"
-        )
+    check_masked(model, tokenizer)
     encoded = _encode(model, tokenizer, checked_texts(texts, batch_size=batch_size))
-    if not encoded:
-        return np.zeros(0)
-    masked = [row for text in encoded for row in _masked_copies(text, tokenizer.mask_token_id, within_word)]
-    owner = np.repeat(np.arange(len(encoded)), [len(text.scored) for text in encoded])
-    column = np.concatenate([text.scored for text in encoded])
-    target = np.concatenate([text.ids[text.scored] for text in encoded])
-    scores = np.zeros(len(encoded))
-    with evaluating(model), GatheredHead(model) as head:
-        for rows, batch in batches_by_length(
-            masked, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=model.device, name="Scoring"
-        ):
-            positions = np.arange(len(rows)) * batch["input_ids"].shape[1] + column[rows]
-            logits_BV = head(model, torch.from_numpy(positions).to(model.device), **batch)
-            np.add.at(scores, owner[rows], _log_probabilities(logits_BV, target[rows]))
-    return scores
-
-
-def _log_probabilities(logits: torch.Tensor, targets: np.ndarray) -> np.ndarray:
-    """Return the log-probability of each target ``[T]`` under its logits ``[T, V]``: ``float64 [T]``, in nats."""
-    nll_T = F.cross_entropy(logits.float(), torch.from_numpy(targets).to(logits.device), reduction="none")
-    return -nll_T.double().cpu().numpy()
-
-
-def _masked_copies(text: _Encoded, mask_token_id: int, within_word: WithinWord) -> np.ndarray:
-    """Return the ids with one token masked that is not special, for each of them: ``[T, L]``."""
-    is_masked = np.arange(len(text.ids)) == text.scored[:, None]
-    if within_word == "l2r":
-        is_of_word = text.words == text.words[text.scored, None]
-        is_masked |= is_of_word & (np.arange(len(text.ids)) > text.scored[:, None])
-    return np.where(is_masked, mask_token_id, text.ids)
+    parts = masked_scores(model, tokenizer, encoded, within_word=within_word, batch_size=batch_size)
+    return sum_scores(parts, len(encoded))[0]
 
 
 def denoising_log_likelihoods(
@@ -224,129 +193,15 @@ def denoising_log_likelihoods(
     check_choice(within_word, get_args(WithinWord), name="within_word")
     if not model.config.is_encoder_decoder:
         raise InputError(f"model={type(model).__name__} has no decoder: score it by pseudo_log_likelihoods")
-    known = tokenizer.get_vocab()
-    sentinel = next(iter(sentinel_ids(tokenizer).tolist()), None)
-    frame = _Frame(
-        hiding=hiding or ("mask" if sentinel is None else "sentinel"),
-        start=decoder_start_id(model),
-        sentinel=sentinel,
-        mask=tokenizer.mask_token_id,
-        mode=[] if mode_token is None else [known.get(mode_token)],
-    )
-    frame.check(tokenizer, mode_token)
+    frame = HidingFrame.of(model, tokenizer, hiding=hiding, mode_token=mode_token)
     encoded = _encode(model, tokenizer, checked_texts(texts, batch_size=batch_size), more=len(frame.mode))
-    found = [(owner, frame.hide(text, *run)) for owner, text in enumerate(encoded) for run in _runs(text, within_word)]
+    found = [
+        (owner, frame.hide(text, *run)) for owner, text in enumerate(encoded) for run in hidden_runs(text, within_word)
+    ]
     owners, questions = np.array([owner for owner, _ in found], dtype=np.int64), [question for _, question in found]
-    scores = np.zeros(len(encoded))
-    with evaluating(model), GatheredHead(model.get_decoder()) as head:
-        for rows, batch in batches_by_length(
-            [question.input_ids for question in questions],
-            pad_token_id=tokenizer.pad_token_id,
-            batch_size=batch_size,
-            device=model.device,
-            name="Scoring",
-        ):
-            asked = [questions[row] for row in rows]
-            decoder_inputs, positions, targets = _decoder_side(asked, only_targets=frame.hiding == "fragment")
-            batch |= {name: torch.from_numpy(value).to(model.device) for name, value in decoder_inputs.items()}
-            logits_TV = head(model, torch.from_numpy(positions).to(model.device), **batch)
-            owner_of_target = np.repeat(owners[rows], [len(question.targets) for question in asked])
-            np.add.at(scores, owner_of_target, _log_probabilities(logits_TV, targets))
-    return scores
-
-
-class _Question(NamedTuple):
-    """An input that does not show some tokens, and what the decoder reads; the logits at its last ``T`` columns are theirs.
-
-    `input_ids` is ``[L]``, `decoder_ids` ``[D]`` and `targets`, the hidden tokens, ``[T]``.
-    """
-
-    input_ids: np.ndarray
-    decoder_ids: np.ndarray
-    targets: np.ndarray
-
-
-class _Frame(NamedTuple):
-    """How tokens are hidden, with the ids that this takes."""
-
-    hiding: Hiding
-    start: int
-    sentinel: int | None
-    mask: int | None
-    mode: list[int]
-
-    def check(self, tokenizer: PreTrainedTokenizerBase, mode_token: str | None) -> None:
-        """Refuse a tokenizer without a token that is needed."""
-        name = type(tokenizer).__name__
-        if self.hiding == "sentinel" and self.sentinel is None:
-            raise InputError(
-                f"tokenizer={name} has no {SENTINEL_NAMES[0].format(0)}, which hiding='sentinel' needs: choose another"
-            )
-        if self.hiding in ("mask", "fragment") and self.mask is None:
-            raise InputError(
-                f"tokenizer={name} has no mask token, which hiding={self.hiding!r} needs: give it one, or choose another"
-            )
-        if self.hiding == "rest" and not tokenizer.num_special_tokens_to_add() and not self.mode:
-            raise InputError(
-                f"tokenizer={name} adds no special token, so that with hiding='rest' the first input would be empty: give it one"
-            )
-        if None in self.mode:
-            raise InputError(f"mode_token={mode_token!r} is no token of the tokenizer: name one, or leave it out")
-
-    def hide(self, text: _Encoded, begin: int, end: int) -> _Question:
-        """Return the question after the tokens in the columns from `begin` to `end`, exclusive."""
-        first, last = text.scored[0], text.scored[-1] + 1
-        run = text.ids[begin:end]
-        rest = text.ids[last:] if self.hiding == "rest" else text.ids[end:]
-        hole = {
-            "sentinel": [self.sentinel],
-            "mask": [self.mask],
-            "fragment": [self.mask] * len(run),
-            "rest": [],
-        }[self.hiding]
-        read = {
-            "sentinel": [self.start, self.sentinel],
-            "mask": [self.start, *text.ids[:begin]],
-            # What is before the last token is there for the positions alone.
-            "fragment": [self.start, *text.ids[:begin]],
-            "rest": [self.start],
-        }[self.hiding]
-        parts = (text.ids[:first], self.mode, text.ids[first:begin], hole, rest)
-        input_ids, decoder_ids = (
-            np.concatenate([np.asarray(part, dtype=np.int64) for part in side]) for side in (parts, (read, run[:-1]))
-        )
-        return _Question(input_ids, decoder_ids, run)
-
-
-def _runs(text: _Encoded, within_word: WithinWord) -> list[tuple[int, int]]:
-    """Return the columns, begin and end, that are hidden at once: each token that is not special, or each word."""
-    if not len(text.scored):
-        return []
-    is_first = np.ones(len(text.scored), dtype=np.bool_)
-    if within_word == "l2r":
-        is_first[1:] = (np.diff(text.words[text.scored]) != 0) | (np.diff(text.scored) != 1)
-    last = np.append(np.flatnonzero(is_first)[1:], len(text.scored)) - 1
-    return list(zip(text.scored[is_first].tolist(), (text.scored[last] + 1).tolist(), strict=True))
-
-
-def _decoder_side(
-    questions: Sequence[_Question], *, only_targets: bool
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """Return what the decoder reads, ``[B, D]``, the flat positions of the hidden tokens' logits, ``[T]``, and those tokens.
-
-    With `only_targets` the decoder sees nothing but the columns of these logits.
-    """
-    rows = [{"ids": question.decoder_ids} for question in questions]
-    decoder_ids, valid = stack_column(rows, "ids")
-    columns = np.arange(valid.shape[1])
-    lengths = np.array([len(question.decoder_ids) for question in questions])[:, None]
-    numbers = np.array([len(question.targets) for question in questions])[:, None]
-    is_asked = valid & (columns >= lengths - numbers)
-    inputs = {
-        "decoder_input_ids": decoder_ids,
-        "decoder_attention_mask": (is_asked if only_targets else valid).astype(np.int64),
-    }
-    return inputs, np.flatnonzero(is_asked), np.concatenate([question.targets for question in questions])
+    only_targets = frame.hiding == "fragment"
+    parts = denoising_scores(model, tokenizer, questions, owners, only_targets=only_targets, batch_size=batch_size)
+    return sum_scores(parts, len(encoded))[0]
 
 
 def causal_log_likelihoods(
@@ -379,88 +234,23 @@ def causal_log_likelihoods(
         raise InputError(f"model={name} is an encoder-decoder: score it by denoising_log_likelihoods")
     texts = checked_texts(texts, batch_size=batch_size)
     encoded = _tokenize(model, tokenizer, texts)
-    _check_causal(model, tokenizer)
-    found = [_continuation(text, *_beginning(model, tokenizer)) for text in encoded]
+    check_causal(model, tokenizer)
+    found = [_continuation(text, *text_beginning(model, tokenizer)) for text in encoded]
     # Positions that are no table have an end too: what was read in training.
     longest = longest_sequence(model) or getattr(model.config, "max_position_embeddings", None)
     _check_lengths(model, texts, [len(part.ids) for part in found], longest=longest)
-    chosen = np.flatnonzero([len(part.targets) for part in found])
-    scores = np.zeros(len(encoded))
-    # Nothing is read further.
-    options = {"use_cache": False} if takes_input(model, "use_cache") else {}
-    with evaluating(model), _gathered(model) as logits_at:
-        for rows, batch in batches_by_length(
-            [found[index].ids for index in chosen],
-            pad_token_id=tokenizer.pad_token_id,
-            batch_size=batch_size,
-            device=model.device,
-            name="Scoring",
-        ):
-            parts, width = [found[index] for index in chosen[rows]], batch["input_ids"].shape[1]
-            columns = [np.arange(len(part.ids) - len(part.targets), len(part.ids)) for part in parts]
-            positions = np.concatenate([row * width + of_row for row, of_row in enumerate(columns)])
-            logits_TV = logits_at(torch.from_numpy(positions).to(model.device), **batch, **options)
-            owner = np.repeat(chosen[rows], [len(part.targets) for part in parts])
-            np.add.at(scores, owner, _log_probabilities(logits_TV, np.concatenate([part.targets for part in parts])))
-    return scores
+    parts = causal_scores(model, tokenizer, found, batch_size=batch_size)
+    return sum_scores(parts, len(encoded))[0]
 
 
-class _Continuation(NamedTuple):
-    """What a model reads, ``[L]``, and the tokens that follow on the last ``T`` columns of it, ``[T]``."""
-
-    ids: np.ndarray
-    targets: np.ndarray
-
-
-def _beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, bool]:
-    """Return the token that a text follows on, and whether special tokens that the tokenizer puts before it come first."""
-    if takes_input(model, "mems"):
-        separators = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-        return next((token for token in separators if token is not None), None), False
-    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id, True
-
-
-def _continuation(text: _Encoded, begin: int | None, is_framed: bool) -> _Continuation:
+def _continuation(text: EncodedText, begin: int | None, is_framed: bool) -> Continuation:
     """Return what is read of a text and what is to follow; special tokens behind it are neither."""
     if not len(text.scored):
-        return _Continuation(text.ids[:0], text.ids[:0])
+        return Continuation(text.ids[:0], text.ids[:0])
     first, last = int(text.scored[0]), int(text.scored[-1])
     before = text.ids[:first] if is_framed and first else np.array([] if begin is None else [begin], dtype=np.int64)
     ids = np.concatenate([before, text.ids[first : last + 1]])
-    return _Continuation(ids[:-1], ids[max(1, len(before)) :])
-
-
-def _check_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model that does not predict the next token, or that sees it: another last token moves the logits before it."""
-    name = type(model).__name__
-    tokens, others = (arbitrary_tokens(model.base_model, 4, shift=shift) for shift in range(2))
-    edit = Edit(torch.cat([tokens[:-1], others[-1:]]), slice(0, -1), hiding=[0])
-    with evaluating(model):
-        logits = getattr(model(input_ids=tokens[None]), "logits", None)
-        if logits is None or logits.dim() != 3 or logits.shape[-1] < len(tokenizer):
-            raise InputError(
-                f"model={name} does not predict tokens: open it by AutoModelForCausalLM, or score a discriminator by "
-                "originality_scores"
-            )
-        if find_leak(lambda ids: model(input_ids=ids[None]).logits, tokens, [edit]) is not None:
-            raise InputError(
-                f"model={name} sees the tokens that follow: score it by pseudo_log_likelihoods (XLNet by score_permutations), "
-                "or set is_decoder=True in the configuration of an encoder that was trained as a decoder"
-            )
-
-
-@contextmanager
-def _gathered(model: PreTrainedModel) -> Iterator[Callable[..., torch.Tensor]]:
-    """Give a function from flat positions ``[T]`` and a model's inputs to the logits there, ``[T, V]``."""
-    decoder = model.get_decoder()
-    # OPT and the decoders of BART's kin run this part alone; ModernBERT's decoder calls a layer of its head so.
-    body = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-    if body is model:
-        # The classes without a base model, such as Llama 4's.
-        yield lambda positions, **inputs: model(**inputs).logits.flatten(0, 1).index_select(0, positions)
-        return
-    with GatheredHead(model, body=body) as head:
-        yield partial(head, model)
+    return Continuation(ids[:-1], ids[max(1, len(before)) :])
 
 
 def originality_scores(
@@ -496,17 +286,9 @@ def originality_scores(
     return scores
 
 
-class _Encoded(NamedTuple):
-    """A text's ids ``[L]``, the positions of those that are not special ``[T]``, and the word of each ``[L]``."""
-
-    ids: np.ndarray
-    scored: np.ndarray
-    words: np.ndarray
-
-
 def _encode(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], *, more: int = 0
-) -> list[_Encoded]:
+) -> list[EncodedText]:
     """Return the ids and words of texts; each must fit the model's positions with some `more` tokens."""
     encoded = _tokenize(model, tokenizer, texts)
     parts = (model.get_encoder(), model.get_decoder()) if model.config.is_encoder_decoder else (model,)
@@ -524,18 +306,7 @@ def _check_lengths(model: PreTrainedModel, texts: list[str], lengths: list[int],
             )
 
 
-def _tokenize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[_Encoded]:
+def _tokenize(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[EncodedText]:
     """Return the ids and words of texts, whatever their length."""
     check_model_fits(model, tokenizer, block_size=0)
-    check_fast(tokenizer)
-    if not texts:
-        return []
-    encoding = encode_texts(tokenizer, texts, return_offsets_mapping=True, return_special_tokens_mask=True)
-    encoded = []
-    for text, ids, is_special, offsets in zip(
-        texts, encoding["input_ids"], encoding["special_tokens_mask"], encoding["offset_mapping"], strict=True
-    ):
-        _, words = words_of_tokens(text, offsets)
-        is_text = np.array(is_special) == 0
-        encoded.append(_Encoded(np.array(ids), np.flatnonzero(is_text), np.where(is_text, words, _NO_WORD)))
-    return encoded
+    return encode_words(tokenizer, texts)

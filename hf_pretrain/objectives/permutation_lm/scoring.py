@@ -122,7 +122,7 @@ def _ranks(order: Order, text: int, num_tokens: int, *, number: int, seed: int) 
     return given.argsort()
 
 
-def _batch(ids: list[np.ndarray], columns: list[np.ndarray], ranks: list[np.ndarray]) -> PermutedBatch:
+def _batch(ids: Sequence[np.ndarray], columns: Sequence[np.ndarray], ranks: Sequence[np.ndarray]) -> PermutedBatch:
     """Put texts into a batch: special tokens are ordinary context, all other tokens are targets."""
     shape = (len(ids), max(map(len, ids)))
     mask = np.arange(shape[1]) < np.array([len(row) for row in ids])[:, None]
@@ -150,15 +150,40 @@ def logits_at(model: PermutationLMForPreTraining, ids: Sequence[int], position: 
     return model.predict(on_device, torch.tensor([0], device=model.device))[0][0]
 
 
-@torch.no_grad()
+def continuation_logits(
+    model: PermutationLMForPreTraining, ids: Sequence[np.ndarray], columns: Sequence[np.ndarray]
+) -> torch.Tensor:
+    """Return the logits of some tokens of texts, each predicted after those to its left; all other tokens are seen.
+
+    Args:
+        model: The model as it is trained.
+        ids: Token ids of each text.
+        columns: Columns of the tokens to predict in each text, from left to right.
+
+    Returns:
+        ``[T, V]``, one text after the other.
+    """
+    with evaluating(model):
+        return _target_logits(model, _batch(ids, columns, [np.arange(len(own)) for own in columns]))[0]
+
+
 def _log_likelihoods(model: PermutationLMForPreTraining, batch: PermutedBatch) -> list[float]:
     """Return the log-likelihood of each row."""
+    logits_TV, labels_T, rows_T = _target_logits(model, batch)
+    nll_T = torch.nn.functional.cross_entropy(logits_TV.float(), labels_T.to(model.device), reduction="none")
+    sums = torch.zeros(len(batch.input_ids), dtype=torch.float64)
+    return sums.index_add(0, rows_T, -nll_T.double().cpu()).tolist()
+
+
+@torch.no_grad()
+def _target_logits(
+    model: PermutationLMForPreTraining, batch: PermutedBatch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the logits of all targets ``[T, V]``, and on the host their tokens and rows, ``[T]`` each."""
     num_targets = (batch.key_ranks > 0).sum(dim=1)
     is_target = torch.arange(batch.target_columns.shape[1]) < num_targets[:, None]
     slots = is_target.flatten().nonzero().squeeze(1)
     labels_T = batch.input_ids.gather(1, batch.target_columns).flatten()[slots]
     on_device = PermutedBatch(*(value.to(model.device) for value in batch[:5]))
     logits_TV, _ = model.predict(on_device, slots.to(model.device))
-    nll_T = torch.nn.functional.cross_entropy(logits_TV.float(), labels_T.to(model.device), reduction="none")
-    rows = slots // batch.target_columns.shape[1]
-    return torch.zeros(len(num_targets), dtype=torch.float64).index_add(0, rows, -nll_T.double().cpu()).tolist()
+    return logits_TV, labels_T, slots // batch.target_columns.shape[1]
