@@ -17,6 +17,7 @@ from helpers.scored_texts import (
     unframed,
     wordpiece,
 )
+from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.likelihood import (
     BidirectionalLM,
@@ -526,15 +527,13 @@ class TestFewShot:
 
 
 def trained_decoder(tokenizer, pairs):
-    """A decoder that has learned which word follows on which, three pairs in a row."""
+    """A decoder that has learned which word follows on which, three pairs in a row, other ones in each step."""
     model = decoder().train()
-    ids = np.array([tokenizer(f"{first} {second} .")["input_ids"] for first, second in pairs])
-    rows = np.arange(len(ids))
-    batch = torch.from_numpy(
-        np.concatenate([ids, ids[(rows * 7 + 3) % len(ids)], ids[(rows * 11 + 5) % len(ids)]], axis=1)
-    )
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    for _ in range(60):
+    ids = torch.tensor([tokenizer(f"{first} {second} .")["input_ids"] for first, second in pairs])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(150):
+        rows = [draws.permutation(len(ids), seed=0, epoch=step, stream=f"pairs {place}") for place in range(3)]
+        batch = torch.cat([ids[part] for part in rows], dim=1)
         logits = model(batch).logits[:, :-1]
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).backward()
         optimizer.step()
