@@ -94,6 +94,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, 
 RUNS = {
     "my-electra": "rtd --model_type electra --vocab_size 300",
     "my-unilm": "encoder --config unilm_small --vocab_size 300",
+    "my-gpt": "clm --vocab_size 300",
     "my-xlnet": "plm --model_type xlnet --vocab_size 300",
     "my-t5": "t5_small --vocab_size 300",
     "my-transformer-xl": "recurrent-lm --tokenizer_type wordpiece --vocab_size 300 --tgt_len 16 --mem_len 16 --hidden_size 32 "
@@ -136,7 +137,8 @@ def opened(auto_class, name):
 
 def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
-    tune, probe, compare = (text for kind, text in blocks("transfer") if kind == "python")
+    parts = [text for kind, text in blocks("transfer") if kind == "python"]
+    tune, generative, adapters, probe, compare, likelihood, few_shot, tasks = parts
     names = opened(AutoModelForSequenceClassification, "teacher")
     rows = [{**names["tokenizer"](text), "labels": i % 2} for i, text in enumerate(TEXTS)]
     names |= {"train": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(rows)}
@@ -155,6 +157,33 @@ def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     names |= {"discriminator": discriminator["model"]}
     exec(compare, names)
     assert len(names["pairs"]) == 1 and names["pairs"][0].good == TEXTS[0]
+    decoder = opened(AutoModelForCausalLM, "my-gpt")
+    rows = datasets.Dataset.from_dict({"sentence1": TEXTS, "sentence2": TEXTS[::-1], "label": [0, 1, 0, 1]})
+    names = {"train": rows, "dev": rows}
+    exec(generative.replace("openai-community/openai-gpt", "my-gpt"), names)
+    assert {"eval_task_loss", "eval_lm_loss"} <= set(names["trainer"].evaluate())
+    exec(adapters, names)
+    names = decoder | {"texts": TEXTS}
+    exec(likelihood.replace("window=1024, stride=512", "window=8, stride=4"), names)
+    assert names["found"].perplexity > 1
+    reviews = [{"text": text, "label": number % 2} for number, text in enumerate(TEXTS)]
+    names = decoder | {"train": reviews, "dev": reviews[:2], "passages": TEXTS}
+    exec(few_shot.replace("shots=4", "shots=1"), names)
+    Path("reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reviews), encoding="utf-8")
+    task = {
+        "task": "hellaswag",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "reviews.jsonl"}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": ["good", "poor"],
+        "doc_to_target": "label",
+        "metric_list": [{"metric": name, "higher_is_better": True} for name in ("acc", "acc_norm")],
+    }
+    names = decoder | {"tasks": [task]}
+    exec(tasks.replace('["lambada_openai", "hellaswag"]', "tasks").replace("my-model", "my-gpt"), names)
+    assert "hellaswag" in Path("my-gpt", "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_of_the_page_on_cards_runs(trained, monkeypatch):

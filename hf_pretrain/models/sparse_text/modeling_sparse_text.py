@@ -57,7 +57,7 @@ class SparseTextModel(PreTrainedModel):
 
         Returns:
             `last_hidden_state`, sparse ``[B, L, C]``: the weight of each token in its column; and `pooler_output`, sparse
-            ``[B, C]``: the vectors of the texts. Both are coalesced COO tensors in the type of the weights.
+            ``[B, C]``: the vectors of the texts. Both are coalesced and in the type of the weights.
         """
         config, (num_texts, length) = self.config, input_ids.shape
         is_word_BL = input_ids >= config.first_word_id
