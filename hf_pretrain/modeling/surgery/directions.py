@@ -97,7 +97,7 @@ def to_encoder(model: PreTrainedModel) -> PreTrainedModel:
         InputError: If a token still does not see the next one, or if the model is an encoder already.
 
     Source:
-        LLM2Vec (BehnamGhader et al. 2024, section 2.1).
+        LLM2Vec (BehnamGhader et al. 2024), its first step.
     """
     if type(model) in _ENCODER_OF:
         config = _translated(model.config, ModernBertConfig)
