@@ -72,6 +72,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.modeling.losses import PretrainingOutput as PretrainingOutput
     from hf_pretrain.modeling.pooling import SentenceModules as SentenceModules
     from hf_pretrain.modeling.surgery.cutting import cut_student as cut_student
+    from hf_pretrain.modeling.surgery.directions import to_decoder as to_decoder
+    from hf_pretrain.modeling.surgery.directions import to_encoder as to_encoder
     from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
     from hf_pretrain.models.sparse_text.configuration_sparse_text import SparseTextConfig as SparseTextConfig
     from hf_pretrain.models.sparse_text.modeling_sparse_text import SparseTextModel as SparseTextModel
@@ -247,6 +249,7 @@ _EXPORTS = {
     "modeling.losses": ("ExampleSum", "PretrainingOutput"),
     "modeling.pooling": ("SentenceModules",),
     "modeling.surgery.cutting": ("cut_student",),
+    "modeling.surgery.directions": ("to_decoder", "to_encoder"),
     "modeling.surgery.vocabulary": ("trim_vocabulary",),
     "models.sparse_text.configuration_sparse_text": ("SparseTextConfig",),
     "models.sparse_text.modeling_sparse_text": ("SparseTextModel",),
