@@ -135,6 +135,7 @@ def opened(auto_class, name):
     return {"model": auto_class.from_pretrained(name), "tokenizer": AutoTokenizer.from_pretrained(name)}
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("transfer") if kind == "python"]
