@@ -23,7 +23,8 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, encode_texts, words_of_tokens
 from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, takes_input
 from hf_pretrain.modeling.losses import GatheredHead
-from hf_pretrain.modeling.visibility.rules import Edit, arbitrary_tokens, find_leak
+from hf_pretrain.modeling.visibility.causal import body_of_head, sees_what_follows
+from hf_pretrain.modeling.visibility.rules import arbitrary_tokens
 
 WithinWord = Literal["visible", "l2r"]
 Hiding = Literal["sentinel", "mask", "fragment", "rest"]
@@ -346,32 +347,27 @@ def text_beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 def check_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model that does not predict the next token, or that sees it: another last token moves the logits before it."""
+    """Refuse a model that does not predict the next token, or that sees it."""
     name = type(model).__name__
-    tokens, others = (arbitrary_tokens(model.base_model, 4, shift=shift) for shift in range(2))
-    edit = Edit(torch.cat([tokens[:-1], others[-1:]]), slice(0, -1), hiding=[0])
     with evaluating(model):
-        logits = getattr(model(input_ids=tokens[None]), "logits", None)
-        if logits is None or logits.dim() != 3 or logits.shape[-1] < len(tokenizer):
-            raise InputError(
-                f"model={name} does not predict tokens: open it by AutoModelForCausalLM, or score a discriminator by "
-                "originality_scores"
-            )
-        if find_leak(lambda ids: model(input_ids=ids[None]).logits, tokens, [edit]) is not None:
-            raise InputError(
-                f"model={name} sees the tokens that follow: score it by pseudo_log_likelihoods (XLNet by score_permutations), "
-                "or set is_decoder=True in the configuration of an encoder that was trained as a decoder"
-            )
+        logits = getattr(model(input_ids=arbitrary_tokens(model.base_model, 4, shift=0)[None]), "logits", None)
+    if logits is None or logits.dim() != 3 or logits.shape[-1] < len(tokenizer):
+        raise InputError(
+            f"model={name} does not predict tokens: open it by AutoModelForCausalLM, or score a discriminator by "
+            "originality_scores"
+        )
+    if sees_what_follows(model, lambda ids: model(input_ids=ids).logits):
+        raise InputError(
+            f"model={name} sees the tokens that follow: score it by pseudo_log_likelihoods (XLNet by score_permutations), "
+            "or set is_decoder=True in the configuration of an encoder that was trained as a decoder"
+        )
 
 
 @contextmanager
 def _gathered(model: PreTrainedModel) -> Iterator[Callable[..., torch.Tensor]]:
     """Give a function from flat positions ``[T]`` and a model's inputs to the logits there, ``[T, V]``."""
-    decoder = model.get_decoder()
-    # OPT and the decoders of BART's kin run this part alone; ModernBERT's decoder calls a layer of its head so.
-    body = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-    if body is model:
-        # The classes without a base model, such as Llama 4's.
+    body = body_of_head(model)
+    if body is None:
         yield lambda positions, **inputs: model(**inputs).logits.flatten(0, 1).index_select(0, positions)
         return
     with GatheredHead(model, body=body) as head:

@@ -27,8 +27,6 @@ from transformers.utils import ModelOutput
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.modeling.backbone import (
-    counts_from_padding,
-    evaluating,
     name_of,
     row_position_inputs,
     takes_input,
@@ -38,7 +36,7 @@ from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, GatheredHead, masked_lm_loss
 from hf_pretrain.modeling.surgery.vocabulary import vocabulary_tables
-from hf_pretrain.modeling.visibility.rules import Edit, arbitrary_tokens, find_leak, row_positions
+from hf_pretrain.modeling.visibility.causal import causal_body, sees_what_follows
 from hf_pretrain.transfer.generative_inputs import (
     TransferTokens,
     Transformation,
@@ -127,11 +125,7 @@ class GenerativeTransferModel(PreTrainedModel):
         super().__init__(config)
         check_choice(config.transformation, get_args(Transformation), name="transformation")
         self.model = from_config(AutoModelForCausalLM, config.model) if model is None else model
-        # OPT's head reads this part of its body alone.
-        decoder = self.model.get_decoder()
-        body = decoder if isinstance(decoder, PreTrainedModel) else self.model.base_model
-        if body is self.model:
-            raise InputError(f"model={type(self.model).__name__} has no body apart from its head: take another")
+        body = causal_body(self.model)
         self._body_name = name_of(self.model, body)
         self.lm_head = GatheredHead(self.model, body=body)
         output = self.model.get_output_embeddings()
@@ -241,7 +235,9 @@ class GenerativeTransferModel(PreTrainedModel):
         ids_RL = input_ids.flatten(0, 1)
         mask_RL = torch.ones_like(ids_RL) if attention_mask is None else attention_mask.flatten(0, 1)
         rows_BC = torch.ones_like(input_ids[..., 0], dtype=torch.bool) if row_mask is None else row_mask
-        inputs: dict[str, Any] = {"input_ids": ids_RL, "attention_mask": mask_RL} | self._position_inputs(mask_RL)
+        inputs: dict[str, Any] = {"input_ids": ids_RL, "attention_mask": mask_RL}
+        # Rows may begin with padding, which some models would count.
+        inputs |= row_position_inputs(self.model, mask_RL)
         if takes_input(self.model, "use_cache"):
             inputs["use_cache"] = False
         lm_sum = None
@@ -260,13 +256,6 @@ class GenerativeTransferModel(PreTrainedModel):
         if lm_sum is not None:
             losses["lm"], loss = lm_sum, loss + lm_loss_weight * lm_sum.sum.mean()
         return GenerativeTransferOutput(loss=loss, logits=logits, losses=losses)
-
-    def _position_inputs(self, mask_RL: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the positions of rows that may begin with padding, where the model would count it."""
-        found = row_position_inputs(self.model, mask_RL)
-        if found or counts_from_padding(self.model) or not takes_input(self.model, "position_ids"):
-            return found
-        return {"position_ids": row_positions(mask_RL)}
 
     def _logits(self, states_RLD: torch.Tensor, ids_RL: torch.Tensor, rows_BC: torch.Tensor) -> torch.Tensor:
         """Return the head's output for each example, from the states of its rows at `_classify_`."""
@@ -325,14 +314,11 @@ def _check_has_lm_head(model: PreTrainedModel) -> None:
 
 
 def _check_causal(model: PreTrainedModel) -> None:
-    """Refuse a model that sees the tokens that follow: another last token moves the logits before it."""
-    name = type(model).__name__
-    tokens, others = (arbitrary_tokens(model.base_model, 4, shift=shift) for shift in range(2))
-    edit = Edit(torch.cat([tokens[:-1], others[-1:]]), slice(0, -1), hiding=[0])
-    with evaluating(model):
-        leak = find_leak(lambda ids: model(input_ids=ids[None]).logits, tokens, [edit])
-    if leak is not None:
-        raise InputError(f"model={name} sees the tokens that follow: open a causal model, or set is_decoder=True")
+    """Refuse a model that sees the tokens that follow."""
+    if sees_what_follows(model, lambda ids: model(input_ids=ids).logits):
+        raise InputError(
+            f"model={type(model).__name__} sees the tokens that follow: open a causal model, or set is_decoder=True"
+        )
 
 
 def _normal(ids: list[int], width: int, *, seed: int, stream: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ step. Both looks are left out here.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,12 +41,31 @@ def causal_body(model: PreTrainedModel) -> PreTrainedModel:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"model={name} is an encoder-decoder: train it with `hf-pretrain denoise`")
+    body = body_of_head(model)
+    if body is None:
+        raise InputError(f"model={name} has no body apart from its head: choose another architecture, such as gpt2")
+    return body
+
+
+def body_of_head(model: PreTrainedModel) -> PreTrainedModel | None:
+    """Return the part of a causal language model whose output its head reads; None for a class without one, as Llama 4's."""
     decoder = model.get_decoder()
     # OPT and the decoders of BART's kin run this part alone; ModernBERT's decoder calls a layer of its head so.
     body = decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-    if body is model or not isinstance(body, PreTrainedModel):
-        raise InputError(f"model={name} has no body apart from its head: choose another architecture, such as gpt2")
-    return body
+    return body if isinstance(body, PreTrainedModel) and body is not model else None
+
+
+def sees_what_follows(model: PreTrainedModel, read: Callable[[torch.Tensor], torch.Tensor]) -> bool:
+    """Return whether tokens see those that follow: the last one of a row is edited, and the outputs before it may not move.
+
+    Args:
+        model: The model, which is put into evaluation mode.
+        read: Returns its outputs ``[1, L, ...]`` for a row of tokens ``[1, L]``.
+    """
+    tokens, others = (arbitrary_tokens(model.base_model, 8, shift=shift) for shift in (1, 2))
+    edit = Edit(torch.cat([tokens[:-1], others[-1:]]), slice(0, -1), hiding=[0])
+    with evaluating(model):
+        return find_leak(lambda row: read(row[None]).float(), tokens, [edit]) is not None
 
 
 class CausalReader:
@@ -120,18 +139,14 @@ class CausalReader:
         return {"attention_mask": causal_masks(self._side, visible, like=document_ids)}
 
     def check_causal(self) -> None:
-        """Refuse a model in which a token sees those that follow: the last one of a row is edited, and no other state may move.
+        """Refuse a model in which a token sees those that follow.
 
         Raises:
             InputError: Naming the class and what to do.
         """
         if self.body.device.type == "meta":
             return
-        tokens, others = (arbitrary_tokens(self.body, 8, shift=shift) for shift in (1, 2))
-        edit = Edit(torch.cat([tokens[:-1], others[-1:]]), slice(0, -1), hiding=[0])
-        with evaluating(self.body):
-            leak = find_leak(lambda row: self._read(row[None]).float(), tokens, [edit])
-        if leak is not None:
+        if sees_what_follows(self.body, self._read):
             raise InputError(
                 f"model={type(self._model).__name__} sees the tokens that follow: train an encoder with `hf-pretrain mlm` and "
                 "XLNet with `hf-pretrain plm`, or set is_decoder=True in the configuration of an encoder that has it"
