@@ -35,8 +35,7 @@ logger = logging.get_logger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([KMB]?)", flags=re.IGNORECASE)
 _BABYLM = "babylm"
-# Up to which million, and every how many.
-_BABYLM_SCALE = ((10, 1), (100, 10), (1000, 100))
+_BABYLM_MILLIONS = (*range(1, 10), *range(10, 100, 10), *range(100, 1001, 100))
 _FORM = (
     'give "every 1M", a list such as "1M 2M 5M 10M" (K, M and B are a thousand, a million and a billion), or "babylm"'
 )
@@ -68,12 +67,7 @@ class BranchMarks:
         """
         words = text.replace(",", " ").split()
         if [word.lower() for word in words] == [_BABYLM]:
-            first = 1
-            millions: list[int] = []
-            for last, step in _BABYLM_SCALE:
-                millions += range(max(first, step), last + 1, step)
-                first = last + step
-            return cls(tuple((number * 10**6, f"{number}M") for number in dict.fromkeys(millions)))
+            return cls(tuple((number * 10**6, f"{number}M") for number in _BABYLM_MILLIONS))
         if words and words[0].lower() == "every":
             if len(words) != 2:
                 raise InputError(f"hub_branches={text!r}: {_FORM}")
@@ -266,7 +260,9 @@ class Branches:
     def _waiting(self) -> Iterator[Path]:
         """Yield the exports that are whole and have not arrived."""
         found = sorted(self.folder.glob(f"*/{_MARKER}"))
-        yield from (marker.parent for marker in found if is_whole(marker.parent, name=_MARKER))
+        pushed = self._pushed()
+        folders = (marker.parent for marker in found if marker.parent.name not in pushed)
+        yield from (folder for folder in folders if is_whole(folder, name=_MARKER))
 
     def _pushed(self) -> dict[str, Any]:
         try:
@@ -286,6 +282,9 @@ class Branches:
         if not trainer.is_world_process_zero() or self.marks is None or not tokens:
             return
         known = {folder.name for folder in self._waiting()} | self._pushed().keys()
+        for name in self._pushed():
+            # Of one that had arrived when the run was killed.
+            shutil.rmtree(self.folder / name, ignore_errors=True)
         names = [trainer.args.hub_branch_name.format(label) for _, label in self.marks.between(0, tokens)]
         missing = [name for name in names if name not in known]
         if missing:

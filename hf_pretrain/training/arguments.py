@@ -163,7 +163,7 @@ class PretrainingArguments(TrainingArguments):
 
     hub_branches: str | None = option(
         None,
-        'Export the model each time that so many tokens are read, as branches of the Hub: "every 1M", "1M 2M 5M 10M", or "babylm" '
+        'Export the model when so many tokens are read, as branches of the Hub: "every 1M", "1M 2M 5M 10M", or "babylm" '
         "(1M to 10M, 20M to 100M, 200M to 1000M). Without push_to_hub they are folders: output_dir/branches/tokens_1M.",
     )
     hub_branch_name: str = option("tokens_{}", "Name of such a branch, with {} for the tokens: chck_{} for BabyLM.")
