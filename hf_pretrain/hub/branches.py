@@ -285,12 +285,12 @@ class Branches:
         for name in self._pushed():
             # Of one that had arrived when the run was killed.
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        names = [trainer.args.hub_branch_name.format(label) for _, label in self.marks.between(0, tokens)]
-        missing = [name for name in names if name not in known]
+        wanted = [trainer.args.hub_branch_name.format(label) for _, label in self.marks.between(0, tokens)]
+        missing = [name for name in wanted if name not in known]
         if missing:
-            others = f" and {len(missing) - 1:,} others" if len(missing) > 1 else ""
+            names = f"{missing[0]} to {missing[-1]}" if len(missing) > 1 else missing[0]
             logger.warning(
-                f"hub_branches: {missing[0]}{others} lie before the {tokens:,} tokens of the checkpoint, and {self.folder} "
+                f"hub_branches: {names} ({len(missing):,} in all) lie before the {tokens:,} tokens of the checkpoint, and {self.folder} "
                 "has no trace of them: only an earlier start elsewhere can have made them"
             )
         if trainer.args.push_to_hub:

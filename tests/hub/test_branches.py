@@ -42,6 +42,14 @@ class Snapshots(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.fixture(autouse=True, scope="module")
+def without_plots():
+    """They take most of the time of a card, and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_pretrain.hub.plots.plot_training", lambda *args, **options: None)
+        yield
+
+
 @pytest.fixture
 def hub(tmp_path):
     with LoopbackHub(tmp_path / "hub") as hub, connected(hub.url):
@@ -79,10 +87,11 @@ def tokens_by_step(trainer):
     return {row["step"]: row["num_tokens"] for row in trainer.state.log_history if "num_tokens" in row}
 
 
-def expected(trainer, every=100):
+def expected(trainer, branches=None):
     """The branch of each mark and the step that passes it, from the rows of the log."""
-    rows = tokens_by_step(trainer)
-    marks = range(every, max(rows.values()) + 1, every)
+    rows, words = tokens_by_step(trainer), (branches or trainer.args.hub_branches).split()
+    every = range(int(words[-1]), max(rows.values()) + 1, int(words[-1]))
+    marks = every if words[0] == "every" else map(int, words)
     return {f"tokens_{mark}": min(step for step, tokens in rows.items() if tokens >= mark) for mark in marks}
 
 
@@ -222,9 +231,12 @@ def test_the_branch_of_every_method_is_its_export(method, tmp_path):
     assert others == {"README.md", "trainer_state.json", "_branch.json", "pretraining/run.json"}
 
 
+FEW = {"hub_branches": "every 300"}
+
+
 class TestOnTheHub:
     def test_stock_transformers_opens_a_revision(self, hub, tmp_path):
-        trainer = make(tmp_path / "run", **PUSH, hub_branch_name="chck_{}")
+        trainer = make(tmp_path / "run", **PUSH, **FEW, hub_branch_name="chck_{}")
         trainer.train()
         trainer.push_to_hub()
         steps = {name.replace("tokens", "chck"): step for name, step in expected(trainer).items()}
@@ -234,22 +246,22 @@ class TestOnTheHub:
             assert pushes(hub, name) == [f"{tokens:,} tokens, step {step}"]
             weights = trainer.snapshots.weights[step]
             same(weights, load_file(hub.files(REPO, revision=name)["model.safetensors"]))
-        options = {"revision": "chck_100", "cache_dir": tmp_path / "cache"}
+        options = {"revision": "chck_300", "cache_dir": tmp_path / "cache"}
         opened = AutoModel.from_pretrained(REPO, **options)
         encoder = {f"bert.{name}": value for name, value in opened.state_dict().items() if "pooler" not in name}
-        same(trainer.snapshots.weights[steps["chck_100"]], encoder)
+        same(trainer.snapshots.weights[steps["chck_300"]], encoder)
         assert AutoTokenizer.from_pretrained(REPO, **options)("w1")["input_ids"]
         assert sorted(path.name for path in (tmp_path / "run" / "branches").iterdir()) == ["_pushed.json"]
         assert not [path for path in hub.files(REPO) if "branches" in path], "they are no part of the export"
         same(trainer.snapshots.weights[STEPS], load_file(hub.files(REPO)["model.safetensors"]))
 
     def test_the_code_of_its_card_opens_the_branch(self, hub, tmp_path):
-        trainer = make(tmp_path / "run", **PUSH)
+        trainer = make(tmp_path / "run", **PUSH | FEW)
         trainer.train()
         trainer.push_to_hub()
-        card = hub.files(REPO, revision="tokens_100")["README.md"].read_text()
+        card = hub.files(REPO, revision="tokens_300")["README.md"].read_text()
         named = [line for code in snippets(card) for line in code.splitlines() if f'"{REPO}"' in line]
-        assert named and all(f'"{REPO}", revision="tokens_100"' in line for line in named)
+        assert named and all(f'"{REPO}", revision="tokens_300"' in line for line in named)
         assert "revision=" not in hub.files(REPO)["README.md"].read_text()
 
     def test_a_branch_holds_its_export_and_nothing_else(self, hub, tmp_path):
@@ -258,7 +270,7 @@ class TestOnTheHub:
         hub.append(REPO, {})
         hub.append(REPO, {path: (hub.store(content), False) for path, content in stale.items()})
         save = {"hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 1, "hub_always_push": True}
-        trainer = make(tmp_path / "run", **PUSH | save)
+        trainer = make(tmp_path / "run", **PUSH | FEW | save)
         trainer.train()
         trainer.push_to_hub()
         assert "last-checkpoint/optimizer.pt" in hub.files(REPO)
@@ -269,16 +281,16 @@ class TestOnTheHub:
             assert not [path for path in found if path.startswith(("last-checkpoint", "_", "onnx"))]
 
     def test_no_path_of_the_machine(self, hub, tmp_path):
-        trainer = make(tmp_path / "run", **PUSH)
+        trainer = make(tmp_path / "run", **PUSH | FEW)
         trainer.recipe = {"train_file": [str(tmp_path / "client" / "words.txt")], "output_dir": str(tmp_path / "run")}
         trainer.train()
         trainer.push_to_hub()
-        files = hub.files(REPO, revision="tokens_100")
+        files = hub.files(REPO, revision="tokens_300")
         assert "words.txt" in files["recipe.yaml"].read_text()
         assert not [path for path, file in files.items() if tmp_path.name.encode() in file.read_bytes()]
 
     def test_training_does_not_wait_for_an_upload(self, hub, tmp_path):
-        trainer = make(tmp_path / "run", **PUSH)
+        trainer = make(tmp_path / "run", **PUSH | FEW)
         finish, trainer.branches.finish = trainer.branches.finish, lambda: None
         with hub.held("commit"):
             trainer.train()
@@ -289,18 +301,18 @@ class TestOnTheHub:
         assert branches_of(hub) == expected(trainer).keys()
 
     def test_folders_of_a_run_without_the_hub_can_be_pushed_later(self, hub, tmp_path):
-        trainer = make(tmp_path / "run")
+        trainer = make(tmp_path / "run", **FEW)
         trainer.train()
         trainer.args.hub_model_id = REPO
         trainer.push_to_hub()
         assert branches_of(hub) == expected(trainer).keys()
-        card = hub.files(REPO, revision="tokens_200")["README.md"].read_text()
-        assert f'AutoModel.from_pretrained("{REPO}", revision="tokens_200")' in card
+        card = hub.files(REPO, revision="tokens_300")["README.md"].read_text()
+        assert f'AutoModel.from_pretrained("{REPO}", revision="tokens_300")' in card
 
 
 class TestFaults:
     def test_a_failed_upload_is_told_and_tried_again(self, hub, tmp_path, told):
-        trainer = make(tmp_path / "run", **PUSH)
+        trainer = make(tmp_path / "run", **PUSH, hub_branches="100 400 650")
         hub.fail_next("commit")
         trainer.train()
         (line,) = told()
@@ -310,10 +322,12 @@ class TestFaults:
         assert branches_of(hub) == expected(trainer).keys()
         assert all(len(pushes(hub, name)) == 1 for name in branches_of(hub))
 
-    @pytest.mark.parametrize("route", ["commits", "create_branch", "preupload", "lfs_put"])
-    def test_wherever_it_fails(self, hub, tmp_path, told, route):
+    @pytest.mark.parametrize(
+        ("route", "times"), [("commits", 6), ("create_branch", 1), ("preupload", 6), ("lfs_put", 6)]
+    )
+    def test_wherever_it_fails(self, hub, tmp_path, told, route, times):
         trainer = make(tmp_path / "run", **PUSH, max_steps=2)
-        hub.fail_next(route, times=6)
+        hub.fail_next(route, times=times)
         trainer.train()
         trainer.push_to_hub()
         assert len(told()) == 1 and branches_of(hub) == expected(trainer).keys()
@@ -341,7 +355,9 @@ class TestFaults:
 
 
 class TestResume:
-    SAVE = {"save_strategy": "steps", "save_steps": 2}
+    # Passed by the steps 1, 4, 5 and 6.
+    MARKS = "100 400 500 650"
+    SAVE = {"save_strategy": "steps", "save_steps": 2, "hub_branches": MARKS}
 
     def resumed(self, folder, checkpoint, **options):
         trainer = make(folder, **PUSH, **self.SAVE, **options)
@@ -351,8 +367,8 @@ class TestResume:
 
     def check(self, hub, run):
         """All branches are there, once each, with the weights of a run that was never cut off."""
-        assert branches_of(hub) == expected(run).keys()
-        for name, step in expected(run).items():
+        assert branches_of(hub) == expected(run, self.MARKS).keys()
+        for name, step in expected(run, self.MARKS).items():
             assert len(pushes(hub, name)) == 1, name
             same(run.snapshots.weights[step], load_file(hub.files(REPO, revision=name)["model.safetensors"]))
 
@@ -362,7 +378,7 @@ class TestResume:
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         trainer.branches.finish()
-        assert branches_of(hub) == {name for name, step in expected(run).items() if step <= killed_at}
+        assert branches_of(hub) == {name for name, step in expected(run, self.MARKS).items() if step <= killed_at}
         self.resumed(tmp_path / "run", "checkpoint-4")
         self.check(hub, run)
         assert told() == []
@@ -388,7 +404,8 @@ class TestResume:
 
     def test_a_kill_in_the_middle_of_an_upload(self, hub, tmp_path, run):
         trainer = make(tmp_path / "run", **PUSH, **self.SAVE, killed_at=5)
-        hub.fail_next("commit", times=100)
+        for _ in range(20):  # each is of one branch
+            hub.fail_next("commit", times=100)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
         trainer.branches.finish()
@@ -401,7 +418,9 @@ class TestResume:
         trainer = make(tmp_path / "run", **self.SAVE, killed_at=5)
         with pytest.raises(KeyboardInterrupt):
             trainer.train()
-        last = max((name for name, step in expected(run).items() if step == 5), key=lambda name: int(name[7:]))
+        last = max(
+            (name for name, step in expected(run, self.MARKS).items() if step == 5), key=lambda name: int(name[7:])
+        )
         folder = tmp_path / "run" / "branches" / last
         (folder / "_branch.json").rename(folder / "_branch.json.part")
         (folder / "model.safetensors").write_bytes(b"half")
@@ -409,13 +428,18 @@ class TestResume:
         self.check(hub, run)
 
     def test_marks_that_nobody_made(self, tmp_path, told):
-        make(tmp_path / "run", hub_branches=None, max_steps=4, **self.SAVE).train()
+        make(tmp_path / "run", **self.SAVE | {"hub_branches": None, "max_steps": 4}).train()
         trainer = make(tmp_path / "run", **self.SAVE)
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
         passed = {name for name, step in expected(trainer).items() if step > 4}
-        assert {path.name for path in (tmp_path / "run" / "branches").iterdir()} == passed
+        assert (
+            {path.name for path in (tmp_path / "run" / "branches").iterdir()} == passed == {"tokens_500", "tokens_650"}
+        )
         (line,) = told()
-        assert line.startswith("hub_branches: tokens_100 and ") and "no trace of them" in line
+        assert (
+            line.startswith("hub_branches: tokens_100 to tokens_400 (2 in all) lie before the 439 tokens")
+            and "no trace of them" in line
+        )
 
     def test_a_run_from_the_start_makes_them_anew(self, hub, tmp_path):
         for seed in (1, 2):
@@ -427,7 +451,7 @@ class TestResume:
 
 def test_two_ranks_push_once(hub, tmp_path):
     """The tokens of both count; one of them uploads; a resume goes on."""
-    options = {"max_steps": 4, "learning_rate": 1e-2, "hub_branches": "every 100", **PUSH, **TestResume.SAVE}
+    options = PUSH | TestResume.SAVE | {"max_steps": 4, "learning_rate": 1e-2, "hub_branches": "every 100"}
     runs = {"first": options | {"max_steps": 2}, "second": options | {"from": "checkpoint-2"}}
     (tmp_path / "url").write_text(hub.url)
     (tmp_path / "runs.json").write_text(json.dumps(runs))
