@@ -290,8 +290,8 @@ class Branches:
         if missing:
             names = f"{missing[0]} to {missing[-1]}" if len(missing) > 1 else missing[0]
             logger.warning(
-                f"hub_branches: {names} ({len(missing):,} in all) lie before the {tokens:,} tokens of the checkpoint, and {self.folder} "
-                "has no trace of them: only an earlier start elsewhere can have made them"
+                f"hub_branches: {names} ({len(missing):,} in all) lie before the {tokens:,} tokens of the checkpoint, and "
+                f"{self.folder} has no trace of them: only an earlier start elsewhere can have made them"
             )
         if trainer.args.push_to_hub:
             self._push()
