@@ -278,7 +278,6 @@ class TestOnTheHub:
     def test_a_branch_holds_its_export_and_nothing_else(self, hub, tmp_path):
         """Whatever lies on the main branch: other weights, a checkpoint with its optimizer."""
         stale = {"onnx/model.onnx": b"\0", "model.safetensors.index.json": b"old"}
-        hub.append(REPO, {})
         hub.append(REPO, {path: (hub.store(content), False) for path, content in stale.items()})
         save = {"hub_strategy": "checkpoint", "save_strategy": "steps", "save_steps": 3, "hub_always_push": True}
         trainer = make(tmp_path / "run", **PUSH | FEW | save)
@@ -347,6 +346,8 @@ class TestFaults:
 
     def test_a_failure_at_the_end(self, hub, tmp_path, told):
         """It is an error; until then the branch is empty and no other model; the command of the message pushes it."""
+        hub.append(REPO, {})
+        hub.append(REPO, {"model.safetensors": (hub.store(b"another model"), True)})
         trainer = make(tmp_path / "run", **PUSH, hub_branches="100", max_steps=2)
         hub.fail_next("commit")
         trainer.train()
@@ -375,7 +376,7 @@ class TestResume:
         trainer = make(folder, **PUSH, **self.SAVE, **options)
         trainer.train(resume_from_checkpoint=str(folder / checkpoint))
         trainer.push_to_hub()
-        return trainer
+        assert [path.name for path in (folder / "branches").iterdir()] == ["_pushed.json"]
 
     def check(self, hub, run):
         """All branches are there, once each, with the weights of a run that was never cut off."""
