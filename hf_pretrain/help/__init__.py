@@ -24,7 +24,7 @@ _OF_TRAINING = {
     activation_checkpointing torch_compile""",
     "logging": """output_dir overwrite_output_dir resume_from_checkpoint logging_steps eval_strategy eval_steps
     per_device_eval_batch_size save_strategy save_steps save_total_limit load_best_model_at_end report_to run_name""",
-    "Hub": "push_to_hub hub_model_id hub_private_repo hub_strategy language license datasets tags private_text",
+    "Hub": "push_to_hub hub_model_id hub_private_repo hub_strategy hub_branches language license datasets tags private_text",
 }
 _GROUP_OF = {name: group for group, names in _OF_TRAINING.items() for name in names.split()}
 _PREFIXES = {

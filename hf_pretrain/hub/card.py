@@ -45,6 +45,7 @@ _FILTERS: tuple[Callable[..., Any], ...] = (
 _SET_ASIDE = "_README.before.md"
 _BEGIN = "<!-- hf_pretrain makes the text from here on; what you write above this line stays -->"
 _END = "<!-- up to here; what you write below this line stays -->"
+_CODE = re.compile(r"^```python\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 _PARTS = re.compile(
     rf"---\n(?P<front>.*?)^---[ \t]*\n(?P<above>.*?)^{re.escape(_BEGIN)}\n(?P<made>.*)^{re.escape(_END)}$(?P<below>.*)",
     flags=re.DOTALL | re.MULTILINE,
@@ -86,7 +87,14 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
         figures=plots.training_figures(card.log_history, learning_rates=card.learning_rates),
         plots_folder=plots_folder,
     )
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
+    return _of_branch(text, card) if card.branch and card.repo != "." else text
+
+
+def _of_branch(text: str, card: PretrainingCard) -> str:
+    """Let the code of a card open its branch: without a revision it would open other weights."""
+    name = f'"{card.repo}"'
+    return _CODE.sub(lambda code: code[0].replace(name, f'{name}, revision="{card.branch}"'), text)
 
 
 def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
@@ -339,4 +347,4 @@ def _is_housekeeping(name: str) -> bool:
 
 def snippets(markdown: str) -> list[str]:
     """Return the Python code blocks of a Markdown text, in order; the tests of the cards run them."""
-    return re.findall(r"^```python\n(.*?)^```$", markdown, flags=re.DOTALL | re.MULTILINE)
+    return _CODE.findall(markdown)

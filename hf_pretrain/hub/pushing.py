@@ -122,10 +122,14 @@ def reason(error: BaseException) -> str:
 
 # Uploads
 
+BRANCHES = "branches"
+"""Folder of the exports that become branches of the repository; see [`hf_pretrain.hub.branches`]."""
+
 # What lies in the output folder and is no part of the export. CodeCarbon's file names the place of the machine, and the logs of
 # TensorBoard and its kin name the machine.
 _NOT_EXPORTED = (
     *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv", "runs/*", "wandb/*", "mlruns/*", "*tfevents*", f"*{PART}"),
+    f"{BRANCHES}/*",
 )
 # They name folders of the machine; a push has them without.
 _WITH_PATHS = ("recipe.yaml", "trainer_state.json")
@@ -283,7 +287,8 @@ class Pushing:
         folder = self._folder / source.absolute().name
         folder.mkdir(parents=True)
         for path in source.iterdir():
-            if any(fnmatch(path.name, pattern) for pattern in ignore):
+            # A pattern of all that lies in a folder is one of the folder.
+            if any(fnmatch(path.name, pattern.removesuffix("/*")) for pattern in ignore):
                 continue
             if path.is_dir():
                 shutil.copytree(path, folder / path.name, copy_function=_link)

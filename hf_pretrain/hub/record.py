@@ -90,6 +90,7 @@ class PretrainingCard:
         fresh_parameters: What of the model did not come from `base_model` and began anew, in words: "the head cls".
         fine_tuning_class: Auto class that opens the root with a fresh head for a task, "" if there is none.
         repo: What the snippets load: the repository's id, or "." for the folder of the card.
+        branch: Branch of `repo` that the snippets load; "" for the main one.
         note: A paragraph to put before all others.
         origin: How the weights began, in Markdown, where `base_model` does not say all of it: "Cut from ...".
         base_model: Hub id of the model whose weights the run began with, or the absolute path of a local one, which is
@@ -134,6 +135,7 @@ class PretrainingCard:
     fresh_parameters: str = ""
     fine_tuning_class: str = ""
     repo: str = "."
+    branch: str = ""
     note: str = ""
     origin: str = ""
     base_model: str | None = None

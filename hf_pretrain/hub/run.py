@@ -422,7 +422,8 @@ def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
     steps = [row for row in log if "num_tokens" in row]
     # The row at the end of this training, not that of one before a resume.
     ends = [row for row in log if "train_runtime" in row and row["step"] == state.global_step]
-    tokens = steps[-1]["num_tokens"] if steps else None
+    # Between two rows a checkpoint or a branch counts them too.
+    tokens = max(state.num_input_tokens_seen, steps[-1]["num_tokens"] if steps else 0) or None
     # The clock of transformers starts anew with each resume; these two are where it started.
     resumed_at = getattr(trainer, "_initial_global_step", 0)
     tokens_before = getattr(trainer, "_initial_num_input_tokens_seen", 0)

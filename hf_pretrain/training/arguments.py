@@ -24,6 +24,7 @@ from transformers.integrations.integration_utils import (
 
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
+from hf_pretrain.hub.branches import check_branches
 from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.names import SYNONYMS
@@ -160,6 +161,12 @@ class PretrainingArguments(TrainingArguments):
         False, "Let DDP look for parameters without gradient; every objective uses all of its own."
     )
 
+    hub_branches: str | None = option(
+        None,
+        'Export the model when so many tokens are read, as branches of the Hub: "every 1M", "1M 2M 5M 10M", or "babylm" '
+        "(1M to 10M, 20M to 100M, 200M to 1000M). Without push_to_hub they are folders: output_dir/branches/tokens_1M.",
+    )
+    hub_branch_name: str = option("tokens_{}", "Name of such a branch, with {} for the tokens: chck_{} for BabyLM.")
     language: list[str] | None = option(None, "Codes of the languages of the text, for the model card: en de.")
     license: str | None = option(None, "License of the model, for its card; the Hub's identifier: apache-2.0.")
     datasets: list[str] | None = option(
@@ -184,6 +191,7 @@ class PretrainingArguments(TrainingArguments):
         """Choose the precision, then let transformers check the rest."""
         self._check_refused()
         check_identifiers({name: getattr(self, name) for name in ("language", "license", "datasets", "tags")})
+        check_branches(self.hub_branches, self.hub_branch_name)
         check_options(self)
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")

@@ -37,7 +37,17 @@ _BEFORE_TRAINING = (
     *("chat_template.jinja", "_tokenizer_training.json", "_teacher_top_k", "_teacher_logits"),
 )
 _OF_A_RUN = (
-    *(*_BEFORE_TRAINING, _LOCK, _UNFINISHED, _REMOVED, "checkpoint-*", "last-checkpoint", "pretraining", "plots"),
+    *(
+        *_BEFORE_TRAINING,
+        _LOCK,
+        _UNFINISHED,
+        _REMOVED,
+        "checkpoint-*",
+        "last-checkpoint",
+        "pretraining",
+        "plots",
+        "branches",
+    ),
     *("config.json", "generation_config.json", "model*.safetensors", "*.index.json", "pytorch_model*.bin"),
     *("adapter_config.json", "adapter_model.*", "configuration_*.py", "modeling_*.py", "__init__.py"),
     *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
@@ -46,7 +56,15 @@ _OF_A_RUN = (
 # The files below the folders of a run.
 _BELOW = (
     *(*_OF_A_RUN, "*.safetensors", "*.pt", "*.pth", "*.bin", "*.distcp", ".metadata", "latest", "*.png", "*.npy"),
-    *("complete.json*", "stream_state.json", "run.json", "zero_to_fp32.py", "events.out.tfevents.*"),
+    *(
+        "complete.json*",
+        "_branch.json*",
+        "_pushed.json",
+        "stream_state.json",
+        "run.json",
+        "zero_to_fp32.py",
+        "events.out.tfevents.*",
+    ),
 )
 # Options that may have the name of a file without being one that is read.
 _NOT_READ = ("output_dir", "logging_dir", "run_name", "project", "resume_from_checkpoint", "hub_model_id", "hub_token")

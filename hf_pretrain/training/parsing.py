@@ -249,6 +249,7 @@ _NEEDS = {
         "activation_checkpointing_kwargs gradient_checkpointing_kwargs": "activation_checkpointing",
         "fsdp_config": "fsdp",
         "hub_strategy hub_always_push hub_revision": "push_to_hub",
+        "hub_branch_name": "hub_branches",
         "hub_private_repo": "push_to_hub or report_to~trackio|all",
         "project trackio_space_id trackio_bucket_id trackio_static_space_id": "report_to~trackio|all",
     }.items()

@@ -243,6 +243,7 @@ def _smaller(args: PretrainingArguments, folder: str, left_out: Mapping[str, Any
     changes: dict[str, Any] = {
         "output_dir": folder,
         "push_to_hub": False,
+        "hub_branches": None,
         "enable_jit_checkpoint": False,
         "full_determinism": False,
         "resume_from_checkpoint": None,

@@ -1,8 +1,8 @@
 """The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
 The details are in objects that it holds: `data/streaming/reader.py` reads a stream, `progress.py` counts tokens and sums up an
-evaluation, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub, and
-`hub/run.py` keeps the numbers of the card.
+evaluation, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub,
+`hub/branches.py` makes branches by the tokens that were read, and `hub/run.py` keeps the numbers of the card.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
 from hf_pretrain.errors import InputError
+from hf_pretrain.hub.branches import Branches
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
@@ -103,6 +104,7 @@ class PretrainingTrainer(Trainer):
     | `evaluate` | leaves the random state and the clock of training alone, and marks whose numbers these are |
     | `evaluation_loop` | memory: an evaluation has memory of its own |
     | `prediction_step` | returns sums and counts by example instead of logits |
+    | `_maybe_log_save_evaluate` | makes the branches of the tokens that the step has reached |
     | `_save_checkpoint` | marks a checkpoint as whole when all processes have written it; pushes the export, not the composite |
     | `_load_from_checkpoint` | one line for weights of another shape |
     | `_issue_warnings_after_load` | refuses missing and unexpected weights |
@@ -112,7 +114,7 @@ class PretrainingTrainer(Trainer):
     | `save_model` | waits for an upload that reads the files |
     | `create_model_card` | writes our card, from the log |
     | `init_hf_repo` | finds out before training whether it may push |
-    | `push_to_hub` | pushes the export with its card; says how to repeat a push that failed |
+    | `push_to_hub` | pushes the export with its card, and branches that wait; says how to repeat a push that failed |
     | `_finish_current_push` | says which uploads failed |
 
     Args:
@@ -176,6 +178,7 @@ class PretrainingTrainer(Trainer):
             check_trainable(model, gradient_checkpointing=bool(args.activation_checkpointing))
         # The stock method opens the repository with them.
         self.held_out, self.checkpoints, self.pushing = HeldOutNumbers(self), Checkpointing(self), Pushing(self)
+        self.branches = Branches(self)
         super().__init__(
             model,
             args,
@@ -268,6 +271,7 @@ class PretrainingTrainer(Trainer):
             self._refuse_lost_documents(batch)
             if FILLER not in batch:
                 self.tokens.new += batch["attention_mask"].sum().to(self.tokens.new.device)
+        self.branches.count()
         return batches, counts
 
     def _get_num_items_in_batch(
@@ -426,9 +430,11 @@ class PretrainingTrainer(Trainer):
         self.held_out.begin()
         self.begin_training()
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
+        self.branches.begin(is_new=checkpoint is None)
         with reported_faults(self.args.output_dir), closing(self.progress):
             output = super().train(checkpoint, **kwargs)
         self.held_out.end()
+        self.branches.finish()
         return output
 
     def begin_training(self) -> None:
@@ -466,8 +472,12 @@ class PretrainingTrainer(Trainer):
         """Search with fresh weights in each trial; see `transformers.Trainer.hyperparameter_search`.
 
         Raises:
-            InputError: If the Trainer cannot make the model anew.
+            InputError: If the Trainer cannot make the model anew, or `hub_branches` is set.
         """
+        if self.args.hub_branches is not None:
+            raise InputError(
+                f"hub_branches={self.args.hub_branches!r}: each trial of a search would write the same branches: leave it out"
+            )
         if self.model_init is None:
             if not self.inputs.can_rebuild:
                 raise InputError(
@@ -604,12 +614,19 @@ class PretrainingTrainer(Trainer):
         """Write a checkpoint, then push, then remove older ones."""
         # It may lie between two rows of the log.
         self.tokens.add_new()
+        # A run that goes on from here must not miss them.
+        self.branches.write_passed()
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self.checkpoints.save(folder, write=partial(super()._save_checkpoint, model, trial))
         if self.args.push_to_hub:
             with self.checkpoints.together():
                 self.pushing.push_checkpoint(folder)
         self.checkpoints.remove_old(folder)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        # With the row of the log and the evaluation of this step in the card.
+        self.branches.write_passed()
 
     def save_progress(self, folder: Path) -> None:
         """Write what else a resume needs into a checkpoint; called on every process, before it is marked as whole."""
@@ -660,9 +677,13 @@ class PretrainingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         facts |= {} if model_name is None else {"model_name": model_name}
+        write_card(self.describe(**facts), self.args.output_dir)
+
+    def describe(self, **facts: Any) -> PretrainingCard:
+        """Return the facts of the model card, from what was logged; see `create_model_card` for the arguments."""
         known = {field.name for field in fields(PretrainingCard)}
         chosen = {name: value for name, value in facts.items() if name in known and value is not None}
-        write_card(describe_run(self, **self.card_facts() | chosen), self.args.output_dir)
+        return describe_run(self, **self.card_facts() | chosen)
 
     def card_facts(self) -> dict[str, Any]:
         """Return fields of [`PretrainingCard`] that a method knows better than its description."""
@@ -691,7 +712,9 @@ class PretrainingTrainer(Trainer):
     ) -> Any:
         """Push the export with its card; see [`Pushing.push_export`] for the arguments, and for what is refused."""
         options: dict[str, Any] = {"token": token, "revision": revision, "private": private}
-        return self.pushing.push_export(commit_message, blocking=blocking, facts=facts, **options)
+        pushed = self.pushing.push_export(commit_message, blocking=blocking, facts=facts, **options)
+        self.branches.push_rest(blocking=blocking, token=token)
+        return pushed
 
     def _finish_current_push(self) -> None:
         """Wait for the uploads that go on, and say which failed."""

@@ -94,6 +94,7 @@ class LoopbackHub:
         url: The endpoint, for `HF_ENDPOINT`.
         commits: For each repository its commits, oldest first: commit id -> tree.
         summaries: What a commit says of itself, by its id.
+        parents: The commit before each, by its id; None of the first.
         branches: For each repository the last commit of each of its branches.
         private: Repositories that only who may write to them can see.
         namespaces: Whose repositories the user may write to.
@@ -109,6 +110,7 @@ class LoopbackHub:
         self.root.mkdir(parents=True, exist_ok=True)
         self.commits: dict[str, dict[str, Tree]] = {}
         self.summaries: dict[str, str] = {}
+        self.parents: dict[str, str | None] = {}
         self.branches: dict[str, dict[str, str]] = {}
         self.private: set[str] = set()
         self.namespaces = {USER}
@@ -145,13 +147,22 @@ class LoopbackHub:
         """Return what the commits of a repository say of themselves, oldest first."""
         return [self.summaries[commit] for commit in self.commits[repo_id]]
 
+    def history(self, repo_id: str, revision: str = MAIN) -> list[str]:
+        """Return the ids of a branch's commits, newest first."""
+        found, commit = [], self.branches[repo_id].get(revision, revision)
+        while commit is not None:
+            found.append(commit)
+            commit = self.parents[commit]
+        return found
+
     def append(self, repo_id: str, tree: Tree, *, branch: str = MAIN, summary: str = "initial commit") -> str:
         """Append a commit to a branch, of a new repository if need be, and return its id."""
         with self.lock:
             commits = self.commits.setdefault(repo_id, {})
             oid = hashlib.sha1(json.dumps([repo_id, len(commits), sorted(tree.items())]).encode()).hexdigest()
             commits[oid], self.summaries[oid] = tree, summary
-            self.branches.setdefault(repo_id, {})[branch] = oid
+            branches = self.branches.setdefault(repo_id, {})
+            self.parents[oid], branches[branch] = branches.get(branch), oid
         return oid
 
     def store(self, content: bytes) -> str:

@@ -156,6 +156,13 @@ class Handler(BaseHTTPRequestHandler):
         is_private = repo in self.hub.private
         self._send_json({"id": repo, "sha": commit, "private": is_private, "tags": [], "siblings": siblings})
 
+    def commits(self, repo: str, revision: str) -> None:
+        self._at(repo, revision)
+        date = "2026-01-01T00:00:00.000Z"
+        told = [(commit, self.hub.summaries[commit]) for commit in self.hub.history(repo, revision)]
+        fields = {"authors": [{"user": USER}], "date": date, "message": ""}
+        self._send_json([{"id": commit, "title": summary, **fields} for commit, summary in told])
+
     # Upload
 
     def preupload(self, repo: str, revision: str) -> None:
@@ -266,6 +273,7 @@ ROUTES: list[tuple[str, str, Any]] = [
     ("POST", f"/api/models/{_REPO}/commit/{_REVISION}", Handler.commit),
     ("GET", "/api/models/(?P<repo>[^/]+(?:/[^/]+)?)", Handler.info),
     ("GET", f"/api/models/{_REPO}/revision/{_REVISION}", Handler.info),
+    ("GET", f"/api/models/{_REPO}/commits/{_REVISION}", Handler.commits),
     ("GET", f"/api/models/{_REPO}/tree/{_REVISION}(?:/(?P<folder>.+))?", Handler.tree),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs-storage/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
