@@ -71,6 +71,11 @@ _OF_TEXT = (*_SPARSE, *_FACTORIZED, *_WORD2VEC, "glove")
 _DENSE = (*_FACTORIZED, *_WORD2VEC, "glove", "distil")
 _WORK, _CHECKPOINTS = "_work", "checkpoints"
 _PICTURE, _LEAST_IN_PICTURE = f"{PLOTS_FOLDER}/words.svg", 3
+# "man is to king as woman is to ...": the card asks those whose words are known.
+_QUESTIONS = (
+    *(("man", "king", "woman"), ("he", "his", "she"), ("walk", "walked", "see"), ("good", "better", "bad")),
+    *(("mann", "könig", "frau"), ("homme", "roi", "femme"), ("hombre", "rey", "mujer")),
+)
 
 
 @dataclass
@@ -543,9 +548,16 @@ def write_vectors_card(
 
 
 def _sections(vectors: WordVectors, folder: Path) -> dict[str, str]:
-    """Return the neighbours of some words and a picture, which is drawn into the folder."""
+    """Return the neighbours of some words, answers to analogies, and a picture, which is drawn into the folder."""
     rows = [f"| {cell(word)} | {cell(', '.join(other for other, _ in near))} |" for word, near in _neighbours(vectors)]
     sections = {"Neighbours": "\n".join(["| Word | The nearest words |", "|---|---|", *rows])}
+    answers = [
+        f"| {a} : {b} = {c} : ? | {cell(', '.join(word for word, _ in vectors.analogy(a, b, c, top=3, restrict=30_000)))} |"
+        for a, b, c in _QUESTIONS
+        if all(word in vectors for word in (a, b, c))
+    ]
+    if answers:
+        sections["Analogies"] = "\n".join(["| Question | The nearest answers |", "|---|---|", *answers])
     if len(vectors) >= _LEAST_IN_PICTURE and vectors.vectors.shape[1] > 1:
         (folder / _PICTURE).parent.mkdir(parents=True, exist_ok=True)
         plot_words(vectors, folder / _PICTURE)

@@ -160,3 +160,13 @@ def test_a_folder_in_use_is_left_alone(folder, capsys):
     run("--train_file", "corpus.txt", expected=2)
     assert "output_dir='out' is in use" in capsys.readouterr().err
     assert [path.name for path in (folder / "out").iterdir()] == ["letter.txt"]
+
+
+def test_the_card_answers_analogies_of_known_words(tmp_path):
+    # Axes: person, royal, female.
+    table = {"man": [1, 0, 0], "king": [1, 1, 0], "woman": [1, 0, 1], "queen": [1, 1, 1], "he": [0, 1, 1]}
+    vectors = WordVectors(tuple(table), np.array(list(table.values()), dtype=np.float32))
+    sections = command._sections(vectors, tmp_path)
+    assert sections["Analogies"].splitlines()[2:] == ["| man : king = woman : ? | queen, he |"]
+    without = WordVectors(("he", "man"), np.eye(2, dtype=np.float32))
+    assert "Analogies" not in command._sections(without, tmp_path)
