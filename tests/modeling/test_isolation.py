@@ -275,7 +275,7 @@ def test_the_trial_finds_wrong_masks_and_wrong_positions(monkeypatch):
     for name, model, module, attribute, wrong in (
         ("boolean", "bert", rules, "mask_inputs", as_booleans),
         ("none", "bert", rules, "mask_inputs", lambda *args, **kwargs: None),
-        ("zero", "roberta", rules, "first_position", lambda body: 0),
+        ("zero", "roberta", rules, "given_first_position", lambda body: 0),
         ("row", "bert", isolation, "_attention_inputs", positions_of_the_row),
     ):
         with monkeypatch.context() as patch:

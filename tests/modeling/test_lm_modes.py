@@ -311,7 +311,7 @@ def test_the_trial_finds_wrong_masks(monkeypatch):
                     pytest.fail(f"{wrong} {name}")
             check_lm_modes(tiny_model(name))
     with monkeypatch.context() as patch:
-        patch.setattr(rules, "first_position", lambda body: 0)
+        patch.setattr(rules, "given_first_position", lambda body: 0)
         with pytest.raises(InputError, match="the states of a row that sees all of itself"):
             check_lm_modes(tiny_model("roberta"))
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from helpers.method_matrix import build, programs
 from hf_pretrain.training.arguments import bf16_is_fast
@@ -52,7 +53,7 @@ def linear_types(trainer, run):
     """Return the types that the linear layers put out while `run` runs."""
     seen, hooks = set(), []
     for module in trainer.model.modules():
-        if isinstance(module, torch.nn.Linear):
+        if isinstance(module, (torch.nn.Linear, Conv1D)):  # Conv1D is GPT-2's linear layer
             hooks.append(module.register_forward_hook(lambda module, args, output: seen.add(output.dtype)))
     run()
     for hook in hooks:

@@ -101,7 +101,9 @@ BEST = {
 @pytest.mark.parametrize("method", sorted(programs()))
 def test_the_numbers_are_those_of_the_best_weights(method, tmp_path, capsys):
     """In the card, its record, its model-index and the report, where these are loaded at the end."""
-    trainer = build(programs()[method], tmp_path, **BEST)
+    # At the rate of the others the loss of the decoder rises at first.
+    rate = {"learning_rate": 1e-3} if method == "clm" else {}
+    trainer = build(programs()[method], tmp_path, **BEST | rate)
     trainer.train()
     first = next(row for row in trainer.state.log_history if row["step"] == 1 and "eval_loss" in row)
     assert (trainer.held_out.weights_step, trainer.state.global_step) == (1, 4)

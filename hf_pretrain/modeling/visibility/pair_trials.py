@@ -1,6 +1,6 @@
 """Trials of encoder-decoders: pairs of an input and a target in one row, positions of a fragment, and masks that may be left out.
 
-Each trial reads made-up tokens through [`PairReader`][hf_pretrain.modeling.visibility.pairs.PairReader] and says what goes wrong.
+Each trial reads made-up tokens through `hf_pretrain.modeling.visibility.pairs.PairReader` and says what goes wrong.
 """
 
 from __future__ import annotations

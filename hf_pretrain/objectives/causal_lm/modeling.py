@@ -31,7 +31,7 @@ class CausalLMConfig(CompositeConfig):
 class CausalLMForPreTraining(PretrainingModel):
     """Any stock causal language model, trained to predict the next token of each position.
 
-    The logits of all positions never exist together: see [`ChunkedHead`][hf_pretrain.modeling.chunked_head.ChunkedHead].
+    The logits of all positions never exist together: see `hf_pretrain.modeling.chunked_head.ChunkedHead`.
 
     Args:
         config: Configuration with the stock model's inside.
