@@ -18,6 +18,18 @@ _CONTEXT.set_forkserver_preload(
         "tokenizers",
     ]
 )
+WITHOUT_LIBRARY = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_pretrain":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+"""Begins a program for which this library is not installed."""
+
 # Neither the caller's modules nor its standard streams reach a program.
 _PROGRAM = """
 import contextlib, sys, traceback

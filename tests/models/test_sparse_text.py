@@ -7,23 +7,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel
 
-from helpers.fresh_process import run_fresh
+from helpers.fresh_process import WITHOUT_LIBRARY, run_fresh
 from hf_pretrain import SparseTextConfig, SparseTextModel
 
 IDS = torch.tensor([[2, 3, 2, 0], [1, 5, 1, 4], [0, 0, 0, 0]])
 
 # Runs where hf_pretrain cannot be imported: compares with what was saved, and saves again.
-ELSEWHERE = """
-import os, pathlib, sys
+ELSEWHERE = (
+    WITHOUT_LIBRARY
+    + """
+import os, pathlib
 root = pathlib.Path({root!r})
 os.environ["HF_MODULES_CACHE"] = str(root / "modules")
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_pretrain":
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Blocker())
 import torch, transformers
 model = transformers.AutoModel.from_pretrained(root / "saved", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules")
@@ -32,6 +27,7 @@ with torch.no_grad():
 model.save_pretrained(root / "again")
 print("all is well")
 """
+)
 
 
 def build(**options):

@@ -7,21 +7,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel
 
-from helpers.fresh_process import run_fresh
+from helpers.fresh_process import WITHOUT_LIBRARY, run_fresh
 from hf_pretrain import StaticEmbeddingConfig, StaticEmbeddingModel
 
 # Runs where hf_pretrain cannot be imported: compares with what was saved, and saves again.
-ELSEWHERE = """
-import os, pathlib, sys
+ELSEWHERE = (
+    WITHOUT_LIBRARY
+    + """
+import os, pathlib
 root = pathlib.Path({root!r})
 os.environ["HF_MODULES_CACHE"] = str(root / "modules")
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_pretrain":
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Blocker())
 import torch, transformers
 model, info = transformers.AutoModel.from_pretrained(root / "saved", trust_remote_code=True, output_loading_info=True)
 assert not any(info.values()), info
@@ -31,6 +26,7 @@ with torch.no_grad():
 model.save_pretrained(root / "again")
 print("all is well")
 """
+)
 
 
 def build(*, seed=0, **options):

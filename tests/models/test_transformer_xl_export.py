@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from helpers.fresh_process import run_fresh
+from helpers.fresh_process import WITHOUT_LIBRARY, run_fresh
 from hf_pretrain.models.transformer_xl.modeling_transformer_xl import (
     TransformerXLForCausalLM,
     TransformerXLForSequenceClassification,
@@ -27,16 +27,11 @@ MODELS = {
     AutoModelForSequenceClassification: TransformerXLForSequenceClassification,
 }
 # Runs where hf_pretrain cannot be imported: compares with what was saved, and saves again.
-ELSEWHERE = """
-import os, pathlib, sys
+ELSEWHERE = (
+    WITHOUT_LIBRARY
+    + """
+import os, pathlib
 os.environ["HF_MODULES_CACHE"] = {modules!r}
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "hf_pretrain":
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Blocker())
 import torch, transformers
 torch.set_grad_enabled(False)
 root = pathlib.Path({root!r})
@@ -58,6 +53,7 @@ torch.testing.assert_close(base(tokens)[0], model.model(tokens)[0])
 transformers.AutoModelForSequenceClassification.from_pretrained(root / "AutoModelForCausalLM", trust_remote_code=True)
 print("all is well")
 """
+)
 
 
 @pytest.fixture
