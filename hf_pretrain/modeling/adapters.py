@@ -46,7 +46,7 @@ class AdapterArguments:
     needs: ClassVar[dict[str, str]] = dict.fromkeys(
         (
             *("adapter_rank", "adapter_alpha", "adapter_dropout", "adapter_targets", "adapter_modules_to_save"),
-            *("adapter_train_embeddings", "adapter_new_tokens", "adapter_export"),
+            *("adapter_train_embeddings", "adapter_first_new_token", "adapter_export"),
         ),
         _ADAPTED,
     )
@@ -54,7 +54,7 @@ class AdapterArguments:
         "adapter_rank": "[1, 65536]",
         "adapter_alpha": "(0, inf)",
         "adapter_dropout": "[0, 1)",
-        "adapter_new_tokens": "[0, 1048576]",
+        "adapter_first_new_token": "[1, 16777216]",
     }
 
     adapter: Literal["none", "lora", "dora"] = option(
@@ -72,8 +72,8 @@ class AdapterArguments:
         None, "Ends of the names of modules that are trained whole beside the adapters, such as LayerNorm."
     )
     adapter_train_embeddings: bool = option(False, "Train the word table, and what is tied to it, beside the adapters.")
-    adapter_new_tokens: int = option(
-        0, "Train the rows of so many last tokens of the vocabulary: those of new words, which `hf-pretrain adapt` counts."
+    adapter_first_new_token: int | None = option(
+        None, "Train the rows of the tokens from this id on beside the adapters: those of new words, which adapt adds."
     )
     adapter_export: Literal["merged", "adapter"] = option(
         "merged", "'merged': a stock checkpoint with the adapters in its weights; 'adapter': an adapter of PEFT alone."
@@ -127,9 +127,9 @@ def add_adapters(
         raise InputError(
             f"adapter={args.adapter!r}: {type(model).__name__} {model.refuses_adapters}: leave it out, and train all weights"
         )
-    if args.adapter_new_tokens and args.adapter_export == "adapter":
+    if args.adapter_first_new_token is not None and args.adapter_export == "adapter":
         raise InputError(
-            f"adapter_new_tokens={args.adapter_new_tokens}: an adapter alone has no rows for new words in its base model: "
+            f"adapter_first_new_token={args.adapter_first_new_token}: an adapter alone has no rows for new words in its base model: "
             "set adapter_export='merged'"
         )
     model.try_out()
@@ -138,13 +138,13 @@ def add_adapters(
     chosen = {name: _targets(model, name, part, args, unreached=unreached) for name, part in parts.items()}
     adapters = Adapters({}, export=args.adapter_export)
     # Their names are those of the stock class.
-    tables = {name: vocabulary_tables(part) for name, part in parts.items()} if args.adapter_new_tokens else {}
+    tables = {name: vocabulary_tables(part) for name, part in parts.items()} if args.adapter_first_new_token else {}
     for name, part in parts.items():
         adapters.parts[name] = _inject(part, _config(args, peft_config, chosen[name], part), seed=seed, name=name)
         adapters.beside[name] = _beside(part, args)
     _set_trained(parts, adapters, unreached={_base_name(name) for name in unreached})
-    if args.adapter_new_tokens:
-        adapters.undecayed = _train_new_rows(model, tables, adapters, args.adapter_new_tokens)
+    if args.adapter_first_new_token:
+        adapters.undecayed = _train_new_rows(model, tables, adapters, args.adapter_first_new_token)
     setattr(model.root, "exports_adapter", args.adapter_export == "adapter")  # noqa: B010 (no field of the stock class)
     # The configuration of a checkpoint has what `restore_adapters` needs.
     model.config.adapters = {name: plain(config.to_dict()) for name, config in adapters.parts.items()}
@@ -338,9 +338,9 @@ def _set_trained(parts: Mapping[str, PreTrainedModel], adapters: Adapters, *, un
 
 
 def _train_new_rows(
-    model: PretrainingModel, tables: Mapping[str, Mapping[str, int]], adapters: Adapters, count: int
+    model: PretrainingModel, tables: Mapping[str, Mapping[str, int]], adapters: Adapters, first: int
 ) -> tuple[str, ...]:
-    """Train the last rows of each table over the vocabulary; return the tables' names in the composite."""
+    """Train the rows of each table over the vocabulary from the first one on; return the tables' names in the composite."""
     names: dict[int, str] = {id(parameter): key for key, parameter in model.named_parameters()}
     found = []
     for name, axes in tables.items():
@@ -351,10 +351,13 @@ def _train_new_rows(
             if table is None or key in adapters.beside[name] or names[id(table)] in found:
                 continue
             rows = table.shape[axis]
-            if count >= rows:
-                raise InputError(f"adapter_new_tokens={count}: {key} of {type(part).__name__} has {rows} rows in all")
+            if first >= rows:
+                raise InputError(
+                    f"adapter_first_new_token={first}: {key} of {type(part).__name__} has {rows} rows: add the words first, with "
+                    "hf-pretrain adapt"
+                )
             keep = torch.zeros(rows, *[1] * (table.dim() - 1 - axis), dtype=torch.bool)
-            keep[rows - count :] = True
+            keep[first:] = True
             table.requires_grad_(True)
             table.register_hook(_Rows(keep))
             found.append(names[id(table)])

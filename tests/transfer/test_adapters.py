@@ -171,7 +171,7 @@ class TestTraining:
         assert moved == {name for name in before if "word_embeddings" in name or ".LayerNorm." in name}
 
     def test_rows_of_new_tokens_alone(self, tmp_path):
-        trainer = continued(tmp_path, max_steps=3, adapter_new_tokens=20, weight_decay=0.1)
+        trainer = continued(tmp_path, max_steps=3, adapter_first_new_token=40, weight_decay=0.1)
         before = base_state(trainer.model.model)
         trainer.train()
         after = base_state(trainer.model.model)
@@ -326,8 +326,8 @@ class TestRefusals:
             continued(tmp_path, adapter_targets=["query", "decoder"])
 
     def test_an_adapter_alone_with_new_rows(self, tmp_path):
-        with pytest.raises(InputError, match="adapter_new_tokens=2"):
-            continued(tmp_path, adapter_new_tokens=2, adapter_export="adapter")
+        with pytest.raises(InputError, match="adapter_first_new_token=2"):
+            continued(tmp_path, adapter_first_new_token=2, adapter_export="adapter")
 
     def test_layers_of_two_models(self, tmp_path):
         with pytest.raises(InputError, match="is a layer of two models"):
