@@ -35,7 +35,7 @@ from hf_pretrain.errors import InputError, RunError, check_range
 from hf_pretrain.files import write_text
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.names import described_recipes
-from hf_pretrain.options import option
+from hf_pretrain.options import option, read_recipes, recipe_names
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.transfer.adaptation import (
@@ -43,6 +43,7 @@ from hf_pretrain.transfer.adaptation import (
     choose_words,
     exchange_tokenizer,
     extend_checkpoint,
+    normalized,
     read_words,
     replaced_at_once,
     token_counts,
@@ -66,14 +67,17 @@ class AdaptArguments:
     needs: ClassVar[dict[str, str]] = {"exchange_vocab_size": "exchange_tokenizer"}
     ranges: ClassVar[dict[str, str]] = {"exchange_vocab_size": "[1, 16777216]"}
 
-    model: str = option(help="Model to go on with, on the Hub or in a folder; it may be given without the name of the option.")
+    model: str = option(
+        help="Model to go on with, on the Hub or in a folder; it may be given without the name of the option."
+    )
     objective: Literal["mlm", "rtd", "clm", "clm_detour"] = option(
         "mlm",
         "What is learned: masked tokens, replaced tokens (with the pair's generator, or a fresh one), the next token, or first the "
         "next token and at the end masked ones.",
     )
     new_words: str | None = option(
-        None, "Words that get a token: auto:500 for those that save most tokens of the text, or a file, one word a line."
+        None,
+        "Words that get a token: auto:500 for those that save most tokens of the text, or a file, one word a line.",
     )
     exchange_tokenizer: Literal["wordpiece", "bpe", "unigram"] | None = option(
         None, "Train a tokenizer of this kind on the text and move the model to it."
@@ -149,17 +153,25 @@ def expanded(args: AdaptArguments, others: list[str]) -> list[str]:
     defaults: dict[str, Any] = {}
     # A recipe has rates of its own.
     if args.objective in methods():
-        given = {word.partition("=")[0] for word in others}
-        has_adapter = bool({"--adapter"} & given)
-        defaults["learning_rate"] = _ADAPTER_RATE if has_adapter else _RATE
+        given = _given(others)
+        defaults["learning_rate"] = _RATE if given.get("adapter", "none") == "none" else _ADAPTER_RATE
         if args.objective == "mlm" and (rate := _mask_rate(args.model)) is not None:
             defaults["mlm_probability"] = rate
-        if "--config" in given:
-            # What a recipe says goes before a default, and on a command line it could not.
-            defaults = {}
-        defaults = {name: value for name, value in defaults.items() if f"--{name}" not in given}
+        defaults = {name: value for name, value in defaults.items() if name not in given}
     words = itertools.chain.from_iterable((f"--{name}", f"{value:g}") for name, value in defaults.items())
     return [args.objective, "--model_name_or_path", args.model, *words, *others]
+
+
+def _given(words: list[str]) -> dict[str, Any]:
+    """Return the options of recipes and of a command line; of several words of one the first."""
+    found: dict[str, Any] = {}
+    for _, recipe in read_recipes(recipe_names(words)):
+        found |= recipe
+    for word, after in itertools.pairwise([*words, ""]):
+        if word.startswith("--"):
+            name, is_joined, value = word[2:].partition("=")
+            found[name] = value if is_joined else after
+    return found
 
 
 def _mask_rate(name: str) -> float | None:
@@ -177,7 +189,9 @@ def _with_start(args: AdaptArguments, command: list[str]) -> list[str]:
     """Return the command on a model with other words, which is written beside the output folder unless it is there."""
     data_args, training = _parsed(command)
     if data_args.streaming:
-        raise InputError("streaming=True: words are counted on stored text: leave it out, or name a file with new_words")
+        raise InputError(
+            "streaming=True: words are counted on stored text: leave it out, or name a file with new_words"
+        )
     start = Path(training.output_dir).resolve()
     start = start.with_name(f"{start.name}-start")
     wanted = _wanted(args, data_args)
@@ -208,9 +222,7 @@ def _parsed(command: list[str]) -> tuple[DataArguments, PretrainingArguments]:
     if name not in methods():
         name, options = described_recipes()[name][0], ["--config", name, *options]
     method = load_method(name)
-    found = parse_arguments(
-        method.arguments, options, prog=f"hf-pretrain {name}", description=method.description
-    )
+    found = parse_arguments(method.arguments, options, prog=f"hf-pretrain {name}", description=method.description)
     found[0].check_named()
     return found[0], found[2]
 
@@ -261,9 +273,11 @@ def _write_start(
         words = []
         old, new = _exchanged(args, texts, folder, seed=training.seed, block_size=data_args.block_size)
     before, after = token_counts(_first_texts(texts()), [old, new])
-    print(f"tokens {before:,} of the training text before, {after:,} now ({after / max(1, before) - 1:+.1%})", flush=True)
+    print(
+        f"tokens {before:,} of the training text before, {after:,} now ({after / max(1, before) - 1:+.1%})", flush=True
+    )
     facts = {"words": [word._asdict() for word in words], "tokens_before": before, "tokens_after": after}
-    facts |= {"first_new_token": len(old) if words else 0, "wanted": wanted}
+    facts |= {"first_new_token": max(old.get_vocab().values()) + 1, "wanted": wanted}
     write_text(folder / _RECORD, json.dumps(facts, ensure_ascii=False, indent=1))
 
 
@@ -281,7 +295,6 @@ def _exchanged(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
     """Return the tokenizer as it was, and the one of the text, which the model in the folder now reads."""
     old = from_pretrained(AutoTokenizer, args.model)
-    lowercase = "A" not in old.backend_tokenizer.decode(old.backend_tokenizer.encode("A", add_special_tokens=False).ids)
     return exchange_tokenizer(
         args.model,
         args.auto_class,
@@ -289,7 +302,7 @@ def _exchanged(
         folder,
         kind=args.exchange_tokenizer,
         vocab_size=args.exchange_vocab_size or len(old),
-        lowercase=lowercase,
+        lowercase=normalized("A", old) == "a",
         model_max_length=min(old.model_max_length, max(block_size, 512)),
         seed=seed,
     )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -71,7 +71,9 @@ class AdapterArguments:
     adapter_modules_to_save: list[str] | None = option(
         None, "Ends of the names of modules that are trained whole beside the adapters, such as LayerNorm."
     )
-    adapter_train_embeddings: bool = option(False, "Train the word table, and what is tied to it, beside the adapters.")
+    adapter_train_embeddings: bool = option(
+        False, "Train the word table, and what is tied to it, beside the adapters."
+    )
     adapter_first_new_token: int | None = option(
         None, "Train the rows of the tokens from this id on beside the adapters: those of new words, which adapt adds."
     )
@@ -264,7 +266,7 @@ def _config(
         config: PeftConfig = LoraConfig(
             r=args.adapter_rank,
             # PEFT annotates an integer and divides by the rank.
-            lora_alpha=int(alpha) if float(alpha).is_integer() else alpha,
+            lora_alpha=cast(int, int(alpha) if float(alpha).is_integer() else alpha),
             lora_dropout=args.adapter_dropout,
             use_dora=args.adapter == "dora",
             target_modules=_short_names(names, others),
@@ -275,7 +277,9 @@ def _config(
         for lost in ("modules_to_save", "trainable_token_indices"):
             if getattr(config, lost, None):
                 ours = "adapter_modules_to_save or adapter_train_embeddings"
-                raise InputError(f"peft_config: {lost} would hide tables from the heads: set {ours} of the options instead")
+                raise InputError(
+                    f"peft_config: {lost} would hide tables from the heads: set {ours} of the options instead"
+                )
         if getattr(config, "target_modules", None) is None:
             setattr(config, "target_modules", _short_names(names, others))  # noqa: B010 (no field of the base class)
     config.base_model_name_or_path = part.config.name_or_path or None
@@ -324,8 +328,7 @@ def _beside(part: PreTrainedModel, args: AdapterArguments) -> tuple[str, ...]:
     return tuple(
         name
         for name, parameter in part.named_parameters()
-        if name not in own
-        and (_base_name(name) in fresh or id(parameter) in whole or name.startswith(tuple(owners)))
+        if name not in own and (_base_name(name) in fresh or id(parameter) in whole or name.startswith(tuple(owners)))
     )
 
 
@@ -412,7 +415,7 @@ def without_adapters(
         # The copy has the values of the state in place of those in memory.
         values = {
             id(parameter): nn.Parameter(own[key].detach().clone(), requires_grad=False)
-            for key, parameter in layer.named_parameters()
+            for key, parameter in cast(nn.Module, layer).named_parameters()
         }
         whole: Any = copy.deepcopy(layer, values)
         whole.merge(adapter_names=[ADAPTER])

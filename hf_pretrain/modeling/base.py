@@ -250,7 +250,7 @@ class PretrainingModel(PreTrainedModel):
             state_dict: Full state of the composite, where the parameters in memory are shards; otherwise taken from the model.
         """
         for folder, attribute in self.export_parts.items():
-            state = self.part_state_dict(attribute, state_dict)
+            state: Mapping[str, torch.Tensor] | None = self.part_state_dict(attribute, state_dict)
             if attribute in self.adapters.parts:
                 part = cast(PreTrainedModel, self.get_submodule(attribute))
                 if not folder and self.adapters.export == "adapter":

@@ -46,18 +46,18 @@ class NewWord(NamedTuple):
 
     Attributes:
         text: The word, as the tokenizer's normalizer leaves it.
-        count: How often it occurs in the text; 0 if that was not counted.
+        times: How often it occurs in the text; 0 if that was not counted.
         pieces: Tokens that the tokenizer cuts it into in the middle of a text.
     """
 
     text: str
-    count: int
+    times: int
     pieces: int
 
     @property
     def saved(self) -> int:
         """Tokens that the text has less with the word as one."""
-        return self.count * (self.pieces - 1)
+        return self.times * (self.pieces - 1)
 
 
 def choose_words(
@@ -69,7 +69,7 @@ def choose_words(
 ) -> list[NewWord]:
     """Return the words that save most tokens of a text if each becomes one token.
 
-    Words are of letters. Each saves its count times the pieces that fall away. Equal ones are in the order of the alphabet, so that
+    Words are of letters. Each saves its count times the pieces that fall away. Equal ones are in the order of the alphabet, so
     the same text gives the same words.
 
     Args:
@@ -146,8 +146,8 @@ def _without_space(ids: list[int], spaces: set[int | None]) -> list[int]:
 def extended_tokenizer(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> PreTrainedTokenizerBase:
     """Return a tokenizer to which words were added, each found where no letter, digit or underscore is beside it.
 
-    A tokenizer that marks spaces (byte-level BPE, SentencePiece) takes the white space before such a word into its token, as those of
-    RoBERTa and XLM-R do with their mask token.
+    A tokenizer that marks spaces (byte-level BPE, SentencePiece) takes the white space before such a word into its token, as
+    those of RoBERTa and XLM-R do with their mask token.
 
     Args:
         tokenizer: The tokenizer; not changed.
@@ -167,8 +167,8 @@ def add_words(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a model and its tokenizer with a token for each word.
 
-    The row of a word is the mean of the rows of its pieces, in each table over the vocabulary, and so is its output bias. All other
-    tokens keep their ids and rows. Other text is cut as before.
+    The row of a word is the mean of the rows of its pieces, in each table over the vocabulary, and so is its output bias. All
+    other tokens keep their ids and rows. Other text is cut as before.
 
     Args:
         model: A stock model, with or without an output layer; not changed.

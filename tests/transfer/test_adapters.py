@@ -56,7 +56,9 @@ def stock_state(folder):
 def base_state(model):
     """The stock model's own weights, whatever adapters it has."""
     own = adapter_parameters(model)
-    return {name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters() if name not in own}
+    return {
+        name.replace(".base_layer", ""): p.detach().clone() for name, p in model.named_parameters() if name not in own
+    }
 
 
 def logits(model):
@@ -74,7 +76,9 @@ class TestTraining:
         trainer.train()
         after = base_state(trainer.model.model)
         assert all(torch.equal(before[name], after[name]) for name in before)
-        moved = {name for name, p in adapter_parameters(trainer.model.model).items() if not torch.equal(p, first[name])}
+        moved = {
+            name for name, p in adapter_parameters(trainer.model.model).items() if not torch.equal(p, first[name])
+        }
         assert moved == first.keys()
         assert {id(p) for p in trainer.optimizer.state} == {
             id(p) for p in adapter_parameters(trainer.model.model).values()
@@ -100,7 +104,9 @@ class TestTraining:
         targets = trainer.model.model.peft_config["default"].target_modules
         ours = {name: p.detach().clone() for name, p in adapter_parameters(trainer.model.model).items()}
         peft_model = get_peft_model(stock, LoraConfig(r=2, lora_alpha=4, target_modules=targets))
-        own = {name.removeprefix("base_model.model."): p for name, p in peft_model.named_parameters() if p.requires_grad}
+        own = {
+            name.removeprefix("base_model.model."): p for name, p in peft_model.named_parameters() if p.requires_grad
+        }
         assert own.keys() == ours.keys()
         for name, parameter in own.items():
             parameter.data.copy_(ours[name])
@@ -162,7 +168,9 @@ class TestTraining:
         assert all(torch.allclose(ours, theirs, atol=1e-6) for ours, theirs in pairs)
 
     def test_a_decided_table_is_trained_and_no_other_weight(self, tmp_path):
-        trainer = continued(tmp_path, max_steps=2, adapter_train_embeddings=True, adapter_modules_to_save=["LayerNorm"])
+        trainer = continued(
+            tmp_path, max_steps=2, adapter_train_embeddings=True, adapter_modules_to_save=["LayerNorm"]
+        )
         before = base_state(trainer.model.model)
         trainer.train()
         after = base_state(trainer.model.model)
