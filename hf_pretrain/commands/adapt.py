@@ -5,8 +5,8 @@
     hf-pretrain adapt my-electra --objective rtd --train_file docs/ --output_dir my-domain-electra
 
 It is the program of the objective with defaults that suit a model that goes on, and prints that command before it runs it. All
-options of that program may follow: `hf-pretrain mlm --help`. The defaults are a learning rate of 5e-5, or 2e-4 with adapters, and,
-for masked language modelling of ModernBERT, its own share of masked tokens, 0.3. The rates are ours, and not tuned.
+options of that program may follow: `hf-pretrain mlm --help`. The defaults are a learning rate of 5e-5, or 2e-4 with adapters;
+and for masked language modelling of ModernBERT, its own share of masked tokens, 0.3. The rates are ours, and not tuned.
 
 --new_words gives words of the domain that the tokenizer cuts into pieces a token each: `auto:500` chooses the 500 that save most
 tokens of the text, a file names them, one a line. --exchange_tokenizer trains another tokenizer on the text, and moves the model
@@ -72,8 +72,8 @@ class AdaptArguments:
     )
     objective: Literal["mlm", "rtd", "clm", "clm_detour"] = option(
         "mlm",
-        "What is learned: masked tokens, replaced tokens (with the pair's generator, or a fresh one), the next token, or first the "
-        "next token and at the end masked ones.",
+        "What is learned: masked tokens, replaced tokens (with the pair's generator, or a fresh one), the next token, or first "
+        "the next token and at the end masked ones.",
     )
     new_words: str | None = option(
         None,
@@ -90,8 +90,8 @@ class AdaptArguments:
         """Refuse two changes of the vocabulary at once, and new words that are neither a number nor a file."""
         if self.new_words is not None and self.exchange_tokenizer is not None:
             raise InputError(
-                f"new_words={self.new_words!r} and exchange_tokenizer={self.exchange_tokenizer!r}: a new tokenizer has words of the "
-                "text by itself: give one of the two"
+                f"new_words={self.new_words!r} and exchange_tokenizer={self.exchange_tokenizer!r}: a new tokenizer has words of "
+                "the text by itself: give one of the two"
             )
         if self.new_words is None or Path(self.new_words).is_file():
             return

@@ -131,8 +131,8 @@ def add_adapters(
         )
     if args.adapter_first_new_token is not None and args.adapter_export == "adapter":
         raise InputError(
-            f"adapter_first_new_token={args.adapter_first_new_token}: an adapter alone has no rows for new words in its base model: "
-            "set adapter_export='merged'"
+            f"adapter_first_new_token={args.adapter_first_new_token}: an adapter alone has no rows for new words in its base "
+            "model: set adapter_export='merged'"
         )
     model.try_out()
     unreached = set(model._frozen)

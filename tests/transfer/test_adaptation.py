@@ -74,6 +74,9 @@ class TestChoosing:
 
     def test_the_order_of_the_text_does_not_matter(self, tokenizer):
         assert choose_words(DOMAIN, tokenizer, 9) == choose_words(reversed(DOMAIN), tokenizer, 9)
+        equal = [["zzzzz yyyyy"] * 5, ["yyyyy zzzzz"] * 5]
+        ours, theirs = ([word.text for word in choose_words(texts, tokenizer, 2)] for texts in equal)
+        assert ours == theirs == ["yyyyy", "zzzzz"]
 
     def test_rare_words_and_whole_ones_are_none(self, tokenizer):
         _, extended = add_words(make_model(tokenizer), tokenizer, ["hepatitis"])
@@ -169,6 +172,12 @@ class TestAdding:
         model = make_model(tokenizer, vocab_size=len(tokenizer) + 5)
         larger, extended = add_words(model, tokenizer, self.WORDS)
         assert larger.config.vocab_size == len(tokenizer) + 5 and len(extended) == len(tokenizer) + 2
+
+    def test_configured_ids_stay(self):
+        tokenizer = make_tokenizer("wordpiece")
+        last = len(tokenizer) - 1
+        larger, _ = add_words(make_model(tokenizer, eos_token_id=last), tokenizer, self.WORDS)
+        assert larger.config.eos_token_id == last
 
     def test_a_model_that_counts_from_padding(self):
         tokenizer = make_tokenizer("bpe")
