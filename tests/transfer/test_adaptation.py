@@ -74,9 +74,9 @@ class TestChoosing:
 
     def test_the_order_of_the_text_does_not_matter(self, tokenizer):
         assert choose_words(DOMAIN, tokenizer, 9) == choose_words(reversed(DOMAIN), tokenizer, 9)
-        equal = [["zzzzz yyyyy"] * 5, ["yyyyy zzzzz"] * 5]
-        ours, theirs = ([word.text for word in choose_words(texts, tokenizer, 2)] for texts in equal)
-        assert ours == theirs == ["yyyyy", "zzzzz"]
+        many = [letter * count for letter in "aehinst" for count in (5, 6, 7)]
+        ours, theirs = (choose_words([" ".join(words)] * 5, tokenizer, 99) for words in (many, many[::-1]))
+        assert ours == theirs and len({word.saved for word in ours}) < len(ours)
 
     def test_rare_words_and_whole_ones_are_none(self, tokenizer):
         _, extended = add_words(make_model(tokenizer), tokenizer, ["hepatitis"])
