@@ -175,6 +175,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
+    from hf_pretrain.transfer.adaptation import add_words as add_words
+    from hf_pretrain.transfer.adaptation import choose_words as choose_words
     from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
     from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
     from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
@@ -341,6 +343,7 @@ _EXPORTS = {
     "training.arguments": ("PretrainingArguments",),
     "training.method": ("Learning", "Method"),
     "training.trainer": ("PretrainingTrainer",),
+    "transfer.adaptation": ("add_words", "choose_words"),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
     "transfer.generative": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
     "transfer.generative_inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
