@@ -120,6 +120,9 @@ ARGUMENTS = (AdaptArguments,)
 def main(argv: list[str] | None = None) -> int | None:
     """Make the start, print the command that it comes to, and run it; see the top of the file."""
     own, others = split_options(argv or [])
+    if not any(word.partition("=")[0] == "--model" for word in own) and (not own or own[0].startswith("-")):
+        # A mistyped option is told before the model that is missing.
+        own += _unknown(others)
     args: AdaptArguments = parse_command(ARGUMENTS, own, name="adapt", description=__doc__, first="model")
     if args.objective not in (*methods(), *described_recipes()):
         raise InputError(f"objective={args.objective!r} is no program of this version: choose mlm, rtd or clm")
@@ -146,6 +149,16 @@ def split_options(argv: list[str]) -> tuple[list[str], list[str]]:
         else:
             others.append(word)
     return own, others
+
+
+def _unknown(words: list[str]) -> list[str]:
+    """Return the options that masked language modelling does not have, with what follows them."""
+    known = {field.name for kind in load_method("mlm").arguments for field in dataclasses.fields(kind)} | {"config"}
+    found = []
+    for word, after in itertools.pairwise([*words, "--"]):
+        if word.startswith("--") and word[2:].partition("=")[0] not in known:
+            found += [word, *([] if after.startswith("--") else [after])]
+    return found
 
 
 def expanded(args: AdaptArguments, others: list[str]) -> list[str]:

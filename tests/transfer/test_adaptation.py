@@ -348,3 +348,7 @@ class TestCommand:
         (tmp_path / "text.txt").write_text("\n\n".join(DOMAIN))
         assert run(tmp_path, tmp_path / "out", "--adapter", "lora", "--new_words", "auto:1", objective="clm") == 0
         assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(tokenizer) + 1
+
+    def test_a_model_that_is_missing_is_asked_for(self, capsys):
+        assert cli.main(["adapt", "--train_file", "text.txt", "--output_dir", "out"]) == 2
+        assert "are required: --model" in capsys.readouterr().err
