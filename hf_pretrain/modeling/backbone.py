@@ -94,6 +94,8 @@ _OTHER_NAMES = {
 
 # Options that are lists with a value a layer.
 _PER_LAYER = ("layer_types", "attention_window")
+# Entry of a stock configuration that only this library writes.
+_SHIFTED = "shifted_prediction"
 
 # GPT-2's and GPT-1's tables have the last two names.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
@@ -194,6 +196,22 @@ def num_token_types(config: PreTrainedConfig) -> int:
     """Return the number of a model's token types, 0 where it has none."""
     own = getattr(config, "type_vocab_size", None)
     return _COMPARED_SEGMENTS.get(config.model_type, 0) if own is None else int(own)
+
+
+def is_shifted(model: PreTrainedModel) -> bool:
+    """Return whether a masked language model predicts a masked token from the state of the token before it.
+
+    Its checkpoint says so: transformers has no name for it.
+    """
+    return bool(getattr(model.config, _SHIFTED, False))
+
+
+def note_shifted(config: PreTrainedConfig, shifted: bool) -> None:
+    """Write into a stock configuration how masked tokens are predicted; see [`is_shifted`]. The usual way has no entry."""
+    if shifted:
+        setattr(config, _SHIFTED, True)
+    elif hasattr(config, _SHIFTED):
+        delattr(config, _SHIFTED)
 
 
 def per_layer_values(config: PreTrainedConfig) -> dict[str, list[Any]]:

@@ -67,6 +67,22 @@ def lm_mode_inputs(
     }
 
 
+def left_to_right_inputs(
+    backbone: PreTrainedModel,
+    *,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **inputs: Any,
+) -> dict[str, Any]:
+    """Turn a batch into what a stock model takes, so that each row is read from left to right; see [`lm_mode_inputs`]."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    modes = torch.full_like(input_ids[:, 0], LMMode.LEFT_TO_RIGHT)
+    source_lengths = torch.zeros_like(modes)
+    return lm_mode_inputs(
+        backbone, input_ids=input_ids, attention_mask=mask, lm_modes=modes, source_lengths=source_lengths, **inputs
+    )
+
+
 def mode_visibility(
     attention_mask: torch.Tensor, *, lm_modes: torch.Tensor, source_lengths: torch.Tensor
 ) -> MaskFunction:
