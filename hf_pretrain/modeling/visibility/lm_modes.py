@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.rules import AttentionPlan, Edit, MaskFunction, find_leak, is_alike, row_positions
 
@@ -110,11 +111,13 @@ def check_lm_modes(backbone: PreTrainedModel, *, length: int = 32) -> AttentionP
 
     Args:
         backbone: A stock model, with or without a head; on a device, and under the autocast that it is trained with.
-        length: Tokens of the row to try; some architectures attend in another way to long rows.
+        length: Tokens of the row to try, or as many as the backbone has positions for; some architectures attend in another way
+            to long rows.
 
     Raises:
         InputError: Naming the architecture and what went wrong.
     """
+    length = min(length, longest_sequence(backbone) or length)
     try:
         return rules.try_out(
             backbone, _RULE, lambda body, plan: find_fault(body, plan, modes=list(LMMode), length=length)

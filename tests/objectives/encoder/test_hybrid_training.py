@@ -139,14 +139,14 @@ def test_a_run_resumes_bit_equal(tmp_path):
         assert torch.equal(value, resumed.model.state_dict()[key]), key
 
 
-@pytest.mark.parametrize("prediction", ["same", "shifted"])
-def test_both_are_learned(prediction, tmp_path):
+@pytest.mark.parametrize(("prediction", "steps"), [("same", 400), ("shifted", 200)])
+def test_both_are_learned(prediction, steps, tmp_path):
     """Words count to three again and again: either neighbour tells a masked one, and two before it the next one."""
     trainer = hybrid(
         tmp_path,
         tiny_data(train=400, text="counts"),
         prediction=prediction,
-        max_steps=200,
+        max_steps=steps,
         learning_rate=3e-3,
         per_device_train_batch_size=16,
     )
