@@ -24,6 +24,7 @@ RECIPES = {
     "structbert": ("encoder", "masked tokens, shuffled words and the order of sentences (StructBERT)"),
     "unilm": ("encoder", "masked tokens seen from both sides, one side, or as a target of a source (UniLM)"),
     "xlm": ("encoder", "masked tokens in many languages, and in translations (XLM)"),
+    "gpt_bert": ("encoder", "masked tokens and next tokens with one head (GPT-BERT)"),
     "bart": ("denoise", "text with infilled spans and permuted sentences, written as it was (BART)"),
     "t5": ("denoise", "spans behind sentinels, written by the decoder (T5)"),
     "ul2": ("denoise", "seven kinds of denoising, each with the token of its mode (UL2)"),

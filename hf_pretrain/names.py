@@ -45,6 +45,8 @@ MODELS = {
     "tinybert_intermediate` and `hf-pretrain distil-task --config tinybert_prediction`",
     "transformerxl": "Transformer-XL is `hf-pretrain recurrent-lm --config transformer_xl_wt103`",
     "unilm": "UniLM is `hf-pretrain unilm`",
+    "gptbert": "GPT-BERT is `hf-pretrain gpt_bert`",
+    "mntp": "masked next-token prediction is `hf-pretrain encoder --prediction shifted`",
     "wholewordmasking": "whole-word masking is `hf-pretrain mlm --masking_unit word`",
     "xlm": "XLM is `hf-pretrain xlm`",
     "xlmroberta": "XLM-RoBERTa is `hf-pretrain roberta`, with --language_file",

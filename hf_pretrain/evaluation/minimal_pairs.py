@@ -153,9 +153,7 @@ def pseudo_log_likelihoods(
     shifted = is_shifted(model) if shifted is None else shifted
     if shifted:
         check_shifted(tokenizer, encoded)
-    parts = masked_scores(
-        model, tokenizer, encoded, within_word=within_word, shifted=shifted, batch_size=batch_size
-    )
+    parts = masked_scores(model, tokenizer, encoded, within_word=within_word, shifted=shifted, batch_size=batch_size)
     return sum_scores(parts, len(encoded))[0]
 
 

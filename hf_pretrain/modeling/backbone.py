@@ -206,6 +206,23 @@ def is_shifted(model: PreTrainedModel) -> bool:
     return bool(getattr(model.config, _SHIFTED, False))
 
 
+def refuse_shifted(model: PreTrainedModel, *, option: str) -> None:
+    """Refuse a model that predicts masked tokens at the position before them, where they are read at their own.
+
+    Args:
+        model: A stock model; one without a head for tokens predicts none.
+        option: What named the model.
+
+    Raises:
+        InputError: Naming the option and the model.
+    """
+    if is_shifted(model) and model.get_output_embeddings() is not None:
+        raise InputError(
+            f"{option}={model.config.name_or_path or type(model).__name__} predicts a masked token at the position before it, "
+            "but is read at the mask itself: name a model that was trained with --prediction same"
+        )
+
+
 def note_shifted(config: PreTrainedConfig, shifted: bool) -> None:
     """Write into a stock configuration how masked tokens are predicted; see [`is_shifted`]. The usual way has no entry."""
     if shifted:

@@ -98,7 +98,9 @@ class TestLeftToRight:
         assert scores == pytest.approx(wanted, rel=1e-5)
         found = LikelihoodScorer(model, tokenizer, left_to_right=True).score([("", text) for text in TEXTS])
         assert found.log_likelihoods == pytest.approx(wanted, rel=1e-5)
-        assert rolling_perplexity(model, tokenizer, TEXTS[:1], left_to_right=True).nats == pytest.approx(-wanted[0], rel=1e-5)
+        assert rolling_perplexity(model, tokenizer, TEXTS[:1], left_to_right=True).nats == pytest.approx(
+            -wanted[0], rel=1e-5
+        )
 
     def test_a_continuation_is_the_difference_of_two_texts(self):
         model, tokenizer = shifted_lm(), wordpiece()
@@ -117,7 +119,10 @@ class TestLeftToRight:
         model, tokenizer = shifted_lm(), wordpiece()
         pairs = [MinimalPair("the cat sat.", "cat the sat.", "order", "syntax")]
         for score, by_hand in (
-            (lambda texts: pseudo_log_likelihoods(model, tokenizer, texts), lambda t: masked_by_hand(model, tokenizer, t, shift=1)),
+            (
+                lambda texts: pseudo_log_likelihoods(model, tokenizer, texts),
+                lambda t: masked_by_hand(model, tokenizer, t, shift=1),
+            ),
             (
                 lambda texts: causal_log_likelihoods(model, tokenizer, texts, left_to_right=True),
                 lambda t: next_by_hand(model, tokenizer, t),

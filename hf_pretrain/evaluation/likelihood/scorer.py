@@ -148,7 +148,9 @@ class LikelihoodScorer:
         check_choice(hiding, (None, *get_args(Hiding)), name="hiding")
         check_range(batch_size, "[1, inf)", name="batch_size")
         if left_to_right and kind not in (None, "causal"):
-            raise InputError(f"left_to_right=True reads as a causal model, but kind={kind!r}: leave out one of the two")
+            raise InputError(
+                f"left_to_right=True reads as a causal model, but kind={kind!r}: leave out one of the two"
+            )
         self.kind: Kind = kind or ("causal" if left_to_right else _kind_of(model))
         for name, value in (("hiding", hiding), ("mode_token", mode_token)):
             if value is not None and self.kind != "encoder-decoder":

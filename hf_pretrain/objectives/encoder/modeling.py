@@ -16,11 +16,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import first_position, is_shifted, note_shifted, num_token_types
+from hf_pretrain.modeling.backbone import first_position, num_token_types
 from hf_pretrain.modeling.base import TRIAL_ROWS, PretrainingModel, masked_trial_batch
 from hf_pretrain.modeling.configuration import (
     CompositeConfig,
@@ -49,8 +48,6 @@ from hf_pretrain.modeling.losses import (
 )
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
-
-logger = logging.get_logger(__name__)
 
 HEADS = ("mlm", "pair", "span_boundary", "word_order")
 
@@ -103,10 +100,10 @@ class EncoderForPreTrainingConfig(CompositeConfig):
 class EncoderForPreTraining(PretrainingModel):
     """Any stock masked language model with further heads, trained on gathered targets.
 
-    Heads by name: "mlm" restores hidden tokens, and predicts the next tokens of causal examples; "word_order" restores the order of shuffled ones, by the same stock head; "pair"
-    says how two segments belong together; "span_boundary" predicts hidden tokens from the two around their span. Where
-    transformers has a class with a pair head of two classes for the architecture (BERT, ALBERT, ...), that class is trained,
-    else the masked-LM class with a [`PairHead`] beside it.
+    Heads by name: "mlm" restores hidden tokens, and predicts the next tokens of causal examples; "word_order" restores the
+    order of shuffled ones, by the same stock head; "pair" says how two segments belong together; "span_boundary" predicts
+    hidden tokens from the two around their span. Where transformers has a class with a pair head of two classes for the
+    architecture (BERT, ALBERT, ...), that class is trained, else the masked-LM class with a [`PairHead`] beside it.
 
     Args:
         config: Configuration with the stock model's inside.
@@ -136,7 +133,6 @@ class EncoderForPreTraining(PretrainingModel):
             self.span_boundary_head = SpanBoundaryHead.for_encoder(self.model, span_positions=config.span_positions)
         present = {folder: head for head, folder in _HEAD_FOLDERS.items() if getattr(self, head) is not None}
         self.export_parts = {"": "model", **present}
-        note_shifted(self.model.config, config.shifted)
         self._first_position = first_position(self.model.base_model)
         self.mlm_head = GatheredHead(self.model)
         self.post_init()
@@ -181,11 +177,6 @@ class EncoderForPreTraining(PretrainingModel):
         if "pair" in heads:
             choose = partial(stock_class, heads=heads, pair_classes=options.get("pair_classes", 2))
         model = load_or_build(choose, args, tokenizer, stock=stock, **(changes or {}))
-        if is_shifted(model) and not options.get("shifted", False):
-            logger.warning(
-                f"model={name or type(model).__name__} predicts a masked token at the position before it; this run trains it to "
-                "predict at the token's own position: to go on as before, run `hf-pretrain encoder --prediction shifted`"
-            )
         joined = cls.from_model(model, heads=list(heads), **options)
         for head, folder in _HEAD_FOLDERS.items():
             if name is not None and getattr(joined, head) is not None:

@@ -208,7 +208,7 @@ _COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 
 
 def _fixed_shapes(args: EncoderTrainingArguments) -> dict[str, int]:
-    """Return what a collator rounds up to: the number of targets follows from the causal examples that a batch happens to have."""
+    """Return what a collator rounds up to: each causal example in a batch adds many targets."""
     if not (args.torch_compile and args.has_clm):
         return {}
     return {"pad_to_multiple_of": _COMPILED_WIDTH, "target_slots": _COMPILED_TARGETS}

@@ -1,4 +1,4 @@
-"""Runs of `encoder --objectives mlm clm`: one head, weights, shares, resume, export, the next stage, what is printed and refused."""
+"""Runs of `encoder --objectives mlm clm`: one head, shares, resume, export, the next stage, what is printed and refused."""
 
 import json
 import logging
@@ -6,21 +6,27 @@ import logging
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from transformers import AutoModelForMaskedLM
 
 from helpers.method_matrix import build, isolated, log_of, relative_difference, tiny_data, tiny_tokenizer
+from hf_pretrain.cli import METHODS
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation import samples
 from hf_pretrain.modeling.visibility.lm_modes import left_to_right_inputs
 from hf_pretrain.objectives.encoder import MASKED_LM, EncoderTrainingArguments
 from hf_pretrain.objectives.encoder import METHOD as program
+from hf_pretrain.objectives.encoder.generation import generate
 from hf_pretrain.objectives.encoder.trainer import _FILL_SHIFTED_MASK, demonstrate
+from hf_pretrain.tasks.augmentation import augment
 from hf_pretrain.training.parsing import parse_arguments
 
 HYBRID = {"objectives": ["mlm", "clm"]}
 BERT = {"model_type": "bert"}
 # Large weights, so that what a state sees shows in it.
-LARGE = {"config_overrides": '{"initializer_range": 0.3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'}
+LARGE = {
+    "config_overrides": '{"initializer_range": 0.3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
+}
 HEAD = "cls.predictions"
 
 
@@ -170,9 +176,18 @@ def test_the_export_is_stock_and_says_how_it_predicts(tmp_path, capsys):
     assert loaded.config.shifted_prediction is True
     ids = torch.arange(5, 25).reshape(2, 10)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.eval()(ids).logits, trainer.model.model.eval()(ids).logits, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            loaded.eval()(ids).logits, trainer.model.model.eval()(ids).logits, atol=1e-6, rtol=0
+        )
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
-    for part in ("clm_loss", "clm_perplexity", "x_{<i}", "state of the token before it", "Charpentier", "position - 1"):
+    for part in (
+        "clm_loss",
+        "clm_perplexity",
+        "x_{<i}",
+        "state of the token before it",
+        "Charpentier",
+        "position - 1",
+    ):
         assert part in card, part
     assert "pipeline_tag: feature-extraction" in card, "the Hub would fill in masks at the wrong position"
 
@@ -231,6 +246,22 @@ def test_a_run_that_predicts_in_another_way_than_its_checkpoint_says_so(tmp_path
         transformers.utils.logging.disable_propagation()
     same.save_model()
     assert "shifted_prediction" not in json.loads((tmp_path / "mlm" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("use", ["teacher", "augmentation", "generate"])
+def test_what_reads_the_mask_itself_refuses_a_shifted_model(use, tmp_path):
+    trainer = hybrid(tmp_path / "first")
+    trainer.save_model()
+    model, tokenizer = trainer.model.model, tiny_tokenizer()
+    with pytest.raises(InputError, match="predicts a masked token at the position before it, but is read at the mask"):
+        if use == "teacher":
+            options = {"teacher_name_or_path": str(tmp_path / "first"), "config_overrides": None}
+            build(METHODS["distil"].load("distil"), tmp_path, model_options=options)
+        elif use == "augmentation":
+            data = Dataset.from_dict({"text": ["w1 w2"]})
+            augment(data, model=model, tokenizer=tokenizer, text_columns=["text"])
+        else:
+            generate(model, tokenizer, ["w1 w2"])
 
 
 # Options

@@ -286,4 +286,3 @@ def test_the_stock_configuration_says_how_masked_tokens_are_predicted():
     assert again.shifted_prediction is True
     EncoderForPreTraining.from_model(stock)
     assert not hasattr(stock.config, "shifted_prediction")
-
