@@ -94,6 +94,7 @@ def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, 
 RUNS = {
     "my-electra": "rtd --model_type electra --vocab_size 300",
     "my-unilm": "encoder --config unilm_small --vocab_size 300",
+    "my-gpt-bert": "encoder --objectives mlm clm --vocab_size 300",
     "my-gpt": "clm --vocab_size 300",
     "my-xlnet": "plm --model_type xlnet --vocab_size 300",
     "my-t5": "t5_small --vocab_size 300",
