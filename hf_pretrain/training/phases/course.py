@@ -18,6 +18,8 @@ EPOCHS_OF_A_PHASE = 1 << 12
 """Each phase numbers its epochs from another multiple on, so that it draws no mask of an earlier phase on the same text. Only
 a phase of more epochs than this would."""
 
+_OF_POSITIONS = ("rope_theta", "max_position_embeddings")
+
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
     "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
@@ -71,11 +73,6 @@ class Phase:
         behind, share = divmod(float(np.interp(point, self.rate.points, range(len(values)))), 1)
         before, after = values[int(behind)], values[min(int(behind) + 1, len(values) - 1)]
         return before + (after - before) * SHAPES[self.shape](share)
-
-    @property
-    def is_decayed(self) -> bool:
-        """Whether the rate is below its greatest value of the phase at the end."""
-        return self.rate is not None and self.factor(self.end) < max(self.rate.values)
 
 
 @dataclass(frozen=True)
@@ -141,11 +138,36 @@ class Course:
         # The state of a partial function is empty, so that of another phase does not replace it.
         return LambdaLR(optimizer, partial(_factor, course=self))
 
+    @property
+    def is_decayed(self) -> bool:
+        """Whether the rate at the end of the phase is below the greatest one until then; of one scheduler that is not known."""
+        rates = [phase.rate for phase in self.phases[: self.index + 1]]
+        return any(rate is None or max(rate.values) > self.phase.factor(self.phase.end) for rate in rates)
+
     def marks(self) -> dict[str, Any]:
         """Return what a checkpoint says of its phase."""
         phase = self.phase
         marks = {"name": phase.name, "number": self.number, "start": phase.start, "end": phase.end}
-        return marks | {"is_decayed": phase.is_decayed, "branch": dict(self.branch)}
+        return marks | {"is_decayed": self.is_decayed, "branch": dict(self.branch)}
+
+    def line(self) -> str:
+        """Return one line that says which phase begins, for the screen."""
+        phase = self.phase
+        shown = {name: phase.facts[name] for name in ("objectives", "mlm_probability", "block_size") if name in phase.facts}
+        parts = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in shown.items()]
+        parts += [] if phase.rate is None else [f"rate {phase.rate.text}"]
+        where = f"steps {phase.start + 1:,} to {phase.end:,}"
+        return f"phase {self.index + 1} of {len(self.phases)}, {phase.name}: {', '.join([where, *parts])}"
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return all phases as a card has them."""
+        return [
+            {"name": phase.name, "start": phase.start, "end": phase.end}
+            | dict(phase.facts)
+            | {name: value for name in _OF_POSITIONS if (value := getattr(phase, name)) is not None}
+            | ({} if phase.rate is None else {"rate": phase.rate.text, "shape": phase.shape})
+            for phase in self.phases
+        ]
 
 
 def _factor(step: int, course: Course) -> float:
