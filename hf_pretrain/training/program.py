@@ -27,6 +27,7 @@ from hf_pretrain.hub.text import (
     evaluated_steps,
     evaluation_at,
     measured,
+    phase_metrics,
     split_by_held_out_set,
     with_perplexity,
 )
@@ -291,7 +292,13 @@ def print_report(trainer: PretrainingTrainer) -> None:
     for model_class in () if adapters else classes:
         print(f"  {_loading_line(model_class, output_dir)}")
     weights_step = trainer.held_out.weights_step
-    rows = held_out_rows(trainer.state.log_history, weights_step=weights_step)
+    if trainer.course is not None:
+        header, *body = phase_metrics(trainer.state.log_history, trainer.course.described()) or [()]
+        if body:
+            print("\nHeld-out text, each column with the masks and blocks of its phase:")
+            print_table(body, header=("", *header[1:]))
+    is_one = trainer.course is None
+    rows = held_out_rows(trainer.state.log_history, weights_step=weights_step) if is_one else []
     if rows:
         is_earlier = weights_step is not None and weights_step < trainer.state.global_step
         when = f"at step {weights_step:,}, which is exported" if is_earlier else "after training"

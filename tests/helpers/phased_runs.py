@@ -145,7 +145,7 @@ class PhasedRun:
         get_batch_samples, save = trainer.get_batch_samples, trainer._save_checkpoint
 
         def record(*args):
-            if trainer.state.global_step not in self.starts and not any(step.phase == name for step in self.steps.values()):
+            if name not in self.starts:
                 self.starts[name] = state_of(trainer)
             if name == phase:
                 raise Stopped

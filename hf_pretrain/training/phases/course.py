@@ -164,7 +164,7 @@ class Course:
         return [
             {"name": phase.name, "start": phase.start, "end": phase.end}
             | dict(phase.facts)
-            | {name: value for name in _OF_POSITIONS if (value := getattr(phase, name)) is not None}
+            | {name: round(value) for name in _OF_POSITIONS if (value := getattr(phase, name)) is not None}
             | ({} if phase.rate is None else {"rate": phase.rate.text, "shape": phase.shape})
             for phase in self.phases
         ]

@@ -112,7 +112,6 @@ def train_phases(
         checkpoint = str(Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{phase.course.phase.end}"))
         if not phase.course.is_last:
             # The next one must not hold two models.
-            trainer.end()
             del trainer, data
             gc.collect()
             if torch.cuda.is_available():
