@@ -100,9 +100,9 @@ class TestBatches:
                 for ids, labels in rows
             }
             masks.append(known)
-        assert masks[0].keys() == masks[1].keys() and len(masks[0]) > 20
-        agreeing = sum(masks[0][row] == masks[1][row] for row in masks[0])
-        assert agreeing < len(masks[0]) / 4
+        both = masks[0].keys() & masks[1].keys()
+        assert len(both) > 40
+        assert sum(masks[0][row] == masks[1][row] for row in both) < len(both) / 4
         orders = [batch["input_ids"][:, 1].tolist() for batch in (first, second)]
         assert orders[0] != orders[1]
 
@@ -165,7 +165,6 @@ class TestObjectives:
         options = {"config_overrides": '{"type_vocab_size": 6}', "per_device_train_batch_size": 30}
         run = PhasedRun(text, tmp_path / "run", phases, method="encoder", **options)
         modes = [[batch.get("lm_modes") for batch in run.steps[step].batches] for step in range(5)]
-        print(run.steps[0].batches[0].keys(), run.steps[3].batches[0].keys())
         causal = torch.cat([batch for step in modes[:3] for batch in step])
         assert 0.6 < float((causal != 0).float().mean()) < 1
         assert modes[3:] == [[None], [None]]
