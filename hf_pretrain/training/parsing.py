@@ -211,6 +211,8 @@ class _OptionParser(HfArgumentParser):
             source: The recipe.
         """
         found = []
+        # The steps of the phases say how many there are; only that there is an end counts here.
+        values = self._values | ({} if self._values.get("max_steps", -1) > 0 else {"max_steps": 1})
         for number, entry in enumerate(entries, 1):
             where = Path(f"{source}: phase {entry.get('name', number)}")
             own = {name: read_own(name, value, where=str(where)) for name, value in entry.items() if name in OF_PHASES}
@@ -224,7 +226,7 @@ class _OptionParser(HfArgumentParser):
                 refuse_fixed(name, owner, is_of_model=owner in of_model, where=str(where))
             options = {name: self.convert(name, as_typed(value), source=where) for name, value in options.items()}
             try:
-                instances = self._construct(self._values | options)
+                instances = self._construct(values | options)
             except InputError as error:
                 raise InputError(f"{where}: {error}") from error
             found.append(ParsedPhase(own | options, instances))

@@ -1,6 +1,6 @@
 """Runs of programs with phases on tiny text, recorded step by step."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
@@ -95,7 +95,9 @@ class PhasedRun:
         phases: Entries of the recipe; None for a run without.
         argv: Further words of the command line.
         method: Name of the program.
+        load: Makes the examples of a phase, in place of its text.
         model_type: Architecture.
+        recipe: Ending of the recipe's name.
         stop_at: Step after which the run breaks off.
         stop_before_checkpoint: Step whose checkpoint is not written any more.
         stop_at_phase: Phase that breaks off before its first step.
@@ -109,7 +111,9 @@ class PhasedRun:
         phases,
         *argv,
         method="mlm",
+        load=None,
         model_type="bert",
+        recipe="yaml",
         stop_at=None,
         stop_before_checkpoint=None,
         stop_at_phase=None,
@@ -118,12 +122,15 @@ class PhasedRun:
         self.folder, self.steps, self.trainers, self.starts = Path(folder), {}, [], {}
         self.stops = (stop_at, stop_before_checkpoint, stop_at_phase)
         given = TINY | {"tokenizer_name": str(text.tokenizer), "train_file": [str(text.first)], "model_type": model_type}
-        given |= {"config_overrides": BACKBONES[model_type]} | options
+        given |= {"config_overrides": BACKBONES.get(model_type)} | options
         given |= {} if phases is None else {"phases": phases}
-        recipe = self.folder.with_suffix(".yaml")
-        recipe.write_text(yaml.safe_dump({name: value for name, value in given.items() if value is not None}))
         program = PROGRAMS[method]
-        watched = replace(program, build_trainer=self._watched(program.build_trainer), demonstrate=None)
+        if load is not None:
+            known = {field.name for part in program.arguments for field in fields(part)}
+            given = {name: value for name, value in given.items() if name in known}
+        recipe = self.folder.with_suffix(f".{recipe}")
+        recipe.write_text(yaml.safe_dump({name: value for name, value in given.items() if value is not None}))
+        watched = replace(program, build_trainer=self._watched(program.build_trainer), demonstrate=None, load=load or program.load)
         watched.run(["--config", str(recipe), "--output_dir", str(self.folder), *map(str, argv)])
 
     def _watched(self, build):

@@ -8,6 +8,7 @@ import yaml
 from helpers.phased_runs import PROGRAMS, PhasedRun, Text
 from hf_pretrain.errors import InputError
 from hf_pretrain.schedules import Schedule
+from hf_pretrain.training import program
 from hf_pretrain.training.parsing import parse_run
 from hf_pretrain.training.phases.branch import Branch
 from hf_pretrain.training.phases.course import EPOCHS_OF_A_PHASE, Course, Phase
@@ -138,7 +139,7 @@ class TestOptions:
             ({"eval_strategy": "epoch"}, "count in steps"),
             ({"save_only_model": True}, "goes on from the optimizer"),
             ({"auto_find_batch_size": True}, "auto_find_batch_size"),
-            ({"lr_scheduler_type": "greedy"}, "cannot be compared"),
+            ({"lr_scheduler_type": "greedy", "eval_strategy": "steps"}, "cannot be compared"),
         ],
     )
     def test_options_of_a_run_that_do_not_go_with_phases(self, tmp_path, options, message):
@@ -227,9 +228,7 @@ class TestRehearsal:
         ],
     )
     def test_every_phase_is_tried_before_text_is_read(self, text, tmp_path, monkeypatch, method, entry, message):
-        from hf_pretrain.data import prepare
-
-        monkeypatch.setattr(prepare, "read_documents", lambda *args, **kwargs: pytest.fail("text is read"), raising=False)
+        monkeypatch.setattr(program, "_build", lambda *args: pytest.fail("text is read"))
         with pytest.raises(InputError, match=message):
             PhasedRun(text, tmp_path / "run", [ONE, TWO | entry], method=method, max_steps=4)
         assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("checkpoint-*"))
