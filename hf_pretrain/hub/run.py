@@ -215,7 +215,9 @@ def _recipe(trainer: PretrainingTrainer) -> dict[str, Any]:
         essential = {name: value for name, value in trainer.options.items() if name in ESSENTIAL_OPTIONS}
         if trainer.course is not None:
             # The phases say how long the run is, and give the rate.
-            unused = {"num_train_epochs"} | ({"lr_scheduler_type", "warmup_steps"} if trainer.course.has_rates else set())
+            unused = {"num_train_epochs"} | (
+                {"lr_scheduler_type", "warmup_steps"} if trainer.course.has_rates else set()
+            )
             essential = {name: value for name, value in essential.items() if name not in unused}
         return recipe_options(essential | trainer.recipe, defaults={})
     options, own = trainer.args.to_dict(), resolved_options([trainer.args])
@@ -259,7 +261,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "metrics_before": {} if trainer.course is not None else evaluation_at(log, 0),
         "metrics_after": trainer.held_out.after(),
         "phases": () if trainer.course is None else tuple(trainer.course.described()),
-        "branch": {} if trainer.course is None else dict(trainer.course.branch),
+        "branch_of": {} if trainer.course is None else dict(trainer.course.branch),
         "weights_step": weights_step if is_earlier else None,
         "chosen_by": args.metric_for_best_model or "" if is_earlier else "",
         "compute": _compute(trainer, root_parameters=root.num_parameters()),

@@ -294,7 +294,11 @@ def phase_table(phases: Sequence[Mapping[str, Any]]) -> list[Row]:
     """
     names = dict.fromkeys(name for phase in phases for name in phase if name not in _OF_A_PHASE)
     # Of these a column is shown where it says something.
-    usual = {"shape": "linear", "gradient_accumulation_steps": 1, "block_mode": phases[0].get("block_mode") if phases else ""}
+    usual = {
+        "shape": "linear",
+        "gradient_accumulation_steps": 1,
+        "block_mode": phases[0].get("block_mode") if phases else "",
+    }
     shown = [name for name in names if name not in usual or any(phase.get(name) != usual[name] for phase in phases)]
     titles = {"per_device_train_batch_size": "Batch a device", "mlm_probability": "Mask rate", "rope_theta": "RoPE θ"}
     titles |= {"max_position_embeddings": "Longest sequence"}

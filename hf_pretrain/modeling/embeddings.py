@@ -425,7 +425,9 @@ def set_rotary_positions(model: PreTrainedModel, *, theta: float | None = None, 
     Source: Warner et al. 2024 (ModernBERT), section 3.2 and appendix A: the base of the global layers is raised for long text.
     """
     given = f"rope_theta={theta:g}" if theta is not None else f"max_position_embeddings={length}"
-    modules = {name: module for name, module in model.named_modules() if hasattr(module, "compute_default_rope_parameters")}
+    modules = {
+        name: module for name, module in model.named_modules() if hasattr(module, "compute_default_rope_parameters")
+    }
     parameters = getattr(model.config, "rope_parameters", None)
     if not modules or not parameters:
         raise InputError(
@@ -435,7 +437,9 @@ def set_rotary_positions(model: PreTrainedModel, *, theta: float | None = None, 
     # With layers of several types, a base for each.
     chosen = parameters.get("full_attention", parameters)
     if chosen.get("rope_type", "default") != "default":
-        raise InputError(f"{given}: the rotary positions are of the type {chosen['rope_type']!r}: give the default type")
+        raise InputError(
+            f"{given}: the rotary positions are of the type {chosen['rope_type']!r}: give the default type"
+        )
     if theta is not None:
         chosen["rope_theta"] = float(theta)
     if length is not None:

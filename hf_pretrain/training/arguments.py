@@ -156,8 +156,8 @@ class PretrainingArguments(TrainingArguments):
     )
     branch_from: str | None = option(
         None,
-        "Run or checkpoint to branch off from, with its weights, optimizer and tokenizer; the phases follow. Of a run: the end of "
-        "its last phase whose learning rate has not decayed.",
+        "Run or checkpoint to branch off from, with its weights, optimizer and tokenizer; the phases follow. Of a run: the end "
+        "of its last phase whose learning rate has not decayed.",
     )
     max_minutes: float | None = option(
         None,

@@ -228,8 +228,7 @@ class Checkpointing:
         write_marker(folder, has_hashes=True, step=step, world_size=args.world_size, run=self.run_facts())
 
     def remove_old(self, newest: Path) -> None:
-        """Remove the oldest checkpoints beyond `save_total_limit`, but not the newest, the best and those
-        at the ends of phases."""
+        """Remove the oldest checkpoints beyond `save_total_limit`, but not the newest, the best and those between phases."""
         best, limit = self.trainer.state.best_model_checkpoint, self.trainer.args.save_total_limit
         course = self.trainer.args.course
         borders = [] if course is None else [f"{PREFIX_CHECKPOINT_DIR}-{phase.end}" for phase in course.phases]
@@ -332,8 +331,8 @@ class Checkpointing:
             return True
         if start != (0 if course is None else course.phase.start):
             raise InputError(
-                f"resume_from_checkpoint={checkpoint!r} lies in the phase {(marks or {}).get('name')!r} that begins at step {start}, "
-                "and this run has no such phase: give the phases as they were until then"
+                f"resume_from_checkpoint={checkpoint!r} lies in the phase {(marks or {}).get('name')!r} that begins at step "
+                f"{start}, and this run has no such phase: give the phases as they were until then"
             )
         return False
 

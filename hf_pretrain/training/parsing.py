@@ -220,7 +220,9 @@ class _OptionParser(HfArgumentParser):
             for name in options:
                 if name not in self.options:
                     known = [*OF_PHASES, *self.options]
-                    raise InputError(f"{where}: unknown option {name!r}: {option_hint(name, known, prog=self.prog, dashes='')}")
+                    raise InputError(
+                        f"{where}: unknown option {name!r}: {option_hint(name, known, prog=self.prog, dashes='')}"
+                    )
                 # A method has options of data, model and training, in this order.
                 owner, of_model = self.owners[name], [*dict.fromkeys(self.owners.values())][1:2]
                 refuse_fixed(name, owner, is_of_model=owner in of_model, where=str(where))

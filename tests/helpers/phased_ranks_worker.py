@@ -23,7 +23,9 @@ def main(folder):
     rank = os.environ["RANK"]
     try:
         # The ranks write one recipe each: they must not read the other's half.
-        run = PhasedRun(text, folder / order["name"], PHASES, *order["argv"], stop_at=order["stop_at"], recipe=f"{rank}.yaml")
+        run = PhasedRun(
+            text, folder / order["name"], PHASES, *order["argv"], stop_at=order["stop_at"], recipe=f"{rank}.yaml"
+        )
     except Stopped:
         return
     torch.save({"state": state_of(run.trainer), "log": run.log}, folder / f"{order['result']}-{rank}.pt")

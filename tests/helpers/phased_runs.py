@@ -121,7 +121,11 @@ class PhasedRun:
     ):
         self.folder, self.steps, self.trainers, self.starts = Path(folder), {}, [], {}
         self.stops = (stop_at, stop_before_checkpoint, stop_at_phase)
-        given = TINY | {"tokenizer_name": str(text.tokenizer), "train_file": [str(text.first)], "model_type": model_type}
+        given = TINY | {
+            "tokenizer_name": str(text.tokenizer),
+            "train_file": [str(text.first)],
+            "model_type": model_type,
+        }
         given |= {"config_overrides": BACKBONES.get(model_type)} | options
         given |= {} if phases is None else {"phases": phases}
         program = PROGRAMS[method]
@@ -130,7 +134,9 @@ class PhasedRun:
             given = {name: value for name, value in given.items() if name in known}
         recipe = self.folder.with_suffix(f".{recipe}")
         recipe.write_text(yaml.safe_dump({name: value for name, value in given.items() if value is not None}))
-        watched = replace(program, build_trainer=self._watched(program.build_trainer), demonstrate=None, load=load or program.load)
+        watched = replace(
+            program, build_trainer=self._watched(program.build_trainer), demonstrate=None, load=load or program.load
+        )
         watched.run(["--config", str(recipe), "--output_dir", str(self.folder), *map(str, argv)])
 
     def _watched(self, build):

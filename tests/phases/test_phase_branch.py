@@ -61,8 +61,11 @@ class TestBranch:
 
     def test_the_card_says_what_it_is_a_branch_of(self, branch):
         card = (branch.folder / "README.md").read_text()
-        assert "The run is a branch: it began with weights, optimizer and tokenizer of `trunk` at step 6, in its phase stable" in card
-        assert read_record(branch.folder).branch["name"] == "trunk"
+        assert (
+            "The run is a branch: it began with weights, optimizer and tokenizer of `trunk` at step 6, in its phase stable"
+            in card
+        )
+        assert read_record(branch.folder).branch_of["name"] == "trunk"
 
     def test_cut_off_and_resumed_it_is_equal_without_its_trunk(self, text, trunk, branch, tmp_path):
         options = {"branch_from": str(trunk.folder), "learning_rate": 5e-3, "train_file": [str(text.second)]}
@@ -83,7 +86,9 @@ class TestBranch:
 
     def test_of_a_run_without_phases_the_last_one_is_taken_and_said_so(self, text, tmp_path, capsys):
         plain = PhasedRun(text, tmp_path / "plain", None, max_steps=3)
-        run = PhasedRun(text, tmp_path / "run", [{"name": "tail", "share": "100%"}], branch_from=str(plain.folder), max_steps=5)
+        run = PhasedRun(
+            text, tmp_path / "run", [{"name": "tail", "share": "100%"}], branch_from=str(plain.folder), max_steps=5
+        )
         assert "taking its last one, whose rate may have decayed" in capsys.readouterr().out
         assert list(run.steps) == [3, 4]
 

@@ -36,7 +36,10 @@ def test_a_resume_behind_the_border_is_equal(text, tmp_path, method):
     options = {"method": method, "load": lambda *args, **kwargs: data_for(program), "block_size": 24}
     sizes = tiny_model_options(program) | dict(program.tiny_options)
     options |= {name: value for name, value in sizes.items() if name != "model_type"}
-    options |= {"model_type": getattr(program.arguments[1], "model_type", None) or "bert", "per_device_train_batch_size": 8}
+    options |= {
+        "model_type": getattr(program.arguments[1], "model_type", None) or "bert",
+        "per_device_train_batch_size": 8,
+    }
     options |= {"max_position_embeddings": 64, "max_length": 24}
     options |= {"save_steps": 1, "demo_corpus": True, "train_file": None}
     whole = PhasedRun(text, tmp_path / "whole", PHASES, **options)

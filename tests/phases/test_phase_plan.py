@@ -27,7 +27,9 @@ def planned(tmp_path, phases, *argv, method="mlm", branch=None, **options):
     """The phases of a recipe."""
     given = {"output_dir": str(tmp_path / "out"), "demo_corpus": True, "bf16": False, "max_steps": 100} | options
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({name: value for name, value in given.items() if value is not None} | {"phases": phases}))
+    recipe.write_text(
+        yaml.safe_dump({name: value for name, value in given.items() if value is not None} | {"phases": phases})
+    )
     arguments = PROGRAMS[method].arguments
     parsed = parse_run(arguments, ["--config", str(recipe), *argv], prog=f"hf-pretrain {method}", description="")
     check_run(parsed.options[2], parsed.phases)
@@ -174,12 +176,12 @@ class TestOptions:
 
 
 class TestRate:
-    @pytest.mark.parametrize(
-        ("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5))]
-    )
+    @pytest.mark.parametrize(("shape", "half"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5))])
     def test_the_shapes(self, shape, half):
         phase = Phase("decay", 10, 20, Schedule.parse("0%:1, 100%:0", name="rate"), shape)
-        assert phase.factor(10) == 1 and phase.factor(20) == pytest.approx(0) and phase.factor(15) == pytest.approx(half)
+        assert (
+            phase.factor(10) == 1 and phase.factor(20) == pytest.approx(0) and phase.factor(15) == pytest.approx(half)
+        )
         quarter = {"linear": 0.75, "cosine": (1 + math.cos(math.pi / 4)) / 2, "1-sqrt": 0.5}
         assert Phase("decay", 0, 4, phase.rate, shape).factor(1) == pytest.approx(quarter[shape])
 
@@ -203,7 +205,11 @@ class TestRate:
             ([ONE | {"rate": 1, "shape": "cosine"}, TWO | {"rate": 1}], {}, "no rate that changes"),
             ([ONE | {"shape": "round"}, TWO], {}, "shape"),
             ([{"steps": 50, "rate": "0:0, 60:1"}, TWO | {"rate": 1}], {}, "ends after its 50 steps"),
-            ([ONE | {"rate": 1}, TWO | {"rate": 1}], {"warmup_steps": 10}, "warmup_steps=10.0 has no effect: the phases give"),
+            (
+                [ONE | {"rate": 1}, TWO | {"rate": 1}],
+                {"warmup_steps": 10},
+                "warmup_steps=10.0 has no effect: the phases give",
+            ),
             ([ONE | {"rate": 1}, TWO | {"rate": 1}], {"lr_scheduler_type": "cosine"}, "the phases give the rate"),
             ([ONE | {"rate": 1}, TWO | {"rate": 1}], {"decay_during_warmup": True}, "the phases give the rate"),
         ],

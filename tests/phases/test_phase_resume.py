@@ -94,7 +94,9 @@ class TestBorder:
 
     def test_weight_decay_is_the_phases_own(self, whole):
         decays = {step: max(recorded.decays) for step, recorded in whole.steps.items()}
-        assert decays == dict.fromkeys(range(4), 0.01) | dict.fromkeys(range(4, 7), 0.2) | dict.fromkeys(range(7, 10), 0.01)
+        assert decays == dict.fromkeys(range(4), 0.01) | dict.fromkeys(range(4, 7), 0.2) | dict.fromkeys(
+            range(7, 10), 0.01
+        )
 
     def test_a_resume_with_other_borders_is_refused(self, text, whole, tmp_path):
         from hf_pretrain.errors import InputError

@@ -68,7 +68,9 @@ class TestBatches:
         half = 27
         for step, recorded in run.steps.items():
             # What stands in the text, not what masks put in its place: labels where there are some.
-            words = torch.cat([torch.where(b["labels"] == -100, b["input_ids"], b["labels"]).flatten() for b in recorded.batches])
+            words = torch.cat(
+                [torch.where(b["labels"] == -100, b["input_ids"], b["labels"]).flatten() for b in recorded.batches]
+            )
             words = words[words >= len(SPECIALS)] - len(SPECIALS)
             assert len(words)
             is_second = recorded.phase == "two"
@@ -96,7 +98,9 @@ class TestBatches:
         for batch in (first, second):
             rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)
             known = {
-                tuple(i if label == -100 else label for i, label in zip(ids, labels, strict=True)): [x != -100 for x in labels]
+                tuple(i if label == -100 else label for i, label in zip(ids, labels, strict=True)): [
+                    x != -100 for x in labels
+                ]
                 for ids, labels in rows
             }
             masks.append(known)
@@ -125,7 +129,9 @@ class TestRate:
         cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3)]
         for step, factor in enumerate([0, 0.5, 1, *cosine]):
             rates = run.steps[step].rates
-            assert {round(rate / factor, 12) if factor else rate for rate in rates} == ({RATE, 1e-3} if factor else {0.0})
+            assert {round(rate / factor, 12) if factor else rate for rate in rates} == (
+                {RATE, 1e-3} if factor else {0.0}
+            )
 
     def test_without_rates_one_schedule_spans_all_phases(self, text, tmp_path):
         phases = [{"name": "one", "share": "50%"}, {"name": "two", "share": "50%", "block_size": 12}]
@@ -136,12 +142,16 @@ class TestRate:
 
 class TestBesideAPlainRun:
     def test_the_first_phase_is_the_run_without_phases(self, text, tmp_path):
-        phases = [{"name": "up", "share": "50%", "rate": "0%:0, 100%:1"}, {"name": "down", "share": "50%", "rate": "0%:1, 100%:0"}]
+        phases = [
+            {"name": "up", "share": "50%", "rate": "0%:0, 100%:1"},
+            {"name": "down", "share": "50%", "rate": "0%:1, 100%:0"},
+        ]
         options = {"max_steps": 8, "save_steps": 4}
         phased = PhasedRun(text, tmp_path / "phased", phases, **options)
         plain = PhasedRun(text, tmp_path / "plain", None, warmup_steps=4, **options)
         ours, theirs = (
-            AutoModelForMaskedLM.from_pretrained(run.folder, dtype=torch.float32).state_dict() for run in (phased, plain)
+            AutoModelForMaskedLM.from_pretrained(run.folder, dtype=torch.float32).state_dict()
+            for run in (phased, plain)
         )
         from safetensors.torch import load_file
 
@@ -158,7 +168,12 @@ class TestBesideAPlainRun:
 class TestObjectives:
     def test_shares_change_and_parameters_do_not(self, text, tmp_path):
         phases = [
-            {"name": "causal", "steps": 3, "objectives": ["mlm", "left_to_right"], "objective_shares": "mlm:1/6, left_to_right:5/6"},
+            {
+                "name": "causal",
+                "steps": 3,
+                "objectives": ["mlm", "left_to_right"],
+                "objective_shares": "mlm:1/6, left_to_right:5/6",
+            },
             {"name": "masked", "steps": 2, "objectives": ["mlm"], "mlm_probability": 0.3},
         ]
         # Room for the segments of all modes, in both phases.
@@ -208,5 +223,7 @@ class TestExport:
         ours, theirs = (json.loads((place / "trainer_state.json").read_text()) for place in (run.folder, folder))
         losses = [[row["loss"] for row in state["log_history"] if "loss" in row] for state in (ours, theirs)]
         assert losses[0] == losses[1] and len(losses[0]) == 12
-        again = [line for line in (folder / "recipe.yaml").read_text().splitlines() if not line.startswith("output_dir")]
+        again = [
+            line for line in (folder / "recipe.yaml").read_text().splitlines() if not line.startswith("output_dir")
+        ]
         assert again == [line for line in recipe.read_text().splitlines() if not line.startswith("output_dir")]

@@ -153,8 +153,13 @@ class Course:
     def line(self) -> str:
         """Return one line that says which phase begins, for the screen."""
         phase = self.phase
-        shown = {name: phase.facts[name] for name in ("objectives", "mlm_probability", "block_size") if name in phase.facts}
-        parts = [f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in shown.items()]
+        shown = {
+            name: phase.facts[name] for name in ("objectives", "mlm_probability", "block_size") if name in phase.facts
+        }
+        parts = [
+            f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in shown.items()
+        ]
         parts += [] if phase.rate is None else [f"rate {phase.rate.text}"]
         where = f"steps {phase.start + 1:,} to {phase.end:,}"
         return f"phase {self.index + 1} of {len(self.phases)}, {phase.name}: {', '.join([where, *parts])}"

@@ -28,7 +28,12 @@ OF_PHASES = {
 _CHANGE = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "activation_checkpointing", "neftune_noise_alpha"),
-    *("activation_checkpointing_kwargs", "dataloader_drop_last", "dataloader_num_workers", "dataloader_prefetch_factor"),
+    *(
+        "activation_checkpointing_kwargs",
+        "dataloader_drop_last",
+        "dataloader_num_workers",
+        "dataloader_prefetch_factor",
+    ),
 }
 _TOKENIZER = ("tokenizer_", "vocab_size", "lowercase", "strip_accents", "max_unknown_share")
 _RATES = ("learning_rate", "generator_learning_rate", "lr_scheduler_", "warmup_", "decay_during_warmup")
@@ -37,7 +42,9 @@ _COURSE = {"max_steps", "num_train_epochs", "max_minutes", "phases", "branch_fro
 
 def not_typed(text: str) -> NoReturn:
     """Refuse phases on a command line."""
-    raise argparse.ArgumentTypeError(f"{text!r} is no list of phases: write them in a recipe, and name that with --config")
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no list of phases: write them in a recipe, and name that with --config"
+    )
 
 
 def check_entries(value: Any, *, source: Path) -> list[dict[str, Any]]:

@@ -92,10 +92,14 @@ def check_run(args: PretrainingArguments, phases: Sequence[ParsedPhase]) -> None
         raise InputError(f"phases: {len(entries)} are more than {_MOST_PHASES}: join some")
     for entry in entries:
         if (entry.share is None) == (entry.steps is None):
-            raise InputError(f"phases: {entry.name!r} needs either a share, such as 70%, or steps: give one of the two")
+            raise InputError(
+                f"phases: {entry.name!r} needs either a share, such as 70%, or steps: give one of the two"
+            )
     _check_rates(args, entries)
     if getattr(args, "training_mode", "") == "two_stage":
-        raise InputError("training_mode='two_stage' has two stages of its own: leave out the phases, or choose 'joint'")
+        raise InputError(
+            "training_mode='two_stage' has two stages of its own: leave out the phases, or choose 'joint'"
+        )
 
 
 def _entries(phases: Sequence[ParsedPhase]) -> list[_Entry]:
@@ -111,7 +115,9 @@ def _check_rates(args: PretrainingArguments, entries: Sequence[_Entry]) -> None:
     with_rate = [entry.name for entry in entries if entry.rate is not None]
     for entry in entries:
         if entry.rate is None and with_rate:
-            raise InputError(f"phases: {with_rate[0]!r} has a rate and {entry.name!r} has none: give it to all, or to none")
+            raise InputError(
+                f"phases: {with_rate[0]!r} has a rate and {entry.name!r} has none: give it to all, or to none"
+            )
         if entry.shape != "linear" and (entry.rate is None or len(entry.rate.values) < 2):
             raise InputError(
                 f"phases: {entry.name!r} has shape={entry.shape!r} and no rate that changes: give rate: '0%:1, 100%:0'"
@@ -131,7 +137,9 @@ def _check_rates(args: PretrainingArguments, entries: Sequence[_Entry]) -> None:
                 "rate in all phases"
             )
     if not with_rate and args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        raise InputError(f"lr_scheduler_type={args.lr_scheduler_type.value!r} does not go with phases: {_COMPARES_PHASES}")
+        raise InputError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value!r} does not go with phases: {_COMPARES_PHASES}"
+        )
 
 
 def plan(args: PretrainingArguments, phases: Sequence[ParsedPhase], *, branch: Branch | None) -> list[PlannedPhase]:
@@ -192,12 +200,16 @@ def _borders(entries: Sequence[_Entry], *, begin: int, max_steps: int) -> list[i
         position += entry.steps if entry.steps is not None else (entry.share or 0.0) * length
         ends.append(round(position))
         if ends[-1] <= ends[-2]:
-            raise InputError(f"phases: {entry.name!r} has no step of {length}: give it a greater share, or raise max_steps")
+            raise InputError(
+                f"phases: {entry.name!r} has no step of {length}: give it a greater share, or raise max_steps"
+            )
     if ends[-1] != max_steps:
         what = f"{ends[-1] - begin:,} of {length:,} steps"
         shares = sum(entry.share or 0.0 for entry in entries)
         what = f"{shares:.4g} of the run" if not absolute else what
-        raise InputError(f"phases make up {what}: their shares must have the sum 100%, and their steps that of the run")
+        raise InputError(
+            f"phases make up {what}: their shares must have the sum 100%, and their steps that of the run"
+        )
     return ends
 
 

@@ -39,7 +39,9 @@ def check_files(args: Any) -> None:
     for name in ("train_file", "validation_file"):
         paths = getattr(args, name) or []
         if any(is_pipe(path) for path in paths):
-            raise InputError(f"{name}={paths!r} is a pipe, which can be read once: store the text for a run with phases")
+            raise InputError(
+                f"{name}={paths!r} is a pipe, which can be read once: store the text for a run with phases"
+            )
         if paths:
             find_files(paths)
 
@@ -64,8 +66,8 @@ def check_same_model(first: Mapping[str, Any], other: Mapping[str, Any], course:
     if differing:
         named = ", ".join(differing[:3]) + (f" and {len(differing) - 3} more" if len(differing) > 3 else "")
         raise InputError(
-            f"phases: {course.phase.name!r} has other parameters than {course.phases[0].name!r} ({named}): choose objectives with the "
-            "same heads in all phases, with the weight 0 where one does not count"
+            f"phases: {course.phase.name!r} has other parameters than {course.phases[0].name!r} ({named}): choose objectives "
+            "with the same heads in all phases, with the weight 0 where one does not count"
         )
 
 
