@@ -219,6 +219,18 @@ class TestRate:
             planned(tmp_path, phases, **options)
 
 
+class TestPositions:
+    def test_a_later_phase_keeps_them(self, tmp_path):
+        phases = [ONE | {"rope_theta": 1e4}, TWO | {"max_position_embeddings": 64}]
+        run = planned(tmp_path, phases)[0].course.phases
+        assert [(phase.rope_theta, phase.max_position_embeddings) for phase in run] == [(1e4, None), (1e4, 64)]
+
+    def test_a_branch_keeps_those_of_its_trunk(self, tmp_path):
+        branch = Branch("x", "trunk", 60, positions={"rope_theta": 5e4})
+        (phase, _) = planned(tmp_path, [ONE, TWO], "--branch_from", "x", branch=branch)[0].course.phases
+        assert phase.rope_theta == 5e4
+
+
 class TestRehearsal:
     """Nothing is read of a run with a phase that cannot be trained."""
 

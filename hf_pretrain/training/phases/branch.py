@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Branch:
         step: Steps of that run until then.
         phase: Name of its phase; "" if it had none.
         phases: Phases that it had begun until then.
+        positions: Rotary positions that its phases had set: "rope_theta" and "max_position_embeddings".
     """
 
     checkpoint: str
@@ -29,10 +31,12 @@ class Branch:
     step: int
     phase: str = ""
     phases: int = 1
+    positions: Mapping[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """Return what checkpoints and card say of it."""
-        return {"name": self.name, "step": self.step, "phase": self.phase, "phases": self.phases}
+        facts = {"name": self.name, "step": self.step, "phase": self.phase, "phases": self.phases}
+        return facts | {"positions": dict(self.positions)}
 
 
 def find_branch(path: str | None, *, resumed: str | None) -> Branch | None:
@@ -66,6 +70,7 @@ def find_branch(path: str | None, *, resumed: str | None) -> Branch | None:
         step,
         marks.get("name", ""),
         marks.get("number", 0) + 1,
+        marks.get("positions", {}),
     )
 
 

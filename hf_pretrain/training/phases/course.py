@@ -18,7 +18,8 @@ EPOCHS_OF_A_PHASE = 1 << 12
 """Each phase numbers its epochs from another multiple on, so that it draws no mask of an earlier phase on the same text. Only
 a phase of more epochs than this would."""
 
-_OF_POSITIONS = ("rope_theta", "max_position_embeddings")
+OF_POSITIONS = ("rope_theta", "max_position_embeddings")
+"""What a phase changes of a model, and later ones keep."""
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
@@ -38,8 +39,8 @@ class Phase:
         end: Steps of the run after it.
         rate: Factor of `learning_rate` over the phase; None where the run has one scheduler.
         shape: How the rate goes from point to point, one of `SHAPES`.
-        rope_theta: Base of the rotary positions, where the phase changes it.
-        max_position_embeddings: Longest sequence of a model with rotary positions, where the phase changes it.
+        rope_theta: Base of the rotary positions, where this phase or an earlier one changes it.
+        max_position_embeddings: Longest sequence of a model with rotary positions, likewise.
         facts: What a reader of the card sees of it, by the names of options.
     """
 
@@ -148,7 +149,8 @@ class Course:
         """Return what a checkpoint says of its phase."""
         phase = self.phase
         marks = {"name": phase.name, "number": self.number, "start": phase.start, "end": phase.end}
-        return marks | {"is_decayed": self.is_decayed, "branch": dict(self.branch)}
+        positions = {name: value for name in OF_POSITIONS if (value := getattr(phase, name)) is not None}
+        return marks | {"is_decayed": self.is_decayed, "branch": dict(self.branch), "positions": positions}
 
     def line(self) -> str:
         """Return one line that says which phase begins, for the screen."""
@@ -169,7 +171,7 @@ class Course:
         return [
             {"name": phase.name, "start": phase.start, "end": phase.end}
             | dict(phase.facts)
-            | {name: round(value) for name in _OF_POSITIONS if (value := getattr(phase, name)) is not None}
+            | {name: round(value) for name in OF_POSITIONS if (value := getattr(phase, name)) is not None}
             | ({} if phase.rate is None else {"rate": phase.rate.text, "shape": phase.shape})
             for phase in self.phases
         ]

@@ -13,7 +13,7 @@ from hf_pretrain.schedules import Schedule
 from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.parsing import ParsedPhase
 from hf_pretrain.training.phases.branch import Branch
-from hf_pretrain.training.phases.course import EPOCHS_OF_A_PHASE, Course, Phase
+from hf_pretrain.training.phases.course import EPOCHS_OF_A_PHASE, OF_POSITIONS, Course, Phase
 from hf_pretrain.training.phases.entries import OF_PHASES
 
 _MOST_PHASES = (1 << 22) // EPOCHS_OF_A_PHASE
@@ -156,20 +156,12 @@ def plan(args: PretrainingArguments, phases: Sequence[ParsedPhase], *, branch: B
     entries = _entries(phases)
     begin = 0 if branch is None else branch.step
     borders = _borders(entries, begin=begin, max_steps=args.max_steps)
-    made = []
+    made: list[Phase] = []
+    positions = {} if branch is None else dict(branch.positions)
     for entry, phase, start, end in zip(entries, phases, borders, borders[1:], strict=False):
-        made.append(
-            Phase(
-                entry.name,
-                start,
-                end,
-                entry.rate,
-                entry.shape,
-                entry.rope_theta,
-                entry.max_position_embeddings,
-                _facts(phase.options),
-            )
-        )
+        # A later phase keeps what an earlier one has changed of the model.
+        positions |= {name: value for name in OF_POSITIONS if (value := getattr(entry, name)) is not None}
+        made.append(Phase(entry.name, start, end, entry.rate, entry.shape, **positions, facts=_facts(phase.options)))
     earlier = 0 if branch is None else branch.phases
     course = Course(tuple(made), earlier=earlier, branch={} if branch is None else branch.facts())
     planned = []
