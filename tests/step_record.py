@@ -99,6 +99,7 @@ RUNS = {
     "bert_spans": ("mlm", ["bert_spans"], {}),
     "bert_spans+spanbert": ("encoder", ["bert_spans", "spanbert"], {}),
     "bert_whole_word": ("mlm", ["bert_whole_word"], {}),
+    "clm_detour": ("encoder", ["clm_detour"], {}),
     "deberta_v3_small": ("rtd", ["deberta_v3_small"], {}),
     "demo": ("rtd", ["demo"], {"embedding_size": 24}),
     "distilbert": ("distil", ["distilbert"], {}),
