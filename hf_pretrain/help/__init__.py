@@ -19,7 +19,8 @@ from hf_pretrain.names import cut, described_recipes
 _WIDTH, _COLUMN = 110, 34
 # Options of training by group, the frequent ones: all others of transformers are shown by --help-all alone.
 _OF_TRAINING = {
-    "optimisation": """max_steps num_train_epochs max_minutes per_device_train_batch_size gradient_accumulation_steps
+    "optimisation": """max_steps num_train_epochs max_minutes phases branch_from
+    per_device_train_batch_size gradient_accumulation_steps
     learning_rate warmup_steps lr_scheduler_type optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed bf16
     activation_checkpointing torch_compile""",
     "logging": """output_dir overwrite_output_dir resume_from_checkpoint logging_steps eval_strategy eval_steps
