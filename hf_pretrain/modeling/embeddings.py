@@ -422,7 +422,7 @@ def set_rotary_positions(model: PreTrainedModel, *, theta: float | None = None, 
     Raises:
         InputError: If the model has no rotary positions, or other ones that a base does not describe.
 
-    Source: Warner et al. 2024 (ModernBERT), section 3.2 and appendix A: the base of the global layers is raised for long text.
+    Source: Warner et al. 2024 (ModernBERT): the base of the global layers is raised for long text.
     """
     given = f"rope_theta={theta:g}" if theta is not None else f"max_position_embeddings={length}"
     modules = {
