@@ -8,6 +8,7 @@ regression on features and measures it on others.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -118,7 +119,7 @@ def check_features(
     """
     num_layers = base.config.num_hidden_layers
     check_choice(pooling, get_args(Pooling), name="pooling")
-    layers = (layer,) if isinstance(layer, int) else tuple(layer)
+    layers = (int(layer),) if isinstance(layer, Integral) else tuple(layer)  # type: ignore[arg-type]
     for number in layers:
         if not -num_layers - 1 <= number <= num_layers:
             raise InputError(

@@ -1,0 +1,185 @@
+"""The heads of scikit-learn that read features: which there are, how their strength is chosen, and how they are saved.
+
+A head is a `Pipeline` that standardises the features and classifies them, or estimates a value. [`fit_head`] makes one,
+[`save_head`] writes it with skops, and [`read_head`] opens no type that is not known to be harmless.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from sklearn.compose import TransformedTargetRegressor
+from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, SVR, LinearSVC, LinearSVR
+
+from hf_pretrain.errors import InputError, check_choice, check_range, one_line
+
+Kind = Literal["classification", "regression"]
+
+TRUSTED_TYPES = ("sklearn.tree._tree.Tree",)
+"""Types that skops does not know as harmless and the heads are made of: arrays of numbers of a decision tree."""
+
+_TREES = 300
+# From strong regularisation to weak: of equals the first is taken.
+_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_RBF_STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+_ITERATIONS = 5000
+
+logger = logging.getLogger(__name__)
+
+
+class HeadKind(NamedTuple):
+    """A kind of head.
+
+    Attributes:
+        title: Its name in words.
+        make: Makes it from a seed.
+        strength: Name of the parameter of its regularisation, of the last step of the pipeline; "" if there is none to choose.
+        strengths: The values to choose from, from strong regularisation to weak.
+    """
+
+    title: str
+    make: Any
+    strength: str = ""
+    strengths: tuple[float, ...] = ()
+
+
+def _scaled_target(regressor: Any) -> TransformedTargetRegressor:
+    # The tolerance of a support vector regression is a number in the units of the target.
+    return TransformedTargetRegressor(regressor, transformer=StandardScaler())
+
+
+HEADS: dict[Kind, dict[str, HeadKind]] = {
+    "classification": {
+        "logistic": HeadKind(
+            "logistic regression", lambda seed: LogisticRegression(max_iter=_ITERATIONS), "C", _STRENGTHS
+        ),
+        "linear_svc": HeadKind(
+            "linear support vector machine",
+            lambda seed: LinearSVC(max_iter=_ITERATIONS, random_state=seed),
+            "C",
+            _STRENGTHS,
+        ),
+        "rbf_svm": HeadKind("support vector machine with an RBF kernel", lambda seed: SVC(), "C", _RBF_STRENGTHS),
+        "random_forest": HeadKind(
+            "random forest", lambda seed: RandomForestClassifier(n_estimators=_TREES, random_state=seed)
+        ),
+    },
+    "regression": {
+        "ridge": HeadKind("ridge regression", lambda seed: Ridge(), "alpha", (1e4, 1e3, 1e2, 1e1, 1.0)),
+        "linear_svr": HeadKind(
+            "linear support vector regression",
+            lambda seed: _scaled_target(LinearSVR(max_iter=_ITERATIONS, random_state=seed)),
+            "regressor__C",
+            _STRENGTHS,
+        ),
+        "rbf_svr": HeadKind(
+            "support vector regression with an RBF kernel",
+            lambda seed: _scaled_target(SVR()),
+            "regressor__C",
+            _RBF_STRENGTHS,
+        ),
+        "random_forest": HeadKind(
+            "random forest", lambda seed: RandomForestRegressor(n_estimators=_TREES, random_state=seed)
+        ),
+    },
+}
+"""The heads of each kind, by name."""
+
+
+def fit_head(
+    name: str, features: np.ndarray, targets: np.ndarray, *, kind: Kind, folds: int = 5, seed: int = 0
+) -> tuple[Pipeline, dict[str, float]]:
+    """Fit a head, with the strength of its regularisation chosen by cross-validation of these rows alone.
+
+    The features are standardised inside of each fold. The strength with the best Matthews correlation is taken, of values that
+    with the best R²; of equals the stronger. Then the head is fitted on all rows.
+
+    Args:
+        name: One of the heads of the kind.
+        features: `[N, D]`.
+        targets: `[N]`: numbers of classes, or values.
+        kind: Kind of the targets.
+        folds: Folds of the cross-validation; fewer where a class has fewer rows. 0 keeps scikit-learn's own strength.
+        seed: Seed of the folds and of the head.
+
+    Returns:
+        The fitted pipeline, and the chosen strength by its name.
+
+    Raises:
+        InputError: If the head is unknown for the kind, or there is one class.
+    """
+    check_choice(name, HEADS[kind], name="head")
+    check_range(folds, "[0, inf)", name="folds", hint="5 is usual, 0 chooses nothing")
+    if len(features) != len(targets) or not len(features):
+        raise InputError(f"texts and labels are {len(features)} and {len(targets)}: give as many, at least one")
+    counts = np.unique(targets, return_counts=True)[1]
+    if kind == "classification" and len(counts) < 2:
+        raise InputError(f"labels have one class in {len(targets)} rows: a classifier needs two")
+    head = HEADS[kind][name]
+    scaler = [] if name == "random_forest" else [("scaler", StandardScaler())]
+    pipeline = Pipeline([*scaler, ("head", head.make(seed))])
+    most = int(counts.min()) if kind == "classification" else len(targets)
+    if folds > most:
+        logger.warning(
+            "folds=%d, but a class has %d rows: %s",
+            folds,
+            most,
+            "no strength is chosen" if most < 2 else f"{most} folds",
+        )
+    folds = min(folds, most)
+    features = features.astype(np.float64)
+    if not head.strength or folds < 2:
+        return pipeline.fit(features, targets), {}
+    splitter = StratifiedKFold if kind == "classification" else KFold
+    search = GridSearchCV(
+        pipeline,
+        {f"head__{head.strength}": head.strengths},
+        cv=splitter(folds, shuffle=True, random_state=seed),
+        scoring="matthews_corrcoef" if kind == "classification" else "r2",
+    ).fit(features, targets)
+    name_of_strength = head.strength.rpartition("__")[2]
+    return search.best_estimator_, {name_of_strength: float(search.best_params_[f"head__{head.strength}"])}
+
+
+def save_head(head: Pipeline, path: Path) -> None:
+    """Write a fitted head; raise InputError if skops is not installed."""
+    _skops().dump(head, path)
+
+
+def read_head(path: str | Path) -> Pipeline:
+    """Open a head; a type that is not known to be harmless is refused, and none of its code runs.
+
+    Raises:
+        InputError: If there is such a type, the file is damaged, or skops is not installed.
+    """
+    skops = _skops()
+    try:
+        foreign = sorted(set(skops.get_untrusted_types(file=path)) - set(TRUSTED_TYPES))
+        head = None if foreign else skops.load(path, trusted=list(TRUSTED_TYPES))
+    except Exception as error:  # a damaged file may raise anything
+        raise InputError(f"{str(path)!r} cannot be read ({one_line(error)}): copy it again") from error
+    if foreign:
+        raise InputError(
+            f"{str(path)!r} holds {', '.join(foreign)}, which is no part of a head of this library: do not use it"
+        )
+    if not isinstance(head, Pipeline):
+        raise InputError(f"{str(path)!r} holds a {type(head).__name__}, not a Pipeline: copy it again")
+    return head
+
+
+def _skops() -> Any:
+    try:
+        import skops.io
+    except ImportError as error:
+        raise InputError(
+            "a head is saved by skops, which is not installed: pip install 'hf-pretrain[features]'"
+        ) from error
+    return skops.io
