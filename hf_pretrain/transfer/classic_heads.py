@@ -76,7 +76,9 @@ HEADS: dict[Kind, dict[str, HeadKind]] = {
         "ridge": HeadKind("ridge regression", lambda seed: Ridge(), "alpha", (1e4, 1e3, 1e2, 1e1, 1.0)),
         "linear_svr": HeadKind(
             "linear support vector regression",
-            lambda seed: _scaled_target(LinearSVR(max_iter=_ITERATIONS, random_state=seed)),
+            lambda seed: _scaled_target(
+                LinearSVR(loss="squared_epsilon_insensitive", dual="auto", max_iter=_ITERATIONS, random_state=seed)
+            ),
             "regressor__C",
             _STRENGTHS,
         ),

@@ -1,8 +1,8 @@
-"""Classifiers and regressors of scikit-learn on the features of a frozen encoder, saved without pickle.
+"""Classifiers and regressors on the features of a frozen encoder, saved without pickle.
 
-[`FeatureClassifier`] and [`FeatureRegressor`] are estimators: texts go in, labels or values come out. The head is one of
-[`hf_pretrain.transfer.classic_heads`]. A saved folder is a stock checkpoint with two more files: `feature_head.json` says how features are made, and
-`feature_head.skops` holds the head. skops opens no type that is not known to be harmless.
+[`FeatureClassifier`] and [`FeatureRegressor`] are estimators of scikit-learn: texts go in, labels or values come out. A saved
+folder is a stock checkpoint with two more files. `feature_head.json` says how features are made, and `feature_head.skops` holds
+the head, one of [`hf_pretrain.transfer.classic_heads`].
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class _OnFeatures(BaseEstimator):
             raise InputError(
                 "include_encoder=False needs a tokenizer with a name on the Hub: leave it out, or name one"
             )
-        commit = getattr(self.features_.encoder.config, "_commit_hash", None)
-        return {"model": name, "revision": commit or self.features_.revision, "tokenizer": tokenizer}
+        revision = self.features_.commit_ or self.features_.revision
+        return {"model": name, "revision": revision, "tokenizer": tokenizer}
 
     def _write_card(
         self,

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.hub import extract_commit_hash
 
 from hf_pretrain.errors import InputError, check_range, one_line
 from hf_pretrain.evaluation.probes import (
@@ -37,7 +38,7 @@ from hf_pretrain.evaluation.probes import (
 )
 from hf_pretrain.files import PART, plain
 from hf_pretrain.modeling.base import has_adapters
-from hf_pretrain.modeling.loading import from_pretrained
+from hf_pretrain.modeling.loading import find_file, from_pretrained
 
 # Of another way to make features, this has to be another number.
 _FORMAT = 1
@@ -74,6 +75,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
 
     Attributes:
         model_digest_: Digest of the encoder's weights.
+        commit_: Commit of a model on the Hub; None of any other.
         n_features_out_: Width of the vectors.
 
     Source:
@@ -123,6 +125,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self._encoder: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         base, _ = self._opened()
         self.model_digest_ = model_digest(base)
+        self.commit_ = commit_of(self.model, self.revision) if isinstance(self.model, str) else None
         self.n_features_out_ = self._width(self._layers())
         return self
 
@@ -195,7 +198,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
             raise InputError("bf16=True does not work on device='mps': leave it out")
         if isinstance(self.model, (str, os.PathLike)):
             name = str(self.model)
-            model, tokenizer = _named(name, self.revision, _state_of_folder(name))
+            model, tokenizer = _named(name, self.revision, _state_of(name, self.revision))
             model = model.to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         else:
             if self.revision is not None:
@@ -282,10 +285,21 @@ def model_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def _state_of_folder(name: str) -> tuple[tuple[str, int, int], ...]:
-    """Return names, sizes and times of the files of a folder: what is opened again once one of them has changed."""
+def commit_of(name: str, revision: str | None) -> str | None:
+    """Return the commit that a branch of a repository of the Hub is at; None of a folder."""
+    path = (
+        None
+        if os.path.isdir(name)
+        else find_file(name, "config.json", **({} if revision is None else {"revision": revision}))
+    )
+    commit: str | None = extract_commit_hash(path, None)
+    return commit
+
+
+def _state_of(name: str, revision: str | None) -> Any:
+    """Return what differs once a model has to be opened again: the commit, or names, sizes and times of a folder's files."""
     if not os.path.isdir(name):
-        return ()
+        return commit_of(name, revision)
     found = [(entry.name, entry.stat()) for entry in os.scandir(name) if entry.is_file()]
     return tuple(sorted((file, state.st_size, state.st_mtime_ns) for file, state in found))
 
