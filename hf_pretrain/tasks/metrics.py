@@ -68,7 +68,9 @@ def matthews(predictions: Any, references: Any) -> float:
     Source: Matthews 1975; for more than two classes Gorodkin 2004, as scikit-learn has it.
     """
     predicted, wanted = _both(predictions, references)
-    return float(sklearn.metrics.matthews_corrcoef(wanted, predicted)) if len(wanted) else 0.0
+    if len(np.unique(predicted)) < 2 or len(np.unique(wanted)) < 2:
+        return 0.0
+    return float(sklearn.metrics.matthews_corrcoef(wanted, predicted))
 
 
 def pearson(predictions: Any, references: Any) -> float:
