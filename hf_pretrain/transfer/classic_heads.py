@@ -1,18 +1,22 @@
 """The heads of scikit-learn that read features: which there are, how their strength is chosen, and how they are saved.
 
-A head is a `Pipeline` that standardises the features and classifies them, or estimates a value. [`fit_head`] makes one,
-[`save_head`] writes it with skops, and [`read_head`] opens no type that is not known to be harmless.
+A head is a `Pipeline` that standardises the features and classifies them, or estimates a value. [`fit_head`] makes one, and
+[`fit_tfidf`] the baseline that reads no features. [`save_head`] writes one with skops, and [`read_head`]
+opens no type that is not known to be harmless.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
+from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 from sklearn.pipeline import Pipeline
@@ -96,9 +100,23 @@ HEADS: dict[Kind, dict[str, HeadKind]] = {
 """The heads of each kind, by name."""
 
 
+class FittedHead(NamedTuple):
+    """A fitted head, and what the cross-validation said of it.
+
+    Attributes:
+        pipeline: The pipeline of scikit-learn, fitted on all rows.
+        chosen: The chosen strength by its name; {} where there was none to choose.
+        score: Mean over the folds of the Matthews correlation, of values of R²; None without cross-validation.
+    """
+
+    pipeline: Pipeline
+    chosen: dict[str, float]
+    score: float | None
+
+
 def fit_head(
     name: str, features: np.ndarray, targets: np.ndarray, *, kind: Kind, folds: int = 5, seed: int = 0
-) -> tuple[Pipeline, dict[str, float]]:
+) -> FittedHead:
     """Fit a head, with the strength of its regularisation chosen by cross-validation of these rows alone.
 
     The features are standardised inside of each fold. The strength with the best Matthews correlation is taken, of values that
@@ -112,43 +130,74 @@ def fit_head(
         folds: Folds of the cross-validation; fewer where a class has fewer rows. 0 keeps scikit-learn's own strength.
         seed: Seed of the folds and of the head.
 
-    Returns:
-        The fitted pipeline, and the chosen strength by its name.
-
     Raises:
         InputError: If the head is unknown for the kind, or there is one class.
     """
     check_choice(name, HEADS[kind], name="head")
-    check_range(folds, "[0, inf)", name="folds", hint="5 is usual, 0 chooses nothing")
-    if len(features) != len(targets) or not len(features):
-        raise InputError(f"texts and labels are {len(features)} and {len(targets)}: give as many, at least one")
-    counts = np.unique(targets, return_counts=True)[1]
-    if kind == "classification" and len(counts) < 2:
-        raise InputError(f"labels have one class in {len(targets)} rows: a classifier needs two")
     head = HEADS[kind][name]
     scaler = [] if name == "random_forest" else [("scaler", StandardScaler())]
     pipeline = Pipeline([*scaler, ("head", head.make(seed))])
+    grid = {f"head__{head.strength}": head.strengths} if head.strength else {}
+    return _fit(pipeline, grid, features.astype(np.float64), targets, kind=kind, folds=folds, seed=seed)
+
+
+def fit_tfidf(
+    texts: Sequence[str] | Sequence[tuple[str, str]], targets: np.ndarray, *, kind: Kind, folds: int = 5, seed: int = 0
+) -> FittedHead:
+    """Fit the baseline without an encoder: TF-IDF of words and pairs of words, and a linear support vector machine.
+
+    Values get a ridge regression. The words of the second text of a pair are other ones than those of the first. The arguments
+    are those of [`fit_head`].
+    """
+    model = LinearSVC(max_iter=_ITERATIONS, random_state=seed) if kind == "classification" else Ridge()
+    pipeline = Pipeline([("tfidf", TfidfVectorizer(analyzer=_ngrams, sublinear_tf=True)), ("head", model)])
+    # Rows of length 1 need less regularisation than standardised ones.
+    grid = {"head__C": (0.01, 0.1, 1.0, 10.0)} if kind == "classification" else {"head__alpha": (10.0, 1.0, 0.1, 0.01)}
+    return _fit(pipeline, grid, list(texts), targets, kind=kind, folds=folds, seed=seed)
+
+
+def _ngrams(text: str | tuple[str, str]) -> list[tuple[Any, ...]]:
+    """Return the words of a text and its pairs of neighbours, each with the number of the text."""
+    texts = (text,) if isinstance(text, str) else text
+    found: list[tuple[Any, ...]] = []
+    for number, part in enumerate(texts):
+        words = re.findall(r"\w+", part.lower())
+        found += [(number, *words[begin : begin + size]) for size in (1, 2) for begin in range(len(words) - size + 1)]
+    return found
+
+
+def _fit(
+    pipeline: Pipeline,
+    grid: Mapping[str, tuple[float, ...]],
+    rows: Any,
+    targets: np.ndarray,
+    *,
+    kind: Kind,
+    folds: int,
+    seed: int,
+) -> FittedHead:
+    check_range(folds, "[0, inf)", name="folds", hint="5 is usual, 0 chooses nothing")
+    if len(rows) != len(targets) or not len(rows):
+        raise InputError(f"texts and labels are {len(rows)} and {len(targets)}: give as many, at least one")
+    counts = np.unique(targets, return_counts=True)[1]
+    if kind == "classification" and len(counts) < 2:
+        raise InputError(f"labels have one class in {len(targets)} rows: a classifier needs two")
     most = int(counts.min()) if kind == "classification" else len(targets)
     if folds > most:
-        logger.warning(
-            "folds=%d, but a class has %d rows: %s",
-            folds,
-            most,
-            "no strength is chosen" if most < 2 else f"{most} folds",
-        )
+        left = "no strength is chosen" if most < 2 else f"there are {most} folds"
+        logger.warning("folds=%d, but the rarest class has %d rows: %s", folds, most, left)
     folds = min(folds, most)
-    features = features.astype(np.float64)
-    if not head.strength or folds < 2:
-        return pipeline.fit(features, targets), {}
+    if folds < 2:
+        return FittedHead(pipeline.fit(rows, targets), {}, None)
     splitter = StratifiedKFold if kind == "classification" else KFold
     search = GridSearchCV(
         pipeline,
-        {f"head__{head.strength}": head.strengths},
+        grid,
         cv=splitter(folds, shuffle=True, random_state=seed),
         scoring="matthews_corrcoef" if kind == "classification" else "r2",
-    ).fit(features, targets)
-    name_of_strength = head.strength.rpartition("__")[2]
-    return search.best_estimator_, {name_of_strength: float(search.best_params_[f"head__{head.strength}"])}
+    ).fit(rows, targets)
+    chosen = {name.rpartition("__")[2]: float(value) for name, value in search.best_params_.items()}
+    return FittedHead(search.best_estimator_, chosen, float(search.best_score_))
 
 
 def save_head(head: Pipeline, path: Path) -> None:

@@ -50,11 +50,13 @@ class _OnFeatures(BaseEstimator):
     def _fit(self, texts: Inputs, targets: np.ndarray) -> Self:
         check_choice(self.head, HEADS[self.kind], name="head")
         texts = list(texts)  # type: ignore[assignment]
-        self.features_ = clone(self.features).fit()
-        self.head_, self.chosen_ = fit_head(
-            self.head, self.features_.transform(texts), targets, kind=self.kind, folds=self.folds, seed=self.seed
-        )
-        self.num_examples_ = len(texts)
+        features = clone(self.features).fit()
+        return self._fit_rows(features, features.transform(texts), targets, texts)
+
+    def _fit_rows(self, features: PretrainedFeatures, table: np.ndarray, targets: np.ndarray, texts: Inputs) -> Self:
+        fitted = fit_head(self.head, table, targets, kind=self.kind, folds=self.folds, seed=self.seed)
+        self.head_, self.chosen_, self.cv_score_ = fitted
+        self.features_, self.num_examples_ = features, len(texts)
         self.reads_pairs_ = not isinstance(texts[0], str)
         return self
 
@@ -108,6 +110,7 @@ class _OnFeatures(BaseEstimator):
             "folds": self.folds,
             "seed": self.seed,
             "chosen": self.chosen_,
+            "cv_score": self.cv_score_,
             "classes": None if self.kind == "regression" else plain(self.classes_),
             "num_examples": self.num_examples_,
             "reads_pairs": self.reads_pairs_,
@@ -224,7 +227,7 @@ class _OnFeatures(BaseEstimator):
             raise InputError(f"name_or_path={name!r} holds a head of {content['kind']}: open it with {other}")
         encoder = content["encoder"]
         if encoder["model"] is None:
-            source = {"model": name, "revision": revision}
+            source: dict[str, Any] = {"model": name, "revision": revision}
         else:
             source = {key: encoder[key] for key in ("model", "revision", "tokenizer")}
         options = content["features"]
@@ -237,7 +240,8 @@ class _OnFeatures(BaseEstimator):
             )
         known = cls(features, content["head"], folds=content["folds"], seed=content["seed"])
         known.features_, known.head_ = features, read_head(_file(name, HEAD, revision))
-        known.chosen_, known.num_examples_ = content["chosen"], content["num_examples"]
+        known.chosen_, known.cv_score_ = content["chosen"], content["cv_score"]
+        known.num_examples_ = content["num_examples"]
         known.reads_pairs_ = content["reads_pairs"]
         if content["classes"] is not None:
             known.classes_ = np.asarray(content["classes"])
@@ -258,6 +262,7 @@ class FeatureClassifier(ClassifierMixin, _OnFeatures):
         features_: The fitted features.
         head_: The fitted pipeline of scikit-learn, which knows the labels by their numbers.
         chosen_: The chosen strength by its name.
+        cv_score_: Mean score over the folds, see [`hf_pretrain.transfer.classic_heads.FittedHead`].
     """
 
     kind = "classification"
@@ -281,9 +286,18 @@ class FeatureClassifier(ClassifierMixin, _OnFeatures):
         self.classes_, numbers = np.unique(np.asarray(labels), return_inverse=True)
         return self._fit(texts, numbers)
 
+    def fit_features(self, table: np.ndarray, labels: Sequence[Any] | np.ndarray, *, texts: Inputs) -> Self:
+        """Fit the head on what the fitted `features` made of the texts, to make them once for several heads."""
+        self.classes_, numbers = np.unique(np.asarray(labels), return_inverse=True)
+        return self._fit_rows(self.features, table, numbers, texts)
+
     def predict(self, texts: Inputs) -> np.ndarray:
         """Return the label of each text."""
-        return np.asarray(self.classes_[self.head_.predict(self._features(texts))])
+        return self.predict_features(self._features(texts))
+
+    def predict_features(self, table: np.ndarray) -> np.ndarray:
+        """Return the label of each row of features."""
+        return np.asarray(self.classes_[self.head_.predict(table.astype(np.float64))])
 
     @available_if(lambda self: self.head in ("logistic", "random_forest"))
     def predict_proba(self, texts: Inputs) -> np.ndarray:
@@ -309,6 +323,7 @@ class FeatureRegressor(RegressorMixin, _OnFeatures):
         features_: The fitted features.
         head_: The fitted pipeline of scikit-learn.
         chosen_: The chosen strength by its name.
+        cv_score_: Mean score over the folds, see [`hf_pretrain.transfer.classic_heads.FittedHead`].
     """
 
     kind = "regression"
@@ -327,9 +342,17 @@ class FeatureRegressor(RegressorMixin, _OnFeatures):
             raise InputError(f"values[{int(np.argmin(np.isfinite(targets)))}] is not finite: leave the row out")
         return self._fit(texts, targets)
 
+    def fit_features(self, table: np.ndarray, values: Sequence[float] | np.ndarray, *, texts: Inputs) -> Self:
+        """Fit the head on what the fitted `features` made of the texts, to make them once for several heads."""
+        return self._fit_rows(self.features, table, np.asarray(values, dtype=np.float64), texts)
+
     def predict(self, texts: Inputs) -> np.ndarray:
         """Return the value of each text."""
-        return np.asarray(self.head_.predict(self._features(texts)))
+        return self.predict_features(self._features(texts))
+
+    def predict_features(self, table: np.ndarray) -> np.ndarray:
+        """Return the value of each row of features."""
+        return np.asarray(self.head_.predict(table.astype(np.float64)))
 
 
 def _read_config(name: str, revision: str | None) -> dict[str, Any]:

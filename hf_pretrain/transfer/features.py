@@ -308,7 +308,7 @@ def _state_of(name: str, revision: str | None) -> Any:
 @lru_cache(maxsize=1)
 def _named(name: str, revision: str | None, state: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open an encoder and its tokenizer; raise InputError if weights of it would be drawn at random."""
-    options = {} if revision is None else {"revision": revision}
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
     model = from_pretrained(AutoModel, name, announce=False, **options)
     fresh = [weight for weight in model.fresh_parameters if not weight.startswith(_POOLER)]
     if fresh:

@@ -142,11 +142,13 @@ class TestStrength:
         labels = np.arange(150) % 2
         noisy = np.random.default_rng(0).normal(size=(150, 100))
         noisy[:, 0] += labels * 1.5
-        chosen = fit_head("logistic", noisy, labels, kind="classification")[1]["C"]
+        chosen = fit_head("logistic", noisy, labels, kind="classification").chosen["C"]
         curved = np.linspace(-1, 1, 200)[:, None]
-        clear = fit_head("rbf_svm", curved, (np.sin(12 * curved[:, 0]) > 0).astype(int), kind="classification")[1]["C"]
+        clear = fit_head("rbf_svm", curved, (np.sin(12 * curved[:, 0]) > 0).astype(int), kind="classification").chosen[
+            "C"
+        ]
         assert chosen < 1.0 and clear > 0.1
-        assert fit_head("logistic", noisy, labels, kind="classification", folds=0)[1] == {}
+        assert fit_head("logistic", noisy, labels, kind="classification", folds=0).chosen == {}
 
     def test_features_are_standardised_within_each_fold(self, monkeypatch):
         """The scaler is part of what is fitted in a fold: it never sees the rows that the fold is measured on."""
@@ -162,9 +164,9 @@ class TestStrength:
     def test_a_rare_class_makes_fewer_folds(self, caplog):
         labels = np.array([0] * 20 + [1] * 3)
         table = labels[:, None] + np.zeros((23, 2))
-        assert "C" in fit_head("logistic", table, labels, kind="classification")[1] and "3 folds" in caplog.text
+        assert "C" in fit_head("logistic", table, labels, kind="classification").chosen and "3 folds" in caplog.text
         labels[-2:] = 0
-        assert fit_head("logistic", table, labels, kind="classification")[1] == {}
+        assert fit_head("logistic", table, labels, kind="classification").chosen == {}
         assert "no strength is chosen" in caplog.text
 
     @pytest.mark.parametrize(
