@@ -3,9 +3,9 @@
     hf-pretrain features my-encoder --tasks tasks.yaml --task sst2 --classifier all --output_dir my-classifier
     hf-pretrain features my-encoder --train_file train.tsv --validation_file dev.tsv --text_columns sentence --label_column label
 
-The first rows of the table need no encoder: the most frequent class, and TF-IDF with a linear support vector machine. The strength
-of the regularisation is chosen by cross-validation of the training rows alone. The validation rows are only measured. With
---classifier all the classifier with the best cross-validation is written.
+The first rows of the table need no encoder: the most frequent class, and TF-IDF with a linear support vector machine. The
+strength of the regularisation is chosen by cross-validation of the training rows alone. The validation rows are only measured.
+With --classifier all the classifier with the best cross-validation is written.
 
 The folder opens with `hf_pretrain.FeatureClassifier`, and its encoder with `AutoModel.from_pretrained`. Values (--task_type
 regression) have the heads ridge, linear_svr, rbf_svr and random_forest, and `hf_pretrain.FeatureRegressor`.

@@ -59,7 +59,7 @@ def table(text):
     found = {}
     for line in lines:
         cells = re.split(r"\s{2,}", line.strip())
-        if len(cells) > 1 and re.fullmatch(r"-?\d\.\d+", cells[-1]):
+        if len(cells) > 1 and re.fullmatch(r"-?\d+\.\d+", cells[-1]):
             found[cells[0]] = [float(cell) for cell in cells if re.fullmatch(r"-?\d+\.\d{3}", cell)]
     return found
 
