@@ -197,6 +197,15 @@ class TestFolder:
         with pytest.raises(InputError, match="has no feature_head.skops"):
             FeatureClassifier.from_pretrained(tmp_path)
 
+    def test_a_live_model_is_saved_without_its_pooler(self, tmp_path):
+        set_seed(3)
+        model, (texts, labels) = AutoModel.from_config(BertConfig(**SIZES)), task(60)
+        known = FeatureClassifier(PretrainedFeatures(model, tokenizer=tiny_tokenizer()), folds=0).fit(texts, labels)
+        known.save_pretrained(tmp_path)
+        assert model.pooler is not None
+        again = FeatureClassifier.from_pretrained(tmp_path)
+        assert np.array_equal(again.decision_function(texts), known.decision_function(texts))
+
     def test_another_encoder_is_refused(self, fitted, tmp_path):
         fitted["logistic"].save_pretrained(tmp_path)
         set_seed(1)

@@ -226,6 +226,12 @@ class TestCache:
         found = live(model, cache_dir=tmp_path, **options).transform(texts)
         np.testing.assert_array_equal(found, live(model, **options).transform(texts))
 
+    def test_other_combinations_of_the_same_layers_find_nothing(self, tmp_path):
+        model, options = tiny_model(), [{"combination": name} for name in ("sum", "mean", (0.5, 1.0), (1.0, 0.5))]
+        for own in options:
+            found = live(model, cache_dir=tmp_path, layer=(-1, -2), **own).transform(TEXTS)
+            np.testing.assert_array_equal(found, live(model, layer=(-1, -2), **own).transform(TEXTS))
+
     def test_a_configuration_that_computes_otherwise_finds_nothing(self, tmp_path):
         one, other = (
             tiny_model(BertConfig(**SIZES, hidden_act="gelu")),
