@@ -244,7 +244,7 @@ def _save(args: FeaturesArguments, data: TaskData, found: list[Measured], folder
     targets = data.targets("validation")
     evaluation = Evaluation(
         task=data.spec.name,
-        dataset=data.spec.dataset_name or Path(data.spec.train_file[0]).name,
+        dataset=data.spec.dataset_name or Path((data.spec.validation_file or data.spec.train_file)[0]).name,
         dataset_config=data.spec.dataset_config_name,
         split="validation" if data.spec.validation_file or data.spec.validation_split else "held-out rows",
         metrics=best.scores,

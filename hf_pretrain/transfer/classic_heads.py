@@ -32,7 +32,7 @@ TRUSTED_TYPES = ("sklearn.tree._tree.Tree",)
 
 _TREES = 300
 # From strong regularisation to weak: of equals the first is taken.
-_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _RBF_STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 _ITERATIONS = 5000
 
@@ -152,7 +152,11 @@ def fit_tfidf(
     model = LinearSVC(max_iter=_ITERATIONS, random_state=seed) if kind == "classification" else Ridge()
     pipeline = Pipeline([("tfidf", TfidfVectorizer(analyzer=_ngrams, sublinear_tf=True)), ("head", model)])
     # Rows of length 1 need less regularisation than standardised ones.
-    grid = {"head__C": (0.01, 0.1, 1.0, 10.0)} if kind == "classification" else {"head__alpha": (10.0, 1.0, 0.1, 0.01)}
+    grid = (
+        {"head__C": (0.01, 0.1, 1.0, 10.0, 100.0)}
+        if kind == "classification"
+        else {"head__alpha": (10.0, 1.0, 0.1, 0.01)}
+    )
     return _fit(pipeline, grid, list(texts), targets, kind=kind, folds=folds, seed=seed)
 
 
