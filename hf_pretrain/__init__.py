@@ -175,6 +175,9 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
+    from hf_pretrain.transfer.feature_heads import FeatureClassifier as FeatureClassifier
+    from hf_pretrain.transfer.feature_heads import FeatureRegressor as FeatureRegressor
+    from hf_pretrain.transfer.features import PretrainedFeatures as PretrainedFeatures
     from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
     from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
     from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
@@ -341,6 +344,8 @@ _EXPORTS = {
     "training.arguments": ("PretrainingArguments",),
     "training.method": ("Learning", "Method"),
     "training.trainer": ("PretrainingTrainer",),
+    "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
+    "transfer.features": ("PretrainedFeatures",),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
     "transfer.generative": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
     "transfer.generative_inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),

@@ -45,6 +45,10 @@ COMMANDS = {
         "hf_pretrain.commands.vectors",
         "vectors of words: counts, PMI, LSA, word2vec, GloVe, or those of an encoder",
     ),
+    "features": (
+        "hf_pretrain.commands.features",
+        "features of a frozen encoder, and classic classifiers on them beside TF-IDF",
+    ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
 }

@@ -399,7 +399,7 @@ def refuse_adapters(model: nn.Module) -> None:
     Raises:
         InputError: Saying what to do.
     """
-    if not _has_adapters(model):
+    if not has_adapters(model):
         return
     raise InputError(
         f"{type(model).__name__} has adapters of PEFT, which pre-training does not export: train the model itself "
@@ -407,7 +407,8 @@ def refuse_adapters(model: nn.Module) -> None:
     )
 
 
-def _has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters of PEFT that are not merged, or is wrapped by it."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return True
     # Without importing it: where it has not been imported, no model has adapters. A merged model still has its configuration.
