@@ -113,7 +113,9 @@ class TestWindows:
         tokenizer.truncation_side = side
         windows = windows_of(self.text, tokenizer)
         assert len(windows) > 8 and len({len(window.in_text) for window in windows}) == 2
-        owners = owners_of(sorted(windows, key=lambda w: w.offsets[w.in_text][0, 0])) if rule == "max_context" else None
+        owners = (
+            owners_of(sorted(windows, key=lambda w: w.offsets[w.in_text][0, 0])) if rule == "max_context" else None
+        )
         order = np.argsort([window.offsets[window.in_text][0, 0] for window in windows])
         for _ in range(20):
             pairs = [generator.normal(size=(2, len(window.in_text))) * 3 for window in windows]
@@ -294,7 +296,8 @@ class TestQuestions:
         model, tokenizer = BertForQuestionAnswering(config).train(), planted()[1]
         options = {"max_length": 14, "doc_stride": 3, "n_best": 3}
         runs = [
-            answer_questions(model, tokenizer, self.questions, self.texts, batch_size=size, **options) for size in (1, 7)
+            answer_questions(model, tokenizer, self.questions, self.texts, batch_size=size, **options)
+            for size in (1, 7)
         ]
         assert model.training
         for one, other in zip(*runs, strict=True):
