@@ -168,9 +168,18 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
         ReplacedTokenDetectionTrainingArguments as ReplacedTokenDetectionTrainingArguments,
     )
     from hf_pretrain.schedules import Schedule as Schedule
+    from hf_pretrain.tasks.answers import Answer as Answer
+    from hf_pretrain.tasks.answers import answer_questions as answer_questions
+    from hf_pretrain.tasks.answers import best_null_threshold as best_null_threshold
     from hf_pretrain.tasks.batches import DataCollatorForTask as DataCollatorForTask
+    from hf_pretrain.tasks.batches import DataCollatorForTaskHead as DataCollatorForTaskHead
     from hf_pretrain.tasks.data import TaskDataArguments as TaskDataArguments
     from hf_pretrain.tasks.data import prepare_task as prepare_task
+    from hf_pretrain.tasks.labelled import TaskData as TaskData
+    from hf_pretrain.tasks.metrics import as_evaluate_metric as as_evaluate_metric
+    from hf_pretrain.tasks.spec import TaskSpec as TaskSpec
+    from hf_pretrain.tasks.spec import load_task as load_task
+    from hf_pretrain.tasks.spec import read_tasks as read_tasks
     from hf_pretrain.training.arguments import PretrainingArguments as PretrainingArguments
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
@@ -339,8 +348,12 @@ _EXPORTS = {
         "ReplacedTokenDetectionTrainingArguments",
     ),
     "schedules": ("Schedule",),
-    "tasks.batches": ("DataCollatorForTask",),
+    "tasks.answers": ("Answer", "answer_questions", "best_null_threshold"),
+    "tasks.batches": ("DataCollatorForTask", "DataCollatorForTaskHead"),
     "tasks.data": ("TaskDataArguments", "prepare_task"),
+    "tasks.labelled": ("TaskData",),
+    "tasks.metrics": ("as_evaluate_metric",),
+    "tasks.spec": ("TaskSpec", "load_task", "read_tasks"),
     "training.arguments": ("PretrainingArguments",),
     "training.method": ("Learning", "Method"),
     "training.trainer": ("PretrainingTrainer",),
