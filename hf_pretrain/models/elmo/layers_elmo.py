@@ -205,7 +205,9 @@ class ScalarMix(nn.Module):
             ValueError: If the layers are not as many as the weights.
         """
         if len(hidden_states) != len(self.weights):
-            raise ValueError(f"hidden_states has {len(hidden_states)} layers: this mean has {len(self.weights)} weights")
+            raise ValueError(
+                f"hidden_states has {len(hidden_states)} layers: this mean has {len(self.weights)} weights"
+            )
         shares = self.weights.softmax(0)
         layers = [self._normed(layer, attention_mask) if self.do_layer_norm else layer for layer in hidden_states]
         mixed = sum(share * layer for share, layer in zip(shares, layers, strict=True))

@@ -114,7 +114,9 @@ class ElmoPreTrainedModel(PreTrainedModel):
                 if self.config.character_activation == "relu":
                     init.uniform_(convolution.weight, -0.05, 0.05)
                 else:
-                    init.normal_(convolution.weight, std=(convolution.kernel_size[0] * convolution.in_channels) ** -0.5)
+                    init.normal_(
+                        convolution.weight, std=(convolution.kernel_size[0] * convolution.in_channels) ** -0.5
+                    )
                 init.zeros_(convolution.bias)
         elif isinstance(module, TokenEmbedding):
             init.normal_(module.weight, std=1.0)
@@ -140,7 +142,9 @@ class ElmoPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: Always.
         """
-        raise ValueError("resize_token_embeddings: ELMo's vocabulary cannot be resized: build a model of another vocab_size")
+        raise ValueError(
+            "resize_token_embeddings: ELMo's vocabulary cannot be resized: build a model of another vocab_size"
+        )
 
 
 class ElmoModel(ElmoPreTrainedModel):
@@ -153,6 +157,8 @@ class ElmoModel(ElmoPreTrainedModel):
     """
 
     _auto_class = "AutoModel"
+    # A checkpoint of the language models has a softmax too.
+    _keys_to_ignore_on_load_unexpected = [r"^softmax\."]  # noqa: RUF012
 
     def __init__(self, config: ElmoConfig) -> None:
         super().__init__(config)
@@ -378,9 +384,7 @@ class ElmoForPreTraining(ElmoPreTrainedModel):
                 losses.append(self.token_losses(half, targets).sum() / count)
             loss = torch.stack(losses).mean()
         if labels is None or not self.training:
-            logits = tuple(
-                self.softmax.log_prob(half.flatten(0, 1)).unflatten(0, half.shape[:2]) for half in halves
-            )
+            logits = tuple(self.softmax.log_prob(half.flatten(0, 1)).unflatten(0, half.shape[:2]) for half in halves)
         return ElmoForPreTrainingOutput(
             loss=loss,
             forward_logits=logits[0],

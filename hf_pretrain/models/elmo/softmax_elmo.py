@@ -74,7 +74,11 @@ class WordSoftmax(nn.Linear):
         return self(states).float().log_softmax(-1)
 
     def nll(
-        self, states: torch.Tensor, targets: torch.Tensor, tails: list[torch.Tensor], negatives: Negatives | None = None
+        self,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        tails: list[torch.Tensor],
+        negatives: Negatives | None = None,
     ) -> torch.Tensor:
         """Return minus the log-probability of each target.
 
@@ -91,7 +95,9 @@ class WordSoftmax(nn.Linear):
             return self._sampled_nll(states, targets, negatives)
         if torch.is_grad_enabled():
             return F.cross_entropy(self(states).float(), targets, reduction="none")
-        parts = zip(*(values.split(max(1, _CHUNK_LOGITS // self.out_features)) for values in (states, targets)), strict=True)
+        parts = zip(
+            *(values.split(max(1, _CHUNK_LOGITS // self.out_features)) for values in (states, targets)), strict=True
+        )
         return torch.cat([F.cross_entropy(self(part).float(), ids, reduction="none") for part, ids in parts])
 
     def _sampled_nll(self, states: torch.Tensor, targets: torch.Tensor, negatives: Negatives) -> torch.Tensor:
@@ -118,7 +124,11 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         )
 
     def nll(
-        self, states: torch.Tensor, targets: torch.Tensor, tails: list[torch.Tensor], negatives: Negatives | None = None
+        self,
+        states: torch.Tensor,
+        targets: torch.Tensor,
+        tails: list[torch.Tensor],
+        negatives: Negatives | None = None,
     ) -> torch.Tensor:
         """Return minus the log-probability of each target; see [`WordSoftmax`].
 

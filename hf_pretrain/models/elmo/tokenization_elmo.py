@@ -42,19 +42,25 @@ class ElmoTokenizer(PreTrainedTokenizerFast):
     further. A word of the vocabulary has the characters of the vocabulary, any other one its own.
 
     Args:
-        *args: As of `PreTrainedTokenizerFast`. Without a tokenizer inside, white space separates words and none is known.
-        max_characters: Characters of a word, its two marks included; as of the model.
-        **kwargs: As of `PreTrainedTokenizerFast`.
+        *args: As of `PreTrainedTokenizerFast`.
+        **kwargs: As of `PreTrainedTokenizerFast`; and `max_characters`, the characters of a word, its two marks included, which is
+            50 and has to be that of the model.
     """
 
     model_input_names = ["input_ids", "attention_mask", "character_ids"]  # noqa: RUF012
     _auto_class = "AutoTokenizer"
 
-    def __init__(self, *args: Any, max_characters: int = 50, **kwargs: Any) -> None:
-        if not any(kwargs.get(name) for name in ("tokenizer_object", "tokenizer_file")):
-            kwargs |= _SPECIAL | {"tokenizer_object": _without_words()}
-        super().__init__(*args, max_characters=max_characters, **kwargs)
-        self.max_characters = max_characters
+    # There is no __init__ here: for a class that has one, transformers would build another tokenizer from the saved words.
+
+    @property
+    def max_characters(self) -> int:
+        """Characters of a word, its two marks included."""
+        return int(self.init_kwargs.get("max_characters", 50))
+
+    @classmethod
+    def without_vocabulary(cls, *, max_characters: int = 50) -> ElmoTokenizer:
+        """Return a tokenizer of words between white space, for models that read characters alone; all ids are that of unknown."""
+        return cls(tokenizer_object=_without_words(), max_characters=max_characters, **_SPECIAL)
 
     @classmethod
     def from_fast(cls, tokenizer: PreTrainedTokenizerFast, *, max_characters: int = 50) -> ElmoTokenizer:
@@ -113,7 +119,12 @@ class ElmoTokenizer(PreTrainedTokenizerFast):
         """Yield the characters of each token of a text, which is given for the words that are not known."""
         normalizer = self.backend_tokenizer.normalizer
         for token, is_word, part, word, (begin, end) in zip(
-            encoding.ids, encoding.attention_mask, encoding.sequence_ids, encoding.word_ids, encoding.offsets, strict=True
+            encoding.ids,
+            encoding.attention_mask,
+            encoding.sequence_ids,
+            encoding.word_ids,
+            encoding.offsets,
+            strict=True,
         ):
             if not is_word:
                 yield [0] * self.max_characters

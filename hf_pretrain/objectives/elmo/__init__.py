@@ -1,0 +1,1 @@
+from hf_pretrain.objectives.elmo.modeling import draw_negatives
