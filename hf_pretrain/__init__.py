@@ -141,6 +141,12 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.objectives.electric import TwoTowerClozeConfig as TwoTowerClozeConfig
     from hf_pretrain.objectives.electric import TwoTowerClozeModel as TwoTowerClozeModel
     from hf_pretrain.objectives.electric import score_texts as score_texts
+    from hf_pretrain.objectives.elmo import BidirectionalLMForPreTraining as BidirectionalLMForPreTraining
+    from hf_pretrain.objectives.elmo import DataCollatorForElmo as DataCollatorForElmo
+    from hf_pretrain.objectives.elmo import ElmoDataArguments as ElmoDataArguments
+    from hf_pretrain.objectives.elmo import ElmoModelArguments as ElmoModelArguments
+    from hf_pretrain.objectives.elmo import ElmoTrainer as ElmoTrainer
+    from hf_pretrain.objectives.elmo import ElmoTrainingArguments as ElmoTrainingArguments
     from hf_pretrain.objectives.encoder import DataCollatorForEncoder as DataCollatorForEncoder
     from hf_pretrain.objectives.encoder import EncoderTrainer as EncoderTrainer
     from hf_pretrain.objectives.encoder import EncoderTrainingArguments as EncoderTrainingArguments
@@ -322,6 +328,14 @@ _EXPORTS = {
         "TwoTowerClozeConfig",
         "TwoTowerClozeModel",
         "score_texts",
+    ),
+    "objectives.elmo": (
+        "BidirectionalLMForPreTraining",
+        "DataCollatorForElmo",
+        "ElmoDataArguments",
+        "ElmoModelArguments",
+        "ElmoTrainer",
+        "ElmoTrainingArguments",
     ),
     "objectives.encoder": ("DataCollatorForEncoder", "EncoderTrainer", "EncoderTrainingArguments", "MaskedLMTrainer"),
     "objectives.encoder.generation": ("generate",),

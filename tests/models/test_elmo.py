@@ -19,6 +19,7 @@ from hf_pretrain import (
     ScalarMix,
 )
 from hf_pretrain.models.elmo.softmax_elmo import Negatives
+from hf_pretrain.objectives.elmo import draw_negatives
 
 SIZES = {
     "vocab_size": 40,
@@ -191,7 +192,7 @@ def test_characters_are_read_as_the_words_of_the_table():
 @torch.no_grad()
 @pytest.mark.parametrize("options", [{}, {"softmax": "adaptive", "cutoffs": [5, 20], "div_value": 2}])
 def test_probabilities_sum_to_one_and_are_those_of_the_losses(options):
-    model = build(ElmoForPreTraining, initializer_range=1.0, **options)
+    model = build(ElmoForPreTraining, **options)
     ids = torch.randint(1, 40, (2, 30))
     found = model(ids, labels=ids)
     means = []
@@ -221,7 +222,7 @@ def test_both_directions_train_one_softmax_and_their_own_layers():
 
 @torch.no_grad()
 def test_a_sampled_loss_nears_the_full_one_as_the_samples_become_all_words():
-    model = build(ElmoForPreTraining, initializer_range=0.5, vocab_size=200)
+    model = build(ElmoForPreTraining, vocab_size=200)
     states, targets = torch.randn(50, 6), torch.randint(0, 200, (50,))
     full = model.softmax.nll(states, targets, [])
     every = Negatives(torch.arange(200), torch.tensor(torch.inf))
@@ -230,16 +231,10 @@ def test_a_sampled_loss_nears_the_full_one_as_the_samples_become_all_words():
     for size in (10, 50, 150):
         found = []
         for seed in range(30):
-            keys = draw_negatives(size, vocab_size=200, key=seed)
-            found.append(model.softmax.nll(states, targets, [], keys))
+            drawn = draw_negatives(size, vocab_size=200, seed=seed, epoch=0, number=0)
+            found.append(model.softmax.nll(states, targets, [], drawn))
         errors.append(float((torch.stack(found).mean(0) - full).abs().mean()))
     assert errors[0] > 2 * errors[1] > 4 * errors[2], errors
-
-
-def draw_negatives(size, *, vocab_size, key):
-    from hf_pretrain.objectives.elmo import draw_negatives as draw
-
-    return draw(size, vocab_size=vocab_size, seed=key, epoch=0, number=0)
 
 
 # The mean of layers

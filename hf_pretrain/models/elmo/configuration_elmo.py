@@ -48,7 +48,7 @@ class ElmoConfig(PreTrainedConfig):
         stateful: Whether the model goes on, row by row, from where the last call ended, as the original does. The same text
             read twice then has two results.
         classifier_dropout: Dropout of the weighted mean, before a classifier.
-        initializer_range: Standard deviation of new tables and heads.
+        initializer_range: Standard deviation of the weights of a new classifier.
 
     Raises:
         ValueError: If sizes or choices do not fit together.

@@ -88,7 +88,6 @@ class ElmoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        std = self.config.initializer_range
         if isinstance(module, ElmoLSTM):
             bound = module.hidden_size**-0.5
             for name, parameter in module.named_parameters():
@@ -111,22 +110,22 @@ class ElmoPreTrainedModel(PreTrainedModel):
             init.zeros_(module.projection.bias)
             for convolution in module.convolutions:
                 assert isinstance(convolution, nn.Conv1d)
-                if self.config.character_activation == "relu":
-                    init.uniform_(convolution.weight, -0.05, 0.05)
-                else:
-                    init.normal_(
-                        convolution.weight, std=(convolution.kernel_size[0] * convolution.in_channels) ** -0.5
-                    )
+                init.normal_(convolution.weight, std=(convolution.kernel_size[0] * convolution.in_channels) ** -0.5)
                 init.zeros_(convolution.bias)
         elif isinstance(module, TokenEmbedding):
             init.normal_(module.weight, std=1.0)
         elif isinstance(module, ScalarMix):
             init.zeros_(module.weights)
             init.ones_(module.gamma)
-        elif isinstance(module, nn.Linear) and not getattr(module.weight, "_is_hf_initialized", False):
-            init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                init.zeros_(module.bias)
+        elif isinstance(module, (WordSoftmax, AdaptiveSoftmax)):
+            for linear in module.modules():
+                if isinstance(linear, nn.Linear):
+                    init.normal_(linear.weight, std=linear.in_features**-0.5)
+                    if linear.bias is not None:
+                        init.zeros_(linear.bias)
+        elif isinstance(module, nn.Linear) and module is getattr(self, "classifier", None):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the module that gives words their vectors."""

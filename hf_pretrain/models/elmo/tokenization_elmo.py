@@ -7,6 +7,7 @@ itself, known or not. In the shapes: B texts, T words, K characters of a word.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -30,9 +31,15 @@ def word_characters(word: str | int, *, max_characters: int = 50) -> list[int]:
 
     Source: `bilm-tf`, `UnicodeCharsVocabulary`.
     """
+    return list(_characters(word, max_characters))
+
+
+# Most words of a text have been there before.
+@lru_cache(maxsize=1 << 16)
+def _characters(word: str | int, max_characters: int) -> tuple[int, ...]:
     symbols = [word] if isinstance(word, int) else list(word.encode("utf-8", "ignore")[: max_characters - 2])
     found = [BEGIN_OF_WORD, *symbols, END_OF_WORD]
-    return [number + 1 for number in found + [PADDING] * (max_characters - len(found))]
+    return tuple(number + 1 for number in found + [PADDING] * (max_characters - len(found)))
 
 
 class ElmoTokenizer(PreTrainedTokenizerFast):
@@ -91,6 +98,7 @@ class ElmoTokenizer(PreTrainedTokenizerFast):
         return [self.token_characters(number) for number in range(len(self))]
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+        """Add the characters to what the fast tokenizer returns; there are none where no attention mask is wanted either."""
         is_split, tensors = options.get("is_split_into_words", False), options.pop("return_tensors", None)
         cutter = self.backend_tokenizer.pre_tokenizer
         try:
@@ -101,6 +109,8 @@ class ElmoTokenizer(PreTrainedTokenizerFast):
         finally:
             if is_split and cutter is not None:
                 self.backend_tokenizer.pre_tokenizer = cutter
+        if options.get("return_attention_mask") is False:
+            return found.convert_to_tensors(tensors) if tensors is not None else found
         is_one = isinstance(text, str) or (is_split and not (len(text) and isinstance(text[0], (list, tuple))))
         sources = [(text, text_pair)] if is_one else list(zip(text, text_pair or [None] * len(text), strict=True))
         # Where a text is returned in several parts, each part names its text.
