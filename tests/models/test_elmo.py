@@ -70,7 +70,7 @@ def build(cls=ElmoModel, *, seed=0, **options):
     return model
 
 
-LIMITS = [{}, {"cell_clip": 0.3, "projection_clip": 0.2}]
+LIMITS = [{}, {"cell_clip": 1.5, "projection_clip": 1.0}]
 
 
 @pytest.mark.parametrize("limits", LIMITS)

@@ -40,7 +40,7 @@ class CharacterEmbedding(nn.Module):
     """Vectors of words from their characters: convolutions, the maximum over the characters, highway layers, a projection.
 
     Args:
-        config: Sizes. With a vocabulary, the characters of its words lie in the buffer `characters`, ``int16 [V, K]``.
+        config: Sizes. With a vocabulary, the characters of its words lie in the buffer `characters`, ``int32 [V, K]``.
 
     Source: Peters et al. (2018), section 3.4; Kim et al., "Character-Aware Neural Language Models" (2016).
     """
@@ -58,7 +58,7 @@ class CharacterEmbedding(nn.Module):
         self.highways = nn.ModuleList([Highway(total) for _ in range(config.num_highway_layers)])
         self.projection = nn.Linear(total, config.projection_size)
         if config.vocab_size:
-            empty = torch.zeros(config.vocab_size, config.max_characters, dtype=torch.int16)
+            empty = torch.zeros(config.vocab_size, config.max_characters, dtype=torch.int32)
             self.register_buffer("characters", empty)
 
     def forward(

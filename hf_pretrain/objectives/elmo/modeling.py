@@ -249,7 +249,7 @@ class BidirectionalLMForPreTraining(PretrainingModel):
 
 
 def character_table(tokenizer: PreTrainedTokenizerBase, *, max_characters: int) -> torch.Tensor:
-    """Return the characters of every word of a tokenizer, ``int16 [V, max_characters]``.
+    """Return the characters of every word of a tokenizer, ``int32 [V, max_characters]``.
 
     Raises:
         InputError: If its tokens are not whole words.
@@ -262,7 +262,7 @@ def character_table(tokenizer: PreTrainedTokenizerBase, *, max_characters: int) 
         )
     words: Any = tokenizer
     own = ElmoTokenizer.from_fast(words, max_characters=max_characters)
-    return torch.tensor(own.vocabulary_characters(), dtype=torch.int16)
+    return torch.tensor(own.vocabulary_characters(), dtype=torch.int32)
 
 
 def _check_type(model_type: str, name: str) -> None:
