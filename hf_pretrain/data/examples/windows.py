@@ -209,8 +209,8 @@ class BidirectionalLaneDataset(LaneDataset):
         """Return one window of each direction.
 
         Returns:
-            As of [`LaneDataset`], and ``backward_input_ids`` and ``backward_labels``, ``int32 [n]`` in the order in which they are
-            read: from right to left, each token with the one on its left as its label.
+            As of [`LaneDataset`], and ``backward_input_ids`` and ``backward_labels``, ``int32 [n]`` in the order in which they
+            are read: from right to left, each token with the one on its left as its label.
 
         Raises:
             IndexError: If there is no such window.

@@ -84,7 +84,7 @@ class TokenEmbedding(nn.Embedding):
     def __init__(self, config: ElmoConfig) -> None:
         super().__init__(config.vocab_size, config.projection_size, padding_idx=config.pad_token_id)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, input_ids: torch.Tensor | None = None, character_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the vectors ``[..., P]`` of tokens ``[...]``; characters are of no use here."""
@@ -95,7 +95,7 @@ class TokenEmbedding(nn.Embedding):
 class ElmoLSTM(nn.LSTM):
     """One layer of one direction, which reads from left to right: LSTM with a projection, and with limits if there are any.
 
-    Without limits the layer is one fused call. With them each step is computed here, because no kernel clips inside the recurrence.
+    Without limits the layer is one fused call. With them each step is computed here: no kernel clips inside the recurrence.
 
     Args:
         config: Sizes and limits.

@@ -1,7 +1,8 @@
 """ELMo: the model, and the two language models that it is trained as.
 
-Each direction has its own stack of LSTMs, which sees nothing of the other one. They share the vectors of words below them and the
-softmax above them. A direction is read in its own order: rows are turned round for the backward one, and padding always comes last.
+Each direction has its own stack of LSTMs, which sees nothing of the other one. They share the vectors of words below them and
+the softmax above them. A direction is read in its own order: rows are turned round for the backward one, and padding always
+comes last.
 
 In the shapes: B rows, T words, K characters of a word, P width of a direction, C cells, L layers, V words of the vocabulary.
 """
@@ -118,11 +119,11 @@ class ElmoPreTrainedModel(PreTrainedModel):
             init.zeros_(module.weights)
             init.ones_(module.gamma)
         elif isinstance(module, (WordSoftmax, AdaptiveSoftmax)):
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    init.normal_(linear.weight, std=linear.in_features**-0.5)
-                    if linear.bias is not None:
-                        init.zeros_(linear.bias)
+            for part in module.modules():
+                if isinstance(part, nn.Linear):
+                    init.normal_(part.weight, std=part.in_features**-0.5)
+                    if part.bias is not None:
+                        init.zeros_(part.bias)
         elif isinstance(module, nn.Linear) and module is getattr(self, "classifier", None):
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
@@ -173,7 +174,7 @@ class ElmoModel(ElmoPreTrainedModel):
         """Return the states with which a text begins: zeros ``[L, 2, B, P + C]``."""
         config = self.config
         shape = (config.num_hidden_layers, 2, batch_size, config.projection_size + config.cell_size)
-        return torch.zeros(shape, dtype=self.forward_layers[0].weight_ih_l0.dtype, device=self.device)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def reset_states(self) -> None:
         """Let a stateful model begin anew."""

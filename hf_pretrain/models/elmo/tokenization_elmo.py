@@ -1,7 +1,7 @@
 """ELMo's tokenizer: words, and the characters of each.
 
-The ids of words are those of a fast tokenizer that knows whole words. Beside them it gives `character_ids`, in which every word is
-itself, known or not. In the shapes: B texts, T words, K characters of a word.
+The ids of words are those of a fast tokenizer that knows whole words. Beside them it gives `character_ids`, in which every word
+is itself, known or not. In the shapes: B texts, T words, K characters of a word.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def _characters(word: str | int, max_characters: int) -> tuple[int, ...]:
 class ElmoTokenizer(PreTrainedTokenizerFast):
     """Words of a text as ids and as characters, with the marks of a sentence around them.
 
-    A text is cut into words as the tokenizer inside does it. A list of words, given with `is_split_into_words=True`, is not cut any
-    further. A word of the vocabulary has the characters of the vocabulary, any other one its own.
+    A text is cut into words as the tokenizer inside does it. A list of words, given with `is_split_into_words=True`, is not cut
+    any further. A word of the vocabulary has the characters of the vocabulary, any other one its own.
 
     Args:
         *args: As of `PreTrainedTokenizerFast`.
-        **kwargs: As of `PreTrainedTokenizerFast`; and `max_characters`, the characters of a word, its two marks included, which is
-            50 and has to be that of the model.
+        **kwargs: As of `PreTrainedTokenizerFast`; and `max_characters`, the characters of a word, its two marks included, which
+            is 50 and has to be that of the model.
     """
 
     model_input_names = ["input_ids", "attention_mask", "character_ids"]  # noqa: RUF012

@@ -18,7 +18,7 @@ from hf_pretrain.training.arguments import PretrainingArguments
 class ElmoDataArguments(DataArguments):
     """Which text is trained on, and which words are known."""
 
-    tokenizer_type: Literal["word", "auto", "wordpiece", "bpe", "unigram"] = option(
+    tokenizer_type: Literal["word", "auto", "wordpiece", "bpe", "unigram"] = option(  # type: ignore[assignment]
         "word",
         "Kind of tokenizer to train: whole words, sorted from frequent to rare; or pieces of words, for --embedding_type tokens.",
     )

@@ -105,8 +105,8 @@ class BidirectionalLMForPreTraining(PretrainingModel):
             stock: An ELMo to train instead, with or without its softmax.
 
         Raises:
-            InputError: If the sizes do not fit together, the checkpoint is no ELMo or does not fit the tokenizer, or the tokenizer
-                knows pieces of words where the model reads characters.
+            InputError: If the sizes do not fit together, the checkpoint is no ELMo or does not fit the tokenizer, or the
+                tokenizer knows pieces of words where the model reads characters.
         """
         if stock is not None:
             _check_type(stock.config.model_type, f"model={type(stock).__name__}")
@@ -222,7 +222,7 @@ class BidirectionalLMForPreTraining(PretrainingModel):
             tops, memory = output.last_hidden_state.chunk(2, dim=-1), None
         else:
             tops, memory = self._read_windows(vectors, memory, memory_reset)
-        losses = {}
+        losses: dict[str, ExampleSum] = {}
         targets = ((labels, forward_rows), (backward_labels, backward_rows))
         for direction, states, (wanted, rows) in zip(DIRECTIONS, tops, targets, strict=True):
             nll_BS = self.model.token_losses(states, wanted, rows, sampled)
@@ -257,8 +257,8 @@ def character_table(tokenizer: PreTrainedTokenizerBase, *, max_characters: int) 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not isinstance(backend.model, models.WordLevel):
         raise InputError(
-            f"tokenizer={type(tokenizer).__name__} knows pieces of words, whose characters are not those of words: train one with "
-            "--tokenizer_type word, or take --embedding_type tokens"
+            f"tokenizer={type(tokenizer).__name__} knows pieces of words, whose characters are not those of words: train one "
+            "with --tokenizer_type word, or take --embedding_type tokens"
         )
     words: Any = tokenizer
     own = ElmoTokenizer.from_fast(words, max_characters=max_characters)

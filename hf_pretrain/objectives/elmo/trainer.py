@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -169,6 +169,13 @@ inputs = tokenizer({beginning}, return_tensors="pt")
 layers = model(**inputs).hidden_states  # the words, and each layer of both directions""",
     )
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config, tokenizer = self.model.root.config, cast(Any, self).processing_class
+        if config.embedding_type == "characters" and isinstance(tokenizer, PreTrainedTokenizerFast):
+            # It is saved with the model, and makes the characters of words that are not known.
+            self.processing_class = ElmoTokenizer.from_fast(tokenizer, max_characters=config.max_characters)
+
     def build_model(
         self,
         options: ElmoModelArguments,
@@ -185,11 +192,11 @@ layers = model(**inputs).hidden_states  # the words, and each layer of both dire
         return ElmoDataArguments() if self.inputs.data_args is None else data_args
 
     def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForElmo:
-        """Return the collator; `make_examples` lets it draw words where the model's softmax is sampled."""
+        """Return the collator."""
         return DataCollatorForElmo(seed=args.seed, pad_token_id=tokenizer.pad_token_id or 0)
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
-        """Return windows of lanes, or blocks; and the tokenizer that knows characters, where the model reads them."""
+        """Return windows of lanes, or blocks; and let the collator draw words where the softmax is sampled."""
         config = model.model.config
         if config.softmax == "sampled" and isinstance(collator, DataCollatorForElmo):
             collator.num_samples, collator.vocab_size = config.num_samples, config.vocab_size
@@ -199,9 +206,6 @@ layers = model(**inputs).hidden_states  # the words, and each layer of both dire
             if data.isolates_documents:
                 model.check_isolation(length=data.block_size)
             inputs = data.trainer_inputs()
-        tokenizer = data.tokenizer
-        if config.embedding_type == "characters" and isinstance(tokenizer, PreTrainedTokenizerFast):
-            inputs["processing_class"] = ElmoTokenizer.from_fast(tokenizer, max_characters=config.max_characters)
         return inputs
 
     def loss_weight(self, name: str) -> float:
