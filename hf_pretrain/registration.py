@@ -63,11 +63,14 @@ class _Finder(MetaPathFinder):
             if name in self.pending and name in sys.modules:
                 # First, because the imports below call this method again.
                 self.pending.discard(name)
+                if name == _MODELS:
+                    # Who has the models wants the tokenizers too: they are imported then.
+                    self.pending.discard(_TOKENIZERS)
                 from hf_pretrain import models
 
                 register = {
                     _CONFIGURATIONS: models.register_configurations,
-                    _MODELS: models.register_models,
+                    _MODELS: models.register_models_and_tokenizers,
                     _TOKENIZERS: models.register_tokenizers,
                 }
                 register[name]()

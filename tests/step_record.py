@@ -58,7 +58,8 @@ OWN = {
     "plm": FRESH | BLOCKS,
     "clm": FRESH | BLOCKS | {"max_position_embeddings": 64, "intermediate_size": 192},
     "recurrent-lm": FRESH | {"tgt_len": 8, "mem_len": 8, "eval_tgt_len": 4, "eval_mem_len": 16, "eval_clamp_len": 12},
-    "elmo": FRESH | {"cell_size": 40, "unroll_length": 8, "eval_lanes": 4},
+    "elmo": FRESH
+    | {"num_attention_heads": None, "intermediate_size": None, "cell_size": 40, "unroll_length": 8, "eval_lanes": 4},
     "distil": COMMON | BLOCKS | TEXT | TEACHER,
     "distil-task": {name: value for name, value in COMMON.items() if name != "validation_fraction"}
     | {

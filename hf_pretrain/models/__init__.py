@@ -52,3 +52,9 @@ def register_tokenizers() -> None:
         if folder in _TOKENIZERS:
             tokenizer_class = getattr(import_module(f"{package}.tokenization_{folder}"), _TOKENIZERS[folder])
             AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
+
+
+def register_models_and_tokenizers() -> None:
+    """Make the Auto classes of models and tokenizers know the architectures."""
+    register_models()
+    register_tokenizers()

@@ -157,7 +157,7 @@ def test_the_states_go_on_in_lanes(tmp_path):
     trainer = build(METHOD, tmp_path, **LANES, max_steps=1)
     trainer.train()
     kept = trainer._lane_memory.memory.states
-    assert kept.shape[:3] == (4, 8, 1) and kept.abs().amin(dim=(1, 2, 3)).ge(0).all() and kept.any(-1).all()
+    assert kept.shape[:3] == (4, 8, 1) and kept.any(-1).all()
     batch = collate(trainer, [trainer.train_dataset[8 + lane] for lane in range(8)])
     with torch.no_grad():
         on, anew = (trainer.model.eval()(**batch, memory=memory) for memory in (trainer._lane_memory.memory, None))

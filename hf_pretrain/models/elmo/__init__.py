@@ -4,7 +4,16 @@ from typing import Any
 
 import hf_pretrain
 
-__all__ = ["ElmoConfig", "ElmoForPreTraining", "ElmoModel", "ElmoTokenizer", "ScalarMix", "load_elmo_weights"]
+__all__ = [
+    "ElmoConfig",
+    "ElmoForPreTraining",
+    "ElmoForSequenceClassification",
+    "ElmoForTokenClassification",
+    "ElmoModel",
+    "ElmoTokenizer",
+    "ScalarMix",
+    "load_elmo_weights",
+]
 
 
 def __getattr__(name: str) -> Any:
