@@ -178,7 +178,11 @@ RUNS = {
     "clm, llama": ("clm", [], {"model_type": "llama"}),
     "recurrent-lm": ("recurrent-lm", [], {}),
     "elmo, by default": ("elmo", [], {}),
-    "elmo, in blocks": ("elmo", [], {"stateful": "false", "block_size": 32}),
+    "elmo, in blocks": (
+        "elmo",
+        [],
+        {"stateful": "false", "block_size": 32, "unroll_length": None, "eval_lanes": None},
+    ),
     "elmo, adaptive": ("elmo", [], {"softmax": "adaptive", "cutoffs": [60, 120]}),
     "recurrent-lm, adaptive": ("recurrent-lm", [], {"cutoffs": [60, 120]}),
     "distil": ("distil", [], {"num_hidden_layers": 2}),
