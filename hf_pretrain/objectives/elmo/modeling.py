@@ -61,7 +61,7 @@ def draw_negatives(size: int, *, vocab_size: int, seed: int, epoch: int, number:
 class BidirectionalLMConfig(CompositeConfig):
     """Configuration of [`BidirectionalLMForPreTraining`]: that of the ELMo inside."""
 
-    model_type = "hf_pretrain_bidirectional_lm"
+    model_type = "hf_pretrain_elmo"
     sub_configs = {"model": AutoConfig}  # noqa: RUF012
 
     model: SubModelConfig = None
