@@ -75,6 +75,16 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.modeling.surgery.directions import to_decoder as to_decoder
     from hf_pretrain.modeling.surgery.directions import to_encoder as to_encoder
     from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
+    from hf_pretrain.models.elmo.classification_elmo import (
+        ElmoForSequenceClassification as ElmoForSequenceClassification,
+    )
+    from hf_pretrain.models.elmo.classification_elmo import ElmoForTokenClassification as ElmoForTokenClassification
+    from hf_pretrain.models.elmo.configuration_elmo import ElmoConfig as ElmoConfig
+    from hf_pretrain.models.elmo.conversion import load_elmo_weights as load_elmo_weights
+    from hf_pretrain.models.elmo.layers_elmo import ScalarMix as ScalarMix
+    from hf_pretrain.models.elmo.modeling_elmo import ElmoForPreTraining as ElmoForPreTraining
+    from hf_pretrain.models.elmo.modeling_elmo import ElmoModel as ElmoModel
+    from hf_pretrain.models.elmo.tokenization_elmo import ElmoTokenizer as ElmoTokenizer
     from hf_pretrain.models.sparse_text.configuration_sparse_text import SparseTextConfig as SparseTextConfig
     from hf_pretrain.models.sparse_text.modeling_sparse_text import SparseTextModel as SparseTextModel
     from hf_pretrain.models.static_embedding.configuration_static_embedding import (
@@ -131,6 +141,12 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.objectives.electric import TwoTowerClozeConfig as TwoTowerClozeConfig
     from hf_pretrain.objectives.electric import TwoTowerClozeModel as TwoTowerClozeModel
     from hf_pretrain.objectives.electric import score_texts as score_texts
+    from hf_pretrain.objectives.elmo import BidirectionalLMForPreTraining as BidirectionalLMForPreTraining
+    from hf_pretrain.objectives.elmo import DataCollatorForElmo as DataCollatorForElmo
+    from hf_pretrain.objectives.elmo import ElmoDataArguments as ElmoDataArguments
+    from hf_pretrain.objectives.elmo import ElmoModelArguments as ElmoModelArguments
+    from hf_pretrain.objectives.elmo import ElmoTrainer as ElmoTrainer
+    from hf_pretrain.objectives.elmo import ElmoTrainingArguments as ElmoTrainingArguments
     from hf_pretrain.objectives.encoder import DataCollatorForEncoder as DataCollatorForEncoder
     from hf_pretrain.objectives.encoder import EncoderTrainer as EncoderTrainer
     from hf_pretrain.objectives.encoder import EncoderTrainingArguments as EncoderTrainingArguments
@@ -263,6 +279,12 @@ _EXPORTS = {
     "modeling.surgery.cutting": ("cut_student",),
     "modeling.surgery.directions": ("to_decoder", "to_encoder"),
     "modeling.surgery.vocabulary": ("trim_vocabulary",),
+    "models.elmo.classification_elmo": ("ElmoForSequenceClassification", "ElmoForTokenClassification"),
+    "models.elmo.configuration_elmo": ("ElmoConfig",),
+    "models.elmo.conversion": ("load_elmo_weights",),
+    "models.elmo.layers_elmo": ("ScalarMix",),
+    "models.elmo.modeling_elmo": ("ElmoForPreTraining", "ElmoModel"),
+    "models.elmo.tokenization_elmo": ("ElmoTokenizer",),
     "models.sparse_text.configuration_sparse_text": ("SparseTextConfig",),
     "models.sparse_text.modeling_sparse_text": ("SparseTextModel",),
     "models.static_embedding.configuration_static_embedding": ("StaticEmbeddingConfig",),
@@ -318,6 +340,14 @@ _EXPORTS = {
         "TwoTowerClozeConfig",
         "TwoTowerClozeModel",
         "score_texts",
+    ),
+    "objectives.elmo": (
+        "BidirectionalLMForPreTraining",
+        "DataCollatorForElmo",
+        "ElmoDataArguments",
+        "ElmoModelArguments",
+        "ElmoTrainer",
+        "ElmoTrainingArguments",
     ),
     "objectives.encoder": ("DataCollatorForEncoder", "EncoderTrainer", "EncoderTrainingArguments", "MaskedLMTrainer"),
     "objectives.encoder.generation": ("generate",),

@@ -26,7 +26,6 @@ MODELS = {
     "distilbert": "DistilBERT is `hf-pretrain distil --config distilbert`",
     "distilroberta": "DistilRoBERTa is `hf-pretrain distil --config distilbert --teacher_name_or_path FacebookAI/roberta-base`",
     "electra": "ELECTRA is `hf-pretrain rtd --config electra_small`, or `hf-pretrain rtd --config electra_base`",
-    "elmo": f"ELMo {_ENCODERS_ONLY} that are Transformers",
     "minilm": "MiniLM is `hf-pretrain distil --config minilmv2`",
     "mlmtlm": "MLM with TLM is `hf-pretrain xlm`",
     "modernbert": "ModernBERT is `hf-pretrain mlm --model_type modernbert`",

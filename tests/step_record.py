@@ -58,6 +58,8 @@ OWN = {
     "plm": FRESH | BLOCKS,
     "clm": FRESH | BLOCKS | {"max_position_embeddings": 64, "intermediate_size": 192},
     "recurrent-lm": FRESH | {"tgt_len": 8, "mem_len": 8, "eval_tgt_len": 4, "eval_mem_len": 16, "eval_clamp_len": 12},
+    "elmo": FRESH
+    | {"num_attention_heads": None, "intermediate_size": None, "cell_size": 40, "unroll_length": 8, "eval_lanes": 4},
     "distil": COMMON | BLOCKS | TEXT | TEACHER,
     "distil-task": {name: value for name, value in COMMON.items() if name != "validation_fraction"}
     | {
@@ -103,6 +105,8 @@ RUNS = {
     "deberta_v3_small": ("rtd", ["deberta_v3_small"], {}),
     "demo": ("rtd", ["demo"], {"embedding_size": 24}),
     "distilbert": ("distil", ["distilbert"], {}),
+    "elmo": ("elmo", ["elmo"], {"num_samples": 50, "num_train_epochs": None}),
+    "elmo_small": ("elmo", ["elmo_small"], {"num_samples": 50}),
     "electra_base": ("rtd", ["electra_base"], {"embedding_size": 48}),
     "electra_small": ("rtd", ["electra_small"], {"embedding_size": 24}),
     "electric_small": ("electric", ["electric_small"], {"embedding_size": 24}),
@@ -177,6 +181,13 @@ RUNS = {
     "clm, in one row": ("clm", [], {"block_mode": "isolated_documents"}),
     "clm, llama": ("clm", [], {"model_type": "llama"}),
     "recurrent-lm": ("recurrent-lm", [], {}),
+    "elmo, by default": ("elmo", [], {}),
+    "elmo, in blocks": (
+        "elmo",
+        [],
+        {"stateful": "false", "block_size": 32, "unroll_length": None, "eval_lanes": None},
+    ),
+    "elmo, adaptive": ("elmo", [], {"softmax": "adaptive", "cutoffs": [60, 120]}),
     "recurrent-lm, adaptive": ("recurrent-lm", [], {"cutoffs": [60, 120]}),
     "distil": ("distil", [], {"num_hidden_layers": 2}),
     "distil, minilm": ("distil", [], {"num_hidden_layers": 2, "distillation_method": "minilm"}),
