@@ -178,15 +178,15 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
     from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
     from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
-    from hf_pretrain.transfer.generative import GenerativeTransferArguments as GenerativeTransferArguments
-    from hf_pretrain.transfer.generative import GenerativeTransferTrainer as GenerativeTransferTrainer
-    from hf_pretrain.transfer.generative import transfer_metrics as transfer_metrics
-    from hf_pretrain.transfer.generative_inputs import (
+    from hf_pretrain.transfer.generative.inputs import (
         DataCollatorForGenerativeTransfer as DataCollatorForGenerativeTransfer,
     )
-    from hf_pretrain.transfer.generative_inputs import add_transfer_tokens as add_transfer_tokens
-    from hf_pretrain.transfer.generative_inputs import transform_examples as transform_examples
-    from hf_pretrain.transfer.generative_modeling import GenerativeTransferModel as GenerativeTransferModel
+    from hf_pretrain.transfer.generative.inputs import add_transfer_tokens as add_transfer_tokens
+    from hf_pretrain.transfer.generative.inputs import transform_examples as transform_examples
+    from hf_pretrain.transfer.generative.modeling import GenerativeTransferModel as GenerativeTransferModel
+    from hf_pretrain.transfer.generative.trainer import GenerativeTransferArguments as GenerativeTransferArguments
+    from hf_pretrain.transfer.generative.trainer import GenerativeTransferTrainer as GenerativeTransferTrainer
+    from hf_pretrain.transfer.generative.trainer import transfer_metrics as transfer_metrics
     from hf_pretrain.vectors.corpus import WordCorpus as WordCorpus
     from hf_pretrain.vectors.distillation import distil_vectors as distil_vectors
     from hf_pretrain.vectors.folder import WordVectors as WordVectors
@@ -342,9 +342,9 @@ _EXPORTS = {
     "training.method": ("Learning", "Method"),
     "training.trainer": ("PretrainingTrainer",),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
-    "transfer.generative": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
-    "transfer.generative_inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
-    "transfer.generative_modeling": ("GenerativeTransferModel",),
+    "transfer.generative.trainer": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
+    "transfer.generative.inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
+    "transfer.generative.modeling": ("GenerativeTransferModel",),
     "vectors.corpus": ("WordCorpus",),
     "vectors.distillation": ("distil_vectors",),
     "vectors.folder": ("WordVectors",),
