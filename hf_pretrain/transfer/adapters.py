@@ -76,8 +76,8 @@ def add_adapters(model: PreTrainedModel, args: Any) -> Any:
     still = [name for name in head_names(model) if not _is_trained(adapted, name)]
     if still:
         raise InputError(
-            f"peft_type={config.peft_type.value} does not train the head ({', '.join(still)}): name it in modules_to_save, or choose "
-            "another method"
+            f"peft_type={config.peft_type.value} does not train the head ({', '.join(still)}): name it in modules_to_save, or "
+            "choose another method"
         )
     if args.export == "merged" and not hasattr(adapted.base_model, "merge_and_unload"):
         raise InputError(
@@ -113,9 +113,7 @@ def _config(model: PreTrainedModel, args: Any) -> Any:
     kind = values.pop("peft_type", None)
     known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     if str(kind) not in list(known):
-        raise InputError(
-            f"peft_config: peft_type={kind!r} is no method of peft: {nearest(kind, [str(name.value) for name in known])}"
-        )
+        raise InputError(f"peft_config: peft_type={kind!r} is no method of peft: {nearest(kind, list(known))}")
     if kind in _NEED_CALLS:
         raise InputError(
             f"peft_config: peft_type={kind!r} needs calls in training that this Trainer does not make: choose LORA"
@@ -157,7 +155,7 @@ def _modules_of_head(model: PreTrainedModel) -> list[str]:
     for name in names:
         if name not in modules:
             raise InputError(
-                f"{type(model).__name__} has the parameter {name!r} beside its modules, which peft cannot train whole"
+                f"{type(model).__name__} has the parameter {name!r} beside its modules, which peft cannot train"
             )
         found = {inner: module for inner, module in modules.items() if inner.endswith(name)}
         inside = [other for other, module in found.items() if not head.issuperset(module.parameters())]

@@ -1,6 +1,7 @@
 """Fine-tuning a stock model with a strategy: the options and the Trainer.
 
-`strategies.py` says what moves, from when on and how fast; `layers.py` finds the parts of a model; `adapters.py` adds those of peft.
+`strategies.py` says what moves, from when on and how fast, by the options in `arguments.py`; `layers.py` finds the parts of a
+model; `adapters.py` adds those of peft.
 """
 
 from __future__ import annotations
@@ -22,18 +23,19 @@ from hf_pretrain.options import option
 from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.transfer.adapters import add_adapters, merge_for_export
+from hf_pretrain.transfer.arguments import ADAPTERS, StrategyArguments
 from hf_pretrain.transfer.layers import layerwise_parameter_groups as layerwise_parameter_groups
 from hf_pretrain.transfer.layers import reinitialise_layers
-from hf_pretrain.transfer.strategies import ADAPTERS, StrategyArguments, StrategyPlan, is_adapted, set_gradients
+from hf_pretrain.transfer.strategies import StrategyPlan, is_adapted, set_gradients
 
 
 @dataclass
 class FineTuningArguments(StrategyArguments, TrainingArguments):
     """`transformers.TrainingArguments` with a strategy of fine-tuning, and ELECTRA's defaults.
 
-    The defaults are those of ELECTRA's small and base models: each layer learns more slowly than the one above. The large one takes
-    a learning rate of 5e-5 and a decay of 0.9. Ten epochs instead of three where there are few examples (RTE, STS-B). Strategies that
-    move few weights ("frozen", "bitfit", "lora") usually take a higher rate, such as 1e-3.
+    The defaults are those of its small and base models: each layer learns more slowly than the one above. The large one takes a
+    learning rate of 5e-5 and a decay of 0.9. Ten epochs instead of three where there are few examples (RTE, STS-B). Strategies
+    that move few weights ("frozen", "bitfit", "lora") usually take a higher rate, such as 1e-3.
 
     Source: `configure_finetuning.py` of the official ELECTRA code.
     """
@@ -45,7 +47,7 @@ class FineTuningArguments(StrategyArguments, TrainingArguments):
     per_device_train_batch_size: int = option(32, "Examples a step and device.")
     train_sampling_strategy: str = option(
         "group_by_length",
-        "'group_by_length': examples of about one length in a step, in an order drawn anew each epoch; or 'random', 'sequential'.",
+        "'group_by_length': examples of about one length in a step, in another order each epoch; or 'random', 'sequential'.",
     )
 
     def __post_init__(self) -> None:
@@ -55,8 +57,8 @@ class FineTuningArguments(StrategyArguments, TrainingArguments):
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self.slanted_triangular and (self.warmup_steps != 0.1 or schedule != "linear"):
             raise InputError(
-                f"warmup_steps={self.warmup_steps} and lr_scheduler_type={schedule!r} have no effect with slanted_triangular: leave them "
-                "out, and set slanted_cut_fraction and slanted_ratio instead"
+                f"warmup_steps={self.warmup_steps} and lr_scheduler_type={schedule!r} have no effect with slanted_triangular: "
+                "leave them out, and set slanted_cut_fraction and slanted_ratio instead"
             )
 
 
@@ -145,6 +147,7 @@ class FineTuningTrainer(Trainer):
                 f"strategy='scalar_mix' needs a model with a module scalar_mix, and {type(model).__name__} has none"
             )
         self.plan = StrategyPlan(model, args)
+        self.plan.freeze()
         if self.plan.is_staged and args.ddp_find_unused_parameters is None:
             # Parts that do not move yet have no gradient, and processes must not wait for one.
             args.ddp_find_unused_parameters = True
@@ -167,11 +170,12 @@ class FineTuningTrainer(Trainer):
                 else "choose 'layerwise_decay' or 'top_layers'"
             )
             raise InputError(
-                f"strategy={self.args.strategy!r} does not go with FSDP and DeepSpeed, which shard the weights: {way}"
+                f"strategy={self.args.strategy!r} does not go with FSDP and DeepSpeed, which shard weights: {way}"
             )
         if self.plan.is_staged and self.args.world_size > 1 and not self.args.ddp_find_unused_parameters:
             raise InputError(
-                f"ddp_find_unused_parameters=False: with strategy={self.args.strategy!r} some parts have no gradient at first; leave it out"
+                f"ddp_find_unused_parameters=False: with strategy={self.args.strategy!r} some parts have no gradient at first; "
+                "leave it out"
             )
         if self.plan.is_staged and self.optimizer is not None:
             raise InputError(
@@ -209,17 +213,18 @@ class FineTuningTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Return the schedule, with a beginning for each part; see `transformers.Trainer.create_scheduler`."""
-        if self.lr_scheduler is not None or not (self.plan.is_staged or self.args.slanted_triangular):
+        if cast(Any, self).lr_scheduler is not None or not (self.plan.is_staged or self.args.slanted_triangular):
             return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = self.optimizer if optimizer is None else optimizer
+        groups = cast(Any, self.optimizer if optimizer is None else optimizer).param_groups
         shares = self.plan.multipliers(total=num_training_steps, per_epoch=self._steps_per_epoch)
         # Without parts, all groups follow the one schedule.
         first = next(iter(shares.values()))
-        self.lr_scheduler = LambdaLR(
-            optimizer, [shares.get(group.get("name"), first) for group in optimizer.param_groups]
+        scheduler = LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            [shares.get(group.get("name", ""), first) for group in groups],
         )
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
+        self.lr_scheduler, self._created_lr_scheduler = scheduler, True
+        return scheduler
 
     def enter_stage(self, step: int) -> None:
         """Let those parts of the model move that do at a step.
@@ -247,10 +252,10 @@ class FineTuningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model: a stock one where `export` is "merged"; a checkpoint to resume from has the adapters as they are."""
         is_checkpoint = _internal_call and output_dir is not None
-        if self.args.export != "merged" or is_checkpoint or not is_adapted(self.model) or not self.args.should_save:
+        adapted = cast(Any, self).model
+        if self.args.export != "merged" or is_checkpoint or not is_adapted(adapted) or not self.args.should_save:
             super().save_model(output_dir, _internal_call)
             return
-        adapted = self.model
         self.model = merge_for_export(adapted)
         try:
             super().save_model(output_dir, _internal_call)

@@ -1,7 +1,7 @@
 """The parts of a model that are tuned apart: the embeddings, each layer, and the head.
 
-`parameter_depths` numbers them, `layerwise_parameter_groups` gives each a learning rate, `reinitialise_layers` draws the last ones
-anew, and `head_names` says which modules are the head.
+`parameter_depths` numbers them, `layerwise_parameter_groups` gives each a learning rate, `reinitialise_layers` draws the last
+ones anew, and `head_names` says which modules are the head.
 """
 
 from __future__ import annotations
