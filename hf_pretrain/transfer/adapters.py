@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def add_adapters(model: PreTrainedModel, args: Any) -> Any:
     if is_adapted(model) or getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(f"strategy={args.strategy!r}: the model has adapters already; give the model below them")
     config = _config(model, args)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft asks for an old name of transformers.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         torch.manual_seed(draws.generator_seed(seed=args.seed, stream="adapters"))
         try:
             adapted = peft.get_peft_model(model, config)

@@ -14,7 +14,7 @@ import datasets
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
@@ -124,6 +124,7 @@ class FineTuningTrainer(Trainer):
     | `compute_loss` | a frozen encoder without dropout |
     | `save_model` | adapters are merged into a stock model |
     | `_get_train_sampler` | examples of about one length in a step |
+    | `_get_eval_sampler` | predictions in the order of the data set |
 
     Args:
         model: A stock model with a head.
@@ -273,3 +274,8 @@ class FineTuningTrainer(Trainer):
         if strategy == "random" or not has_ids:
             return _ShuffledRows(len(dataset), seed=seed)
         return _RowSampler.of(EpochDataset.wrap(dataset), seed=seed, batch_size=global_batch_size(self.args))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset[Any]) -> Sampler[int] | None:
+        """Keep the order of the data set: with `group_by_length` the stock Trainer's predictions have another."""
+        has_length = eval_dataset is not None and hasattr(eval_dataset, "__len__")
+        return SequentialSampler(cast(Any, eval_dataset)) if has_length and self.args.world_size <= 1 else None
