@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, nearest, one_line
+from hf_pretrain.files import plain
 from hf_pretrain.modeling.backbone import layer_modules
 from hf_pretrain.transfer.layers import head_names, head_parameters
 from hf_pretrain.transfer.strategies import is_adapted
@@ -116,7 +117,9 @@ def _config(model: PreTrainedModel, args: Any) -> Any:
     kind = values.pop("peft_type", None)
     known = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
     if str(kind) not in list(known):
-        raise InputError(f"peft_config: peft_type={kind!r} is no method of peft: {nearest(kind, list(known))}")
+        raise InputError(
+            f"peft_config: peft_type={kind!r} is no method of peft: {nearest(kind, [str(plain(name)) for name in known])}"
+        )
     if kind in _NEED_CALLS:
         raise InputError(
             f"peft_config: peft_type={kind!r} needs calls in training that this Trainer does not make: choose LORA"
@@ -187,5 +190,13 @@ def merge_for_export(model: Any) -> PreTrainedModel:
         raise InputError(
             "the adapters cannot be merged into the model's weights: save them alone, by model.save_pretrained"
         )
-    merged: PreTrainedModel = copy.deepcopy(model).merge_and_unload()
+    import peft
+
+    adapted = copy.deepcopy(model)
+    inner, adapter = adapted.get_base_model(), adapted.active_adapter
+    # Not every method of peft puts back the modules that it trains as a whole.
+    for name, module in list(inner.named_modules()):
+        if isinstance(module, peft.utils.ModulesToSaveWrapper):
+            inner.set_submodule(name, module.modules_to_save[adapter])
+    merged: PreTrainedModel = adapted.merge_and_unload()
     return merged

@@ -148,6 +148,9 @@ class FineTuningTrainer(Trainer):
                 f"strategy='scalar_mix' needs a model with a module scalar_mix, and {type(model).__name__} has none"
             )
         self.plan = StrategyPlan(model, args)
+        if self.plan.is_staged:
+            # A schedule that does not go with stages is refused now, not when training begins.
+            self.plan.multipliers(total=100, per_epoch=10)
         self.plan.freeze()
         if self.plan.is_staged and args.ddp_find_unused_parameters is None:
             # Parts that do not move yet have no gradient, and processes must not wait for one.

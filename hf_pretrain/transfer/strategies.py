@@ -111,6 +111,10 @@ class StrategyPlan:
         self._has_bare_encoder = isinstance(self.inner, PreTrainedModel) and not is_adapted(model)
         if not self.moving:
             raise InputError(f"strategy={args.strategy!r} leaves nothing of {type(self.inner).__name__} to move")
+        if args.strategy == "bitfit" and all(part.is_head for part in self.moving):
+            raise InputError(
+                f"strategy='bitfit': the encoder of {type(self.inner).__name__} has no biases; choose 'lora'"
+            )
 
     def freeze(self) -> None:
         """Let what never moves have no gradient; the parts that move later keep theirs until training begins."""
@@ -269,11 +273,18 @@ def _depths(inner: Any, args: Any) -> tuple[dict[nn.Parameter, int], int, set[nn
         if needs_layers:
             raise
         return {parameter: 1 if parameter in head else -1 for parameter in inner.parameters()}, 1, head
-    if args.strategy == "top_layers" and (args.frozen_layers or 0) > top - 1:
+    frozen = _frozen_layers(args, top) if args.strategy == "top_layers" else 0
+    if frozen > top - 1:
+        raise InputError(f"frozen_layers={frozen} must be at most {top - 1}, the number of the model's layers")
+    if args.reinit_layers > top - 1 - frozen:
         raise InputError(
-            f"frozen_layers={args.frozen_layers} must be at most {top - 1}, the number of the model's layers"
+            f"reinit_layers={args.reinit_layers} must be at most {top - 1 - frozen}, the number of layers that move"
         )
     return depths, top, head
+
+
+def _frozen_layers(args: Any, top: int) -> int:
+    return (top - 1) // 2 if args.frozen_layers is None else int(args.frozen_layers)
 
 
 def _name(depth: int, top: int, *, is_head: bool) -> str:
@@ -305,8 +316,7 @@ def _begin(args: Any, *, depth: int, top: int, is_head: bool, is_bias: bool) -> 
     if strategy == "bitfit":
         return at_once if is_bias else None
     if strategy == "top_layers":
-        frozen = (top - 1) // 2 if args.frozen_layers is None else args.frozen_layers
-        return None if depth <= frozen else at_once
+        return None if depth <= _frozen_layers(args, top) else at_once
     if strategy == "probe_then_tune":
         return Begin(args.probe_share, "share")
     if strategy == "gradual":
