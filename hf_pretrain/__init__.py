@@ -200,21 +200,26 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
+    from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
+    from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
     from hf_pretrain.transfer.feature_heads import FeatureClassifier as FeatureClassifier
     from hf_pretrain.transfer.feature_heads import FeatureRegressor as FeatureRegressor
     from hf_pretrain.transfer.features import PretrainedFeatures as PretrainedFeatures
     from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
     from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
     from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
-    from hf_pretrain.transfer.generative import GenerativeTransferArguments as GenerativeTransferArguments
-    from hf_pretrain.transfer.generative import GenerativeTransferTrainer as GenerativeTransferTrainer
-    from hf_pretrain.transfer.generative import transfer_metrics as transfer_metrics
-    from hf_pretrain.transfer.generative_inputs import (
+    from hf_pretrain.transfer.generative.inputs import (
         DataCollatorForGenerativeTransfer as DataCollatorForGenerativeTransfer,
     )
-    from hf_pretrain.transfer.generative_inputs import add_transfer_tokens as add_transfer_tokens
-    from hf_pretrain.transfer.generative_inputs import transform_examples as transform_examples
-    from hf_pretrain.transfer.generative_modeling import GenerativeTransferModel as GenerativeTransferModel
+    from hf_pretrain.transfer.generative.inputs import add_transfer_tokens as add_transfer_tokens
+    from hf_pretrain.transfer.generative.inputs import transform_examples as transform_examples
+    from hf_pretrain.transfer.generative.modeling import GenerativeTransferModel as GenerativeTransferModel
+    from hf_pretrain.transfer.generative.trainer import GenerativeTransferArguments as GenerativeTransferArguments
+    from hf_pretrain.transfer.generative.trainer import GenerativeTransferTrainer as GenerativeTransferTrainer
+    from hf_pretrain.transfer.generative.trainer import transfer_metrics as transfer_metrics
+    from hf_pretrain.transfer.layers import reinitialise_layers as reinitialise_layers
+    from hf_pretrain.transfer.strategies import slanted_triangular as slanted_triangular
+    from hf_pretrain.transfer.strategies import strategy_report as strategy_report
     from hf_pretrain.vectors.corpus import WordCorpus as WordCorpus
     from hf_pretrain.vectors.distillation import distil_vectors as distil_vectors
     from hf_pretrain.vectors.folder import WordVectors as WordVectors
@@ -389,10 +394,14 @@ _EXPORTS = {
     "training.trainer": ("PretrainingTrainer",),
     "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
     "transfer.features": ("PretrainedFeatures",),
+    "transfer.adapters": ("merge_for_export",),
+    "transfer.arguments": ("StrategyArguments",),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
-    "transfer.generative": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
-    "transfer.generative_inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
-    "transfer.generative_modeling": ("GenerativeTransferModel",),
+    "transfer.generative.trainer": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
+    "transfer.generative.inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
+    "transfer.generative.modeling": ("GenerativeTransferModel",),
+    "transfer.layers": ("reinitialise_layers",),
+    "transfer.strategies": ("slanted_triangular", "strategy_report"),
     "vectors.corpus": ("WordCorpus",),
     "vectors.distillation": ("distil_vectors",),
     "vectors.folder": ("WordVectors",),
