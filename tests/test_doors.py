@@ -199,7 +199,7 @@ def test_the_python_of_the_page_on_cards_runs(trained, monkeypatch):
 def test_the_python_of_the_page_on_objectives_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("objectives") if kind == "python"]
-    assert len(parts) == 6
+    assert len(parts) == 7
     xlnet = opened(AutoModelForCausalLM, "my-xlnet")
     for text in parts:
         names = {"texts": TEXTS} | (xlnet if "log_likelihood" in text else {})
