@@ -83,7 +83,7 @@ def two_steps(strategy: str, sizes: tuple[int, int], is_checkpointed: bool) -> N
     tuned = trainer(classifier(*sizes), strategy=strategy)
     ids = torch.randint(0, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(0))
     if is_checkpointed:
-        tuned.model.gradient_checkpointing_enable()
+        tuned.model.activation_checkpointing_enable()
     tuned.create_optimizer()
     tuned.model.train()
     for _ in range(2):
