@@ -84,16 +84,10 @@ class _Stages(TrainerCallback):
     def __init__(self, trainer: FineTuningTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Freeze what does not move yet: after the wrapper for several processes has seen all that will."""
-        self.trainer.enter_stage(state.global_step)
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the parts move whose step has come."""
+        """Let the parts move whose step has come; the wrapper for several processes has seen all that will move."""
         self.trainer.enter_stage(state.global_step)
 
     def on_train_end(
