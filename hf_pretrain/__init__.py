@@ -200,6 +200,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
+    from hf_pretrain.transfer.adaptation import add_words as add_words
+    from hf_pretrain.transfer.adaptation import choose_words as choose_words
     from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
     from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
     from hf_pretrain.transfer.feature_heads import FeatureClassifier as FeatureClassifier
@@ -396,6 +398,7 @@ _EXPORTS = {
     "transfer.features": ("PretrainedFeatures",),
     "transfer.adapters": ("merge_for_export",),
     "transfer.arguments": ("StrategyArguments",),
+    "transfer.adaptation": ("add_words", "choose_words"),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
     "transfer.generative.trainer": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
     "transfer.generative.inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),

@@ -39,6 +39,10 @@ RECIPES = {
 """Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 
 COMMANDS = {
+    "adapt": (
+        "hf_pretrain.commands.adapt",
+        "train a model further on text of a domain: whole or with LoRA, with new words",
+    ),
     "statistics": ("hf_pretrain.commands.statistics", "lengths of a corpus' documents, and how they fill the blocks"),
     "deduplicate": ("hf_pretrain.commands.deduplicate", "leave out documents that repeat another, nearly or exactly"),
     "vectors": (

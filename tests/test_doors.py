@@ -1,4 +1,4 @@
-"""The pages of the four doors run from top to bottom on made-up text, commands and Python; so does the Python of the guides."""
+"""The pages of the four doors, and that on adapters, run from top to bottom on made-up text, commands and Python; so does the Python of the guides."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def shortened(command):
     """The arguments of a command, for a tiny model and two steps."""
     argv = shlex.split(command)[1:]
     method = described_recipes()[argv[0]][0] if argv[0] in described_recipes() else argv[0]
-    if method not in METHODS:
+    if method not in (*METHODS, "adapt"):
         return argv
     if "--num_train_epochs" in argv:
         start = argv.index("--num_train_epochs")
@@ -57,7 +57,9 @@ def shortened(command):
     argv = [*argv, *SHORT.split()]
     if method != "distil-task":
         argv += ["--block_size", "32"]
-    if method not in ("distil", "distil-task") and not {"--model_name_or_path", "--encoder_name_or_path"} & {*argv}:
+    if method not in ("distil", "distil-task", "adapt") and not {"--model_name_or_path", "--encoder_name_or_path"} & {
+        *argv
+    }:
         argv += SIZES.split() + ([] if "--tokenizer_name" in argv else ["--vocab_size", "300"])
     return argv
 
@@ -67,7 +69,9 @@ def test_a_page_is_two_screens(page):
     assert len((DOCS / f"{page}.md").read_text(encoding="utf-8").splitlines()) <= TWO_SCREENS
 
 
-@pytest.mark.parametrize("page", DOORS)
+# PEFT asks for it by its old name.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", [*DOORS, "adapters"])
 def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     write_text(tmp_path)
     for name in ("books.txt", "train.en", "train.de"):

@@ -23,6 +23,8 @@ _OF_TRAINING = {
     per_device_train_batch_size gradient_accumulation_steps
     learning_rate warmup_steps lr_scheduler_type optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed bf16
     activation_checkpointing torch_compile""",
+    "adapters": """adapter adapter_rank adapter_alpha adapter_dropout adapter_targets adapter_modules_to_save
+    adapter_train_embeddings adapter_export""",
     "logging": """output_dir overwrite_output_dir resume_from_checkpoint logging_steps eval_strategy eval_steps
     per_device_eval_batch_size save_strategy save_steps save_total_limit load_best_model_at_end report_to run_name""",
     "Hub": "push_to_hub hub_model_id hub_private_repo hub_strategy hub_branches language license datasets tags private_text",
