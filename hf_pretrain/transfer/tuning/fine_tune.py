@@ -19,7 +19,7 @@ from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec, load_task
 from hf_pretrain.training.checkpointing import changed, remove_old_checkpoints
-from hf_pretrain.training.processes import first_process_first, not_finite, nothing_trained
+from hf_pretrain.training.processes import StopOnRequest, first_process_first, not_finite, nothing_trained, stopped
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 from hf_pretrain.transfer.tuning.heads import name_labels, open_for_task, settle_length, settle_padding
 
@@ -32,6 +32,7 @@ class TaskTrainer(FineTuningTrainer):
     | method | why |
     | --- | --- |
     | `_save_checkpoint` | a run that is started again tells a whole checkpoint from one that was cut off |
+    | `create_model_card` | the card with what was measured |
 
     Args:
         model: The model with the task's head.
@@ -55,6 +56,7 @@ class TaskTrainer(FineTuningTrainer):
     ) -> None:
         self.data, self.max_length, self.doc_stride = data, max_length, doc_stride
         self.scores: dict[str, float] = {}
+        self.write_card: Callable[[], None] = lambda: None
         lengths = {"max_length": max_length, "doc_stride": doc_stride}
         with first_process_first(args):
             train, validation = (data.encoded(split, processing_class, **lengths) for split in ("train", "validation"))
@@ -80,6 +82,11 @@ class TaskTrainer(FineTuningTrainer):
         predictions = cast(Any, prediction.predictions)
         self.scores = self.data.score("validation", predictions, tokenizer=cast(Any, self.processing_class))
         return self.scores
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card that the export has set as `write_card`; see `export_fine_tuned`."""
+        if self.is_world_process_zero():
+            self.write_card()
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -198,7 +205,7 @@ def fine_tune(
 
     Raises:
         InputError: If model, task and options do not fit each other.
-        RunError: If no step was trained, or the weights are not finite in the end.
+        RunError: If no step was trained, a `StopOnRequest` among the callbacks stopped the run, or the predictions are not finite.
     """
     trainer, note, fresh = task_trainer(
         model, task, args, tokenizer=tokenizer, max_length=max_length, doc_stride=doc_stride, **kwargs
@@ -209,6 +216,8 @@ def fine_tune(
     begin = time.perf_counter()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - begin
+    if any(isinstance(each, StopOnRequest) and each.has_stopped for each in trainer.callback_handler.callbacks):
+        raise stopped(args.output_dir, trainer.state.global_step)
     step = trainer.state.global_step
     if not step:
         raise nothing_trained(len(data.rows("train")))
