@@ -111,8 +111,8 @@ class FinetuneTrainingArguments(FineTuningArguments):
     overwrite_output_dir: bool = option(False, "Replace the earlier run in output_dir, once all is read and checked.")
     resume_from_checkpoint: str | None = option(
         None,
-        "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or (`auto`) from the last "
-        "whole one if there is any and else from the start.",
+        "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or "
+        "(`auto`) from the last whole one if there is any and else from the start.",
     )
     save_total_limit: int | None = option(1, "Keep so many checkpoints.")
     language: list[str] | None = option(None, "Codes of the languages of the text, for the model card: en de.")

@@ -51,7 +51,9 @@ _OF_A_RUN = (
     *("config.json", "generation_config.json", "model*.safetensors", "*.index.json", "pytorch_model*.bin"),
     *("adapter_config.json", "adapter_model.*", "configuration_*.py", "modeling_*.py", "__init__.py"),
     *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
-    *("predictions.jsonl", "seed-*", "all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),
+    *("all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),
+    # Of fine-tuning.
+    *("predictions.jsonl", "seed-*"),
 )
 # The files below the folders of a run.
 _BELOW = (

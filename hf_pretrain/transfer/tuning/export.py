@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import plain, share_weights, write_text
+from hf_pretrain.files import plain, share_weights, write_bytes, write_text
 from hf_pretrain.hub.card import ESSENTIAL_OPTIONS, defining_options, recipe_options, write_card
 from hf_pretrain.hub.environment import Compute, hardware, versions
 from hf_pretrain.hub.pushing import Pushing
@@ -27,8 +27,8 @@ from hf_pretrain.transfer.tuning.references import Reference, evaluation_of, tas
 PREDICTIONS, RESULTS, RECIPE = "predictions.jsonl", "all_results.json", "recipe.yaml"
 
 _LIMITS = (
-    "The model knows the task by the examples described above alone, and repeats their biases and those of its encoder. Scores are "
-    "those of one run on the rows that are named; other texts may be harder."
+    "The model knows the task by the examples described above alone, and repeats their biases and those of its encoder. The "
+    "scores are those of one run on the rows that are named; other texts may be harder."
 )
 
 
@@ -58,9 +58,18 @@ def export_fine_tuned(
     """
     trainer = found.trainer
     folder, recipe = Path(trainer.args.output_dir), resolved_options(options)
-    trainer.write_card = lambda: _write_card(
-        found, folder, model_name=model_name, options=options, references=references, facts=facts or {}
-    )
+    readme = folder / "README.md"
+    before = readme.read_bytes() if readme.is_file() else None
+
+    def write() -> None:
+        # peft writes a card of its own into an adapter's folder.
+        if before is None:
+            readme.unlink(missing_ok=True)
+        else:
+            write_bytes(readme, before)
+        _write_card(found, folder, model_name=model_name, options=options, references=references, facts=facts or {})
+
+    trainer.write_card = write
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_text(folder / RESULTS, json.dumps(results_of(found, references), indent=2) + "\n")

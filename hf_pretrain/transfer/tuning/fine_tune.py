@@ -21,7 +21,7 @@ from hf_pretrain.tasks.spec import TaskSpec, load_task
 from hf_pretrain.training.checkpointing import changed, remove_old_checkpoints
 from hf_pretrain.training.processes import StopOnRequest, first_process_first, not_finite, nothing_trained, stopped
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
-from hf_pretrain.transfer.tuning.heads import name_labels, open_for_task, settle_length, settle_padding
+from hf_pretrain.transfer.tuning.heads import OpenedModel, name_labels, open_for_task, settle_length, settle_padding
 
 _LENGTHS = {"span": 128}
 
@@ -161,9 +161,8 @@ def task_trainer(
         if not isinstance(model, str):
             raise InputError("tokenizer is missing: give that of the model")
         tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, model))
-    note, fresh = "", ()
-    if isinstance(model, str):
-        model, note, fresh = open_for_task(model, data, seed=args.seed)
+    opened = open_for_task(model, data, seed=args.seed) if isinstance(model, str) else OpenedModel(model, "", ())
+    model, note, fresh = opened
     name_labels(model, data)
     settle_padding(model, tokenizer)
     length = settle_length(max_length, model, data)
@@ -205,7 +204,8 @@ def fine_tune(
 
     Raises:
         InputError: If model, task and options do not fit each other.
-        RunError: If no step was trained, a `StopOnRequest` among the callbacks stopped the run, or the predictions are not finite.
+        RunError: If no step was trained, a `StopOnRequest` among the callbacks stopped the run, or the predictions are not
+            finite.
     """
     trainer, note, fresh = task_trainer(
         model, task, args, tokenizer=tokenizer, max_length=max_length, doc_stride=doc_stride, **kwargs
