@@ -115,6 +115,7 @@ class FinetuneTrainingArguments(FineTuningArguments):
         "(`auto`) from the last whole one if there is any and else from the start.",
     )
     save_total_limit: int | None = option(1, "Keep so many checkpoints.")
+    hub_strategy: str = option("end", "The model is pushed at the end, and never before.")
     language: list[str] | None = option(None, "Codes of the languages of the text, for the model card: en de.")
     license: str | None = option(None, "License of the model, for its card; the Hub's identifier: apache-2.0.")
     datasets: list[str] | None = option(None, "Ids of the training data on the Hub, for the model card.")
@@ -123,6 +124,8 @@ class FinetuneTrainingArguments(FineTuningArguments):
     def __post_init__(self) -> None:
         """Check the card's options, then the others."""
         check_identifiers({name: getattr(self, name) for name in ("language", "license", "datasets", "tags")})
+        if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
+            raise InputError(f"hub_strategy={self.hub_strategy!r}: a fine-tuned model is pushed at the end; leave it out")
         super().__post_init__()
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs):
             name = "num_train_epochs" if self.max_steps else "max_steps"

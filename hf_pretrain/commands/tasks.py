@@ -39,7 +39,9 @@ class TaskArguments:
     validation_file: list[str] | None = option(None, "Examples to measure on; by default some of those to train on.")
     text_columns: list[str] | None = option(None, "Column of the text, or two of pairs.")
     label_column: str | None = option(None, "Column of the labels; by default one of a usual name.")
-    task_type: TaskType = option("classification", "Whether labels are classes or values.")
+    task_type: TaskType = option(
+        "classification", "Of train_file: classification, regression, tokens (classes of words), choice, or span."
+    )
     validation_fraction: float = option(0.1, "Share of the examples that is held out if nothing else is.")
     max_examples: int | None = option(None, "Train on so many examples at most.")
 

@@ -223,6 +223,7 @@ def test_files_without_a_yaml(place, tmp_path, capsys):
         (["--tasks", "tasks.yaml", "--task", "pair", "--seeds", "1", "1"], "seeds=[1, 1]"),
         (["--tasks", "tasks.yaml", "--task", "pair", "--seeds", "1", "2", "--push_to_hub"], "push_to_hub=True"),
         (["--tasks", "tasks.yaml", "--task", "pair", "--max_steps", "0"], "max_steps=0 trains nothing"),
+        (["--tasks", "tasks.yaml", "--task", "pair", "--hub_strategy", "every_save"], "hub_strategy='every_save'"),
         (["--tasks", "tasks.yaml", "--task", "pair", "--license", "apache"], "license='apache'"),
         (["--tasks", "tasks.yaml", "--task", "pair", "--max_length", "100"], "max_length=100: "),
         (["--tasks", "tasks.yaml", "--task", "pair", "--strategy", "scalar_mix"], "scalar_mix"),
