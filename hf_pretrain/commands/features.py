@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import numpy as np
 
 from hf_pretrain.commands import parse_command
-from hf_pretrain.commands.tasks import TaskArguments
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.probes import Pooling
 from hf_pretrain.options import option
@@ -32,6 +31,7 @@ from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.classic_heads import HEADS, Kind
 from hf_pretrain.transfer.feature_heads import FeatureClassifier, FeatureRegressor
 from hf_pretrain.transfer.features import PretrainedFeatures
+from hf_pretrain.transfer.tuning.options import TaskArguments
 from hf_pretrain.transfer.tuning.references import (
     Reference,
     constant_reference,

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
+import torch
 
 from hf_pretrain.commands import parse_command
-from hf_pretrain.commands.tasks import TaskArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import write_text
 from hf_pretrain.hub.identifiers import check_identifiers
@@ -45,6 +45,7 @@ from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.strategies import is_adapted, strategy_report
 from hf_pretrain.transfer.tuning.export import PREDICTIONS, RECIPE, RESULTS, export_fine_tuned, results_of
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, TaskTrainer, fine_tune
+from hf_pretrain.transfer.tuning.options import TaskArguments
 from hf_pretrain.transfer.tuning.references import Reference, constant_reference, tfidf_reference
 
 PROGRAM = "hf-pretrain finetune"
@@ -125,7 +126,11 @@ class FinetuneTrainingArguments(FineTuningArguments):
         """Check the card's options, then the others."""
         check_identifiers({name: getattr(self, name) for name in ("language", "license", "datasets", "tags")})
         if str(getattr(self.hub_strategy, "value", self.hub_strategy)) != "end":
-            raise InputError(f"hub_strategy={self.hub_strategy!r}: a fine-tuned model is pushed at the end; leave it out")
+            raise InputError(
+                f"hub_strategy={self.hub_strategy!r}: a fine-tuned model is pushed at the end; leave it out"
+            )
+        if torch.accelerator.current_accelerator(check_available=True) is None:
+            self.dataloader_pin_memory = False
         super().__post_init__()
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs):
             name = "num_train_epochs" if self.max_steps else "max_steps"
