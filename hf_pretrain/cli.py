@@ -51,7 +51,7 @@ COMMANDS = {
     ),
     "finetune": (
         "hf_pretrain.commands.finetune",
-        "fine-tune an encoder on a task with a strategy, beside TF-IDF: classes, values, words, choices, answers",
+        "fine-tune an encoder on a task with a strategy, beside TF-IDF",
     ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
