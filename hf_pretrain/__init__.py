@@ -222,6 +222,10 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.layers import reinitialise_layers as reinitialise_layers
     from hf_pretrain.transfer.strategies import slanted_triangular as slanted_triangular
     from hf_pretrain.transfer.strategies import strategy_report as strategy_report
+    from hf_pretrain.transfer.tuning.export import export_fine_tuned as export_fine_tuned
+    from hf_pretrain.transfer.tuning.fine_tune import FineTuned as FineTuned
+    from hf_pretrain.transfer.tuning.fine_tune import fine_tune as fine_tune
+    from hf_pretrain.transfer.tuning.heads import open_for_task as open_for_task
     from hf_pretrain.vectors.corpus import WordCorpus as WordCorpus
     from hf_pretrain.vectors.distillation import distil_vectors as distil_vectors
     from hf_pretrain.vectors.folder import WordVectors as WordVectors
@@ -405,6 +409,9 @@ _EXPORTS = {
     "transfer.generative.modeling": ("GenerativeTransferModel",),
     "transfer.layers": ("reinitialise_layers",),
     "transfer.strategies": ("slanted_triangular", "strategy_report"),
+    "transfer.tuning.export": ("export_fine_tuned",),
+    "transfer.tuning.fine_tune": ("FineTuned", "fine_tune"),
+    "transfer.tuning.heads": ("open_for_task",),
     "vectors.corpus": ("WordCorpus",),
     "vectors.distillation": ("distil_vectors",),
     "vectors.folder": ("WordVectors",),

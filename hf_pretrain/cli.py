@@ -53,6 +53,10 @@ COMMANDS = {
         "hf_pretrain.commands.features",
         "features of a frozen encoder, and classic classifiers on them beside TF-IDF",
     ),
+    "finetune": (
+        "hf_pretrain.commands.finetune",
+        "fine-tune an encoder on a task with a strategy, beside TF-IDF",
+    ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
 }

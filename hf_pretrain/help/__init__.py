@@ -38,7 +38,7 @@ _PREFIXES = {
     "save_": "logging",
     "trackio_": "logging",
 }
-_ORDER = ("objective", "model", "data", "options", *_OF_TRAINING, "advanced")
+_ORDER = ("objective", "strategy", "model", "data", "options", *_OF_TRAINING, "advanced")
 # Options of this library that few runs need; --help-all has them too.
 RARE = set(
     """on_bad_text split_seed max_unknown_share word_segmenter shuffle_buffer_size dataset_split
@@ -110,7 +110,7 @@ def group_of(name: str, owner: type) -> str:
             return _GROUP_OF[name]
         of_all = {field.name for base in owner.__mro__ if _is_for_all(base) for field in dataclasses.fields(base)}
         if name not in of_all:
-            return "objective"
+            return "strategy" if "strategy" in {field.name for field in dataclasses.fields(owner)} else "objective"
         return next((group for prefix, group in _PREFIXES.items() if name.startswith(prefix)), "advanced")
     fields = {field.name for field in dataclasses.fields(owner)}
     if "teacher_name_or_path" in fields or "hidden_size" in fields:
@@ -136,7 +136,7 @@ def help_text(parser: argparse.ArgumentParser, dataclass_types: Sequence[type], 
     for owner in dataclass_types:
         for field in dataclasses.fields(owner):
             group, action = group_of(field.name, owner), actions.get(field.name)
-            is_inherited = issubclass(owner, TrainingArguments) and group != "objective"
+            is_inherited = issubclass(owner, TrainingArguments) and group not in ("objective", "strategy")
             is_rare = group == "advanced" or (is_inherited and field.name not in _GROUP_OF)
             has_more |= is_rare
             if action is not None and action not in groups[group] and (is_whole or not is_rare):
