@@ -1,4 +1,4 @@
-"""The pages of the four doors, and that on adapters, run from top to bottom on made-up text, commands and Python; so does the Python of the guides."""
+"""The pages of the four doors, and that on adapters, run from top to bottom on made-up text; so does the Python of the guides."""
 
 import json
 import re
