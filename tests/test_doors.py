@@ -77,6 +77,9 @@ def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, 
     for name in ("books.txt", "train.en", "train.de"):
         shutil.copy(tmp_path / "corpus.txt", tmp_path / name)
     write_models(tmp_path, layers=4)
+    with (tmp_path / "corpus.txt").open("a", encoding="utf-8") as stream:
+        # Words that the models' tokenizers cut.
+        stream.writelines(f"\n\nThe cat has hepatitis, and steatosis {number}.\n" for number in range(8))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     names = {"__name__": "document"}
