@@ -26,9 +26,9 @@ from hf_pretrain.hub.examples import find_examples
 from hf_pretrain.hub.identifiers import as_list
 from hf_pretrain.hub.record import PretrainingCard, read_content, read_record, read_weights
 from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
-from hf_pretrain.modeling.adapters import adapter_parameters, stock_parameters
 from hf_pretrain.modeling.backbone import flops_of_weights, sizes
 from hf_pretrain.modeling.base import trial_tokens
+from hf_pretrain.modeling.surgery.adapters import adapter_parameters, stock_parameters
 from hf_pretrain.options import all_options, resolved_options
 from hf_pretrain.training.arguments import REFUSED
 from hf_pretrain.training.processes import is_sharded

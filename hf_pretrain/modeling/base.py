@@ -21,7 +21,6 @@ from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import share_weights
-from hf_pretrain.modeling.adapters import Adapters, save_adapter, without_adapters
 from hf_pretrain.modeling.backbone import (
     input_names,
     is_shifted,
@@ -33,6 +32,7 @@ from hf_pretrain.modeling.backbone import (
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
+from hf_pretrain.modeling.surgery.adapters import Adapters, save_adapter, without_adapters
 from hf_pretrain.modeling.visibility import rules
 
 logger = logging.get_logger(__name__)

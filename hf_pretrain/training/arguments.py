@@ -26,8 +26,8 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
 from hf_pretrain.hub.branches import check_branches
 from hf_pretrain.hub.identifiers import check_identifiers
-from hf_pretrain.modeling.adapters import AdapterArguments
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.modeling.surgery.adapters import AdapterArguments
 from hf_pretrain.names import SYNONYMS
 from hf_pretrain.optimizers import OptimizerName, check_bias_correction, optimizer_of
 from hf_pretrain.options import check_options, option, schedules_of

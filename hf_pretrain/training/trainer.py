@@ -43,11 +43,11 @@ from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
-from hf_pretrain.modeling.adapters import add_adapters
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
+from hf_pretrain.modeling.surgery.adapters import add_adapters
 from hf_pretrain.optimizers import check_matrices_are_whole, linear_product_schedule, optimizer_of
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
