@@ -238,15 +238,21 @@ def _options_row(recipes: tuple[str, ...]) -> list[str]:
     warmup = options["warmup_steps"]
     warmup = f"{100 * warmup:g} %" if 0 < warmup < 1 else f"{warmup:,.0f}"
     schedule = "product" if options["decay_during_warmup"] else str(options["lr_scheduler_type"].value)
+    masks, rate = _masked(options), f"{_scientific(options['learning_rate'])}, {warmup}, {schedule}"
+    if phases := options.get("phases"):
+        # What changes with a phase is not the run's.
+        masks = ("by phase" if any("mlm_probability" in phase for phase in phases) else masks[0], masks[1])
+        rate = f"{_scientific(options['learning_rate'])}, by phase" if "rate" in phases[0] else rate
+        length = " → ".join(dict.fromkeys(str(phase.get("block_size", length)) for phase in phases))
     adam = f"{options['adam_beta1']:g}, {options['adam_beta2']:g}, {_scientific(options['adam_epsilon'])}"
     adam += f", {'yes' if options['adam_bias_correction'] else 'no'}"
     return [
         " + ".join(_link(name, "docs/papers.md") for name in recipes),
         _trained(method, options),
-        *_masked(options),
+        *masks,
         f"{length}, {text}",
         f"{batch} × {f'{steps:,} steps' if steps > 0 else f'{epochs:g} epochs'}",
-        f"{_scientific(options['learning_rate'])}, {warmup}, {schedule}",
+        rate,
         "Adafactor" if options["optim"] == "adafactor" else adam,
         f"{options['weight_decay']:g}, {options['max_grad_norm']:g}",
         _dropout(options),

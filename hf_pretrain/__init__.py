@@ -75,6 +75,16 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.modeling.surgery.directions import to_decoder as to_decoder
     from hf_pretrain.modeling.surgery.directions import to_encoder as to_encoder
     from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
+    from hf_pretrain.models.elmo.classification_elmo import (
+        ElmoForSequenceClassification as ElmoForSequenceClassification,
+    )
+    from hf_pretrain.models.elmo.classification_elmo import ElmoForTokenClassification as ElmoForTokenClassification
+    from hf_pretrain.models.elmo.configuration_elmo import ElmoConfig as ElmoConfig
+    from hf_pretrain.models.elmo.conversion import load_elmo_weights as load_elmo_weights
+    from hf_pretrain.models.elmo.layers_elmo import ScalarMix as ScalarMix
+    from hf_pretrain.models.elmo.modeling_elmo import ElmoForPreTraining as ElmoForPreTraining
+    from hf_pretrain.models.elmo.modeling_elmo import ElmoModel as ElmoModel
+    from hf_pretrain.models.elmo.tokenization_elmo import ElmoTokenizer as ElmoTokenizer
     from hf_pretrain.models.sparse_text.configuration_sparse_text import SparseTextConfig as SparseTextConfig
     from hf_pretrain.models.sparse_text.modeling_sparse_text import SparseTextModel as SparseTextModel
     from hf_pretrain.models.static_embedding.configuration_static_embedding import (
@@ -131,6 +141,12 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.objectives.electric import TwoTowerClozeConfig as TwoTowerClozeConfig
     from hf_pretrain.objectives.electric import TwoTowerClozeModel as TwoTowerClozeModel
     from hf_pretrain.objectives.electric import score_texts as score_texts
+    from hf_pretrain.objectives.elmo import BidirectionalLMForPreTraining as BidirectionalLMForPreTraining
+    from hf_pretrain.objectives.elmo import DataCollatorForElmo as DataCollatorForElmo
+    from hf_pretrain.objectives.elmo import ElmoDataArguments as ElmoDataArguments
+    from hf_pretrain.objectives.elmo import ElmoModelArguments as ElmoModelArguments
+    from hf_pretrain.objectives.elmo import ElmoTrainer as ElmoTrainer
+    from hf_pretrain.objectives.elmo import ElmoTrainingArguments as ElmoTrainingArguments
     from hf_pretrain.objectives.encoder import DataCollatorForEncoder as DataCollatorForEncoder
     from hf_pretrain.objectives.encoder import EncoderTrainer as EncoderTrainer
     from hf_pretrain.objectives.encoder import EncoderTrainingArguments as EncoderTrainingArguments
@@ -168,27 +184,48 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
         ReplacedTokenDetectionTrainingArguments as ReplacedTokenDetectionTrainingArguments,
     )
     from hf_pretrain.schedules import Schedule as Schedule
+    from hf_pretrain.tasks.answers import Answer as Answer
+    from hf_pretrain.tasks.answers import answer_questions as answer_questions
+    from hf_pretrain.tasks.answers import best_null_threshold as best_null_threshold
     from hf_pretrain.tasks.batches import DataCollatorForTask as DataCollatorForTask
+    from hf_pretrain.tasks.batches import DataCollatorForTaskHead as DataCollatorForTaskHead
     from hf_pretrain.tasks.data import TaskDataArguments as TaskDataArguments
     from hf_pretrain.tasks.data import prepare_task as prepare_task
+    from hf_pretrain.tasks.labelled import TaskData as TaskData
+    from hf_pretrain.tasks.metrics import as_evaluate_metric as as_evaluate_metric
+    from hf_pretrain.tasks.spec import TaskSpec as TaskSpec
+    from hf_pretrain.tasks.spec import load_task as load_task
+    from hf_pretrain.tasks.spec import read_tasks as read_tasks
     from hf_pretrain.training.arguments import PretrainingArguments as PretrainingArguments
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
     from hf_pretrain.transfer.adaptation import add_words as add_words
     from hf_pretrain.transfer.adaptation import choose_words as choose_words
+    from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
+    from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
+    from hf_pretrain.transfer.feature_heads import FeatureClassifier as FeatureClassifier
+    from hf_pretrain.transfer.feature_heads import FeatureRegressor as FeatureRegressor
+    from hf_pretrain.transfer.features import PretrainedFeatures as PretrainedFeatures
     from hf_pretrain.transfer.fine_tuning import FineTuningArguments as FineTuningArguments
     from hf_pretrain.transfer.fine_tuning import FineTuningTrainer as FineTuningTrainer
     from hf_pretrain.transfer.fine_tuning import layerwise_parameter_groups as layerwise_parameter_groups
-    from hf_pretrain.transfer.generative import GenerativeTransferArguments as GenerativeTransferArguments
-    from hf_pretrain.transfer.generative import GenerativeTransferTrainer as GenerativeTransferTrainer
-    from hf_pretrain.transfer.generative import transfer_metrics as transfer_metrics
-    from hf_pretrain.transfer.generative_inputs import (
+    from hf_pretrain.transfer.generative.inputs import (
         DataCollatorForGenerativeTransfer as DataCollatorForGenerativeTransfer,
     )
-    from hf_pretrain.transfer.generative_inputs import add_transfer_tokens as add_transfer_tokens
-    from hf_pretrain.transfer.generative_inputs import transform_examples as transform_examples
-    from hf_pretrain.transfer.generative_modeling import GenerativeTransferModel as GenerativeTransferModel
+    from hf_pretrain.transfer.generative.inputs import add_transfer_tokens as add_transfer_tokens
+    from hf_pretrain.transfer.generative.inputs import transform_examples as transform_examples
+    from hf_pretrain.transfer.generative.modeling import GenerativeTransferModel as GenerativeTransferModel
+    from hf_pretrain.transfer.generative.trainer import GenerativeTransferArguments as GenerativeTransferArguments
+    from hf_pretrain.transfer.generative.trainer import GenerativeTransferTrainer as GenerativeTransferTrainer
+    from hf_pretrain.transfer.generative.trainer import transfer_metrics as transfer_metrics
+    from hf_pretrain.transfer.layers import reinitialise_layers as reinitialise_layers
+    from hf_pretrain.transfer.strategies import slanted_triangular as slanted_triangular
+    from hf_pretrain.transfer.strategies import strategy_report as strategy_report
+    from hf_pretrain.transfer.tuning.export import export_fine_tuned as export_fine_tuned
+    from hf_pretrain.transfer.tuning.fine_tune import FineTuned as FineTuned
+    from hf_pretrain.transfer.tuning.fine_tune import fine_tune as fine_tune
+    from hf_pretrain.transfer.tuning.heads import open_for_task as open_for_task
     from hf_pretrain.vectors.corpus import WordCorpus as WordCorpus
     from hf_pretrain.vectors.distillation import distil_vectors as distil_vectors
     from hf_pretrain.vectors.folder import WordVectors as WordVectors
@@ -253,6 +290,12 @@ _EXPORTS = {
     "modeling.surgery.cutting": ("cut_student",),
     "modeling.surgery.directions": ("to_decoder", "to_encoder"),
     "modeling.surgery.vocabulary": ("trim_vocabulary",),
+    "models.elmo.classification_elmo": ("ElmoForSequenceClassification", "ElmoForTokenClassification"),
+    "models.elmo.configuration_elmo": ("ElmoConfig",),
+    "models.elmo.conversion": ("load_elmo_weights",),
+    "models.elmo.layers_elmo": ("ScalarMix",),
+    "models.elmo.modeling_elmo": ("ElmoForPreTraining", "ElmoModel"),
+    "models.elmo.tokenization_elmo": ("ElmoTokenizer",),
     "models.sparse_text.configuration_sparse_text": ("SparseTextConfig",),
     "models.sparse_text.modeling_sparse_text": ("SparseTextModel",),
     "models.static_embedding.configuration_static_embedding": ("StaticEmbeddingConfig",),
@@ -309,6 +352,14 @@ _EXPORTS = {
         "TwoTowerClozeModel",
         "score_texts",
     ),
+    "objectives.elmo": (
+        "BidirectionalLMForPreTraining",
+        "DataCollatorForElmo",
+        "ElmoDataArguments",
+        "ElmoModelArguments",
+        "ElmoTrainer",
+        "ElmoTrainingArguments",
+    ),
     "objectives.encoder": ("DataCollatorForEncoder", "EncoderTrainer", "EncoderTrainingArguments", "MaskedLMTrainer"),
     "objectives.encoder.generation": ("generate",),
     "objectives.encoder.modeling": ("EncoderForPreTraining",),
@@ -338,16 +389,29 @@ _EXPORTS = {
         "ReplacedTokenDetectionTrainingArguments",
     ),
     "schedules": ("Schedule",),
-    "tasks.batches": ("DataCollatorForTask",),
+    "tasks.answers": ("Answer", "answer_questions", "best_null_threshold"),
+    "tasks.batches": ("DataCollatorForTask", "DataCollatorForTaskHead"),
     "tasks.data": ("TaskDataArguments", "prepare_task"),
+    "tasks.labelled": ("TaskData",),
+    "tasks.metrics": ("as_evaluate_metric",),
+    "tasks.spec": ("TaskSpec", "load_task", "read_tasks"),
     "training.arguments": ("PretrainingArguments",),
     "training.method": ("Learning", "Method"),
     "training.trainer": ("PretrainingTrainer",),
+    "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
+    "transfer.features": ("PretrainedFeatures",),
+    "transfer.adapters": ("merge_for_export",),
+    "transfer.arguments": ("StrategyArguments",),
     "transfer.adaptation": ("add_words", "choose_words"),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
-    "transfer.generative": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
-    "transfer.generative_inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
-    "transfer.generative_modeling": ("GenerativeTransferModel",),
+    "transfer.generative.trainer": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
+    "transfer.generative.inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
+    "transfer.generative.modeling": ("GenerativeTransferModel",),
+    "transfer.layers": ("reinitialise_layers",),
+    "transfer.strategies": ("slanted_triangular", "strategy_report"),
+    "transfer.tuning.export": ("export_fine_tuned",),
+    "transfer.tuning.fine_tune": ("FineTuned", "fine_tune"),
+    "transfer.tuning.heads": ("open_for_task",),
     "vectors.corpus": ("WordCorpus",),
     "vectors.distillation": ("distil_vectors",),
     "vectors.folder": ("WordVectors",),

@@ -24,6 +24,7 @@ RECIPES = {
     "structbert": ("encoder", "masked tokens, shuffled words and the order of sentences (StructBERT)"),
     "unilm": ("encoder", "masked tokens seen from both sides, one side, or as a target of a source (UniLM)"),
     "xlm": ("encoder", "masked tokens in many languages, and in translations (XLM)"),
+    "gpt_bert": ("encoder", "masked tokens and next tokens with one head (GPT-BERT)"),
     "bart": ("denoise", "text with infilled spans and permuted sentences, written as it was (BART)"),
     "t5": ("denoise", "spans behind sentinels, written by the decoder (T5)"),
     "ul2": ("denoise", "seven kinds of denoising, each with the token of its mode (UL2)"),
@@ -47,6 +48,14 @@ COMMANDS = {
     "vectors": (
         "hf_pretrain.commands.vectors",
         "vectors of words: counts, PMI, LSA, word2vec, GloVe, or those of an encoder",
+    ),
+    "features": (
+        "hf_pretrain.commands.features",
+        "features of a frozen encoder, and classic classifiers on them beside TF-IDF",
+    ),
+    "finetune": (
+        "hf_pretrain.commands.finetune",
+        "fine-tune an encoder on a task with a strategy, beside TF-IDF",
     ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),

@@ -258,9 +258,18 @@ def _find_recipe(name: str) -> Path:
     raise InputError(f"--config {name}: no such file or recipe: {hint}")
 
 
+def _refuse_doubles(node: yaml.MappingNode) -> None:
+    """Refuse a mapping that gives a key twice: YAML would take the last one."""
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    twice = next((key for key in keys if keys.count(key) > 1), None)
+    if twice is not None:
+        raise yaml.YAMLError(f"{twice} is given twice")
+
+
 def _node_value(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
     """Return a scalar's text (None for null), a list of those, or a mapping with YAML's own types."""
     if isinstance(node, yaml.MappingNode):
+        _refuse_doubles(node)
         return loader.construct_object(node, deep=True)
     if isinstance(node, yaml.SequenceNode):
         return [_node_value(loader, item) for item in node.value]

@@ -17,6 +17,7 @@ from typing import Any
 
 _CONFIGURATIONS = "transformers.models.auto.configuration_auto"
 _MODELS = "transformers.models.auto.modeling_auto"
+_TOKENIZERS = "transformers.models.auto.tokenization_auto"
 # While a module of these packages is being imported, nothing is registered.
 _WATCHED = ("transformers.", "hf_pretrain.models.")
 
@@ -33,7 +34,7 @@ class _Finder(MetaPathFinder):
     """Passes searches on to the other finders, and registers at the end of the outermost watched import."""
 
     def __init__(self) -> None:
-        self.pending = {_CONFIGURATIONS, _MODELS}
+        self.pending = {_CONFIGURATIONS, _MODELS, _TOKENIZERS}
         self.depth = 0
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -58,12 +59,20 @@ class _Finder(MetaPathFinder):
 
     def register_imported(self) -> None:
         """Register with each imported Auto class, once."""
-        for name in (_CONFIGURATIONS, _MODELS):
+        for name in (_CONFIGURATIONS, _MODELS, _TOKENIZERS):
             if name in self.pending and name in sys.modules:
                 # First, because the imports below call this method again.
                 self.pending.discard(name)
-                from hf_pretrain.models import register_configurations, register_models
+                if name == _MODELS:
+                    # Who has the models wants the tokenizers too: they are imported then.
+                    self.pending.discard(_TOKENIZERS)
+                from hf_pretrain import models
 
-                (register_configurations if name == _CONFIGURATIONS else register_models)()
+                register = {
+                    _CONFIGURATIONS: models.register_configurations,
+                    _MODELS: models.register_models_and_tokenizers,
+                    _TOKENIZERS: models.register_tokenizers,
+                }
+                register[name]()
         if not self.pending and self in sys.meta_path:
             sys.meta_path.remove(self)

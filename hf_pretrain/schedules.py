@@ -120,12 +120,14 @@ class TrainingSteps(NamedTuple):
     Attributes:
         examples_per_step: Examples of a step, over all micro-batches and ranks.
         per_epoch: Steps of an epoch; the last may have fewer examples.
-        total: Steps of the whole training.
+        total: Steps of the whole training, or of its phase.
+        first_epoch: Number of its first epoch.
     """
 
     examples_per_step: int
     per_epoch: int
     total: int
+    first_epoch: int = 0
 
     def step_of(self, *, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Return the steps done before the one that sees each example: int64 of the shape of both arguments.
@@ -134,4 +136,4 @@ class TrainingSteps(NamedTuple):
             epochs: Epoch of each example.
             indices: Index of each example in the order of its epoch, over all ranks.
         """
-        return epochs * self.per_epoch + indices // self.examples_per_step
+        return (epochs - self.first_epoch) * self.per_epoch + indices // self.examples_per_step

@@ -16,6 +16,9 @@ OPTIONS = [
     ("distil", {"distillation_method": "tinybert"}),
     ("encoder", {"objectives": ["mlm", "span_boundary"], "masking_unit": "span"}),
     ("encoder", {"objectives": ["mlm", "word_order"], "word_order_probability": 0.3}),
+    ("encoder", {"objectives": ["mlm", "clm"]}),
+    ("encoder", {"objectives": ["mlm", "clm"], "prediction": "same"}),
+    ("encoder", {"objectives": ["clm"]}),
     ("rtd", {"training_mode": "decoupled"}),
 ]
 

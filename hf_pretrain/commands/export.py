@@ -35,8 +35,8 @@ from transformers.utils import logging as transformers_logging
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import MARKER, damaged_file, is_whole
-from hf_pretrain.modeling.adapters import restore_adapters
 from hf_pretrain.modeling.base import PretrainingModel
+from hf_pretrain.modeling.surgery.adapters import restore_adapters
 from hf_pretrain.options import option
 from hf_pretrain.training.checkpointing import was_cut_off
 

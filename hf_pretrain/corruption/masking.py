@@ -199,6 +199,8 @@ def mask_rows(
     maskable = rows.valid & ~vocabulary.is_protected(rows.input_ids)
     if rows.also_maskable is not None:
         maskable |= rows.also_maskable
+    if rows.not_maskable is not None:
+        maskable &= ~rows.not_maskable
     words = None
     if needs_word_starts(arguments):
         assert rows.word_starts is not None, "the rows were stacked without words"

@@ -79,6 +79,8 @@ class ExampleRows:
         order_indices: `[B]` int64, the index of each example in the order of an epoch, -1 where it has none.
         order_epochs: `[B]` int64, the epoch of that order; that of a mixture is not that of the examples' own draws.
         also_maskable: `[B, L]` bool, special tokens that may be selected all the same; None if there are none.
+        not_maskable: `[B, L]` bool, tokens that may not be selected; None if all others may.
+        next_tokens: `[B, L]` bool, targets that stay as they are: the next tokens of causal rows; None without such rows.
     """
 
     input_ids: np.ndarray
@@ -91,6 +93,8 @@ class ExampleRows:
     order_indices: np.ndarray | None = None
     order_epochs: np.ndarray | None = None
     also_maskable: np.ndarray | None = None
+    not_maskable: np.ndarray | None = None
+    next_tokens: np.ndarray | None = None
 
     def bits(self, stream: str) -> np.ndarray:
         """Return 64 random bits a position, `uint64` `[B, L]`."""

@@ -215,10 +215,11 @@ def _lm_class() -> type:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             """Continue contexts up to a stop sequence."""
-            if self.scorer.kind != "causal":
+            if self.scorer.kind != "causal" or self.scorer.left_to_right:
                 name = type(self.scorer.model).__name__
+                kind = "an encoder" if self.scorer.left_to_right else self.scorer.kind
                 raise InputError(
-                    f"model={name} is {self.scorer.kind} and generates no text, which a task asks for: choose tasks that score "
+                    f"model={name} is {kind} and generates no text, which a task asks for: choose tasks that score "
                     "options, or a causal model"
                 )
             answers: list[str] = [""] * len(requests)

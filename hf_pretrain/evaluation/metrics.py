@@ -1,9 +1,8 @@
-"""Metrics that work offline, and the batches that a model is evaluated on.
+"""Metrics of decisions about tokens, and the batches that a model is evaluated on.
 
 Texts are checked and tokenized (`checked_texts`, `encode_texts`) and put into batches of about one length (`batches_by_length`).
-`words_of_tokens` finds the word of each token. `Accuracy` scores classes, `detection_metrics` a binary decision a token.
-
-Importing evaluate takes seconds: import this module where it is used, not at the top of a program.
+`words_of_tokens` finds the word of each token. `detection_metrics` scores a binary decision a token. The metrics of tasks are in
+`hf_pretrain.tasks.metrics`.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
@@ -26,26 +23,6 @@ from hf_pretrain.errors import InputError, check_range
 
 # The positions of two special tokens, which are never replaced, alone give a gain of .006 in sequences of 128 tokens.
 _LEAST_GAIN = 0.01
-
-
-class Accuracy(evaluate.Metric):
-    """The share of predictions that are right, in one call or batch by batch.
-
-    `compute(predictions=..., references=...)` takes class ids, ``[N]`` each, and returns ``{"accuracy": share}``. Unlike
-    `evaluate.load("accuracy")`, which asks the Hub for its code, this works offline.
-    """
-
-    def _info(self) -> evaluate.MetricInfo:
-        ids = datasets.Value("int64")
-        return evaluate.MetricInfo(
-            description="The share of predictions that are equal to their reference.",
-            citation="",
-            inputs_description="predictions and references: class ids, one an example",
-            features=datasets.Features({"predictions": ids, "references": ids}),
-        )
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
 def checked_texts(texts: Sequence[str], *, batch_size: int = 1) -> list[str]:

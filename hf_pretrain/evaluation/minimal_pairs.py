@@ -22,7 +22,9 @@ from hf_pretrain.evaluation.token_scores import (
     WithinWord,
     causal_scores,
     check_causal,
+    check_left_to_right,
     check_masked,
+    check_shifted,
     denoising_scores,
     encode_words,
     hidden_runs,
@@ -30,7 +32,7 @@ from hf_pretrain.evaluation.token_scores import (
     sum_scores,
     text_beginning,
 )
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.backbone import evaluating, is_shifted, longest_sequence
 from hf_pretrain.modeling.base import check_model_fits
 
 
@@ -120,6 +122,7 @@ def pseudo_log_likelihoods(
     texts: Sequence[str],
     *,
     within_word: WithinWord = "visible",
+    shifted: bool | None = None,
     batch_size: int = 256,
 ) -> np.ndarray:
     """Score texts by a masked language model: the sum of each token's log-probability where that token alone is masked.
@@ -130,22 +133,27 @@ def pseudo_log_likelihoods(
         texts: Texts that fit the model's positions.
         within_word: The other tokens of a masked token's word are "visible"; or, with "l2r", those to its right are masked as
             well, so that the end of a word does not give its beginning away.
+        shifted: Whether a masked token is predicted at the position before it (masked next-token prediction); by default as the
+            configuration of the model says, which this library writes.
         batch_size: Masked sequences in a batch.
 
     Returns:
         ``float64 [N]``, in nats; special tokens are not scored.
 
     Raises:
-        InputError: If the model is an encoder-decoder, there is no mask token, a text is too long, or the model lacks ids of the
-            tokenizer.
+        InputError: If the model is an encoder-decoder, there is no mask token, a text is too long, the model lacks ids of the
+            tokenizer, or nothing stands before the first token of a shifted model.
 
     Source: Salazar et al. 2020, "Masked Language Model Scoring"; Kauf and Ivanova 2023, "A Better Way to Do Masked Language Model
-        Scoring" ("l2r").
+        Scoring" ("l2r"); Charpentier and Samuel 2024, "BERT or GPT: why not both?" (shifted).
     """
     check_choice(within_word, get_args(WithinWord), name="within_word")
     check_masked(model, tokenizer)
     encoded = _encode(model, tokenizer, checked_texts(texts, batch_size=batch_size))
-    parts = masked_scores(model, tokenizer, encoded, within_word=within_word, batch_size=batch_size)
+    shifted = is_shifted(model) if shifted is None else shifted
+    if shifted:
+        check_shifted(tokenizer, encoded)
+    parts = masked_scores(model, tokenizer, encoded, within_word=within_word, shifted=shifted, batch_size=batch_size)
     return sum_scores(parts, len(encoded))[0]
 
 
@@ -205,7 +213,12 @@ def denoising_log_likelihoods(
 
 
 def causal_log_likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 64
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    left_to_right: bool = False,
+    batch_size: int = 64,
 ) -> np.ndarray:
     """Score texts by a causal language model: the sum of each token's log-probability after the tokens before it.
 
@@ -218,6 +231,8 @@ def causal_log_likelihoods(
         model: A stock causal language model, such as any `AutoModelForCausalLM`.
         tokenizer: Its tokenizer, a fast one.
         texts: Texts that fit the model's positions.
+        left_to_right: Make an encoder read from left to right: one that was trained on next tokens too, such as by
+            `hf-pretrain encoder --objectives mlm clm`.
         batch_size: Texts in a batch.
 
     Returns:
@@ -234,12 +249,12 @@ def causal_log_likelihoods(
         raise InputError(f"model={name} is an encoder-decoder: score it by denoising_log_likelihoods")
     texts = checked_texts(texts, batch_size=batch_size)
     encoded = _tokenize(model, tokenizer, texts)
-    check_causal(model, tokenizer)
+    (check_left_to_right if left_to_right else check_causal)(model, tokenizer)
     found = [_continuation(text, *text_beginning(model, tokenizer)) for text in encoded]
     # Positions that are no table have an end too: what was read in training.
     longest = longest_sequence(model) or getattr(model.config, "max_position_embeddings", None)
     _check_lengths(model, texts, [len(part.ids) for part in found], longest=longest)
-    parts = causal_scores(model, tokenizer, found, batch_size=batch_size)
+    parts = causal_scores(model, tokenizer, found, batch_size=batch_size, left_to_right=left_to_right)
     return sum_scores(parts, len(encoded))[0]
 
 

@@ -1,9 +1,15 @@
-"""Frozen probes: what a linear classifier reads off an encoder that is not trained any further."""
+"""Frozen encoders: the features of texts, and what a linear classifier reads off them.
+
+[`encode`] is the whole way from texts, or pairs of texts, to features. Its two halves are used elsewhere too: [`tokenize_inputs`]
+makes token ids, and [`run_encoder`] feeds them to an encoder in batches of about one length. [`probe_accuracy`] trains a logistic
+regression on features and measures it on others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -13,70 +19,297 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data import draws
-from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence, takes_input
 from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.modeling.pooling import pool_states
 
-Pooling = Literal["mean", "cls"]
+Pooling = Literal["mean", "cls", "max", "last", "eos"]
+"""How the states of a text's tokens become one vector."""
+Inputs = Sequence[str] | Sequence[tuple[str, str]]
+"""Texts, or pairs of texts."""
+Tokenized = Mapping[str, list[list[int]]]
+"""`input_ids` of each text, and `token_type_ids` where the encoder takes them."""
+Batch = dict[str, torch.Tensor]
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # One row in so many of the training set chooses the strength of regularisation.
 _HELD_OUT_EVERY = 5
+# More than any text; tokenizers without a limit name a number that their backend cannot hold.
+_NO_LIMIT = 1 << 30
+# Names of the kinds of pooling in a sentence-transformers folder, where they are others.
+_MODES = {"last": "lasttoken", "eos": "lasttoken"}
+_SHOWN = 40
 
 
 def encode(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Inputs,
     *,
     pooling: Pooling = "mean",
-    layer: int = -1,
+    layer: int | Sequence[int] = -1,
+    combination: str | Sequence[float] = "concat",
+    max_length: int | None = None,
     batch_size: int = 64,
+    bf16: bool = False,
 ) -> np.ndarray:
-    """Return a feature vector of each text from a frozen encoder.
+    """Return a feature vector of each text, or of each pair of texts, from a frozen encoder.
 
     Args:
-        model: A stock model, with a head or without; the head is not used.
+        model: A stock model, with a head or without; the head is not used. Of an encoder-decoder the encoder is.
         tokenizer: Its tokenizer.
-        texts: The texts; what is longer than the model's positions is cut off.
-        pooling: "mean" of all tokens' states, special tokens included, or the state of the first token ("cls").
+        texts: The texts, or pairs of texts. The name of a special token in a text is text like any other.
+        pooling: "mean" or "max" of all tokens' states, special tokens included, or the state of one token: the first ("cls"),
+            the last ("last"), or the end token that the tokenizer adds ("eos").
         layer: Which states: 0 for the embeddings, 1 to L for the layers, or counted from the end; -1 is the model's output.
+            Several layers are combined.
+        combination: How several layers are combined, before the pooling: side by side ("concat"), by their "sum" or "mean", or a
+            weight for each of them. ELMo's mix has the weights γ · softmax(s).
+        max_length: Most tokens of a text, special ones included; what goes beyond is cut off, and the special tokens stay. By
+            default as many as the model has positions and the tokenizer takes.
         batch_size: Texts in a batch; they are sorted by length first.
+        bf16: Compute in bfloat16, by autocast.
 
     Returns:
-        ``float32 [N, D]``, in the order of the texts.
+        ``float32 [N, D]``, in the order of the texts; of n layers side by side ``[N, n D]``, the first layer first.
 
     Raises:
-        InputError: If there is no such pooling or layer, the model lacks ids of the tokenizer, or a text has no token.
+        InputError: If an option is not right, the model lacks ids or positions, or a text has no token, or no end token.
     """
-    base, texts = model.base_model, checked_texts(texts, batch_size=batch_size)
+    base = encoder_of(model)
+    check_range(batch_size, "[1, inf)", name="batch_size")
+    layers = check_features(base, tokenizer, pooling=pooling, layer=layer, combination=combination)
+    tokenized = tokenize_inputs(base, tokenizer, texts, max_length=max_length)
+    return encode_tokenized(
+        base,
+        tokenizer,
+        tokenized,
+        pooling=pooling,
+        layers=layers,
+        combination=combination,
+        batch_size=batch_size,
+        bf16=bf16,
+    )
+
+
+def encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a stock model that reads text: the model without its head, or the encoder of an encoder-decoder."""
+    base: PreTrainedModel = model.base_model
+    if getattr(base.config, "is_encoder_decoder", False) and hasattr(base, "get_encoder"):
+        base = base.get_encoder()
+    return base
+
+
+def check_features(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pooling: Pooling,
+    layer: int | Sequence[int],
+    combination: str | Sequence[float],
+) -> tuple[int, ...]:
+    """Refuse features that an encoder cannot give, and options without an effect; the arguments are those of [`encode`].
+
+    Returns:
+        The layers.
+    """
     num_layers = base.config.num_hidden_layers
     check_choice(pooling, get_args(Pooling), name="pooling")
-    if not -num_layers - 1 <= layer <= num_layers:
-        raise InputError(f"layer={layer} is none of the {num_layers} of {type(base).__name__}: use 0 to {num_layers}")
-    check_model_fits(base, tokenizer, block_size=0)
-    longest = min(longest_sequence(base) or tokenizer.model_max_length, tokenizer.model_max_length)
-    sequences = [ids[:longest] for ids in encode_texts(tokenizer, texts)["input_ids"]] if texts else []
-    empty = next((number for number, ids in enumerate(sequences) if not ids), None)
+    layers = (int(layer),) if isinstance(layer, Integral) else tuple(layer)  # type: ignore[arg-type]
+    for number in layers:
+        if not -num_layers - 1 <= number <= num_layers:
+            raise InputError(
+                f"layer={number} is none of the {num_layers} of {type(base).__name__}: use 0 to {num_layers}"
+            )
+    if not layers:
+        raise InputError("layer=() names no layer: give at least one, -1 for the model's output")
+    if isinstance(combination, str):
+        check_choice(combination, ("concat", "sum", "mean"), name="combination")
+        if len(layers) == 1 and combination != "concat":
+            raise InputError(f"combination={combination!r} has no effect with one layer ({layers[0]}): leave it out")
+    elif len(combination) != len(layers):
+        raise InputError(
+            f"combination has {len(combination)} weights for {len(layers)} layers: give one for each layer"
+        )
+    elif not np.isfinite(np.asarray(combination, dtype=np.float64)).all():
+        raise InputError(f"combination={list(combination)} has a weight that is not finite")
+    if pooling == "eos" and _end_token(tokenizer) is None:
+        raise InputError("pooling='eos' needs a tokenizer with an eos_token or a sep_token: use pooling='last'")
+    return layers
+
+
+def tokenize_inputs(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Inputs,
+    *,
+    max_length: int | None = None,
+    reads_special_tokens: bool = False,
+) -> Tokenized:
+    """Return the token ids of texts, or of pairs of texts, for an encoder.
+
+    Args:
+        base: The encoder.
+        tokenizer: Its tokenizer.
+        texts: The texts or pairs.
+        max_length: Most tokens, special ones included; by default as many as the encoder has positions and the tokenizer takes.
+        reads_special_tokens: Whether the name of a special token in a text is that token, as in sentence-transformers.
+
+    Raises:
+        InputError: If something is no text, the model lacks ids or positions, or a text has no token.
+    """
+    length = _longest(base, tokenizer) if max_length is None else max_length
+    check_range(length, "[1, inf)", name="max_length")
+    check_model_fits(base, tokenizer, block_size=length)
+    first, second = _checked_inputs(texts)
+    if not first:
+        return {"input_ids": []}
+    options: dict[str, Any] = {"truncation": True, "max_length": length} | (
+        {} if second is None else {"text_pair": second}
+    )
+    encoding = tokenizer(first, **options) if reads_special_tokens else encode_texts(tokenizer, first, **options)
+    empty = next((number for number, ids in enumerate(encoding["input_ids"]) if not ids), None)
     if empty is not None:
-        raise InputError(f"texts[{empty}]={texts[empty][:40]!r} has no token, and so no features: leave it out")
-    features = np.empty((len(sequences), base.config.hidden_size), dtype=np.float32)
-    with evaluating(base):
-        for rows, batch in batches_by_length(
-            sequences, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=base.device, name="Encoding"
-        ):
-            output = base(**batch, output_hidden_states=layer != -1)
-            hidden_BLD = output.last_hidden_state if layer == -1 else output.hidden_states[layer]
-            pooled_BD = hidden_BLD[:, 0].float() if pooling == "cls" else _mean(hidden_BLD, batch["attention_mask"])
-            features[rows] = pooled_BD.cpu().numpy()
-    return features
+        raise InputError(f"texts[{empty}]={first[empty][:_SHOWN]!r} has no token, and so no vector: leave it out")
+    names = ["input_ids"]
+    if "token_type_ids" in encoding and takes_input(base, "token_type_ids"):
+        names.append("token_type_ids")
+    return {name: encoding[name] for name in names}
 
 
-def _mean(hidden_BLD: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:  # noqa: N803
-    weights_BL1 = mask_BL.unsqueeze(-1).float()
-    return (hidden_BLD.float() * weights_BL1).sum(1) / weights_BL1.sum(1)
+def _checked_inputs(texts: Inputs) -> tuple[list[str], list[str] | None]:
+    """Return the texts, or the first and the second ones of pairs."""
+    if isinstance(texts, (str, bytes)):
+        raise InputError("texts is one text: give a list of texts")
+    given: list[Any] = list(texts)
+    is_pair = [not isinstance(text, (str, bytes)) and hasattr(text, "__len__") and len(text) == 2 for text in given]
+    if not any(is_pair):
+        return checked_texts(given), None
+    if not all(is_pair):
+        single = is_pair.index(False)
+        raise InputError(
+            f"texts[{single}]={str(given[single])[:_SHOWN]!r} is no pair, but others are: give pairs of texts alone"
+        )
+    return checked_texts([pair[0] for pair in given]), checked_texts([pair[1] for pair in given])
+
+
+def _longest(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many tokens of a text are read where nothing says so."""
+    limits = (
+        longest_sequence(base),
+        getattr(base.config, "max_position_embeddings", None),
+        tokenizer.model_max_length,
+    )
+    # Some configurations say -1 for no limit.
+    return min(_NO_LIMIT, *(int(limit) for limit in limits if limit is not None and limit > 0))
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    return tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+
+
+def encode_tokenized(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: Tokenized,
+    *,
+    pooling: Pooling,
+    layers: Sequence[int],
+    combination: str | Sequence[float],
+    batch_size: int,
+    bf16: bool,
+) -> np.ndarray:
+    """Return the features of token ids; the arguments are those of [`encode`], checked by [`check_features`].
+
+    Raises:
+        InputError: If a text has no end token, for the pooling "eos".
+    """
+    ends = _last_ends(tokenized, _end_token(tokenizer)) if pooling == "eos" else None
+    is_wide = combination == "concat"
+
+    def pooled(output: Any, batch: Batch, rows: np.ndarray) -> torch.Tensor:
+        states = [
+            (output.last_hidden_state if layer == -1 else output.hidden_states[layer]).float() for layer in layers
+        ]
+        mask = batch["attention_mask"]
+        if ends is not None:
+            columns = torch.arange(mask.shape[1], device=mask.device)
+            mask = (columns <= torch.from_numpy(ends[rows]).to(mask.device)[:, None]).to(mask.dtype)
+        return pool_states(_combined(states, combination), mask, mode=_MODES.get(pooling, pooling))
+
+    width = base.config.hidden_size * (len(layers) if is_wide else 1)
+    hidden = {"output_hidden_states": True} if any(layer != -1 for layer in layers) else {}
+    return run_encoder(
+        base, tokenizer, tokenized, pooled=pooled, width=width, batch_size=batch_size, bf16=bf16, **hidden
+    )
+
+
+def _last_ends(tokenized: Tokenized, end: int | None) -> np.ndarray:
+    """Return the position of the last end token of each text: `int64 [N]`."""
+    ends = np.empty(len(tokenized["input_ids"]), dtype=np.int64)
+    for number, ids in enumerate(tokenized["input_ids"]):
+        found = np.flatnonzero(np.asarray(ids) == end)
+        if not len(found):
+            raise InputError(
+                f"texts[{number}] has no end token (id {end}) for pooling='eos': let the tokenizer add one, or use pooling='last'"
+            )
+        ends[number] = found[-1]
+    return ends
+
+
+def _combined(states: list[torch.Tensor], combination: str | Sequence[float]) -> torch.Tensor:
+    """Combine the states of layers, ``[B, L, D]`` each."""
+    if combination == "concat":
+        return states[0] if len(states) == 1 else torch.cat(states, dim=-1)
+    weights = [1.0] * len(states) if isinstance(combination, str) else combination
+    total = torch.stack([weight * layer for weight, layer in zip(weights, states, strict=True)]).sum(0)
+    return total / len(states) if combination == "mean" else total
+
+
+def run_encoder(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tokenized: Tokenized,
+    *,
+    pooled: Callable[[Any, Batch, np.ndarray], torch.Tensor],
+    width: int,
+    batch_size: int,
+    bf16: bool = False,
+    **options: Any,
+) -> np.ndarray:
+    """Return the vector of each text of token ids, without dropout and without gradients.
+
+    Padding is on the right, whatever side the tokenizer pads on, so that each token has the position that it has alone.
+
+    Args:
+        base: The encoder.
+        tokenizer: Its tokenizer.
+        tokenized: What [`tokenize_inputs`] returned.
+        pooled: Makes the vectors, ``[B, E]``, of the encoder's output, the batch, and the numbers of the texts in it.
+        width: Width E of the vectors.
+        batch_size: Texts in a batch.
+        bf16: Compute in bfloat16, by autocast.
+        **options: Further inputs of the encoder, such as `output_hidden_states`.
+
+    Returns:
+        ``float32 [N, E]``, in the order of the texts.
+    """
+    sequences, types = tokenized["input_ids"], tokenized.get("token_type_ids")
+    vectors = np.empty((len(sequences), width), dtype=np.float32)
+    batches = batches_by_length(
+        sequences, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=base.device, name="Encoding"
+    )
+    with evaluating(base), torch.autocast(base.device.type, dtype=torch.bfloat16, enabled=bf16):
+        for rows, batch in batches:
+            if types is not None:
+                column, _ = stack_column([{"token_type_ids": types[row]} for row in rows], "token_type_ids")
+                batch["token_type_ids"] = torch.from_numpy(column.astype(np.int64)).to(base.device)
+            vectors[rows] = pooled(base(**batch, **options), batch, rows).float().cpu().numpy()
+    return vectors
 
 
 class ProbeScore(NamedTuple):

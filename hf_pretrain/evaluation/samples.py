@@ -17,7 +17,8 @@ from hf_pretrain.data.documents.words import is_letters, letter_share
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.hub.examples import find_examples
-from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, longest_sequence
+from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, is_shifted, longest_sequence
+from hf_pretrain.modeling.visibility.lm_modes import left_to_right_inputs
 from hf_pretrain.training.processes import is_sharded
 
 _SHORTEST, _LONGEST = 8, 40  # tokens
@@ -104,28 +105,43 @@ def _word(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return tokenizer.decode([token]).strip() or repr(tokenizer.convert_ids_to_tokens(token))
 
 
+def _logits(output: Any) -> torch.Tensor:
+    """Return the logits of tokens ``[B, L, V]``, also of a class with a second head."""
+    logits: torch.Tensor = output.logits if "logits" in output else output.prediction_logits
+    return logits
+
+
 def print_filled_masks(trainer: Any, data: PreparedData) -> None:
     """Print held-out sentences with a masked token and what the model fills in."""
     model = trainer.model.root.eval()
+    shift = int(is_shifted(model))
 
     def guess(ids: list[int], position: int) -> torch.Tensor:
         masked = torch.tensor([ids], device=model.device)
         masked[0, position] = data.tokenizer.mask_token_id
-        output = model(masked)
-        logits = output.logits if "logits" in output else output.prediction_logits
-        return logits[0, position]
+        # A tokenizer that puts nothing before a text leaves its first token without a state to predict it.
+        return _logits(model(masked))[0, max(position - shift, 0)]
 
     print_guesses(
         data, guess, seed=trainer.args.seed, title="Held-out sentences with a masked token, and what is filled in:"
     )
 
 
-def print_next_tokens(trainer: Any, data: PreparedData) -> None:
-    """Print beginnings of held-out sentences and the tokens with which a left-to-right model goes on."""
+def print_next_tokens(trainer: Any, data: PreparedData, *, left_to_right: bool = False) -> None:
+    """Print beginnings of held-out sentences and the tokens with which a left-to-right model goes on.
+
+    Args:
+        trainer: The Trainer of the run.
+        data: Its examples.
+        left_to_right: Whether the model is an encoder that has to be made to read from left to right.
+    """
     model = trainer.model.root.eval()
+    prefix = BlockTemplate.of(data.tokenizer).prefix if left_to_right else ()
 
     def guess(ids: list[int], position: int) -> torch.Tensor:
-        return model(torch.tensor([ids[:position]], device=model.device)).logits[0, -1]
+        input_ids = torch.tensor([[*prefix, *ids[:position]]], device=model.device)
+        inputs = left_to_right_inputs(model, input_ids=input_ids) if left_to_right else {"input_ids": input_ids}
+        return _logits(model(**inputs))[0, -1]
 
     title = "Beginnings of held-out sentences, and the tokens that are likeliest to follow:"
     print_guesses(data, guess, seed=trainer.args.seed, title=title, reads_all=False)

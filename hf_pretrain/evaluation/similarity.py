@@ -20,12 +20,10 @@ import torch
 from scipy.stats import spearmanr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.text.lines import open_bytes, readable
 from hf_pretrain.errors import InputError, check_range, one_line
-from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence, takes_input
-from hf_pretrain.modeling.base import check_model_fits
+from hf_pretrain.evaluation.metrics import checked_texts
+from hf_pretrain.evaluation.probes import Batch, run_encoder, tokenize_inputs
 from hf_pretrain.modeling.pooling import SentenceModules
 from hf_pretrain.tasks.files import kind_of
 
@@ -33,8 +31,6 @@ from hf_pretrain.tasks.files import kind_of
 _CHUNK = 1 << 22
 # Cosines of fp32 vectors are known to about 1e-7; the same text may get another one in another batch.
 _TIE = 1e-6
-# More than any text; tokenizers without a limit name a number that their backend cannot hold.
-_NO_LIMIT = 1 << 30
 _TABLES: dict[str, dict[str, Any]] = {
     ".csv": {"strict": True},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
@@ -72,39 +68,19 @@ def text_vectors(
     """
     base, texts = model.base_model, checked_texts(texts, batch_size=batch_size)
     prompt = _default_prompt(modules)
-    length = next(value for value in (max_length, modules.max_length, _longest(base, tokenizer)) if value is not None)
-    check_range(length, "[1, inf)", name="max_length")
-    check_model_fits(base, tokenizer, block_size=length)
-    vectors = np.empty((len(texts), modules.width(base.config.hidden_size)), dtype=np.float32)
-    if not texts:
-        return vectors
-    encoding = tokenizer([prompt + text for text in texts], truncation=True, max_length=length)
-    sequences = encoding["input_ids"]
-    empty = next((number for number, ids in enumerate(sequences) if not ids), None)
-    if empty is not None:
-        raise InputError(f"texts[{empty}]={texts[empty][:40]!r} has no token, and so no vector: leave it out")
-    types = encoding.get("token_type_ids") if takes_input(base, "token_type_ids") else None
-    with evaluating(base):
-        for rows, batch in batches_by_length(
-            sequences, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=base.device, name="Encoding"
-        ):
-            if types is not None:
-                column, _ = stack_column([{"token_type_ids": types[row]} for row in rows], "token_type_ids")
-                batch["token_type_ids"] = torch.from_numpy(column.astype(np.int64)).to(base.device)
-            states_BLD = base(**batch).last_hidden_state
-            vectors[rows] = modules.vectors(states_BLD, batch["attention_mask"]).cpu().numpy()
-    return vectors
-
-
-def _longest(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens of a text are read where nothing says so."""
-    limits = (
-        longest_sequence(base),
-        getattr(base.config, "max_position_embeddings", None),
-        tokenizer.model_max_length,
+    tokenized = tokenize_inputs(
+        base,
+        tokenizer,
+        [prompt + text for text in texts],
+        max_length=max_length if max_length is not None else modules.max_length,
+        reads_special_tokens=True,
     )
-    # Some configurations say -1 for no limit.
-    return min(_NO_LIMIT, *(int(limit) for limit in limits if limit is not None and limit > 0))
+
+    def pooled(output: Any, batch: Batch, rows: np.ndarray) -> torch.Tensor:
+        return modules.vectors(output.last_hidden_state, batch["attention_mask"])
+
+    width = modules.width(base.config.hidden_size)
+    return run_encoder(base, tokenizer, tokenized, pooled=pooled, width=width, batch_size=batch_size)
 
 
 def _default_prompt(modules: SentenceModules) -> str:

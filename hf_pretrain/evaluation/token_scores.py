@@ -24,6 +24,7 @@ from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, encode
 from hf_pretrain.modeling.backbone import decoder_start_id, evaluating, takes_input
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.visibility.causal import body_of_head, sees_what_follows
+from hf_pretrain.modeling.visibility.lm_modes import check_lm_modes, left_to_right_inputs
 from hf_pretrain.modeling.visibility.rules import arbitrary_tokens
 
 WithinWord = Literal["visible", "l2r"]
@@ -100,6 +101,15 @@ def check_masked(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         )
 
 
+def check_shifted(tokenizer: PreTrainedTokenizerBase, encoded: Iterable[EncodedText]) -> None:
+    """Refuse texts that begin with a token to score: with `shifted` it is predicted at the position before it."""
+    if any(len(text.scored) and text.scored[0] == 0 for text in encoded):
+        raise InputError(
+            f"tokenizer={type(tokenizer).__name__} puts no special token before a text, so that nothing predicts the first one "
+            "with shifted=True: give it a post-processor that does"
+        )
+
+
 def masked_scores(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -107,6 +117,7 @@ def masked_scores(
     *,
     within_word: WithinWord,
     batch_size: int,
+    shifted: bool = False,
 ) -> Iterator[TokenScores]:
     """Yield the scores of tokens where each alone is masked; see `pseudo_log_likelihoods`.
 
@@ -116,6 +127,7 @@ def masked_scores(
         encoded: Texts with the tokens to score.
         within_word: What is seen of a token's word.
         batch_size: Masked sequences in a batch.
+        shifted: Whether a masked token is predicted at the position before it; see [`check_shifted`].
     """
     assert tokenizer.mask_token_id is not None, "check_masked comes first"
     if not encoded:
@@ -128,7 +140,7 @@ def masked_scores(
         for rows, batch in batches_by_length(
             masked, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=model.device, name="Scoring"
         ):
-            positions = np.arange(len(rows)) * batch["input_ids"].shape[1] + column[rows]
+            positions = np.arange(len(rows)) * batch["input_ids"].shape[1] + column[rows] - shifted
             logits_TV = head(model, torch.from_numpy(positions).to(model.device), **batch)
             yield TokenScores.of(owner[rows], logits_TV, target[rows])
 
@@ -295,7 +307,12 @@ def _decoder_side(
 
 
 def causal_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, parts: Sequence[Continuation], *, batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[Continuation],
+    *,
+    batch_size: int,
+    left_to_right: bool = False,
 ) -> Iterator[TokenScores]:
     """Yield the scores of tokens that follow on others; see `causal_log_likelihoods`.
 
@@ -304,6 +321,7 @@ def causal_scores(
         tokenizer: Its tokenizer.
         parts: What is read and what is to follow; equal tokens are read once.
         batch_size: Sequences in a batch.
+        left_to_right: Whether the model is an encoder that has to be made to read from left to right.
     """
     readers: defaultdict[bytes, list[int]] = defaultdict(list)
     for index, part in enumerate(parts):
@@ -312,7 +330,8 @@ def causal_scores(
     groups = list(readers.values())
     # Nothing is read further.
     options = {"use_cache": False} if takes_input(model, "use_cache") else {}
-    with evaluating(model), _gathered(model) as logits_at:
+    gathered = _gathered_left_to_right if left_to_right else _gathered
+    with evaluating(model), gathered(model) as logits_at:
         for rows, batch in batches_by_length(
             [parts[group[0]].ids for group in groups],
             pad_token_id=tokenizer.pad_token_id,
@@ -346,6 +365,22 @@ def text_beginning(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id, True
 
 
+def check_left_to_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that is no encoder with a head for tokens, or that cannot read from left to right."""
+    if not sees_what_follows(model.base_model, lambda ids: model.base_model(input_ids=ids)[0]):
+        raise InputError(f"left_to_right=True is for encoders, and {type(model).__name__} is causal: leave it out")
+    check_lm_modes(model)
+    with evaluating(model), GatheredHead(model) as head:
+        ids = arbitrary_tokens(model.base_model, 4, shift=0)[None]
+        positions = torch.zeros(1, dtype=torch.long, device=ids.device)
+        try:
+            width = head(model, positions, input_ids=ids).shape[-1]
+        except AttributeError:
+            width = 0
+    if width < len(tokenizer):
+        raise InputError(f"model={type(model).__name__} does not predict tokens: open it by AutoModelForMaskedLM")
+
+
 def check_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a model that does not predict the next token, or that sees it."""
     name = type(model).__name__
@@ -359,8 +394,16 @@ def check_causal(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     if sees_what_follows(model, lambda ids: model(input_ids=ids).logits):
         raise InputError(
             f"model={name} sees the tokens that follow: score it by pseudo_log_likelihoods (XLNet by score_permutations), "
-            "or set is_decoder=True in the configuration of an encoder that was trained as a decoder"
+            "set left_to_right=True for an encoder that was trained on next tokens too, or is_decoder=True in the configuration "
+            "of one that was trained as a decoder"
         )
+
+
+@contextmanager
+def _gathered_left_to_right(model: PreTrainedModel) -> Iterator[Callable[..., torch.Tensor]]:
+    """Give the function that `_gathered` gives, for an encoder that is made to read from left to right."""
+    with GatheredHead(model) as head:
+        yield lambda positions, **inputs: head(model, positions, **left_to_right_inputs(model, **inputs))
 
 
 @contextmanager

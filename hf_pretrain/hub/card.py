@@ -28,6 +28,8 @@ from hf_pretrain.hub.text import (
     label,
     metric_table,
     number,
+    phase_metrics,
+    phase_table,
     portable_options,
     rows,
     size_table,
@@ -84,6 +86,8 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
             last_step=card.compute.steps,
             meanings=card.objective.metrics,
         ),
+        phases=phase_table(card.phases),
+        phase_metrics=phase_metrics(card.log_history, card.phases),
         figures=plots.training_figures(card.log_history, learning_rates=card.learning_rates),
         plots_folder=plots_folder,
     )
@@ -122,7 +126,11 @@ def write_card(card: PretrainingCard, output_dir: Path | str) -> Path:
         if lost:
             logger.warning(f"{path} is replaced, and kept as {_set_aside(path, content)}: {lost}")
     plots.plot_training(
-        card.log_history, output_dir, exported_step=card.weights_step, learning_rates=card.learning_rates
+        card.log_history,
+        output_dir,
+        exported_step=card.weights_step,
+        learning_rates=card.learning_rates,
+        phases=[(phase["name"], phase["start"], phase["end"]) for phase in card.phases],
     )
     write_text(path, text)
     write_record(card, output_dir, readme=_digest(_take_apart(made).made))

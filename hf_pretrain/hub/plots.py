@@ -33,6 +33,8 @@ _MOST_COLUMNS = 3
 _PANEL_SIZE = (3.9, 2.9)  # inches
 _DOTS_PER_INCH = 110
 _PALETTE = 64  # colours of a PNG
+_BANDS = ("#f3f6fa", "#e3eaf3")
+_LONGEST_NAME = 22  # of a phase
 _FEW_POINTS = 12  # a series this short shows its points as marks
 
 Series = dict[int, float]
@@ -104,6 +106,7 @@ def plot_training(
     folder: str = PLOTS_FOLDER,
     exported_step: int | None = None,
     learning_rates: Sequence[tuple[float, float]] = (),
+    phases: Sequence[tuple[str, int, int]] = (),
 ) -> list[Path]:
     """Draw the training curves of a run.
 
@@ -113,12 +116,16 @@ def plot_training(
         folder: Folder of the pictures in it.
         exported_step: Step of the weights that are exported, to be marked where it is not the last one.
         learning_rates: See [`training_figures`].
+        phases: Name, begin and end in steps of each phase; a band is drawn for each.
 
     Returns:
         The PNG files written, of well under 100 kB each; none if the log has nothing to show.
     """
     figures = training_figures(log_history, learning_rates=learning_rates)
-    return [_draw(figure, Path(output_dir, folder, figure.file), exported_step=exported_step) for figure in figures]
+    return [
+        _draw(figure, Path(output_dir, folder, figure.file), exported_step=exported_step, phases=phases)
+        for figure in figures
+    ]
 
 
 def _curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -142,7 +149,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _draw(figure: TrainingFigure, path: Path, *, exported_step: int | None) -> Path:
+def _draw(
+    figure: TrainingFigure, path: Path, *, exported_step: int | None, phases: Sequence[tuple[str, int, int]] = ()
+) -> Path:
     from matplotlib.figure import Figure  # the object interface: no global state, no display, always Agg
     from matplotlib.layout_engine import ConstrainedLayoutEngine
     from PIL import Image
@@ -155,6 +164,7 @@ def _draw(figure: TrainingFigure, path: Path, *, exported_step: int | None) -> P
     panels = list(picture.subplots(rows, columns, squeeze=False).flat)
     for panel, curve in zip(panels, figure.curves, strict=False):
         _draw_curve(panel, curve, exported_step=exported_step)
+        draw_phases(panel, phases)
     for panel in panels[len(figure.curves) :]:
         panel.remove()
     pixels, small = io.BytesIO(), io.BytesIO()
@@ -186,6 +196,29 @@ def _draw_curve(panel: Axes, curve: Curve, *, exported_step: int | None) -> None
     panel.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1 or exported_step is not None:
         panel.legend(fontsize=8, frameon=False)
+
+
+def draw_phases(panel: Axes, phases: Sequence[tuple[str, int, int]]) -> None:
+    """Draw a band with its name for each phase behind the curves of a panel.
+
+    Args:
+        panel: The panel, its curves drawn.
+        phases: Name, begin and end in steps of each phase.
+    """
+    for number, (name, start, end) in enumerate(phases):
+        panel.axvspan(start, end, color=_BANDS[number % len(_BANDS)], zorder=0, linewidth=0)
+        short = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+        # Of the panel's height, from below: a curve of losses leaves that corner free at first, and names stand upright.
+        panel.annotate(
+            short,
+            ((start + end) / 2, 0.02),
+            xycoords=panel.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            rotation=90,
+            fontsize=7,
+            color="#777777",
+        )
 
 
 def _axis_title(name: str) -> str:

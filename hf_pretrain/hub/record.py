@@ -111,6 +111,9 @@ class PretrainingCard:
         metrics_before: Held-out metrics before the first step, keyed as `Trainer.evaluate` returns them; of several
             held-out sets those of all.
         metrics_after: The same of the weights that are exported.
+        phases: The phases of the run, each with its "name", its "start" and "end" in steps, and the options that tell it from
+            others; () of a run without.
+        branch_of: What the run is a branch of: "name", "step" and "phase"; {} if it is none.
         weights_step: Step of these weights, where it is not the last one of the run.
         chosen_by: Key of the metric that they were the best by: "mlm_accuracy".
         evaluation_name: What they were measured on.
@@ -152,6 +155,8 @@ class PretrainingCard:
     log_history: Sequence[Mapping[str, Any]] = ()
     metrics_before: Mapping[str, float] = field(default_factory=dict)
     metrics_after: Mapping[str, float] = field(default_factory=dict)
+    phases: Sequence[Mapping[str, Any]] = ()
+    branch_of: Mapping[str, Any] = field(default_factory=dict)
     weights_step: int | None = None
     chosen_by: str = ""
     evaluation_name: str = "held-out documents"

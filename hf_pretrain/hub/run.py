@@ -26,9 +26,9 @@ from hf_pretrain.hub.examples import find_examples
 from hf_pretrain.hub.identifiers import as_list
 from hf_pretrain.hub.record import PretrainingCard, read_content, read_record, read_weights
 from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
-from hf_pretrain.modeling.adapters import adapter_parameters, stock_parameters
 from hf_pretrain.modeling.backbone import flops_of_weights, sizes
 from hf_pretrain.modeling.base import trial_tokens
+from hf_pretrain.modeling.surgery.adapters import adapter_parameters, stock_parameters
 from hf_pretrain.options import all_options, resolved_options
 from hf_pretrain.training.arguments import REFUSED
 from hf_pretrain.training.processes import is_sharded
@@ -214,6 +214,12 @@ def _recipe(trainer: PretrainingTrainer) -> dict[str, Any]:
     """Return the options that make up the run: those of the program, or those that differ from their defaults."""
     if trainer.recipe:
         essential = {name: value for name, value in trainer.options.items() if name in ESSENTIAL_OPTIONS}
+        if trainer.course is not None:
+            # The phases say how long the run is, and give the rate.
+            unused = {"num_train_epochs"} | (
+                {"lr_scheduler_type", "warmup_steps"} if trainer.course.has_rates else set()
+            )
+            essential = {name: value for name, value in essential.items() if name not in unused}
         return recipe_options(essential | trainer.recipe, defaults={})
     options, own = trainer.args.to_dict(), resolved_options([trainer.args])
     return recipe_options(options, defaults={name: value for name, value in options.items() if name not in own})
@@ -252,8 +258,11 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "sizes": {} if is_sharded(model) else {name: _sizes(part) for name, part in _parts(model).items()},
         "log_history": tuple(log),
         "learning_rates": trainer.learning_rates.noted,
-        "metrics_before": evaluation_at(log, 0),
+        # Another phase may mask other tokens of another text: numbers of two phases are not set side by side as before and after.
+        "metrics_before": {} if trainer.course is not None else evaluation_at(log, 0),
         "metrics_after": trainer.held_out.after(),
+        "phases": () if trainer.course is None else tuple(trainer.course.described()),
+        "branch_of": {} if trainer.course is None else dict(trainer.course.branch),
         "weights_step": weights_step if is_earlier else None,
         "chosen_by": args.metric_for_best_model or "" if is_earlier else "",
         "compute": _compute(trainer, root_parameters=stock_parameters(root)),

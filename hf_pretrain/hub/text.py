@@ -283,6 +283,69 @@ def metric_table(
     return [(*row, text) for row, text in zip(table, ["What it says", *sentences], strict=True)]
 
 
+_OF_A_PHASE = ("name", "start", "end")
+
+
+def phase_table(phases: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the header and the rows of a table of the phases of a run; [] of a run without.
+
+    Args:
+        phases: Each with "name", "start" and "end" in steps, and what tells it from others.
+    """
+    names = dict.fromkeys(name for phase in phases for name in phase if name not in _OF_A_PHASE)
+    # Of these a column is shown where it says something.
+    usual = {
+        "shape": "linear",
+        "gradient_accumulation_steps": 1,
+        "block_mode": phases[0].get("block_mode") if phases else "",
+    }
+    shown = [name for name in names if name not in usual or any(phase.get(name) != usual[name] for phase in phases)]
+    titles = {"per_device_train_batch_size": "Batch a device", "mlm_probability": "Mask rate", "rope_theta": "RoPE θ"}
+    titles |= {"max_position_embeddings": "Longest sequence"}
+    header = ("Phase", "Steps", *(titles.get(name, _readable(name)) for name in shown))
+    body = [
+        (
+            cell(phase["name"]),
+            f"{phase['start'] + 1:,} to {phase['end']:,}",
+            *(cell(without_folders(phase.get(name))) or "–" for name in shown),
+        )
+        for phase in map(_named_by_last_part, phases)
+    ]
+    return [header, *body] if body else []
+
+
+def _named_by_last_part(phase: Mapping[str, Any]) -> dict[str, Any]:
+    text = [last_part(file) if isinstance(file, str) else file for file in phase.get("text", ())]
+    return dict(phase) | ({"text": text} if text else {})
+
+
+def phase_metrics(log_history: Sequence[Mapping[str, Any]], phases: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Return the header and the rows of a table of what was measured at the begin of a run and at the end of each phase.
+
+    Each column is measured as its phase masks and cuts its own held-out text; the begin as the first phase does.
+
+    Args:
+        log_history: Rows as in `Trainer.state.log_history`.
+        phases: As of [`phase_table`].
+    """
+    if not phases:
+        return []
+    first = phases[0]
+    columns = {f"Begin, as in {cell(first['name'])}": first["start"]} if not first["start"] else {}
+    columns |= {f"End of {cell(phase['name'])}": phase["end"] for phase in phases}
+    sides = {title: _by_set(evaluation_at(log_history, step)) for title, step in columns.items()}
+    sides = {title: metrics for title, metrics in sides.items() if metrics}
+    keys = dict.fromkeys(key for metrics in reversed(sides.values()) for key in metrics)
+    body = [
+        (
+            f"{cell(name)}: {cell(label(key))}" if name else cell(label(key)),
+            *(number(side[name, key]) if (name, key) in side else "–" for side in sides.values()),
+        )
+        for name, key in keys
+    ]
+    return [("Metric", *sides), *body] if body else []
+
+
 def _by_set(metrics: Mapping[str, Any]) -> dict[tuple[str, str], float]:
     """Return the value of each metric of each held-out set, "" being the name of a single one."""
     sets = split_by_held_out_set(metrics)

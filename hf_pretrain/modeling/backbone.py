@@ -94,6 +94,8 @@ _OTHER_NAMES = {
 
 # Options that are lists with a value a layer.
 _PER_LAYER = ("layer_types", "attention_window")
+# Entry of a stock configuration that only this library writes.
+_SHIFTED = "shifted_prediction"
 
 # GPT-2's and GPT-1's tables have the last two names.
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe", "positions_embed")
@@ -194,6 +196,39 @@ def num_token_types(config: PreTrainedConfig) -> int:
     """Return the number of a model's token types, 0 where it has none."""
     own = getattr(config, "type_vocab_size", None)
     return _COMPARED_SEGMENTS.get(config.model_type, 0) if own is None else int(own)
+
+
+def is_shifted(model: PreTrainedModel) -> bool:
+    """Return whether a masked language model predicts a masked token from the state of the token before it.
+
+    Its checkpoint says so: transformers has no name for it.
+    """
+    return bool(getattr(model.config, _SHIFTED, False))
+
+
+def refuse_shifted(model: PreTrainedModel, *, option: str) -> None:
+    """Refuse a model that predicts masked tokens at the position before them, where they are read at their own.
+
+    Args:
+        model: A stock model; one without a head for tokens predicts none.
+        option: What named the model.
+
+    Raises:
+        InputError: Naming the option and the model.
+    """
+    if is_shifted(model) and model.get_output_embeddings() is not None:
+        raise InputError(
+            f"{option}={model.config.name_or_path or type(model).__name__} predicts a masked token at the position before it, "
+            "but is read at the mask itself: name a model that was trained with --prediction same"
+        )
+
+
+def note_shifted(config: PreTrainedConfig, shifted: bool) -> None:
+    """Write into a stock configuration how masked tokens are predicted; see [`is_shifted`]. The usual way has no entry."""
+    if shifted:
+        setattr(config, _SHIFTED, True)
+    elif hasattr(config, _SHIFTED):
+        delattr(config, _SHIFTED)
 
 
 def per_layer_values(config: PreTrainedConfig) -> dict[str, list[Any]]:

@@ -17,15 +17,25 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import share_weights
-from hf_pretrain.modeling.adapters import Adapters, save_adapter, without_adapters
-from hf_pretrain.modeling.backbone import input_names, longest_sequence, note_what_is_counted, vocabulary_size
+from hf_pretrain.modeling.backbone import (
+    input_names,
+    is_shifted,
+    longest_sequence,
+    note_shifted,
+    note_what_is_counted,
+    vocabulary_size,
+)
 from hf_pretrain.modeling.configuration import CompositeConfig
 from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
+from hf_pretrain.modeling.surgery.adapters import Adapters, save_adapter, without_adapters
 from hf_pretrain.modeling.visibility import rules
+
+logger = logging.get_logger(__name__)
 
 GENERATOR_FOLDER = "pretraining/generator"
 """Folder of an export that holds the generator of a pair."""
@@ -113,6 +123,7 @@ class PretrainingModel(PreTrainedModel):
                 refuse_adapters(part)
                 if part is not self:
                     part.config.dtype = dtype
+                    _keep_prediction(part, shifted=bool(getattr(own, "shifted", False)))
                     # Before a graph is compiled, which would break at the look into the model.
                     note_what_is_counted(part)
         self.to(dtype)
@@ -280,6 +291,18 @@ class PretrainingModel(PreTrainedModel):
         return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
+def _keep_prediction(part: PreTrainedModel, *, shifted: bool) -> None:
+    """Let the configuration of a stock model say how masked tokens are predicted in training; tell of a change."""
+    if is_shifted(part) == shifted or part.get_output_embeddings() is None:
+        return
+    if not shifted:
+        logger.warning(
+            f"{part.config.name_or_path or type(part).__name__} predicts a masked token at the position before it; this run "
+            "trains it to predict at the token's own position: to go on as before, run `hf-pretrain encoder --prediction shifted`"
+        )
+    note_shifted(part.config, shifted)
+
+
 def is_on_meta(model: nn.Module) -> bool:
     """Whether a model has parameters without values; some of a stock model's may have values all the same."""
     return any(parameter.is_meta for parameter in model.parameters())
@@ -389,7 +412,7 @@ def refuse_adapters(model: nn.Module) -> None:
     Raises:
         InputError: Saying what to do.
     """
-    if not _has_adapters(model):
+    if not has_adapters(model):
         return
     raise InputError(
         f"{type(model).__name__} has adapters of PEFT, which pre-training does not export: train the model itself "
@@ -398,7 +421,8 @@ def refuse_adapters(model: nn.Module) -> None:
     )
 
 
-def _has_adapters(model: nn.Module) -> bool:
+def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters of PEFT that are not merged, or is wrapped by it."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return True
     # Without importing it: where it has not been imported, no model has adapters. A merged model still has its configuration.

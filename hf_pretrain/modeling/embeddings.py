@@ -412,3 +412,45 @@ def language_inputs(config: PreTrainedConfig, *, langs: torch.Tensor | None = No
     """
     name = None if langs is None else language_input(config)
     return inputs if name is None else inputs | {name: langs}
+
+
+def set_rotary_positions(model: PreTrainedModel, *, theta: float | None = None, length: int | None = None) -> None:
+    """Change the base of a model's rotary positions, and the longest sequence in its configuration.
+
+    Where layers with a window have a base of their own, that one stays: it is the others that see far.
+
+    Args:
+        model: A stock model with rotary positions, changed in place.
+        theta: The base; as it is if None.
+        length: Longest sequence, in tokens; as it is if None.
+
+    Raises:
+        InputError: If the model has no rotary positions, or other ones that a base does not describe.
+
+    Source: Warner et al. 2024 (ModernBERT): the base of the global layers is raised for long text.
+    """
+    given = f"rope_theta={theta:g}" if theta is not None else f"max_position_embeddings={length}"
+    modules = {
+        name: module for name, module in model.named_modules() if hasattr(module, "compute_default_rope_parameters")
+    }
+    parameters = getattr(model.config, "rope_parameters", None)
+    if not modules or not parameters:
+        raise InputError(
+            f"{given}: {type(model).__name__} has no rotary positions, so a phase cannot change it: leave it out, or choose a "
+            "model_type with them, such as modernbert"
+        )
+    # With layers of several types, a base for each.
+    chosen = parameters.get("full_attention", parameters)
+    if chosen.get("rope_type", "default") != "default":
+        raise InputError(
+            f"{given}: the rotary positions are of the type {chosen['rope_type']!r}: give the default type"
+        )
+    if theta is not None:
+        chosen["rope_theta"] = float(theta)
+    if length is not None:
+        model.config.max_position_embeddings = length
+    for name, module in modules.items():
+        module.config.rope_parameters = parameters
+        module.config.max_position_embeddings = model.config.max_position_embeddings
+        device = next(iter(module.buffers())).device
+        model.set_submodule(name, type(module)(config=module.config).to(device))

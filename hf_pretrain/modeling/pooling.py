@@ -3,7 +3,8 @@
 A folder of sentence-transformers has an encoder at its root, and `modules.json` names what follows: pooling over the
 tokens, perhaps a linear layer, and perhaps a division by the length. [`SentenceModules`] reads these files, computes the vectors
 of rows that are one text each, and writes the files; [`sentence_modules_of`] are those of an encoder that was trained here.
-[`pool_texts`] makes the same vectors where several texts share a row. [`TextPooler`] is a layer behind them, for training alone.
+[`pool_states`] is the pooling alone, for states of any layer, and [`pool_texts`] makes the same vectors where several texts share
+a row. [`TextPooler`] is a layer behind them, for training alone.
 The library itself is not needed.
 """
 
@@ -141,7 +142,9 @@ class SentenceModules:
             ``[B, E]`` in fp32.
         """
         with without_autocast(states.device):
-            vectors = torch.cat([_pooled(states.float(), attention_mask, mode) for mode in self.modes], dim=-1)
+            vectors = torch.cat(
+                [pool_states(states.float(), attention_mask, mode=mode) for mode in self.modes], dim=-1
+            )
             vectors = vectors if dense is None else dense(vectors)
             return F.normalize(vectors, dim=-1) if self.normalizes else vectors
 
@@ -244,6 +247,38 @@ def pool_texts(
     return sums_SD / counts_S.clamp(min=1)[:, None]
 
 
+def pool_states(states: torch.Tensor, attention_mask: torch.Tensor, *, mode: str) -> torch.Tensor:
+    """Return the vector of each row of states: those of its tokens pooled in one of the ways of sentence-transformers.
+
+    Args:
+        states: ``[B, L, D]`` states, in fp32 where the result is to be exact.
+        attention_mask: ``[B, L]``, 0 at padding, which may be on either side and hold anything.
+        mode: "cls" for the first token, "lasttoken", "mean", "max", "mean_sqrt_len_tokens", or "weightedmean", where later tokens
+            count more.
+
+    Returns:
+        ``[B, D]``.
+    """
+    states_BLD, mask_BL = states, attention_mask
+    length = mask_BL.shape[1]
+    # Not by a product: padding may hold values that are not a number.
+    states_BLD = states_BLD.masked_fill(mask_BL[:, :, None] == 0, 0)
+    first_B = mask_BL.int().argmax(1)
+    if mode in ("cls", "lasttoken"):
+        last_B = length - 1 - mask_BL.flip(1).int().argmax(1)
+        chosen_B = first_B if mode == "cls" else last_B
+        return states_BLD.gather(1, chosen_B[:, None, None].expand(-1, 1, states_BLD.shape[2])).squeeze(1)
+    if mode == "max":
+        return states_BLD.masked_fill(mask_BL[:, :, None] == 0, float("-inf")).amax(1)
+    weights_BL = mask_BL.float()
+    if mode == "weightedmean":
+        weights_BL = weights_BL * (torch.arange(1, length + 1, device=mask_BL.device) - first_B[:, None])
+    total_B = weights_BL.sum(1, keepdim=True).clamp(min=1e-9)
+    return (states_BLD * weights_BL[:, :, None]).sum(1) / (
+        total_B.sqrt() if mode == "mean_sqrt_len_tokens" else total_B
+    )
+
+
 @strict
 class TextPoolerConfig(PreTrainedConfig):
     """Configuration of [`TextPooler`].
@@ -295,24 +330,3 @@ def _read_json(name_or_path: str, file: str) -> Any:
         return None
     except ValueError as error:
         raise InputError(f"{file} of {name_or_path!r} is no JSON ({one_line(error)}): copy it again") from error
-
-
-def _pooled(states_BLD: torch.Tensor, mask_BL: torch.Tensor, mode: str) -> torch.Tensor:
-    """Pool states over the tokens of each text, in one of the ways of sentence-transformers."""
-    length = mask_BL.shape[1]
-    # Not by a product: padding may hold values that are not a number.
-    states_BLD = states_BLD.masked_fill(mask_BL[:, :, None] == 0, 0)
-    first_B = mask_BL.int().argmax(1)
-    if mode in ("cls", "lasttoken"):
-        last_B = length - 1 - mask_BL.flip(1).int().argmax(1)
-        chosen_B = first_B if mode == "cls" else last_B
-        return states_BLD.gather(1, chosen_B[:, None, None].expand(-1, 1, states_BLD.shape[2])).squeeze(1)
-    if mode == "max":
-        return states_BLD.masked_fill(mask_BL[:, :, None] == 0, float("-inf")).amax(1)
-    weights_BL = mask_BL.float()
-    if mode == "weightedmean":
-        weights_BL = weights_BL * (torch.arange(1, length + 1, device=mask_BL.device) - first_B[:, None])
-    total_B = weights_BL.sum(1, keepdim=True).clamp(min=1e-9)
-    return (states_BLD * weights_BL[:, :, None]).sum(1) / (
-        total_B.sqrt() if mode == "mean_sqrt_len_tokens" else total_B
-    )

@@ -8,10 +8,13 @@ from typing import Any
 
 # Folder here -> name of its configuration, which names its classes in `auto_map`.
 _CONFIGURATIONS = {
+    "elmo": "ElmoConfig",
     "sparse_text": "SparseTextConfig",
     "static_embedding": "StaticEmbeddingConfig",
     "transformer_xl": "TransformerXLConfig",
 }
+# Folder here -> name of its tokenizer, where it has one of its own.
+_TOKENIZERS = {"elmo": "ElmoTokenizer"}
 
 
 def _configurations() -> Iterator[tuple[str, Any]]:
@@ -38,3 +41,20 @@ def register_models() -> None:
             if auto_class != "AutoConfig":
                 model_class = getattr(import_module(f"{package}.{module}"), name)
                 getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
+
+
+def register_tokenizers() -> None:
+    """Make `AutoTokenizer` know the tokenizers of the architectures that have one of their own."""
+    from transformers import AutoTokenizer
+
+    for package, config_class in _configurations():
+        folder = package.rpartition(".")[2]
+        if folder in _TOKENIZERS:
+            tokenizer_class = getattr(import_module(f"{package}.tokenization_{folder}"), _TOKENIZERS[folder])
+            AutoTokenizer.register(config_class, fast_tokenizer_class=tokenizer_class, exist_ok=True)
+
+
+def register_models_and_tokenizers() -> None:
+    """Make the Auto classes of models and tokenizers know the architectures."""
+    register_models()
+    register_tokenizers()

@@ -42,6 +42,11 @@ METHODS = {
         "hf_pretrain.objectives.recurrent_lm:METHOD",
         trainer="RecurrentLMTrainer",
     ),
+    "elmo": Listed(
+        "language modelling in both directions over words made of characters (ELMo)",
+        "hf_pretrain.objectives.elmo:METHOD",
+        trainer="ElmoTrainer",
+    ),
     "denoise": Listed(
         "sequence-to-sequence denoising (BART, T5, UL2, MASS): write what noise has taken out",
         "hf_pretrain.objectives.denoising:METHOD",

@@ -229,7 +229,8 @@ class RecurrentTrainer(PretrainingTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._lane_memory is not None:
+        # A phase reads other windows: what lay before them in the phase before is not their past.
+        if checkpoint is not None and self._lane_memory is not None and not self.begins_phase:
             self._lane_memory.load(Path(checkpoint), layout=self._layout(), device=self.args.device)
 
     def _layout(self) -> dict[str, str]:

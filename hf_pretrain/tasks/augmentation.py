@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.errors import InputError, check_numbers
-from hf_pretrain.modeling.backbone import evaluating
+from hf_pretrain.modeling.backbone import evaluating, refuse_shifted
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint, weights_fingerprint
 from hf_pretrain.options import option
@@ -153,6 +153,7 @@ def _check_inputs(
         raise InputError(
             f"augmentation_model: a {type(model).__name__} cannot fill masks; name one for AutoModelForMaskedLM"
         )
+    refuse_shifted(model, option="augmentation_model")
     check_offsets(tokenizer)
     check_model_fits(model, tokenizer, block_size=0)
 

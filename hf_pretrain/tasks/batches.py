@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -40,8 +40,7 @@ class DataCollatorForTask:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples; with `teacher_logits`, one row a prediction, if they have them."""
-        pad = DataCollatorWithPadding(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
-        batch = dict(pad([{name: example[name] for name in _INPUTS if name in example} for example in examples]))
+        batch = _padded(examples, self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
         is_real = batch["attention_mask"].bool()
         if "is_target" in examples[0]:
             is_target = _at_tokens([example["is_target"] for example in examples], is_real, fill=False)
@@ -51,6 +50,76 @@ class DataCollatorForTask:
         if "teacher_logits" in examples[0]:
             batch["teacher_logits"] = torch.cat([example["teacher_logits"] for example in examples])
         return batch
+
+
+@dataclass
+class DataCollatorForTaskHead:
+    """Pads examples for transformers' own heads of tasks, each with the names and the forms that it takes.
+
+    All have `input_ids`, `attention_mask`, and `token_type_ids` if the examples have them, ``[B, L]``. `labels` are ``[B]``
+    classes, values or numbers of choices, or ``[B, L]`` classes of tokens, -100 at padding. Examples with choices have inputs
+    of ``[B, choices, L]``. Examples with the columns `start_positions` and `end_positions` have these, ``[B]``; an unknown one is
+    L, which the stock loss ignores: it takes -100 for the first token.
+
+    Args:
+        tokenizer: A tokenizer with a padding token.
+        pad_to_multiple_of: Lengths are rounded up to a multiple of this.
+        padding_side: Side of the padding, by default the tokenizer's. Predictions of tokens and spans are found again by
+            their positions, so they need "right".
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    _: KW_ONLY
+    pad_to_multiple_of: int | None = None
+    padding_side: Literal["left", "right"] | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of examples."""
+        first = examples[0]
+        has_choices = isinstance(first["input_ids"][0], Sequence)
+        rows = (
+            [_choice(row, number) for row in examples for number in range(len(row["input_ids"]))]
+            if has_choices
+            else examples
+        )
+        batch = _padded(
+            rows,
+            self.tokenizer,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+            side=self.padding_side,
+        )
+        is_real = batch["attention_mask"].bool()
+        if has_choices:
+            batch = {name: tensor.unflatten(0, (len(examples), -1)) for name, tensor in batch.items()}
+        if "labels" in first:
+            batch["labels"] = _labels(examples, is_real)
+        for name in ("start_positions", "end_positions"):
+            if name in first:
+                positions_B = torch.tensor([example[name] for example in examples])
+                moved_B = positions_B + is_real.int().argmax(dim=1)
+                batch[name] = torch.where(positions_B == IGNORED, is_real.shape[1], moved_B)
+        return batch
+
+
+def _choice(example: dict[str, Any], number: int) -> dict[str, Any]:
+    return {name: example[name][number] for name in _INPUTS if name in example}
+
+
+def _padded(
+    examples: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    pad_to_multiple_of: int | None,
+    side: str | None = None,
+) -> dict[str, torch.Tensor]:
+    """Pad the inputs of examples on a side, by default the tokenizer's."""
+    usual = tokenizer.padding_side
+    try:
+        tokenizer.padding_side = side or usual
+        pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
+        return dict(pad([{name: example[name] for name in _INPUTS if name in example} for example in examples]))
+    finally:
+        tokenizer.padding_side = usual
 
 
 def _labels(examples: list[dict[str, Any]], is_real: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,9 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.tasks.augmentation import TEXT, AugmentationArguments, augment
-from hf_pretrain.tasks.examples import encode, encode_questions, encode_tokens
+from hf_pretrain.tasks.examples import encode, encode_tokens
 from hf_pretrain.tasks.files import Task, kind_of, load_split, read_files
+from hf_pretrain.tasks.questions import encode_questions
 from hf_pretrain.tasks.words import WordNeighbours
 
 _KNOWN_TEXTS: dict[Task, tuple[tuple[str, ...], ...]] = {

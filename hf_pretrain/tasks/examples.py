@@ -1,7 +1,7 @@
-"""Tokenized examples of a task: one function for each kind, texts, words and questions.
+"""Tokenized examples of a task: one function for each kind: texts, words, choices (and `questions.py`).
 
 Each takes rows of text and returns a dataset of `input_ids`, of `is_target` where tokens have predictions, and of
-`labels` with the numbers of the teacher. [`map_texts`] does it once: the same rows, tokenizer and options find the
+`labels` with the numbers of the model. [`map_texts`] does it once: the same rows, tokenizer and options find the
 result in the cache of `datasets`.
 """
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.words import character_kinds, next_visible
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, nearest
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint
 from hf_pretrain.tasks.augmentation import SOURCE_ID, TEXT
@@ -42,14 +42,14 @@ def encode(
         tokenizer: A tokenizer that pads.
         columns: Column of the text, or of a pair of texts.
         labels: Column of the labels, None if there are none.
-        config: The teacher's configuration, with its labels.
+        config: The model's configuration, with its labels.
         max_length: Most tokens of an example; of a pair, the longer text is cut first.
 
     Returns:
         Rows of `input_ids`, `token_type_ids` if the tokenizer makes them, and `labels` if there are any.
 
     Raises:
-        InputError: If a label is none of the teacher's.
+        InputError: If a label is none of the model's.
     """
 
     def to_inputs(rows: dict[str, list[Any]]) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def encode_tokens(
         tokenizer: A fast tokenizer that pads.
         column: Column of the text or the words.
         labels: Column of the classes of the words, None if there are none.
-        config: The teacher's configuration, with its classes.
+        config: The model's configuration, with its classes.
         max_length: Most tokens of an example; the rest is cut off.
 
     Returns:
@@ -92,7 +92,7 @@ def encode_tokens(
         and `labels` if there are any: of each token, -100 but at the first token of a word.
 
     Raises:
-        InputError: If words and classes are not equally many, or a class is none of the teacher's, or there are
+        InputError: If words and classes are not equally many, or a class is none of the model's, or there are
             classes but no words.
     """
     check_offsets(tokenizer)
@@ -102,7 +102,7 @@ def encode_tokens(
             f"text_columns names {column!r}, which holds texts, but label_column={labels!r} has a class for each word: name a "
             "column of lists of words"
         )
-    classes = None
+    classes: _Classes | None = None
     if labels is not None:
         feature = getattr(examples.features[labels], "feature", None)
         if feature is None:
@@ -113,20 +113,13 @@ def encode_tokens(
 
     def to_inputs(rows: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, Any]:
         words = [[text] if is_text else [str(word).strip() for word in text] for text in rows[column]]
-        found = tokenizer(
-            [" ".join(filter(None, row)) for row in words],
-            truncation=True,
-            max_length=max_length,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-        )
-        inputs = {name: found[name] for name in INPUTS if name in found}
-        inputs["is_target"] = [[not flag for flag in row] for row in found["special_tokens_mask"]]
+        inputs, found = _words_of_tokens(words, tokenizer, max_length=max_length)
         if classes is not None:
             tags = map(classes.of_words, rows[classes.column], words, indices)
-            inputs["label_ids"] = list(
-                map(_labels_of_tokens, words, tags, found["offset_mapping"], inputs["is_target"])
-            )
+            inputs["label_ids"] = [
+                np.append(numbers, IGNORED)[word_of_token].tolist()
+                for numbers, word_of_token in zip(tags, found, strict=True)
+            ]
         return inputs
 
     numbering = None if classes is None else (classes.names, config.label2id, config.num_labels)
@@ -134,68 +127,137 @@ def encode_tokens(
     return map_texts(examples, to_inputs, tokenizer, key=key, with_indices=True)
 
 
-def encode_questions(
+def first_tokens(
+    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> list[np.ndarray]:
+    """Return the word that begins at each token, -1 at other tokens, as [`encode_tokens`] has them.
+
+    Args:
+        sentences: Words of each sentence.
+        tokenizer: A fast tokenizer.
+        max_length: Most tokens of an example.
+
+    Returns:
+        ``int64 [tokens]`` of each sentence. A word that is cut off or leaves no token is not in it.
+    """
+    check_offsets(tokenizer)
+    words = [[str(word).strip() for word in sentence] for sentence in sentences]
+    return _words_of_tokens(words, tokenizer, max_length=max_length)[1] if words else []
+
+
+def _words_of_tokens(
+    sentences: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, *, max_length: int
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Tokenize words that are joined by spaces; return the inputs, and the word that begins at each token, else -1."""
+    found = tokenizer(
+        [" ".join(filter(None, row)) for row in sentences],
+        truncation=True,
+        max_length=max_length,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )
+    inputs = {name: found[name] for name in INPUTS if name in found}
+    inputs["is_target"] = [[not flag for flag in row] for row in found["special_tokens_mask"]]
+    return inputs, list(map(_first_tokens, sentences, found["offset_mapping"], inputs["is_target"]))
+
+
+def encode_choices(
     examples: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     *,
     columns: Sequence[str],
+    choices: Sequence[str],
     labels: str | None,
     max_length: int,
-    doc_stride: int,
 ) -> datasets.Dataset:
-    """Tokenize questions with their texts; done once, and found again.
-
-    A text that does not fit is cut into windows, each with the whole question. In a window without the answer, and
-    where there is no answer, the span is the tokenizer's token of whole texts (BERT's [CLS]), as in SQuAD 2.0; it is
-    unknown if there is none.
+    """Tokenize a context with each of its choices; done once, and found again.
 
     Args:
-        examples: Rows of questions and texts.
-        tokenizer: A fast tokenizer that pads.
-        columns: Columns of the question and of the text.
-        labels: Column of the answers, with `text` and `answer_start`, of which the first counts; None if there are
-            none. In a row without a value they are unknown; in a row with an empty list there is none.
-        max_length: Most tokens of a window, the question included.
-        doc_stride: Tokens that a window shares with the next.
+        examples: Rows of text.
+        tokenizer: A tokenizer that pads.
+        columns: Column of the context, and perhaps one of a beginning that all choices continue, after a space.
+        choices: Columns of the choices, or one column of lists.
+        labels: Column of the numbers of the right choices, from 0, as [`chosen_answer`] finds them; None if there are none.
+        max_length: Most tokens of a context with a choice; the longer of the two is cut first.
 
     Returns:
-        A row a window: `input_ids`, `token_type_ids` if the tokenizer makes them, `is_target`, true of the text and
-        the special token, and `labels` if there are answers: the first and the last token, -100 where they are
-        unknown.
+        Rows of `input_ids` and `token_type_ids` if the tokenizer makes them, a list for each choice, and `labels` if there
+        are any, -100 where there is none.
 
     Raises:
-        InputError: If a question leaves no room for the text, or an answer is not at its `answer_start`.
+        InputError: If a row has another number of choices than the first one.
     """
-    check_offsets(tokenizer)
+    number = len(choices_of(examples[0], choices)) if len(examples) else 0
 
     def to_inputs(rows: Mapping[str, list[Any]], indices: Sequence[int]) -> dict[str, Any]:
-        questions, texts = (["" if text is None else str(text).strip() for text in rows[columns[0]]], rows[columns[1]])
-        _check_texts(questions, texts, indices, tokenizer, room=max_length - doc_stride)
-        found = tokenizer(
-            questions,
-            list(texts),
-            truncation="only_second",
-            max_length=max_length,
-            stride=doc_stride,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-        )
-        inputs: dict[str, Any] = {name: found[name] for name in INPUTS if name in found} | {"is_target": []}
+        firsts, seconds = [], []
+        for position, index in enumerate(indices):
+            row = {name: values[position] for name, values in rows.items()}
+            context, *beginning = ("" if row[name] is None else str(row[name]) for name in columns)
+            answers = choices_of(row, choices)
+            if len(answers) != number:
+                raise InputError(
+                    f"row {index} has {len(answers)} choices, the first row {number}: give all rows as many"
+                )
+            firsts += [context] * number
+            seconds += [" ".join(filter(None, (*beginning, answer))) for answer in answers]
+        found = tokenizer(firsts, seconds, truncation=True, max_length=max_length)
+        inputs: dict[str, Any] = {
+            name: [found[name][begin : begin + number] for begin in range(0, len(firsts), number)]
+            for name in INPUTS
+            if name in found
+        }
         if labels is not None:
-            answers = zip(rows[labels], texts, indices, strict=True)
-            spans, inputs["label_ids"] = [_answer_span(*answer) for answer in answers], []
-        for number, source in enumerate(found["overflow_to_sample_mapping"]):
-            parts = np.array([-1 if part is None else part for part in found.sequence_ids(number)])
-            is_cls = (parts == -1) & (np.array(found["input_ids"][number]) == tokenizer.cls_token_id)
-            no_answer = int(is_cls.argmax()) if is_cls.any() else IGNORED
-            inputs["is_target"].append(((parts == 1) | (np.arange(len(parts)) == no_answer)).tolist())
-            if labels is not None:
-                offsets = np.array(found["offset_mapping"][number])
-                inputs["label_ids"].append(_label_of_window(spans[source], offsets, parts == 1, no_answer))
+            inputs["label_ids"] = [IGNORED if label is None else label for label in rows[labels]]
         return inputs
 
-    key = (list(columns), labels, max_length, doc_stride)
+    key = (list(columns), list(choices), labels, max_length)
     return map_texts(examples, to_inputs, tokenizer, key=key, with_indices=True)
+
+
+def choices_of(row: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    """Return the choices of a row: of several columns, or of one column of lists."""
+    values = row[columns[0]] if len(columns) == 1 else [row[name] for name in columns]
+    if len(columns) == 1 and not isinstance(values, list):
+        raise InputError(
+            f"choices={list(columns)}: {columns[0]!r} holds no lists: name the column of each choice, or one of lists"
+        )
+    return ["" if value is None else str(value) for value in values]
+
+
+def chosen_answer(label: Any, row: Mapping[str, Any], *, columns: Sequence[str], where: str) -> int | None:
+    """Return the number of the right choice, from 0.
+
+    Args:
+        label: A whole number; or text: the name of a column of choices, the text of a choice, or a number.
+        row: The row with its choices.
+        columns: Columns of the choices, or one column of lists.
+        where: Beginning of messages.
+
+    Returns:
+        The number, or None where there is no label, also written -1.
+
+    Raises:
+        InputError: If the label is no choice, or two choices have its text.
+    """
+    if label in (None, "", -1, "-1", IGNORED):
+        return None
+    choices = choices_of(row, columns)
+    if isinstance(label, str) and len(columns) > 1 and label in columns:
+        return columns.index(label)
+    if isinstance(label, str) and label in choices:
+        if choices.count(label) > 1:
+            raise InputError(f"{where}: the label {label!r} is the text of two choices: give a number, from 0")
+        return choices.index(label)
+    is_number = isinstance(label, (int, float)) or str(label).isdecimal()
+    number = float(label) if is_number and not isinstance(label, bool) else -1.0
+    if number not in range(len(choices)):
+        known = [*(columns if len(columns) > 1 else ()), *choices]
+        raise InputError(
+            f"{where}: the label {label!r} is none of its {len(choices)} choices: give a number from 0 to {len(choices) - 1}, "
+            f"or a text; {nearest(label, known, otherwise=f'the choices are {choices}')}"
+        )
+    return int(number)
 
 
 def map_texts(
@@ -234,14 +296,12 @@ def _values(examples: datasets.Dataset, column: str) -> np.ndarray:
         # An empty field of a table of text is a label that is missing.
         values = [math.nan if value in (None, "") else float(value) for value in examples[column][:]]
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"label_column={column!r} holds what is no number, for a teacher of values: {error}"
-        ) from None
+        raise InputError(f"label_column={column!r} holds what is no number, for a model of values: {error}") from None
     return np.array(values, dtype=np.float32)
 
 
 class _Classes(dict[Any, int]):
-    """The teacher's number of each label in a column: by its name, or by its number; -100 for none, also written -1."""
+    """The model's number of each label in a column: by its name, or by its number; -100 for none, also written -1."""
 
     def __init__(self, feature: Any, column: str, config: PreTrainedConfig) -> None:
         self.names: Sequence[str] | None = getattr(feature, "names", None)
@@ -264,7 +324,7 @@ class _Classes(dict[Any, int]):
             number = -1
         if not 0 <= number < self.config.num_labels or number != float(value):
             raise InputError(
-                f"label_column={self.column!r} holds {value!r}, but the teacher's labels are "
+                f"label_column={self.column!r} holds {value!r}, but the model's labels are "
                 f"{', '.join(map(str, by_name))}: use these names, or numbers below {self.config.num_labels}"
             )
         return number
@@ -278,67 +338,13 @@ class _Classes(dict[Any, int]):
         return np.array([self[tag] for tag in tags], dtype=np.int64)
 
 
-def _labels_of_tokens(
-    words: Sequence[str], classes: np.ndarray, offsets: Sequence[tuple[int, int]], is_target: Sequence[bool]
-) -> list[int]:
-    """Return the label of each token of words that were joined by spaces."""
-    classes, words = classes[[bool(word) for word in words]], list(filter(None, words))
-    begins, text = np.cumsum([0, *(len(word) + 1 for word in words)])[:-1], " ".join(words)
+def _first_tokens(words: Sequence[str], offsets: Sequence[tuple[int, int]], is_target: Sequence[bool]) -> np.ndarray:
+    """Return the word that begins at each token of words that were joined by spaces, -1 at other tokens."""
+    rows, shown = np.flatnonzero([bool(word) for word in words]), list(filter(None, words))
+    begins, text = np.cumsum([0, *(len(word) + 1 for word in shown)])[:-1], " ".join(shown)
     # A token may begin with the space before its word.
     begins_of_tokens = next_visible(character_kinds(text), np.array([begin for begin, _ in offsets], dtype=np.int64))
     numbers = np.searchsorted(begins, begins_of_tokens, side="right") - 1
     numbers = np.where(is_target, numbers, -1)
     is_first = (numbers >= 0) & (numbers != np.append(-1, numbers)[:-1])
-    return np.where(is_first, np.append(classes, IGNORED)[numbers], IGNORED).tolist()
-
-
-def _check_texts(
-    questions: Sequence[str],
-    texts: Sequence[Any],
-    indices: Sequence[int],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    room: int,
-) -> None:
-    specials = tokenizer.num_special_tokens_to_add(pair=True)
-    lengths = [len(ids) for ids in tokenizer(list(questions), add_special_tokens=False)["input_ids"]]
-    for text, length, index in zip(texts, lengths, indices, strict=True):
-        if text is None or not str(text).strip():
-            raise InputError(f"row {index} has no text to find the answer in: leave such rows out")
-        if length + specials >= room:
-            raise InputError(
-                f"row {index}: a question of {length} tokens leaves no room for the text: raise max_length, or lower doc_stride"
-            )
-
-
-def _answer_span(answer: Any, text: str, index: int) -> tuple[int, int] | None:
-    """Return begin and end of the first answer in the text; (0, 0) if there is none, None if it is not known."""
-    if answer is None:
-        return None
-    if isinstance(answer, Mapping):
-        texts, starts = answer.get("text"), answer.get("answer_start")
-        first = (texts, starts) if isinstance(texts, str) else next(zip(texts or (), starts or (), strict=True), None)
-    else:
-        first = (answer[0]["text"], answer[0]["answer_start"]) if answer else None
-    if first is None or not first[0].strip():
-        return 0, 0
-    found, begin = first
-    if begin is None or text[begin : begin + len(found)] != found:
-        raise InputError(
-            f"row {index}: the answer {found!r} does not begin at character {begin} of the text: correct answer_start"
-        )
-    begin += len(found) - len(found.lstrip())
-    return begin, begin + len(found.strip())
-
-
-def _label_of_window(
-    span: tuple[int, int] | None, offsets: np.ndarray, in_text: np.ndarray, no_answer: int
-) -> list[int]:
-    """Return the first and the last token of a span of characters, or twice the token that means no answer."""
-    if span is None:
-        return [IGNORED, IGNORED]
-    begin, end = span
-    shown = offsets[in_text]
-    tokens = np.flatnonzero(in_text & (offsets[:, 0] < end) & (offsets[:, 1] > begin))
-    is_whole = len(tokens) and shown[0, 0] <= begin and shown[-1, 1] >= end
-    return [int(tokens[0]), int(tokens[-1])] if is_whole else [no_answer, no_answer]
+    return np.where(is_first, np.append(rows, -1)[numbers], -1)

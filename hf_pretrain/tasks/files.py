@@ -25,6 +25,7 @@ from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.options import number_or_text
 
 Task = Literal["sequence-classification", "token-classification", "question-answering"]
+Kind = Task | Literal["multiple-choice"]
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     # No text is a missing value: "null" and "NA" are words.
@@ -40,7 +41,14 @@ _HEADERS = {2: ["sentence", "label"], 3: ["sentence1", "sentence2", "label"]}
 _ROWS_TO_LOOK_AT = 1000
 
 
-def read_files(paths: Sequence[str], task: Task, *, option: str, names: Sequence[str] = ()) -> datasets.Dataset:
+def read_files(
+    paths: Sequence[str],
+    task: Kind,
+    *,
+    option: str,
+    names: Sequence[str] = (),
+    columns: Sequence[str] | None = None,
+) -> datasets.Dataset:
     """Read the rows of files of one kind.
 
     A table begins with a header. A table of sentences or pairs, each with a class in the last column, needs none. Its
@@ -52,9 +60,10 @@ def read_files(paths: Sequence[str], task: Task, *, option: str, names: Sequence
         task: The task of the rows.
         option: The option that names them, for messages.
         names: Known names of columns; a first line with one of these is a header.
+        columns: Names of all columns of tables without a header.
 
     Raises:
-        InputError: If one is missing, or they cannot be read.
+        InputError: If one is missing, or they cannot be read, or `columns` does not fit.
     """
     missing = next((path for path in paths if not Path(path).is_file()), None)
     if missing is not None:
@@ -69,7 +78,10 @@ def read_files(paths: Sequence[str], task: Task, *, option: str, names: Sequence
         if len(parts) == len(paths):
             return datasets.concatenate_datasets(parts)
     reader, options = _READERS[kinds.pop()]
-    if reader == "csv" and task == "sequence-classification":
+    if columns is not None:
+        _check_names(paths, columns, option=option, **options)
+        options = options | {"names": list(columns)}
+    elif reader == "csv" and task == "sequence-classification":
         options = options | _names_of_columns(paths, option=option, names=names, **options)
     try:
         return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
@@ -107,8 +119,26 @@ def _names_of_columns(paths: Sequence[str], *, option: str, names: Sequence[str]
     return {"names": headers[0]}
 
 
-def _header_of(path: str, names: Sequence[str], *, delimiter: str = ",", **options: Any) -> list[str] | None:
-    """Return the header that a table of sentences lacks, None if it has one or cannot be read."""
+def _check_names(paths: Sequence[str], columns: Sequence[str], *, option: str, **options: Any) -> None:
+    """Refuse names of columns for files that are no tables, have another number of columns, or begin with these names."""
+    for path in paths:
+        rows = _first_rows(path, **options) if kind_of(path) in (".tsv", ".csv") else None
+        if rows is None:
+            continue
+        if len(rows[0]) != len(columns):
+            raise InputError(
+                f"{option}={path!r} has {len(rows[0])} columns, but columns={list(columns)} names {len(columns)}: name them all"
+            )
+        if rows[0] == list(columns):
+            raise InputError(f"{option}={path!r} has a header, so leave columns={list(columns)} out")
+    if kind_of(paths[0]) not in (".tsv", ".csv"):
+        raise InputError(
+            f"columns={list(columns)}: {paths[0]!r} is no table, and has names already: leave columns out"
+        )
+
+
+def _first_rows(path: str, *, delimiter: str = ",", **options: Any) -> list[list[str]] | None:
+    """Return the first rows of a table, None if it has none or cannot be read."""
     begin = _COMPRESSED.get(Path(path).suffix.lower(), open)
     quoting = options.get("quoting", csv.QUOTE_MINIMAL)
     try:
@@ -116,8 +146,13 @@ def _header_of(path: str, names: Sequence[str], *, delimiter: str = ",", **optio
             rows = list(itertools.islice(csv.reader(stream, delimiter=delimiter, quoting=quoting), _ROWS_TO_LOOK_AT))
     except (OSError, ValueError, EOFError, lzma.LZMAError, csv.Error):
         return None  # The reader says what is wrong.
-    rows = [row for row in rows if row]
-    if not rows or set(rows[0]) & set(names) or any(len(row) != len(rows[0]) for row in rows):
+    return [row for row in rows if row] or None
+
+
+def _header_of(path: str, names: Sequence[str], **options: Any) -> list[str] | None:
+    """Return the header that a table of sentences lacks, None if it has one or cannot be read."""
+    rows = _first_rows(path, **options)
+    if rows is None or set(rows[0]) & set(names) or any(len(row) != len(rows[0]) for row in rows):
         return None
     *texts, label = rows[0]
     has_text = all(any(character.isalpha() for character in text) for text in texts)

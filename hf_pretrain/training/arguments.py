@@ -26,11 +26,12 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
 from hf_pretrain.hub.branches import check_branches
 from hf_pretrain.hub.identifiers import check_identifiers
-from hf_pretrain.modeling.adapters import AdapterArguments
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.modeling.surgery.adapters import AdapterArguments
 from hf_pretrain.names import SYNONYMS
 from hf_pretrain.optimizers import OptimizerName, check_bias_correction, optimizer_of
 from hf_pretrain.options import check_options, option, schedules_of
+from hf_pretrain.training.phases.course import Course
 from hf_pretrain.training.processes import first_process_first
 
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
@@ -118,6 +119,9 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
     }
     """Of options of transformers; others follow from their names, see `hf_pretrain.errors.check_numbers`."""
 
+    course: ClassVar[Course | None] = None
+    """Of an instance whose run has phases: all of them, and which one it is for. A program sets it; it is no option."""
+
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {}
     """Values that a method honours of options that others refuse, by option; see `REFUSED`."""
 
@@ -145,6 +149,16 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
     learning_rate: float = option(5e-4, "Peak learning rate.")
     warmup_steps: float = option(
         0.1, "Steps of warm-up, or their share of all steps if below 1; recipes of a million steps take 10000."
+    )
+    phases: list[Any] | None = option(
+        None,
+        "Phases of the run, each with options of its own: a list in a recipe, not on the command line. See the page Phases of "
+        "the documentation.",
+    )
+    branch_from: str | None = option(
+        None,
+        "Run or checkpoint to branch off from, with its weights, optimizer and tokenizer; the phases follow. Of a run: the end "
+        "of its last phase whose learning rate has not decayed.",
     )
     max_minutes: float | None = option(
         None,

@@ -23,7 +23,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
@@ -151,7 +151,7 @@ _NOT_COMPARED = (
     *("per_device_", "gradient_accumulation_", "seed", "train_file", "validation_", "language_file", "parallel_file"),
     *("dataset_", "tokenizer_name", "metric_for_", "greater_is_", "load_best_", "torch_compile", "activation_check"),
     *("fsdp", "deepspeed", "accelerator_config", "full_determinism", "teacher_name", "teacher_device", "trackio_"),
-    *("model_name", "generator_name", "use_cpu", "include_"),
+    *("model_name", "generator_name", "use_cpu", "include_", "branch_from"),
 )
 # Bytes of tokens that are hashed; of more, every so many record batches.
 _MOST_HASHED = 1 << 33
@@ -228,9 +228,12 @@ class Checkpointing:
         write_marker(folder, has_hashes=True, step=step, world_size=args.world_size, run=self.run_facts())
 
     def remove_old(self, newest: Path) -> None:
-        """Remove the oldest checkpoints beyond `save_total_limit`, but not the newest and the best."""
+        """Remove the oldest checkpoints beyond `save_total_limit`, but not the newest, the best and those between phases."""
         best, limit = self.trainer.state.best_model_checkpoint, self.trainer.args.save_total_limit
-        self._if_writer(remove_old_checkpoints, newest.parent, limit=limit, keep=(newest, best))
+        course = self.trainer.args.course
+        borders = [] if course is None else [f"{PREFIX_CHECKPOINT_DIR}-{phase.end}" for phase in course.phases]
+        keep = (newest, best, *(newest.parent / name for name in borders))
+        self._if_writer(remove_old_checkpoints, newest.parent, limit=limit, keep=keep)
 
     @contextmanager
     def options_to_keep(self) -> Iterator[None]:
@@ -296,21 +299,42 @@ class Checkpointing:
         if checkpoint != args.resume_from_checkpoint:
             # Otherwise the program has looked at it.
             check_hashes(checkpoint)
-        facts = (read_marker(checkpoint) or {}).get("run")
+        marker = read_marker(checkpoint) or {}
+        facts = marker.get("run")
         if facts is None:
             self._say(f"{checkpoint} is of an earlier version: order and masks go on as others")
             return checkpoint
-        for name, now in (("seed", args.seed), ("model", self._model_types())):
+        for name, own in (("seed", args.seed), ("model", self._model_types())):
             was = facts[name]
-            if was != now:
+            if was != own:
                 raise InputError(
-                    f"resume_from_checkpoint={checkpoint!r} was made with the {name} {was}, and this run has {now}: give that of "
+                    f"resume_from_checkpoint={checkpoint!r} was made with the {name} {was}, and this run has {own}: give that of "
                     "the checkpoint, or start anew in another output_dir"
                 )
-        changes = list(_changes(facts, self.run_facts())) if self.trainer.is_world_process_zero() else []
+        begins_phase = self._check_phase(checkpoint, facts.get("phase"), step=int(marker["step"]))
+        now = self.run_facts()
+        if begins_phase:
+            now |= {name: facts[name] for name in ("text", "examples_per_step")}
+        changes = list(_changes(facts, now)) if self.trainer.is_world_process_zero() else []
         if changes:
             self._say(f"this run differs from {checkpoint}: {'; '.join(changes)}")
         return checkpoint
+
+    def _check_phase(self, checkpoint: str, marks: Mapping[str, Any] | None, *, step: int) -> bool:
+        """Return whether the checkpoint is of another phase, which ends where this one begins.
+
+        Raises:
+            InputError: If it lies within a phase that is none of this run.
+        """
+        course, start = self.trainer.args.course, 0 if marks is None else marks["start"]
+        if course is not None and course.begins_at(step):
+            return True
+        if start != (0 if course is None else course.phase.start):
+            raise InputError(
+                f"resume_from_checkpoint={checkpoint!r} lies in the phase {(marks or {}).get('name')!r} that begins at step "
+                f"{start}, and this run has no such phase: give the phases as they were until then"
+            )
+        return False
 
     def _say(self, line: str) -> None:
         if self.trainer.is_world_process_zero():
@@ -320,7 +344,8 @@ class Checkpointing:
         """Return the facts of the run that a checkpoint keeps, so that a resume can say what has changed."""
         args = self.trainer.args
         options = self.trainer.recipe or resolved_options([args])
-        return {
+        phase = {} if args.course is None else {"phase": args.course.marks()}
+        return phase | {
             "seed": args.seed,
             "draws": draws.VERSION,
             "model": self._model_types(),
@@ -401,7 +426,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]
     for name in sorted(before["options"].keys() | now["options"].keys()):
         was, is_now = (facts["options"].get(name, "its default") for facts in (before, now))
         if was != is_now:
-            yield f"{name} was {was}, and is {is_now}"
+            yield "the phases are others" if name == "phases" else f"{name} was {was}, and is {is_now}"
 
 
 def text_fingerprint(dataset: Any) -> str | None:

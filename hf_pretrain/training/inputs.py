@@ -24,8 +24,10 @@ from hf_pretrain.data.prepare import PreparedData, dataset_name, prepare_data
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.base import PretrainingModel, refuse_adapters
+from hf_pretrain.modeling.embeddings import set_rotary_positions
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.phases.course import Phase
 
 if TYPE_CHECKING:
     from hf_pretrain.training.trainer import PretrainingTrainer
@@ -385,6 +387,8 @@ class TrainerInputs:
             stock = model if isinstance(model, PreTrainedModel) else None
             set_seed(args.seed)
             composite = self.trainer.build_model(options, args=args, data=data, stock=stock)
+        if args.course is not None:
+            _set_positions(composite, args.course.phase)
         for part in composite.backbones.values():
             longest = longest_sequence(part)
             if longest is not None and self._longest > longest:
@@ -394,6 +398,13 @@ class TrainerInputs:
                 )
         composite.check_fits(data.tokenizer, block_size=data.block_size, isolates_documents=False)
         return composite
+
+
+def _set_positions(composite: PretrainingModel, phase: Phase) -> None:
+    """Give the models that are trained the rotary positions of a phase."""
+    theta, length = phase.rope_theta, phase.max_position_embeddings
+    for part in composite.backbones.values() if theta is not None or length is not None else ():
+        set_rotary_positions(part, theta=theta, length=length)
 
 
 def _is_stream(dataset: Any) -> bool:

@@ -8,6 +8,7 @@ beside the others is refused.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import re
@@ -15,7 +16,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_args, get_origin, get_type_hints
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -27,6 +28,7 @@ from hf_pretrain.help import add_help
 from hf_pretrain.names import option_hint
 from hf_pretrain.options import number_or_text, read_recipes, recipe_names
 from hf_pretrain.training.arguments import check_text
+from hf_pretrain.training.phases.entries import OF_PHASES, as_typed, check_entries, not_typed, read_own, refuse_fixed
 
 logger = logging.get_logger(__name__)
 
@@ -55,12 +57,65 @@ def parse_arguments(
         InputError: If a recipe cannot be read, or an option is unknown, missing, of the wrong type or out of range, or one on the
             command line has no effect beside the others.
     """
+    return parse_run(dataclass_types, argv, prog=prog, description=description, defaults=defaults).options
+
+
+def parse_run(
+    dataclass_types: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+    defaults: Mapping[str, Any] | None = None,
+) -> ParsedRun:
+    """Do as [`parse_arguments`], and build the instances of each phase too, if a recipe has `phases`.
+
+    The options of a phase replace those of the recipe and of the command line.
+
+    Args:
+        dataclass_types: See [`parse_arguments`], as of all arguments.
+        argv: The arguments.
+        prog: How the program is called.
+        description: What it does.
+        defaults: Values that replace the defaults of the fields.
+
+    Raises:
+        InputError: Also if a phase has what it cannot have, or every phase replaces an option on the command line.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     parser = _OptionParser(dataclass_types, prog=prog, description=description)
     parser.replace_defaults(defaults or {})
+    source = ""
     for path, recipe in read_recipes(recipe_names(given)):
         parser.replace_defaults({key: parser.convert(key, value, source=path) for key, value in recipe.items()})
-    return parser.instances(given)
+        source = str(path) if "phases" in recipe else source
+    options = parser.instances(given)
+    listed = next((found for instance in options if (found := getattr(instance, "phases", None))), None)
+    return ParsedRun(options, [] if listed is None else parser.phases(listed, source=Path(source)))
+
+
+class ParsedPhase(NamedTuple):
+    """A phase of a recipe.
+
+    Attributes:
+        own: What its entry has, converted: its options, and the keys that only phases have.
+        options: The instances, with its options on top of those of the run.
+    """
+
+    own: dict[str, Any]
+    options: tuple[Any, ...]
+
+
+class ParsedRun(NamedTuple):
+    """What the recipes and the command line of a run say.
+
+    Attributes:
+        options: The instances, in the order of the dataclasses.
+        phases: The phases; none for most runs.
+    """
+
+    options: tuple[Any, ...]
+    phases: list[ParsedPhase]
 
 
 _SHAPES: dict[type, str] = {
@@ -85,7 +140,10 @@ class _OptionParser(HfArgumentParser):
             add_help=False,
         )
         self.hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
+        self.owners = {known.name: cls for cls in dataclass_types for known in dataclasses.fields(cls)}
         self.options: dict[str, argparse.Action] = {}
+        self._values: dict[str, Any] = {}
+        self._typed: list[str] = []
         for action in self._actions:
             # argparse would take a percent sign for a placeholder.
             action.help = re.sub(r"%%|%(?!\()", "%%", action.help or " ")
@@ -113,6 +171,8 @@ class _OptionParser(HfArgumentParser):
         """Convert a recipe's value as the command line would convert it: text, None, or a list or mapping."""
         if name not in self.options:
             raise InputError(f"{source}: unknown option {name!r}: {self._nearest(name)}")
+        if name == "phases":
+            return check_entries(value, source=source)
         action, hint = self.options[name], self.hints[name]
         where = f"{source}: {name}"
         for kind, problem in _SHAPES.items():
@@ -136,8 +196,53 @@ class _OptionParser(HfArgumentParser):
         namespace, leftover = self.parse_known_args(argv)
         if leftover:
             raise InputError(f"unexpected argument {leftover[0]!r}: options are given as --name value")
+        self._values = vars(namespace)
+        known = self._option_string_actions
+        self._typed = [known[option].dest for option in options if option in known]
+        instances = self._construct(self._values, is_whole=not self._values.get("phases"))
+        check_needs(instances, self._typed)
+        return instances
+
+    def phases(self, entries: Sequence[Mapping[str, Any]], *, source: Path) -> list[ParsedPhase]:
+        """Return the phases of a run; `instances` has parsed the command line.
+
+        Args:
+            entries: The phases as a recipe has them.
+            source: The recipe.
+        """
+        found = []
+        # The steps of the phases say how many there are; only that there is an end counts here.
+        values = self._values | ({} if self._values.get("max_steps", -1) > 0 else {"max_steps": 1})
+        for number, entry in enumerate(entries, 1):
+            where = Path(f"{source}: phase {entry.get('name', number)}")
+            own = {name: read_own(name, value, where=str(where)) for name, value in entry.items() if name in OF_PHASES}
+            options = {name: value for name, value in entry.items() if name not in OF_PHASES}
+            for name in options:
+                if name not in self.options:
+                    known = [*OF_PHASES, *self.options]
+                    raise InputError(
+                        f"{where}: unknown option {name!r}: {option_hint(name, known, prog=self.prog, dashes='')}"
+                    )
+                # A method has options of data, model and training, in this order.
+                owner, of_model = self.owners[name], [*dict.fromkeys(self.owners.values())][1:2]
+                refuse_fixed(name, owner, is_of_model=owner in of_model, where=str(where))
+            options = {name: self.convert(name, as_typed(value), source=where) for name, value in options.items()}
+            try:
+                instances = self._construct(values | options)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+            found.append(ParsedPhase(own | options, instances))
+        for name in dict.fromkeys(self._typed):
+            if all(name in phase.own for phase in found):
+                raise InputError(
+                    f"{name}={self._values[name]!r} has no effect: every phase of {source} has its own; change it there"
+                )
+        return found
+
+    def _construct(self, values: Mapping[str, Any], *, is_whole: bool = True) -> tuple[Any, ...]:
+        """Return the dataclasses; they are checked together where no phase adds to them."""
         try:
-            instances = self.parse_dict(vars(namespace), allow_extra_keys=True)
+            instances: tuple[Any, ...] = self.parse_dict(copy.deepcopy(dict(values)), allow_extra_keys=True)
         except (InputError, torch.distributed.DistError):
             raise
         except Exception as error:
@@ -145,9 +250,8 @@ class _OptionParser(HfArgumentParser):
             raise InputError(f"{one_line(error)[:500]} (see `{self.prog} --help`)") from error
         for instance in instances:
             check_numbers(instance)
-        check_together(instances)
-        known = self._option_string_actions
-        check_needs(instances, [known[option].dest for option in options if option in known])
+        if is_whole:
+            check_together(instances)
         return instances
 
     def _nearest(self, name: str) -> str:
@@ -158,6 +262,9 @@ class _OptionParser(HfArgumentParser):
 
 def _read_by_hint(action: argparse.Action, hint: Any) -> None:
     """Let an option read what its type allows and the parser of transformers does not."""
+    if action.dest == "phases":
+        action.type, action.nargs = not_typed, None
+        return
     if _members(hint, bool):
         action.nargs, action.const = "?", True
         action.type = _flag_or_word if _members(hint, str) else string_to_bool
@@ -222,6 +329,7 @@ _NEEDS = {
         "tokenizer_frame": "!tokenizer_name and !model_name_or_path and language_file or parallel_file",
         "language_sampling_alpha mixture_unit": "language_file or parallel_file",
         "bitext_share bitext_frame": "parallel_file",
+        "branch_from": "phases",
         "dataset_config_name dataset_split validation_split": "dataset_name",
         "demo_corpus": "!train_file and !dataset_name",
         "shuffle_buffer_size": "streaming",

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hf_pretrain.hub.text import (
     evaluated_steps,
     evaluation_at,
     measured,
+    phase_metrics,
     split_by_held_out_set,
     with_perplexity,
 )
@@ -35,7 +37,10 @@ from hf_pretrain.options import all_options, resolved_options, write_recipe
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
 from hf_pretrain.training.method import Method
 from hf_pretrain.training.output_folder import output_directory, paths_in
-from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.parsing import parse_run
+from hf_pretrain.training.phases.branch import find_branch
+from hf_pretrain.training.phases.plan import check_run, plan
+from hf_pretrain.training.phases.running import check_files, check_same_model, shapes_of, train_phases
 from hf_pretrain.training.processes import (
     StopOnRequest,
     Stopping,
@@ -102,47 +107,45 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
         method: The method.
         argv: The arguments, without the name of the program; those of the process if None.
     """
-    options = parse_arguments(
-        method.arguments, argv, prog=f"hf-pretrain {method.name}", description=method.description
-    )
-    data_args, model_args, args = options
-    check_training_options(args)
-    if isinstance(data_args, DataArguments):
-        data_args.check_named()
-    # SIGTERM saves a checkpoint in any case.
-    args.enable_jit_checkpoint = False
+    parsed = parse_run(method.arguments, argv, prog=f"hf-pretrain {method.name}", description=method.description)
+    options, parts = parsed.options, [phase.options for phase in parsed.phases] or [parsed.options]
+    args = options[2]
+    for data_args, _, training in parts:
+        check_training_options(training)
+        if isinstance(data_args, DataArguments):
+            data_args.check_named()
+        # SIGTERM saves a checkpoint in any case.
+        training.enable_jit_checkpoint = False
+    if parsed.phases:
+        check_run(args, parsed.phases)
     set_timeout(args)
-    inputs = paths_in(options, sys.argv[1:] if argv is None else argv)
+    read = dict.fromkeys(path for part in parts for path in paths_in(part, sys.argv[1:] if argv is None else argv))
     with (
         stopping_on_sigterm() as stopping,
-        output_directory(args, inputs=inputs) as folder,
+        output_directory(args, inputs=read) as folder,
         reported_faults(folder.path),
     ):
         if args.push_to_hub and args.process_index == 0:
             # Missing rights must show before hours of tokenizing.
             repository_of(args)
-        tokenizer = _known_tokenizer(data_args, model_args, args)
-        if tokenizer is not None:
-            check_tokenizer(tokenizer, roles=method.special_tokens)
-            check_offsets(tokenizer)
-        rehearse(
-            options,
-            build_trainer=method.build_trainer,
-            tokenizer=tokenizer,
-            made_up=method.made_up or made_up_data,
-            left_out=method.left_out,
-        )
-        data = (method.load or load_data)(data_args, model_args, args, special_tokens=method.special_tokens)
-        # At DeepSpeed's stage 3 transformers would divide each stock model as it is built, before they are joined; the Trainer
-        # sets its configuration again, and the whole is divided then.
-        unset_hf_deepspeed_config()
-        # The Trainer seeds too, but the weights are drawn before it exists.
-        set_seed(args.seed)
-        with refused_by_libraries():
-            trainer = method.build_trainer(data, model_args, args)
-        check_steps(trainer)
-        folder.training_begins()
-        run(trainer, options, stopping=stopping)
+        branch = find_branch(args.branch_from, resumed=args.resume_from_checkpoint)
+        phases = plan(args, parsed.phases, branch=branch) if parsed.phases else []
+        rehearsed = [phase.options for phase in phases] or [options]
+        _rehearse(method, rehearsed, checkpoint=args.resume_from_checkpoint or (branch and branch.checkpoint) or None)
+        if phases:
+            trainer, data = train_phases(
+                phases,
+                checkpoint=args.resume_from_checkpoint,
+                branch=branch,
+                build=partial(_build, method),
+                train=partial(_train, recipe_of=options, stop=StopOnRequest(stopping)),
+                begins=folder.training_begins,
+            )
+            export(trainer)
+        else:
+            trainer, data = _build(method, options)
+            folder.training_begins()
+            run(trainer, options, stopping=stopping)
         if trainer.is_world_process_zero():
             # The report opens the export, on this process alone.
             unset_hf_deepspeed_config()
@@ -150,6 +153,73 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
             if method.demonstrate is not None and not is_sharded(trainer.model):
                 method.demonstrate(trainer, data)
         trainer.end()
+
+
+def _rehearse(method: Method, parts: Sequence[tuple[Any, ...]], *, checkpoint: str | None) -> None:
+    """Refuse what the run, or one of its phases, would refuse after its text was read.
+
+    Args:
+        method: The method.
+        parts: Options of the run, or of each phase.
+        checkpoint: What the run goes on from, with its tokenizer.
+    """
+    shapes: list[dict[str, Any]] = []
+    for data_args, model_args, args in parts:
+        given, args.resume_from_checkpoint = args.resume_from_checkpoint, checkpoint
+        tokenizer = _known_tokenizer(data_args, model_args, args)
+        args.resume_from_checkpoint = given
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, roles=method.special_tokens)
+            check_offsets(tokenizer)
+        if args.course is not None:
+            check_files(data_args)
+        rehearse(
+            (data_args, model_args, args),
+            build_trainer=method.build_trainer,
+            tokenizer=tokenizer,
+            made_up=method.made_up or made_up_data,
+            left_out=method.left_out,
+            note=None if args.course is None else lambda trainer: shapes.append(shapes_of(trainer)),
+        )
+        if shapes and args.course is not None:
+            check_same_model(shapes[0], shapes[-1], args.course)
+
+
+def _build(method: Method, options: tuple[Any, ...]) -> tuple[PretrainingTrainer, PreparedData]:
+    """Read the text of a run or of a phase, and make its Trainer."""
+    data_args, model_args, args = options
+    data = (method.load or load_data)(data_args, model_args, args, special_tokens=method.special_tokens)
+    # At DeepSpeed's stage 3 transformers would divide each stock model as it is built, before they are joined; the Trainer
+    # sets its configuration again, and the whole is divided then.
+    unset_hf_deepspeed_config()
+    # The Trainer seeds too, but the weights are drawn before it exists.
+    set_seed(args.seed)
+    with refused_by_libraries():
+        trainer = method.build_trainer(data, model_args, args)
+    check_steps(trainer)
+    return trainer, data
+
+
+def _train(trainer: PretrainingTrainer, *, recipe_of: tuple[Any, ...], stop: StopOnRequest) -> None:
+    """Train until the end of the run or of the phase.
+
+    Args:
+        trainer: The method's Trainer, ready to start.
+        recipe_of: The dataclasses that the program was started with.
+        stop: Ends the training where it is asked to.
+
+    Raises:
+        RunError: If the run was stopped.
+    """
+    args = trainer.args
+    # Bars of saving and loading a model, which takes less than a second here, would only bury the training's.
+    transformers_logging.disable_progress_bar()
+    trainer.recipe, trainer.options = resolved_options(recipe_of), all_options(recipe_of)
+    trainer.add_callback(stop)
+    with refused_by_libraries((ValueError, ImportError), unless=lambda: trainer.has_begun):
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if stop.has_stopped:
+        raise stopped(args.output_dir, trainer.state.global_step)
 
 
 def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stopping | None = None) -> None:
@@ -165,16 +235,17 @@ def run(trainer: PretrainingTrainer, options: tuple[Any, ...], *, stopping: Stop
     Raises:
         RunError: If no step was trained, or the run was stopped.
     """
+    _train(trainer, recipe_of=options, stop=StopOnRequest(Stopping() if stopping is None else stopping))
+    export(trainer)
+
+
+def export(trainer: PretrainingTrainer) -> None:
+    """Evaluate what was trained, export it with card and recipe, and push it if asked.
+
+    Raises:
+        RunError: If no step was trained.
+    """
     args = trainer.args
-    # Bars of saving and loading a model, which takes less than a second here, would only bury the training's.
-    transformers_logging.disable_progress_bar()
-    trainer.recipe, trainer.options = resolved_options(options), all_options(options)
-    stop = StopOnRequest(Stopping() if stopping is None else stopping)
-    trainer.add_callback(stop)
-    with refused_by_libraries((ValueError, ImportError), unless=lambda: trainer.has_begun):
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if stop.has_stopped:
-        raise stopped(args.output_dir, trainer.state.global_step)
     if not trainer.state.global_step:
         raise nothing_trained(len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else None)
     if not trainer.num_steps_trained and trainer.is_world_process_zero():
@@ -221,7 +292,13 @@ def print_report(trainer: PretrainingTrainer) -> None:
     for model_class in () if adapters else classes:
         print(f"  {_loading_line(model_class, output_dir)}")
     weights_step = trainer.held_out.weights_step
-    rows = held_out_rows(trainer.state.log_history, weights_step=weights_step)
+    if trainer.course is not None:
+        header, *body = phase_metrics(trainer.state.log_history, trainer.course.described()) or [()]
+        if body:
+            print("\nHeld-out text, each column with the masks and blocks of its phase:")
+            print_table(body, header=("", *header[1:]))
+    is_one = trainer.course is None
+    rows = held_out_rows(trainer.state.log_history, weights_step=weights_step) if is_one else []
     if rows:
         is_earlier = weights_step is not None and weights_step < trainer.state.global_step
         when = f"at step {weights_step:,}, which is exported" if is_earlier else "after training"

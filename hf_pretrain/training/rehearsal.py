@@ -171,6 +171,7 @@ def rehearse(
     tokenizer: PreTrainedTokenizerBase | None,
     made_up: Callable[..., PreparedData],
     left_out: Mapping[str, Any],
+    note: Callable[[PretrainingTrainer], None] | None = None,
 ) -> None:
     """Refuse now everything that the run would refuse after its text was read.
 
@@ -180,6 +181,7 @@ def rehearse(
         tokenizer: The tokenizer of the run; None if it is to be trained.
         made_up: Makes examples of a text that is none, called as [`made_up_data`] is.
         left_out: Options of training that only cost time here, such as the caching of a teacher.
+        note: Looks at the Trainer, whose parameters have shapes and no numbers.
 
     Raises:
         InputError: If the model cannot be built, does not fit the options, or the Trainer refuses these.
@@ -201,6 +203,8 @@ def rehearse(
             return
         with _without_numbers(device, counted):
             trainer = build_trainer(data, copy.copy(model_args), rehearsed)
+            if note is not None:
+                note(trainer)
             names = _try_forward(trainer, device)
         if names is not None and trainer.eval_dataset is not None and not isinstance(trainer.eval_dataset, dict):
             check_best_metric(trainer.args, names)

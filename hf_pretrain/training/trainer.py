@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
 from hf_pretrain.data import draws
@@ -43,10 +43,11 @@ from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
-from hf_pretrain.modeling.adapters import add_adapters
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
+from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
+from hf_pretrain.modeling.surgery.adapters import add_adapters
 from hf_pretrain.optimizers import check_matrices_are_whole, linear_product_schedule, optimizer_of
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
@@ -58,6 +59,7 @@ from hf_pretrain.training.arguments import (
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
+from hf_pretrain.training.phases.course import Course, KeptOptions
 from hf_pretrain.training.processes import (
     check_launch,
     not_finite,
@@ -94,10 +96,10 @@ class PretrainingTrainer(Trainer):
     | `get_optimizer_cls_and_kwargs` | Adam without bias correction, AdamW with parameter scale, Adafactor's options |
     | `get_decay_parameter_names` | no weight decay of tables of which some rows are trained |
     | `create_optimizer` | rtd: a learning rate of the generator's own |
-    | `create_scheduler` | decay times warm-up; rtd: one schedule for each of two stages |
+    | `create_scheduler` | the rates of phases; decay times warm-up; rtd: one schedule for each of two stages |
     | `_prepare_for_training` | FSDP shards the blocks that share no parameter, and keeps the rest together |
     | `train` | seeds dropout by rank, finds the checkpoint to go on from, reports faults in one line |
-    | `_init_training_state` | a stream goes on by itself; a run that has done all its steps takes no other |
+    | `_init_training_state` | a phase begins its data anew; a stream goes on by itself; no step after the last one |
     | `_evaluate` | what was measured before the first step is not measured again after a resume |
     | `hyperparameter_search` | a model that came by its name is opened anew for each trial |
     | `call_model_init` | a model of a search is checked and seeded as the first |
@@ -110,7 +112,7 @@ class PretrainingTrainer(Trainer):
     | `_save_checkpoint` | marks a checkpoint as whole when all processes have written it; pushes the export, not the composite |
     | `_load_from_checkpoint` | one line for weights of another shape |
     | `_issue_warnings_after_load` | refuses missing and unexpected weights |
-    | `_load_optimizer_and_scheduler` | memory: loads the memory of the lanes too |
+    | `_load_optimizer_and_scheduler` | a phase keeps its own weight decay; memory: loads the memory of the lanes too |
     | `_load_best_model` | notes of which step the weights are |
     | `_save` | outside of a checkpoint, writes the export |
     | `save_model` | waits for an upload that reads the files |
@@ -171,6 +173,11 @@ class PretrainingTrainer(Trainer):
         options = {"model_args": model_args, "data_args": data_args, "processing_class": processing_class}
         self.inputs = TrainerInputs(self, model, args, **options, others=kwargs)
         args = self.inputs.args
+        if getattr(args, "phases", None) and getattr(args, "course", None) is None:
+            raise InputError(
+                "phases is for programs, which make a Trainer for each of them: hf-pretrain METHOD --config recipe.yaml"
+            )
+        self.course: Course | None = getattr(args, "course", None)
         found = self.inputs.read(train_dataset, eval_dataset, collator=data_collator)
         train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
         model = None if "model_init" in kwargs else self.inputs.model
@@ -197,6 +204,8 @@ class PretrainingTrainer(Trainer):
         check_launch(self.accelerator)
         check_matrices_are_whole(self.args, self.accelerator)
         self.progress = show_progress(self)
+        if self.course is not None:
+            self.add_callback(PhaseEnd(self))
         self._schedules = schedules_of(args)
         self.data_description = dict(data_description or found.get("data_description") or {})
         if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
@@ -328,7 +337,7 @@ class PretrainingTrainer(Trainer):
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> PretrainingOutput:
         """Return the model's losses of a micro-batch, in training and in evaluation; a temperature follows its schedule."""
         if model.training and "temperature" in self._schedules:
-            value = self._schedules["temperature"].at(self.state.global_step, self.state.max_steps)
+            value = self._schedules["temperature"].at(*self.steps_done())
             # A tensor: a compiled model would be compiled anew for every number.
             inputs = inputs | {"temperature": torch.tensor(value, device=self.args.device)}
         return cast(PretrainingOutput, model(**inputs))
@@ -340,7 +349,18 @@ class PretrainingTrainer(Trainer):
     def scheduled(self, option: str, constant: float) -> float:
         """Return an option's value at this step of training: by its schedule if it has one, else the constant given."""
         schedule = self._schedules.get(option)
-        return constant if schedule is None else schedule.at(self.state.global_step, self.state.max_steps)
+        return constant if schedule is None else schedule.at(*self.steps_done())
+
+    def steps_done(self) -> tuple[int, int]:
+        """Return the steps done and all steps: of the phase that is trained, or of the run that has no phases."""
+        if self.course is None:
+            return self.state.global_step, self.state.max_steps
+        return self.state.global_step - self.course.phase.start, self.course.phase.steps
+
+    @property
+    def begins_phase(self) -> bool:
+        """Whether the next step is the first of a phase that goes on from a checkpoint of another one."""
+        return self.course is not None and self.course.begins_at(self.state.global_step)
 
     def set_initial_training_values(
         self, args: TrainingArguments, dataloader: DataLoader
@@ -349,7 +369,9 @@ class PretrainingTrainer(Trainer):
         values = super().set_initial_training_values(args, dataloader)
         if hasattr(self.data_collator, "training_steps"):
             _, per_epoch, _, _, examples_per_step, _, total = values
-            self.data_collator.training_steps = TrainingSteps(examples_per_step, per_epoch, total)
+            first_epoch = 0 if self.course is None else self.course.first_epoch
+            total = total if self.course is None else self.course.phase.steps
+            self.data_collator.training_steps = TrainingSteps(examples_per_step, per_epoch, total, first_epoch)
         return values
 
     # Data
@@ -361,6 +383,7 @@ class PretrainingTrainer(Trainer):
             return super().get_train_dataloader()
         if not any(isinstance(callback, ShareOfSteps) for callback in self.callback_handler.callbacks):
             self.add_callback(ShareOfSteps)
+        self.train_dataset.first_epoch = 0 if self.course is None else self.course.first_epoch
         self.stream = StreamReader(self.train_dataset, self.args)
         return self.stream.loader(self._host_collator(), batch_size=self._train_batch_size)
 
@@ -378,6 +401,8 @@ class PretrainingTrainer(Trainer):
         """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
         collate, filled = self.data_collator, None
         self.data_collator = self._host_collator()
+        if is_training and self.course is not None and not isinstance(dataset, IterableDataset):
+            options["sampler_fn"] = partial(_sampler_from, options["sampler_fn"], self.course.first_epoch)
         if is_training and self.args.world_size > 1 and not isinstance(dataset, IterableDataset):
             filled = options["sampler_fn"](dataset)
         # A sampler of another's making accelerate draws alike on all processes.
@@ -408,10 +433,16 @@ class PretrainingTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.model.adapters.undecayed]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Return the stock schedule, or the product of decay and warm-up where the recipe wants it."""
-        if getattr(self, "lr_scheduler", None) is None and self.args.decay_during_warmup:
-            self.lr_scheduler: LRScheduler = linear_product_schedule(
-                self.optimizer if optimizer is None else optimizer,
+        """Return the stock schedule, the rates of the phases, or the product of decay and warm-up where the recipe wants it."""
+        if getattr(self, "lr_scheduler", None) is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduled = cast(Optimizer, self.optimizer if optimizer is None else optimizer)
+        if self.course is not None and self.course.has_rates:
+            self.lr_scheduler: LRScheduler = self.course.scheduler(scheduled)
+            self._created_lr_scheduler = True
+        elif self.args.decay_during_warmup:
+            self.lr_scheduler = linear_product_schedule(
+                scheduled,
                 num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 num_training_steps=num_training_steps,
             )
@@ -467,9 +498,14 @@ class PretrainingTrainer(Trainer):
         self, max_steps: int, steps_per_epoch: int, num_epochs: int, *args: Any
     ) -> tuple[int, int]:
         """Return the epochs that are done, and the batches to skip in the next one."""
-        done, skipped = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *args)
+        with quiet() if self.course is not None else nullcontext():
+            # transformers would warn of the batch size of another phase.
+            done, skipped = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *args)
+        if self.course is not None:
+            done, steps = divmod(self.state.global_step - self.course.phase.start, steps_per_epoch)
+            skipped = 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
         if self.stream is not None:
-            self.stream.resume(args[0])
+            self.stream.resume(None if self.begins_phase else args[0])
             # The stream goes on by itself: there is nothing to skip.
             skipped = 0
         # The stock loop would take one more step where all of them are done.
@@ -535,8 +571,9 @@ class PretrainingTrainer(Trainer):
                 raise not_finite(self.args.output_dir, what)
             means = self._components.means(self._sum_over_ranks)
             logs |= means | self.training_metrics(means)
-            done = self.state.global_step - 1  # before the last step, whose values these are
-            logs |= {name: schedule.at(done, self.state.max_steps) for name, schedule in self._schedules.items()}
+            done, total = self.steps_done()
+            # Before the last step, whose values these are.
+            logs |= {name: schedule.at(done - 1, total) for name, schedule in self._schedules.items()}
             logs |= self.tokens.row() | {"peak_memory_mib": peak_memory_mib()}
         if "train_runtime" in logs and not self.num_steps_trained:
             # There is no speed or mean loss of a run that trained no step.
@@ -651,6 +688,14 @@ class PretrainingTrainer(Trainer):
         with fitting_shapes():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.course is None or checkpoint is None or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        kept = KeptOptions(self.optimizer, self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        kept.restore(self.optimizer, self.lr_scheduler)
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         check_loaded(load_result, tied=self.model.all_tied_weights_keys)
         self.model.tie_weights()
@@ -733,6 +778,34 @@ class PretrainingTrainer(Trainer):
     def _finish_current_push(self) -> None:
         """Wait for the uploads that go on, and say which failed."""
         self.pushing.finish()
+
+
+class PhaseEnd(TrainerCallback):
+    """Ends a phase with a row of the log, an evaluation and a checkpoint, which the next phase goes on from.
+
+    Args:
+        trainer: The Trainer of the phase.
+    """
+
+    def __init__(self, trainer: PretrainingTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop after the last step of a phase that is not the last one; the end of the run comes by itself."""
+        course = self.trainer.course
+        if course is not None and not course.is_last and state.global_step >= course.phase.end:
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = self.trainer.eval_dataset is not None
+
+
+def _sampler_from(sampler_fn: Any, first_epoch: int, dataset: Any) -> Any:
+    """Return a sampler whose epochs are numbered from another one on."""
+    sampler = sampler_fn(dataset)
+    if isinstance(sampler, EpochSampler):
+        sampler.begin_at(first_epoch)
+    return sampler
 
 
 def _without_filler(batch: Mapping[str, Any]) -> dict[str, Any]:

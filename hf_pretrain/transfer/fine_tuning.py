@@ -1,181 +1,280 @@
-"""Fine-tuning a stock model with layer-wise learning rates: the nearer a layer is to the input, the less it changes."""
+"""Fine-tuning a stock model with a strategy: the options and the Trainer.
+
+`strategies.py` says what moves, from when on and how fast, by the options in `arguments.py`; `layers.py` finds the parts of a
+model; `adapters.py` adds those of peft.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, cast
 
+import datasets
+import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_pretrain.errors import InputError, check_choice, check_range
-from hf_pretrain.modeling.backbone import layers_name, module_lists
+from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.errors import InputError
 from hf_pretrain.options import option
-
-DecayMode = Literal["paper", "official"]
-
-
-def layerwise_parameter_groups(
-    model: PreTrainedModel,
-    *,
-    learning_rate: float,
-    decay: float,
-    mode: DecayMode = "paper",
-    weight_decay: float = 0.0,
-) -> list[dict[str, Any]]:
-    """Return parameter groups whose learning rate falls by a factor a layer, from the head down to the embeddings.
-
-    With L layers the head, and what the base model has behind its layers, learns at the full rate. In the mode "paper" the last
-    layer's rate is multiplied by `decay`, the one's below by `decay ** 2`, ..., the embeddings' by `decay ** (L + 1)`. The mode
-    "official" is what the code of ELECTRA does: one power more for all but the head (0.64, not 0.8, for the last layer).
-
-    Each trainable parameter is in exactly one group; one that is shared, such as a tied output matrix, goes with the lowest
-    layer that it serves. Norms and biases are not decayed.
-
-    Args:
-        model: A stock model with a head.
-        learning_rate: The head's rate.
-        decay: Factor from one layer to the one below, above 0 and at most 1.
-        mode: "paper" or "official".
-        weight_decay: Weight decay of all but norms and biases.
-
-    Returns:
-        Groups for an optimizer, with `params`, `lr` and `weight_decay`; the head's come first, because a Trainer logs the rate
-        of the first.
-
-    Raises:
-        InputError: If a value is out of range, or the model's layers are not one list of modules with weights of their own.
-
-    Source: Clark et al. 2020, "ELECTRA", appendix B; `_get_layer_lrs` in `model/optimization.py` of the official code.
-    """
-    check_decay(decay, mode)
-    depths, top = _parameter_depths(model)
-    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_decayed = parameter.ndim > 1 and not name.endswith("bias")
-            members.setdefault((depths[parameter], is_decayed), []).append(parameter)
-    skipped = 1 if mode == "official" else 0
-    return [
-        {
-            "params": parameters,
-            "lr": learning_rate * (1.0 if depth == top else decay ** (top - depth + skipped)),
-            "weight_decay": weight_decay if is_decayed else 0.0,
-        }
-        for (depth, is_decayed), parameters in sorted(members.items(), key=lambda item: item[0], reverse=True)
-    ]
-
-
-def check_decay(decay: float, mode: str) -> None:
-    """Raise InputError if there is no such decay or mode."""
-    usual = "0.8 is usual, 1 is one rate for all"
-    check_range(decay, "(0, 1]", name="layerwise_learning_rate_decay", hint=usual)
-    check_choice(mode, get_args(DecayMode), name="layerwise_decay_mode")
-
-
-def _parameter_depths(model: PreTrainedModel) -> tuple[dict[nn.Parameter, int], int]:
-    """Return the depth of each parameter, 0 for the embeddings and 1 to L for the layers, and the head's, L + 1."""
-    base = model.base_model
-    layers = layers_name(base)
-    if layers is None:
-        lists = [f"{name} of {len(modules)}" for name, modules in module_lists(base).items()]
-        raise InputError(f"{_refusal(base)}; this one has {', '.join(lists) or 'no list of modules'}: set it to 1")
-    top = len(base.get_submodule(layers)) + 1
-    below = _names_below_layers(base, layers)
-    depths: dict[nn.Parameter, int] = {}
-    for name, parameter in base.named_parameters(remove_duplicate=False):
-        is_in_layer = name.startswith(f"{layers}.")
-        depth = int(name[len(layers) + 1 :].split(".")[0]) + 1 if is_in_layer else 0 if name in below else top
-        if is_in_layer and depths.get(parameter, depth) not in (0, depth):
-            raise InputError(f"{_refusal(base)}, but these share the weight {name!r}: set it to 1")
-        depths[parameter] = min(depth, depths.get(parameter, depth))
-    return {parameter: depths.get(parameter, top) for parameter in model.parameters()}, top
-
-
-def _refusal(base: PreTrainedModel) -> str:
-    count = base.config.num_hidden_layers
-    return (
-        f"layerwise_learning_rate_decay needs the {count} layers of {type(base).__name__} as {count} modules in a list"
-    )
-
-
-def _names_below_layers(base: PreTrainedModel, layers: str) -> set[str]:
-    """Return the names of the parameters that serve the layers' input: embeddings, projections, relative positions.
-
-    They are registered before the layers. A table that comes after them, such as that of relative positions, belongs here as
-    well, and so does what stands beside it in a module of the base model's: its norm in DeBERTa.
-    """
-    outside = [name for name, _ in base.named_modules() if not f"{name}.".startswith(f"{layers}.")]
-    tables = [name for name in outside if isinstance(base.get_submodule(name), nn.Embedding)]
-    names = [name for name, _ in base.named_parameters(remove_duplicate=False)]
-    first = next(index for index, name in enumerate(names) if name.startswith(f"{layers}."))
-    later = [name for name in names[first:] if not name.startswith(f"{layers}.")]
-    late_tables = [table for table in tables if f"{table}.weight" in later]
-    modules = tuple(f"{table.rpartition('.')[0] or table}." for table in late_tables)
-    return {*names[:first], *(name for name in later if name.startswith(modules))}
+from hf_pretrain.tasks.batches import LengthGroupedSampler
+from hf_pretrain.training.arguments import global_batch_size
+from hf_pretrain.transfer.adapters import add_adapters, merge_for_export
+from hf_pretrain.transfer.arguments import ADAPTERS, StrategyArguments
+from hf_pretrain.transfer.layers import layerwise_parameter_groups as layerwise_parameter_groups
+from hf_pretrain.transfer.layers import reinitialise_layers
+from hf_pretrain.transfer.strategies import StrategyPlan, is_adapted, set_gradients
 
 
 @dataclass
-class FineTuningArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with the learning rates of each layer, and ELECTRA's defaults.
+class FineTuningArguments(StrategyArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with a strategy of fine-tuning, and ELECTRA's defaults.
 
-    Those are the ones of its small and base models; the large one takes a learning rate of 5e-5 and a decay of 0.9. Ten epochs
-    instead of three where there are few examples (RTE, STS-B).
+    The defaults are those of its small and base models: each layer learns more slowly than the one above. The large one takes a
+    learning rate of 5e-5 and a decay of 0.9. Ten epochs instead of three where there are few examples (RTE, STS-B). Strategies
+    that move few weights ("frozen", "bitfit", "lora") usually take a higher rate, such as 1e-3.
 
     Source: `configure_finetuning.py` of the official ELECTRA code.
     """
 
-    layerwise_learning_rate_decay: float = option(
-        0.8, "Factor of the learning rate from one layer to the one below; 1 for none."
-    )
-    layerwise_decay_mode: DecayMode = option(
-        "paper", "'paper': the last layer's rate is the head's times the factor; 'official': times its square."
-    )
     learning_rate: float = option(1e-4, "Peak learning rate, that of the head.")
     weight_decay: float = option(0.01, "Decoupled weight decay of all but biases and norms.")
     warmup_steps: float = option(0.1, "Steps of warm-up, or their share of all steps if below 1.")
     num_train_epochs: float = option(3.0, "Passes over the examples.")
     per_device_train_batch_size: int = option(32, "Examples a step and device.")
+    train_sampling_strategy: str = option(
+        "group_by_length",
+        "'group_by_length': examples of about one length in a step, in another order each epoch; or 'random', 'sequential'.",
+    )
 
     def __post_init__(self) -> None:
-        """Check the decay, then let transformers check the rest."""
-        check_decay(self.layerwise_learning_rate_decay, self.layerwise_decay_mode)
+        """Check the strategy, then let transformers check the rest."""
+        self.settle_strategy()
+        # transformers fills it in, and would not tell its own value from the user's.
+        self.chooses_metric = self.metric_for_best_model is not None
         super().__post_init__()
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        if self.slanted_triangular and (self.warmup_steps != 0.1 or schedule != "linear"):
+            raise InputError(
+                f"warmup_steps={self.warmup_steps} and lr_scheduler_type={schedule!r} have no effect with slanted_triangular: "
+                "leave them out, and set slanted_cut_fraction and slanted_ratio instead"
+            )
+
+
+class _RowSampler(LengthGroupedSampler):
+    """Yields plain numbers of rows, so that the examples stay as the data set has them."""
+
+    def _indices(self, epoch: int) -> Iterator[int]:
+        for index in super()._indices(epoch):
+            yield index % ORDER_STRIDE % EPOCH_STRIDE
+
+
+class _ShuffledRows(EpochSampler):
+    """Yields plain numbers of rows in a keyed random order."""
+
+    def _indices(self, epoch: int) -> Iterator[int]:
+        for index in super()._indices(epoch):
+            yield index % ORDER_STRIDE % EPOCH_STRIDE
+
+
+class _Stages(TrainerCallback):
+    """Lets the parts of a model move from their step on; what moves follows from the step, so a resumed run does the same."""
+
+    def __init__(self, trainer: FineTuningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the parts move whose step has come; the wrapper for several processes has seen all that will move."""
+        self.trainer.enter_stage(state.global_step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was given."""
+        set_gradients(self.trainer.plan.moving, True)
 
 
 class FineTuningTrainer(Trainer):
-    """The stock Trainer with a learning rate for each layer.
+    """The stock Trainer with a strategy of fine-tuning.
+
+    The stock Trainer makes its optimizer from the parameters that require a gradient at that time, so that what is unfrozen later
+    never moves. Here the optimizer has groups for all parts that move at some time, and a part that does not move yet has no
+    gradient: no decay and no momentum touches it. The plan of `args.strategy` is a function of the step.
 
     The gradient is the mean over micro-batches and processes, however many they are: stock heads return a mean, which the stock
     Trainer takes for one that is divided by the whole step's count already.
+
+    The stock methods that it overrides:
+
+    | method | why |
+    | --- | --- |
+    | `train` | draws `reinit_layers` anew before the first step |
+    | `get_optimizer_cls_and_kwargs` | groups of all parts |
+    | `set_initial_training_values` | remembers the steps of an epoch, which stages begin with |
+    | `create_scheduler` | a schedule for each part |
+    | `compute_loss` | a frozen encoder without dropout |
+    | `save_model` | adapters are merged into a stock model |
+    | `_get_train_sampler` | examples of about one length in a step |
+    | `_get_eval_sampler` | predictions in the order of the data set |
 
     Args:
         model: A stock model with a head.
         args: A [`FineTuningArguments`].
         **kwargs: Other arguments of `transformers.Trainer`; an optimizer that is passed here keeps the rates that it has.
+
+    Attributes:
+        plan: The parts of the model, see `StrategyPlan`.
+
+    Raises:
+        InputError: If the strategy does not go with the model or with another option.
     """
 
     def __init__(self, model: nn.Module, args: FineTuningArguments, **kwargs: Any) -> None:
+        if args.strategy in ADAPTERS:
+            model = add_adapters(cast(PreTrainedModel, model), args)
+        elif args.strategy == "scalar_mix" and not any(
+            name.rpartition(".")[2] == "scalar_mix" for name, _ in model.named_modules()
+        ):
+            raise InputError(
+                f"strategy='scalar_mix' needs a model with a module scalar_mix, and {type(model).__name__} has none"
+            )
+        self.plan = StrategyPlan(model, args)
+        if self.plan.is_staged:
+            # A schedule that does not go with stages is refused now, not when training begins.
+            self.plan.multipliers(total=100, per_epoch=10)
+        self.plan.freeze()
+        if self.plan.is_staged and args.ddp_find_unused_parameters is None:
+            # Parts that do not move yet have no gradient, and processes must not wait for one.
+            args.ddp_find_unused_parameters = True
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self._check_processes()
+        self._steps_per_epoch = self._total_steps = 0
+        self._moving: list[Any] | None = None
+        self._is_reinitialised = False
+        if self.plan.is_staged:
+            self.add_callback(_Stages(self))
+
+    def _check_processes(self) -> None:
+        """Refuse what would move other weights than planned, or save others."""
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if is_sharded and (self.plan.is_staged or self.args.export == "merged"):
+            way = (
+                "set export to 'adapter'"
+                if self.args.export == "merged"
+                else "choose 'layerwise_decay' or 'top_layers'"
+            )
+            raise InputError(
+                f"strategy={self.args.strategy!r} does not go with FSDP and DeepSpeed, which shard weights: {way}"
+            )
+        if self.plan.is_staged and self.args.world_size > 1 and not self.args.ddp_find_unused_parameters:
+            raise InputError(
+                f"ddp_find_unused_parameters=False: with strategy={self.args.strategy!r} some parts have no gradient at first; "
+                "leave it out"
+            )
+        if self.plan.is_staged and self.optimizer is not None:
+            raise InputError(
+                f"optimizers: strategy={self.args.strategy!r} sets the rate of each part at each step; leave them out"
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer.train`. A resumed run has the layers of its checkpoint, not fresh ones."""
+        if self.args.reinit_layers and not resume_from_checkpoint and not self._is_reinitialised:
+            reinitialise_layers(self.plan.inner, self.args.reinit_layers, seed=self.args.seed)
+            self._is_reinitialised = True
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """Return the stock optimizer, to be made with the groups of the layers."""
+        """Return the stock optimizer, to be made with the groups of the parts."""
         optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if args.layerwise_learning_rate_decay == 1:
+        plan = StrategyPlan(cast(nn.Module, model), args)
+        if plan.has_one_rate:
             return optimizer, kwargs
         if {"params", "model", "optimizer_dict"} & set(kwargs):
             raise InputError(
                 f"optim={args.optim.value} groups parameters in a way of its own: take another, such as adamw_torch, or set "
-                "layerwise_learning_rate_decay to 1"
+                "strategy to 'full'"
             )
         # A Trainer takes these for its own two groups.
-        kwargs["params"] = layerwise_parameter_groups(
-            model,
-            learning_rate=args.learning_rate,
-            decay=args.layerwise_learning_rate_decay,
-            mode=args.layerwise_decay_mode,
-            weight_decay=args.weight_decay,
-        )
+        kwargs["params"] = plan.groups(weight_decay=args.weight_decay)
         return optimizer, kwargs
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: Any, *rest: Any) -> Any:
+        """Remember how many steps an epoch has; see `transformers.Trainer.set_initial_training_values`."""
+        values = super().set_initial_training_values(args, dataloader, *rest)
+        self._steps_per_epoch, self._total_steps = values[1], values[6]
+        return values
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Return the schedule, with a beginning for each part; see `transformers.Trainer.create_scheduler`."""
+        if cast(Any, self).lr_scheduler is not None or not (self.plan.is_staged or self.args.slanted_triangular):
+            return super().create_scheduler(num_training_steps, optimizer)
+        groups = cast(Any, self.optimizer if optimizer is None else optimizer).param_groups
+        shares = self.plan.multipliers(total=num_training_steps, per_epoch=self._steps_per_epoch)
+        # Without parts, all groups follow the one schedule.
+        first = next(iter(shares.values()))
+        scheduler = LambdaLR(
+            self.optimizer if optimizer is None else optimizer,
+            [shares.get(group.get("name", ""), first) for group in groups],
+        )
+        self.lr_scheduler, self._created_lr_scheduler = scheduler, True
+        return scheduler
+
+    def enter_stage(self, step: int) -> None:
+        """Let those parts of the model move that do at a step.
+
+        Args:
+            step: Steps done so far.
+        """
+        sizes = {"total": self._total_steps, "per_epoch": self._steps_per_epoch}
+        self._moving = [part for part in self.plan.moving if part.moves(step, **sizes)]
+        for part in self.plan.moving:
+            set_gradients([part], part in self._moving)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Return the present learning rate of each part of the model by its name, once there is an optimizer."""
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return {group.get("name", "model"): float(group["lr"]) for group in groups}
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, with a frozen encoder in eval mode; see `transformers.Trainer.compute_loss`."""
+        moving = self.plan.moving if self._moving is None else self._moving
+        if model.training and self.plan.freezes_encoder(moving):
+            self.plan.set_mode()
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model: a stock one where `export` is "merged"; a checkpoint to resume from has the adapters as they are."""
+        is_checkpoint = _internal_call and output_dir is not None
+        adapted = cast(Any, self).model
+        if self.args.export != "merged" or is_checkpoint or not is_adapted(adapted) or not self.args.should_save:
+            super().save_model(output_dir, _internal_call)
+            return
+        self.model = merge_for_export(adapted)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.model = adapted
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        """Shuffle by the seed and the epoch, with examples of about one length in a step for `group_by_length`."""
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy not in ("group_by_length", "random") or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        has_ids = isinstance(dataset, datasets.Dataset) and "input_ids" in dataset.column_names
+        if strategy == "random" or not has_ids:
+            return _ShuffledRows(len(dataset), seed=seed)
+        return _RowSampler.of(EpochDataset.wrap(dataset), seed=seed, batch_size=global_batch_size(self.args))
+
+    def _get_eval_sampler(self, eval_dataset: Dataset[Any]) -> Sampler[int] | None:
+        """Keep the order of the data set: with `group_by_length` the stock Trainer's predictions have another."""
+        has_length = eval_dataset is not None and hasattr(eval_dataset, "__len__")
+        return SequentialSampler(cast(Any, eval_dataset)) if has_length and self.args.world_size <= 1 else None

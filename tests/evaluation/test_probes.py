@@ -70,19 +70,19 @@ def test_a_head_is_not_asked():
     )
 
 
-def test_what_is_too_long_is_cut_off():
+def test_what_is_too_long_is_cut_off_in_front_of_the_last_special_token():
     model, tokenizer = tiny_model(), tiny_tokenizer()
     words = [f"w{i % 50}" for i in range(60)]
     cut = encode(model, tokenizer, [" ".join(words)])
     with torch.no_grad():
-        inputs = tokenizer(" ".join(words), return_tensors="pt", truncation=False, verbose=False)
-        expected = model.eval()(inputs["input_ids"][:, :BLOCK_SIZE]).last_hidden_state.mean(1)
+        ids = tokenizer(" ".join(words), truncation=False, verbose=False)["input_ids"]
+        expected = model.eval()(torch.tensor([[*ids[: BLOCK_SIZE - 1], ids[-1]]])).last_hidden_state.mean(1)
     np.testing.assert_allclose(cut, expected.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"pooling": "max"}, "pooling='max'"), ({"layer": 4}, "layer=4"), ({"layer": -5}, "layer=-5")],
+    [({"pooling": "median"}, "pooling='median'"), ({"layer": 4}, "layer=4"), ({"layer": -5}, "layer=-5")],
 )
 def test_bad_values(options, message):
     with pytest.raises(InputError, match=message):

@@ -59,6 +59,7 @@ NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
 NO_DROPOUT_OF = {
     "xlnet": '{"dropout": 0.0}',
     "bart": '{"dropout": 0.0}',
+    "elmo": '{"hidden_dropout_prob": 0.0, "filters": [[1, 16], [2, 16]], "character_embedding_size": 8}',
     "gpt2": '{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}',
 }
 
@@ -186,7 +187,9 @@ def tiny_model_options(program):
     """Options of a tiny model without dropout, and of its teacher where it has one."""
     _, model_class, _ = program.arguments
     sizes = known_options(model_class, TINY | {"teacher_name_or_path": teacher_of(program)} | program.tiny_options)
-    return sizes | {"config_overrides": NO_DROPOUT_OF.get(getattr(model_class, "model_type", None), NO_DROPOUT)}
+    return sizes | {
+        "config_overrides": NO_DROPOUT_OF.get(getattr(model_class, "model_type", program.name), NO_DROPOUT)
+    }
 
 
 class RecordGradients(TrainerCallback):

@@ -63,7 +63,8 @@ def open_all(run):
             assert type(model).__module__.startswith("transformers_modules." if part["has_own_code"] else "transformers.models.")
             name = "base" if auto_class == "AutoModel" else "head"
             torch.testing.assert_close(model(ids)[0], expected[part["folder"] + name], atol=1e-6, rtol=0)
-    assert transformers.AutoTokenizer.from_pretrained(run["repo"], **at)("w1 w2")["input_ids"] == run["tokens"]
+    own_code = at | {"trust_remote_code": any(part["has_own_code"] for part in run["parts"])}
+    assert transformers.AutoTokenizer.from_pretrained(run["repo"], **own_code)("w1 w2")["input_ids"] == run["tokens"]
 
 def read_card(run):
     data = ModelCard.load(run["repo"]).data

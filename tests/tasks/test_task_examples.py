@@ -13,7 +13,8 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.distillation import DataCollatorForTask, TaskDataArguments
 from hf_pretrain.tasks.batches import count_predictions
 from hf_pretrain.tasks.data import prepare_task
-from hf_pretrain.tasks.examples import encode_questions, encode_tokens
+from hf_pretrain.tasks.examples import encode_tokens
+from hf_pretrain.tasks.questions import encode_questions
 
 CONFIG = BertConfig(id2label=dict(enumerate(TAGS)), label2id={name: i for i, name in enumerate(TAGS)})
 WORDS = ["the", "un", "##do", "##ing", "don", "'", "t", "new", "york", "is", "big", "who", "?", "."]
@@ -242,7 +243,7 @@ class TestFiles:
         ("task", "row", "options", "match"),
         [
             (TOKENS, {"tokens": ["w1", "w2"], "labels": ["A"]}, {}, "row 0 has 2 words and 1 'labels'"),
-            (TOKENS, {"tokens": ["w1"], "labels": ["C"]}, {}, "holds 'C', but the teacher's labels are O, A, B"),
+            (TOKENS, {"tokens": ["w1"], "labels": ["C"]}, {}, "holds 'C', but the model's labels are O, A, B"),
             (TOKENS, {"tokens": ["w1"], "labels": "A"}, {}, "label_column='labels' holds no lists"),
             (TOKENS, {"text": "w1", "labels": ["A"]}, {}, "text_columns names 'text', which holds texts"),
             (

@@ -114,7 +114,7 @@ class TestReading:
     @pytest.mark.parametrize(
         ("text", "options", "match"),
         [
-            ("sentence\tlabel\nw1\tugly\n", {}, "holds 'ugly', but the teacher's labels are bad, good"),
+            ("sentence\tlabel\nw1\tugly\n", {}, "holds 'ugly', but the model's labels are bad, good"),
             ("sentence\tlabel\nw1\t2\n", {}, "holds 2, but"),
             (
                 "words\tlabel\nw1\t1\n",

@@ -84,7 +84,7 @@ RIGHT = {
             "tokenizer_type=bpe model_type=roberta max_position_embeddings=32", "tokenizer_type=unigram model_type=albert",
             "metric_for_best_model=mlm_accuracy", "model_type=modernbert"],
     "encoder": ["config=bert_small", "config=structbert_small", "config=unilm_small", "config=spanbert_small",
-                "config=albert_small",
+                "config=albert_small", "config=gpt_bert", "objectives=clm",
                 "config=xlm_small language_file=en=a,de=b parallel_file=en-de=a,b"],
     "rtd": ["", "metric_for_best_model=eval_rtd_loss", "streaming=true max_steps=3"],
     "electric": [""],

@@ -14,7 +14,7 @@ from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.commands.export import export_checkpoint
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.run import describe_run
-from hf_pretrain.modeling.adapters import adapter_parameters
+from hf_pretrain.modeling.surgery.adapters import adapter_parameters
 from hf_pretrain.objectives.replaced_token_detection.building import load_pair
 from hf_pretrain.training.program import print_report
 

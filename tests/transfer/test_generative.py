@@ -21,13 +21,13 @@ from transformers import (
 
 from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.errors import InputError
-from hf_pretrain.transfer.generative import (
+from hf_pretrain.transfer.generative.inputs import DataCollatorForGenerativeTransfer, add_transfer_tokens
+from hf_pretrain.transfer.generative.modeling import GenerativeTransferModel
+from hf_pretrain.transfer.generative.trainer import (
     GenerativeTransferArguments,
     GenerativeTransferTrainer,
     transfer_metrics,
 )
-from hf_pretrain.transfer.generative_inputs import DataCollatorForGenerativeTransfer, add_transfer_tokens
-from hf_pretrain.transfer.generative_modeling import GenerativeTransferModel
 
 S, D, C = 60, 61, 62
 GPT = {

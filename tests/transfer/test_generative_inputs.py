@@ -8,7 +8,7 @@ from datasets import Dataset
 
 from helpers.method_matrix import tiny_tokenizer
 from hf_pretrain.errors import InputError
-from hf_pretrain.transfer.generative_inputs import (
+from hf_pretrain.transfer.generative.inputs import (
     TRANSFER_TOKENS,
     DataCollatorForGenerativeTransfer,
     TransferTokens,
@@ -17,7 +17,7 @@ from hf_pretrain.transfer.generative_inputs import (
     longest_row,
     transform_examples,
 )
-from hf_pretrain.transfer.generative_modeling import GenerativeTransferConfig
+from hf_pretrain.transfer.generative.modeling import GenerativeTransferConfig
 
 S, D, C = 60, 61, 62  # the ids of the special tokens behind a vocabulary of 60
 W0 = 5  # the id of the word w0

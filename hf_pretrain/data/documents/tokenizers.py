@@ -50,7 +50,7 @@ from hf_pretrain.data.documents.words import (
 from hf_pretrain.errors import InputError, check_choice
 
 logger = logging.get_logger(__name__)
-TokenizerKind = Literal["wordpiece", "bpe", "unigram"]
+TokenizerKind = Literal["wordpiece", "bpe", "unigram", "word"]
 _BERT_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -65,6 +65,8 @@ _ROBERTA_TOKENS = {
     "unk_token": "<unk>",
     "mask_token": "<mask>",
 }
+# One token between documents, as GPT-2 has, serves as the first of a text and as the last.
+_WORD_TOKENS = {"pad_token": "<pad>", "unk_token": "<UNK>", "bos_token": "</S>", "eos_token": "</S>"}
 _NUM_BYTES = 256
 _SPACE = "▁"
 # The alphabet holds the characters that are at least this share of the text, the most frequent ones if they are more
@@ -80,7 +82,7 @@ _LONGEST_WORD, _MOST_PARTS = 1000, 100
 # Unigram takes about 20 microseconds for each character of text that has no spaces, each of its words being another.
 _UNBROKEN_CHARACTERS = 1 << 22
 # Below so many characters a training takes no more than about two seconds.
-_QUICK_CHARACTERS = {"wordpiece": 1 << 22, "bpe": 1 << 22, "unigram": 1 << 18}
+_QUICK_CHARACTERS = {"wordpiece": 1 << 22, "bpe": 1 << 22, "unigram": 1 << 18, "word": 1 << 22}
 # A tokenizer is chosen by so many characters of the text, and so many at most of one document.
 _LOOKED_AT, _LOOKED_AT_IN_ONE = 1 << 20, 1 << 13
 # Words are longer than this in no language that separates them, but for single ones.
@@ -185,7 +187,8 @@ def train_tokenizer(
     Args:
         texts: Texts to learn from; read several times, and kept in memory if they can not be. None is no text.
         kind: ``"wordpiece"`` (BERT's, opens as `BertTokenizer`), ``"bpe"`` (RoBERTa's, on bytes: it loses nothing) or
-            ``"unigram"`` (SentencePiece's, with NFC); the last two are `PreTrainedTokenizerFast`.
+            ``"unigram"`` (SentencePiece's, with NFC), or ``"word"`` (whole words, from frequent to rare, cut as BERT cuts them
+            before it looks for pieces); all but the first are `PreTrainedTokenizerFast`.
         vocab_size: Most tokens in the vocabulary, special tokens included; less come out of a small corpus.
         lowercase: Lower the case.
         strip_accents: Take accents, vowel signs and tones off their letters, as the uncased BERT does.
@@ -207,7 +210,7 @@ def train_tokenizer(
     if not any((text or "").strip() for text in texts):
         raise InputError("texts hold no text to train a tokenizer on; check the files")
     learned = _LearnedTexts.of(texts, kind)
-    train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram}[kind]
+    train = {"wordpiece": _train_wordpiece, "bpe": _train_bpe, "unigram": _train_unigram, "word": _train_words}[kind]
     return train(learned, _Options(vocab_size, lowercase, strip_accents, model_max_length, min_frequency))
 
 
@@ -408,6 +411,24 @@ def _train_unigram(learned: _LearnedTexts, wanted: _Options) -> PreTrainedTokeni
     backend.decoder = decoders.Metaspace(replacement=_SPACE)
     backend.post_processor = _template(*((name, names.index(name)) for name in ("[CLS]", "[SEP]")))
     return _opened(backend, wanted, _BERT_TOKENS, ["input_ids", "token_type_ids", "attention_mask"])
+
+
+def _train_words(learned: _LearnedTexts, wanted: _Options) -> PreTrainedTokenizerFast:
+    special = list(dict.fromkeys(_WORD_TOKENS.values()))
+    _check_size(wanted.vocab_size, len(special) + 1)
+    backend = Tokenizer(models.WordLevel(unk_token=_WORD_TOKENS["unk_token"]))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=wanted.lowercase, strip_accents=wanted.strip_accents)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=wanted.vocab_size,
+        min_frequency=wanted.min_frequency,
+        special_tokens=special,
+        show_progress=learned.show_progress,
+    )
+    backend.train_from_iterator(_batches(learned), trainer)
+    border = (_WORD_TOKENS["eos_token"], special.index(_WORD_TOKENS["eos_token"]))
+    backend.post_processor = _template(border, border)
+    return _opened(backend, wanted, _WORD_TOKENS, ["input_ids", "attention_mask"])
 
 
 def _settled_vocabulary(backend: Tokenizer, alphabet: list[str], vocab_size: int) -> list[tuple[str, float]]:

@@ -144,6 +144,9 @@ class EpochSampler(Sampler[int]):
         seed: Seed of the run.
         shuffle: Whether to permute; if not, rows come in order.
 
+    Attributes:
+        first_epoch: Number of the epoch that `set_epoch(0)` chooses; the phases of a run have different ones.
+
     Raises:
         InputError: If there are no examples.
     """
@@ -154,13 +157,17 @@ class EpochSampler(Sampler[int]):
         self.num_examples = num_examples
         self.seed = seed
         self.shuffle = shuffle
-        self.epoch = 0
+        self.epoch = self.first_epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration yields."""
         if epoch < 0:
             raise ValueError(f"epoch={epoch} must not be negative")
-        self.epoch = epoch
+        self.epoch = self.first_epoch + epoch
+
+    def begin_at(self, first_epoch: int) -> None:
+        """Number the epochs from another one on."""
+        self.epoch = self.first_epoch = first_epoch
 
     def __len__(self) -> int:
         """Return the number of indices that an epoch yields."""

@@ -1,4 +1,4 @@
-"""Examples of the four attention modes of a unified language model, as views of other datasets."""
+"""Examples of the four attention modes of a unified language model, and causal examples, as views of other datasets."""
 
 from __future__ import annotations
 
@@ -144,3 +144,37 @@ class LMModeView(ExampleView):
                 "mode='sequence_to_sequence' needs a dataset of pairs"
             )
         return source_length
+
+
+class CausalView(ExampleView):
+    """The examples of a dataset, marked as causal or not: `is_causal` is added, a bool.
+
+    Of a causal example nothing is hidden, each token sees those before it, and each but the first is predicted. Token types stay
+    as they are, so that they do not tell the kind of an example.
+
+    Args:
+        dataset: Single segments, such as blocks; of examples that are not causal, also pairs.
+        is_causal: Whether they are. Examples that are mixed with causal ones are marked too: batches then have the same entries.
+
+    Raises:
+        InputError: When read: if an example holds isolated documents.
+
+    Source:
+        GPT-BERT (Charpentier and Samuel 2024).
+    """
+
+    def __init__(self, dataset: EpochDataset, *, is_causal: bool) -> None:
+        super().__init__(dataset)
+        self.is_causal = is_causal
+
+    def __repr__(self) -> str:
+        """Show the dataset and whether its examples are causal."""
+        return f"{type(self).__name__}({self.base!r}, is_causal={self.is_causal})"
+
+    def view(self, example: dict[str, Any]) -> dict[str, Any]:
+        """Return an example with its mark."""
+        if "document_ids" in example:
+            raise InputError(
+                "is_causal orders the tokens of a row, but its documents are isolated; use block_mode='doc_sentences'"
+            )
+        return example | {"is_causal": self.is_causal}

@@ -191,6 +191,45 @@ class LaneDataset(Dataset[dict[str, Any]]):
         return f"{type(self).__name__}({self.num_windows} windows of {self.window} tokens in {self.num_lanes} lanes)"
 
 
+class BidirectionalLaneDataset(LaneDataset):
+    """Windows of a stream for two models at once, one of which reads each lane from its end to its beginning.
+
+    At a time step the backward model is as far from the end of its lane as the forward one is from the beginning. Each goes on
+    where it stopped, and each has every token as a target once. Before the end of the text stands a separator.
+
+    Args:
+        stream: The lanes.
+        window: Tokens of a window; the last one of a lane, for either direction, may be shorter.
+    """
+
+    def __init__(self, stream: LaneStream, *, window: int) -> None:
+        super().__init__(stream, window=window)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one window of each direction.
+
+        Returns:
+            As of [`LaneDataset`], and ``backward_input_ids`` and ``backward_labels``, ``int32 [n]`` in the order in which they
+            are read: from right to left, each token with the one on its left as its label.
+
+        Raises:
+            IndexError: If there is no such window.
+        """
+        example = super().__getitem__(index)
+        time, lane = divmod(index, self.num_lanes)
+        begin = lane * self.stream.lane_length
+        end = min(begin + self.stream.lane_length, self.stream.num_tokens) - time * self.window
+        start = max(begin, end - self.window)
+        ids = self.stream.read_range(start, end + 1)[0] if start < end else np.empty(0, np.int32)
+        if start < end == self.stream.num_tokens:
+            ids = np.append(ids, np.int32(self.stream.separator))
+        return example | {
+            "time": time,
+            "backward_input_ids": ids[:0:-1],
+            "backward_labels": ids[-2::-1] if len(ids) else ids,
+        }
+
+
 class _Tokens(NamedTuple):
     """A stretch of a lane in the lane's direction: `[n]` each. A border is where a sentence begins, or ended."""
 

@@ -223,6 +223,8 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         self._window_tokens = shuffle_buffer_size * room
         # In shared memory, because persistent workers keep the copy of this object that they were started with.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        # The phases of a run draw as different epochs.
+        self.first_epoch = 0
 
     @property
     def num_shards(self) -> int:
@@ -252,6 +254,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
     def read(self, position: StreamPosition) -> Iterator[tuple[dict[str, Any], StreamPosition]]:
         """Yield the examples from a position to the end of its shard, and with each the position behind it."""
         epoch, shard = self.sampler.locate(position.number)
+        epoch += self.first_epoch
         number, start, first_block, taken = position
         for documents, stop in self._windows(shard, epoch=epoch, start=start):
             blocks = BlockDataset(

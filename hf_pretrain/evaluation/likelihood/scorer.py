@@ -24,7 +24,9 @@ from hf_pretrain.evaluation.token_scores import (
     WithinWord,
     causal_scores,
     check_causal,
+    check_left_to_right,
     check_masked,
+    check_shifted,
     denoising_scores,
     encode_words,
     hidden_runs,
@@ -32,7 +34,7 @@ from hf_pretrain.evaluation.token_scores import (
     sum_scores,
     text_beginning,
 )
-from hf_pretrain.modeling.backbone import longest_sequence
+from hf_pretrain.modeling.backbone import is_shifted, longest_sequence
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
 from hf_pretrain.objectives.permutation_lm.scoring import continuation_logits
@@ -95,7 +97,7 @@ class BidirectionalLM:
 class LikelihoodScorer:
     """Scores continuations of contexts by any language model.
 
-    - "causal": the log-likelihood of the continuation.
+    - "causal": the log-likelihood of the continuation; also of an encoder that was trained on next tokens, with `left_to_right`.
     - "masked": its pseudo-log-likelihood: each token alone is masked, and the model sees the context and the other tokens.
     - "permutation": its log-likelihood from left to right; the context is seen in both directions.
     - "encoder-decoder": its log-likelihood in the decoder, with the context in the encoder. With `hiding` the encoder reads both
@@ -113,6 +115,8 @@ class LikelihoodScorer:
         within_word: For masked tokens: whether the other tokens of a word are "visible", or with "l2r" those to the left alone.
         hiding: For an encoder-decoder: how a token is hidden in a text; by default the decoder writes the whole continuation.
         mode_token: For an encoder-decoder: a token that its input has before the text, such as UL2's "[S2S]".
+        left_to_right: Make an encoder read from left to right, as a causal model.
+        shifted: For masked tokens: whether one is predicted at the position before it; by default as the configuration says.
         batch_size: Sequences in a batch.
 
     Attributes:
@@ -135,13 +139,19 @@ class LikelihoodScorer:
         within_word: WithinWord = "visible",
         hiding: Hiding | None = None,
         mode_token: str | None = None,
+        left_to_right: bool = False,
+        shifted: bool | None = None,
         batch_size: int = 64,
     ) -> None:
         check_choice(kind, (None, *get_args(Kind)), name="kind")
         check_choice(within_word, get_args(WithinWord), name="within_word")
         check_choice(hiding, (None, *get_args(Hiding)), name="hiding")
         check_range(batch_size, "[1, inf)", name="batch_size")
-        self.kind: Kind = kind or _kind_of(model)
+        if left_to_right and kind not in (None, "causal"):
+            raise InputError(
+                f"left_to_right=True reads as a causal model, but kind={kind!r}: leave out one of the two"
+            )
+        self.kind: Kind = kind or ("causal" if left_to_right else _kind_of(model))
         for name, value in (("hiding", hiding), ("mode_token", mode_token)):
             if value is not None and self.kind != "encoder-decoder":
                 raise InputError(
@@ -149,7 +159,10 @@ class LikelihoodScorer:
                 )
         if within_word == "l2r" and self.kind != "masked" and hiding is None:
             raise InputError("within_word='l2r' is for masked tokens: leave it out, or give an encoder-decoder hiding")
+        if shifted is not None and self.kind != "masked":
+            raise InputError(f"shifted={shifted} is for masked tokens, but the model is {self.kind}: leave it out")
         self.tokenizer, self.within_word, self.batch_size = tokenizer, within_word, batch_size
+        self.left_to_right, self.shifted = left_to_right, shifted
         self._is_apart = self.kind == "encoder-decoder" and hiding is None
         self._prefix, self._suffix = _frame(tokenizer)
         # What the first token follows on, and whether a context is put behind it too.
@@ -193,12 +206,13 @@ class LikelihoodScorer:
         self.longest = min((found for part in parts if (found := longest_sequence(part)) is not None), default=None)
         if self.kind == "masked":
             check_masked(model, tokenizer)
+            self.shifted = is_shifted(model) if self.shifted is None else self.shifted
         elif self.kind == "encoder-decoder":
             hiding = hiding or "rest"
             self._hiding_frame = HidingFrame.of(model, tokenizer, hiding=hiding, mode_token=mode_token)
             num_special += len(self._hiding_frame.mode)
         elif self.kind == "causal":
-            check_causal(model, tokenizer)
+            (check_left_to_right if self.left_to_right else check_causal)(model, tokenizer)
             # Positions that are no table have an end too: what was read in training.
             self.longest = self.longest or getattr(model.config, "max_position_embeddings", None)
             begin, is_framed = text_beginning(model, tokenizer)
@@ -316,10 +330,14 @@ class LikelihoodScorer:
             Continuation(np.concatenate([request.context, request.continuation[:-1]]), request.continuation)
             for request in requests
         ]
-        return causal_scores(self.model, self.tokenizer, parts, batch_size=self.batch_size)
+        return causal_scores(
+            self.model, self.tokenizer, parts, batch_size=self.batch_size, left_to_right=self.left_to_right
+        )
 
     def _masked(self, requests: Sequence[Request]) -> Iterator[TokenScores]:
         texts = self._framed(requests)
+        if self.shifted:
+            check_shifted(self.tokenizer, texts)
         order = np.argsort([-len(text.ids) for text in texts], kind="stable")
         copied = np.cumsum([len(texts[index].ids) * len(texts[index].scored) for index in order])
         for portion in np.split(order, np.flatnonzero(np.diff(copied // _MOST_COPIED)) + 1):
@@ -329,6 +347,7 @@ class LikelihoodScorer:
                 [texts[index] for index in portion],
                 within_word=self.within_word,
                 batch_size=self.batch_size,
+                shifted=bool(self.shifted),
             ):
                 yield scores._replace(owner=portion[scores.owner])
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.rules import AttentionPlan, Edit, MaskFunction, find_leak, is_alike, row_positions
 
@@ -67,6 +68,22 @@ def lm_mode_inputs(
     }
 
 
+def left_to_right_inputs(
+    backbone: PreTrainedModel,
+    *,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    **inputs: Any,
+) -> dict[str, Any]:
+    """Turn a batch into what a stock model takes, so that each row is read from left to right; see [`lm_mode_inputs`]."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    modes = torch.full_like(input_ids[:, 0], LMMode.LEFT_TO_RIGHT)
+    source_lengths = torch.zeros_like(modes)
+    return lm_mode_inputs(
+        backbone, input_ids=input_ids, attention_mask=mask, lm_modes=modes, source_lengths=source_lengths, **inputs
+    )
+
+
 def mode_visibility(
     attention_mask: torch.Tensor, *, lm_modes: torch.Tensor, source_lengths: torch.Tensor
 ) -> MaskFunction:
@@ -94,11 +111,13 @@ def check_lm_modes(backbone: PreTrainedModel, *, length: int = 32) -> AttentionP
 
     Args:
         backbone: A stock model, with or without a head; on a device, and under the autocast that it is trained with.
-        length: Tokens of the row to try; some architectures attend in another way to long rows.
+        length: Tokens of the row to try, or as many as the backbone has positions for; some architectures attend in another way
+            to long rows.
 
     Raises:
         InputError: Naming the architecture and what went wrong.
     """
+    length = min(length, longest_sequence(backbone) or length)
     try:
         return rules.try_out(
             backbone, _RULE, lambda body, plan: find_fault(body, plan, modes=list(LMMode), length=length)

@@ -28,7 +28,7 @@ from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.prepare import PreparedData, prepare_data
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import window_of
+from hf_pretrain.modeling.backbone import refuse_shifted, window_of
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.configuration import dtype_option
 from hf_pretrain.modeling.heads import head_kind, with_head
@@ -136,6 +136,7 @@ def build_model(
         teacher = load_teacher(model_args, auto_class=auto_class, tokenizer=tokenizer)
     else:
         teacher = given_teacher(teacher, auto_class)
+    refuse_shifted(teacher, option="teacher_name_or_path")
     if stock is None:
         student = build_student(model_args, teacher=teacher, tokenizer=tokenizer, auto_class=auto_class)
     else:

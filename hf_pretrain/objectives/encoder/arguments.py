@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
@@ -24,13 +24,27 @@ PAIR_OBJECTIVES = ("nsp", "sop", "sentence_structure")
 ONE_WAY_OBJECTIVES = ("left_to_right", "right_to_left", "sequence_to_sequence")
 """Masked language modelling where tokens do not see all others."""
 
-VIEWS = ("mlm", *PAIR_OBJECTIVES, *ONE_WAY_OBJECTIVES)
+VIEWS = ("mlm", *PAIR_OBJECTIVES, *ONE_WAY_OBJECTIVES, "clm")
 """Objectives with examples of their own, of which shares are sampled; the others apply to all examples, or to those that
 the data has for them (translations)."""
 
 OBJECTIVES = (*VIEWS, "tlm", "span_boundary", "word_order")
 
 _OPTIONS_OF = {
+    # Next tokens alone hide nothing. What options of n-grams and spans need says so already.
+    "mlm": (
+        "mlm_weight",
+        "prediction",
+        "mlm_probability",
+        "masking_unit",
+        "masking_count",
+        "mask_share",
+        "random_share",
+        "replacement_unit",
+        "static_masks",
+        "mask_unknown",
+    ),
+    "clm": ("clm_weight",),
     "tlm": ("tlm_weight",),
     "|".join(PAIR_OBJECTIVES): ("pair_weight", "short_pair_probability", "balanced_pairs"),
     "span_boundary": ("span_boundary_weight", "span_positions"),
@@ -59,8 +73,8 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
     objectives: list[str] = option(
         factory=lambda: ["mlm"],
         help="What is trained together: mlm, one of nsp (BERT), sop (ALBERT) and sentence_structure (StructBERT), "
-        "span_boundary (SpanBERT), word_order (StructBERT), tlm (XLM), and left_to_right, right_to_left and "
-        "sequence_to_sequence (UniLM).",
+        "span_boundary (SpanBERT), word_order (StructBERT), tlm (XLM), left_to_right, right_to_left and "
+        "sequence_to_sequence (UniLM), and clm, next tokens (GPT-BERT).",
     )
     objective_shares: str | None = option(
         None,
@@ -68,9 +82,15 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
         "equally often by default. 'mlm' stands for text as it is, without pairs: blocks, and translations if there "
         "are any.",
     )
+    prediction: Literal["same", "shifted"] | None = option(
+        None,
+        "Where a masked token is predicted: at the 'same' position (BERT), or 'shifted', at the position before it, as a next "
+        "token is (masked next-token prediction, GPT-BERT). By default 'shifted' with clm, else 'same'.",
+    )
     mlm_weight: float | str = option(
         1.0, "Weight of the masked-language-model loss; each weight is a number, or a schedule such as '0%:1, 50%:0'."
     )
+    clm_weight: float | str = option(1.0, "Weight of the loss of next tokens.")
     tlm_weight: float | str = option(1.0, "Weight of the same on translations.")
     pair_weight: float | str = option(1.0, "Weight of the loss of nsp, sop or sentence_structure.")
     span_boundary_weight: float | str = option(1.0, "Weight of the span-boundary loss.")
@@ -96,6 +116,7 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
                 f"objectives={' '.join(self.objectives)} names {twice} twice: name each once, and weigh it"
             )
         check_objectives(self.objectives, masking_unit=self.masking_unit)
+        check_prediction(self.prediction, self.objectives)
         self.shares()
         super().__post_init__()
 
@@ -110,15 +131,26 @@ class EncoderTrainingArguments(MaskedLMTrainingArguments):
         return any(name in ONE_WAY_OBJECTIVES for name in self.objectives)
 
     @property
+    def has_clm(self) -> bool:
+        """Whether next tokens are predicted in some examples, whose tokens see only those before them."""
+        return "clm" in self.objectives
+
+    @property
+    def shifted(self) -> bool:
+        """Whether a masked token is predicted from the state of the token before it."""
+        return self.prediction == "shifted" or (self.prediction is None and self.has_clm)
+
+    @property
     def heads(self) -> list[str]:
-        """Names of the heads of the model."""
+        """Names of the heads of the model; masked tokens and next tokens share one."""
         has_pairs = ["pair"] if self.pair_objective else []
         return ["mlm", *has_pairs, *(name for name in ("span_boundary", "word_order") if name in self.objectives)]
 
     @property
     def loss_names(self) -> list[str]:
         """Names of the losses."""
-        return [*self.heads, *(["tlm"] if "tlm" in self.objectives else [])]
+        of_tokens = [name for name in ("mlm", "clm") if name in self.objectives]
+        return [*of_tokens, *self.heads[1:], *(["tlm"] if "tlm" in self.objectives else [])]
 
     def shares(self) -> dict[str, float]:
         """Return how often examples of each kind are drawn; the sum is 1."""
@@ -139,31 +171,64 @@ def check_objectives(objectives: Sequence[str], *, masking_unit: str) -> None:
     """
     for name in objectives:
         check_choice(name, OBJECTIVES, name="objectives")
-    if "mlm" not in objectives:
+    if "mlm" not in objectives and list(objectives) != ["clm"]:
         raise InputError(
-            f"objectives={','.join(objectives)} leaves out mlm, which all others are trained with: add it (its weight may "
-            "be 0)"
+            f"objectives={','.join(objectives)} leaves out mlm, which all others but clm alone are trained with: add it (its "
+            "weight may be 0)"
         )
     pairs = [name for name in objectives if name in PAIR_OBJECTIVES]
     if len(pairs) > 1:
         raise InputError(
             f"objectives={','.join(pairs)} ask different questions about the same pairs: choose one of them"
         )
-    one_way = [name for name in objectives if name in ONE_WAY_OBJECTIVES]
+    modes = [name for name in objectives if name in ONE_WAY_OBJECTIVES]
+    if "clm" in objectives and modes:
+        raise InputError(
+            f"objectives: {modes[0]} tells its mode by token types, and examples of clm and mlm have the same: drop one of the "
+            "two"
+        )
+    one_way = [*modes, *(name for name in objectives if name == "clm")]
     for name in ("span_boundary", "word_order"):
         if name in objectives and one_way:
             raise InputError(
                 f"objectives: {name} reads what comes after a token, which {one_way[0]} hides: drop one of the two"
             )
-    if "tlm" in objectives and one_way:
+    if "tlm" in objectives and modes:
         raise InputError(
-            f"objectives: tlm and {one_way[0]} both say by the segment what a token belongs to: drop one of the two"
+            f"objectives: tlm and {modes[0]} both say by the segment what a token belongs to: drop one of the two"
+        )
+    if "tlm" in objectives and "clm" in objectives:
+        raise InputError(
+            "objectives: a step of tlm is of one kind of examples on all processes, and clm mixes kinds within a batch: drop "
+            "one of the two"
         )
     if "span_boundary" in objectives and masking_unit not in ("span", "given"):
         raise InputError(
             f"objectives: span_boundary predicts masked spans, but masking_unit={masking_unit!r} makes none: set it to "
             "'span'"
         )
+
+
+def check_prediction(prediction: str | None, objectives: Sequence[str]) -> None:
+    """Refuse a way to predict masked tokens that does not go with the objectives.
+
+    Raises:
+        InputError: With the reason.
+    """
+    check_choice(prediction, (None, "same", "shifted"), name="prediction")
+    if prediction is not None and "mlm" not in objectives:
+        raise InputError(
+            f"prediction={prediction!r} is about masked tokens, but objectives={','.join(objectives)} has none: leave it out, "
+            "or add mlm"
+        )
+    if prediction != "shifted":
+        return
+    for name, reason in (
+        *((name, "whose text is written from the state of the mask itself") for name in ONE_WAY_OBJECTIVES),
+        ("word_order", "which predicts the token of the same position by the same head"),
+    ):
+        if name in objectives:
+            raise InputError(f"prediction='shifted' does not go with {name}, {reason}: drop one of the two")
 
 
 def parse_shares(text: str, *, views: Sequence[str]) -> dict[str, float]:
@@ -233,6 +298,12 @@ _OBJECTIVES: dict[str, tuple[str, str, str]] = {
         r"-\frac{1}{|O|} \sum_{i \in O} \log p(x_i \mid \tilde{x})",
         "wang2020structbert",
     ),
+    "clm": (
+        "In some examples tokens see only what is before them, nothing is hidden, and each next token is predicted; one head "
+        "predicts masked and next tokens.",
+        r"-\frac{1}{|C|} \sum_{i \in C} \log p(x_i \mid x_{<i})",
+        "charpentier2024gptbert",
+    ),
     "tlm": (
         "Tokens of a sentence and its translation are hidden in both, and predicted from both.",
         r"-\frac{1}{|M'|} \sum_{i \in M'} \log p(x_i, y_i \mid \tilde{x}, \tilde{y})",
@@ -257,6 +328,9 @@ METRICS = SHARED_METRICS | {
     "tlm_loss": "The same as the MLM loss, where a sentence and its translation are seen together.",
     "tlm_perplexity": "The perplexity of that loss.",
     "tlm_accuracy": "Share of the masked positions in pairs of translations where the first guess is the true token.",
+    "clm_loss": "How surprised the model is by each next token, from the tokens before it alone, in nats; 0 is certainty.",
+    "clm_perplexity": "The perplexity of that loss: as many equally likely tokens would surprise as much.",
+    "clm_accuracy": "Share of the next tokens where the first guess is the true token.",
     "bidirectional_nll": "The masked-token loss of the examples in which all tokens see each other, in nats.",
     "left_to_right_nll": "The masked-token loss of the examples in which tokens see what is before them, in nats.",
     "right_to_left_nll": "The masked-token loss of the examples in which tokens see what is after them, in nats.",
@@ -266,8 +340,15 @@ METRICS = SHARED_METRICS | {
 _LOSS_OF = dict.fromkeys(("nsp", "sop", "sentence_structure"), "pair")
 
 
+_SHIFTED = "A masked token is predicted from the state of the token before it, as a next token is."
+
+
 def describe(
-    objective: ObjectiveDescription, objectives: Sequence[str], weights: Mapping[str, float]
+    objective: ObjectiveDescription,
+    objectives: Sequence[str],
+    weights: Mapping[str, float],
+    *,
+    shifted: bool = False,
 ) -> ObjectiveDescription:
     """Return an objective's description with what one run trains.
 
@@ -275,6 +356,7 @@ def describe(
         objective: What all runs have in common.
         objectives: Names of the objectives.
         weights: The weight of each loss, a number or a schedule.
+        shifted: Whether a masked token is predicted from the state of the token before it.
     """
     known = [(name, *_OBJECTIVES[name]) for name in objectives]
     terms = []
@@ -284,11 +366,13 @@ def describe(
             factor = "" if weight == 1 else rf"{weight_symbol(weight)} \cdot "
             terms.append(f"{factor}{formula}" if not factor else rf"{factor}\left({formula}\right)")
     losses = dict.fromkeys(_LOSS_OF.get(name, name) for name, _, formula, _ in known if formula)
+    of_tokens = [f"{name}_{what}" for name in ("mlm", "clm") if name in losses for what in ("loss", "perplexity")]
+    added = [_SHIFTED] if shifted and "mlm" in objectives else []
     return dataclasses.replace(
         objective,
         metrics=METRICS,
-        headline=("mlm_loss", "mlm_perplexity", *(f"{name}_accuracy" for name in losses)),
-        description=" ".join([objective.description, *(words for _, words, _, _ in known)]).strip(),
+        headline=(*of_tokens, *(f"{name}_accuracy" for name in losses)),
+        description=" ".join([objective.description, *(words for _, words, _, _ in known), *added]).strip(),
         formula=r"\mathcal{L} = "
         + " ".join(term if term.startswith("-") or i == 0 else f"+ {term}" for i, term in enumerate(terms)),
         citations=cite(*dict.fromkeys(source for *_, source in known)),

@@ -39,7 +39,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
     - `langs`, `position_ids`, `[B, L]` int64: language and position of each token; by default 0, and the column;
     - `lm_modes`, `source_lengths`, `[B]` int64 from `lm_mode` and `source_length`; 0 for an example without. From sequence to
       sequence the last token, which ends the target, may be selected too;
-    - `is_bitext`, `[B]` bool.
+    - `is_bitext`, `is_causal`, `[B]` bool. Of a causal example nothing is hidden, and every token but the first is a target.
 
     Args:
         tokenizer: A transformers tokenizer with a mask and a padding token; its `padding_side` is respected.
@@ -48,6 +48,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         word_order_size: Tokens of a run.
         keep_identity_order: Whether a shuffle may leave a run as it is.
         span_positions: Tokens of a hidden span that are predicted from its boundaries.
+        shifted: Whether a hidden token is predicted from the state of the token before it. The first token of an example or of
+            an isolated document, which has none before it, is then never hidden.
         **options: Those of [`DataCollatorForMaskedLM`]. With `target_slots`, `O` and `S` too are filled up to multiples of it;
             labels of the filling are -100.
 
@@ -55,7 +57,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         InputError: See [`DataCollatorForMaskedLM`]; also if a number is out of range.
 
     Source:
-        StructBERT (Wang et al. 2020, section 2.2); SpanBERT (Joshi et al. 2020, section 3.2).
+        StructBERT (Wang et al. 2020, section 2.2); SpanBERT (Joshi et al. 2020, section 3.2); GPT-BERT (Charpentier and Samuel
+        2024).
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         word_order_size: int = 3,
         keep_identity_order: bool = False,
         span_positions: int = 20,
+        shifted: bool = False,
         **options: Any,
     ) -> None:
         """Check the options."""
@@ -79,6 +83,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         self.word_order_size = word_order_size
         self.keep_identity_order = keep_identity_order
         self.span_positions = span_positions
+        self.shifted = shifted
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples."""
@@ -98,15 +103,25 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         return batch | _columns(examples, rows, layout)
 
     def read(self, examples: Sequence[Mapping[str, Any]]) -> ExampleRows:
-        """Stack the examples; where a target is written from a source, the token that ends it may be hidden too."""
+        """Stack the examples, and mark the tokens that each kind of example lets be hidden, or predicted as they are."""
         if any("token_type_ids" in example for example in examples):
             # Of several kinds, those that are one segment need not say so.
             examples = _with_default(examples, "token_type_ids", step=0)
         rows = super().read(examples)
-        if not any("lm_mode" in example for example in examples):
-            return rows
-        modes = _numbers(examples, "lm_mode", default=0).numpy()
-        return dataclasses.replace(rows, also_maskable=stop_candidates(rows.valid, lm_modes=modes))
+        if any("lm_mode" in example for example in examples):
+            modes = _numbers(examples, "lm_mode", default=0).numpy()
+            rows = dataclasses.replace(rows, also_maskable=stop_candidates(rows.valid, lm_modes=modes))
+        is_causal = _numbers(examples, "is_causal", default=0).numpy() != 0
+        return _with_next_tokens(rows, is_causal, shifted=self.shifted) if self.shifted or is_causal.any() else rows
+
+    def corrupt(self, rows: ExampleRows) -> MaskedRows:
+        """Hide tokens; the next tokens of causal rows are targets that stay as they are."""
+        masked = super().corrupt(rows)
+        if rows.next_tokens is None:
+            return masked
+        is_target = masked.selection.mask | rows.next_tokens
+        selection = dataclasses.replace(masked.selection, mask=is_target)
+        return dataclasses.replace(masked, selection=selection, positions=np.flatnonzero(is_target))
 
     def _shuffle(
         self, examples: Sequence[Mapping[str, Any]], rows: ExampleRows, masked: MaskedRows, *, free: np.ndarray
@@ -155,6 +170,21 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         }
 
 
+def _with_next_tokens(rows: ExampleRows, is_causal: np.ndarray, *, shifted: bool) -> ExampleRows:
+    """Return rows with the targets of the causal ones, ``bool [B]``, and with the tokens that may not be hidden."""
+    is_first = np.zeros_like(rows.valid)
+    is_first[:, 0] = True
+    starts = rows.document_starts()
+    if starts is not None:
+        is_first |= starts
+    barred = np.broadcast_to(is_causal[:, None], rows.valid.shape)
+    return dataclasses.replace(
+        rows,
+        not_maskable=barred | is_first if shifted else barred,
+        next_tokens=rows.valid & barred & ~is_first if is_causal.any() else None,
+    )
+
+
 def _columns(
     examples: Sequence[Mapping[str, Any]], rows: ExampleRows, layout: PaddedLayout
 ) -> dict[str, torch.Tensor]:
@@ -168,8 +198,9 @@ def _columns(
     if "lm_mode" in present:
         batch["lm_modes"] = _numbers(examples, "lm_mode", default=0)
         batch["source_lengths"] = _numbers(examples, "source_length", default=0)
-    if "is_bitext" in present:
-        batch["is_bitext"] = _numbers(examples, "is_bitext", default=0).bool()
+    for name in ("is_bitext", "is_causal"):
+        if name in present:
+            batch[name] = _numbers(examples, name, default=0).bool()
     return batch
 
 

@@ -22,7 +22,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.examples.lm_modes import LMMode, mode_token_types
 from hf_pretrain.data.examples.sentence_pairs import PairTemplate
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence, num_token_types
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence, num_token_types, refuse_shifted
 from hf_pretrain.modeling.losses import GatheredHead, sample_tokens
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 
@@ -80,12 +80,13 @@ def generate(
 
     Raises:
         InputError: If an option is out of range, a source is empty or too long, the tokenizer has no mask token or no template
-            for pairs, or the model cannot read in this mode.
+            for pairs, or the model cannot read in this mode, or predicts a masked token at the position before it.
 
     Source:
         UniLM (Dong et al. 2019).
     """
     _check_options(max_new_tokens, num_beams=num_beams, do_sample=do_sample, temperature=temperature)
+    refuse_shifted(model, option="model")
     if not sources:
         return []
     frame = _Frame.of(model, tokenizer)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from huggingface_hub.dataclasses import strict
 from transformers import (
     AutoConfig,
@@ -67,6 +68,9 @@ class EncoderForPreTrainingConfig(CompositeConfig):
         pair_task: What those are called; for the reader.
         span_positions: Tokens of a hidden span that are predicted from its boundaries.
         has_bitext: Whether some examples are translations, whose masked-LM loss is called "tlm".
+        has_clm: Whether some examples are causal, whose loss is called "clm".
+        shifted: Whether a masked token is predicted from the state of the token before it; a next token always is. The
+            configuration of the stock model says so too.
     """
 
     model_type = "hf_pretrain_encoder"
@@ -78,6 +82,8 @@ class EncoderForPreTrainingConfig(CompositeConfig):
     pair_task: str | None = None
     span_positions: int = 20
     has_bitext: bool = False
+    has_clm: bool = False
+    shifted: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Refuse heads that are unknown."""
@@ -94,10 +100,10 @@ class EncoderForPreTrainingConfig(CompositeConfig):
 class EncoderForPreTraining(PretrainingModel):
     """Any stock masked language model with further heads, trained on gathered targets.
 
-    Heads by name: "mlm" restores hidden tokens; "word_order" restores the order of shuffled ones, by the same stock head; "pair"
-    says how two segments belong together; "span_boundary" predicts hidden tokens from the two around their span. Where
-    transformers has a class with a pair head of two classes for the architecture (BERT, ALBERT, ...), that class is trained,
-    else the masked-LM class with a [`PairHead`] beside it.
+    Heads by name: "mlm" restores hidden tokens, and predicts the next tokens of causal examples; "word_order" restores the
+    order of shuffled ones, by the same stock head; "pair" says how two segments belong together; "span_boundary" predicts
+    hidden tokens from the two around their span. Where transformers has a class with a pair head of two classes for the
+    architecture (BERT, ALBERT, ...), that class is trained, else the masked-LM class with a [`PairHead`] beside it.
 
     Args:
         config: Configuration with the stock model's inside.
@@ -184,6 +190,10 @@ class EncoderForPreTraining(PretrainingModel):
     def trial_batch(self) -> dict[str, torch.Tensor]:
         """Return a few tokens with targets of every head; see [`PretrainingModel.trial_batch`]."""
         batch = masked_trial_batch(self.model)
+        if self.config.shifted:
+            # The first token of a row has no state before it.
+            batch["target_positions"] = batch["target_positions"] + 1
+            batch["labels"] = torch.where(batch["labels"].roll(1, dims=1) == IGNORED, IGNORED, batch["input_ids"])
         some, zeros = batch["target_positions"], torch.zeros_like(batch["target_positions"])
         words = batch["input_ids"].flatten()[some]
         if "pair" in self.config.heads:
@@ -205,12 +215,33 @@ class EncoderForPreTraining(PretrainingModel):
             is_bitext_B = batch.get("is_bitext")
             counts["tlm"] = none if is_bitext_B is None else (is_target_BL & is_bitext_B[:, None]).sum()
             counts["mlm"] = counts["mlm"] - counts["tlm"]
+        if self.config.has_clm:
+            is_causal_B = batch.get("is_causal")
+            counts["clm"] = none if is_causal_B is None else (is_target_BL & is_causal_B[:, None]).sum()
+            counts["mlm"] = counts["mlm"] - counts["clm"]
         for head, entry in (("pair", "pair_labels"), ("span_boundary", "span_labels"), ("word_order", "order_labels")):
             if head in heads:
                 counts[head] = (batch[entry] != IGNORED).sum() if entry in batch else none
         return counts
 
-    host_inputs = staticmethod(has_padding)
+    @staticmethod
+    def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
+        """Return whether any row is padded; see [`PretrainingModel.host_inputs`].
+
+        Raises:
+            InputError: If a target has no token before it that could predict it.
+        """
+        is_read_before_BL = batch["labels"] != IGNORED
+        if not config.shifted:
+            is_causal_B = batch.get("is_causal")
+            is_read_before_BL = is_read_before_BL & (False if is_causal_B is None else is_causal_B[:, None])
+        is_token_BL = F.pad(batch["attention_mask"][:, :-1], (1, 0)) != 0
+        if bool((is_read_before_BL & ~is_token_BL).any()):
+            raise InputError(
+                "labels: the first token of a row is a target, but is to be predicted from the token before it: make the batch "
+                "with DataCollatorForEncoder(shifted=True)"
+            )
+        return has_padding(batch)
 
     def forward(
         self,
@@ -220,6 +251,7 @@ class EncoderForPreTraining(PretrainingModel):
         target_positions: torch.Tensor,
         *,
         is_bitext: torch.Tensor | None = None,
+        is_causal: torch.Tensor | None = None,
         lm_modes: torch.Tensor | None = None,
         **inputs: torch.Tensor,
     ) -> PretrainingOutput:
@@ -231,6 +263,8 @@ class EncoderForPreTraining(PretrainingModel):
             labels: ``[B, L]`` original ids at the selected positions, -100 elsewhere.
             target_positions: ``[T]`` flat positions of the targets; one with label -100 is a filler.
             is_bitext: ``[B]`` whether an example is a pair of translations.
+            is_causal: ``[B]`` whether tokens of an example see only those before them, and its targets are next tokens. Given
+                instead of `lm_modes`.
             lm_modes: ``[B]`` of [`LMMode`], with `source_lengths` ``[B]``: what the tokens of an example see.
             **inputs: Targets of further heads: `pair_labels` ``[B]``, -100 for none; `order_positions`, `order_labels` ``[O]``;
                 `span_left`, `span_right` (flat positions around the span), `span_offsets`, `span_labels` ``[S]``. Further
@@ -238,17 +272,23 @@ class EncoderForPreTraining(PretrainingModel):
                 for them. With `document_ids` and `position_ids`, the documents of a row do not see each other.
 
         Returns:
-            The losses (nats) by the names of the heads, and "tlm" where there may be translations; with modes the metrics of
-            the masked-LM loss in each, such as "left_to_right_nll"; in evaluation an accuracy for each loss.
+            The losses (nats) by the names of the heads, "tlm" where there may be translations, and "clm" where there may be
+            causal examples; with the modes of masked tokens the metrics of their loss in each, such as "left_to_right_nll"; in
+            evaluation an accuracy for each loss.
         """
         empty = target_positions[:0]
         order_positions, order_labels = [inputs.pop(name, empty) for name in _ORDER_ENTRIES]
         span_left, span_right, span_offsets, span_labels = [inputs.pop(name, empty) for name in _SPAN_ENTRIES]
         pair_labels = inputs.pop("pair_labels", labels.new_full((len(labels),), IGNORED))
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        positions = [torch.cat([target_positions, order_positions]), span_left, span_right]
+        read_positions = self._read_positions(target_positions, is_causal, length=labels.shape[1])
+        positions = [torch.cat([read_positions, order_positions]), span_left, span_right]
         if "pair" in self.config.heads:
             inputs, positions = begin_in_column_0(inputs, positions)
+        if is_causal is not None:
+            assert lm_modes is None, "causal examples and others are read in modes of their own"
+            lm_modes = LMMode.LEFT_TO_RIGHT * is_causal.long()
+            inputs["source_lengths"] = torch.zeros_like(lm_modes)
         run = self.mlm_head.run(self.model, positions[0], **self._stock_inputs(inputs, lm_modes))
 
         output, shape = PretrainingOutput(losses={}, metrics={}), labels.shape
@@ -256,8 +296,10 @@ class EncoderForPreTraining(PretrainingModel):
         targets_T = labels.flatten().index_select(0, target_positions)
         self._judge(output, "mlm", mlm_logits_TV, targets_T, positions=target_positions, shape=shape)
         if self.config.has_bitext:
-            _name_bitext(output, is_bitext)
-        if lm_modes is not None:
+            _name_rows(output, "tlm", is_bitext)
+        if self.config.has_clm:
+            _name_rows(output, "clm", is_causal)
+        if lm_modes is not None and is_causal is None:
             output.metrics |= _by_mode(output.losses["mlm"], lm_modes)
         if "word_order" in self.config.heads:
             self._judge(output, "word_order", order_logits_OV, order_labels, positions=order_positions, shape=shape)
@@ -270,6 +312,18 @@ class EncoderForPreTraining(PretrainingModel):
             rows = torch.arange(len(pair_labels), device=pair_labels.device)
             self._judge(output, "pair", logits_BC, pair_labels, positions=rows, shape=torch.Size((len(rows), 1)))
         return output
+
+    def _read_positions(
+        self, target_positions: torch.Tensor, is_causal: torch.Tensor | None, *, length: int
+    ) -> torch.Tensor:
+        """Return the flat positions of the states that the head reads to predict the targets, ``[T]``."""
+        if self.config.shifted:
+            # A filler may stand in column 0; what is read for it does not count.
+            return (target_positions - 1).clamp(min=0)
+        if is_causal is None:
+            return target_positions
+        rows = torch.div(target_positions, length, rounding_mode="floor")
+        return (target_positions - is_causal.long().index_select(0, rows)).clamp(min=0)
 
     def _stock_inputs(self, inputs: dict[str, Any], lm_modes: torch.Tensor | None) -> dict[str, Any]:
         """Turn the batch into what the stock model takes."""
@@ -295,14 +349,20 @@ class EncoderForPreTraining(PretrainingModel):
             output.metrics[f"{name}_accuracy"] = masked_lm_accuracy(logits.argmax(-1), targets, **where)
 
 
-def _name_bitext(output: PretrainingOutput, is_bitext: torch.Tensor | None) -> None:
-    """Divide what was found of masked tokens between translations, "tlm", and other examples, "mlm"."""
+def _name_rows(output: PretrainingOutput, name: str, is_named: torch.Tensor | None) -> None:
+    """Divide what was found of the targets of the head "mlm" between some examples, ``[B]``, and the others, "mlm".
+
+    Args:
+        output: Losses and metrics; those of "mlm" are divided.
+        name: What those of the examples are called: "tlm" for translations, "clm" for causal ones.
+        is_named: ``[B]``; None if no example is one.
+    """
     for parts in (output.losses, output.metrics):
-        for name in [name for name in parts if name.startswith("mlm")]:
-            whole = parts[name]
-            share = torch.zeros_like(whole.count) if is_bitext is None else is_bitext.to(whole.count.dtype)
-            parts[name] = ExampleSum(whole.sum * (1 - share), whole.count * (1 - share))
-            parts[name.replace("mlm", "tlm", 1)] = ExampleSum(whole.sum * share, whole.count * share)
+        for key in [key for key in parts if key.startswith("mlm")]:
+            whole = parts[key]
+            share = torch.zeros_like(whole.count) if is_named is None else is_named.to(whole.count.dtype)
+            parts[key] = ExampleSum(whole.sum * (1 - share), whole.count * (1 - share))
+            parts[key.replace("mlm", name, 1)] = ExampleSum(whole.sum * share, whole.count * share)
 
 
 def _by_mode(loss: ExampleSum, lm_modes: torch.Tensor) -> dict[str, ExampleSum]:

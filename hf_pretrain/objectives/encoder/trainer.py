@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -11,13 +12,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset, MixtureDataset
-from hf_pretrain.data.examples.lm_modes import NUM_MODE_TYPES, LMModeView
+from hf_pretrain.data.examples.lm_modes import NUM_MODE_TYPES, CausalView, LMModeView
 from hf_pretrain.data.examples.pairing import PairTask
 from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.samples import print_filled_masks
+from hf_pretrain.evaluation.samples import print_filled_masks, print_next_tokens
 from hf_pretrain.hub.record import ObjectiveDescription
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.embeddings import known_languages, language_changes, set_languages
@@ -66,8 +67,8 @@ def encoder_examples(
     names = list(shares)
     if names != ["mlm"] and data.train_documents is None:
         raise InputError(
-            f"objectives: {names[-1]} reads documents anew each epoch, which a stream or a tokenized dataset does not keep: "
-            "give text, and leave out streaming"
+            f"objectives: {names[-1]} reads documents anew each epoch, or examples in an order of its own, which a stream or a "
+            "tokenized dataset does not keep: give text, and leave out streaming"
         )
     if names != ["mlm"] and data.isolates_documents:
         raise InputError(
@@ -80,12 +81,14 @@ def encoder_examples(
         parts = {
             name: LMModeView(part, mode=modes[name], type_vocab_size=type_vocab_size) for name, part in parts.items()
         }
+    if args.has_clm:
+        parts = {name: CausalView(part, is_causal=name == "clm") for name, part in parts.items()}
     if len(parts) == 1:
         return parts[names[0]]
     if held_out:
         return MixtureDataset(parts, shares={name: len(part) for name, part in parts.items()}, seed=args.seed)
     # Modes differ in what tokens see; other kinds, in their inputs.
-    group_size = 1 if args.has_modes else global_batch_size(args)
+    group_size = 1 if args.has_modes or args.has_clm else global_batch_size(args)
     return MixtureDataset(parts, shares=shares, group_size=group_size, seed=args.seed)
 
 
@@ -150,10 +153,12 @@ def build_model(
         pair_task=args.pair_objective,
         span_positions=args.span_positions,
         has_bitext="tlm" in args.objectives,
+        has_clm=args.has_clm,
+        shifted=args.shifted,
     )
     if data.languages is not None:
         set_languages(model.model.config, data.languages)
-    if args.has_modes:
+    if args.has_modes or args.has_clm:
         check_lm_modes(model.model)
     # Once more: which parameters are reached depends on the languages.
     model.try_out()
@@ -177,6 +182,36 @@ from transformers import pipeline
 
 fill_mask = pipeline("fill-mask", model="{repo}")
 predictions = fill_mask({masked})"""
+
+
+_FILL_SHIFTED_MASK = """\
+from transformers import pipeline
+
+fill_mask = pipeline("fill-mask", model="{repo}")
+inputs = fill_mask.tokenizer({masked}, return_tensors="pt")
+position = inputs["input_ids"][0].tolist().index(fill_mask.tokenizer.mask_token_id)
+# What stands at the mask is predicted at the position before it, where the pipeline alone does not look.
+logits = fill_mask.model(**inputs.to(fill_mask.model.device)).logits[0, position - 1]
+predictions = fill_mask.tokenizer.convert_ids_to_tokens(logits.topk(5).indices.tolist())"""
+
+
+_SCORE_TEXT = """\
+from hf_pretrain import causal_log_likelihoods
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model = AutoModelForMaskedLM.from_pretrained("{repo}")
+tokenizer = AutoTokenizer.from_pretrained("{repo}")
+scores = causal_log_likelihoods(model, tokenizer, [{sentence}], left_to_right=True)"""
+
+# With a graph that is compiled once, shapes are rounded up to these.
+_COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
+
+
+def _fixed_shapes(args: EncoderTrainingArguments) -> dict[str, int]:
+    """Return what a collator rounds up to: each causal example in a batch adds many targets."""
+    if not (args.torch_compile and args.has_clm):
+        return {}
+    return {"pad_to_multiple_of": _COMPILED_WIDTH, "target_slots": _COMPILED_TARGETS}
 
 
 class EncoderTrainer(PretrainingTrainer):
@@ -208,8 +243,10 @@ class EncoderTrainer(PretrainingTrainer):
             word_order_size=args.word_order_size,
             keep_identity_order=args.keep_identity_order,
             span_positions=args.span_positions,
+            shifted=args.shifted,
             masking=args.masking,
             seed=args.seed,
+            **_fixed_shapes(args),
         )
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
@@ -224,7 +261,21 @@ class EncoderTrainer(PretrainingTrainer):
         """Return the description of this run's objectives."""
         args = cast(EncoderTrainingArguments, self.args)
         weights = {name: getattr(args, f"{name}_weight", 1.0) for name in args.loss_names}
-        return {"objective": describe(self.objective, args.objectives, weights)}
+        objective = self.objective
+        if args.shifted:
+            # The pipeline and the Hub would read the state of the mask itself.
+            usage = _FILL_SHIFTED_MASK if "mlm" in args.objectives else _SCORE_TEXT
+            objective = dataclasses.replace(objective, pipeline_tag="feature-extraction", usage=usage)
+        return {"objective": describe(objective, args.objectives, weights, shifted=args.shifted)}
+
+
+def demonstrate(trainer: EncoderTrainer, data: PreparedData) -> None:
+    """Print held-out sentences with what the run has learned to find in them: masked tokens, next tokens, or both."""
+    args = cast(EncoderTrainingArguments, trainer.args)
+    if "mlm" in args.objectives:
+        print_filled_masks(trainer, data)
+    if args.has_clm:
+        print_next_tokens(trainer, data, left_to_right=True)
 
 
 METHOD = Method(
@@ -235,17 +286,18 @@ Pre-train an encoder with any combination of objectives, from scratch or from a 
     hf-pretrain encoder --objectives mlm sop --train_file corpus.txt --output_dir my-encoder
     hf-pretrain albert_small --train_file corpus.txt --output_dir my-albert
     hf-pretrain structbert_small --train_file corpus.txt --output_dir my-structbert --word_order_weight 0.5
+    hf-pretrain encoder --objectives mlm clm --train_file corpus.txt --output_dir my-gpt-bert
     hf-pretrain xlm --language_file en=en.txt de=de.txt --parallel_file en-de=a.en,a.de --output_dir my-xlm
     accelerate launch trainers/encoder.py --config trainers/recipes/spanbert.yaml --train_file corpus.txt --output_dir my-spanbert
 
-bert, roberta, albert, spanbert, structbert, unilm and xlm are this program with the recipe of a paper; bert_small and the like
-have its objectives at the default sizes. With `--demo_corpus true` it trains on the docstrings of the installed Python
+bert, roberta, albert, spanbert, structbert, unilm, xlm and gpt_bert are this program with the recipe of a paper; bert_small and
+the like have its objectives at the default sizes. With `--demo_corpus true` it trains on the docstrings of the installed Python
 packages.""",
     arguments=(MultilingualDataArguments, ModelArguments, EncoderTrainingArguments),
     learning=Learning(left={"mlm_loss": 0.44}),
     tiny_options={"objectives": ["mlm", "sop", "word_order"], "word_order_probability": 0.3},
     load=load_examples,
-    demonstrate=print_filled_masks,
+    demonstrate=demonstrate,
 )
 
 

@@ -37,7 +37,7 @@ from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, GatheredHead, masked_lm_loss
 from hf_pretrain.modeling.surgery.vocabulary import vocabulary_tables
 from hf_pretrain.modeling.visibility.causal import causal_body, sees_what_follows
-from hf_pretrain.transfer.generative_inputs import (
+from hf_pretrain.transfer.generative.inputs import (
     TransferTokens,
     Transformation,
     add_transfer_tokens,

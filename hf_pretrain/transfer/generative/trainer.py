@@ -1,6 +1,6 @@
 """GPT-1's fine-tuning: the task's loss, and the language-model loss as an auxiliary one.
 
-The model is in `generative_modeling.py`, the inputs are made in `generative_inputs.py`. The order here: the options, the Trainer,
+The model is in `modeling.py`, the inputs are made in `inputs.py`. The order here: the options, the Trainer,
 and the metrics.
 """
 
@@ -22,8 +22,8 @@ from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.losses import SumAccumulator
 from hf_pretrain.options import option
-from hf_pretrain.transfer.generative_inputs import DataCollatorForGenerativeTransfer, longest_row
-from hf_pretrain.transfer.generative_modeling import (
+from hf_pretrain.transfer.generative.inputs import DataCollatorForGenerativeTransfer, longest_row
+from hf_pretrain.transfer.generative.modeling import (
     LM_LOSS_WEIGHT,
     GenerativeTransferModel,
     GenerativeTransferOutput,
