@@ -269,7 +269,7 @@ class TestExport:
         assert ours.keys() == again.keys() and all(torch.equal(ours[name], again[name]) for name in ours)
 
 
-ADAPTED = ["mlm", "encoder", "rtd", "electric", "plm", "clm", "recurrent-lm", "denoise", "contrastive"]
+ADAPTED = ["mlm", "encoder", "rtd", "electric", "plm", "clm", "recurrent-lm", "denoise", "contrastive", "elmo"]
 
 
 class TestEveryMethod:
