@@ -115,6 +115,7 @@ class FinetuneTrainingArguments(FineTuningArguments):
         "Go on from the last whole checkpoint in output_dir (`true`), from the checkpoint of this path, or "
         "(`auto`) from the last whole one if there is any and else from the start.",
     )
+    logging_steps: float = option(0.1, "Log each so many steps; below 1, a share of all steps.")
     save_total_limit: int | None = option(1, "Keep so many checkpoints.")
     hub_strategy: str = option("end", "The model is pushed at the end, and never before.")
     language: list[str] | None = option(None, "Codes of the languages of the text, for the model card: en de.")

@@ -129,8 +129,8 @@ BRANCHES = "branches"
 # TensorBoard and its kin name the machine.
 _NOT_EXPORTED = (
     *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv", "runs/*", "wandb/*", "mlruns/*", "*tfevents*", f"*{PART}"),
-    # Texts of the user's.
-    *(f"{BRANCHES}/*", "predictions.jsonl"),
+    # The first has texts of the user's.
+    *("predictions.jsonl", f"{BRANCHES}/*"),
 )
 # They name folders of the machine; a push has them without.
 _WITH_PATHS = ("recipe.yaml", "trainer_state.json")

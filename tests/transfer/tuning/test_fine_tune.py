@@ -1,16 +1,26 @@
 """`fine_tune`: a model, a task and a strategy joined."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    GPT2Config,
+)
 
+from helpers.method_matrix import VOCAB_SIZE, tiny_tokenizer
 from helpers.task_runs import QUICK, TYPES, write_encoder, write_tasks
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import is_whole
-from hf_pretrain.tasks.spec import load_task, read_tasks
+from hf_pretrain.tasks.spec import TaskSpec, load_task, read_tasks
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.tuning.fine_tune import fine_tune, task_trainer
 from hf_pretrain.transfer.tuning.heads import open_for_task
@@ -145,3 +155,70 @@ def test_what_cannot_work_is_refused_before_a_step(place, tmp_path):
         fine_tune(
             str(place / "encoder"), dataclasses.replace(task, validation_file=(str(unlabelled),)), arguments(tmp_path)
         )
+
+
+ARCHITECTURES = {
+    "bart": BartConfig(
+        vocab_size=VOCAB_SIZE, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=40, pad_token_id=0,
+        eos_token_id=3, bos_token_id=2, decoder_start_token_id=3,
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCAB_SIZE, n_embd=16, n_layer=2, n_head=2, n_positions=40),
+    "distilbert": DistilBertConfig(
+        vocab_size=VOCAB_SIZE, dim=16, n_layers=2, n_heads=2, hidden_dim=16, max_position_embeddings=40
+    ),
+    "deberta": DebertaV2Config(
+        vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=40, relative_attention=True, pos_att_type=["p2c", "c2p"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_any_architecture_with_its_own_outputs_and_padding(place, tmp_path, name):
+    """Encoder-decoders and decoders return states beside the logits; a decoder must know the padding token."""
+    torch.manual_seed(0)
+    encoder = AutoModel.from_config(ARCHITECTURES[name])
+    encoder.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    task = read_tasks(place / "tasks.yaml")["classification"]
+    data = load_task(task)
+    opened = open_for_task(str(tmp_path / "model"), data, seed=1)
+    body = opened.model.base_model.state_dict()
+    assert all(torch.equal(tensor, body[key]) for key, tensor in encoder.state_dict().items())
+    found = fine_tune(str(tmp_path / "model"), data, arguments(tmp_path, max_steps=2))
+    assert found.predictions.shape == (40, 2) and found.trainer.model.config.pad_token_id == 0
+    # A row alone, without padding, has the same logits.
+    rows = data.encoded("validation", found.tokenizer, max_length=40).select_columns("input_ids")
+    with torch.no_grad():
+        alone = [
+            found.trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0] for row in rows.select(range(5))
+        ]
+    np.testing.assert_allclose(found.predictions[:5], torch.stack(alone), atol=1e-4)
+
+
+def test_answers_are_decoded_with_no_answer_where_it_scores_higher(tmp_path):
+    lines = [
+        {"question": "w4", "context": "w5 w2 w6", "answers": {"text": ["w2"], "answer_start": [3]}},
+        {"question": "w4", "context": "w5 w7 w6", "answers": {"text": [], "answer_start": []}},
+    ]
+    file = tmp_path / "squad.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    both, first = tmp_path / "both.jsonl", tmp_path / "first.jsonl"
+    both.write_text(file.read_text())
+    first.write_text(json.dumps(lines[0]) + "\n")
+    tokenizer = tiny_tokenizer()
+    for path, said in ((both, ["w2", ""]), (first, ["w2"])):
+        options = {"type": "span", "text": ("question", "context"), "validation_file": (str(path),)}
+        data = load_task(TaskSpec(name="squad", train_file=(str(file),), **options))
+        rows = data.encoded("validation", tokenizer, max_length=20, doc_stride=4)
+        starts = np.zeros((len(rows), len(rows[0]["input_ids"])))
+        # [CLS] w4 [SEP] w5 w2 w6 [SEP]: the first question's best token is w2, the second's is none of its text.
+        starts[0, 4], starts[1:, 0] = 5.0, 9.0
+        assert data.decode("validation", (starts, starts.copy()), tokenizer=tokenizer) == said
+        scores = data.score("validation", (starts, starts), tokenizer=tokenizer)
+        assert scores["exact_match"] == 1.0
+        # Where every question has an answer, none stays without one.
+        if len(said) == 1:
+            starts[0, 0] = 99.0
+            assert data.decode("validation", (starts, starts), tokenizer=tokenizer) == said

@@ -1,8 +1,10 @@
 """`hf-pretrain finetune` from its command line to the table that it prints and the folder that it writes."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from hf_pretrain.hub.card import snippets
 from hf_pretrain.hub.record import read_record
 from hf_pretrain.tasks.answers import answer_questions
 from hf_pretrain.tasks.spec import load_task, read_tasks
+from hf_pretrain.transfer.tuning.fine_tune import TaskTrainer
 
 QUICK = (
     "--learning_rate 5e-3 --max_steps 40 --per_device_train_batch_size 16 --use_cpu true --disable_tqdm true".split()
@@ -96,7 +99,7 @@ def test_the_export_gives_the_predictions_of_the_file_and_the_card_runs(place, t
     assert ("TF-IDF" in evaluation.baseline_name) == (kind in ("classification", "pair", "regression"))
     monkeypatch.chdir(out)
     codes = snippets((out / "README.md").read_text())
-    assert codes
+    assert codes and (out / "plots" / "loss.png").is_file()
     for code in codes:
         exec(code, {})
     assert f"{results['scores'][data.main_metric]:.3f}" in shown and str(out) in shown
@@ -255,3 +258,21 @@ def test_two_processes_score_as_one(place, tmp_path):
     for left, right in zip(*(predictions(place / f"ranks-{size}") for size in (1, 2)), strict=True):
         assert left["text"] == right["text"] and left["predicted"] == right["predicted"]
         np.testing.assert_allclose(left["logits"], right["logits"], rtol=1e-2, atol=1e-3)
+
+
+def test_sigterm_saves_a_checkpoint_to_go_on_from(place, tmp_path, capsys, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run(place, whole, strategy="probe_then_tune") == 0
+    step = TaskTrainer.training_step
+
+    def interrupted(trainer, *args, **kwargs):
+        if trainer.state.global_step == 24:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTrainer, "training_step", interrupted)
+        assert run(place, cut, strategy="probe_then_tune") == 143
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err and not (cut / "README.md").exists()
+    assert run(place, cut, "--resume_from_checkpoint", "true", strategy="probe_then_tune") == 0
+    assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
