@@ -49,6 +49,10 @@ COMMANDS = {
         "hf_pretrain.commands.features",
         "features of a frozen encoder, and classic classifiers on them beside TF-IDF",
     ),
+    "evaluate": (
+        "hf_pretrain.commands.evaluate",
+        "measure models on tasks: probes, similarity, minimal pairs, word vectors, likelihoods, fine-tuning",
+    ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
 }

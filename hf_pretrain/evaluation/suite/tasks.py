@@ -144,7 +144,9 @@ def _of_folder(name: str, data_dir: Path) -> SuiteTask:
     files = [entry for entry in (*entries, *inner) if entry.is_file() and _plain(_stem(entry)) in wanted]
     folders = [entry for entry in entries if entry.is_dir() and _plain(entry.name) in wanted]
     if len(files) > 1:
-        raise InputError(f"tasks={name!r} are several files: {', '.join(map(str, files))}: keep one, or use a YAML file")
+        raise InputError(
+            f"tasks={name!r} are several files: {', '.join(map(str, files))}: keep one, or use a YAML file"
+        )
     if files:
         return SuiteTask(name=name, material=_material(files[0]), files=(str(files[0]),))
     if not folders:
@@ -232,7 +234,8 @@ def _json(line: str) -> Any:
 
 def _material(path: Path) -> Material:
     """Return what a file holds, as its first rows show it."""
-    lines = [line for line in _lines(path) if line.strip() and not line.startswith("#")]
+    is_text = kind_of(str(path)) in (*_TABLES, ".txt") and kind_of(str(path)) != ".parquet"
+    lines = [line for line in _lines(path) if line.strip() and not line.startswith("#")] if is_text else []
     if kind_of(str(path)) in (".jsonl", ".json"):
         row = _json(lines[0]) if lines else None
         if isinstance(row, dict) and {"sentence_good", "sentence_bad"} <= set(row):
