@@ -15,8 +15,9 @@ Each task is measured by what is usual for its form; --how chooses others:
     likelihood  the right choice is the most probable           choices
     finetune    a model fine-tuned on the task                  all labelled examples
 
-The table has the baselines that need no model: the most frequent class, chance. With --untrained the baseline is the same architecture
-with fresh weights. Everything is written to --output_file, and to the card of each model that is a folder with its record.
+The table has the baselines that need no model: the most frequent class, chance. With --untrained the baseline is the same
+architecture with fresh weights. Everything is written to --output_file, and to the card of each model that is a folder with its
+record.
 """
 
 from __future__ import annotations

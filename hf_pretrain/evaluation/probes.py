@@ -1,8 +1,8 @@
 """Frozen encoders: the features of texts, and what a linear classifier reads off them.
 
 [`encode`] is the whole way from texts, or pairs of texts, to features. Its two halves are used elsewhere too: [`tokenize_inputs`]
-makes token ids, and [`run_encoder`] feeds them to an encoder in batches of about one length. [`probe_predictions`] trains a linear
-probe on features and predicts others; [`probe_accuracy`] measures that for classes.
+makes token ids, and [`run_encoder`] feeds them to an encoder in batches of about one length. [`probe_predictions`] trains a
+linear probe on features and predicts others; [`probe_accuracy`] measures that for classes.
 """
 
 from __future__ import annotations

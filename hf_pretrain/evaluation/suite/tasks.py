@@ -74,7 +74,7 @@ class SuiteTask:
         is_scored_pairs = self.spec.type == "regression" and len(self.spec.text) == 2
         return (*(("similarity",) if is_scored_pairs else ()), *_HOWS[self.spec.type])
 
-    def chosen(self, hows: Sequence[How] | None) -> tuple[How, ...]:
+    def chosen(self, hows: Sequence[str] | None) -> tuple[How, ...]:
         """Return the ways that are asked for and measure this task; by default the first one.
 
         Raises:
@@ -192,8 +192,8 @@ def _of_task_folder(name: str, folder: Path) -> SuiteTask:
             f"tasks={name!r}: the columns of {str(first)!r} are {', '.join(map(str, header[:6]))}, and none has a usual name "
             "(sentence, or sentence1 and sentence2, with label): describe the task in a YAML file"
         )
-    files_of = {f"{split}_file": paths for split, paths in splits.items()}
-    spec = TaskSpec(name=name, text=found[0], label=found[1], **files_of, **options)
+    options |= {f"{split}_file": paths for split, paths in splits.items()}
+    spec = TaskSpec(name=name, text=found[0], label=found[1], **options)
     return SuiteTask(name=name, material="examples", spec=spec)
 
 
