@@ -53,6 +53,8 @@ class FineTuningArguments(StrategyArguments, TrainingArguments):
     def __post_init__(self) -> None:
         """Check the strategy, then let transformers check the rest."""
         self.settle_strategy()
+        # transformers fills it in, and would not tell its own value from the user's.
+        self.chooses_metric = self.metric_for_best_model is not None
         super().__post_init__()
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self.slanted_triangular and (self.warmup_steps != 0.1 or schedule != "linear"):
