@@ -17,7 +17,12 @@ def linear(price):
 def test_a_schedule_by_hand():
     """Five arms, then 3, 2, 1: of arms at 1 a first rung of E costs 5 E + 3 · 2 E + 2 · 4 E + 8 E = 27 E."""
     costs = [linear(1)] * 5
-    assert plan_rungs(costs, full=1000, least=4, budget=27 * 12) == [Rung(12, 5), Rung(24, 3), Rung(48, 2), Rung(96, 1)]
+    assert plan_rungs(costs, full=1000, least=4, budget=27 * 12) == [
+        Rung(12, 5),
+        Rung(24, 3),
+        Rung(48, 2),
+        Rung(96, 1),
+    ]
     # A little less pays for a step less.
     assert plan_rungs(costs, full=1000, least=4, budget=27 * 12 - 1)[0] == Rung(8, 5)
     assert plan_rungs(costs, full=1000, least=4, budget=27 * 12 * 2, seeds=2)[0] == Rung(12, 5)
@@ -47,8 +52,13 @@ def test_what_is_affordable_in_full_is_run_in_full():
     assert plan_rungs(costs, full=100, least=8, budget=999, seeds=2) == [Rung(40, 2), Rung(80, 1)]
     assert plan_rungs(costs[:1], full=100, least=8, budget=199) == [Rung(96, 1)]
     # Rows for fewer doublings than there are rungs: no rung is longer than a full run.
-    free = [linear(1)] * 8
-    assert plan_rungs(free, full=20, least=8, budget=159) == [Rung(8, 8), Rung(16, 4), Rung(20, 2), Rung(20, 1)]
+    many = [linear(1)] * 8
+    assert plan_rungs(many, full=36, least=8, budget=287) == [Rung(8, 8), Rung(16, 4), Rung(32, 2), Rung(36, 1)]
+    # Behind a rung of full runs there is none.
+    assert plan_rungs(many[:7], full=28, least=8, budget=195) == [Rung(8, 7), Rung(16, 4), Rung(28, 2)]
+    # 168 for the rungs 8, 16, 20 is more than 160 for all arms in full.
+    with pytest.raises(InputError, match="need 160"):
+        plan_rungs(many, full=20, least=8, budget=159)
 
 
 def test_a_budget_that_pays_for_nothing_is_refused_with_what_is_needed():

@@ -95,11 +95,19 @@ def test_best_weights_are_those_of_the_main_metric(place, tmp_path):
 @pytest.mark.parametrize("strategy", ["layerwise_decay", "lora", "gradual"])
 def test_a_resumed_run_ends_where_the_whole_one_does(place, tmp_path, strategy):
     task = read_tasks(place / "tasks.yaml")["entities"]
-    options = {"strategy": strategy, "save_strategy": "steps", "save_steps": 10, "max_steps": 20, "num_train_epochs": 1}
+    options = {
+        "strategy": strategy,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "max_steps": 20,
+        "num_train_epochs": 1,
+    }
     whole = fine_tune(str(place / "encoder"), task, arguments(tmp_path, **options))
     assert is_whole(tmp_path / "checkpoint-10")
     checkpoint = str(tmp_path / "checkpoint-10")
-    resumed = fine_tune(str(place / "encoder"), task, arguments(tmp_path, **options, resume_from_checkpoint=checkpoint))
+    resumed = fine_tune(
+        str(place / "encoder"), task, arguments(tmp_path, **options, resume_from_checkpoint=checkpoint)
+    )
     assert resumed.trainer.state.global_step == 20
     np.testing.assert_array_equal(resumed.predictions, whole.predictions)
     for name, tensor in whole.trainer.model.state_dict().items():

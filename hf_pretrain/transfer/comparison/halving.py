@@ -43,7 +43,7 @@ def plan_rungs(costs: Sequence[Cost], *, full: int, least: int, budget: float | 
         seeds: Runs of each arm in each rung.
 
     Returns:
-        The rungs: half as many arms each time, rounded up, to the last one; examples double, up to a full run.
+        The rungs: half as many arms each time, rounded up, while examples double; to a single arm, or to full runs.
 
     Raises:
         InputError: If the budget does not pay for the first step.
@@ -55,12 +55,18 @@ def plan_rungs(costs: Sequence[Cost], *, full: int, least: int, budget: float | 
         raise InputError("costs is empty: give at least one arm")
     for name, value in (("full", full), ("least", least), ("seeds", seeds)):
         check_range(value, "[1, inf)", name=name)
-    if budget is None or seeds * math.fsum(cost(full) for cost in costs) <= budget:
+    in_full = seeds * math.fsum(cost(full) for cost in costs)
+    if budget is None or in_full <= budget:
         return [Rung(full, len(costs))]
     counts = _halves(len(costs))
 
     def rungs_from(first: int) -> list[Rung]:
-        return [Rung(min(first << number, full), count) for number, count in enumerate(counts)]
+        # A rung behind one of full runs would have nothing new.
+        return [
+            Rung(min(first << number, full), count)
+            for number, count in enumerate(counts)
+            if number == 0 or first << (number - 1) < full
+        ]
 
     def worst(first: int) -> float:
         return seeds * math.fsum(
@@ -71,7 +77,7 @@ def plan_rungs(costs: Sequence[Cost], *, full: int, least: int, budget: float | 
     if worst(least) > budget:
         raise InputError(
             f"budget={budget:.3g} does not pay for a step of each arm: {len(costs)} arms with {seeds} seeds need "
-            f"{worst(least):.3g}; raise it, or leave arms out"
+            f"{min(worst(least), in_full):.3g}; raise it, or leave arms out"
         )
     low, high = 1, max(1, (full >> (len(counts) - 1)) // least)
     while low < high:
@@ -91,7 +97,9 @@ def _halves(count: int) -> list[int]:
 def better_half(scores: Mapping[Arm, float], *, keep: int) -> list[Arm]:
     """Return the arms with the best scores, in their given order; of equals the first, and what is no number last."""
     arms = list(scores)
-    order = sorted(range(len(arms)), key=lambda index: (math.isnan(scores[arms[index]]), -_or_zero(scores[arms[index]])))
+    order = sorted(
+        range(len(arms)), key=lambda index: (math.isnan(scores[arms[index]]), -_or_zero(scores[arms[index]]))
+    )
     return [arms[index] for index in sorted(order[:keep])]
 
 
@@ -112,7 +120,7 @@ def successive_halving(
     Returns:
         The scores of the arms in each rung.
     """
-    left, found = list(arms), []
+    left, found = list(arms), list[dict[Arm, float]]()
     for rung in rungs:
         left = left if not found else better_half(found[-1], keep=rung.arms)
         found.append({arm: score(arm, rung.examples) for arm in left})
