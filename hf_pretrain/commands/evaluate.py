@@ -87,9 +87,11 @@ class EvaluateArguments:
         0.1, "Share of the rows that is held out where a task has none to evaluate on."
     )
     batch_size: int = option(64, "Texts in a batch.")
-    strategy: str = option("layerwise_decay", "Of finetune: the strategy, see FineTuningArguments.")
+    strategy: str = option("layerwise_decay", "Of finetune: the strategy of FineTuningArguments.")
     num_train_epochs: float = option(3.0, "Of finetune: passes over the rows.")
-    learning_rate: float = option(1e-4, "Of finetune: peak learning rate.")
+    learning_rate: float | None = option(
+        None, "Of finetune: peak learning rate; by default 1e-3 where few weights move, else 1e-4."
+    )
     untrained: bool = option(False, "Also measure the same architecture with fresh weights, as the baseline.")
     card: bool | None = option(
         None, "Write the results into the models' cards; by default into those of folders with the record of a run."
@@ -172,7 +174,9 @@ def _measured(model: EvaluatedModel, loaded: LoadedTask, how: How, args: Evaluat
         return measure_task(model, loaded, how)
     from hf_pretrain.transfer.comparison import tuned_scores
 
-    options = {name: getattr(args, name) for name in ("strategy", "num_train_epochs", "learning_rate", "seed")}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("strategy", "num_train_epochs", "seed")}
+    if args.learning_rate is not None:
+        options["learning_rate"] = args.learning_rate
     scores = tuned_scores(model.name, loaded.data, max_length=args.max_length, **options).scores
     rows = len(loaded.data.rows("train"))
     method = f"fine-tuned ({args.strategy}) for {args.num_train_epochs:g} epochs on {rows:,} rows, one seed"

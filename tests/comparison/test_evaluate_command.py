@@ -37,6 +37,8 @@ from hf_pretrain.evaluation.words import analogy_accuracy, word_similarity
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, read_record
 from hf_pretrain.modeling.pooling import SentenceModules
+from hf_pretrain.tasks.spec import load_task
+from hf_pretrain.transfer.comparison import tuned_scores
 
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 0}
@@ -228,6 +230,25 @@ def test_static_vectors_and_choices(encoder, data, tmp_path):
     assert found["analogies"]["metrics"]["accuracy"] == pytest.approx(answers.total.accuracy)
     assert run(encoder, "--tasks", f"{data / 'tasks.yaml'}:first", *out) == 0
     assert "by token" in results(tmp_path, encoder)["first"]["method"]
+
+
+def test_fine_tuned_scores_are_those_of_fine_tuning(encoder, data, tmp_path):
+    out = ["--data_dir", data, "--output_file", tmp_path / "out.json", "--card", "false"]
+    tags = f"{data / 'tasks.yaml'}:tags"
+    options = ["--how", "finetune", "--num_train_epochs", "2", "--strategy", "full", "--learning_rate", "0.003"]
+    assert run(encoder, "--tasks", "SST-2", tags, *options, *out) == 0
+    found = results(tmp_path, encoder)
+    tuning = {"strategy": "full", "num_train_epochs": 2.0, "learning_rate": 0.003, "seed": 0}
+    specs = [task.spec for task in find_tasks(["SST-2", tags], data_dir=data)]
+    for name, spec in zip(("SST-2, finetune", "tags"), specs, strict=True):
+        task = load_task(spec, seed=0)
+        expected = tuned_scores(str(encoder), task, **tuning).scores[task.main_metric]
+        assert next(iter(found[name]["metrics"].values())) == pytest.approx(expected), name
+        assert found[name]["method"].startswith("fine-tuned (full) for 2 epochs")
+    assert found["tags"]["split"] == "held-out rows" and found["tags"]["num_examples"] == 2
+    # What is fine-tuned by default needs no --how.
+    assert run(encoder, "--tasks", tags, *out) == 0
+    assert "layerwise_decay" in results(tmp_path, encoder)["tags"]["method"]
 
 
 def test_an_untrained_model_is_the_baseline(encoder, data, tmp_path):
