@@ -28,8 +28,8 @@ from hf_pretrain.evaluation.suite import find_tasks
 from hf_pretrain.options import check_options, option
 from hf_pretrain.tasks.spec import TaskSpec
 from hf_pretrain.training.program import print_table
-from hf_pretrain.transfer.comparison.arms import Arm
-from hf_pretrain.transfer.comparison.grid import Comparison, Settings
+from hf_pretrain.transfer.comparison.arms import ComparisonArm
+from hf_pretrain.transfer.comparison.grid import StrategyComparison, ComparisonSettings
 from hf_pretrain.transfer.comparison.report import HEADER, plot_comparison, short_names, table_rows
 
 
@@ -105,9 +105,9 @@ class CompareArguments:
             found.append(task.spec)
         return found
 
-    def settings(self) -> Settings:
+    def settings(self) -> ComparisonSettings:
         """Return what all runs share."""
-        return Settings(**{entry.name: getattr(self, entry.name) for entry in fields(Settings)})
+        return ComparisonSettings(**{entry.name: getattr(self, entry.name) for entry in fields(ComparisonSettings)})
 
 
 ARGUMENTS = (CompareArguments,)
@@ -117,10 +117,10 @@ def main(argv: list[str] | None = None) -> None:
     """Run the comparison, print the table and draw the plot; see the top of the file."""
     args = parse_command(ARGUMENTS, argv, name="compare", description=__doc__, first="models")
     begin, specs = time.perf_counter(), args.specs()
-    arms = [Arm.parse(model, text) for model in args.models for text in args.strategies]
+    arms = [ComparisonArm.parse(model, text) for model in args.models for text in args.strategies]
     names = short_names(args.models)
     print(f"arms   {len(arms)}: {', '.join(f'{names[arm.model]} {arm.name}' for arm in arms)}", flush=True)
-    comparison = Comparison(
+    comparison = StrategyComparison(
         arms,
         specs,
         seeds=args.seeds,

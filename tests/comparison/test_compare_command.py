@@ -15,7 +15,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.suite import find_tasks
 from hf_pretrain.tasks.spec import load_task
 from hf_pretrain.transfer.classic_heads import fit_head, fit_tfidf
-from hf_pretrain.transfer.comparison import Arm, Comparison, Settings, grid
+from hf_pretrain.transfer.comparison import ComparisonArm, StrategyComparison, ComparisonSettings, grid
 from hf_pretrain.transfer.comparison.arms import Outcome, count_cost
 from hf_pretrain.transfer.features import PretrainedFeatures
 
@@ -111,12 +111,12 @@ def made_up(scores, calls):
 
 ARMS = ("full", "frozen", "bitfit", "lora", "features")
 SCORES = {"full": 0.5, "frozen": 0.9, "bitfit": 0.2, "lora": 0.7, "features": 0.8}
-SETTINGS = Settings(batch_size=8, num_train_epochs=10, least_steps=1)
+SETTINGS = ComparisonSettings(batch_size=8, num_train_epochs=10, least_steps=1)
 
 
 def comparison(place, folder, *, budget, **options):
-    arms = [Arm.parse(str(place / "encoder"), text) for text in ARMS]
-    return Comparison(
+    arms = [ComparisonArm.parse(str(place / "encoder"), text) for text in ARMS]
+    return StrategyComparison(
         arms, [spec_of(place)], settings=SETTINGS, results=folder / "runs.json", budget=budget, **options
     )
 
@@ -195,7 +195,9 @@ def test_a_stopped_comparison_goes_on_to_the_same_table(place, tmp_path, monkeyp
 def test_what_is_frozen_costs_less(place):
     data = load_task(spec_of(place))
     names = ("full", "bitfit", "lora:lora_rank=1", "frozen", "features")
-    costs = {name: count_cost(Arm.parse(str(place / "encoder"), name), data, batch_size=16) for name in names}
+    costs = {
+        name: count_cost(ComparisonArm.parse(str(place / "encoder"), name), data, batch_size=16) for name in names
+    }
     assert costs["full"].flops > costs["lora:lora_rank=1"].flops > costs["frozen"].flops > 0
     assert costs["full"].flops > costs["bitfit"].flops
     # Backward is twice forward; the head and the attention's own products are the rest.

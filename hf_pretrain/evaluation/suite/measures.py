@@ -96,10 +96,12 @@ class LoadedTask:
 
     @property
     def num_examples(self) -> int:
-        """Validation rows with a label."""
+        """Validation rows that count: those with a label."""
         targets = self.data.targets("validation")
         if targets.dtype == object:
-            return sum(target is not None and (len(target) == 0 or target[0] != IGNORED) for target in targets)
+            if self.data.spec.type == "span":
+                return sum(answers is not None for answers in targets)
+            return sum(bool((np.asarray(classes) != IGNORED).any()) for classes in targets)
         return int((np.isfinite(targets) if targets.dtype.kind == "f" else targets != IGNORED).sum())
 
     def read(self) -> None:

@@ -4,17 +4,17 @@
 every run in a file. `report.py` makes the table and the plot.
 """
 
-from hf_pretrain.transfer.comparison.arms import Arm, tuned_scores
-from hf_pretrain.transfer.comparison.grid import Comparison, Entry, Group, Settings
+from hf_pretrain.transfer.comparison.arms import ComparisonArm, tuned_scores
+from hf_pretrain.transfer.comparison.grid import StrategyComparison, Entry, Group, ComparisonSettings
 from hf_pretrain.transfer.comparison.halving import Rung, better_half, plan_rungs, successive_halving
 
 __all__ = [
-    "Arm",
-    "Comparison",
+    "ComparisonArm",
+    "StrategyComparison",
     "Entry",
     "Group",
     "Rung",
-    "Settings",
+    "ComparisonSettings",
     "better_half",
     "plan_rungs",
     "successive_halving",

@@ -42,7 +42,7 @@ _SAMPLED = 512
 
 
 @dataclass(frozen=True)
-class Arm:
+class ComparisonArm:
     """A model with a strategy.
 
     Attributes:
@@ -56,7 +56,7 @@ class Arm:
     options: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def parse(cls, model: str, text: str) -> Arm:
+    def parse(cls, model: str, text: str) -> ComparisonArm:
         """Return the arm that a text describes: "lora", or "lora:learning_rate=1e-3,lora_rank=16".
 
         Raises:
@@ -161,7 +161,7 @@ class ArmCost:
         flops: FLOPs of a step of fine-tuning, or of a row's features.
     """
 
-    arm: Arm
+    arm: ComparisonArm
     batch_size: int
     rows: int
     flops: float = field(default=0.0)
@@ -177,7 +177,7 @@ class ArmCost:
         return self.flops * self.steps(examples)
 
 
-def count_cost(arm: Arm, data: TaskData, *, batch_size: int, max_length: int | None = None) -> ArmCost:
+def count_cost(arm: ComparisonArm, data: TaskData, *, batch_size: int, max_length: int | None = None) -> ArmCost:
     """Count what an arm costs on a task.
 
     Fine-tuning: forward and backward of a batch of rows of about the mean length, by torch's FlopCounterMode; what is frozen at
@@ -219,7 +219,7 @@ def _length(ids: Sequence[Any]) -> int:
     return sum(map(len, ids)) if ids and isinstance(ids[0], Sequence) else len(ids)
 
 
-def _feature_flops(arm: Arm, data: TaskData, *, max_length: int | None) -> float:
+def _feature_flops(arm: ComparisonArm, data: TaskData, *, max_length: int | None) -> float:
     """Return the FLOPs of a row's features."""
     features = _features(arm, max_length=max_length, batch_size=1).fit()
     texts = data.texts("train")
@@ -235,7 +235,7 @@ def _feature_flops(arm: Arm, data: TaskData, *, max_length: int | None) -> float
     return float(flops * length)
 
 
-def _features(arm: Arm, *, max_length: int | None, batch_size: int) -> PretrainedFeatures:
+def _features(arm: ComparisonArm, *, max_length: int | None, batch_size: int) -> PretrainedFeatures:
     options = {name: value for name, value in arm.options if name != "head"}
     return PretrainedFeatures(arm.model, max_length=max_length, batch_size=batch_size, **options)
 

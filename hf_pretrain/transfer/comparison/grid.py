@@ -1,6 +1,6 @@
 """The whole comparison: arms × tasks × sizes × seeds under one budget, with every run kept in a file.
 
-[`Comparison`] takes the tasks and sizes one after the other. Each gets an equal share of what is left of the budget, and shares
+[`StrategyComparison`] takes the tasks and sizes one after the other. Each gets an equal share of what is left of the budget, and shares
 it out among the arms by successive halving. A run that the file has is not run again, so a stopped comparison goes on.
 """
 
@@ -21,7 +21,7 @@ from hf_pretrain.files import weights_digest, write_text
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec, load_task
 from hf_pretrain.transfer.classic_heads import HEADS
-from hf_pretrain.transfer.comparison.arms import Arm, ArmCost, Outcome, count_cost, run_arm, run_tfidf
+from hf_pretrain.transfer.comparison.arms import ComparisonArm, ArmCost, Outcome, count_cost, run_arm, run_tfidf
 from hf_pretrain.transfer.comparison.halving import Rung, plan_rungs, successive_halving
 
 _FORMAT = "hf_pretrain comparison"
@@ -30,7 +30,7 @@ TFIDF = {"classification": "TF-IDF + linear_svc", "regression": "TF-IDF + ridge"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class ComparisonSettings:
     """What all runs of a comparison share; a file of runs has one of it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Runs:
         InputError: If it is no file of runs, or of other settings.
     """
 
-    def __init__(self, path: str | Path, settings: Settings) -> None:
+    def __init__(self, path: str | Path, settings: ComparisonSettings) -> None:
         self.path, self.settings = Path(path), asdict(settings)
         self.entries: dict[str, dict[str, Any]] = {}
         if not self.path.exists():
@@ -156,7 +156,7 @@ class Group:
         metric: The metric that counts.
         constant: Score of the most frequent class or of the mean, by seed.
         tfidf: TF-IDF on these rows; None where the task is none of whole texts.
-        rungs: Arm -> its runs, a mapping a rung.
+        rungs: ComparisonArm -> its runs, a mapping a rung.
     """
 
     task: str
@@ -164,9 +164,9 @@ class Group:
     metric: str
     constant: list[float]
     tfidf: Entry | None
-    rungs: list[dict[Arm, Entry]] = field(default_factory=list)
+    rungs: list[dict[ComparisonArm, Entry]] = field(default_factory=list)
 
-    def last(self, arm: Arm) -> tuple[int, Entry]:
+    def last(self, arm: ComparisonArm) -> tuple[int, Entry]:
         """Return the last rung of an arm, counted from 1, and its runs there."""
         return [(number, rung[arm]) for number, rung in enumerate(self.rungs, start=1) if arm in rung][-1]
 
@@ -176,7 +176,7 @@ class Group:
         return math.fsum(outcome.flops for rung in self.rungs for entry in rung.values() for outcome in entry.outcomes)
 
 
-class Comparison:
+class StrategyComparison:
     """Arms on tasks.
 
     Args:
@@ -195,12 +195,12 @@ class Comparison:
 
     def __init__(
         self,
-        arms: Sequence[Arm],
+        arms: Sequence[ComparisonArm],
         tasks: Sequence[TaskSpec],
         *,
         seeds: Sequence[int] = (0,),
         sizes: Sequence[int | None] = (None,),
-        settings: Settings | None = None,
+        settings: ComparisonSettings | None = None,
         results: str | Path = "comparison.json",
         budget: float | None = None,
         say: Callable[[str], None] = lambda line: None,
@@ -209,7 +209,7 @@ class Comparison:
             if not values or len(set(values)) != len(values):
                 raise InputError(f"{name}={list(values)} is empty or has one twice: name each once")
         self.arms, self.tasks, self.seeds, self.sizes = list(arms), list(tasks), list(seeds), list(sizes)
-        self.settings, self.budget, self.say = settings or Settings(), budget, say
+        self.settings, self.budget, self.say = settings or ComparisonSettings(), budget, say
         self.runs = Runs(results, self.settings)
         self._weights = {arm.model: weights_digest(arm.model) for arm in arms}
         self._costs = {
@@ -277,10 +277,10 @@ class Comparison:
             tfidf = Entry(rows, tuple(outcomes), metric)
             self.say(f"{TFIDF[spec.type]}: {tfidf.mean:.3f}")
         group = Group(spec.name, rows, metric, [constant[metric] for constant in constants], tfidf)
-        entries: list[dict[Arm, Entry]] = [{} for _ in rungs]
+        entries: list[dict[ComparisonArm, Entry]] = [{} for _ in rungs]
         digests = [_digest(one) for one in data]
 
-        def score(arm: Arm, examples: int) -> float:
+        def score(arm: ComparisonArm, examples: int) -> float:
             rung = next(i for i, entry in enumerate(entries) if rungs[i].arms > len(entry))
             cost = replace(self._costs[spec.name, arm], rows=rows)
             outcomes = [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hf_pretrain.files import write_bytes
 from hf_pretrain.hub.plots import HELD_OUT_COLOURS, style_panel
 from hf_pretrain.hub.text import label
-from hf_pretrain.transfer.comparison.arms import Arm
+from hf_pretrain.transfer.comparison.arms import ComparisonArm
 from hf_pretrain.transfer.comparison.grid import Entry, Group
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def table_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     return rows
 
 
-def ordered(group: Group) -> list[Arm]:
+def ordered(group: Group) -> list[ComparisonArm]:
     """Return the arms of a group: by the rung they reached, then by their score there."""
     return sorted(group.rungs[0], key=lambda arm: (-group.last(arm)[0], -group.last(arm)[1].mean))
 
@@ -65,7 +65,7 @@ def plot_comparison(groups: Sequence[Group], path: str | Path) -> Path:
     """Draw scores against FLOPs: a panel for each task and size, a line for each arm, a point for each rung.
 
     Args:
-        groups: What `Comparison.run` returned.
+        groups: What `StrategyComparison.run` returned.
         path: The PNG.
 
     Returns:
