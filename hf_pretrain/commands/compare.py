@@ -29,7 +29,7 @@ from hf_pretrain.options import check_options, option
 from hf_pretrain.tasks.spec import TaskSpec
 from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.comparison.arms import ComparisonArm
-from hf_pretrain.transfer.comparison.grid import StrategyComparison, ComparisonSettings
+from hf_pretrain.transfer.comparison.grid import ComparisonSettings, StrategyComparison
 from hf_pretrain.transfer.comparison.report import HEADER, plot_comparison, short_names, table_rows
 
 

@@ -15,7 +15,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.suite import find_tasks
 from hf_pretrain.tasks.spec import load_task
 from hf_pretrain.transfer.classic_heads import fit_head, fit_tfidf
-from hf_pretrain.transfer.comparison import ComparisonArm, StrategyComparison, ComparisonSettings, grid
+from hf_pretrain.transfer.comparison import ComparisonArm, ComparisonSettings, StrategyComparison, grid
 from hf_pretrain.transfer.comparison.arms import Outcome, count_cost
 from hf_pretrain.transfer.features import PretrainedFeatures
 

@@ -5,7 +5,7 @@ every run in a file. `report.py` makes the table and the plot.
 """
 
 from hf_pretrain.transfer.comparison.arms import ComparisonArm, tuned_scores
-from hf_pretrain.transfer.comparison.grid import StrategyComparison, Entry, Group, ComparisonSettings
+from hf_pretrain.transfer.comparison.grid import ComparisonSettings, Entry, Group, StrategyComparison
 from hf_pretrain.transfer.comparison.halving import Rung, better_half, plan_rungs, successive_halving
 
 __all__ = [

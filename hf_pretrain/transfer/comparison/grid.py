@@ -1,7 +1,7 @@
 """The whole comparison: arms × tasks × sizes × seeds under one budget, with every run kept in a file.
 
-[`StrategyComparison`] takes the tasks and sizes one after the other. Each gets an equal share of what is left of the budget, and shares
-it out among the arms by successive halving. A run that the file has is not run again, so a stopped comparison goes on.
+[`StrategyComparison`] takes the tasks and sizes one after the other. Each gets an equal share of what is left of the budget, and
+shares it out among the arms by successive halving. A run that the file has is not run again, so a stopped comparison goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_pretrain.files import weights_digest, write_text
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec, load_task
 from hf_pretrain.transfer.classic_heads import HEADS
-from hf_pretrain.transfer.comparison.arms import ComparisonArm, ArmCost, Outcome, count_cost, run_arm, run_tfidf
+from hf_pretrain.transfer.comparison.arms import ArmCost, ComparisonArm, Outcome, count_cost, run_arm, run_tfidf
 from hf_pretrain.transfer.comparison.halving import Rung, plan_rungs, successive_halving
 
 _FORMAT = "hf_pretrain comparison"
