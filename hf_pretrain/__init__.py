@@ -55,12 +55,19 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.evaluation.minimal_pairs import read_minimal_pairs as read_minimal_pairs
     from hf_pretrain.evaluation.probes import encode as encode
     from hf_pretrain.evaluation.probes import probe_accuracy as probe_accuracy
+    from hf_pretrain.evaluation.probes import probe_predictions as probe_predictions
     from hf_pretrain.evaluation.similarity import read_scored_pairs as read_scored_pairs
     from hf_pretrain.evaluation.similarity import retrieval_recall as retrieval_recall
     from hf_pretrain.evaluation.similarity import similarity_correlation as similarity_correlation
     from hf_pretrain.evaluation.similarity import text_vectors as text_vectors
     from hf_pretrain.evaluation.streams import sliding_window_evaluate as sliding_window_evaluate
     from hf_pretrain.evaluation.streams import stream_evaluate as stream_evaluate
+    from hf_pretrain.evaluation.suite import EvaluatedModel as EvaluatedModel
+    from hf_pretrain.evaluation.suite import LoadedTask as LoadedTask
+    from hf_pretrain.evaluation.suite import MeasureOptions as MeasureOptions
+    from hf_pretrain.evaluation.suite import SuiteTask as SuiteTask
+    from hf_pretrain.evaluation.suite import find_tasks as find_tasks
+    from hf_pretrain.evaluation.suite import measure_task as measure_task
     from hf_pretrain.evaluation.words import analogy_accuracy as analogy_accuracy
     from hf_pretrain.evaluation.words import word_similarity as word_similarity
     from hf_pretrain.hub.card import add_evaluation as add_evaluation
@@ -204,6 +211,9 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.adaptation import choose_words as choose_words
     from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
     from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
+    from hf_pretrain.transfer.comparison import ComparisonArm as ComparisonArm
+    from hf_pretrain.transfer.comparison import ComparisonSettings as ComparisonSettings
+    from hf_pretrain.transfer.comparison import StrategyComparison as StrategyComparison
     from hf_pretrain.transfer.feature_heads import FeatureClassifier as FeatureClassifier
     from hf_pretrain.transfer.feature_heads import FeatureRegressor as FeatureRegressor
     from hf_pretrain.transfer.features import PretrainedFeatures as PretrainedFeatures
@@ -276,9 +286,17 @@ _EXPORTS = {
         "pseudo_log_likelihoods",
         "read_minimal_pairs",
     ),
-    "evaluation.probes": ("encode", "probe_accuracy"),
+    "evaluation.probes": ("encode", "probe_accuracy", "probe_predictions"),
     "evaluation.similarity": ("read_scored_pairs", "retrieval_recall", "similarity_correlation", "text_vectors"),
     "evaluation.streams": ("sliding_window_evaluate", "stream_evaluate"),
+    "evaluation.suite": (
+        "EvaluatedModel",
+        "LoadedTask",
+        "MeasureOptions",
+        "SuiteTask",
+        "find_tasks",
+        "measure_task",
+    ),
     "evaluation.words": ("analogy_accuracy", "word_similarity"),
     "hub.card": ("add_evaluation",),
     "hub.evaluation": ("Evaluation",),
@@ -403,6 +421,7 @@ _EXPORTS = {
     "transfer.adapters": ("merge_for_export",),
     "transfer.arguments": ("StrategyArguments",),
     "transfer.adaptation": ("add_words", "choose_words"),
+    "transfer.comparison": ("ComparisonArm", "ComparisonSettings", "StrategyComparison"),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
     "transfer.generative.trainer": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
     "transfer.generative.inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),

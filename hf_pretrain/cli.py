@@ -57,6 +57,14 @@ COMMANDS = {
         "hf_pretrain.commands.finetune",
         "fine-tune an encoder on a task with a strategy, beside TF-IDF",
     ),
+    "evaluate": (
+        "hf_pretrain.commands.evaluate",
+        "measure models on tasks: probes, similarity, minimal pairs, words, likelihoods",
+    ),
+    "compare": (
+        "hf_pretrain.commands.compare",
+        "compare strategies of transfer on tasks, under a budget of FLOPs",
+    ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
 }

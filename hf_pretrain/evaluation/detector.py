@@ -111,13 +111,8 @@ class ReplacedTokenScorer:
         Raises:
             InputError: If there is no such checkpoint, or it is no discriminator.
         """
-        config = from_pretrained(AutoConfig, name_or_path, revision=revision)
-        of_head: dict[str, Any] = {"subfolder": DISCRIMINATOR_HEAD_FOLDER, "revision": revision}
-        if find_file(name_or_path, "config.json", **of_head) is not None:
-            model_class, head = AutoModel, from_pretrained(DiscriminatorHead, name_or_path, **of_head).to(device)
-        else:
-            model_class, head = _detector_class(name_or_path, config), None
-        model = from_pretrained(model_class, name_or_path, revision=revision).to(device)
+        model, head = open_detector(name_or_path, revision=revision)
+        model, head = model.to(device), None if head is None else head.to(device)
         tokenizer = from_pretrained(AutoTokenizer, name_or_path, revision=revision)
         return cls(model, tokenizer, head=head, max_length=max_length)
 
@@ -208,6 +203,35 @@ def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     # A tokenizer that knows no limit says 10**30.
     limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
     return min(limits, default=_LENGTH_OF_UNBOUNDED)
+
+
+def is_detector(name_or_path: str, config: PreTrainedConfig) -> bool:
+    """Return whether a checkpoint is a discriminator: a stock one, or an encoder with a head in the folder of such heads."""
+    architecture = (config.architectures or ["none"])[0]
+    is_stock = architecture.endswith("ForTokenClassification") and config.num_labels == 1
+    is_stock = is_stock or architecture in _DETECTORS
+    return is_stock or find_file(name_or_path, "config.json", subfolder=DISCRIMINATOR_HEAD_FOLDER) is not None
+
+
+def open_detector(name_or_path: str, *, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Open a discriminator: a stock one, or an encoder and its head.
+
+    Args:
+        name_or_path: A folder, or a repository of the Hub.
+        revision: Branch, tag or commit of a repository; "main" by default.
+
+    Returns:
+        The model, and the head that turns its states into logits; None where the model has it.
+
+    Raises:
+        InputError: If there is no such checkpoint, or it is no discriminator.
+    """
+    config = from_pretrained(AutoConfig, name_or_path, revision=revision)
+    of_head: dict[str, Any] = {"subfolder": DISCRIMINATOR_HEAD_FOLDER, "revision": revision}
+    if find_file(name_or_path, "config.json", **of_head) is None:
+        return from_pretrained(_detector_class(name_or_path, config), name_or_path, revision=revision), None
+    head: PreTrainedModel = from_pretrained(DiscriminatorHead, name_or_path, **of_head)
+    return from_pretrained(AutoModel, name_or_path, revision=revision), head
 
 
 def _detector_class(name_or_path: str, config: PreTrainedConfig) -> Any:

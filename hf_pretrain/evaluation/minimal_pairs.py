@@ -269,7 +269,12 @@ def _continuation(text: EncodedText, begin: int | None, is_framed: bool) -> Cont
 
 
 def originality_scores(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, batch_size: int = 64
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    *,
+    head: PreTrainedModel | None = None,
+    batch_size: int = 64,
 ) -> np.ndarray:
     """Score texts by a discriminator: the sum of each token's log-probability of being original.
 
@@ -277,6 +282,7 @@ def originality_scores(
         model: A stock model with one logit a token, positive for "replaced", such as `ElectraForPreTraining`.
         tokenizer: Its tokenizer, a fast one.
         texts: Texts that fit the model's positions.
+        head: What turns the states of an encoder, ``[B, L, D]``, into such logits, if the model is one.
         batch_size: Texts in a batch.
 
     Returns:
@@ -287,7 +293,7 @@ def originality_scores(
     """
     encoded = _encode(model, tokenizer, checked_texts(texts, batch_size=batch_size))
     scores = np.zeros(len(encoded))
-    with evaluating(model):
+    with evaluating(model), evaluating(model if head is None else head):
         for rows, batch in batches_by_length(
             [text.ids for text in encoded],
             pad_token_id=tokenizer.pad_token_id,
@@ -295,7 +301,9 @@ def originality_scores(
             device=model.device,
             name="Scoring",
         ):
-            logits_BL = model(**batch).logits.float().reshape(batch["input_ids"].shape)
+            output = model(**batch)
+            logits = output.logits if head is None else head(output.last_hidden_state)
+            logits_BL = logits.float().reshape(batch["input_ids"].shape)
             original_BL = F.logsigmoid(-logits_BL).double().cpu().numpy()
             scores[rows] = [original_BL[i, encoded[row].scored].sum() for i, row in enumerate(rows)]
     return scores

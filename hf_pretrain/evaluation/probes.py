@@ -1,8 +1,8 @@
 """Frozen encoders: the features of texts, and what a linear classifier reads off them.
 
 [`encode`] is the whole way from texts, or pairs of texts, to features. Its two halves are used elsewhere too: [`tokenize_inputs`]
-makes token ids, and [`run_encoder`] feeds them to an encoder in batches of about one length. [`probe_accuracy`] trains a logistic
-regression on features and measures it on others.
+makes token ids, and [`run_encoder`] feeds them to an encoder in batches of about one length. [`probe_predictions`] trains a
+linear probe on features and predicts others; [`probe_accuracy`] measures that for classes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import accuracy_score, matthews_corrcoef, r2_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -349,34 +349,73 @@ def probe_accuracy(
     Raises:
         InputError: If there is one class only, rows and labels are not as many, or a feature is not finite.
     """
-    labels = np.asarray(train_labels)
-    for name, features, given in (("train", train_features, labels), ("test", test_features, test_labels)):
+    _check_rows(train=(train_features, train_labels), test=(test_features, test_labels))
+    predicted, best = probe_predictions(train_features, train_labels, test_features, seed=seed)
+    return ProbeScore(
+        accuracy=float(accuracy_score(test_labels, predicted)),
+        matthews_correlation=float(matthews_corrcoef(test_labels, predicted)),
+        regularization=best,
+    )
+
+
+def probe_predictions(
+    train_features: np.ndarray,
+    train_targets: Sequence[float] | np.ndarray,
+    test_features: np.ndarray,
+    *,
+    kind: Literal["classification", "regression"] = "classification",
+    seed: int = 0,
+) -> tuple[np.ndarray, float]:
+    """Train a linear probe on features, and predict others: a logistic regression, or of values a ridge regression.
+
+    The strength of regularisation is chosen as [`probe_accuracy`] says; of values by the best R².
+
+    Args:
+        train_features: ``[N, D]``.
+        train_targets: ``[N]`` classes or values.
+        test_features: ``[M, D]``.
+        kind: What the targets are.
+        seed: Key of the choice of the fifth that chooses the strength.
+
+    Returns:
+        ``[M]`` predicted classes or values, and the inverse strength that was chosen.
+
+    Raises:
+        InputError: If there is one class only, rows and targets are not as many, or a feature is not finite.
+    """
+    check_choice(kind, ("classification", "regression"), name="kind")
+    _check_rows(train=(train_features, train_targets), test=(test_features, test_features))
+    targets = np.asarray(train_targets)
+    order = draws.permutation(len(targets), seed=seed, stream="probe")
+    # By class, so that the fifth has its share of each.
+    order = order[np.argsort(targets[order], kind="stable")]
+    is_held_out = np.arange(len(order)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
+    fit, held_out = order[~is_held_out], order[is_held_out]
+    if len(np.unique(targets[fit])) < 2:
+        what = "class" if kind == "classification" else "value"
+        raise InputError(f"train_labels has one {what} in {len(fit)} rows: a probe needs two to tell apart")
+    is_class = kind == "classification"
+    gain = matthews_corrcoef if is_class else r2_score
+
+    def probe(strength: float, rows: np.ndarray) -> Any:
+        head = LogisticRegression(C=strength, max_iter=1000) if is_class else Ridge(alpha=1 / strength)
+        return make_pipeline(StandardScaler(), head).fit(train_features[rows], targets[rows])
+
+    gains = [
+        # A fifth of fewer than five rows is empty, and chooses nothing.
+        gain(targets[held_out], probe(strength, fit).predict(train_features[held_out])) if len(held_out) else 0.0
+        for strength in _STRENGTHS
+    ]
+    best = _STRENGTHS[int(np.argmax(gains))]
+    return probe(best, order).predict(test_features), best
+
+
+def _check_rows(**parts: tuple[np.ndarray, Any]) -> None:
+    """Refuse features without rows, with another number of labels, or with numbers that are not finite."""
+    for name, (features, given) in parts.items():
         if len(features) != len(given) or not len(features):
             raise InputError(
                 f"{name}_features has {len(features)} rows and {name}_labels {len(given)}: give as many, at least one"
             )
         if not np.isfinite(features).all():
             raise InputError(f"{name}_features has numbers that are not finite: was the model's loss finite?")
-    order = draws.permutation(len(labels), seed=seed, stream="probe")
-    # By class, so that the fifth has its share of each.
-    order = order[np.argsort(labels[order], kind="stable")]
-    is_held_out = np.arange(len(order)) % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1
-    fit, held_out = order[~is_held_out], order[is_held_out]
-    if len(np.unique(labels[fit])) < 2:
-        raise InputError(f"train_labels has one class in {len(fit)} rows: a probe needs two to tell apart")
-
-    def classifier(strength: float, rows: np.ndarray) -> LogisticRegression:
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
-        return probe.fit(train_features[rows], labels[rows])
-
-    gains = [
-        matthews_corrcoef(labels[held_out], classifier(strength, fit).predict(train_features[held_out]))
-        for strength in _STRENGTHS
-    ]
-    best = _STRENGTHS[int(np.argmax(gains))]
-    predicted = classifier(best, order).predict(test_features)
-    return ProbeScore(
-        accuracy=float(accuracy_score(test_labels, predicted)),
-        matthews_correlation=float(matthews_corrcoef(test_labels, predicted)),
-        regularization=best,
-    )

@@ -66,7 +66,7 @@ def word_similarity(
     Source: Finkelstein et al. 2002, "Placing Search in Context: The Concept Revisited" (WordSim-353); Hill et al. 2015,
         "SimLex-999: Evaluating Semantic Models with (Genuine) Similarity Estimation".
     """
-    rows = list(_scored_words(path_or_rows) if isinstance(path_or_rows, (str, Path)) else path_or_rows)
+    rows = list(read_scored_words(path_or_rows) if isinstance(path_or_rows, (str, Path)) else path_or_rows)
     found = [(vectors.find(first), vectors.find(second), float(score)) for first, second, score in rows]
     known = [(first, second, score) for first, second, score in found if first is not None and second is not None]
     if len({score for _, _, score in known}) < 2:
@@ -76,8 +76,8 @@ def word_similarity(
     return WordSimilarity(correlation, len(known), len(rows))
 
 
-def _scored_words(path: str | Path) -> Iterator[tuple[str, str, float]]:
-    """Yield the rows of a file of scored pairs."""
+def read_scored_words(path: str | Path) -> Iterator[tuple[str, str, float]]:
+    """Yield the rows of a file of scored pairs: two words and a score; see [`word_similarity`]."""
     column, is_first = 2, True
     for number, line in _lines(path):
         fields = [field.strip() for field in re.split(r"\t|,", line)]
@@ -185,7 +185,7 @@ def analogy_accuracy(
         check_range(restrict, "[1, inf)", name="restrict")
     candidates = min(restrict or len(vectors), len(vectors))
     sections: dict[str, AnalogyScore] = {}
-    for name, questions in _questions(path).items():
+    for name, questions in read_questions(path).items():
         found = [[vectors.find(word) for word in question] for question in questions]
         known = [rows for rows in found if all(row is not None and row < candidates for row in rows)]
         right = _right_answers(vectors.unit[:candidates], np.array(known, dtype=np.int64).reshape(-1, 4), method)
@@ -201,8 +201,8 @@ def _sum(scores: Sequence[AnalogyScore]) -> AnalogyScore:
     return AnalogyScore(*(sum(counts) for counts in zip(*scores, strict=True))) if scores else AnalogyScore(0, 0, 0)
 
 
-def _questions(path: str | Path) -> dict[str, list[list[str]]]:
-    """Return the questions of each section."""
+def read_questions(path: str | Path) -> dict[str, list[list[str]]]:
+    """Return the questions of each section of a file, four words each; see [`analogy_accuracy`]."""
     sections: dict[str, list[list[str]]] = {}
     name = ""
     for number, line in _lines(path):

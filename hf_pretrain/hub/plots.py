@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 PLOTS_FOLDER = "plots"
 
 _TRAIN_COLOUR = "#8fb8de"
-_HELD_OUT_COLOURS = ("#12355b", "#c4622d", "#3f7d4e", "#7b4b94", "#8a6d1c")
+HELD_OUT_COLOURS = ("#12355b", "#c4622d", "#3f7d4e", "#7b4b94", "#8a6d1c")
+"""Colours of lines that are compared."""
+
 _EXPORTED_COLOUR = "#555555"
 _MOST_COLUMNS = 3
 _PANEL_SIZE = (3.9, 2.9)  # inches
@@ -174,11 +176,18 @@ def _draw(
     return write_bytes(path, small.getvalue())
 
 
+def style_panel(panel: Axes) -> None:
+    """Give a panel the small ticks and the light grid of all pictures."""
+    panel.tick_params(labelsize=8)
+    panel.grid(True, color="#e6e6e6", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def _draw_curve(panel: Axes, curve: Curve, *, exported_step: int | None) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     lines = [(curve.train, "training", _TRAIN_COLOUR, 1.4)] if curve.train else []
-    for (name, values), colour in zip(curve.held_out.items(), cycle(_HELD_OUT_COLOURS), strict=False):
+    for (name, values), colour in zip(curve.held_out.items(), cycle(HELD_OUT_COLOURS), strict=False):
         lines.append((values, f"held-out: {name}" if name else "held-out", colour, 0.9))
     for values, name, colour, width in lines:
         marker = "o" if len(values) <= _FEW_POINTS or name != "training" else None
@@ -191,9 +200,7 @@ def _draw_curve(panel: Axes, curve: Curve, *, exported_step: int | None) -> None
     panel.set_ylabel(_axis_title(curve.name), fontsize=9)
     panel.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    panel.tick_params(labelsize=8)
-    panel.grid(True, color="#e6e6e6", linewidth=0.6)
-    panel.spines[["top", "right"]].set_visible(False)
+    style_panel(panel)
     if len(lines) > 1 or exported_step is not None:
         panel.legend(fontsize=8, frameon=False)
 

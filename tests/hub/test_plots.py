@@ -91,7 +91,7 @@ def test_each_component_has_one_panel_with_all_held_out_sets(tmp_path: Path) -> 
     assert (curve.name, list(curve.train)) == ("mlm_loss", [1, 2, 3])
     assert curve.held_out == {"news": {0: 5.0, 3: 2.0}, "news_old": {0: 3.0, 3: 0.0}}
     pixels = _pixels(plot_training(log, tmp_path)[0])
-    assert all(_shows(pixels, colour) for colour in (plots._TRAIN_COLOUR, *plots._HELD_OUT_COLOURS[:2]))
+    assert all(_shows(pixels, colour) for colour in (plots._TRAIN_COLOUR, *plots.HELD_OUT_COLOURS[:2]))
 
 
 def test_steps_are_in_order_and_the_last_word_counts() -> None:
@@ -137,9 +137,9 @@ def test_the_pictures_are_small_and_show_training_light_and_held_out_dark(tmp_pa
     ]
     assert max(path.stat().st_size for path in paths) < 100_000
     loss, quality, rate = map(_pixels, paths)
-    assert _shows(loss, plots._TRAIN_COLOUR) and _shows(loss, plots._HELD_OUT_COLOURS[0])
-    assert not _shows(quality, plots._TRAIN_COLOUR) and _shows(quality, plots._HELD_OUT_COLOURS[0])
-    assert _shows(rate, plots._TRAIN_COLOUR) and not _shows(rate, plots._HELD_OUT_COLOURS[0])
+    assert _shows(loss, plots._TRAIN_COLOUR) and _shows(loss, plots.HELD_OUT_COLOURS[0])
+    assert not _shows(quality, plots._TRAIN_COLOUR) and _shows(quality, plots.HELD_OUT_COLOURS[0])
+    assert _shows(rate, plots._TRAIN_COLOUR) and not _shows(rate, plots.HELD_OUT_COLOURS[0])
 
 
 def test_places_left_over_in_the_grid_stay_empty(tmp_path: Path) -> None:

@@ -1,0 +1,250 @@
+"""The tasks of an evaluation: found by name in a folder of data, or listed in a YAML file.
+
+[`find_tasks`] turns names into [`SuiteTask`]s. What a file holds is seen from its first rows: minimal pairs, words with scores of
+their similarity, questions of analogy, or a table of labelled examples with a usual header.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hf_pretrain.data.text.lines import open_bytes, readable
+from hf_pretrain.errors import InputError, check_choice, nearest
+from hf_pretrain.tasks.files import kind_of
+from hf_pretrain.tasks.spec import TaskSpec, read_tasks
+
+How = Literal["probe", "similarity", "pairs", "words", "likelihood", "finetune"]
+"""The ways to measure a model on a task."""
+Material = Literal["examples", "minimal pairs", "scored words", "analogies"]
+"""What the files of a task hold."""
+
+_SPLITS = {"train": ("train",), "validation": ("dev", "validation", "valid", "val")}
+_TABLES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+# Columns of texts and labels by their usual names.
+_TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
+_TEXTS_ALONE = (("sentence",), ("text",))
+_LABELS = ("label", "labels", "score", "is_duplicate")
+# Tables without a header, and what their header does not say, by the name of the task.
+_KNOWN: dict[str, dict[str, Any]] = {
+    "sst2": {"columns": ("sentence", "label")},
+    "cola": {"columns": ("source", "label", "star", "sentence"), "metric": "matthews"},
+    "stsb": {"columns": ("sentence1", "sentence2", "label"), "type": "regression", "metric": "spearman"},
+}
+_WORD_FILES = {"wordsim": "wordsim353", "simlex": "simlex999", "analogies": "questions-words"}
+_HOWS: dict[str, tuple[How, ...]] = {
+    "minimal pairs": ("pairs",),
+    "scored words": ("words",),
+    "analogies": ("words",),
+    "classification": ("probe", "finetune"),
+    "regression": ("probe", "finetune"),
+    "tokens": ("finetune",),
+    "choice": ("likelihood", "finetune"),
+    "span": ("finetune",),
+}
+_FIRST_ROWS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteTask:
+    """A task that models are measured on.
+
+    Attributes:
+        name: Its name in tables and cards.
+        material: What its files hold.
+        spec: The task of labelled examples; None of the others.
+        files: The files of the others.
+    """
+
+    name: str
+    material: Material
+    spec: TaskSpec | None = None
+    files: tuple[str, ...] = ()
+
+    @property
+    def hows(self) -> tuple[How, ...]:
+        """The ways to measure it, the default first."""
+        if self.spec is None:
+            return _HOWS[self.material]
+        is_scored_pairs = self.spec.type == "regression" and len(self.spec.text) == 2
+        return (*(("similarity",) if is_scored_pairs else ()), *_HOWS[self.spec.type])
+
+    def chosen(self, hows: Sequence[str] | None) -> tuple[How, ...]:
+        """Return the ways that are asked for and measure this task; by default the first one.
+
+        Raises:
+            InputError: If none of them does.
+        """
+        if not hows:
+            return self.hows[:1]
+        for how in hows:
+            check_choice(how, get_args(How), name="how")
+        found = tuple(how for how in self.hows if how in hows)
+        if not found:
+            raise InputError(
+                f"how={' '.join(hows)} does not measure the task {self.name!r}: choose {' or '.join(self.hows)}"
+            )
+        return found
+
+
+def find_tasks(names: Iterable[str], *, data_dir: str | Path = "data") -> list[SuiteTask]:
+    """Return tasks by their names.
+
+    Args:
+        names: Names of tasks in the folder, YAML files of tasks, all of which are taken, or FILE.yaml:NAME for one of them.
+        data_dir: Folder of the data. A task NAME is a folder NAME with train.* and dev.*, or with minimal pairs, or it is a file
+            NAME.*, perhaps in a folder below. Hyphens, underscores and capitals make no difference: SST-2 is sst2. The files
+            wordsim353, simlex999 and questions-words are also called wordsim, simlex and analogies.
+
+    Returns:
+        The tasks in the order of the names.
+
+    Raises:
+        InputError: If one is not found, comes twice, or its files are of no known form.
+    """
+    found: dict[str, SuiteTask] = {}
+    for name in names:
+        for task in _of_yaml(name) if re.search(r"\.ya?ml(:|$)", name) else [_of_folder(name, Path(data_dir))]:
+            if task.name in found:
+                raise InputError(f"tasks has {task.name!r} twice: name each task once")
+            found[task.name] = task
+    if not found:
+        raise InputError("tasks is empty: name at least one task, or a YAML file of tasks")
+    return list(found.values())
+
+
+def _of_yaml(name: str) -> list[SuiteTask]:
+    path, _, chosen = name.rpartition(":") if re.search(r"\.ya?ml:", name) else (name, "", "")
+    known = read_tasks(path)
+    if chosen:
+        check_choice(chosen, known, name=f"tasks={name}: task")
+    return [
+        SuiteTask(name=spec.name, material="examples", spec=spec)
+        for spec in known.values()
+        if not chosen or spec.name == chosen
+    ]
+
+
+def _plain(name: str) -> str:
+    """Return a name as it is compared."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _of_folder(name: str, data_dir: Path) -> SuiteTask:
+    if not data_dir.is_dir():
+        raise InputError(f"data_dir={str(data_dir)!r} is no folder: name that of the task {name!r}, or a YAML file")
+    wanted = {_plain(name), _plain(_WORD_FILES.get(_plain(name), name))}
+    entries = sorted(data_dir.iterdir())
+    inner = [file for entry in entries if entry.is_dir() for file in sorted(entry.iterdir()) if file.is_file()]
+    files = [entry for entry in (*entries, *inner) if entry.is_file() and _plain(_stem(entry)) in wanted]
+    folders = [entry for entry in entries if entry.is_dir() and _plain(entry.name) in wanted]
+    if len(files) > 1:
+        raise InputError(
+            f"tasks={name!r} are several files: {', '.join(map(str, files))}: keep one, or use a YAML file"
+        )
+    if files:
+        return SuiteTask(name=name, material=_material(files[0]), files=(str(files[0]),))
+    if not folders:
+        known = [entry.name if entry.is_dir() else _stem(entry) for entry in (*entries, *inner)]
+        raise InputError(
+            f"tasks={name!r} is no folder or file of data_dir={str(data_dir)!r}: {nearest(name, sorted(set(known)))}"
+        )
+    return _of_task_folder(name, folders[0])
+
+
+def _stem(path: Path) -> str:
+    return path.name.partition(".")[0]
+
+
+def _of_task_folder(name: str, folder: Path) -> SuiteTask:
+    """Return the task of a folder: of minimal pairs, or of labelled examples with their splits."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and kind_of(str(path)) in _TABLES]
+    splits = {
+        split: tuple(str(path) for path in files if _stem(path).lower() in stems) for split, stems in _SPLITS.items()
+    }
+    if not any(splits.values()):
+        pairs = [path for path in files if kind_of(str(path)) == ".jsonl" and _material(path) == "minimal pairs"]
+        if pairs:
+            return SuiteTask(name=name, material="minimal pairs", files=tuple(map(str, pairs)))
+        raise InputError(
+            f"tasks={name!r}: the folder {str(folder)!r} has no train.* or dev.* ({', '.join(_TABLES)}) and no minimal pairs "
+            "(.jsonl): rename its files, or describe the task in a YAML file"
+        )
+    for split, paths in splits.items():
+        if len(paths) > 1:
+            raise InputError(f"tasks={name!r}: {split} is several files, {', '.join(paths)}: keep one")
+    known = _KNOWN.get(_plain(name), {})
+    first = Path((splits["train"] or splits["validation"])[0])
+    header = _header(first)
+    options: dict[str, Any] = {"type": "classification"} | known
+    columns = known.get("columns")
+    is_named = _columns(header) is not None
+    if is_named or columns is None:
+        options.pop("columns", None)
+    found = _columns(header if is_named or columns is None else columns)
+    if found is None:
+        raise InputError(
+            f"tasks={name!r}: the columns of {str(first)!r} are {', '.join(map(str, header[:6]))}, and none has a usual name "
+            "(sentence, or sentence1 and sentence2, with label): describe the task in a YAML file"
+        )
+    options |= {f"{split}_file": paths for split, paths in splits.items()}
+    spec = TaskSpec(name=name, text=found[0], label=found[1], **options)
+    return SuiteTask(name=name, material="examples", spec=spec)
+
+
+def _columns(header: Sequence[str]) -> tuple[tuple[str, ...], str] | None:
+    """Return the columns of texts and of labels among those of a table, None if they have no usual names."""
+    text = next((names for names in (*_TEXTS, *_TEXTS_ALONE) if set(names) <= set(header)), None)
+    label = next((name for name in _LABELS if name in header), None)
+    return None if text is None or label is None else (text, label)
+
+
+def _lines(path: Path) -> list[str]:
+    with readable(path), open_bytes(str(path)) as file:
+        lines = [line for _, line in zip(range(_FIRST_ROWS), file, strict=False)]
+    return [line.decode("utf-8-sig", errors="replace").strip("\r\n") for line in lines]
+
+
+def _header(path: Path) -> list[str]:
+    """Return the cells of the first row of a table, or the names in the first object of JSON lines."""
+    kind, lines = kind_of(str(path)), _lines(path) if kind_of(str(path)) != ".parquet" else []
+    if kind in (".tsv", ".csv"):
+        options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+        return next(csv.reader(lines, **options), [])
+    if kind == ".parquet":
+        import pyarrow.parquet
+
+        with readable(path):
+            return list(pyarrow.parquet.read_schema(path).names)
+    row = _json(lines[0]) if lines else None
+    return list(row) if isinstance(row, dict) else []
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _material(path: Path) -> Material:
+    """Return what a file holds, as its first rows show it."""
+    is_text = kind_of(str(path)) in (*_TABLES, ".txt") and kind_of(str(path)) != ".parquet"
+    lines = [line for line in _lines(path) if line.strip() and not line.startswith("#")] if is_text else []
+    if kind_of(str(path)) in (".jsonl", ".json"):
+        row = _json(lines[0]) if lines else None
+        if isinstance(row, dict) and {"sentence_good", "sentence_bad"} <= set(row):
+            return "minimal pairs"
+    elif lines and lines[0].startswith(":"):
+        return "analogies"
+    elif lines and len(re.split(r"\t|,", lines[-1])) >= 3:
+        return "scored words"
+    raise InputError(
+        f"{str(path)!r} holds neither minimal pairs (JSON lines with sentence_good and sentence_bad), nor words with scores, nor "
+        "questions of analogy: a task of labelled examples is a folder with train.* and dev.*, or is in a YAML file"
+    )

@@ -1,0 +1,288 @@
+"""What is compared: a model with a strategy, what a step of it costs, and one run of it.
+
+An arm is a strategy of fine-tuning, or "features": a classic head on features of the frozen encoder. FLOPs are those of training;
+scoring the validation rows is not counted.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, cast, get_args
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hf_pretrain.errors import InputError, nearest
+from hf_pretrain.evaluation.probes import tokenize_inputs
+from hf_pretrain.modeling.backbone import flops_of_weights
+from hf_pretrain.options import number_or_text
+from hf_pretrain.tasks.labelled import TaskData
+from hf_pretrain.transfer.arguments import Strategy
+from hf_pretrain.transfer.classic_heads import HEADS, Kind, fit_head, fit_tfidf
+from hf_pretrain.transfer.features import PretrainedFeatures
+from hf_pretrain.transfer.fine_tuning import FineTuningArguments
+from hf_pretrain.transfer.tuning.fine_tune import FineTuned, fine_tune, task_trainer
+
+FEATURES = "features"
+STRATEGIES = (*get_args(Strategy), FEATURES)
+# They move few weights, or only fresh ones.
+_HIGHER_RATE = frozenset({"frozen", "bitfit", "lora", "dora", "peft", "scalar_mix"})
+_RATES = {True: 1e-3, False: 1e-4}
+_OF_FEATURES = ("head", "pooling", "layer")
+# What a comparison sets itself.
+_OWN = ("strategy", "output_dir", "max_steps", "num_train_epochs", "seed", "per_device_train_batch_size")
+# Rows whose mean length stands for all.
+_SAMPLED = 512
+
+
+@dataclass(frozen=True)
+class ComparisonArm:
+    """A model with a strategy.
+
+    Attributes:
+        model: Name of the model.
+        strategy: A strategy of fine-tuning, or "features".
+        options: Options of `FineTuningArguments` that differ from the strategy's own; of features `head`, `pooling` and `layer`.
+    """
+
+    model: str
+    strategy: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def parse(cls, model: str, text: str) -> ComparisonArm:
+        """Return the arm that a text describes: "lora", or "lora:learning_rate=1e-3,lora_rank=16".
+
+        Raises:
+            InputError: If there is no such strategy or option.
+        """
+        strategy, _, rest = text.partition(":")
+        if strategy not in STRATEGIES:
+            raise InputError(f"strategies={text!r}: {nearest(strategy, STRATEGIES)}")
+        known = _OF_FEATURES if strategy == FEATURES else [entry.name for entry in fields(FineTuningArguments)]
+        options: dict[str, Any] = {}
+        for part in filter(None, rest.split(",")):
+            name, sign, value = part.partition("=")
+            if not sign or name not in known or name in _OWN:
+                hint = nearest(name, [entry for entry in known if entry not in _OWN])
+                raise InputError(f"strategies={text!r}: {part!r} is no option=value of it: {hint}")
+            options[name] = _value(value)
+        arm = cls(model, strategy, tuple(options.items()))
+        if strategy != FEATURES:
+            with tempfile.TemporaryDirectory() as folder:
+                arm.training(folder, seed=0, steps=1, batch_size=1)
+        return arm
+
+    @property
+    def name(self) -> str:
+        """The strategy with its options, as it is written."""
+        options = ",".join(f"{name}={value}" for name, value in self.options)
+        return f"{self.strategy}:{options}" if options else self.strategy
+
+    def training(self, folder: str, *, seed: int, steps: int, batch_size: int) -> FineTuningArguments:
+        """Return the options of a run of so many steps."""
+        return tuning_arguments(
+            folder, strategy=self.strategy, seed=seed, max_steps=steps, batch_size=batch_size, **dict(self.options)
+        )
+
+
+def _value(text: str) -> Any:
+    """Return an option's value: a number, true or false, or a word."""
+    if text in ("true", "false"):
+        return text == "true"
+    number = number_or_text(text)
+    return int(number) if isinstance(number, float) and text.lstrip("-").isdecimal() else number
+
+
+def tuning_arguments(
+    folder: str, *, strategy: str, seed: int, batch_size: int = 32, **options: Any
+) -> FineTuningArguments:
+    """Return options of fine-tuning that leave no trace but the model: no logs, no checkpoints.
+
+    Args:
+        folder: Folder that the Trainer may write to.
+        strategy: The strategy. Where it moves few weights the learning rate is 1e-3 unless another is given, else 1e-4.
+        seed: Seed of the head, the order and the dropout.
+        batch_size: Rows of a step.
+        **options: Further options of `FineTuningArguments`.
+    """
+    quiet = {"report_to": "none", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+    own: dict[str, Any] = {"learning_rate": _RATES[strategy in _HIGHER_RATE], "disable_tqdm": True, **quiet}
+    own |= {"strategy": strategy, "seed": seed, "per_device_train_batch_size": batch_size, "output_dir": folder}
+    return FineTuningArguments(**own | options)
+
+
+def tuned_scores(
+    model: str, data: TaskData, *, strategy: str, seed: int, max_length: int | None = None, **options: Any
+) -> FineTuned:
+    """Fine-tune a model on a task, and return its scores; nothing is left on the disk.
+
+    Args:
+        model: Name of the model.
+        data: The task.
+        strategy: The strategy.
+        seed: Seed of the head, the order and the dropout.
+        max_length: Most tokens of an example.
+        **options: Further options of `FineTuningArguments`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        args = tuning_arguments(folder, strategy=strategy, seed=seed, **options)
+        return fine_tune(model, data, args, max_length=max_length)
+
+
+class Outcome(NamedTuple):
+    """A run of an arm.
+
+    Attributes:
+        scores: Scores on the validation rows.
+        flops: FLOPs of the training.
+        seconds: Wall-clock time of the training alone.
+    """
+
+    scores: dict[str, float]
+    flops: float
+    seconds: float
+
+
+@dataclass
+class ArmCost:
+    """What an arm costs on a task, counted once.
+
+    Attributes:
+        arm: The arm.
+        batch_size: Rows of a step.
+        rows: Rows to train on.
+        flops: FLOPs of a step of fine-tuning, or of a row's features.
+    """
+
+    arm: ComparisonArm
+    batch_size: int
+    rows: int
+    flops: float = field(default=0.0)
+
+    def steps(self, examples: int) -> int:
+        """Return the steps of fine-tuning with so many examples."""
+        return max(1, examples // self.batch_size)
+
+    def __call__(self, examples: int) -> float:
+        """Return the FLOPs of a run with so many examples; features are computed once a row."""
+        if self.arm.strategy == FEATURES:
+            return self.flops * min(examples, self.rows)
+        return self.flops * self.steps(examples)
+
+
+def count_cost(arm: ComparisonArm, data: TaskData, *, batch_size: int, max_length: int | None = None) -> ArmCost:
+    """Count what an arm costs on a task.
+
+    Fine-tuning: forward and backward of a batch of rows of about the mean length, by torch's FlopCounterMode; what is frozen at
+    some time only counts as if it moved. Features: the products of the encoder's weights for the mean length, forward.
+
+    Args:
+        arm: The arm.
+        data: The task with its rows to train on.
+        batch_size: Rows of a step.
+        max_length: Most tokens of an example.
+
+    Raises:
+        InputError: If the arm does not go with the model or the task.
+    """
+    rows = len(data.rows("train"))
+    if arm.strategy == FEATURES:
+        if data.spec.type not in HEADS:
+            raise InputError(
+                f"strategies=features does not go with the task {data.spec.name!r} of type {data.spec.type!r}: leave one out"
+            )
+        return ArmCost(arm, batch_size, rows, _feature_flops(arm, data, max_length=max_length))
+    with tempfile.TemporaryDirectory() as folder:
+        args = arm.training(folder, seed=0, steps=1, batch_size=batch_size)
+        trainer, _, _ = task_trainer(arm.model, data, args, max_length=max_length)
+        lengths = np.array([_length(ids) for ids in cast(Any, trainer.train_dataset)["input_ids"]])
+        near = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:batch_size]
+        batch = trainer._prepare_inputs(
+            trainer.data_collator([cast(Any, trainer.train_dataset)[int(row)] for row in near])
+        )
+        model = cast(torch.nn.Module, trainer.model).train()
+        # The counter knows the products that attention is made of, not the fused kernel of a CPU.
+        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(model, cast(Any, batch)).backward()
+    return ArmCost(arm, batch_size, rows, counter.get_total_flops() * batch_size / len(near))
+
+
+def _length(ids: Sequence[Any]) -> int:
+    """Return the tokens of an example; those of all choices together."""
+    return sum(map(len, ids)) if ids and isinstance(ids[0], Sequence) else len(ids)
+
+
+def _feature_flops(arm: ComparisonArm, data: TaskData, *, max_length: int | None) -> float:
+    """Return the FLOPs of a row's features."""
+    features = _features(arm, max_length=max_length, batch_size=1).fit()
+    texts = data.texts("train")
+    every = max(1, len(texts) // _SAMPLED)
+    tokenized = tokenize_inputs(features.encoder, features.text_tokenizer, texts[::every], max_length=max_length)
+    length = math.ceil(np.mean([len(ids) for ids in tokenized["input_ids"]]))
+    tokens = torch.full((1, length), int(tokenized["input_ids"][0][0]), device=features.encoder.device)
+    flops = flops_of_weights(features.encoder, tokens)
+    if flops is None:
+        raise InputError(
+            f"model={arm.model!r} does not run on tokens alone, so its FLOPs are not counted: leave features out"
+        )
+    return float(flops * length)
+
+
+def _features(arm: ComparisonArm, *, max_length: int | None, batch_size: int) -> PretrainedFeatures:
+    options = {name: value for name, value in arm.options if name != "head"}
+    return PretrainedFeatures(arm.model, max_length=max_length, batch_size=batch_size, **options)
+
+
+def run_arm(cost: ArmCost, data: TaskData, *, examples: int, seed: int, max_length: int | None = None) -> Outcome:
+    """Run an arm.
+
+    Args:
+        cost: The arm with what it costs.
+        data: The task. Features are made of all its rows to train on.
+        examples: Examples to learn from; fine-tuning reads a row several times where there are fewer rows.
+        seed: Seed of the run.
+        max_length: Most tokens of an example.
+    """
+    arm = cost.arm
+    if arm.strategy == FEATURES:
+        begin = time.perf_counter()
+        features = _features(arm, max_length=max_length, batch_size=cost.batch_size).fit()
+        kind = cast(Kind, data.spec.type)
+        name = str(dict(arm.options).get("head", next(iter(HEADS[kind]))))
+        table = features.transform(data.texts("train"))
+        head = fit_head(name, table, data.targets("train"), kind=kind, seed=seed).pipeline
+        seconds = time.perf_counter() - begin
+        predicted = head.predict(features.transform(data.texts("validation")).astype(np.float64))
+        return Outcome(_class_scores(data, predicted), cost(examples), seconds)
+    tuned = tuned_scores(
+        arm.model,
+        data,
+        strategy=arm.strategy,
+        seed=seed,
+        max_length=max_length,
+        max_steps=cost.steps(examples),
+        batch_size=cost.batch_size,
+        **dict(arm.options),
+    )
+    return Outcome(tuned.scores, cost(examples), tuned.seconds)
+
+
+def run_tfidf(data: TaskData, *, seed: int) -> Outcome:
+    """Run what needs no encoder: TF-IDF with a linear support vector machine, of values with a ridge regression."""
+    begin = time.perf_counter()
+    kind = cast(Kind, data.spec.type)
+    head = fit_tfidf(data.texts("train"), data.targets("train"), kind=kind, seed=seed).pipeline
+    seconds = time.perf_counter() - begin
+    return Outcome(_class_scores(data, head.predict(data.texts("validation"))), 0.0, seconds)
+
+
+def _class_scores(data: TaskData, predicted: np.ndarray) -> dict[str, float]:
+    """Score numbers of classes, or values."""
+    return data.score("validation", predicted if data.labels is None else np.eye(len(data.labels))[predicted])

@@ -1,0 +1,328 @@
+"""The whole comparison: arms × tasks × sizes × seeds under one budget, with every run kept in a file.
+
+[`StrategyComparison`] takes the tasks and sizes one after the other. Each gets an equal share of what is left of the budget, and
+shares it out among the arms by successive halving. A run that the file has is not run again, so a stopped comparison goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.files import weights_digest, write_text
+from hf_pretrain.tasks.labelled import TaskData
+from hf_pretrain.tasks.spec import TaskSpec, load_task
+from hf_pretrain.transfer.classic_heads import HEADS
+from hf_pretrain.transfer.comparison.arms import ArmCost, ComparisonArm, Outcome, count_cost, run_arm, run_tfidf
+from hf_pretrain.transfer.comparison.halving import Rung, plan_rungs, successive_halving
+
+_FORMAT = "hf_pretrain comparison"
+TFIDF = {"classification": "TF-IDF + linear_svc", "regression": "TF-IDF + ridge"}
+"""Name of what needs no encoder, by the type of the task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonSettings:
+    """What all runs of a comparison share; a file of runs has one of it.
+
+    Attributes:
+        batch_size: Rows of a step.
+        num_train_epochs: Passes of a full run over the rows.
+        least_steps: Steps that a full run has at least, where rows are few.
+        max_length: Most tokens of an example; by default what is usual for the task.
+        validation_fraction: Share of the rows that is held out where a task has none to evaluate on.
+    """
+
+    batch_size: int = 32
+    num_train_epochs: float = 3.0
+    least_steps: int = 100
+    max_length: int | None = None
+    validation_fraction: float = 0.1
+
+    def full(self, rows: int) -> int:
+        """Return the examples of a full run on so many rows."""
+        return max(math.ceil(self.num_train_epochs * rows), self.least_steps * self.batch_size)
+
+
+class Runs:
+    """A file of runs, which grows by one at a time.
+
+    Args:
+        path: The JSON file.
+        settings: What all its runs share.
+
+    Raises:
+        InputError: If it is no file of runs, or of other settings.
+    """
+
+    def __init__(self, path: str | Path, settings: ComparisonSettings) -> None:
+        self.path, self.settings = Path(path), asdict(settings)
+        self.entries: dict[str, dict[str, Any]] = {}
+        if not self.path.exists():
+            if not self.path.parent.is_dir():
+                raise InputError(f"results={str(path)!r} is in no folder: make it, or name another")
+            return
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"results={str(path)!r} cannot be read: {one_line(error)}: name another file") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise InputError(
+                f"results={str(path)!r} is no file of a comparison: name another, nothing of it is changed"
+            )
+        for name, value in self.settings.items():
+            if content["settings"].get(name) != value:
+                raise InputError(
+                    f"{name}={value}, but the runs in results={str(path)!r} have {name}={content['settings'].get(name)}: give "
+                    "the same, or name another file"
+                )
+        self.entries = {_key(entry["run"]): entry for entry in content["runs"]}
+
+    def outcome(self, run: Mapping[str, Any], make: Callable[[], Outcome]) -> Outcome:
+        """Return what a run found: from the file, or by making it and writing it down.
+
+        Args:
+            run: All that decides on it, as plain data.
+            make: Makes it.
+        """
+        known = self.entries.get(_key(run))
+        if known is None:
+            known = {"run": dict(run), **make()._asdict()}
+            self.entries[_key(run)] = known
+            content = {"format": _FORMAT, "settings": self.settings, "runs": list(self.entries.values())}
+            write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return Outcome(dict(known["scores"]), float(known["flops"]), float(known["seconds"]))
+
+
+def _key(run: Mapping[str, Any]) -> str:
+    return json.dumps(run, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An arm in a rung: a run a seed.
+
+    Attributes:
+        examples: Examples of each run.
+        outcomes: The runs, in the order of the seeds.
+        metric: The metric that counts.
+    """
+
+    examples: int
+    outcomes: tuple[Outcome, ...]
+    metric: str
+
+    @property
+    def scores(self) -> list[float]:
+        """The score of each run."""
+        return [outcome.scores[self.metric] for outcome in self.outcomes]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the scores."""
+        return statistics.fmean(self.scores)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of the scores, None of a single one."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a run."""
+        return statistics.fmean(outcome.flops for outcome in self.outcomes)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a run."""
+        return statistics.fmean(outcome.seconds for outcome in self.outcomes)
+
+
+@dataclass
+class Group:
+    """The comparison on one task with one number of rows.
+
+    Attributes:
+        task: Name of the task.
+        rows: Rows to train on.
+        metric: The metric that counts.
+        constant: Score of the most frequent class or of the mean, by seed.
+        tfidf: TF-IDF on these rows; None where the task is none of whole texts.
+        rungs: ComparisonArm -> its runs, a mapping a rung.
+    """
+
+    task: str
+    rows: int
+    metric: str
+    constant: list[float]
+    tfidf: Entry | None
+    rungs: list[dict[ComparisonArm, Entry]] = field(default_factory=list)
+
+    def last(self, arm: ComparisonArm) -> tuple[int, Entry]:
+        """Return the last rung of an arm, counted from 1, and its runs there."""
+        return [(number, rung[arm]) for number, rung in enumerate(self.rungs, start=1) if arm in rung][-1]
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of all runs."""
+        return math.fsum(outcome.flops for rung in self.rungs for entry in rung.values() for outcome in entry.outcomes)
+
+
+class StrategyComparison:
+    """Arms on tasks.
+
+    Args:
+        arms: The arms, each different.
+        tasks: The tasks.
+        seeds: Seeds; each run is done with each. A seed draws the rows of a size, the head and the order.
+        sizes: Rows to train on, None for all.
+        settings: What all runs share.
+        results: File of the runs.
+        budget: FLOPs of training that all runs may take together; None for no limit.
+        say: Called with a line before each task and each rung.
+
+    Raises:
+        InputError: If an arm does not go with a task, or the file is not one of these settings.
+    """
+
+    def __init__(
+        self,
+        arms: Sequence[ComparisonArm],
+        tasks: Sequence[TaskSpec],
+        *,
+        seeds: Sequence[int] = (0,),
+        sizes: Sequence[int | None] = (None,),
+        settings: ComparisonSettings | None = None,
+        results: str | Path = "comparison.json",
+        budget: float | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        for name, values in (("strategies", arms), ("seeds", seeds), ("train_sizes", sizes)):
+            if not values or len(set(values)) != len(values):
+                raise InputError(f"{name}={list(values)} is empty or has one twice: name each once")
+        self.arms, self.tasks, self.seeds, self.sizes = list(arms), list(tasks), list(seeds), list(sizes)
+        self.settings, self.budget, self.say = settings or ComparisonSettings(), budget, say
+        self.runs = Runs(results, self.settings)
+        self._weights = {arm.model: weights_digest(arm.model) for arm in arms}
+        self._costs = {
+            (spec.name, arm): count_cost(
+                arm,
+                self._load(spec, None, seeds[0]),
+                batch_size=self.settings.batch_size,
+                max_length=self.settings.max_length,
+            )
+            for spec in tasks
+            for arm in arms
+        }
+
+    def _load(self, spec: TaskSpec, rows: int | None, seed: int) -> TaskData:
+        return load_task(spec, seed=seed, max_examples=rows, validation_fraction=self.settings.validation_fraction)
+
+    def groups(self) -> list[tuple[TaskSpec, int]]:
+        """Return the tasks with their numbers of rows; a size beyond what a task has is all of it, once."""
+        found: dict[tuple[str, int], tuple[TaskSpec, int]] = {}
+        for spec in self.tasks:
+            available = len(self._load(spec, None, self.seeds[0]).rows("train"))
+            for size in self.sizes:
+                rows = available if size is None else min(size, available)
+                found[(spec.name, rows)] = (spec, rows)
+        return list(found.values())
+
+    def plan(self, spec: TaskSpec, rows: int, *, budget: float | None) -> list[Rung]:
+        """Return the rungs of a task with so many rows under a budget of its own."""
+        costs = [replace(self._costs[spec.name, arm], rows=rows) for arm in self.arms]
+        try:
+            return plan_rungs(
+                costs,
+                full=self.settings.full(rows),
+                least=self.settings.batch_size,
+                budget=budget,
+                seeds=len(self.seeds),
+            )
+        except InputError as error:
+            raise InputError(f"task {spec.name!r} with {rows} rows: {error}") from error
+
+    def run(self) -> list[Group]:
+        """Run what the file does not have, and return everything.
+
+        Raises:
+            InputError: If the budget does not pay for a step of each arm.
+        """
+        groups, spent, found = self.groups(), 0.0, []
+        if self.budget is not None:
+            # Each has at least this share: what cannot be paid for is said before anything is run.
+            for spec, rows in groups:
+                self.plan(spec, rows, budget=self.budget / len(groups))
+        for number, (spec, rows) in enumerate(groups):
+            share = None if self.budget is None else (self.budget - spent) / (len(groups) - number)
+            found.append(self._group(spec, rows, self.plan(spec, rows, budget=share)))
+            spent += found[-1].flops
+        return found
+
+    def _group(self, spec: TaskSpec, rows: int, rungs: Sequence[Rung]) -> Group:
+        data = [self._load(spec, rows, seed) for seed in self.seeds]
+        metric, constants = data[0].main_metric, [one.baseline() for one in data]
+        self.say(f"{spec.name}: {rows:,} rows to train on, {len(data[0].validation):,} to measure on, {metric}")
+        tfidf = None
+        if spec.type in HEADS:
+            outcomes = [self._tfidf(one, seed) for one, seed in zip(data, self.seeds, strict=True)]
+            tfidf = Entry(rows, tuple(outcomes), metric)
+            self.say(f"{TFIDF[spec.type]}: {tfidf.mean:.3f}")
+        group = Group(spec.name, rows, metric, [constant[metric] for constant in constants], tfidf)
+        entries: list[dict[ComparisonArm, Entry]] = [{} for _ in rungs]
+        digests = [_digest(one) for one in data]
+
+        def score(arm: ComparisonArm, examples: int) -> float:
+            rung = next(i for i, entry in enumerate(entries) if rungs[i].arms > len(entry))
+            cost = replace(self._costs[spec.name, arm], rows=rows)
+            outcomes = [
+                self._outcome(cost, one, digest, examples=examples, seed=seed)
+                for one, digest, seed in zip(data, digests, self.seeds, strict=True)
+            ]
+            entries[rung][arm] = entry = Entry(examples, tuple(outcomes), metric)
+            self.say(f"{arm.model} {arm.name}, {examples:,} examples: {entry.mean:.3f}")
+            return entry.mean
+
+        successive_halving(self.arms, rungs, score)
+        group.rungs = entries
+        return group
+
+    def _outcome(self, cost: ArmCost, data: TaskData, digest: str, *, examples: int, seed: int) -> Outcome:
+        arm, rows = cost.arm, len(data.rows("train"))
+        if arm.strategy == "features" and examples < rows:
+            # Of the same draw: fewer rows are a part of more.
+            data = self._load(data.spec, examples, seed)
+        run = {
+            "model": arm.model,
+            "weights": self._weights[arm.model],
+            "strategy": arm.name,
+            "task": data.spec.name,
+            "data": digest,
+            "rows": rows,
+            "examples": examples,
+            "seed": seed,
+        }
+        max_length = self.settings.max_length
+        return self.runs.outcome(run, lambda: run_arm(cost, data, examples=examples, seed=seed, max_length=max_length))
+
+    def _tfidf(self, data: TaskData, seed: int) -> Outcome:
+        run = {"strategy": TFIDF[data.spec.type], "task": data.spec.name, "data": _digest(data), "seed": seed}
+        return self.runs.outcome(run | {"rows": len(data.rows("train"))}, lambda: run_tfidf(data, seed=seed))
+
+
+def _digest(data: TaskData) -> str:
+    """Return a digest of the rows of a task: the same name may stand for other files tomorrow."""
+    digest, spec = xxhash.xxh3_64(), data.spec
+    for rows in (data.train, data.validation):
+        for name in (*spec.text, *spec.choices, str(spec.label)):
+            if rows is not None and name in rows.column_names:
+                digest.update(f"{name} {rows[name][:]}\n".encode("utf-8", errors="surrogatepass"))
+    return digest.hexdigest()
