@@ -295,7 +295,9 @@ class MultiTaskModel(PreTrainedModel):
                 raise InputError(f"loss_weights names {task!r}, which is none of {', '.join(config.tasks or {})}")
             check_range(weight, "(0, inf)", name=f"loss_weights of {task}")
         if config.loss_weights and config.learns_loss_weights:
-            raise InputError(f"loss_weights={config.loss_weights} has no effect where weights are learned: leave it out")
+            raise InputError(
+                f"loss_weights={config.loss_weights} has no effect where weights are learned: leave it out"
+            )
 
     def _init_weights(self, module: nn.Module) -> None:
         """Draw a module anew in the encoder's way."""

@@ -196,9 +196,7 @@ class MultiTaskSampler(Sampler[int]):
         """Return the indices of the step of a task that comes after a number of others of it."""
         rows = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
         passes, places = np.divmod(rows, self.sizes[task])
-        found = [
-            self._order(task, one)[places[passes == one]] for one in range(int(passes[0]), int(passes[-1]) + 1)
-        ]
+        found = [self._order(task, one)[places[passes == one]] for one in range(int(passes[0]), int(passes[-1]) + 1)]
         return [int(row) for row in np.concatenate(found) + self.offsets[task]]
 
     def _order(self, task: int, number: int) -> np.ndarray:
