@@ -41,7 +41,7 @@ def evaluation_of(data: TaskData, scores: Mapping[str, float]) -> Evaluation:
         split="validation" if spec.validation_file or spec.validation_split else "held-out rows",
         task_type=_OF_TASKS[spec.type],
         metrics=finite,
-        method="A stock head on the encoder, both trained on all tasks",
+        method="A head on the encoder that all tasks share",
         baseline={name: value for name, value in data.baseline().items() if name in finite and math.isfinite(value)},
         baseline_name="a constant",
         num_examples=len(data.validation),
@@ -82,7 +82,7 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path) -> Path:
         base_model=base,
         data={
             "sources": [source for data in trainer.tasks.values() for source in _sources(data)],
-            "examples": {task: len(data.rows("train")) for task, data in trainer.tasks.items()},
+            "examples": sum(len(data.rows("train")) for data in trainer.tasks.values()),
         },
         recipe=recipe_options(all_options([args]), defaults=all_options([type(args)(output_dir="")])),
         log_history=tuple(log),
