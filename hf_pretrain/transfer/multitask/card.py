@@ -48,12 +48,13 @@ def evaluation_of(data: TaskData, scores: Mapping[str, float]) -> Evaluation:
     )
 
 
-def write_multitask_card(trainer: MultiTaskTrainer, folder: Path) -> Path:
+def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: Mapping[str, Any]) -> Path:
     """Write the card of the encoder, the record of its run and the pictures into the folder of an export.
 
     Args:
         trainer: The Trainer; the scores of its last evaluation are in the card.
         folder: Folder of the export.
+        defaults: The options of a training with nothing set, of which the card leaves out those that are the same.
 
     Returns:
         The path of README.md.
@@ -84,7 +85,7 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path) -> Path:
             "sources": [source for data in trainer.tasks.values() for source in _sources(data)],
             "examples": sum(len(data.rows("train")) for data in trainer.tasks.values()),
         },
-        recipe=recipe_options(all_options([args]), defaults=all_options([type(args)(output_dir="")])),
+        recipe=recipe_options(all_options([args]), defaults=defaults),
         log_history=tuple(log),
         sizes={"": sizes(encoder)},
         evaluations=[evaluation_of(trainer.tasks[task], scores) for task, scores in trainer.scores.items()],

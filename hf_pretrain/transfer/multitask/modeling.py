@@ -27,8 +27,9 @@ from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.tasks.labelled import TaskData
 
 _NAMES = re.compile(r"(?!checkpoint-)[A-Za-z0-9][A-Za-z0-9_-]*")
-# Parts of a head that are no part of the stock model, or a part of its encoder.
-_LOSS_WEIGHT, _POOLER = "loss_weight", "pooler"
+# Parts of what a task has of its own that are no modules of the stock model itself: DeBERTa has another pooler in its head.
+_LOSS_WEIGHT, _OWN_POOLER = "loss_weight", "encoder_pooler"
+_POOLER = "pooler"
 
 
 @strict
@@ -37,7 +38,7 @@ class MultiTaskConfig(CompositeConfig):
 
     Attributes:
         encoder: Configuration of the shared encoder.
-        tasks: Of each task the Auto class of its model, `auto_class`, and the configuration of that model, `config`.
+        tasks: Of each task its `name`, the Auto class of its model, `auto_class`, and the configuration of that model, `config`.
         loss_weights: Factor of the loss of each task; 1 where there is none.
         learns_loss_weights: Whether each task has a learned weight.
     """
@@ -46,9 +47,14 @@ class MultiTaskConfig(CompositeConfig):
     sub_configs = {"encoder": AutoConfig}  # noqa: RUF012
 
     encoder: SubModelConfig = None
-    tasks: dict[str, Any] | None = None
+    tasks: list[dict[str, Any]] | None = None
     loss_weights: dict[str, float] | None = None
     learns_loss_weights: bool = False
+
+    @property
+    def task_names(self) -> list[str]:
+        """The names of the tasks in their order."""
+        return [entry["name"] for entry in self.tasks or ()]
 
 
 @dataclass
@@ -140,14 +146,14 @@ class MultiTaskModel(PreTrainedModel):
         super().__init__(config)
         if not config.tasks:
             raise InputError("tasks is empty: a multi-task model needs one task or more")
-        for task in config.tasks:
+        for task in config.task_names:
             if _NAMES.fullmatch(task) is None:
                 raise InputError(f"task {task!r} names a folder of the export: use letters, digits, _ and -")
         self.encoder = from_config(AutoModel, cast(Any, config.encoder)) if encoder is None else encoder
         if models is None:
-            models = {task: _build(entry) for task, entry in config.tasks.items()}
-        if list(models) != list(config.tasks):
-            raise InputError(f"models={list(models)} must be those of the tasks, {', '.join(config.tasks)}")
+            models = {entry["name"]: _build(entry) for entry in config.tasks}
+        if list(models) != config.task_names:
+            raise InputError(f"models={list(models)} must be those of the tasks, {', '.join(config.task_names)}")
         self._check_weights()
         self.heads = TaskHeads({task: self._head_of(task, model) for task, model in models.items()})
         # Not registered: their modules are those above.
@@ -194,10 +200,10 @@ class MultiTaskModel(PreTrainedModel):
                 )
         config = MultiTaskConfig(
             encoder=encoder.config,
-            tasks={
-                task: {"auto_class": tasks[task].auto_class.__name__, "config": model.config.to_dict()}
+            tasks=[
+                {"name": task, "auto_class": tasks[task].auto_class.__name__, "config": model.config.to_dict()}
                 for task, model in models.items()
-            },
+            ],
             loss_weights=dict(loss_weights or {}),
             learns_loss_weights=learns_loss_weights,
         )
@@ -219,13 +225,13 @@ class MultiTaskModel(PreTrainedModel):
         model, head = self._models[task], self.head(task)
         body: Any = model.base_model
         for name, module in head.items():
-            if name not in (_LOSS_WEIGHT, _POOLER):
+            if name not in (_LOSS_WEIGHT, _OWN_POOLER):
                 model._modules[name] = module
         # An adapter may have replaced modules since.
         for name, module in self.encoder._modules.items():
             body._modules[name] = body._modules.get(name) if name == _POOLER else module
-        if _POOLER in head:
-            body._modules[_POOLER] = head[_POOLER]
+        if _OWN_POOLER in head:
+            body._modules[_POOLER] = head[_OWN_POOLER]
         body._parameters, body._buffers = self.encoder._parameters, self.encoder._buffers
         model.training, body.training = self.training, self.encoder.training
         return model
@@ -282,7 +288,7 @@ class MultiTaskModel(PreTrainedModel):
         head = {name: module for name, module in model.named_children() if module is not body}
         pooler = getattr(body, _POOLER, None)
         if isinstance(pooler, nn.Module):
-            head[_POOLER] = pooler
+            head[_OWN_POOLER] = pooler
         if cast(MultiTaskConfig, self.config).learns_loss_weights:
             is_regression = getattr(model.config, "problem_type", None) == "regression"
             head[_LOSS_WEIGHT] = LearnedLossWeight(is_regression=is_regression)
@@ -291,8 +297,8 @@ class MultiTaskModel(PreTrainedModel):
     def _check_weights(self) -> None:
         config = cast(MultiTaskConfig, self.config)
         for task, weight in (config.loss_weights or {}).items():
-            if task not in (config.tasks or {}):
-                raise InputError(f"loss_weights names {task!r}, which is none of {', '.join(config.tasks or {})}")
+            if task not in config.task_names:
+                raise InputError(f"loss_weights names {task!r}, which is none of {', '.join(config.task_names)}")
             check_range(weight, "(0, inf)", name=f"loss_weights of {task}")
         if config.loss_weights and config.learns_loss_weights:
             raise InputError(

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_pretrain.errors import InputError, check_range
-from hf_pretrain.options import check_options, option
+from hf_pretrain.options import all_options, check_options, option
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.parsing import check_changed
@@ -351,7 +351,7 @@ class MultiTaskTrainer(FineTuningTrainer):
             return
         folder = Path(cast(str, self.args.output_dir) if output_dir is None else output_dir)
         self.stock_model().export(folder, cast(PreTrainedTokenizerBase, self.processing_class))
-        write_multitask_card(self, folder)
+        write_multitask_card(self, folder, defaults=all_options([MultiTaskArguments(output_dir="")]))
 
     def stock_model(self) -> MultiTaskModel:
         """Return the model with its adapters, if it has some, in its weights."""
