@@ -45,8 +45,10 @@ def outputs(model, batch):
     return [out[name] for name in ("loss", "logits", "start_logits", "end_logits") if name in out]
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [*((name, "full") for name in CONFIGS if name != "electra"), ("bert", "lora"), ("electra", "lora")],
+)
 def test_each_task_opens_as_the_stock_model_that_was_trained(tmp_path, tasks, name, strategy):
     encoder = write_encoder(tmp_path / "encoder", CONFIGS[name])
     run = trainer(tmp_path / "out", encoder, tasks, strategy=strategy, learning_rate=0.05)
