@@ -1,19 +1,22 @@
 """Fine-tuning on SST-2's sentences beside the stock Trainer's batches, and the memory of LoRA beside full fine-tuning.
 
-    python benchmarks/fine_tuning_steps.py --data_dir data [--batches 40] [--repeats 5]
+    python benchmarks/fine_tuning_steps.py --data_dir data [--batches 40] [--repeats 5] [--model small base]
 
 Time: one classifier (BERT, 4 layers of width 256), batches of 32, fp32. A step is forward and backward. "stock" is a random order
 padded by `DataCollatorWithPadding`, as `Trainer` does by default. "ours" is what `FineTuningTrainer` makes of the same
 sentences: examples of about one length in a step. Both see as many sentences, and run in one process, in turn, the best of the
 repeats. The batches are made beforehand.
 
-Memory: one step of AdamW on 8 rows of 512 tokens, with adapters of rank 8 on all linear layers or with all weights. It is the
-rise of the peak of the resident set in a forked process: the model, gradients, moments and activations.
+Memory: a step of AdamW on 8 rows of 512 tokens, with adapters of rank 8 on all linear layers or with all weights. It is the
+rise of the peak of the resident set in a forked process, after two steps: the model, gradients, moments and activations. Large
+blocks are given back to the system at once (MALLOC_MMAP_THRESHOLD_), because otherwise the peak counts holes between blocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +31,7 @@ from results import read_rows
 from timing import interleaved, load_of_machine, options_parser, peak_memory, print_table
 
 VOCABULARY, BATCH_SIZE, LENGTH = 8192, 32, 512
-SIZES = {"small, 4 x 256": (4, 256), "base, 12 x 768": (12, 768)}
+SIZES = {"small": (4, 256), "base": (12, 768)}
 
 
 def classifier(layers: int, width: int) -> BertForSequenceClassification:
@@ -75,35 +78,53 @@ def passes(model: torch.nn.Module, batches: list[Any]) -> Callable[[], None]:
     return run
 
 
-def one_step(strategy: str, layers: int, width: int) -> None:
-    """Make a model and take one step of AdamW, of 8 rows of 512 tokens."""
-    tuned = trainer(classifier(layers, width), strategy=strategy)
+def two_steps(strategy: str, sizes: tuple[int, int], is_checkpointed: bool) -> None:
+    """Make a model and take two steps of AdamW, of 8 rows of 512 tokens; in the second, the moments are there."""
+    tuned = trainer(classifier(*sizes), strategy=strategy)
     ids = torch.randint(0, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(0))
+    if is_checkpointed:
+        tuned.model.activation_checkpointing_enable()
     tuned.create_optimizer()
     tuned.model.train()
-    tuned.model(input_ids=ids, labels=torch.zeros(8, dtype=torch.long)).loss.backward()
-    tuned.optimizer.step()
+    for _ in range(2):
+        tuned.model(input_ids=ids, labels=torch.zeros(8, dtype=torch.long)).loss.backward()
+        tuned.optimizer.step()
+        tuned.optimizer.zero_grad()
+
+
+def memory(names: list[str]) -> None:
+    """Print how much memory a step takes, for models by name, with all activations kept or with checkpoints."""
+    rows: list[list[object]] = []
+    for name in names:
+        for is_checkpointed in (False, True):
+            full, lora = (
+                peak_memory(partial(two_steps, strategy, SIZES[name], is_checkpointed))
+                for strategy in ("full", "lora")
+            )
+            rows.append([name, "recomputed" if is_checkpointed else "kept", full, lora, lora / full])
+    print_table(rows, ["Model", "Activations", "full, MiB", "LoRA, MiB", "Memory"])
 
 
 def main() -> None:
     """Print the tables."""
     parser = options_parser(__doc__, batches=40, repeats=5)
     parser.add_argument("--data_dir", default="data", help="folder with sst2/train.tsv")
+    parser.add_argument(
+        "--model", nargs="*", default=["small", "base"], choices=list(SIZES), help="models of the memory"
+    )
     args = parser.parse_args()
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
     print(load_of_machine())
     # Memory first: a child of a process that has freed memory would use that unseen.
-    rows: list[list[object]] = []
-    for name, sizes in SIZES.items():
-        full, lora = (peak_memory(partial(one_step, strategy, *sizes)) for strategy in ("full", "lora"))
-        rows.append([name, full, lora, lora / full])
-    print_table(rows, ["8 x 512, one step", "full, MiB", "LoRA, MiB", "Memory"])
+    memory(args.model)
     batches = batches_of(args)
-    model = classifier(*SIZES["small, 4 x 256"])
+    model = classifier(*SIZES["small"])
     best = interleaved({name: passes(model, some) for name, some in batches.items()}, args.repeats)
     counts = {name: [batch["attention_mask"] for batch in some] for name, some in batches.items()}
     columns = {name: sum(mask.numel() for mask in masks) for name, masks in counts.items()}
     real = {name: sum(int(mask.sum()) for mask in masks) for name, masks in counts.items()}
-    rows = [
+    rows: list[list[Any]] = [
         [name, best[name] / args.batches * 1e3, real[name] / columns[name], real[name] / best[name]] for name in best
     ]
     print_table(rows, ["SST-2, a step of 32", "ms", "real tokens", "tokens/s"])

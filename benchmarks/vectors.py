@@ -11,8 +11,9 @@
     gensim_skipgram, gensim_cbow   gensim's word2vec on the same words, if it is installed
     distil                   the tokens of the encoder that `encoder` names, each read alone
     encoder                  that encoder itself: means of its last states
+    elmo                     the frozen ELMo that `elmo` names: means of its layers, mixed by weights that SST-2 teaches
 
-All arms but the last two read the words of one corpus, built once and timed by itself. Words a second are those of the text,
+All arms but the last three read the words of one corpus, built once and timed by itself. Words a second are those of the text,
 unknown ones included, by the passes over it. WordSim-353 and SimLex-999 are rank correlations of cosines, of pairs of known
 words. Analogies are answered by 3CosAdd among the 30 000 most frequent words. STS-B is the rank correlation of the cosines
 of two sentences, each the mean of its words. SST-2 is the accuracy of a logistic regression on such means.
@@ -31,11 +32,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from scipy import sparse
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoModel, AutoTokenizer
 
+from hf_pretrain import ScalarMix
 from hf_pretrain.commands.vectors import VectorArguments, make
 from hf_pretrain.evaluation.probes import encode, probe_accuracy
 from hf_pretrain.evaluation.similarity import read_scored_pairs, similarity_correlation
@@ -54,8 +57,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 GENSIM = ("gensim_skipgram", "gensim_cbow")
 ENCODER = ("distil", "encoder")
-ARMS = (*OPTIONS, *GENSIM, *ENCODER)
+ARMS = (*OPTIONS, *GENSIM, *ENCODER, "elmo")
 """All arms."""
+_MIX_STEPS = 300
 
 Sentences = Callable[[list[str]], Any]
 
@@ -72,6 +76,7 @@ class TableArguments(ComparisonArguments):
     epochs: int = option(3, "Passes of word2vec over the text; GloVe passes five times as often over its counts.")
     threads: int = option(1, "Threads of word2vec, ours and gensim's.")
     encoder: str = option("", "Folder of an encoder, for distil and encoder.")
+    elmo: str = option("", "Folder of an ELMo.")
     seed: list[int] = option(factory=lambda: [0], help="Seeds; each arm runs with each.")
 
     def __post_init__(self) -> None:
@@ -79,8 +84,8 @@ class TableArguments(ComparisonArguments):
         if not self.train_file and not self.table:
             self.train_file = [str(Path(self.data_dir, "books", "train.txt.xz"))]
         super().__post_init__()
-        if not self.encoder:
-            self.arm = [arm for arm in self.arm if arm not in ENCODER]
+        missing = (*(() if self.encoder else ENCODER), *(() if self.elmo else ("elmo",)))
+        self.arm = [arm for arm in self.arm if arm not in missing]
 
 
 def options_of(arm: str, seed: int, args: TableArguments, folder: Path) -> VectorArguments:
@@ -173,6 +178,26 @@ def judge_sentences(sentences: Sentences, args: TableArguments) -> dict[str, flo
     return {"stsb": similarity_correlation(first, second, pairs.scores), "sst2": score.accuracy}
 
 
+def mixed_layers(folder: str, args: TableArguments) -> Sentences:
+    """Return means of the layers of a frozen ELMo, in the mix that a linear classifier of SST-2's training sentences learns."""
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    layers = tuple(range(model.config.num_hidden_layers + 1))
+    texts, labels = tasks(args.data_dir)[1]["train"]
+    found = torch.from_numpy(encode(model, tokenizer, texts, layer=layers))
+    parts, targets = found.unsqueeze(1).chunk(len(layers), dim=-1), torch.tensor(labels, dtype=torch.float32)
+    torch.manual_seed(0)
+    mix, head = ScalarMix(len(layers)), torch.nn.Linear(parts[0].shape[-1], 1)
+    optimizer = torch.optim.Adam([*mix.parameters(), *head.parameters()], lr=0.05, weight_decay=1e-4)
+    for _ in range(_MIX_STEPS):
+        optimizer.zero_grad()
+        logits = head(mix(parts))[:, 0, 0]
+        torch.nn.functional.binary_cross_entropy_with_logits(logits, targets).backward()
+        optimizer.step()
+    weights = (mix.gamma * mix.weights.softmax(0)).tolist()
+    print("weights of the layers:", *(f"{weight:.3f}" for weight in weights))
+    return lambda texts: encode(model, tokenizer, texts, layer=layers, combination=weights)
+
+
 def judge_words(vectors: WordVectors, args: TableArguments) -> dict[str, Any]:
     """Measure vectors of words."""
     folder = Path(args.data_dir, "wordsim")
@@ -192,6 +217,8 @@ def run_arm(arm: str, seed: int, args: TableArguments) -> dict[str, Any]:
         model, tokenizer = AutoModel.from_pretrained(args.encoder), AutoTokenizer.from_pretrained(args.encoder)
         size = sum(parameter.numel() for parameter in model.parameters()) * 4 / 1e6
         return judge_sentences(lambda texts: encode(model, tokenizer, texts), args) | {"megabytes": size}
+    if arm == "elmo":
+        return judge_sentences(mixed_layers(args.elmo, args), args)
     corpus = shared_corpus(args, args.runs_folder())
     work = folder / "work"
     begin = time.perf_counter()

@@ -200,6 +200,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
+    from hf_pretrain.transfer.adaptation import add_words as add_words
+    from hf_pretrain.transfer.adaptation import choose_words as choose_words
     from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
     from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
     from hf_pretrain.transfer.feature_heads import FeatureClassifier as FeatureClassifier
@@ -224,6 +226,10 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.multitask.trainer import MultiTaskTrainer as MultiTaskTrainer
     from hf_pretrain.transfer.strategies import slanted_triangular as slanted_triangular
     from hf_pretrain.transfer.strategies import strategy_report as strategy_report
+    from hf_pretrain.transfer.tuning.export import export_fine_tuned as export_fine_tuned
+    from hf_pretrain.transfer.tuning.fine_tune import FineTuned as FineTuned
+    from hf_pretrain.transfer.tuning.fine_tune import fine_tune as fine_tune
+    from hf_pretrain.transfer.tuning.heads import open_for_task as open_for_task
     from hf_pretrain.vectors.corpus import WordCorpus as WordCorpus
     from hf_pretrain.vectors.distillation import distil_vectors as distil_vectors
     from hf_pretrain.vectors.folder import WordVectors as WordVectors
@@ -400,6 +406,7 @@ _EXPORTS = {
     "transfer.features": ("PretrainedFeatures",),
     "transfer.adapters": ("merge_for_export",),
     "transfer.arguments": ("StrategyArguments",),
+    "transfer.adaptation": ("add_words", "choose_words"),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
     "transfer.generative.trainer": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
     "transfer.generative.inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
@@ -409,6 +416,9 @@ _EXPORTS = {
     "transfer.multitask.sampling": ("task_probabilities",),
     "transfer.multitask.trainer": ("MultiTaskArguments", "MultiTaskTrainer"),
     "transfer.strategies": ("slanted_triangular", "strategy_report"),
+    "transfer.tuning.export": ("export_fine_tuned",),
+    "transfer.tuning.fine_tune": ("FineTuned", "fine_tune"),
+    "transfer.tuning.heads": ("open_for_task",),
     "vectors.corpus": ("WordCorpus",),
     "vectors.distillation": ("distil_vectors",),
     "vectors.folder": ("WordVectors",),

@@ -39,6 +39,10 @@ RECIPES = {
 """Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 
 COMMANDS = {
+    "adapt": (
+        "hf_pretrain.commands.adapt",
+        "train a model further on text of a domain: whole or with LoRA, with new words",
+    ),
     "statistics": ("hf_pretrain.commands.statistics", "lengths of a corpus' documents, and how they fill the blocks"),
     "deduplicate": ("hf_pretrain.commands.deduplicate", "leave out documents that repeat another, nearly or exactly"),
     "vectors": (
@@ -48,6 +52,10 @@ COMMANDS = {
     "features": (
         "hf_pretrain.commands.features",
         "features of a frozen encoder, and classic classifiers on them beside TF-IDF",
+    ),
+    "finetune": (
+        "hf_pretrain.commands.finetune",
+        "fine-tune an encoder on a task with a strategy, beside TF-IDF",
     ),
     "multitask": (
         "hf_pretrain.commands.multitask",

@@ -1,4 +1,4 @@
-"""The pages of the four doors run from top to bottom on made-up text, commands and Python; so does the Python of the guides."""
+"""The pages of the four doors, and that on adapters, run from top to bottom on made-up text; so does the Python of the guides."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def shortened(command):
     """The arguments of a command, for a tiny model and two steps."""
     argv = shlex.split(command)[1:]
     method = described_recipes()[argv[0]][0] if argv[0] in described_recipes() else argv[0]
-    if method not in METHODS:
+    if method not in (*METHODS, "adapt"):
         return argv
     if "--num_train_epochs" in argv:
         start = argv.index("--num_train_epochs")
@@ -57,7 +57,9 @@ def shortened(command):
     argv = [*argv, *SHORT.split()]
     if method != "distil-task":
         argv += ["--block_size", "32"]
-    if method not in ("distil", "distil-task") and not {"--model_name_or_path", "--encoder_name_or_path"} & {*argv}:
+    if method not in ("distil", "distil-task", "adapt") and not {"--model_name_or_path", "--encoder_name_or_path"} & {
+        *argv
+    }:
         argv += SIZES.split() + ([] if "--tokenizer_name" in argv else ["--vocab_size", "300"])
     return argv
 
@@ -67,7 +69,9 @@ def test_a_page_is_two_screens(page):
     assert len((DOCS / f"{page}.md").read_text(encoding="utf-8").splitlines()) <= TWO_SCREENS
 
 
-@pytest.mark.parametrize("page", DOORS)
+# PEFT asks for it by its old name.
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("page", [*DOORS, "adapters"])
 def test_the_commands_and_the_python_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     write_text(tmp_path)
     for name in ("books.txt", "train.en", "train.de"):
@@ -140,12 +144,21 @@ def opened(auto_class, name):
 def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("transfer") if kind == "python"]
-    tune, generative, adapters, probe, compare, likelihood, few_shot, tasks = parts
+    tune, task, generative, adapters, search, head, probe, compare, likelihood, few_shot, tasks = parts
     names = opened(AutoModelForSequenceClassification, "teacher")
     rows = [{**names["tokenizer"](text), "labels": i % 2} for i, text in enumerate(TEXTS)]
     names |= {"train": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(rows)}
     exec(tune, names)
     assert names["trainer"].args.layerwise_learning_rate_decay == 0.8
+    lines = [json.dumps({"text": text, "label": number % 2}) for number, text in enumerate(TEXTS * 5)]
+    Path("sst2.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    Path("tasks.yaml").write_text("sst2: {type: classification, text: text, train_file: sst2.jsonl}", encoding="utf-8")
+    exec(task.replace("my-encoder", "my-bert"), {})
+    assert AutoModelForSequenceClassification.from_pretrained("my-classifier").config.id2label == {0: "0", 1: "1"}
+    shutil.rmtree("my-classifier")
+    names = {"texts": TEXTS * 5, "labels": [0, 1] * 10}
+    exec(search.replace("my-encoder", "my-bert").replace("(-1, -2, -3, -4)", "(-1, -2)"), names)
+    exec(head.replace("my-encoder", "my-bert"), names)
     names = opened(AutoModel, "my-bert") | {
         "texts": TEXTS * 5,
         "others": TEXTS,
@@ -199,7 +212,7 @@ def test_the_python_of_the_page_on_cards_runs(trained, monkeypatch):
 def test_the_python_of_the_page_on_objectives_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("objectives") if kind == "python"]
-    assert len(parts) == 6
+    assert len(parts) == 7
     xlnet = opened(AutoModelForCausalLM, "my-xlnet")
     for text in parts:
         names = {"texts": TEXTS} | (xlnet if "log_likelihood" in text else {})

@@ -9,12 +9,17 @@ from hf_pretrain.training.parsing import parse_arguments
 
 
 def parse_command(
-    arguments: tuple[type], argv: list[str] | None, *, name: str, description: str | None, first: str | None = None
+    arguments: tuple[type, ...],
+    argv: list[str] | None,
+    *,
+    name: str,
+    description: str | None,
+    first: str | None = None,
 ) -> Any:
-    """Return the options of a command.
+    """Return the options of a command: an instance of its dataclass, or of several a tuple.
 
     Args:
-        arguments: A tuple of their dataclass.
+        arguments: A tuple of their dataclasses.
         argv: The arguments, without the name of the program; those of the process if None.
         name: Name of the command.
         description: What it does, for its help.
@@ -23,7 +28,8 @@ def parse_command(
     given = list(sys.argv[1:] if argv is None else argv)
     if first is not None and given and not given[0].startswith("-"):
         given.insert(0, f"--{first}")
-    return parse_arguments(arguments, given, prog=f"hf-pretrain {name}", description=description or "")[0]
+    found = parse_arguments(arguments, given, prog=f"hf-pretrain {name}", description=description or "")
+    return found[0] if len(found) == 1 else found
 
 
 def of_data(name: str) -> Any:

@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import MARKER, damaged_file, is_whole
+from hf_pretrain.modeling.adapters import restore_adapters
 from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.options import option
 from hf_pretrain.training.checkpointing import was_cut_off
@@ -120,6 +121,7 @@ def load_composite(checkpoint: str | Path) -> PretrainingModel:
         raise InputError(f"{given} is damaged ({damaged} is not as it was saved): name another")
     transformers_logging.disable_progress_bar()
     model = _build(model_class, model_class.config_class.from_pretrained(checkpoint))
+    restore_adapters(model)
     found = model.load_state_dict(_state(checkpoint, given), strict=False)
     missing = set(found.missing_keys) - set(model.all_tied_weights_keys)
     if missing or found.unexpected_keys:

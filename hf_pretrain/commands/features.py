@@ -24,23 +24,25 @@ import numpy as np
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.evaluation.probes import Pooling
-from hf_pretrain.hub.evaluation import Evaluation
-from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.options import check_options, option
+from hf_pretrain.options import option
 from hf_pretrain.tasks.labelled import TaskData
-from hf_pretrain.tasks.spec import TaskSpec, load_task, read_tasks
-from hf_pretrain.training.parsing import check_changed
+from hf_pretrain.tasks.spec import TaskSpec
 from hf_pretrain.training.program import print_table
-from hf_pretrain.transfer.classic_heads import HEADS, FittedHead, Kind, fit_tfidf
+from hf_pretrain.transfer.classic_heads import HEADS, Kind
 from hf_pretrain.transfer.feature_heads import FeatureClassifier, FeatureRegressor
 from hf_pretrain.transfer.features import PretrainedFeatures
-
-_TFIDF = {"classification": "TF-IDF + linear_svc", "regression": "TF-IDF + ridge"}
-_CONSTANT = {"classification": "most frequent class", "regression": "mean of the training rows"}
+from hf_pretrain.transfer.tuning.options import TaskArguments
+from hf_pretrain.transfer.tuning.references import (
+    Reference,
+    constant_reference,
+    evaluation_of,
+    score_classes,
+    tfidf_reference,
+)
 
 
 @dataclass
-class FeaturesArguments:
+class FeaturesArguments(TaskArguments):
     """Which encoder, which task, how features are made, and what reads them.
 
     Raises:
@@ -51,29 +53,12 @@ class FeaturesArguments:
         "max_length": "[1, inf)",
         "batch_size": "[1, inf)",
         "folds": "[0, inf)",
-        "max_examples": "[2, inf)",
-        "validation_fraction": "(0, 1)",
-    }
-    needs: ClassVar[dict[str, str]] = {
-        "task": "tasks",
-        **dict.fromkeys(("validation_file", "text_columns", "label_column", "task_type"), "train_file"),
     }
 
-    model_name_or_path: str = option(help="The encoder: a folder, or a name on the Hub.")
     output_dir: str | None = option(None, "Folder to write the classifier to; it does not exist, or is empty.")
-    tasks: str | None = option(None, "YAML file of tasks.")
-    task: str | None = option(None, "Name of the task in it; not needed if there is one.")
-    train_file: list[str] | None = option(
-        None, "Instead of tasks: examples to train on, as .tsv, .csv, .jsonl, .json or .parquet."
-    )
-    validation_file: list[str] | None = option(None, "Examples to measure on; by default some of those to train on.")
-    text_columns: list[str] | None = option(None, "Column of the text, or two of pairs.")
-    label_column: str | None = option(None, "Column of the labels; by default label or labels.")
     task_type: Literal["classification", "regression"] = option(
         "classification", "Whether labels are classes or values."
     )
-    validation_fraction: float = option(0.1, "Share of the examples that is held out if nothing else is.")
-    max_examples: int | None = option(None, "Train on so many examples at most.")
     classifier: str | None = option(
         None,
         "logistic, linear_svc, rbf_svm, random_forest, or all; of values ridge, linear_svr, rbf_svr, random_forest, or all. By "
@@ -97,12 +82,7 @@ class FeaturesArguments:
 
     def __post_init__(self) -> None:
         """Refuse what has no effect or is missing."""
-        check_options(self)
-        check_changed(self)
-        if (self.tasks is None) == (self.train_file is None):
-            raise InputError("give the examples by --tasks (a YAML file), or by --train_file and --text_columns")
-        if self.train_file is not None and not self.text_columns:
-            raise InputError(f"train_file={self.train_file} needs --text_columns: one column, or two of pairs")
+        super().__post_init__()
         if self.layer_weights is not None and self.combination != "concat":
             raise InputError(f"combination={self.combination!r} has no effect beside layer_weights: leave it out")
         folder = None if self.output_dir is None else Path(self.output_dir)
@@ -117,25 +97,7 @@ class FeaturesArguments:
         Raises:
             InputError: If there is none of that name, or one without one label a text.
         """
-        if self.tasks is None:
-            return TaskSpec(
-                name=Path((self.train_file or [""])[0]).stem,
-                type=self.task_type,
-                text=tuple(self.text_columns or ()),
-                label=self.label_column,
-                train_file=tuple(self.train_file or ()),
-                validation_file=tuple(self.validation_file or ()),
-            )
-        known = read_tasks(self.tasks)
-        if self.task is None and len(known) > 1:
-            raise InputError(f"tasks={self.tasks!r} has {len(known)} tasks: name one by --task, of {', '.join(known)}")
-        name = next(iter(known)) if self.task is None else self.task
-        check_choice(name, known, name="task")
-        if known[name].type not in HEADS:
-            raise InputError(
-                f"task={name!r} has type={known[name].type!r}: classic heads are for {' and '.join(HEADS)}"
-            )
-        return known[name]
+        return self.find_task(tuple(HEADS), what="classic heads are")
 
     def features(self) -> PretrainedFeatures:
         """Return the features, before they are fitted."""
@@ -204,12 +166,11 @@ def measure(args: FeaturesArguments, data: TaskData) -> list[Measured]:
     texts, targets, held_out = data.texts("train"), data.targets("train"), data.texts("validation")
     # The encoder is opened before anything is fitted: a mistake is said at once.
     features = args.features().fit()
-    baseline: FittedHead = fit_tfidf(texts, targets, kind=kind, **shared)
+    references = (constant_reference(data), tfidf_reference(data, **shared))
     found = [
-        Measured(_CONSTANT[kind], None, None, {}, data.baseline()),
-        Measured(
-            _TFIDF[kind], None, baseline.score, baseline.chosen, _scores(data, baseline.pipeline.predict(held_out))
-        ),
+        Measured(known.name, None, known.cv_score, dict(known.chosen), known.scores)
+        for known in references
+        if known is not None
     ]
     table, held_out_table = features.transform(texts), features.transform(held_out)
     for name in heads:
@@ -221,14 +182,8 @@ def measure(args: FeaturesArguments, data: TaskData) -> list[Measured]:
         else:
             model = FeatureRegressor(features, name, **shared).fit_features(table, targets, texts=texts)
             predicted = model.predict_features(held_out_table)
-        found.append(Measured(name, model, model.cv_score_, model.chosen_, _scores(data, predicted)))
+        found.append(Measured(name, model, model.cv_score_, model.chosen_, score_classes(data, predicted)))
     return found
-
-
-def _scores(data: TaskData, predicted: np.ndarray) -> dict[str, float]:
-    """Score predictions on the validation rows: numbers of classes, or values."""
-    logits = predicted if data.labels is None else np.eye(len(data.labels))[predicted]
-    return data.score("validation", logits)
 
 
 def best_of(found: list[Measured]) -> Measured:
@@ -241,17 +196,11 @@ def _save(args: FeaturesArguments, data: TaskData, found: list[Measured], folder
     """Write the best head with its scores beside those of TF-IDF."""
     best, tfidf = best_of(found), found[1]
     assert best.model is not None, "it is a head"
-    targets = data.targets("validation")
-    evaluation = Evaluation(
-        task=data.spec.name,
-        dataset=data.spec.dataset_name or Path((data.spec.validation_file or data.spec.train_file)[0]).name,
-        dataset_config=data.spec.dataset_config_name,
-        split="validation" if data.spec.validation_file or data.spec.validation_split else "held-out rows",
-        metrics=best.scores,
+    evaluation = evaluation_of(
+        data,
+        best.scores,
         method=f"{HEADS[best.model.kind][best.name].title} on frozen features",
-        baseline=tfidf.scores,
-        baseline_name=tfidf.name,
-        num_examples=int(np.isfinite(targets).sum() if data.labels is None else (targets != IGNORED).sum()),
+        reference=Reference(tfidf.name, tfidf.scores),
     )
     facts = {"sources": [Path(name).name for name in data.spec.train_file] or [str(data.spec.dataset_name)]}
     best.model.save_pretrained(folder, evaluations=[evaluation], data=facts)
@@ -264,9 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     spec = args.spec()
     args.heads(cast(Kind, spec.type))
-    data = load_task(
-        spec, seed=args.seed, validation_fraction=args.validation_fraction, max_examples=args.max_examples
-    )
+    data = args.load(spec, seed=args.seed)
     print(
         f"task   {spec.name}: {len(data.rows('train')):,} examples to train on, {len(data.validation):,} to measure on",
         flush=True,

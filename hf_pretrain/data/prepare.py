@@ -202,6 +202,11 @@ def _prepare_documents(
     )
 
 
+def training_texts(args: DataArguments) -> datasets.Dataset:
+    """Return the texts that a run with these options trains on, without those held out; a data set with the column text."""
+    return _read_texts(args, None).train
+
+
 def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
     """Return the texts to train on and those held out."""
     source = _source_name(args) if given is None else dataset_name(given.train)

@@ -23,6 +23,8 @@ _OF_TRAINING = {
     per_device_train_batch_size gradient_accumulation_steps
     learning_rate warmup_steps lr_scheduler_type optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed bf16
     activation_checkpointing torch_compile""",
+    "adapters": """adapter adapter_rank adapter_alpha adapter_dropout adapter_targets adapter_modules_to_save
+    adapter_train_embeddings adapter_export""",
     "logging": """output_dir overwrite_output_dir resume_from_checkpoint logging_steps eval_strategy eval_steps
     per_device_eval_batch_size save_strategy save_steps save_total_limit load_best_model_at_end report_to run_name""",
     "Hub": "push_to_hub hub_model_id hub_private_repo hub_strategy hub_branches language license datasets tags private_text",
@@ -36,7 +38,7 @@ _PREFIXES = {
     "save_": "logging",
     "trackio_": "logging",
 }
-_ORDER = ("objective", "model", "data", "options", *_OF_TRAINING, "advanced")
+_ORDER = ("objective", "strategy", "model", "data", "options", *_OF_TRAINING, "advanced")
 # Options of this library that few runs need; --help-all has them too.
 RARE = set(
     """on_bad_text split_seed max_unknown_share word_segmenter shuffle_buffer_size dataset_split
@@ -108,7 +110,7 @@ def group_of(name: str, owner: type) -> str:
             return _GROUP_OF[name]
         of_all = {field.name for base in owner.__mro__ if _is_for_all(base) for field in dataclasses.fields(base)}
         if name not in of_all:
-            return "objective"
+            return "strategy" if "strategy" in {field.name for field in dataclasses.fields(owner)} else "objective"
         return next((group for prefix, group in _PREFIXES.items() if name.startswith(prefix)), "advanced")
     fields = {field.name for field in dataclasses.fields(owner)}
     if "teacher_name_or_path" in fields or "hidden_size" in fields:
@@ -134,7 +136,7 @@ def help_text(parser: argparse.ArgumentParser, dataclass_types: Sequence[type], 
     for owner in dataclass_types:
         for field in dataclasses.fields(owner):
             group, action = group_of(field.name, owner), actions.get(field.name)
-            is_inherited = issubclass(owner, TrainingArguments) and group != "objective"
+            is_inherited = issubclass(owner, TrainingArguments) and group not in ("objective", "strategy")
             is_rare = group == "advanced" or (is_inherited and field.name not in _GROUP_OF)
             has_more |= is_rare
             if action is not None and action not in groups[group] and (is_whole or not is_rare):

@@ -129,7 +129,8 @@ BRANCHES = "branches"
 # TensorBoard and its kin name the machine.
 _NOT_EXPORTED = (
     *("_*", f"{PREFIX_CHECKPOINT_DIR}-*", "emissions*.csv", "runs/*", "wandb/*", "mlruns/*", "*tfevents*", f"*{PART}"),
-    f"{BRANCHES}/*",
+    # Texts of the user's.
+    *(f"{BRANCHES}/*", "predictions.jsonl"),
 )
 # They name folders of the machine; a push has them without.
 _WITH_PATHS = ("recipe.yaml", "trainer_state.json")

@@ -26,6 +26,7 @@ from hf_pretrain.hub.examples import find_examples
 from hf_pretrain.hub.identifiers import as_list
 from hf_pretrain.hub.record import PretrainingCard, read_content, read_record, read_weights
 from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
+from hf_pretrain.modeling.adapters import adapter_parameters, stock_parameters
 from hf_pretrain.modeling.backbone import flops_of_weights, sizes
 from hf_pretrain.modeling.base import trial_tokens
 from hf_pretrain.options import all_options, resolved_options
@@ -254,7 +255,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "data": {name: value for name, value in trainer.data_description.items() if name != "options"},
         "recipe": _recipe(trainer),
         "options": _options(trainer),
-        "sizes": {} if is_sharded(model) else {name: sizes(part) for name, part in _parts(model).items()},
+        "sizes": {} if is_sharded(model) else {name: _sizes(part) for name, part in _parts(model).items()},
         "log_history": tuple(log),
         "learning_rates": trainer.learning_rates.noted,
         # Another phase may mask other tokens of another text: numbers of two phases are not set side by side as before and after.
@@ -264,7 +265,7 @@ def describe_run(trainer: PretrainingTrainer, **changes: Any) -> PretrainingCard
         "branch_of": {} if trainer.course is None else dict(trainer.course.branch),
         "weights_step": weights_step if is_earlier else None,
         "chosen_by": args.metric_for_best_model or "" if is_earlier else "",
-        "compute": _compute(trainer, root_parameters=root.num_parameters()),
+        "compute": _compute(trainer, root_parameters=stock_parameters(root)),
         "parts": {
             folder: (
                 _importable(model.get_submodule(attribute)),
@@ -291,7 +292,8 @@ def _of_part(attribute: str) -> str:
 
 def adapter_names(part: nn.Module) -> dict[str, str]:
     """Return the adapters of a stock model, each with its kind; where it has some, they alone are what it saves."""
-    configs = cast(Any, part).peft_config if getattr(part, "_hf_peft_config_loaded", False) else {}
+    is_saved_alone = getattr(part, "_hf_peft_config_loaded", False) or getattr(part, "exports_adapter", False)
+    configs = cast(Any, part).peft_config if is_saved_alone else {}
     return {name: plain(config.peft_type) for name, config in configs.items()}
 
 
@@ -409,6 +411,11 @@ def _parts(model: PretrainingModel) -> dict[str, PreTrainedModel]:
     return parts if teacher is None else parts | {"teacher": teacher.model}
 
 
+def _sizes(part: PreTrainedModel) -> dict[str, int]:
+    """Return the sizes of a stock model; adapters are none of its parameters."""
+    return sizes(part) | {"parameters": stock_parameters(part)}
+
+
 def _flops(trainer: PretrainingTrainer, tokens: int | None) -> float | None:
     """Return the floating-point operations of a run, at least; None where they cannot be counted."""
     model, args = trainer.model, trainer.args
@@ -420,9 +427,10 @@ def _flops(trainer: PretrainingTrainer, tokens: int | None) -> float | None:
         forward = flops_of_weights(part, trial_tokens(part))
         if forward is None:
             return None
-        trained = part.num_parameters(only_trainable=True)  # of a teacher none
-        # Backward they take as much for the states, and as much again for the weights that are trained.
-        total += forward * (1 + 2 * trained / part.num_parameters()) * tokens
+        share = part.num_parameters(only_trainable=True) / part.num_parameters()  # of a teacher none
+        # Backward they take as much for the states, and as much again for the weights that are trained. Adapters need the former
+        # of all layers.
+        total += forward * (1 + share + (1 if adapter_parameters(part) else share)) * tokens
     return total
 
 

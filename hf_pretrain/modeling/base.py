@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import share_weights
+from hf_pretrain.modeling.adapters import Adapters, save_adapter, without_adapters
 from hf_pretrain.modeling.backbone import (
     input_names,
     is_shifted,
@@ -84,11 +85,15 @@ class PretrainingModel(PreTrainedModel):
     Attributes:
         export_parts: Folder in the exported checkpoint -> attribute of the sub-model written there, with dots where it is a
             part of a part; "" is the root, which stock transformers opens. What only training needs goes below "pretraining/".
+        adapters: The adapters that are trained in its stock models; see [`add_adapters`].
+        refuses_adapters: Why the composite takes no adapters, behind its name; "" if it does.
         is_additive: Whether the loss of a step is the sum over its micro-batches and ranks; not where texts of one are compared
             with those of another.
     """
 
     export_parts: dict[str, str] = {"": "model"}  # noqa: RUF012
+    adapters: Adapters = Adapters({})
+    refuses_adapters = ""
     is_additive = True
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
@@ -182,8 +187,9 @@ class PretrainingModel(PreTrainedModel):
         Raises:
             InputError: If the step fails, or a stock model cannot recompute its activations.
         """
+        own = {id(self.get_submodule(name)) for name in self.adapters.parts}
         for part in self.modules():
-            if isinstance(part, PreTrainedModel):
+            if isinstance(part, PreTrainedModel) and id(part) not in own:
                 refuse_adapters(part)
         if gradient_checkpointing:
             self.check_gradient_checkpointing()
@@ -255,7 +261,14 @@ class PretrainingModel(PreTrainedModel):
             state_dict: Full state of the composite, where the parameters in memory are shards; otherwise taken from the model.
         """
         for folder, attribute in self.export_parts.items():
-            part, state = self.stock_part(attribute, self.part_state_dict(attribute, state_dict))
+            state: Mapping[str, torch.Tensor] | None = self.part_state_dict(attribute, state_dict)
+            if attribute in self.adapters.parts:
+                part = cast(PreTrainedModel, self.get_submodule(attribute))
+                if not folder and self.adapters.export == "adapter":
+                    save_adapter(part, self.adapters.parts[attribute], output_dir, state=state)
+                    continue
+                state = without_adapters(part, state)
+            part, state = self.stock_part(attribute, state)
             if state is not None:
                 # Gathered one by one, tied parameters are copies, of which transformers would write each.
                 state = {name: value for name, value in state.items() if name not in part.all_tied_weights_keys}
@@ -394,7 +407,7 @@ class _ValuesOnMeta(TorchDispatchMode):
 
 
 def refuse_adapters(model: nn.Module) -> None:
-    """Refuse a model with adapters of PEFT, or wrapped by it: an export would hold them alone, or not at all.
+    """Refuse a model that comes with adapters of PEFT, or wrapped by it: an export would hold them alone, or not at all.
 
     Raises:
         InputError: Saying what to do.
@@ -403,7 +416,8 @@ def refuse_adapters(model: nn.Module) -> None:
         return
     raise InputError(
         f"{type(model).__name__} has adapters of PEFT, which pre-training does not export: train the model itself "
-        "(model.merge_and_unload() gives one with the adapters in its weights), and adapt it afterwards"
+        "(model.merge_and_unload() gives one with the adapters in its weights), with new adapters by adapter='lora' or "
+        "peft_config=..."
     )
 
 

@@ -106,6 +106,11 @@ class DisentangledEmbedding(nn.Embedding):
 _STAND_INS = (FactorizedEmbedding, FactorizedDecoder, DisentangledEmbedding)
 
 
+def is_stand_in(module: nn.Module) -> bool:
+    """Whether a module stands for another in a stock model while that is trained."""
+    return isinstance(module, _STAND_INS)
+
+
 def _linear(weight: torch.Tensor) -> nn.Linear:
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight)

@@ -224,17 +224,7 @@ def answer_questions(
     if not texts:
         return []
     windows = question_windows(asked, texts, tokenizer, max_length=max_length, doc_stride=stride)
-    logits: list[np.ndarray] = [np.empty(0)] * len(windows)
-    with evaluating(model):
-        for numbers, batch in _batches(windows, tokenizer, batch_size=batch_size):
-            output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
-            if getattr(output, "start_logits", None) is None or getattr(output, "end_logits", None) is None:
-                raise InputError(
-                    f"model={type(model).__name__} has no start_logits and end_logits: load it by AutoModelForQuestionAnswering"
-                )
-            pairs_B2L = torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu().numpy()
-            for number, pair in zip(numbers, pairs_B2L, strict=True):
-                logits[number] = pair
+    logits = _logits(model, windows, tokenizer, batch_size=batch_size)
     found = read_answers(
         texts,
         windows,
@@ -247,6 +237,28 @@ def answer_questions(
         window_rule=window_rule,
     )
     return [item.answers for item in found]
+
+
+def _logits(
+    model: PreTrainedModel,
+    windows: Sequence[QuestionWindow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Return the logits of each window's first and last tokens, ``[2, L]``, with padding behind."""
+    logits: list[np.ndarray] = [np.empty(0)] * len(windows)
+    with evaluating(model):
+        for numbers, batch in _batches(windows, tokenizer, batch_size=batch_size):
+            output = model(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            if getattr(output, "start_logits", None) is None or getattr(output, "end_logits", None) is None:
+                raise InputError(
+                    f"model={type(model).__name__} has no start_logits and end_logits: load it by AutoModelForQuestionAnswering"
+                )
+            pairs_B2L = torch.stack([output.start_logits, output.end_logits], dim=1).float().cpu().numpy()
+            for number, pair in zip(numbers, pairs_B2L, strict=True):
+                logits[number] = pair
+    return logits
 
 
 def _batches(

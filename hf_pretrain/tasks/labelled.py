@@ -204,16 +204,41 @@ class TaskData:
         self._check_labelled(split)
         if self.spec.type == "span":
             return self._score_spans(split, predictions, self._tokenizer(tokenizer))
-        logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
-        if len(logits) != len(self.rows(split)):
-            raise InputError(
-                f"predictions has {len(logits)} rows, the {split} rows are {len(self.rows(split))}: predict each once"
-            )
+        logits = self._checked_logits(split, predictions)
         if self.spec.type == "tokens":
             return self._token_scores(split, self._classes_of_words(split, logits, self._tokenizer(tokenizer)))
         if self.spec.type == "regression":
             return self._value_scores(split, logits.reshape(len(logits)))
         return self._class_scores(split, logits.argmax(-1))
+
+    def decode(self, split: str, predictions: Any, *, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Any]:
+        """Return what predictions say, a row of the split each.
+
+        Args:
+            split: The split that was predicted.
+            predictions: As `score` takes them.
+            tokenizer: The tokenizer of tokens and spans.
+
+        Returns:
+            The name of the class, the value, or the number of the choice; of tokens a list of the words' classes, None for a word
+            that was cut off where no class is "O"; of spans the text of the answer, "" where that there is none scores higher and
+            some question of the split has none.
+
+        Raises:
+            InputError: As of `score`, but rows need no labels.
+        """
+        if self.spec.type == "span":
+            found, has_null = self._answers(split, predictions, self._tokenizer(tokenizer)), self._has_null(split)
+            return [text if null <= 0 or not has_null else "" for text, null in found]
+        logits = self._checked_logits(split, predictions)
+        names = self.labels or []
+        if self.spec.type == "tokens":
+            words = self._classes_of_words(split, logits, self._tokenizer(tokenizer))
+            return [[None if number < 0 else names[number] for number in row] for row in words]
+        if self.spec.type == "regression":
+            return [float(value) for value in logits.reshape(len(logits))]
+        numbers = logits.argmax(-1).tolist()
+        return numbers if self.spec.type == "choice" else [names[number] for number in numbers]
 
     def baseline(self) -> dict[str, float]:
         """Return the score on the validation rows of a constant that needs no text.
@@ -245,6 +270,18 @@ class TaskData:
     def _check_labelled(self, split: str) -> None:
         if not self._has_labels(split):
             raise InputError(f"task {self.spec.name!r}: the {split} rows have no labels, so nothing can be scored")
+
+    def _checked_logits(self, split: str, predictions: Any) -> np.ndarray:
+        logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+        if len(logits) != len(self.rows(split)):
+            raise InputError(
+                f"predictions has {len(logits)} rows, the {split} rows are {len(self.rows(split))}: predict each once"
+            )
+        return logits
+
+    def _has_null(self, split: str) -> bool:
+        """Whether some question has no answer."""
+        return any(right is not None and not right for right in self.targets(split))
 
     def _tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         if tokenizer is None:
@@ -314,12 +351,16 @@ class TaskData:
         return scores
 
     def _score_spans(self, split: str, predictions: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+        found, answers = self._answers(split, predictions, tokenizer), self.targets(split)
+        triples = [(*pair, right) for pair, right in zip(found, answers, strict=True) if right is not None]
+        return _span_scores(triples, has_null=self._has_null(split), language=self.spec.language)
+
+    def _answers(self, split: str, predictions: Any, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, float]]:
+        """Return the best span of each question, and the score of no answer above that span's."""
         max_length, doc_stride = self._lengths_of(split)
-        rows, answers = self.rows(split), self.targets(split)
+        rows = self.rows(split)
         starts, ends = (np.asarray(logits) for logits in predictions[:2])
-        known = [right for right in answers if right is not None]
-        has_null = any(not right for right in known)
-        texts, nulls, done = [], [], 0
+        pairs, done = [], 0
         for first in range(0, len(rows), _QUESTIONS):
             part = rows.select(range(first, min(first + _QUESTIONS, len(rows))))
             questions, contexts = (part[name][:] for name in self.spec.text)
@@ -331,14 +372,12 @@ class TaskData:
                     f"predictions has {len(starts)} windows, but there are more: predict each encoded row once"
                 )
             found = read_answers(contexts, windows, starts[scored], ends[scored], doc_stride=doc_stride)
-            texts += [item.answers[0].text if item.answers else "" for item in found]
-            nulls += [item.null_difference for item in found]
+            pairs += [(item.answers[0].text if item.answers else "", item.null_difference) for item in found]
         if done != len(starts):
             raise InputError(
                 f"predictions has {len(starts)} windows, but there are {done}: predict each encoded row once"
             )
-        triples = [item for item in zip(texts, nulls, answers, strict=True) if item[2] is not None]
-        return _span_scores(triples, has_null=has_null, language=self.spec.language)
+        return pairs
 
 
 def _span_scores(found: Sequence[tuple[str, float, list[str]]], *, has_null: bool, language: str) -> dict[str, float]:

@@ -26,6 +26,7 @@ from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
 from hf_pretrain.hub.branches import check_branches
 from hf_pretrain.hub.identifiers import check_identifiers
+from hf_pretrain.modeling.adapters import AdapterArguments
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.names import SYNONYMS
 from hf_pretrain.optimizers import OptimizerName, check_bias_correction, optimizer_of
@@ -84,7 +85,7 @@ def bf16_is_fast() -> bool:
 
 
 @dataclass
-class PretrainingArguments(TrainingArguments):
+class PretrainingArguments(AdapterArguments, TrainingArguments):
     """`transformers.TrainingArguments` with what pre-training needs and the defaults that suit it.
 
     Raises:

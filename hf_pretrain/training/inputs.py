@@ -113,6 +113,7 @@ class TrainerInputs:
         self.model, self.model_args = model, model_args
         self._check_model()
         self.model_init = others.get("model_init")
+        self._check_adapter()
         self.data_args = data_args
         self.processing_class = processing_class
         if processing_class is None and data_args is not None:
@@ -148,6 +149,15 @@ class TrainerInputs:
             raise InputError(
                 f"model={shown}: {self.name} takes a model of transformers, its name or folder, or "
                 f"{self.model_class.__name__}(...)"
+            )
+
+    def _check_adapter(self) -> None:
+        """Refuse adapters beside a model from scratch, whose weights would stay random."""
+        adapter = getattr(self.args, "adapter", "none")
+        if adapter != "none" and self.model is None and self.model_init is None and self._name_of_model() is None:
+            raise InputError(
+                f"adapter={adapter!r} leaves the weights of a model as they are, and a new model's are random: set "
+                "model_name_or_path, or leave it out"
             )
 
     # Data

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy, has_length
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import plain
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
 
 if TYPE_CHECKING:
@@ -157,6 +158,10 @@ def model_line(model: PretrainingModel) -> str:
     root = model.root
     exported = sum(parameter.numel() for parameter in root.parameters())
     others = "" if exported == count else f", {_millions(exported)} of them in the exported {type(root).__name__}"
+    if model.adapters.parts:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        kinds = ", ".join(dict.fromkeys(str(plain(config.peft_type)) for config in model.adapters.parts.values()))
+        others += f"; {_millions(trained)} of them are trained ({kinds})"
     return f"{type(model).__name__}, {_millions(count)} parameters{others}"
 
 

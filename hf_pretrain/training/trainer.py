@@ -43,6 +43,7 @@ from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
+from hf_pretrain.modeling.adapters import add_adapters
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
@@ -93,6 +94,7 @@ class PretrainingTrainer(Trainer):
     | `_get_eval_sampler` | memory: windows in the order of time |
     | `_get_dataloader` | processes with nothing left take a marked example instead of one that was seen |
     | `get_optimizer_cls_and_kwargs` | Adam without bias correction, AdamW with parameter scale, Adafactor's options |
+    | `get_decay_parameter_names` | no weight decay of tables of which some rows are trained |
     | `create_optimizer` | rtd: a learning rate of the generator's own |
     | `create_scheduler` | the rates of phases; decay times warm-up; rtd: one schedule for each of two stages |
     | `_prepare_for_training` | FSDP shards the blocks that share no parameter, and keeps the rest together |
@@ -133,6 +135,7 @@ class PretrainingTrainer(Trainer):
         model_args: Options of a model that is built, or opened by its name.
         data_args: How text is cut into examples, such as `DataArguments(block_size=512)`.
         data_description: Numbers and names about the data, for the model card; by default what is found.
+        peft_config: Adapters of PEFT to train, in place of those that `args.adapter` describes.
         **kwargs: Other arguments of `transformers.Trainer`, but `compute_metrics`.
 
     Raises:
@@ -164,6 +167,7 @@ class PretrainingTrainer(Trainer):
         model_args: Any = None,
         data_args: DataArguments | None = None,
         data_description: Mapping[str, Any] | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         options = {"model_args": model_args, "data_args": data_args, "processing_class": processing_class}
@@ -181,8 +185,9 @@ class PretrainingTrainer(Trainer):
         is_stream = isinstance(train_dataset, IterableDataset)
         check_text(args, is_stream=is_stream, holds_out=eval_dataset is not None)
         args.eval_on_start &= eval_dataset is not None
+        self._peft_config = peft_config
         if model is not None:
-            check_trainable(model, gradient_checkpointing=bool(args.activation_checkpointing))
+            self._make_trainable(model, args)
         # The stock method opens the repository with them.
         self.held_out, self.checkpoints, self.pushing = HeldOutNumbers(self), Checkpointing(self), Pushing(self)
         self.branches = Branches(self)
@@ -217,6 +222,11 @@ class PretrainingTrainer(Trainer):
         self._is_evaluating = False
         self._sums = EvaluationSums()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
+
+    def _make_trainable(self, model: Any, args: PretrainingArguments) -> None:
+        """Refuse what cannot be trained, and put in the adapters."""
+        check_trainable(model, gradient_checkpointing=bool(args.activation_checkpointing))
+        add_adapters(model, args, seed=args.seed, peft_config=self._peft_config)
 
     # What a method says of its inputs
 
@@ -418,6 +428,10 @@ class PretrainingTrainer(Trainer):
         """Return class and arguments of the optimizer."""
         return optimizer_of(args, model)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the names of the parameters with weight decay."""
+        return [name for name in super().get_decay_parameter_names(model) if name not in self.model.adapters.undecayed]
+
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Return the stock schedule, the rates of the phases, or the product of decay and warm-up where the recipe wants it."""
         if getattr(self, "lr_scheduler", None) is not None:
@@ -526,7 +540,7 @@ class PretrainingTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a fresh model from `model_init`; see `transformers.Trainer.call_model_init`."""
         model = self.inputs.compose(super().call_model_init(trial))
-        check_trainable(model, gradient_checkpointing=bool(self.args.activation_checkpointing))
+        self._make_trainable(model, self.args)
         # transformers sets the seed before each.
         self._seed_dropout()
         return model

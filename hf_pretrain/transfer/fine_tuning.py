@@ -53,6 +53,8 @@ class FineTuningArguments(StrategyArguments, TrainingArguments):
     def __post_init__(self) -> None:
         """Check the strategy, then let transformers check the rest."""
         self.settle_strategy()
+        # transformers fills it in, and would not tell its own value from the user's.
+        self.chooses_metric = self.metric_for_best_model is not None
         super().__post_init__()
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self.slanted_triangular and (self.warmup_steps != 0.1 or schedule != "linear"):
@@ -84,16 +86,10 @@ class _Stages(TrainerCallback):
     def __init__(self, trainer: FineTuningTrainer) -> None:
         self.trainer = trainer
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Freeze what does not move yet: after the wrapper for several processes has seen all that will."""
-        self.trainer.enter_stage(state.global_step)
-
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the parts move whose step has come."""
+        """Let the parts move whose step has come; the wrapper for several processes has seen all that will move."""
         self.trainer.enter_stage(state.global_step)
 
     def on_train_end(

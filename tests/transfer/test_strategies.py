@@ -244,6 +244,18 @@ def test_accumulated_gradients_move_the_same(tmp_path):
     torch.testing.assert_close(final(**cut), final(), rtol=1e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("strategy", ["gradual", "lora", "top_layers"])
+def test_activations_that_are_computed_again_change_nothing(tmp_path, strategy):
+    """Below frozen embeddings nothing asks for a gradient, and yet the layers have theirs."""
+
+    def final(**options):
+        model = classifier(**WITHOUT_DROPOUT)
+        trainer = fine_tuner(tmp_path, model, strategy=strategy, num_train_epochs=3, optim="sgd", **options)
+        return weights(trainer.model) if trainer.train() else None
+
+    torch.testing.assert_close(final(activation_checkpointing=True), final(), rtol=1e-5, atol=1e-7)
+
+
 def test_the_model_is_left_as_it_was_given(tmp_path):
     trainer = fine_tuner(tmp_path, strategy="gradual", freeze_embeddings=True)
     trainer.train()

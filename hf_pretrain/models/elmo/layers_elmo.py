@@ -145,11 +145,12 @@ class ElmoLSTM(nn.LSTM):
         self, inputs_BTP: torch.Tensor, state_BS: torch.Tensor, lengths_B: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = cast(list[torch.Tensor], self.all_weights[0])
-        gates_BTG = F.linear(inputs_BTP, weight_ih, bias_ih + bias_hh)
+        # Not sliced: the gradient of a slice is as large as all steps together.
+        gates = F.linear(inputs_BTP, weight_ih, bias_ih + bias_hh).unbind(1)
         output_BP, cell_BC = state_BS.split([self.proj_size, self.hidden_size], 1)
         outputs = []
-        for step in range(inputs_BTP.shape[1]):
-            entered, forgotten, new, shown = (gates_BTG[:, step] + output_BP @ weight_hh.T).chunk(4, dim=1)
+        for step, gates_BG in enumerate(gates):
+            entered, forgotten, new, shown = (gates_BG + output_BP @ weight_hh.T).chunk(4, dim=1)
             new_cell_BC = _clipped(forgotten.sigmoid() * cell_BC + entered.sigmoid() * new.tanh(), self.cell_clip)
             new_output_BP = _clipped((shown.sigmoid() * new_cell_BC.tanh()) @ weight_hr.T, self.projection_clip)
             if lengths_B is not None:

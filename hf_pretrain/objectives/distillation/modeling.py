@@ -178,6 +178,7 @@ class DistillationModel(PretrainingModel):
 
     config_class = DistillationConfig
     export_parts = {"": "student"}  # noqa: RUF012
+    refuses_adapters = "makes a student of its own, which has to learn in all its weights"
     origin: str = ""
     teacher_name: str = ""
 

@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_pretrain.hub.card import recipe_options, write_card
 from hf_pretrain.hub.environment import Compute, hardware, versions
-from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, cite
 from hf_pretrain.hub.text import hub_id
 from hf_pretrain.modeling.backbone import sizes
 from hf_pretrain.options import all_options
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.training.arguments import global_batch_size
+from hf_pretrain.transfer.tuning.references import constant_reference, evaluation_of
 
 if TYPE_CHECKING:
     from hf_pretrain.transfer.multitask.trainer import MultiTaskTrainer
 
-_OF_TASKS = {
-    "classification": "text-classification",
-    "regression": "text-classification",
-    "tokens": "token-classification",
-    "choice": "multiple-choice",
-    "span": "question-answering",
-}
-
-
-def evaluation_of(data: TaskData, scores: Mapping[str, float]) -> Evaluation:
-    """Return the scores of a task on its validation rows, beside those of a constant."""
-    spec = data.spec
-    files = spec.validation_file or spec.train_file
-    finite = {name: value for name, value in scores.items() if math.isfinite(value)}
-    return Evaluation(
-        task=spec.name,
-        dataset=spec.dataset_name or Path(files[0]).name,
-        dataset_config=spec.dataset_config_name,
-        split="validation" if spec.validation_file or spec.validation_split else "held-out rows",
-        task_type=_OF_TASKS[spec.type],
-        metrics=finite,
-        method="A head on the encoder that all tasks share",
-        baseline={name: value for name, value in data.baseline().items() if name in finite and math.isfinite(value)},
-        baseline_name="a constant",
-        num_examples=len(data.validation),
-    )
+_METHOD = "a head on the encoder that all tasks share"
 
 
 def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: Mapping[str, Any]) -> Path:
@@ -88,7 +62,11 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: M
         recipe=recipe_options(all_options([args]), defaults=defaults),
         log_history=tuple(log),
         sizes={"": sizes(encoder)},
-        evaluations=[evaluation_of(trainer.tasks[task], scores) for task, scores in trainer.scores.items()],
+        evaluations=[
+            evaluation_of(data, trainer.scores[task], method=_METHOD, reference=constant_reference(data))
+            for task, data in trainer.tasks.items()
+            if task in trainer.scores
+        ],
         sections={"Tasks": _table(trainer)},
         compute=Compute(
             parameters=encoder.num_parameters(),

@@ -25,6 +25,7 @@ from hf_pretrain.files import share_weights
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.tasks.labelled import TaskData
+from hf_pretrain.transfer.tuning.heads import open_for_task
 
 _NAMES = re.compile(r"(?!checkpoint-)[A-Za-z0-9][A-Za-z0-9_-]*")
 # Parts of what a task has of its own that are no modules of the stock model itself: DeBERTa has another pooler in its head.
@@ -174,9 +175,8 @@ class MultiTaskModel(PreTrainedModel):
         seed: int = 0,
         loss_weights: Mapping[str, float] | None = None,
         learns_loss_weights: bool = False,
-        **options: Any,
     ) -> MultiTaskModel:
-        """Open an encoder, and give it a fresh head for each task.
+        """Open an encoder, and give it a head for each task: the one that it came with, or a fresh one for other labels.
 
         Args:
             name_or_path: Folder or repository of the encoder.
@@ -184,20 +184,17 @@ class MultiTaskModel(PreTrainedModel):
             seed: Seed of the heads; that of a task depends on its name, not on the other tasks.
             loss_weights: Factor of the loss of each task; 1 where there is none.
             learns_loss_weights: Learn them instead, see [`LearnedLossWeight`].
-            **options: Passed on to `from_pretrained` of transformers, such as `attn_implementation`.
 
         Raises:
             InputError: If the encoder cannot be opened, or a task has no stock head for it.
         """
-        encoder = from_pretrained(AutoModel, name_or_path, announce=False, **options)
+        encoder = from_pretrained(AutoModel, name_or_path, announce=False)
         models = {}
         for task, data in tasks.items():
+            own = draws.generator_seed(seed=seed, stream=f"head of {task}")
             with torch.random.fork_rng():
-                torch.manual_seed(draws.generator_seed(seed=seed, stream=f"head of {task}"))
-                options_of_head = data.head_options()
-                models[task] = from_pretrained(
-                    data.auto_class, name_or_path, announce=False, **options, **options_of_head
-                )
+                torch.manual_seed(own)
+                models[task] = open_for_task(name_or_path, data, seed=own).model
         config = MultiTaskConfig(
             encoder=encoder.config,
             tasks=[

@@ -316,4 +316,15 @@ def test_isolated_documents_and_models_that_cannot_are_refused(tmp_path):
         hybrid(tmp_path, isolated(tiny_data()))
     with pytest.raises(InputError, match="ConvBertForMaskedLM .*cannot read text in one direction"):
         hybrid(tmp_path, model_options={"model_type": "convbert"})
-    build(program, tmp_path, isolated(tiny_data()), model_options=BERT, objectives=["mlm"], prediction="shifted")
+
+
+def test_documents_in_a_row_keep_their_first_tokens_where_the_one_before_would_predict_them(tmp_path):
+    hidden = {}
+    for prediction in ("same", "shifted"):
+        options = {"objectives": ["mlm"], "prediction": prediction}
+        trainer = build(program, tmp_path, isolated(tiny_data()), model_options=BERT, **options)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
+        is_first = batch["document_ids"].diff(dim=1) > 0
+        hidden[prediction] = int((is_first & (batch["labels"][:, 1:] != -100)).sum())
+        assert trainer.model(**batch).losses["mlm"].sum.isfinite().all()
+    assert hidden["shifted"] == 0 < hidden["same"]

@@ -1,0 +1,350 @@
+"""New words and other tokenizers for a model, and the command that trains it further."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    RobertaConfig,
+)
+
+from hf_pretrain import cli
+from hf_pretrain.commands import adapt
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
+from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.base import GENERATOR_FOLDER
+from hf_pretrain.transfer.adaptation import add_words, choose_words, extend_checkpoint, read_words, token_counts
+
+GENERAL = [
+    "the patient had a pain in the liver, and the doctor saw it at once.",
+    "a cat sat on the mat; the dog ran to the tree and the house.",
+    "he sat in a tent in it, is it his pen? a hen, a nest, it has it.",
+] * 30
+DOMAIN = ["the patient has hepatitis, and chronic Hepatitis is in the liver. a steatosis is not hepatitis."] * 12
+DOMAIN += ["it is a rare steatosis; hepatitisx is no word. cats sat on the mat."] * 6
+PLAIN = "the dog and the cat sat, and hepatitisx ran to xhepatitis at once."
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+KINDS = ["wordpiece", "bpe", "unigram"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request):
+    return make_tokenizer(request.param)
+
+
+def make_tokenizer(kind):
+    return train_tokenizer(GENERAL, kind=kind, vocab_size=330, lowercase=kind != "bpe")
+
+
+def make_model(tokenizer, *, tied=True, config=BertConfig, **options):
+    torch.manual_seed(0)
+    values = SIZES | {"vocab_size": len(tokenizer), "tie_word_embeddings": tied, "initializer_range": 0.5} | options
+    model = AutoModelForMaskedLM.from_config(config(**values, pad_token_id=tokenizer.pad_token_id)).eval()
+    model.get_output_embeddings().bias.data.normal_()
+    return model
+
+
+def logits(model, tokenizer, text):
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt", return_token_type_ids=False)).logits[0]
+
+
+class TestChoosing:
+    def test_those_that_save_most_tokens_first(self, tokenizer):
+        words = choose_words(DOMAIN, tokenizer, 2)
+        by_name = {word.text: word for word in choose_words(DOMAIN, tokenizer, 100)}
+        assert [word.text for word in words] == ["hepatitis", "steatosis"]
+        is_lower = tokenizer("THE")["input_ids"] == tokenizer("the")["input_ids"]
+        # Those with a capital are the same word in lower case alone.
+        assert by_name["hepatitis"].times == (36 if is_lower else 24)
+        assert by_name["steatosis"].times == 18
+        for word in words:
+            pieces = tokenizer.tokenize(f"the {word.text}")[len(tokenizer.tokenize("the")) :]
+            assert word.pieces == len([piece for piece in pieces if piece != "▁" and piece != "Ġ"])
+            assert word.saved == word.times * (word.pieces - 1)
+        saved = [word.saved for word in choose_words(DOMAIN, tokenizer, 100)]
+        assert saved == sorted(saved, reverse=True)
+
+    def test_the_order_of_the_text_does_not_matter(self, tokenizer):
+        assert choose_words(DOMAIN, tokenizer, 9) == choose_words(reversed(DOMAIN), tokenizer, 9)
+        many = [letter * count for letter in "aehinst" for count in (5, 6, 7)]
+        ours, theirs = (choose_words([" ".join(words)] * 5, tokenizer, 99) for words in (many, many[::-1]))
+        assert ours == theirs and len({word.saved for word in ours}) < len(ours)
+
+    def test_rare_words_and_whole_ones_are_none(self, tokenizer):
+        _, extended = add_words(make_model(tokenizer), tokenizer, ["hepatitis"])
+        found = {word.text for word in choose_words([*DOMAIN, "cirrhosis"], extended, 100)}
+        assert "steatosis" in found and not {"cirrhosis", "hepatitis"} & found
+
+    def test_no_word_is_refused(self, tokenizer):
+        with pytest.raises(InputError, match="new_words='auto:3': the tokenizer cuts no word"):
+            choose_words(["ox ox ox ox"], tokenizer, 3)
+
+    def test_words_of_a_file(self, tokenizer, tmp_path):
+        file = tmp_path / "words.txt"
+        _, extended = add_words(make_model(tokenizer), tokenizer, ["cirrhosis"])
+        file.write_text("hepatitis\ncirrhosis\n\nsteatosis\nhepatitis\n")
+        assert [word.text for word in read_words(file, extended)] == ["hepatitis", "steatosis"]
+        file.write_text("fatty liver\n")
+        with pytest.raises(InputError, match="has the line 'fatty liver'"):
+            read_words(file, tokenizer)
+        file.write_text("cirrhosis\n")
+        with pytest.raises(InputError, match="each of its 1 words is one token already"):
+            read_words(file, extended)
+
+
+class TestAdding:
+    WORDS = ("hepatitis", "steatosis")
+
+    def test_a_word_is_one_token_where_it_stands_alone(self, tokenizer):
+        _, extended = add_words(make_model(tokenizer), tokenizer, self.WORDS)
+        ids = extended.get_vocab()
+        assert [ids[word] for word in self.WORDS] == [len(tokenizer), len(tokenizer) + 1]
+        text = "a hepatitis, steatosis and hepatitis-x"
+        encoded = extended(text, return_offsets_mapping=True)
+        found = [
+            (number, text[begin:end].strip())
+            for number, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            if number >= len(tokenizer)
+        ]
+        assert found == [(ids[word], word) for word in ("hepatitis", "steatosis", "hepatitis")]
+
+    def test_other_text_is_cut_as_before_and_ids_stay(self, tokenizer):
+        _, extended = add_words(make_model(tokenizer), tokenizer, self.WORDS)
+        assert extended.get_vocab().items() >= tokenizer.get_vocab().items()
+        for text in [PLAIN, "xhepatitis", "hepatitis_x", *GENERAL[:3]]:
+            ours, before = (one(text, return_offsets_mapping=True) for one in (extended, tokenizer))
+            assert ours["input_ids"] == before["input_ids"] and ours["offset_mapping"] == before["offset_mapping"]
+        pair = [one(PLAIN, GENERAL[0])["input_ids"] for one in (extended, tokenizer)]
+        assert pair[0] == pair[1]
+
+    def test_case_follows_the_tokenizer(self, tokenizer):
+        _, extended = add_words(make_model(tokenizer), tokenizer, self.WORDS)
+        is_one = extended.get_vocab()["hepatitis"] in extended("a Hepatitis")["input_ids"]
+        assert is_one == (tokenizer("THE")["input_ids"] == tokenizer("the")["input_ids"])
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_rows_are_the_means_of_their_pieces(self, tokenizer, tied):
+        model = make_model(tokenizer, tied=tied)
+        larger, _ = add_words(model, tokenizer, self.WORDS)
+        old = len(tokenizer)
+        for word, number in zip(self.WORDS, (old, old + 1), strict=True):
+            ids = tokenizer(f"the {word}", add_special_tokens=False)["input_ids"]
+            ids = ids[len(tokenizer("the", add_special_tokens=False)["input_ids"]) :]
+            ids = ids[1:] if tokenizer.convert_ids_to_tokens(ids[0]) in ("▁", "Ġ") else ids
+            assert len(ids) > 1
+            for before, after in (
+                (model.get_input_embeddings().weight, larger.get_input_embeddings().weight),
+                (model.get_output_embeddings().weight, larger.get_output_embeddings().weight),
+                (model.get_output_embeddings().bias, larger.get_output_embeddings().bias),
+            ):
+                torch.testing.assert_close(after[number], before[ids].mean(0))
+                assert torch.equal(after[:old], before) and len(after) == old + 2
+        is_tied = larger.get_input_embeddings().weight is larger.get_output_embeddings().weight
+        assert is_tied == tied
+
+    def test_logits_of_other_text_stay(self, tokenizer):
+        model = make_model(tokenizer)
+        larger, extended = add_words(model, tokenizer, self.WORDS)
+        before, after = logits(model, tokenizer, PLAIN), logits(larger, extended, PLAIN)
+        torch.testing.assert_close(after[:, : len(tokenizer)], before, atol=1e-6, rtol=0)
+
+    def test_it_opens_again(self, tokenizer, tmp_path):
+        larger, extended = add_words(make_model(tokenizer), tokenizer, self.WORDS)
+        larger.save_pretrained(tmp_path)
+        extended.save_pretrained(tmp_path)
+        model, opened = AutoModelForMaskedLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+        for text in DOMAIN[:1] + [PLAIN]:
+            assert opened(text)["input_ids"] == extended(text)["input_ids"]
+            torch.testing.assert_close(logits(model, opened, text), logits(larger, extended, text))
+        assert token_counts(DOMAIN, [tokenizer])[0] > token_counts(DOMAIN, [opened])[0]
+
+    def test_rows_beyond_the_tokenizer_are_used_first(self):
+        """A vocabulary that is filled up to a round number has rows to spare."""
+        tokenizer = make_tokenizer("wordpiece")
+        model = make_model(tokenizer, vocab_size=len(tokenizer) + 5)
+        larger, extended = add_words(model, tokenizer, self.WORDS)
+        assert larger.config.vocab_size == len(tokenizer) + 5 and len(extended) == len(tokenizer) + 2
+
+    def test_configured_ids_stay(self):
+        tokenizer = make_tokenizer("wordpiece")
+        last = len(tokenizer) - 1
+        larger, _ = add_words(make_model(tokenizer, eos_token_id=last), tokenizer, self.WORDS)
+        assert larger.config.eos_token_id == last
+
+    def test_a_model_that_counts_from_padding(self):
+        tokenizer = make_tokenizer("bpe")
+        larger, _ = add_words(
+            make_model(tokenizer, config=RobertaConfig, max_position_embeddings=40), tokenizer, self.WORDS
+        )
+        assert larger.config.pad_token_id == tokenizer.pad_token_id
+
+    def test_a_token_is_no_new_word(self, tokenizer):
+        with pytest.raises(InputError, match="is a token already"):
+            add_words(make_model(tokenizer), tokenizer, ["hepatitis", tokenizer.convert_ids_to_tokens(20)])
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with a tiny model and its tokenizer, and one with text."""
+    folder = tmp_path_factory.mktemp("start")
+    tokenizer = make_tokenizer("wordpiece")
+    make_model(tokenizer, max_position_embeddings=64).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text.txt").write_text("\n\n".join(DOMAIN + GENERAL[:12]))
+    return folder
+
+
+QUIET = "--max_steps 2 --block_size 32 --report_to none --disable_tqdm true --per_device_train_batch_size 4 --bf16 false".split()
+
+
+def run(start, output_dir, *options, objective="mlm"):
+    words = [str(start / "model"), "--objective", objective, "--train_file", str(start / "text.txt")]
+    return cli.main(["adapt", *words, "--output_dir", str(output_dir), *QUIET, *options])
+
+
+class TestCommand:
+    def test_it_prints_the_command_that_it_is(self, start, tmp_path, capsys):
+        assert run(start, tmp_path / "out", "--weight_decay=0.02") == 0
+        out = capsys.readouterr().out
+        line = next(line for line in out.splitlines() if line.startswith("adapt "))
+        assert f"hf-pretrain mlm --model_name_or_path {start / 'model'} --learning_rate 5e-05 " in line
+        recipe = (tmp_path / "out/recipe.yaml").read_text()
+        assert "learning_rate: 5.0e-05" in recipe and "weight_decay: 0.02" in recipe
+        before, after = (load_file(f"{folder}/model.safetensors") for folder in (start / "model", tmp_path / "out"))
+        assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+    @pytest.mark.parametrize(
+        ("others", "rate"),
+        [
+            (["--adapter", "lora"], ["--learning_rate", "0.0002"]),
+            (["--adapter=lora"], ["--learning_rate", "0.0002"]),
+            (["--adapter", "none"], ["--learning_rate", "5e-05"]),
+            (["--learning_rate", "1e-3", "--adapter", "lora"], []),
+            (["--learning_rate=1e-3"], []),
+        ],
+    )
+    def test_defaults_go_behind_what_is_given(self, start, others, rate):
+        command = adapt.expanded(adapt.AdaptArguments(model=str(start / "model")), others)
+        assert command == ["mlm", "--model_name_or_path", str(start / "model"), *rate, *others]
+
+    def test_a_recipe_goes_before_a_default(self, start, tmp_path):
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text("learning_rate: 1e-3\nadapter: lora\n")
+        command = adapt.expanded(adapt.AdaptArguments(model=str(start / "model")), ["--config", str(recipe)])
+        assert "--learning_rate" not in command
+
+    def test_modernbert_has_its_share_of_masks(self, tmp_path):
+        AutoConfig.for_model("modernbert").save_pretrained(tmp_path)
+        assert "--mlm_probability 0.3" in " ".join(adapt.expanded(adapt.AdaptArguments(model=str(tmp_path)), []))
+
+    def test_new_words_and_adapters(self, start, tmp_path, capsys):
+        """Nothing of the model moves but its adapters and the rows of the new words."""
+        options = ("--new_words", "auto:2", "--adapter", "lora", "--adapter_rank", "2", "--learning_rate", "0.01")
+        assert run(start, tmp_path / "out", *options) == 0
+        out = capsys.readouterr().out
+        assert "2 get a token each: hepatitis (" in out and "of the training text before" in out
+        facts = json.loads((tmp_path / "out-start/adaptation.json").read_text())
+        assert facts["tokens_after"] < facts["tokens_before"]
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        old = facts["first_new_token"]
+        assert tokenizer("hepatitis")["input_ids"][1] == old and len(tokenizer) == old + 2
+        begin, end = (load_file(tmp_path / name / "model.safetensors") for name in ("out-start", "out"))
+        table = "bert.embeddings.word_embeddings.weight"
+        assert torch.equal(begin[table][:old], end[table][:old])
+        assert not torch.equal(begin[table][old:], end[table][old:])
+        moved = {name for name in begin if not torch.equal(begin[name], end[name])}
+        assert moved == {
+            table,
+            "cls.predictions.bias",
+            *(name for name in begin if ".layer.0." in name and "weight" in name),
+        } - {name for name in begin if "LayerNorm" in name}
+
+    def test_the_start_is_used_again_by_the_same_run_alone(self, start, tmp_path, capsys):
+        assert (
+            run(start, tmp_path / "out", "--new_words", "auto:2", "--save_strategy", "steps", "--save_steps", "1") == 0
+        )
+        written = (tmp_path / "out-start/model.safetensors").stat().st_mtime_ns
+        options = ("--new_words", "auto:2", "--resume_from_checkpoint", str(tmp_path / "out/checkpoint-1"))
+        assert run(start, tmp_path / "out", *options) == 0
+        assert (tmp_path / "out-start/model.safetensors").stat().st_mtime_ns == written
+        capsys.readouterr()
+        assert run(start, tmp_path / "out", "--new_words", "auto:3", "--overwrite_output_dir", "true") == 2
+        assert "is the start of another run" in capsys.readouterr().err
+
+    def test_words_of_a_file(self, start, tmp_path):
+        (tmp_path / "words.txt").write_text("steatosis\n")
+        assert run(start, tmp_path / "out", "--new_words", str(tmp_path / "words.txt")) == 0
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        assert "steatosis" in tokenizer.get_vocab() and "hepatitis" not in tokenizer.get_vocab()
+
+    def test_another_tokenizer(self, start, tmp_path, capsys):
+        options = ("--exchange_tokenizer", "wordpiece", "--exchange_vocab_size", "150", "--adapter", "lora")
+        assert run(start, tmp_path / "out", *options) == 0
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+        model = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+        assert len(tokenizer) == model.config.vocab_size <= 150
+        assert len(tokenizer.tokenize("hepatitis")) == 1
+        old = AutoModelForMaskedLM.from_pretrained(start / "model")
+        begin = AutoModelForMaskedLM.from_pretrained(tmp_path / "out-start")
+        known = AutoTokenizer.from_pretrained(start / "model").get_vocab()["the"]
+        rows = [one.get_input_embeddings().weight for one in (old, begin)]
+        assert torch.equal(rows[0][known], rows[1][tokenizer.get_vocab()["the"]])
+        assert not torch.equal(rows[1], model.get_input_embeddings().weight), "a table of new tokens is trained"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--new_words", "many"), "new_words='many' is no file"),
+            (("--new_words", "auto:0"), "new_words=0 must be"),
+            (("--new_words", "auto:2", "--exchange_tokenizer", "bpe"), "give one of the two"),
+            (("--exchange_vocab_size", "9"), "exchange_vocab_size=9 has no effect without exchange_tokenizer"),
+            (("--objective", "mlmm"), "did you mean 'mlm'"),
+            (("--wieght_decay", "1"), "did you mean"),
+            (("--new_words", "auto:2", "--streaming", "true", "--validation_fraction", "0"), "streaming=True"),
+        ],
+    )
+    def test_what_cannot_work_is_refused(self, start, tmp_path, capsys, options, message):
+        assert run(start, tmp_path / "out", *options) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_a_pair_keeps_its_parts(self, tmp_path):
+        """New words of replaced token detection are words of the generator too."""
+        tokenizer = make_tokenizer("wordpiece")
+        sizes = [
+            "--hidden_size",
+            "16",
+            "--num_hidden_layers",
+            "1",
+            "--num_attention_heads",
+            "2",
+            "--intermediate_size",
+            "32",
+        ]
+        text = tmp_path / "text.txt"
+        text.write_text("\n\n".join(DOMAIN))
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        words = ["--train_file", str(text), "--tokenizer_name", str(tmp_path / "tokenizer"), *QUIET, *sizes]
+        assert cli.main(["rtd", *words, "--output_dir", str(tmp_path / "pair")]) == 0
+        extend_checkpoint(str(tmp_path / "pair"), None, ["hepatitis"], tmp_path / "larger")
+        rows = [AutoConfig.from_pretrained(tmp_path / "larger" / part).vocab_size for part in ("", GENERATOR_FOLDER)]
+        assert rows == [len(tokenizer) + 1] * 2
+        words = ["adapt", str(tmp_path / "larger"), "--objective", "rtd", "--train_file", str(text), *QUIET]
+        assert cli.main([*words, "--output_dir", str(tmp_path / "out"), "--adapter", "lora"]) == 0
+
+    def test_a_causal_model(self, tmp_path):
+        tokenizer = make_tokenizer("bpe")
+        config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(tokenizer), n_positions=64)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+        (tmp_path / "text.txt").write_text("\n\n".join(DOMAIN))
+        assert run(tmp_path, tmp_path / "out", "--adapter", "lora", "--new_words", "auto:1", objective="clm") == 0
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == len(tokenizer) + 1
