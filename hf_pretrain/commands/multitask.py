@@ -9,34 +9,48 @@ a task in it, such as my-multitask/mnli, opens with the Auto class of its head. 
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_pretrain.commands import parse_command
+from hf_pretrain.commands.finetune import FinetuneTrainingArguments
 from hf_pretrain.errors import InputError, check_choice
+from hf_pretrain.hub.pushing import repository_of
 from hf_pretrain.modeling.loading import from_pretrained
-from hf_pretrain.options import option, resolved_options, write_recipe
+from hf_pretrain.options import check_options, option, resolved_options, write_recipe
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec, load_task, read_tasks
+from hf_pretrain.training.output_folder import output_directory, paths_in
+from hf_pretrain.training.processes import (
+    StopOnRequest,
+    nothing_trained,
+    refused_by_libraries,
+    reported_faults,
+    set_timeout,
+    stopped,
+    stopping_on_sigterm,
+)
 from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.multitask.modeling import MultiTaskModel
 from hf_pretrain.transfer.multitask.trainer import MultiTaskArguments, MultiTaskTrainer
 
+PROGRAM = "hf-pretrain multitask"
 
-@dataclass(kw_only=True)
-class MultiTaskProgramArguments(MultiTaskArguments):
-    """Which encoder and which tasks, beside the options of the training.
+
+@dataclass
+class TasksArguments:
+    """Which encoder, which tasks, and how their examples are read.
 
     Raises:
-        InputError: If an option is out of range, or has no effect beside the others.
+        InputError: If an option is out of range.
     """
 
-    ranges: ClassVar[dict[str, str]] = MultiTaskArguments.ranges | {
+    ranges: ClassVar[dict[str, str]] = {
         "max_length": "[1, inf)",
         "doc_stride": "[0, inf)",
         "max_examples": "[2, inf)",
@@ -46,18 +60,26 @@ class MultiTaskProgramArguments(MultiTaskArguments):
     model_name_or_path: str = option(help="The encoder: a folder, or a name on the Hub.")
     tasks: str = option(help="YAML file of tasks.")
     task: list[str] | None = option(None, "Names of those tasks in it that are trained; by default all.")
+    data_dir: str | None = option(
+        None, "Folder that the files of the tasks are relative to; by default the YAML's own."
+    )
     max_length: int = option(128, "Most tokens of an example.")
     doc_stride: int = option(32, "Of questions: tokens that a window of a long text shares with the next.")
     validation_fraction: float = option(0.1, "Share of a task's examples that is held out if it has no others.")
     max_examples: int | None = option(None, "Train on so many examples of each task at most.")
+    split_seed: int = option(0, "Seed of the rows that are held out, and of those that max_examples keeps.")
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        check_options(self)
 
     def specs(self) -> dict[str, TaskSpec]:
-        """Return the tasks to train on by name.
+        """Return the tasks to train on by name, in the order of the file.
 
         Raises:
             InputError: If there is none of a name, or it has nothing to train on.
         """
-        known = read_tasks(self.tasks)
+        known = read_tasks(self.tasks, data_dir=self.data_dir)
         for name in self.task or ():
             check_choice(name, known, name="task")
         found = {name: spec for name, spec in known.items() if self.task is None or name in self.task}
@@ -68,72 +90,89 @@ class MultiTaskProgramArguments(MultiTaskArguments):
                 )
         return found
 
+    def load(self, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> TaskData:
+        """Return a task whose examples are tokenized in the cache."""
+        shares = {"validation_fraction": self.validation_fraction, "max_examples": self.max_examples}
+        data = load_task(spec, seed=self.split_seed, **cast(Any, shares))
+        for split in ("train", "validation"):
+            data.encoded(split, tokenizer, max_length=self.max_length, doc_stride=self.doc_stride)
+        return data
 
-ARGUMENTS = (MultiTaskProgramArguments,)
+
+@dataclass
+class MultiTaskProgramArguments(FinetuneTrainingArguments, MultiTaskArguments):
+    """How the tasks are trained, and what becomes of the folder and of the card."""
+
+
+ARGUMENTS = (TasksArguments, MultiTaskProgramArguments)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the tasks, train, measure and write the models; see the top of the file."""
-    args: Any = parse_command(ARGUMENTS, argv, name="multitask", description=__doc__, first="model_name_or_path")
-    specs, checkpoint = args.specs(), _checkpoint(args)
+    options, args = parse_command(ARGUMENTS, argv, name="multitask", description=__doc__, first="model_name_or_path")
+    specs = options.specs()
     args.sampling_options(specs)
-    tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, args.model_name_or_path))
+    args.enable_jit_checkpoint = False
+    set_timeout(args)
+    read = paths_in((options, args), sys.argv[1:] if argv is None else argv)
+    with (
+        stopping_on_sigterm() as stopping,
+        output_directory(args, inputs=read) as folder,
+        reported_faults(args.output_dir),
+    ):
+        if args.push_to_hub and args.process_index == 0:
+            # Missing rights must show before anything is trained.
+            repository_of(args)
+        has_begun = False
+        with refused_by_libraries(unless=lambda: has_begun):
+            trainer = _trainer(options, args, specs, callbacks=[StopOnRequest(stopping)])
+            baselines = {name: data.baseline() for name, data in trainer.tasks.items()}
+            if args.process_index == 0:
+                _print_plan(trainer)
+            has_begun = True
+            folder.training_begins()
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        _finish(trainer, options, baselines)
+
+
+def _trainer(
+    options: TasksArguments, args: MultiTaskProgramArguments, specs: dict[str, TaskSpec], *, callbacks: list[Any]
+) -> MultiTaskTrainer:
+    """Read and tokenize the tasks, open the encoder, and return the Trainer."""
+    tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, options.model_name_or_path))
     # The first process tokenizes, and the others find the cache.
     with args.main_process_first(desc="tokenizing"):
-        tasks = {name: _read(args, spec, tokenizer) for name, spec in specs.items()}
-    baselines = {name: data.baseline() for name, data in tasks.items()}
+        tasks = {name: options.load(spec, tokenizer) for name, spec in specs.items()}
     set_seed(args.seed)
     model = MultiTaskModel.from_tasks(
-        args.model_name_or_path,
+        options.model_name_or_path,
         tasks,
         seed=args.seed,
         loss_weights=args.loss_weights,
         learns_loss_weights=args.loss_weighting == "uncertainty",
     )
-    lengths = {"max_length": args.max_length, "doc_stride": args.doc_stride}
-    trainer = MultiTaskTrainer(model, args, tasks=tasks, tokenizer=tokenizer, **lengths)
-    if args.process_index == 0:
-        _print_plan(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    lengths = {"max_length": options.max_length, "doc_stride": options.doc_stride}
+    return MultiTaskTrainer(
+        model, args, tasks=tasks, tokenizer=tokenizer, facts=args.facts(), callbacks=callbacks, **lengths
+    )
+
+
+def _finish(trainer: MultiTaskTrainer, options: TasksArguments, baselines: dict[str, dict[str, float]]) -> None:
+    """Measure, write and push the models, unless the run was stopped."""
+    args = cast(MultiTaskProgramArguments, trainer.args)
+    folder = str(args.output_dir)
+    if any(isinstance(each, StopOnRequest) and each.has_stopped for each in trainer.callback_handler.callbacks):
+        raise stopped(folder, trainer.state.global_step)
+    if not trainer.state.global_step:
+        raise nothing_trained(len(cast(Any, trainer.train_dataset)))
     scores = trainer.evaluate()
+    trainer.save_state()
     trainer.save_model()
     if args.process_index == 0:
-        write_recipe(resolved_options([args]), Path(args.output_dir, "recipe.yaml"), program="multitask")
+        write_recipe(resolved_options([options, args]), Path(folder, "recipe.yaml"), program=PROGRAM)
         _print_scores(trainer, baselines, mean=scores["eval_mean"])
     if args.push_to_hub:
         trainer.push_to_hub()
-
-
-def _read(args: MultiTaskProgramArguments, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-    """Return a task whose examples are tokenized in the cache."""
-    data = load_task(
-        spec, seed=args.seed, validation_fraction=args.validation_fraction, max_examples=args.max_examples
-    )
-    for split in ("train", "validation"):
-        data.encoded(split, tokenizer, max_length=args.max_length, doc_stride=args.doc_stride)
-    return data
-
-
-def _checkpoint(args: MultiTaskArguments) -> str | None:
-    """Return the checkpoint to go on from, None to begin.
-
-    Raises:
-        InputError: If the folder is in use, or has no checkpoint to go on from.
-    """
-    folder, wanted = Path(str(args.output_dir)), args.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"output_dir={str(folder)!r} is in use: name a folder that is empty or does not exist, or go on with "
-                "--resume_from_checkpoint true"
-            )
-        return None
-    found = wanted
-    if str(wanted).lower() == "true":
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None or not Path(found, "trainer_state.json").is_file():
-        raise InputError(f"resume_from_checkpoint={wanted!r}: there is no checkpoint of a run in {found or folder}")
-    return str(found)
 
 
 def _print_plan(trainer: MultiTaskTrainer) -> None:

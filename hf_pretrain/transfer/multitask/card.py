@@ -79,6 +79,7 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: M
             processes=args.world_size,
         ),
         versions=versions(),
+        **trainer.facts,
     )
     return write_card(card, folder)
 

@@ -70,14 +70,13 @@ class MultiTaskArguments(FineTuningArguments):
     task_learning_rates: dict | None = option(
         None, "Peak learning rate of the heads of some tasks, as JSON; head_learning_rate for the others."
     )
-    remove_unused_columns: bool = option(False, "Not for several tasks: each knows its columns.")
 
     def __post_init__(self) -> None:
         """Check the options, and choose the best checkpoint by the mean of the tasks if nothing else is said."""
         check_options(self)
         check_changed(self)
-        if self.remove_unused_columns:
-            raise InputError("remove_unused_columns=True: tasks have different columns; leave it out")
+        # The collators of the tasks choose their columns.
+        self.remove_unused_columns = False
         if self.label_smoothing_factor:
             raise InputError(
                 f"label_smoothing_factor={self.label_smoothing_factor} does not go with tasks of several types: leave it out"
@@ -170,6 +169,7 @@ class MultiTaskTrainer(FineTuningTrainer):
         tokenizer: The encoder's tokenizer.
         max_length: Most tokens of an example.
         doc_stride: Of spans: tokens that a window shares with the next.
+        facts: What the card is told beside what the run knows, such as `license` and `language`.
         **kwargs: Other arguments of `transformers.Trainer`.
 
     Attributes:
@@ -189,13 +189,14 @@ class MultiTaskTrainer(FineTuningTrainer):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int = 128,
         doc_stride: int = 32,
+        facts: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if list(tasks) != model.tasks:
             raise InputError(
                 f"tasks={list(tasks)} must be those of the model, {', '.join(model.tasks)}, in their order"
             )
-        self.tasks = dict(tasks)
+        self.tasks, self.facts = dict(tasks), {name: value for name, value in (facts or {}).items() if value}
         for name in args.task_learning_rates or {}:
             if name not in self.tasks:
                 raise InputError(f"task_learning_rates names {name!r}, which is none of {', '.join(self.tasks)}")

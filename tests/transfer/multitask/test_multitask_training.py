@@ -280,7 +280,6 @@ def test_the_best_checkpoint_is_chosen_by_the_mean(tmp_path, encoder, tasks):
         ({"task_learning_rates": {"topics": 1}}, "task_learning_rates names 'topics'"),
         ({"strategy": "lora", "export": "adapter"}, "export='adapter'"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
-        ({"remove_unused_columns": True}, "remove_unused_columns=True"),
         ({"strategy": "scalar_mix"}, "scalar_mix"),
     ],
 )
