@@ -177,8 +177,8 @@ def _finish(trainer: MultiTaskTrainer, options: TasksArguments, baselines: dict[
 
 def _print_plan(trainer: MultiTaskTrainer) -> None:
     """Print the tasks and how many steps each has."""
-    drawn = Counter(trainer.drawn_tasks().tolist())
-    total = sum(drawn.values())
+    drawn = Counter(trainer.drawn_tasks()[: trainer.total_steps].tolist())
+    total = trainer.total_steps
     rows = [
         (
             name,

@@ -231,10 +231,15 @@ class MultiTaskTrainer(FineTuningTrainer):
         """Steps of an epoch: as many as the examples of all tasks fill."""
         return max(1, len(cast(MultiTaskRows, self.train_dataset)) // global_batch_size(self.args))
 
+    @property
+    def total_steps(self) -> int:
+        """Steps of the training."""
+        args = self.args
+        return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch)
+
     def drawn_tasks(self) -> np.ndarray:
         """Return the number of the task of each step of the training, and of the rest of its last epoch."""
-        args, rows = self.args, cast(MultiTaskRows, self.train_dataset)
-        total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_per_epoch)
+        args, rows, total = self.args, cast(MultiTaskRows, self.train_dataset), self.total_steps
         count = math.ceil(total / self.steps_per_epoch) * self.steps_per_epoch
         seed = args.seed if args.data_seed is None else args.data_seed
         options = cast(MultiTaskArguments, args).sampling_options(self.tasks)

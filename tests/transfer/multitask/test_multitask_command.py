@@ -88,7 +88,18 @@ def test_the_output_is_the_model_of_a_next_training(place, first, tmp_path, caps
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(place, tmp_path, capsys):
-    options = ["--save_strategy", "steps", "--save_steps", "5", "--max_steps", "8", "--learning_rate", "0.01"]
+    options = [
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "5",
+        "--max_steps",
+        "8",
+        "--learning_rate",
+        "0.01",
+        "--save_total_limit",
+        "3",
+    ]
     assert run(place, tmp_path / "whole", *options) == 0
     before = weights(AutoModel.from_pretrained(tmp_path / "whole"))
     (tmp_path / "whole" / "model.safetensors").unlink()
