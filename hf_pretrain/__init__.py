@@ -230,6 +230,10 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.generative.trainer import GenerativeTransferTrainer as GenerativeTransferTrainer
     from hf_pretrain.transfer.generative.trainer import transfer_metrics as transfer_metrics
     from hf_pretrain.transfer.layers import reinitialise_layers as reinitialise_layers
+    from hf_pretrain.transfer.multitask.modeling import MultiTaskModel as MultiTaskModel
+    from hf_pretrain.transfer.multitask.sampling import task_probabilities as task_probabilities
+    from hf_pretrain.transfer.multitask.trainer import MultiTaskArguments as MultiTaskArguments
+    from hf_pretrain.transfer.multitask.trainer import MultiTaskTrainer as MultiTaskTrainer
     from hf_pretrain.transfer.strategies import slanted_triangular as slanted_triangular
     from hf_pretrain.transfer.strategies import strategy_report as strategy_report
     from hf_pretrain.transfer.tuning.export import export_fine_tuned as export_fine_tuned
@@ -427,6 +431,9 @@ _EXPORTS = {
     "transfer.generative.inputs": ("DataCollatorForGenerativeTransfer", "add_transfer_tokens", "transform_examples"),
     "transfer.generative.modeling": ("GenerativeTransferModel",),
     "transfer.layers": ("reinitialise_layers",),
+    "transfer.multitask.modeling": ("MultiTaskModel",),
+    "transfer.multitask.sampling": ("task_probabilities",),
+    "transfer.multitask.trainer": ("MultiTaskArguments", "MultiTaskTrainer"),
     "transfer.strategies": ("slanted_triangular", "strategy_report"),
     "transfer.tuning.export": ("export_fine_tuned",),
     "transfer.tuning.fine_tune": ("FineTuned", "fine_tune"),

@@ -65,6 +65,10 @@ COMMANDS = {
         "hf_pretrain.commands.compare",
         "compare strategies of transfer on tasks, under a budget of FLOPs",
     ),
+    "multitask": (
+        "hf_pretrain.commands.multitask",
+        "train one encoder on several labelled tasks, each with a head of its own",
+    ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),
 }

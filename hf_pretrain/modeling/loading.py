@@ -29,6 +29,7 @@ _COMPOSITE_PREFIX = "hf_pretrain_"
 # Composites that are exported, and opened again, as they are.
 _EXPORTED = "two_tower_cloze pair_head span_boundary_head discriminator_head enhanced_mask_decoder"
 _EXPORTED_COMPOSITES = frozenset(_COMPOSITE_PREFIX + name for name in _EXPORTED.split())
+_OF_SEVERAL_TASKS = _COMPOSITE_PREFIX + "multitask"
 _LFS = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Parts of the names of files that hold a vocabulary or say how it is made.
@@ -256,10 +257,11 @@ def _refuse_checkpoint_of_a_run(name: str, options: dict[str, Any]) -> None:
     model_type = _model_type(folder / "config.json")
     if not model_type.startswith(_COMPOSITE_PREFIX) or model_type in _EXPORTED_COMPOSITES:
         return
-    raise InputError(
-        f"{str(folder)!r} is a checkpoint of a run, from which its models have to be exported: write them with "
-        f"`hf-pretrain export {folder}`, or go on with that run by --resume_from_checkpoint {folder}"
-    )
+    begin = f"{str(folder)!r} is a checkpoint of a run, from which its models have to be exported: "
+    way = f"write them with `hf-pretrain export {folder}`, or go on with that run by --resume_from_checkpoint {folder}"
+    if model_type == _OF_SEVERAL_TASKS:
+        way = f"open it with `hf_pretrain.MultiTaskModel.from_pretrained({str(folder)!r})`, and call its `export`"
+    raise InputError(begin + way)
 
 
 def _model_type(path: Path) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import datasets
@@ -16,12 +17,15 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import begin_folder, share_weights, write_marker
 from hf_pretrain.options import option
 from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
+from hf_pretrain.training.checkpointing import changed, remove_old_checkpoints
 from hf_pretrain.transfer.adapters import add_adapters, merge_for_export
 from hf_pretrain.transfer.arguments import ADAPTERS, StrategyArguments
 from hf_pretrain.transfer.layers import layerwise_parameter_groups as layerwise_parameter_groups
@@ -118,6 +122,7 @@ class FineTuningTrainer(Trainer):
     | `set_initial_training_values` | remembers the steps of an epoch, which stages begin with |
     | `create_scheduler` | a schedule for each part |
     | `compute_loss` | a frozen encoder without dropout |
+    | `_save_checkpoint` | a run that is started again tells a whole checkpoint from one that was cut off |
     | `save_model` | adapters are merged into a stock model |
     | `_get_train_sampler` | examples of about one length in a step |
     | `_get_eval_sampler` | predictions in the order of the data set |
@@ -261,6 +266,22 @@ class FineTuningTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         finally:
             self.model = adapted
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            begin_folder(folder)
+        self.accelerator.wait_for_everyone()
+        limit = self.args.save_total_limit
+        # What is older goes when this one is whole.
+        with changed(self.args, save_total_limit=None, push_to_hub=False):
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            share_weights(folder)
+            write_marker(folder, has_hashes=True, step=self.state.global_step, world_size=self.args.world_size)
+            keep = (folder, self.state.best_model_checkpoint)
+            remove_old_checkpoints(folder.parent, limit=limit, keep=keep)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         """Shuffle by the seed and the epoch, with examples of about one length in a step for `group_by_length`."""

@@ -5,20 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-import torch
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import begin_folder, share_weights, write_marker
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec, load_task
-from hf_pretrain.training.checkpointing import changed, remove_old_checkpoints
 from hf_pretrain.training.processes import StopOnRequest, first_process_first, not_finite, nothing_trained, stopped
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 from hf_pretrain.transfer.tuning.heads import OpenedModel, name_labels, open_for_task, settle_length, settle_padding
@@ -27,11 +22,10 @@ _LENGTHS = {"span": 128}
 
 
 class TaskTrainer(FineTuningTrainer):
-    """A [`FineTuningTrainer`] of a task: it scores with the task's metrics, and marks checkpoints that are whole.
+    """A [`FineTuningTrainer`] of a task: it scores with the task's metrics.
 
     | method | why |
     | --- | --- |
-    | `_save_checkpoint` | a run that is started again tells a whole checkpoint from one that was cut off |
     | `create_model_card` | the card with what was measured |
 
     Args:
@@ -87,22 +81,6 @@ class TaskTrainer(FineTuningTrainer):
         """Write the card that the export has set as `write_card`; see `export_fine_tuned`."""
         if self.is_world_process_zero():
             self.write_card()
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.args.should_save:
-            begin_folder(folder)
-        self.accelerator.wait_for_everyone()
-        limit = self.args.save_total_limit
-        # What is older goes when this one is whole.
-        with changed(self.args, save_total_limit=None, push_to_hub=False):
-            super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            share_weights(folder)
-            write_marker(folder, has_hashes=True, step=self.state.global_step, world_size=self.args.world_size)
-            keep = (folder, self.state.best_model_checkpoint)
-            remove_old_checkpoints(folder.parent, limit=limit, keep=keep)
 
 
 @dataclass(frozen=True, kw_only=True)
