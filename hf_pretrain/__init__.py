@@ -81,9 +81,9 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.models.elmo.classification_elmo import ElmoForTokenClassification as ElmoForTokenClassification
     from hf_pretrain.models.elmo.configuration_elmo import ElmoConfig as ElmoConfig
     from hf_pretrain.models.elmo.conversion import load_elmo_weights as load_elmo_weights
-    from hf_pretrain.models.elmo.layers_elmo import ScalarMix as ScalarMix
     from hf_pretrain.models.elmo.modeling_elmo import ElmoForPreTraining as ElmoForPreTraining
     from hf_pretrain.models.elmo.modeling_elmo import ElmoModel as ElmoModel
+    from hf_pretrain.models.elmo.scalar_mix import ScalarMix as ScalarMix
     from hf_pretrain.models.elmo.tokenization_elmo import ElmoTokenizer as ElmoTokenizer
     from hf_pretrain.models.sparse_text.configuration_sparse_text import SparseTextConfig as SparseTextConfig
     from hf_pretrain.models.sparse_text.modeling_sparse_text import SparseTextModel as SparseTextModel
@@ -287,7 +287,7 @@ _EXPORTS = {
     "models.elmo.classification_elmo": ("ElmoForSequenceClassification", "ElmoForTokenClassification"),
     "models.elmo.configuration_elmo": ("ElmoConfig",),
     "models.elmo.conversion": ("load_elmo_weights",),
-    "models.elmo.layers_elmo": ("ScalarMix",),
+    "models.elmo.scalar_mix": ("ScalarMix",),
     "models.elmo.modeling_elmo": ("ElmoForPreTraining", "ElmoModel"),
     "models.elmo.tokenization_elmo": ("ElmoTokenizer",),
     "models.sparse_text.configuration_sparse_text": ("SparseTextConfig",),
