@@ -93,6 +93,16 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.models.static_embedding.modeling_static_embedding import (
         StaticEmbeddingModel as StaticEmbeddingModel,
     )
+    from hf_pretrain.models.task_heads.architectures_task_heads import Architecture as Architecture
+    from hf_pretrain.models.task_heads.architectures_task_heads import architectures as architectures
+    from hf_pretrain.models.task_heads.architectures_task_heads import register_architecture as register_architecture
+    from hf_pretrain.models.task_heads.configuration_task_heads import TaskHeadConfig as TaskHeadConfig
+    from hf_pretrain.models.task_heads.modeling_task_heads import (
+        EncoderForSequenceClassification as EncoderForSequenceClassification,
+    )
+    from hf_pretrain.models.task_heads.modeling_task_heads import (
+        EncoderForTokenClassification as EncoderForTokenClassification,
+    )
     from hf_pretrain.models.transformer_xl.configuration_transformer_xl import (
         TransformerXLConfig as TransformerXLConfig,
     )
@@ -201,6 +211,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.method import Method as Method
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
     from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
+    from hf_pretrain.transfer.architectures import DataCollatorForTextPairs as DataCollatorForTextPairs
+    from hf_pretrain.transfer.architectures import encode_text_pairs as encode_text_pairs
     from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
     from hf_pretrain.transfer.feature_heads import FeatureClassifier as FeatureClassifier
     from hf_pretrain.transfer.feature_heads import FeatureRegressor as FeatureRegressor
@@ -294,6 +306,9 @@ _EXPORTS = {
     "models.sparse_text.modeling_sparse_text": ("SparseTextModel",),
     "models.static_embedding.configuration_static_embedding": ("StaticEmbeddingConfig",),
     "models.static_embedding.modeling_static_embedding": ("StaticEmbeddingModel",),
+    "models.task_heads.architectures_task_heads": ("Architecture", "architectures", "register_architecture"),
+    "models.task_heads.configuration_task_heads": ("TaskHeadConfig",),
+    "models.task_heads.modeling_task_heads": ("EncoderForSequenceClassification", "EncoderForTokenClassification"),
     "models.transformer_xl.configuration_transformer_xl": ("TransformerXLConfig",),
     "models.transformer_xl.conversion": ("load_transfo_xl_checkpoint",),
     "models.transformer_xl.modeling_transformer_xl": (
@@ -395,6 +410,7 @@ _EXPORTS = {
     "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
     "transfer.features": ("PretrainedFeatures",),
     "transfer.adapters": ("merge_for_export",),
+    "transfer.architectures": ("DataCollatorForTextPairs", "encode_text_pairs"),
     "transfer.arguments": ("StrategyArguments",),
     "transfer.fine_tuning": ("FineTuningArguments", "FineTuningTrainer", "layerwise_parameter_groups"),
     "transfer.generative.trainer": ("GenerativeTransferArguments", "GenerativeTransferTrainer", "transfer_metrics"),
