@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from transformers import (
@@ -34,7 +35,13 @@ from hf_pretrain import (
 from hf_pretrain.models.task_heads.architectures_task_heads import BidirectionalLSTM, Pooling
 
 WIDTH = 8
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "pad_token_id": 0,
+}
 SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 ENCODERS = {
     "bert": BertConfig(vocab_size=40, **SIZES),
@@ -43,9 +50,7 @@ ENCODERS = {
 }
 SMALL = {"bilstm": {"lstm_size": 6}, "cnn": {"num_filters": 7}}
 # Name, task, options: every architecture, and the options that change what is computed.
-CASES = [
-    (name, task, SMALL.get(name, {})) for name, each in architectures().items() for task in each.tasks
-] + [
+CASES = [(name, task, SMALL.get(name, {})) for name, each in architectures().items() for task in each.tasks] + [
     ("bilstm", "texts", {"lstm_size": 5, "num_layers": 2, "pooling": "attention"}),
     ("scalar_mix", "texts", {"pooling": "cls"}),
     ("attention_pooling", "texts", {"attention_size": 3}),
@@ -144,10 +149,7 @@ def test_the_cnn_is_a_convolution_by_hand():
         longer = torch.cat([zeros, row, zeros])
         windows = [longer[begin : begin + width] for begin in range(len(row) + width - 1)]
         values = [
-            [
-                max(0.0, float((window * convolution.weight[f].T).sum() + convolution.bias[f]))
-                for window in windows
-            ]
+            [max(0.0, float((window * convolution.weight[f].T).sum() + convolution.bias[f])) for window in windows]
             for f in range(4)
         ]
         features += [max(each) for each in values]
@@ -367,13 +369,13 @@ def test_a_step_in_bfloat16_with_checkpointing_waits_for_no_device(name, task, o
     labels = {"labels": tokens() % 3 if task == "tokens" else torch.arange(3)}
     mask = torch.ones(3, 9).long().index_fill(1, torch.tensor([8]), 0)
     inputs = texts(name, tokens()) | {"attention_mask": mask}
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert model.is_gradient_checkpointing
     loss = model(**inputs, **labels).loss
     loss.backward()
     assert loss.isfinite() and all(w.grad.isfinite().all() for w in model.architecture.parameters())
     # A wait raises there.
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     on_meta = model.to("meta")
     on_meta(**{key: value.to("meta") for key, value in (inputs | labels).items()}).loss.backward()
 
@@ -388,7 +390,7 @@ os.environ["HF_MODULES_CACHE"] = {modules!r}
 import torch, transformers
 torch.set_grad_enabled(False)
 root = pathlib.Path({root!r})
-for folder in sorted(root.glob("model*")):
+for folder in sorted(path for path in root.glob("model*") if path.is_dir()):
     kind = "AutoModelForTokenClassification" if folder.name.endswith("tokens") else "AutoModelForSequenceClassification"
     saved = torch.load(root / (folder.name + ".pt"))
     for place in (folder, root / "again" / folder.name):
@@ -550,7 +552,7 @@ def test_an_architecture_of_ones_own_is_known_by_its_name(tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_by_name(task, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         CLASSES[task].from_encoder(encoder(), **settings)
 
 

@@ -119,6 +119,15 @@ class _EncoderWithArchitecture(PreTrainedModel):
                 part.to(device=encoder.device, dtype=encoder.dtype)
         return model.train(encoder.training)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Open a checkpoint; see `PreTrainedModel.from_pretrained`. A frozen encoder is frozen again."""
+        found = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        if model.config.frozen_encoder:
+            model.encoder.requires_grad_(False)
+        return found
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if any(module is part for part in self.encoder.modules()):
