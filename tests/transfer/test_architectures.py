@@ -107,7 +107,7 @@ def test_the_mean_of_last_states_is_what_the_architecture_says(tmp_path):
 
 
 def pairs(count=48):
-    words = ["apple", "river", "green", "seven", "house", "stone"]
+    words = [f"w{i}" for i in range(6)]
     first = [f"{words[i % 6]} {words[(i // 6) % 6]}" for i in range(count)]
     second = [text if i % 2 else f"{words[(i + 1) % 6]} {words[(i + 3) % 6]}" for i, text in enumerate(first)]
     return Dataset.from_dict({"a": first, "b": second, "same": [i % 2 for i in range(count)]})

@@ -24,6 +24,8 @@ _COMMON = ("self", "hidden_size", "num_labels", "per_token", "dropout")
 class Architecture(nn.Module):
     """Base class of what stands on top of an encoder; a subclass has `forward(states, mask)` and maybe options.
 
+    peft wraps every module called `classifier` or `score` by itself, so a subclass gives its last layer another name.
+
     Args:
         hidden_size: Width of the encoder's states.
         num_labels: Number of labels.
@@ -60,10 +62,10 @@ def register_architecture(name: str) -> Callable[[_A], _A]:
         class FirstTwo(Architecture):
             def __init__(self, hidden_size, num_labels, **options):
                 super().__init__(hidden_size, num_labels, **options)
-                self.classifier = nn.Linear(2 * hidden_size, num_labels)
+                self.output = nn.Linear(2 * hidden_size, num_labels)
 
             def forward(self, states, mask):
-                return self.classifier(states[:, :2].flatten(1))
+                return self.output(states[:, :2].flatten(1))
 
     Args:
         name: The value of `architecture` in a [`TaskHeadConfig`].
@@ -175,11 +177,11 @@ class _Pooled(Architecture):
     def __init__(self, hidden_size: int, num_labels: int, **common: Any) -> None:
         super().__init__(hidden_size, num_labels, **common)
         self.pool = Pooling(self.pooling, hidden_size)
-        self.classifier = nn.Linear(hidden_size, num_labels)
+        self.output = nn.Linear(hidden_size, num_labels)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return logits ``[B, C]``."""
-        logits: torch.Tensor = self.classifier(self.dropout(self.pool(states, mask)))
+        logits: torch.Tensor = self.output(self.dropout(self.pool(states, mask)))
         return logits
 
 
@@ -223,11 +225,11 @@ class AttentionHead(Architecture):
     def __init__(self, hidden_size: int, num_labels: int, *, attention_size: int | None = None, **common: Any) -> None:
         super().__init__(hidden_size, num_labels, **common)
         self.pool = Pooling("attention", hidden_size, attention_size=attention_size)
-        self.classifier = nn.Linear(hidden_size, num_labels)
+        self.output = nn.Linear(hidden_size, num_labels)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return logits ``[B, C]``."""
-        logits: torch.Tensor = self.classifier(self.dropout(self.pool(states, mask)))
+        logits: torch.Tensor = self.output(self.dropout(self.pool(states, mask)))
         return logits
 
 
@@ -239,11 +241,11 @@ class LinearHead(Architecture):
 
     def __init__(self, hidden_size: int, num_labels: int, **common: Any) -> None:
         super().__init__(hidden_size, num_labels, **common)
-        self.classifier = nn.Linear(hidden_size, num_labels)
+        self.output = nn.Linear(hidden_size, num_labels)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return logits ``[B, L, C]``."""
-        logits: torch.Tensor = self.classifier(self.dropout(states))
+        logits: torch.Tensor = self.output(self.dropout(states))
         return logits
 
 
@@ -266,12 +268,12 @@ class ScalarMixHead(Architecture):
     def __init__(self, hidden_size: int, num_labels: int, *, pooling: str = "mean", **common: Any) -> None:
         super().__init__(hidden_size, num_labels, **common)
         self.pool = None if self.per_token else Pooling(pooling, hidden_size)
-        self.classifier = nn.Linear(hidden_size, num_labels)
+        self.output = nn.Linear(hidden_size, num_labels)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return logits ``[B, C]`` or ``[B, L, C]``."""
         features = states if self.pool is None else self.pool(states, mask)
-        logits: torch.Tensor = self.classifier(self.dropout(features))
+        logits: torch.Tensor = self.output(self.dropout(features))
         return logits
 
 
@@ -345,13 +347,13 @@ class BiLSTMHead(Architecture):
             raise ValueError(f"lstm_size={lstm_size}, num_layers={num_layers}: give at least 1")
         self.lstm = BidirectionalLSTM(hidden_size, lstm_size, num_layers=num_layers, dropout=self.dropout.p)
         self.pool = None if self.per_token else Pooling(pooling, 2 * lstm_size)
-        self.classifier = nn.Linear(2 * lstm_size, num_labels)
+        self.output = nn.Linear(2 * lstm_size, num_labels)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return logits ``[B, C]`` or ``[B, L, C]``."""
         features = self.lstm(states, mask)
         features = features if self.pool is None else self.pool(features, mask)
-        logits: torch.Tensor = self.classifier(self.dropout(features))
+        logits: torch.Tensor = self.output(self.dropout(features))
         return logits
 
 
@@ -390,14 +392,14 @@ class CNNHead(Architecture):
             )
         self.widths = tuple(widths)
         self.convolutions = nn.ModuleList(nn.Conv1d(hidden_size, num_filters, width) for width in widths)
-        self.classifier = nn.Linear(num_filters * len(widths), num_labels)
+        self.output = nn.Linear(num_filters * len(widths), num_labels)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Return logits ``[B, C]`` or ``[B, L, C]``."""
         columns_BDL = states.masked_fill(~mask.unsqueeze(-1), 0.0).transpose(1, 2)
         around = self._around_tokens if self.per_token else self._in_text
         parts = [around(columns_BDL, mask, *each) for each in zip(self.widths, self.convolutions, strict=True)]
-        logits: torch.Tensor = self.classifier(self.dropout(torch.cat(parts, dim=-1)))
+        logits: torch.Tensor = self.output(self.dropout(torch.cat(parts, dim=-1)))
         return logits
 
     def _in_text(self, columns: torch.Tensor, mask: torch.Tensor, width: int, convolution: nn.Module) -> torch.Tensor:
@@ -446,7 +448,7 @@ class PairHead(Architecture):
         self.symmetric = symmetric
         self.compare = nn.Linear(4 * hidden_size, hidden_size) if cross_attention else None
         self.pool = Pooling(pooling, hidden_size)
-        self.classifier = nn.Linear((3 if symmetric else 4) * hidden_size, num_labels)
+        self.output = nn.Linear((3 if symmetric else 4) * hidden_size, num_labels)
 
     def forward(
         self, states: torch.Tensor, mask: torch.Tensor, pair_states: torch.Tensor, pair_mask: torch.Tensor
@@ -464,7 +466,7 @@ class PairHead(Architecture):
             states, pair_states = first, self._compared(pair_states, states, mask)
         u, v = self.pool(states, mask), self.pool(pair_states, pair_mask)
         own = [u + v] if self.symmetric else [u, v]
-        logits: torch.Tensor = self.classifier(self.dropout(torch.cat([*own, (u - v).abs(), u * v], dim=-1)))
+        logits: torch.Tensor = self.output(self.dropout(torch.cat([*own, (u - v).abs(), u * v], dim=-1)))
         return logits
 
     def _compared(self, states: torch.Tensor, other: torch.Tensor, other_mask: torch.Tensor) -> torch.Tensor:
