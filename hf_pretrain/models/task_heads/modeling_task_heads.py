@@ -189,15 +189,15 @@ class _EncoderWithArchitecture(PreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is None:
             raise ValueError("input_ids is missing: give input_ids or inputs_embeds")
-        if attention_mask is None:
-            attention_mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
-        if attention_mask.ndim != 2:
+        if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"attention_mask has the shape {tuple(attention_mask.shape)}: give [B, L]")
-        mask = attention_mask != 0
+        mask = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)
         offset = self.config.first_position
-        if inputs.get("position_ids") is None and offset is not None:
-            columns = torch.arange(mask.shape[1], device=mask.device)
-            inputs["position_ids"] = (columns - mask.to(torch.int8).argmax(1, keepdim=True)).clamp(min=0) + offset
+        if attention_mask is not None:
+            mask = attention_mask != 0
+            if inputs.get("position_ids") is None and offset is not None:
+                columns = torch.arange(mask.shape[1], device=mask.device)
+                inputs["position_ids"] = (columns - mask.to(torch.int8).argmax(1, keepdim=True)).clamp(min=0) + offset
         inputs["output_hidden_states"] = bool(inputs.get("output_hidden_states")) or self.scalar_mix is not None
         kept = {
             name: value
