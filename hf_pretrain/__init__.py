@@ -88,9 +88,9 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.models.elmo.classification_elmo import ElmoForTokenClassification as ElmoForTokenClassification
     from hf_pretrain.models.elmo.configuration_elmo import ElmoConfig as ElmoConfig
     from hf_pretrain.models.elmo.conversion import load_elmo_weights as load_elmo_weights
-    from hf_pretrain.models.elmo.layers_elmo import ScalarMix as ScalarMix
     from hf_pretrain.models.elmo.modeling_elmo import ElmoForPreTraining as ElmoForPreTraining
     from hf_pretrain.models.elmo.modeling_elmo import ElmoModel as ElmoModel
+    from hf_pretrain.models.elmo.scalar_mix import ScalarMix as ScalarMix
     from hf_pretrain.models.elmo.tokenization_elmo import ElmoTokenizer as ElmoTokenizer
     from hf_pretrain.models.sparse_text.configuration_sparse_text import SparseTextConfig as SparseTextConfig
     from hf_pretrain.models.sparse_text.modeling_sparse_text import SparseTextModel as SparseTextModel
@@ -99,6 +99,16 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     )
     from hf_pretrain.models.static_embedding.modeling_static_embedding import (
         StaticEmbeddingModel as StaticEmbeddingModel,
+    )
+    from hf_pretrain.models.task_heads.architectures_task_heads import Architecture as Architecture
+    from hf_pretrain.models.task_heads.architectures_task_heads import architectures as architectures
+    from hf_pretrain.models.task_heads.architectures_task_heads import register_architecture as register_architecture
+    from hf_pretrain.models.task_heads.configuration_task_heads import TaskHeadConfig as TaskHeadConfig
+    from hf_pretrain.models.task_heads.modeling_task_heads import (
+        EncoderForSequenceClassification as EncoderForSequenceClassification,
+    )
+    from hf_pretrain.models.task_heads.modeling_task_heads import (
+        EncoderForTokenClassification as EncoderForTokenClassification,
     )
     from hf_pretrain.models.transformer_xl.configuration_transformer_xl import (
         TransformerXLConfig as TransformerXLConfig,
@@ -210,6 +220,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.adaptation import add_words as add_words
     from hf_pretrain.transfer.adaptation import choose_words as choose_words
     from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
+    from hf_pretrain.transfer.architectures import DataCollatorForTextPairs as DataCollatorForTextPairs
+    from hf_pretrain.transfer.architectures import encode_text_pairs as encode_text_pairs
     from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
     from hf_pretrain.transfer.comparison import ComparisonArm as ComparisonArm
     from hf_pretrain.transfer.comparison import ComparisonSettings as ComparisonSettings
@@ -315,13 +327,16 @@ _EXPORTS = {
     "models.elmo.classification_elmo": ("ElmoForSequenceClassification", "ElmoForTokenClassification"),
     "models.elmo.configuration_elmo": ("ElmoConfig",),
     "models.elmo.conversion": ("load_elmo_weights",),
-    "models.elmo.layers_elmo": ("ScalarMix",),
+    "models.elmo.scalar_mix": ("ScalarMix",),
     "models.elmo.modeling_elmo": ("ElmoForPreTraining", "ElmoModel"),
     "models.elmo.tokenization_elmo": ("ElmoTokenizer",),
     "models.sparse_text.configuration_sparse_text": ("SparseTextConfig",),
     "models.sparse_text.modeling_sparse_text": ("SparseTextModel",),
     "models.static_embedding.configuration_static_embedding": ("StaticEmbeddingConfig",),
     "models.static_embedding.modeling_static_embedding": ("StaticEmbeddingModel",),
+    "models.task_heads.architectures_task_heads": ("Architecture", "architectures", "register_architecture"),
+    "models.task_heads.configuration_task_heads": ("TaskHeadConfig",),
+    "models.task_heads.modeling_task_heads": ("EncoderForSequenceClassification", "EncoderForTokenClassification"),
     "models.transformer_xl.configuration_transformer_xl": ("TransformerXLConfig",),
     "models.transformer_xl.conversion": ("load_transfo_xl_checkpoint",),
     "models.transformer_xl.modeling_transformer_xl": (
@@ -423,6 +438,7 @@ _EXPORTS = {
     "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
     "transfer.features": ("PretrainedFeatures",),
     "transfer.adapters": ("merge_for_export",),
+    "transfer.architectures": ("DataCollatorForTextPairs", "encode_text_pairs"),
     "transfer.arguments": ("StrategyArguments",),
     "transfer.adaptation": ("add_words", "choose_words"),
     "transfer.comparison": ("ComparisonArm", "ComparisonSettings", "StrategyComparison"),

@@ -11,6 +11,7 @@ _CONFIGURATIONS = {
     "elmo": "ElmoConfig",
     "sparse_text": "SparseTextConfig",
     "static_embedding": "StaticEmbeddingConfig",
+    "task_heads": "TaskHeadConfig",
     "transformer_xl": "TransformerXLConfig",
 }
 # Folder here -> name of its tokenizer, where it has one of its own.

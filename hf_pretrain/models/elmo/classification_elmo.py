@@ -8,8 +8,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput, TokenClassif
 from transformers.utils import can_return_tuple
 
 from .configuration_elmo import ElmoConfig
-from .layers_elmo import ScalarMix
 from .modeling_elmo import ElmoModel, ElmoPreTrainedModel
+from .scalar_mix import ScalarMix
 
 
 class _ElmoClassifier(ElmoPreTrainedModel):

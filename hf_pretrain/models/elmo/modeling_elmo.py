@@ -19,7 +19,8 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_elmo import ElmoConfig
-from .layers_elmo import CharacterEmbedding, ElmoLSTM, Highway, ScalarMix, TokenEmbedding
+from .layers_elmo import CharacterEmbedding, ElmoLSTM, Highway, TokenEmbedding
+from .scalar_mix import ScalarMix
 from .softmax_elmo import IGNORED, AdaptiveSoftmax, Negatives, WordSoftmax, find_target_rows
 
 Direction = Literal["forward", "backward"]
