@@ -179,7 +179,8 @@ class TestWhileTraining:
         assert line.endswith(
             f"push by hand: hf upload tester/model {folder} . --exclude '_*' --exclude 'checkpoint-*' "
             "--exclude 'emissions*.csv' --exclude 'runs/*' --exclude 'wandb/*' --exclude 'mlruns/*' --exclude '*tfevents*' "
-            "--exclude '*.part' --exclude 'branches/*' --exclude recipe.yaml --exclude trainer_state.json"
+            "--exclude '*.part' --exclude predictions.jsonl --exclude 'branches/*' --exclude recipe.yaml "
+            "--exclude trainer_state.json"
         )
 
     def test_what_the_client_repeats_by_itself_is_not_told(self, hub, run, caplog):
