@@ -18,6 +18,8 @@ from transformers import (
 )
 
 from helpers.tiny_text import write_models, write_text
+from hf_pretrain import FineTuningArguments, FineTuningTrainer
+from hf_pretrain import architectures as architecture_names
 from hf_pretrain.cli import METHODS, main
 from hf_pretrain.names import described_recipes
 
@@ -103,6 +105,7 @@ RUNS = {
     "my-unilm": "encoder --config unilm_small --vocab_size 300",
     "my-gpt-bert": "encoder --objectives mlm clm --vocab_size 300",
     "my-gpt": "clm --vocab_size 300",
+    "my-elmo": "elmo --vocab_size 300 --hidden_size 32 --cell_size 24 --max_steps 2 --save_strategy no --use_cpu true",
     "my-xlnet": "plm --model_type xlnet --vocab_size 300",
     "my-t5": "t5_small --vocab_size 300",
     "my-transformer-xl": "recurrent-lm --tokenizer_type wordpiece --vocab_size 300 --tgt_len 16 --mem_len 16 --hidden_size 32 "
@@ -127,7 +130,8 @@ def trained(tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         for name, command in RUNS.items():
             given = f"hf-pretrain {command} --train_file corpus.txt --output_dir {name}"
-            argv = shlex.split(given)[1:] if "recurrent" in command else shortened(given)
+            # These two have sizes of their own.
+            argv = shlex.split(given)[1:] if command.startswith(("recurrent-lm", "elmo")) else shortened(given)
             assert main(argv) == 0, name
     pairs = [
         {"sentence_good": TEXTS[0], "sentence_bad": "The cat were fine today.", "UID": "agreement", "field": "syntax"}
@@ -147,7 +151,8 @@ def opened(auto_class, name):
 def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("transfer") if kind == "python"]
-    tune, task, generative, adapters, search, head, probe, compare, likelihood, few_shot, tasks = parts
+    tune, task, several, architectures, texts_apart, own_architecture, generative, adapters, *parts = parts
+    search, head, measured, probe, compare, likelihood, few_shot, tasks = parts
     names = opened(AutoModelForSequenceClassification, "teacher")
     rows = [{**names["tokenizer"](text), "labels": i % 2} for i, text in enumerate(TEXTS)]
     names |= {"train": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(rows)}
@@ -159,6 +164,22 @@ def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     exec(task.replace("my-encoder", "my-bert"), {})
     assert AutoModelForSequenceClassification.from_pretrained("my-classifier").config.id2label == {0: "0", 1: "1"}
     shutil.rmtree("my-classifier")
+    exec(several, {})
+    assert AutoModelForSequenceClassification.from_pretrained("my-multitask/sst2").config.id2label == {0: "0", 1: "1"}
+    pairs = {"sentence1": TEXTS, "sentence2": TEXTS[::-1], "label": [0, 1, 0, 1]}
+    names = {"train": datasets.Dataset.from_dict(pairs), "args": FineTuningArguments("tuned", max_steps=1)}
+    names |= {"tokenizer": AutoTokenizer.from_pretrained("my-bert"), "FineTuningTrainer": FineTuningTrainer}
+    exec(architectures, names)
+    exec(texts_apart, names)
+    names["trainer"].train()
+    exec(own_architecture, names)
+    assert "first_two" in architecture_names()
+    Path("data", "stsb").mkdir(parents=True)
+    rows = [f"{one},{other},{number}" for number, (one, other) in enumerate(zip(TEXTS, TEXTS[1:], strict=False))]
+    for split in ("train", "dev"):
+        Path("data", "stsb", f"{split}.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    exec(measured.replace("my-encoder", "my-bert"), names)
+    assert names["evaluation"].num_examples == 3
     names = {"texts": TEXTS * 5, "labels": [0, 1] * 10}
     exec(search.replace("my-encoder", "my-bert").replace("(-1, -2, -3, -4)", "(-1, -2)"), names)
     exec(head.replace("my-encoder", "my-bert"), names)
@@ -215,7 +236,7 @@ def test_the_python_of_the_page_on_cards_runs(trained, monkeypatch):
 def test_the_python_of_the_page_on_objectives_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("objectives") if kind == "python"]
-    assert len(parts) == 7
+    assert len(parts) == 8
     xlnet = opened(AutoModelForCausalLM, "my-xlnet")
     for text in parts:
         names = {"texts": TEXTS} | (xlnet if "log_likelihood" in text else {})

@@ -29,7 +29,10 @@ OTHER_OPTIONS = {"config_file", "num_processes", "cpu", "include", "local-dir", 
 # Where the repository and its site lie: links to both must lead to files that exist.
 URLS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
 # Pages that tests/test_doors.py runs.
-DOORS = {f"docs/{name}.md" for name in ("adapt", "compare", "from_scratch", "model_cards", "objectives", "transfer")}
+DOORS = {
+    f"docs/{name}.md"
+    for name in ("adapt", "adapters", "compare", "from_scratch", "model_cards", "objectives", "tasks", "transfer")
+}
 
 
 def text_of(name):
@@ -201,6 +204,8 @@ def options():
     for method, classes in arguments.items():
         parser = _OptionParser(classes, prog=method, description="")
         parsers[method] = {name for name in parser._option_string_actions if name.startswith("--")}
+    # It takes the options of the program that it comes to.
+    parsers["adapt"] |= set().union(*(parsers[method] for method in ("mlm", "encoder", "rtd", "clm")))
     return parsers
 
 

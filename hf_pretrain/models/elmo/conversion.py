@@ -3,8 +3,8 @@
     >>> load_elmo_weights("options.json", "weights.hdf5").save_pretrained("elmo-original")
 
 The original goes on from the text before, row by row: give `stateful=True` for its very numbers. It clips cells and projections
-inside the recurrence, which is kept, and which makes it slower than a new model. The vocabulary of its softmax is not published:
-the model reads `character_ids` alone, which [`ElmoTokenizer.without_vocabulary`] makes.
+inside the recurrence, which is kept. The vocabulary of its softmax is not published: the model reads `character_ids` alone, which
+[`ElmoTokenizer.without_vocabulary`] makes.
 """
 
 from __future__ import annotations
