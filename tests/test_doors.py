@@ -144,7 +144,7 @@ def opened(auto_class, name):
 def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     parts = [text for kind, text in blocks("transfer") if kind == "python"]
-    tune, task, generative, adapters, search, head, probe, compare, likelihood, few_shot, tasks = parts
+    tune, task, several, generative, adapters, search, head, probe, compare, likelihood, few_shot, tasks = parts
     names = opened(AutoModelForSequenceClassification, "teacher")
     rows = [{**names["tokenizer"](text), "labels": i % 2} for i, text in enumerate(TEXTS)]
     names |= {"train": datasets.Dataset.from_list(rows), "dev": datasets.Dataset.from_list(rows)}
@@ -155,7 +155,10 @@ def test_the_python_of_the_page_on_transfer_runs(trained, monkeypatch, capsys):
     Path("tasks.yaml").write_text("sst2: {type: classification, text: text, train_file: sst2.jsonl}", encoding="utf-8")
     exec(task.replace("my-encoder", "my-bert"), {})
     assert AutoModelForSequenceClassification.from_pretrained("my-classifier").config.id2label == {0: "0", 1: "1"}
+    exec(several, {})
+    assert AutoModelForSequenceClassification.from_pretrained("my-multitask/sst2").config.id2label == {0: "0", 1: "1"}
     shutil.rmtree("my-classifier")
+    shutil.rmtree("my-multitask")
     names = {"texts": TEXTS * 5, "labels": [0, 1] * 10}
     exec(search.replace("my-encoder", "my-bert").replace("(-1, -2, -3, -4)", "(-1, -2)"), names)
     exec(head.replace("my-encoder", "my-bert"), names)
