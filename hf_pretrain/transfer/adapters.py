@@ -24,12 +24,9 @@ from hf_pretrain.transfer.strategies import is_adapted
 _CHOOSE_THEMSELVES = {"IA3", "LN_TUNING", "TRAINABLE_TOKENS"}
 # They need calls in training that a Trainer does not make.
 _NEED_CALLS = {"ADALORA"}
-# What peft calls the task of a class; it wraps the model for it, and reads it when an adapter is loaded.
-_TASKS = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+# What peft calls the task of a class; it wraps the model for it, and reads it when an adapter is loaded. Its wrapper for
+# questions (QUESTION_ANS) loses token types and positions, so such models have the plain one.
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
 
 
 def linear_names(model: PreTrainedModel) -> list[str]:

@@ -6,7 +6,14 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, BartConfig, GPT2Config
+from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BartConfig,
+    GPT2Config,
+)
 
 from helpers.strategy_runs import CONFIGS, classifier, collate, examples, fine_tuner, moved, weights
 from hf_pretrain.errors import InputError
@@ -135,6 +142,33 @@ def test_a_head_for_tokens(tmp_path):
         ("head", 27)
     ]
     assert type(trainer.model).__name__ == "PeftModelForTokenClassification"
+
+
+@pytest.mark.parametrize(
+    "auto_class",
+    [
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoModelForQuestionAnswering,
+        AutoModelForMultipleChoice,
+    ],
+)
+def test_every_input_reaches_the_model_below(tmp_path, auto_class):
+    torch.manual_seed(0)
+    model = auto_class.from_config(CONFIGS["bert"]).eval()
+    shape = (2, 3, 6) if auto_class is AutoModelForMultipleChoice else (2, 6)
+    ids = torch.randint(5, 40, shape)
+    types, positions = (torch.arange(6) > 2).long().expand(shape), torch.arange(6).flip(0).expand(shape)
+    inputs = {"input_ids": ids, "token_type_ids": types, "position_ids": positions}
+    with torch.no_grad():
+        expected = [value for value in model(**inputs).values()]
+        without = next(iter(model(input_ids=ids).values()))
+        # The update of a fresh adapter is zero.
+        adapted = FineTuningTrainer(model, fine_tuner(tmp_path, strategy="lora").args).model.eval()
+        found = [value for value in adapted(**inputs).values()]
+    assert not torch.allclose(expected[0], without)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_the_rates_of_an_adapter_follow_the_depth(tmp_path):
