@@ -13,6 +13,7 @@ from hf_pretrain import (
     EncoderForSequenceClassification,
     encode_text_pairs,
     layerwise_parameter_groups,
+    reinitialise_layers,
     strategy_report,
 )
 
@@ -47,6 +48,15 @@ def test_each_layer_of_the_encoder_has_its_rate_and_the_architecture_the_full_on
 def test_the_layers_are_found_in_other_encoders(backbone, tmp_path):
     rows = strategy_report(model_of(backbone=backbone), fine_tuner(tmp_path, strategy="gradual").args)
     assert {"layer 1", "layer 2", "layer 3", "embeddings", "head"} <= {row.part for row in rows}
+
+
+def test_layers_that_begin_anew_are_drawn_as_the_encoder_draws_them():
+    model, alone = model_of(), model_of().encoder
+    before = weights(model)
+    reinitialise_layers(model, 1, seed=5)
+    reinitialise_layers(alone, 1, seed=5)
+    assert not moved(weights(model.encoder), weights(alone))
+    assert {name.rpartition("layer.")[2][0] for name in moved(before, weights(model))} == {"2"}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Adapters as a strategy: what moves, what is saved, and which layers of an architecture are adapted."""
 
+import copy
 import json
 
 import peft
@@ -155,7 +156,9 @@ def test_a_head_for_tokens(tmp_path):
 )
 def test_every_input_reaches_the_model_below(tmp_path, auto_class):
     torch.manual_seed(0)
-    model = auto_class.from_config(CONFIGS["bert"]).eval()
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.num_labels = 2
+    model = auto_class.from_config(config).eval()
     shape = (2, 3, 6) if auto_class is AutoModelForMultipleChoice else (2, 6)
     ids = torch.randint(5, 40, shape)
     types, positions = (torch.arange(6) > 2).long().expand(shape), torch.arange(6).flip(0).expand(shape)

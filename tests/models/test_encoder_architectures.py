@@ -161,6 +161,12 @@ def test_the_cnn_is_a_convolution_by_hand():
     torch.testing.assert_close(
         tagger(row[None], torch.ones(1, 5).bool())[0, 2], tagger.output(middle.relu()), atol=1e-5, rtol=0
     )
+    # Of an even width: the token and the one after it.
+    tagger = head("cnn", "tokens", widths=[2], num_filters=4)
+    middle = (row[2:4] * tagger.convolutions[0].weight.transpose(1, 2)).sum((1, 2)) + tagger.convolutions[0].bias
+    torch.testing.assert_close(
+        tagger(row[None], torch.ones(1, 5).bool())[0, 2], tagger.output(middle.relu()), atol=1e-5, rtol=0
+    )
 
 
 @torch.no_grad()
@@ -239,8 +245,9 @@ def test_the_mix_of_layers_is_their_mean_at_first_and_can_be_one_of_them():
     layers = model.encoder(ids, output_hidden_states=True).hidden_states
     assert isinstance(model.scalar_mix, ScalarMix) and len(model.scalar_mix.weights) == len(layers) == 3
     torch.testing.assert_close(model(ids).logits, model.architecture.output(sum(layers) / 3))
-    model.scalar_mix.weights.copy_(torch.tensor([-1e4, 1e4, -1e4]))
-    torch.testing.assert_close(model(ids).logits, model.architecture.output(layers[1]))
+    for number, layer in enumerate(layers):
+        model.scalar_mix.weights.fill_(-1e4)[number] = 1e4
+        torch.testing.assert_close(model(ids).logits, model.architecture.output(layer))
     # Every architecture can read the mix instead of the last layer.
     mixing = model_of("cnn", options={"num_filters": 4}, mix_layers=True).eval()
     expected = mixing.architecture(sum(layers) / 3, torch.ones(3, 9).bool())
