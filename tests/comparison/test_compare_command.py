@@ -157,6 +157,17 @@ def test_the_better_half_goes_on_and_the_budget_is_never_exceeded(place, tmp_pat
     assert comparison(place, tmp_path, budget=None).run()[0].rungs[0].keys() == set(whole.arms)
 
 
+def test_the_most_costly_arms_going_on_everywhere_stay_within_the_budget(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        grid, "run_arm", lambda cost, data, *, examples, **rest: Outcome({"accuracy": cost.flops}, cost(examples), 1.0)
+    )
+    whole = comparison(place, tmp_path, budget=None)
+    budget = 0.6 * sum(whole._costs["sides", arm](960) for arm in whole.arms)
+    whole.budget, whole.sizes = budget, [50, None]
+    spent = math.fsum(group.flops for group in whole.run())
+    assert 0.6 * budget < spent <= budget
+
+
 def test_a_stopped_comparison_goes_on_to_the_same_table(place, tmp_path, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr(grid, "run_arm", made_up(SCORES, calls))
