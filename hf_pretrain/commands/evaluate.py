@@ -232,7 +232,7 @@ def write_results(path: Path, found: dict[str, list[Evaluation]]) -> Path:
     models = _known_results(path)
     for name, evaluations in found.items():
         kept = {(entry["task"], entry["split"]): entry for entry in models.get(name, [])}
-        kept = {**{(e.task, e.split): asdict(e) for e in evaluations}, **kept}
+        kept |= {(evaluation.task, evaluation.split): asdict(evaluation) for evaluation in evaluations}
         models[name] = list(kept.values())
     content = {"format": _FORMAT, "versions": versions(), "models": models}
     return write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PrinterCallback
 
 from hf_pretrain.errors import InputError, nearest
 from hf_pretrain.evaluation.probes import tokenize_inputs
@@ -133,7 +134,14 @@ def tuned_scores(
     """
     with tempfile.TemporaryDirectory() as folder:
         args = tuning_arguments(folder, strategy=strategy, seed=seed, **options)
-        return fine_tune(model, data, args, max_length=max_length)
+        # Many runs follow each other: the last line of each is in the table.
+        return fine_tune(
+            model,
+            data,
+            args,
+            max_length=max_length,
+            begins=lambda trainer, _: trainer.remove_callback(PrinterCallback),
+        )
 
 
 class Outcome(NamedTuple):

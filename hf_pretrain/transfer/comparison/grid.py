@@ -288,7 +288,7 @@ class StrategyComparison:
                 for one, digest, seed in zip(data, digests, self.seeds, strict=True)
             ]
             entries[rung][arm] = entry = Entry(examples, tuple(outcomes), metric)
-            self.say(f"{arm.model} {arm.name}, {examples:,} examples: {entry.mean:.3f}")
+            self.say(f"{Path(arm.model).name} {arm.name}, {examples:,} examples: {entry.mean:.3f}")
             return entry.mean
 
         successive_halving(self.arms, rungs, score)
