@@ -323,7 +323,7 @@ class TestCausal:
         tokenizer = wordpiece()
         refusals = {
             "BertForMaskedLM sees the tokens that follow: score it by pseudo_log_likelihoods": masked_lm(),
-            "BertLMHeadModel sees .* set is_decoder=True": AutoModelForCausalLM.from_config(BertConfig(**SIZES)),
+            "BertLMHeadModel sees .* or is_decoder=True": AutoModelForCausalLM.from_config(BertConfig(**SIZES)),
             "XLNetLMHeadModel sees .*score_permutations": AutoModelForCausalLM.from_config(
                 XLNetConfig(vocab_size=SIZES["vocab_size"], d_model=16, n_layer=2, n_head=2, d_inner=32)
             ),
