@@ -82,13 +82,13 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.modeling.surgery.directions import to_decoder as to_decoder
     from hf_pretrain.modeling.surgery.directions import to_encoder as to_encoder
     from hf_pretrain.modeling.surgery.vocabulary import trim_vocabulary as trim_vocabulary
-    from hf_pretrain.models.elmo.classification_elmo import (
-        ElmoForSequenceClassification as ElmoForSequenceClassification,
-    )
-    from hf_pretrain.models.elmo.classification_elmo import ElmoForTokenClassification as ElmoForTokenClassification
     from hf_pretrain.models.elmo.configuration_elmo import ElmoConfig as ElmoConfig
     from hf_pretrain.models.elmo.conversion import load_elmo_weights as load_elmo_weights
     from hf_pretrain.models.elmo.modeling_elmo import ElmoForPreTraining as ElmoForPreTraining
+    from hf_pretrain.models.elmo.modeling_elmo import (
+        ElmoForSequenceClassification as ElmoForSequenceClassification,
+    )
+    from hf_pretrain.models.elmo.modeling_elmo import ElmoForTokenClassification as ElmoForTokenClassification
     from hf_pretrain.models.elmo.modeling_elmo import ElmoModel as ElmoModel
     from hf_pretrain.models.elmo.scalar_mix import ScalarMix as ScalarMix
     from hf_pretrain.models.elmo.tokenization_elmo import ElmoTokenizer as ElmoTokenizer
@@ -324,11 +324,15 @@ _EXPORTS = {
     "modeling.surgery.cutting": ("cut_student",),
     "modeling.surgery.directions": ("to_decoder", "to_encoder"),
     "modeling.surgery.vocabulary": ("trim_vocabulary",),
-    "models.elmo.classification_elmo": ("ElmoForSequenceClassification", "ElmoForTokenClassification"),
     "models.elmo.configuration_elmo": ("ElmoConfig",),
     "models.elmo.conversion": ("load_elmo_weights",),
     "models.elmo.scalar_mix": ("ScalarMix",),
-    "models.elmo.modeling_elmo": ("ElmoForPreTraining", "ElmoModel"),
+    "models.elmo.modeling_elmo": (
+        "ElmoForPreTraining",
+        "ElmoForSequenceClassification",
+        "ElmoForTokenClassification",
+        "ElmoModel",
+    ),
     "models.elmo.tokenization_elmo": ("ElmoTokenizer",),
     "models.sparse_text.configuration_sparse_text": ("SparseTextConfig",),
     "models.sparse_text.modeling_sparse_text": ("SparseTextModel",),

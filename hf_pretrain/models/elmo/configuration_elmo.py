@@ -9,8 +9,8 @@ _AUTO_MAP = {
     "AutoConfig": "configuration_elmo.ElmoConfig",
     "AutoModel": "modeling_elmo.ElmoModel",
     "AutoModelForPreTraining": "modeling_elmo.ElmoForPreTraining",
-    "AutoModelForTokenClassification": "classification_elmo.ElmoForTokenClassification",
-    "AutoModelForSequenceClassification": "classification_elmo.ElmoForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_elmo.ElmoForTokenClassification",
+    "AutoModelForSequenceClassification": "modeling_elmo.ElmoForSequenceClassification",
 }
 # Width and number of the convolutions of every published model.
 _FILTERS = ((1, 32), (2, 32), (3, 64), (4, 128), (5, 256), (6, 512), (7, 1024))
@@ -33,7 +33,7 @@ class ElmoConfig(PreTrainedConfig):
         cell_size: Width of the cells of an LSTM, before the projection.
         num_hidden_layers: Number of layers of each direction.
         use_skip_connections: Whether each layer but the first adds its input to its output.
-        cell_clip: Most that a cell holds, and minus it the least; None for no limit, which is several times as fast.
+        cell_clip: Most that a cell holds, and minus it the least; None for no limit.
         projection_clip: The same of the projected output.
         max_characters: Characters of a word, the marks of its beginning and end included.
         character_embedding_size: Width of the vectors of characters.
