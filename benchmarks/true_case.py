@@ -3,9 +3,10 @@
     python benchmarks/true_case.py --elmo my-elmo --vectors my-vectors --text_file held-out.txt [--sentences 2500]
 
 The text is cut into sentences of 5 to 40 words, and lower-cased. The first word of a sentence does not count. A logistic
-regression reads the vector of each other word: of an ELMo of lower-cased text, the layers side by side and each alone, and of word
-vectors, the word's own vector with those of the words before and after it, or alone. A word without a vector has zeros. Three
-quarters of the sentences train the probe. The table has the Matthews correlation and the share of right answers on the others.
+regression reads the vector of each other word: of an ELMo of lower-cased text, the layers side by side and each alone, and of
+word vectors, the word's own vector with those of the words before and after it, or alone. A word without a vector has zeros.
+Three quarters of the sentences train the probe. The table has the Matthews correlation and the share of right answers on the
+others.
 """
 
 from __future__ import annotations
