@@ -1,4 +1,4 @@
-"""What a denoising model must beat: two counts of tokens, and a rule that copies, on the batches that it is measured on.
+"""What a language model must beat: counts of tokens and of pairs of neighbours, and for denoising models a rule that copies.
 
 `reference_losses` reads collated batches of pairs. `TokenCounts` holds the counts of the training targets, by token and by pair
 of neighbours, and gives probabilities that sum to one. `copied_tokens` is the rule. The counts of pairs and the rule read the
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.modeling.losses import IGNORED
 
+# Targets that are counted and scored of a language model's text, and examples that are collated at once.
+_COUNTED, _SCORED, _READ = 1_000_000, 200_000, 64
 # Pairs that wait to be merged into the counts; they bound the memory beside the distinct pairs themselves.
 _MOST_WAITING = 1 << 20
 
@@ -222,3 +225,47 @@ def _pairs(batch: Mapping[str, Any]) -> Iterator[tuple[int, np.ndarray, np.ndarr
         for document in np.unique(documents[row, is_target[row]]):
             written = np.flatnonzero(is_target[row] & (documents[row] == document))
             yield row, written, input_ids[row, mask[row] & (sources[row] == document)]
+
+
+def neighbour_losses(
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    train: Any,
+    held_out: Any,
+    *,
+    vocab_size: int,
+    seed: int,
+    prefix: str = "",
+) -> dict[str, float]:
+    """Return the losses that counts of tokens and of pairs of neighbours reach on held-out text; see [`TokenCounts`].
+
+    Args:
+        collate: Makes a batch with `labels` and `input_ids`, ``[B, L]``.
+        train: Examples to count, up to a million targets.
+        held_out: Examples to score, up to 200,000 targets.
+        vocab_size: Number of tokens.
+        seed: Key of the choice of examples.
+        prefix: What stands before the names of the entries, such as "backward_"; inputs without it are those of all directions.
+
+    Returns:
+        `unigram_nll` and `bigram_nll`, in nats; {} if there is no target.
+    """
+
+    def targets_of(dataset: Any, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        order = draws.permutation(len(dataset), seed=seed).tolist()
+        for begin in range(0, len(order), _READ):
+            batch = collate([dataset[row] for row in order[begin : begin + _READ]])
+            labels = batch[f"{prefix}labels"].numpy()
+            inputs = batch.get(f"{prefix}input_ids", batch["input_ids"]).numpy()
+            is_target = labels != IGNORED
+            yield inputs[is_target], labels[is_target]
+            most -= int(is_target.sum())
+            if most <= 0:
+                return
+
+    counts, sums = TokenCounts(vocab_size), np.zeros(3)
+    for previous, targets in targets_of(train, _COUNTED):
+        counts.add(previous, targets)
+    for previous, targets in targets_of(held_out, _SCORED):
+        scores = (counts.unigram()[targets], counts.bigram(previous, targets))
+        sums += [-np.log(scores[0]).sum(), -np.log(scores[1]).sum(), len(targets)]
+    return {"unigram_nll": sums[0] / sums[2], "bigram_nll": sums[1] / sums[2]} if sums[2] else {}

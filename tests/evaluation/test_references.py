@@ -10,7 +10,8 @@ import torch
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation import references
-from hf_pretrain.evaluation.references import TokenCounts, copied_tokens, reference_losses
+from hf_pretrain.evaluation.references import TokenCounts, copied_tokens, neighbour_losses, reference_losses
+from hf_pretrain.modeling.losses import IGNORED
 
 # The collator's beginning of a decoder's input.
 START, PAD = -1, 1
@@ -200,3 +201,31 @@ class TestBadInput:
             reference_losses([empty], [batch], vocab_size=6)
         with pytest.raises(InputError, match="held_out_batches has no target"):
             reference_losses([batch], [], vocab_size=6)
+
+
+@pytest.mark.parametrize("prefix", ["", "backward_"])
+def test_neighbours_of_a_text_are_counted_in_the_order_of_a_direction(prefix):
+    """With labels of the next token, or of the one before: the previous token of a target is that of its own direction."""
+    train, held_out = [[1, 2, 3, 1, 2, 3, 1, 2], [1, 2, 2, 3]], [[3, 1, 2], [2, 2, 1]]
+
+    def collate(rows):
+        width = max(map(len, rows))
+        ids, following, before = (torch.full((len(rows), width), fill) for fill in (0, IGNORED, IGNORED))
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            following[number, : len(row) - 1] = torch.tensor(row[1:])
+            before[number, 1 : len(row)] = torch.tensor(row[:-1])
+        return {"input_ids": ids, "labels": following, "backward_labels": before}
+
+    def pairs(rows):
+        steps = [step for row in rows for step in zip(row, row[1:], strict=False)]
+        return np.array([step[::-1] if prefix else step for step in steps]).T
+
+    counts = TokenCounts(5)
+    counts.add(*pairs(train))
+    previous, targets = pairs(held_out)
+    found = neighbour_losses(collate, train, held_out, vocab_size=5, seed=0, prefix=prefix)
+    assert found["unigram_nll"] == pytest.approx(-np.log(counts.unigram()[targets]).mean())
+    assert found["bigram_nll"] == pytest.approx(-np.log(counts.bigram(previous, targets)).mean())
+    assert found["bigram_nll"] != pytest.approx(-np.log(counts.bigram(targets, previous)).mean())
+    assert neighbour_losses(collate, train, [[1]], vocab_size=5, seed=0, prefix=prefix) == {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,13 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
 from hf_pretrain.corruption.rows import stack_column
-from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import check_range
-from hf_pretrain.evaluation.references import TokenCounts
+from hf_pretrain.evaluation.references import neighbour_losses
 from hf_pretrain.evaluation.samples import print_next_tokens
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.losses import IGNORED
@@ -34,8 +33,6 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Modes of packing that cut documents at the end of an example.
 _CUTTING = ("tokens", "full_sentences")
-# Targets that are counted, and held-out ones that are scored by the counts; examples that are read at a time.
-_COUNTED, _READ = (1_000_000, 200_000), 64
 # With a graph that is compiled once, shapes are rounded up to these.
 _COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 
@@ -191,35 +188,15 @@ print(tokenizer.decode(outputs[0]))""",
 
     @cached_property
     def references(self) -> dict[str, float]:
-        """Losses that counts of tokens and of pairs of neighbours reach on the held-out text; see [`TokenCounts`].
+        """Losses that counts of tokens and of pairs of neighbours reach on the held-out text; see [`neighbour_losses`].
 
         Counted are up to a million targets of the first epoch. Nothing, of a stream or where no one text is held out.
         """
         parts = (self.train_dataset, self.eval_dataset)
         if not all(isinstance(part, EpochDataset) for part in parts):
             return {}
-        counts, sums = TokenCounts(len(self.processing_class)), np.zeros(3)
-        counted, held_out = (self._targets_of(part, most=most) for part, most in zip(parts, _COUNTED, strict=True))
-        for previous, targets in counted:
-            counts.add(previous, targets)
-        for previous, targets in held_out:
-            scores = (counts.unigram()[targets], counts.bigram(previous, targets))
-            sums += [-np.log(scores[0]).sum(), -np.log(scores[1]).sum(), len(targets)]
-        if not sums[2]:
-            return {}
-        return {"unigram_nll": sums[0] / sums[2], "bigram_nll": sums[1] / sums[2]}
-
-    def _targets_of(self, dataset: Any, *, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the token before each target and the target, ``int64 [N]`` both, until there are so many."""
-        order = draws.permutation(len(dataset), seed=self.args.seed).tolist()
-        for begin in range(0, len(order), _READ):
-            batch = self.data_collator([dataset[row] for row in order[begin : begin + _READ]])
-            labels = batch["labels"].numpy()
-            is_target = labels != IGNORED
-            yield batch["input_ids"].numpy()[is_target], labels[is_target]
-            most -= int(is_target.sum())
-            if most <= 0:
-                return
+        options = {"vocab_size": len(self.processing_class), "seed": self.args.seed}
+        return neighbour_losses(self.data_collator, *parts, **options)
 
     def card_facts(self) -> dict[str, Any]:
         """Return what counting reaches on the held-out text."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -12,13 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.trainer_utils import EvalPrediction
 
 from hf_pretrain.corruption.rows import stack_column
-from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.windows import BidirectionalLaneDataset, LaneStream
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError, check_range
-from hf_pretrain.evaluation.references import TokenCounts
+from hf_pretrain.evaluation.references import neighbour_losses
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.models.elmo.modeling_elmo import shifted_labels
@@ -29,9 +28,6 @@ from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.program import print_table
-
-# Targets that are counted, held-out ones that are scored by the counts, and examples that are read at a time.
-_COUNTED, _SCORED, _READ = 1_000_000, 200_000, 64
 
 
 class DataCollatorForElmo:
@@ -218,41 +214,24 @@ layers = model(**inputs).hidden_states  # the words, and each layer of both dire
 
     @cached_property
     def references(self) -> dict[str, float]:
-        """Losses that counts of words and of pairs of neighbours reach on the held-out text; see [`TokenCounts`].
+        """Losses that counts of words and of pairs of neighbours reach on the held-out text; see [`neighbour_losses`].
 
         Counted are up to a million targets of the first epoch. The pairs are counted for each direction.
         """
         parts = (self.train_dataset, self.eval_dataset)
         if not all(isinstance(part, EpochDataset) for part in parts):
             return {}
-        sums = np.zeros(4)
-        for prefix in ("", "backward_"):
-            counts = TokenCounts(len(self.processing_class))
-            for previous, targets in self._targets_of(parts[0], prefix, most=_COUNTED):
-                counts.add(previous, targets)
-            for previous, targets in self._targets_of(parts[1], prefix, most=_SCORED):
-                bigram = -np.log(counts.bigram(previous, targets)).sum()
-                found = [-np.log(counts.unigram()[targets]).sum(), len(targets), 0.0, 0.0]
-                found[3 if prefix else 2] = bigram
-                sums += found
-        if not sums[1]:
+        options = {"vocab_size": len(self.processing_class), "seed": self.args.seed}
+        forward, backward = (
+            neighbour_losses(self.data_collator, *parts, prefix=prefix, **options) for prefix in ("", "backward_")
+        )
+        if not forward or not backward:
             return {}
-        # Both directions have the same targets.
-        names = ("unigram_nll", "forward_bigram_nll", "backward_bigram_nll")
-        return dict(zip(names, (sums[0] / sums[1], *(2 * sums[2:] / sums[1])), strict=True))
-
-    def _targets_of(self, dataset: Any, prefix: str, *, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield what each target of a direction follows, and the target, ``int64 [N]`` both, until there are so many."""
-        order = draws.permutation(len(dataset), seed=self.args.seed).tolist()
-        for begin in range(0, len(order), _READ):
-            batch = self.data_collator([dataset[row] for row in order[begin : begin + _READ]])
-            labels = batch[f"{prefix}labels"].numpy()
-            inputs = batch.get(f"{prefix}input_ids", batch["input_ids"]).numpy()
-            is_target = labels != IGNORED
-            yield inputs[is_target], labels[is_target]
-            most -= int(is_target.sum())
-            if most <= 0:
-                return
+        return {
+            "unigram_nll": (forward["unigram_nll"] + backward["unigram_nll"]) / 2,
+            "forward_bigram_nll": forward["bigram_nll"],
+            "backward_bigram_nll": backward["bigram_nll"],
+        }
 
     def card_facts(self) -> dict[str, Any]:
         """Return what counting reaches on the held-out text."""
