@@ -33,6 +33,9 @@ sys.meta_path.insert(0, Blocker())
 # Neither the caller's modules nor its standard streams reach a program.
 _PROGRAM = """
 import contextlib, sys, traceback
+import torch
+# As in the tests: another number of threads adds numbers up in another order.
+torch.set_num_threads(1)
 already = [name for name in sys.modules if name.partition(".")[0] in ("hf_pretrain", "transformers")]
 assert not already, already
 with open({log!r}, "w") as log, contextlib.redirect_stdout(log):
