@@ -314,14 +314,6 @@ class PretrainingModel(ModelOfModels):
         return {name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)}
 
 
-def with_host_inputs(
-    collate: Any, model_class: type[PretrainingModel], config: Any, examples: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return a batch with what the model's `host_inputs` finds in it; this runs in the workers, as the collator does."""
-    batch = collate(examples)
-    return {**batch, **model_class.host_inputs(batch, config)}
-
-
 def _keep_prediction(part: PreTrainedModel, *, shifted: bool) -> None:
     """Let the configuration of a stock model say how masked tokens are predicted in training; tell of a change."""
     if is_shifted(part) == shifted or part.get_output_embeddings() is None:
