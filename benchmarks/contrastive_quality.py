@@ -474,4 +474,4 @@ def print_results(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    compare_arms(VectorArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(VectorArguments, description=__doc__, run_arm=run_arm, results=print_results)

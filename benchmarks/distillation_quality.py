@@ -347,4 +347,4 @@ def print_results(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, results=print_results)

@@ -41,8 +41,6 @@ from results import (
     ComparisonArguments,
     command_line,
     compare_arms,
-    print_arms,
-    rows_by_settings,
     sizes_of,
     train_by_program,
 )
@@ -177,12 +175,5 @@ COLUMNS = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}")
-        print_arms(rows, ARMS, COLUMNS)
-
-
 if __name__ == "__main__":
-    compare_arms(DetourArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(DetourArguments, description=__doc__, run_arm=run_arm, results=COLUMNS)

@@ -46,7 +46,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.tasks.files import read_files
-from results import Column, ComparisonArguments, compare_arms, print_arms, rows_by_settings
+from results import Column, ComparisonArguments, compare_arms
 
 COLUMNS = {"sst2": ["sentence"], "rte": ["sentence1", "sentence2"]}
 TRANSFORMATIONS: dict[str, Any] = {"sst2": "classification", "rte": "entailment"}
@@ -160,12 +160,5 @@ TABLE = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}")
-        print_arms(rows, ARMS, TABLE)
-
-
 if __name__ == "__main__":
-    compare_arms(TransferArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(TransferArguments, description=__doc__, run_arm=run_arm, results=TABLE)

@@ -21,7 +21,6 @@ seeds of its own.
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -44,8 +43,6 @@ from results import (
     command_line,
     compare_arms,
     held_out_file,
-    print_arms,
-    rows_by_settings,
     shared_tokenizer,
     sizes_of,
     train_by_program,
@@ -136,12 +133,5 @@ COLUMNS = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results, in points."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{json.loads(settings)}")
-        print_arms(rows, ARMS, COLUMNS)
-
-
 if __name__ == "__main__":
-    compare_arms(HybridArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(HybridArguments, description=__doc__, run_arm=run_arm, results=COLUMNS)

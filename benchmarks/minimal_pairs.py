@@ -62,8 +62,6 @@ from results import (
     ComparisonArguments,
     compare_arms,
     flops_of_a_step,
-    print_arms,
-    rows_by_settings,
     shared_tokenizer,
     sizes_of,
 )
@@ -195,12 +193,5 @@ COLUMNS: Sequence[Column] = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results, in points."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}")
-        print_arms(rows, ARMS, COLUMNS)
-
-
 if __name__ == "__main__":
-    compare_arms(MinimalPairArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(MinimalPairArguments, description=__doc__, run_arm=run_arm, results=COLUMNS)

@@ -222,7 +222,7 @@ def compare_arms(
     *,
     description: str | None,
     run_arm: Callable[[str, int, Chosen], dict[str, Any]],
-    print_results: Callable[[Path], None],
+    results: Callable[[Path], None] | Sequence[Column],
 ) -> NoReturn:
     """Be the program of a comparison: run what is missing, then print the tables.
 
@@ -230,14 +230,17 @@ def compare_arms(
         arguments: Dataclass of the program's options.
         description: What the program does, for its help.
         run_arm: Runs an arm with a seed and the options, and returns what was measured.
-        print_results: Prints the tables of a file of results.
+        results: The columns of the table of each set of settings, or what prints the tables of a file of results.
     """
 
     def main(argv: list[str] | None) -> None:
         (args,) = parse_arguments((arguments,), argv, prog=Path(sys.argv[0]).name, description=description or "")
         if not args.table:
             run_missing(args, partial(run_arm, args=args))
-        print_results(Path(args.results))
+        if callable(results):
+            results(Path(args.results))
+        else:
+            print_settings(Path(args.results), arguments.arms, results)
 
     sys.exit(run_program(main))
 
@@ -303,6 +306,13 @@ class Column(NamedTuple):
     name: str
     factor: float = 1
     digits: int | None = 0
+
+
+def print_settings(path: Path, arms: Iterable[str], columns: Sequence[Column]) -> None:
+    """Print a table of the arms for each set of settings in the results."""
+    for settings, rows in rows_by_settings(path).items():
+        print(f"\n{settings}")
+        print_arms(rows, arms, columns)
 
 
 def print_arms(rows: Sequence[dict[str, Any]], arms: Iterable[str], columns: Sequence[Column]) -> None:

@@ -63,9 +63,7 @@ from results import (
     Column,
     ComparisonArguments,
     compare_arms,
-    print_arms,
     read_rows,
-    rows_by_settings,
     sizes_of,
 )
 
@@ -252,12 +250,5 @@ COLUMNS = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results, in points."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}")
-        print_arms(rows, ARMS, COLUMNS)
-
-
 if __name__ == "__main__":
-    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(QualityArguments, description=__doc__, run_arm=run_arm, results=COLUMNS)

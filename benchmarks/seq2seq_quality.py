@@ -63,8 +63,6 @@ from results import (
     compare_arms,
     flops_of_a_step,
     held_out_file,
-    print_arms,
-    rows_by_settings,
     shared_tokenizer,
     sizes_of,
     train_by_program,
@@ -306,12 +304,5 @@ COLUMNS = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}")
-        print_arms(rows, ARMS, COLUMNS)
-
-
 if __name__ == "__main__":
-    compare_arms(TranslationArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(TranslationArguments, description=__doc__, run_arm=run_arm, results=COLUMNS)

@@ -47,7 +47,7 @@ from hf_pretrain.options import option
 from hf_pretrain.vectors.corpus import WordCorpus
 from hf_pretrain.vectors.folder import WordVectors
 from hf_pretrain.vectors.text_vectors import SparseTextVectorizer
-from results import Column, ComparisonArguments, compare_arms, print_arms, read_rows, rows_by_settings
+from results import Column, ComparisonArguments, compare_arms, read_rows
 
 SPARSE = ("onehot", "counts", "tfidf")
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -261,12 +261,5 @@ COLUMNS = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}")
-        print_arms(rows, ARMS, COLUMNS)
-
-
 if __name__ == "__main__":
-    compare_arms(TableArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(TableArguments, description=__doc__, run_arm=run_arm, results=COLUMNS)

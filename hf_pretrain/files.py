@@ -154,11 +154,8 @@ def damaged_file(folder: str | Path, *, name: str = MARKER) -> str | None:
 
 def read_marker(folder: str | Path, *, name: str = MARKER) -> Mapping[str, Any] | None:
     """Return the facts in the marker of a folder, with the sizes of its `files` in bytes; None if there is no marker."""
-    try:
-        facts = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else None
+    facts = read_object(Path(folder, name))
+    return facts if isinstance(facts.get("files"), dict) else None
 
 
 def is_whole(folder: str | Path, *, name: str = MARKER) -> bool:
@@ -177,6 +174,15 @@ def first_difference(folder: Path, files: Mapping[str, int]) -> str | None:
         if found != size:
             return f"{name} has {found} of {size} bytes"
     return None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; {} where there is no such file, or it holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_text(path: Path, text: str) -> Path:

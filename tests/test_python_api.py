@@ -41,6 +41,10 @@ from hf_pretrain import (
     DistillationTrainer,
     ElectricModelArguments,
     ElectricTrainer,
+    ElmoConfig,
+    ElmoForPreTraining,
+    ElmoModel,
+    ElmoTrainer,
     EncoderForPreTraining,
     EncoderTrainer,
     EpochDataset,
@@ -110,6 +114,13 @@ def transformer_xl(model_class):
     return model_class(TransformerXLConfig(vocab_size=VOCAB_SIZE, **sizes))
 
 
+def elmo(model_class):
+    torch.manual_seed(0)
+    return model_class(
+        ElmoConfig(vocab_size=VOCAB_SIZE, embedding_type="tokens", hidden_size=32, cell_size=48, num_hidden_layers=1)
+    )
+
+
 def options(trainer, folder, **changes):
     _, args_class = trainer.option_classes
     return args_class(**QUIET | {"output_dir": str(folder), "max_steps": 2, **changes})
@@ -170,6 +181,8 @@ STOCK = {
     "clm-body": (CausalLMTrainer, lambda: gpt2(GPT2Model), {}, GPT2LMHeadModel, {}),
     "recurrent-lm": (RecurrentLMTrainer, lambda: transformer_xl(TransformerXLForCausalLM), LANES, None, {}),
     "recurrent-lm-body": (RecurrentLMTrainer, lambda: transformer_xl(TransformerXLModel), LANES, None, {}),
+    "elmo": (ElmoTrainer, lambda: elmo(ElmoForPreTraining), {"stateful": False}, ElmoForPreTraining, {}),
+    "elmo-body": (ElmoTrainer, lambda: elmo(ElmoModel), {"unroll_length": 8}, ElmoForPreTraining, {}),
     "distil": (
         DistillationTrainer,
         lambda: bert(),
@@ -211,7 +224,7 @@ def test_a_stock_model_is_trained_on_text_as_it_is(name, tmp_path):
         assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-@pytest.mark.parametrize("name", ["mlm", "encoder", "rtd", "electric", "plm", "clm", "recurrent-lm", "distil"])
+@pytest.mark.parametrize("name", ["mlm", "encoder", "rtd", "electric", "plm", "clm", "recurrent-lm", "elmo", "distil"])
 def test_a_name_brings_its_tokenizer(name, tmp_path):
     trainer_class, make, changes, _, inputs = STOCK[name]
     folder = tmp_path / "model"

@@ -44,6 +44,7 @@ from hf_pretrain.data.text.docstrings import docstring_dataset, split_held_out
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.files import read_object
 from hf_pretrain.options import all_options
 
 __all__ = ["DataArguments", "PreparedData", "prepare_data"]
@@ -330,11 +331,8 @@ def _choice(args: DataArguments, texts: Iterable[str]) -> TokenizerChoice:
 
 def _read_record(output_dir: Path) -> dict[str, Any]:
     """Return the record of the tokenizer that was trained into a folder; empty if there is none."""
-    try:
-        record = json.loads((output_dir / _TOKENIZER_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) and "choice" in record else {}
+    record = read_object(output_dir / _TOKENIZER_RECORD)
+    return record if "choice" in record else {}
 
 
 def word_segmenter(args: DataArguments) -> Segmenter | None:

@@ -26,7 +26,7 @@ from transformers import (
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.metrics import batches_by_length, check_fast, checked_texts, encode_texts, words_of_tokens
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence
+from hf_pretrain.modeling.backbone import evaluating, longest_text
 from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DiscriminatorHead
 from hf_pretrain.modeling.loading import find_file, from_pretrained
 
@@ -199,9 +199,8 @@ def _word_scores(text: str, offsets: Sequence[tuple[int, int]], scores: np.ndarr
 
 
 def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    positions = longest_sequence(model) or getattr(model.config, "max_position_embeddings", None)
     # A tokenizer that knows no limit says 10**30.
-    limits = [limit for limit in (positions, tokenizer.model_max_length) if limit and limit < 10**9]
+    limits = [limit for limit in (longest_text(model), tokenizer.model_max_length) if limit and limit < 10**9]
     return min(limits, default=_LENGTH_OF_UNBOUNDED)
 
 

@@ -32,7 +32,7 @@ from hf_pretrain.evaluation.token_scores import (
     sum_scores,
     text_beginning,
 )
-from hf_pretrain.modeling.backbone import evaluating, is_shifted, longest_sequence
+from hf_pretrain.modeling.backbone import evaluating, is_shifted, longest_sequence, longest_text
 from hf_pretrain.modeling.base import check_model_fits
 
 
@@ -251,9 +251,7 @@ def causal_log_likelihoods(
     encoded = _tokenize(model, tokenizer, texts)
     (check_left_to_right if left_to_right else check_causal)(model, tokenizer)
     found = [_continuation(text, *text_beginning(model, tokenizer)) for text in encoded]
-    # Positions that are no table have an end too: what was read in training.
-    longest = longest_sequence(model) or getattr(model.config, "max_position_embeddings", None)
-    _check_lengths(model, texts, [len(part.ids) for part in found], longest=longest)
+    _check_lengths(model, texts, [len(part.ids) for part in found], longest=longest_text(model))
     parts = causal_scores(model, tokenizer, found, batch_size=batch_size, left_to_right=left_to_right)
     return sum_scores(parts, len(encoded))[0]
 

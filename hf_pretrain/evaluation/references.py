@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,12 @@ import numpy as np
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.training.program import print_table
 
-# Targets that are counted and scored of a language model's text, and examples that are collated at once.
-_COUNTED, _SCORED, _READ = 1_000_000, 200_000, 64
+MOST_COUNTED, MOST_SCORED = 1_000_000, 200_000
+"""Targets of the training text that are counted, and of the held-out text that are scored."""
+# Examples that are collated at once.
+_READ = 64
 # Pairs that wait to be merged into the counts; they bound the memory beside the distinct pairs themselves.
 _MOST_WAITING = 1 << 20
 
@@ -250,22 +253,59 @@ def neighbour_losses(
         `unigram_nll` and `bigram_nll`, in nats; {} if there is no target.
     """
 
+    def count(batch: Mapping[str, Any]) -> int:
+        return int((batch[f"{prefix}labels"] != IGNORED).sum())
+
     def targets_of(dataset: Any, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         order = draws.permutation(len(dataset), seed=seed).tolist()
-        for begin in range(0, len(order), _READ):
-            batch = collate([dataset[row] for row in order[begin : begin + _READ]])
+        for batch in first_batches(collate, dataset, order, most=most, count=count):
             labels = batch[f"{prefix}labels"].numpy()
             inputs = batch.get(f"{prefix}input_ids", batch["input_ids"]).numpy()
             is_target = labels != IGNORED
             yield inputs[is_target], labels[is_target]
-            most -= int(is_target.sum())
-            if most <= 0:
-                return
 
     counts, sums = TokenCounts(vocab_size), np.zeros(3)
-    for previous, targets in targets_of(train, _COUNTED):
+    for previous, targets in targets_of(train, MOST_COUNTED):
         counts.add(previous, targets)
-    for previous, targets in targets_of(held_out, _SCORED):
+    for previous, targets in targets_of(held_out, MOST_SCORED):
         scores = (counts.unigram()[targets], counts.bigram(previous, targets))
         sums += [-np.log(scores[0]).sum(), -np.log(scores[1]).sum(), len(targets)]
     return {"unigram_nll": sums[0] / sums[2], "bigram_nll": sums[1] / sums[2]} if sums[2] else {}
+
+
+def first_batches(
+    collate: Callable[[list[Any]], Mapping[str, Any]],
+    dataset: Any,
+    order: Sequence[int],
+    *,
+    most: int,
+    count: Callable[[Mapping[str, Any]], int],
+) -> Iterator[Mapping[str, Any]]:
+    """Yield batches of examples until they have as many targets as are wanted.
+
+    Args:
+        collate: Makes a batch.
+        dataset: The examples.
+        order: Their rows, in the order in which they are read.
+        most: The targets that are wanted.
+        count: Returns the number of targets of a batch.
+    """
+    for begin in range(0, len(order), _READ):
+        batch = collate([dataset[row] for row in order[begin : begin + _READ]])
+        yield batch
+        most -= count(batch)
+        if most <= 0:
+            return
+
+
+def reference_rows(references: Mapping[str, float], *, title: str = "held-out text") -> tuple[tuple[str, str], ...]:
+    """Return the rows of a card's table of references, its header first; none where nothing was counted."""
+    rows = ((name, f"{value:.4g}") for name, value in references.items())
+    return (("", title), *rows) if references else ()
+
+
+def print_references(references: Mapping[str, float], *, counted: str, title: str = "held-out text") -> None:
+    """Print what counting reaches on the held-out text; `counted` begins the line above the table."""
+    if references:
+        print(f"\n{counted} on the same held-out text:")
+        print_table([(name, f"{value:.4f}") for name, value in references.items()], header=("", title))

@@ -21,7 +21,16 @@ import torch
 from transformers.utils import hf_api, logging
 
 from hf_pretrain.errors import InputError, RunError
-from hf_pretrain.files import PART, begin_folder, is_whole, read_marker, share_weights, write_marker, write_text
+from hf_pretrain.files import (
+    PART,
+    begin_folder,
+    is_whole,
+    read_marker,
+    read_object,
+    share_weights,
+    write_marker,
+    write_text,
+)
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import BRANCHES, reason, remove_paths
 from hf_pretrain.hub.record import read_record
@@ -265,11 +274,7 @@ class Branches:
         yield from (folder for folder in folders if is_whole(folder, name=_MARKER))
 
     def _pushed(self) -> dict[str, Any]:
-        try:
-            content = json.loads((self.folder / _PUSHED).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return content if isinstance(content, dict) else {}
+        return read_object(self.folder / _PUSHED)
 
     def _remove_all(self) -> None:
         for path in self.folder.glob(f"*/{_MARKER}*"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from transformers.utils import logging
 from yaml import YAMLError
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import plain, weights_digest
+from hf_pretrain.files import plain, read_object, weights_digest
 from hf_pretrain.hub.card import ESSENTIAL_OPTIONS, defining_options, recipe_options
 from hf_pretrain.hub.environment import Compute, hardware, measured_energy, peak_flops, versions
 from hf_pretrain.hub.examples import find_examples
@@ -368,7 +367,7 @@ def hub_name_of(folder: str | Path, *, or_base: bool = True) -> str | None:
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots(?:/|$)", path.as_posix())
     names = [read_content(path).get("card", {}).get("repo"), f"{cached[1]}/{cached[2]}" if cached else None]
     if or_base:
-        names += [_json_of(path / "config.json").get("_name_or_path")]
+        names += [read_object(path / "config.json").get("_name_or_path")]
         names += as_list(_front_matter_of(path / "README.md").get("base_model"))
     return next((name for name in names if isinstance(name, str) and _has_owner(name)), None)
 
@@ -376,14 +375,6 @@ def hub_name_of(folder: str | Path, *, or_base: bool = True) -> str | None:
 def _has_owner(name: str) -> bool:
     is_folder = Path(name).exists() or Path(name).name.startswith(PREFIX_CHECKPOINT_DIR)
     return "/" in name and hub_id(name) is not None and not is_folder
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _front_matter_of(path: Path) -> dict[str, Any]:

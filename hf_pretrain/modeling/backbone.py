@@ -363,6 +363,11 @@ def longest_sequence(model: PreTrainedModel) -> int | None:
     return None if table is None else _rows(table) - first_position(model)
 
 
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Return how many tokens a stock model can read: as many as its table has, else as its training had; None if unknown."""
+    return longest_sequence(model) or getattr(model.config, "max_position_embeddings", None)
+
+
 def _rows(table: Any) -> int:
     number = getattr(table, "num_embeddings", None)
     return int(table.weight.shape[0] if number is None else number)

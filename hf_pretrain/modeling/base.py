@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -73,7 +73,18 @@ def masked_trial_batch(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     }
 
 
-class PretrainingModel(PreTrainedModel):
+class ModelOfModels(PreTrainedModel):
+    """A model around stock models; it has no attention of its own, and each of them checks its own backend."""
+
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class PretrainingModel(ModelOfModels):
     """A composite that is trained, around the stock models that are shared.
 
     A subclass returns a [`PretrainingOutput`] from `forward`, counts its targets in `count_targets`, names in `export_parts`
@@ -95,13 +106,6 @@ class PretrainingModel(PreTrainedModel):
     adapters: Adapters = Adapters({})
     refuses_adapters = ""
     is_additive = True
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    # The composite has no attention of its own; each sub-model checks its own backend.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     # Parameters that `try_out` has frozen.
     _frozen: tuple[str, ...] = ()
 
@@ -112,6 +116,25 @@ class PretrainingModel(PreTrainedModel):
                 f"{type(self).__name__}.from_model(model), or from_models for a pair"
             )
         super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, **options: Any) -> Self:
+        """Wrap a stock model; it is trained in place. A pair of models has `from_models` instead.
+
+        Args:
+            model: The stock model.
+            **options: Fields of the composite's configuration.
+
+        Raises:
+            InputError: If the composite cannot train the model, or a step on a few tokens fails; see `try_out`.
+        """
+        composite = cls(cls.config_class(model=model.config, **options), model)
+        composite.check_wrapped()
+        composite.try_out()
+        return composite
+
+    def check_wrapped(self) -> None:
+        """Refuse a stock model that the composite cannot train, before a step is tried; the base refuses none."""
 
     def post_init(self) -> None:
         """Cast the weights, then let transformers tie and register them; see `PreTrainedModel.post_init`."""

@@ -1,9 +1,10 @@
 """Stock configurations: nested in a composite's, or built for a model from scratch; and how stock models are opened."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
@@ -15,7 +16,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest
+from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
 from hf_pretrain.modeling.backbone import (
     FEED_FORWARD_OF_FOUR_WIDTHS,
     POSITIONS_AFTER_PADDING,
@@ -263,9 +264,7 @@ def _check_pair_options(args: ModelArguments, known: PreTrainedConfig) -> None:
         raise InputError(
             f"embedding_size={args.embedding_size}: {args.model_type} embeds at its full width; leave it out"
         )
-    unknown = sorted(name for name in parse_overrides(args.config_overrides) if not hasattr(known, name))
-    if unknown:
-        raise InputError(f"config_overrides: {args.model_type} has no option {', '.join(unknown)}")
+    _known_overrides(args, known)
     if args.hidden_size % args.num_attention_heads:
         raise InputError(
             f"hidden_size={args.hidden_size} does not divide into num_attention_heads={args.num_attention_heads}: change one"
@@ -421,6 +420,45 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f'config_overrides={text!r} is not a JSON object: write {{"name": value}}')
     return values
+
+
+def check_model_type(config: PreTrainedConfig, wanted: type[PreTrainedConfig], *, name: str) -> None:
+    """Refuse a model of another architecture than the wanted one; `name` says which option gave it."""
+    if config.model_type != wanted.model_type:
+        article = "an" if wanted.model_type[0] in "aeiou" else "a"
+        raise InputError(f"{name} is a {config.model_type}, not {article} {wanted.model_type}")
+
+
+def own_config(config_class: Any, args: Any, tokenizer: PreTrainedTokenizerBase, **values: Any) -> PreTrainedConfig:
+    """Return the configuration of one of this library's architectures, from options that have its names.
+
+    Args:
+        config_class: Class of the configuration.
+        args: The options: its sizes, `model_name_or_path` and `config_overrides`.
+        tokenizer: Gives the vocabulary and the special ids.
+        **values: Further values.
+
+    Raises:
+        InputError: If an override is unknown, or the values do not fit together.
+    """
+    of_others = {"model_name_or_path", "config_overrides"}
+    values = {each.name: getattr(args, each.name) for each in fields(args) if each.name not in of_others} | values
+    values |= {"vocab_size": len(tokenizer)}
+    values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    overrides = _known_overrides(args, config_class())
+    try:
+        return config_class(**(values | overrides))
+    except (ValueError, StrictDataclassError) as error:
+        raise InputError(f"the model cannot be built: {one_line(error, line=-1)}") from error
+
+
+def _known_overrides(args: Any, known: PreTrainedConfig) -> dict[str, Any]:
+    """Return the `config_overrides`; raise InputError for one that the configuration does not have."""
+    overrides = parse_overrides(args.config_overrides)
+    unknown = sorted(name for name in overrides if not hasattr(known, name))
+    if unknown:
+        raise InputError(f"config_overrides: {known.model_type} has no option {', '.join(unknown)}")
+    return overrides
 
 
 def attention_options(args: ModelArguments) -> dict[str, Any]:

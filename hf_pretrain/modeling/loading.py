@@ -20,6 +20,7 @@ from transformers.utils import cached_file, is_protobuf_available, is_sentencepi
 from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.files import read_object
 from hf_pretrain.modeling.backbone import name_of
 
 MODEL_DTYPES = ("float32", "bfloat16")
@@ -265,11 +266,7 @@ def _refuse_checkpoint_of_a_run(name: str, options: dict[str, Any]) -> None:
 
 
 def _model_type(path: Path) -> str:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    return str(values.get("model_type", "")) if isinstance(values, dict) else ""
+    return str(read_object(path).get("model_type", ""))
 
 
 def _check_has_tokenizer(name: str) -> None:

@@ -6,7 +6,7 @@ Text is cut into lanes, and each lane is read in windows, in order. The memory o
 from __future__ import annotations
 
 import math
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, SequentialSampler
 
 from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.windows import LaneStream
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import PretrainingOutput, RecurrentMemory
@@ -26,6 +27,34 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 
 
 def inputs_of_lanes(
+    data: PreparedData, args: Any, window: Callable[[LaneStream], Any], *, unit: str = "windows", cure: str = ""
+) -> dict[str, Any]:
+    """Return the arguments that a [`RecurrentTrainer`] takes from the data: its documents as lanes.
+
+    Args:
+        data: The text.
+        args: Options of training, with `eval_lanes`.
+        window: Makes the examples of a stream, whose lanes are complete where it is held out.
+        unit: What a lane is read in, for the card.
+        cure: What else helps where there is no stored text, for the error.
+
+    Raises:
+        InputError: If the data is a stream, or too little for the lanes.
+    """
+    if data.train_documents is None:
+        raise InputError(
+            "streaming=True, or tokens: lanes are parts of the whole text, which has to be stored; give text and leave streaming "
+            f"out{cure}"
+        )
+    stream = LaneStream(data.train_documents, tokenizer=data.tokenizer, num_lanes=global_batch_size(args))
+    train, held_out = window(stream), None
+    if data.eval_documents is not None:
+        stream = LaneStream(data.eval_documents, tokenizer=data.tokenizer, num_lanes=args.eval_lanes, complete=True)
+        held_out = window(stream)
+    return describe_lanes(data, train, held_out, unit=unit, without=("block_size",))
+
+
+def describe_lanes(
     data: PreparedData, train: Any, held_out: Any, *, unit: str, without: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Return the arguments that a [`RecurrentTrainer`] takes from the data.

@@ -344,7 +344,7 @@ def _joined(
     for part, following in zip(parts, parts[1:], strict=False):
         if not np.array_equal(part.offsets[len(part.offsets) - doc_stride :], following.offsets[:doc_stride]):
             raise InputError(
-                f"doc_stride={doc_stride}: the windows do not share so many tokens; give that which made them"
+                f"doc_stride={doc_stride}: the windows share another number of tokens: give the doc_stride of the windows"
             )
     size = int(firsts[-1] + lengths[-1])
     offsets, tokens = np.zeros((size, 2), dtype=np.int64), np.arange(size)

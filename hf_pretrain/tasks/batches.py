@@ -15,10 +15,10 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.tasks.examples import INPUTS
 
 # Steps whose examples are sorted by length together.
 _STEPS_SORTED = 50
-_INPUTS = ("input_ids", "token_type_ids")
 
 
 @dataclass
@@ -102,7 +102,7 @@ class DataCollatorForTaskHead:
 
 
 def _choice(example: dict[str, Any], number: int) -> dict[str, Any]:
-    return {name: example[name][number] for name in _INPUTS if name in example}
+    return {name: example[name][number] for name in INPUTS if name in example}
 
 
 def _padded(
@@ -117,7 +117,7 @@ def _padded(
     try:
         tokenizer.padding_side = side or usual
         pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
-        return dict(pad([{name: example[name] for name in _INPUTS if name in example} for example in examples]))
+        return dict(pad([{name: example[name] for name in INPUTS if name in example} for example in examples]))
     finally:
         tokenizer.padding_side = usual
 

@@ -24,7 +24,7 @@ from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.tasks.augmentation import TEXT, AugmentationArguments, augment
 from hf_pretrain.tasks.examples import encode, encode_tokens
-from hf_pretrain.tasks.files import Task, kind_of, load_split, read_files
+from hf_pretrain.tasks.files import USUAL_LABELS, Task, kind_of, load_split, read_files
 from hf_pretrain.tasks.questions import encode_questions
 from hf_pretrain.tasks.words import WordNeighbours
 
@@ -39,11 +39,6 @@ _KNOWN_TEXTS: dict[Task, tuple[tuple[str, ...], ...]] = {
     ),
     "token-classification": (("tokens",), ("words",), ("sentence",), ("text",)),
     "question-answering": (("question", "context"),),
-}
-_KNOWN_LABELS: dict[Task, tuple[str, ...]] = {
-    "sequence-classification": ("label", "labels"),
-    "token-classification": ("labels", "tags", "ner_tags", "pos_tags"),
-    "question-answering": ("answers",),
 }
 
 
@@ -197,7 +192,7 @@ def _read(args: TaskDataArguments, task: Task) -> tuple[datasets.Dataset, datase
 
 def _known_names(args: TaskDataArguments, task: Task) -> list[str]:
     """Return the names of columns by which the first line of a table is seen to be a header."""
-    usual = [name for names in _KNOWN_TEXTS[task] for name in names] + list(_KNOWN_LABELS[task])
+    usual = [name for names in _KNOWN_TEXTS[task] for name in names] + list(USUAL_LABELS[task])
     return [*usual, *(args.text_columns or []), *filter(None, [args.label_column])]
 
 
@@ -230,7 +225,7 @@ def _label_column(examples: datasets.Dataset, args: TaskDataArguments, task: Tas
         raise InputError(
             f"label_column={args.label_column!r}: the examples have {', '.join(examples.column_names)}; choose one of these"
         )
-    return args.label_column or next((name for name in _KNOWN_LABELS[task] if name in examples.column_names), None)
+    return args.label_column or next((name for name in USUAL_LABELS[task] if name in examples.column_names), None)
 
 
 def _check_held_out(examples: datasets.Dataset | None, columns: Sequence[str]) -> None:

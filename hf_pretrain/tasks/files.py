@@ -26,6 +26,13 @@ from hf_pretrain.options import number_or_text
 
 Task = Literal["sequence-classification", "token-classification", "question-answering"]
 Kind = Task | Literal["multiple-choice"]
+USUAL_LABELS: dict[Kind, tuple[str, ...]] = {
+    "sequence-classification": ("label", "labels"),
+    "token-classification": ("labels", "tags", "ner_tags", "pos_tags"),
+    "question-answering": ("answers",),
+    "multiple-choice": ("label", "labels"),
+}
+"""Usual names of the column of labels, the likeliest first."""
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     # No text is a missing value: "null" and "NA" are words.

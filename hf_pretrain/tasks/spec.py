@@ -21,7 +21,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.text.docstrings import split_held_out
 from hf_pretrain.errors import InputError, check_choice, check_range, nearest, one_line
 from hf_pretrain.tasks.examples import chosen_answer
-from hf_pretrain.tasks.files import Kind, load_split, read_files
+from hf_pretrain.tasks.files import USUAL_LABELS, Kind, load_split, read_files
 from hf_pretrain.tasks.labelled import TaskData as TaskData
 from hf_pretrain.tasks.metrics import METRICS_OF_TYPES
 
@@ -36,7 +36,6 @@ _KINDS: dict[str, Kind] = {
     "span": "question-answering",
 }
 _NUM_TEXTS = {"tokens": (1,), "span": (2,)}
-_USUAL_LABELS = {"tokens": ("labels", "tags", "ner_tags", "pos_tags"), "span": ("answers",)}
 # What a file writes for a label that it does not have.
 _NO_LABEL = (None, "")
 _UNLABELLED = -100
@@ -268,7 +267,7 @@ def _check_columns(spec: TaskSpec, rows: datasets.Dataset, part: str) -> None:
 def _label_column(spec: TaskSpec, rows: datasets.Dataset) -> str:
     if spec.label is not None:
         return spec.label
-    usual = _USUAL_LABELS.get(spec.type, ("label", "labels"))
+    usual = USUAL_LABELS[_KINDS[spec.type]]
     found = next((name for name in usual if name in rows.column_names), None)
     if found is None:
         raise InputError(

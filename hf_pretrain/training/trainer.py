@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
 from hf_pretrain.data import draws
@@ -59,7 +59,7 @@ from hf_pretrain.training.arguments import (
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
-from hf_pretrain.training.phases.course import Course, KeptOptions
+from hf_pretrain.training.phases.course import Course, KeptOptions, PhaseEnd, sampler_from
 from hf_pretrain.training.processes import (
     check_launch,
     not_finite,
@@ -402,7 +402,7 @@ class PretrainingTrainer(Trainer):
         collate, filled = self.data_collator, None
         self.data_collator = self._host_collator()
         if is_training and self.course is not None and not isinstance(dataset, IterableDataset):
-            options["sampler_fn"] = partial(_sampler_from, options["sampler_fn"], self.course.first_epoch)
+            options["sampler_fn"] = partial(sampler_from, options["sampler_fn"], self.course.first_epoch)
         if is_training and self.args.world_size > 1 and not isinstance(dataset, IterableDataset):
             filled = options["sampler_fn"](dataset)
         # A sampler of another's making accelerate draws alike on all processes.
@@ -778,34 +778,6 @@ class PretrainingTrainer(Trainer):
     def _finish_current_push(self) -> None:
         """Wait for the uploads that go on, and say which failed."""
         self.pushing.finish()
-
-
-class PhaseEnd(TrainerCallback):
-    """Ends a phase with a row of the log, an evaluation and a checkpoint, which the next phase goes on from.
-
-    Args:
-        trainer: The Trainer of the phase.
-    """
-
-    def __init__(self, trainer: PretrainingTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop after the last step of a phase that is not the last one; the end of the run comes by itself."""
-        course = self.trainer.course
-        if course is not None and not course.is_last and state.global_step >= course.phase.end:
-            control.should_log = control.should_save = control.should_training_stop = True
-            control.should_evaluate = self.trainer.eval_dataset is not None
-
-
-def _sampler_from(sampler_fn: Any, first_epoch: int, dataset: Any) -> Any:
-    """Return a sampler whose epochs are numbered from another one on."""
-    sampler = sampler_fn(dataset)
-    if isinstance(sampler, EpochSampler):
-        sampler.begin_at(first_epoch)
-    return sampler
 
 
 def _without_filler(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def add_adapters(model: PreTrainedModel, args: Any) -> Any:
 
 
 def _is_trained(adapted: Any, name: str) -> bool:
-    """Return whether all parameters of a module of the model, by the name that it had, are trained in the adapted one."""
+    """Return whether an adapted model trains all parameters of a module, named as it was before the adapters came."""
     inner = adapted.get_base_model()
     module = inner.get_submodule(name)
     copies = getattr(module, "modules_to_save", None)

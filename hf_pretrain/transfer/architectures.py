@@ -6,7 +6,7 @@ The architectures themselves are in `models/task_heads/`, whose code is exported
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -56,7 +56,7 @@ def encode_text_pairs(
 
 
 @dataclass
-class DataCollatorForTextPairs:
+class DataCollatorForTextPairs(DataCollatorForTask):
     """Pads first and second texts, each to the longest of them.
 
     A batch has `input_ids` and `attention_mask` ``[B, L]``, `pair_input_ids` and `pair_attention_mask` ``[B, M]``, and `labels`
@@ -67,15 +67,11 @@ class DataCollatorForTextPairs:
         pad_to_multiple_of: Lengths are rounded up to a multiple of this.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    _: KW_ONLY
-    pad_to_multiple_of: int | None = None
-
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples."""
         if f"{_PAIR}input_ids" not in examples[0]:
             raise InputError("pair_input_ids is missing from the examples: make them with encode_text_pairs")
-        collate = DataCollatorForTask(self.tokenizer, pad_to_multiple_of=self.pad_to_multiple_of)
+        collate = super().__call__
         first = [{name: each[name] for name in (*INPUTS, "labels") if name in each} for each in examples]
         names = [name for name in INPUTS if f"{_PAIR}{name}" in examples[0]]
         second = collate([{name: each[f"{_PAIR}{name}"] for name in names} for each in examples])

@@ -64,6 +64,14 @@ class _OnFeatures(BaseEstimator):
         check_is_fitted(self, "head_")
         return self.features_.transform(texts).astype(np.float64)
 
+    def predict(self, texts: Inputs) -> np.ndarray:
+        """Return the label or the value of each text."""
+        return self.predict_features(self._features(texts))
+
+    def predict_features(self, table: np.ndarray) -> np.ndarray:
+        """Return the label or the value of each row of features."""
+        return np.asarray(self.head_.predict(table.astype(np.float64)))
+
     def save_pretrained(
         self,
         folder: str | Path,
@@ -291,13 +299,9 @@ class FeatureClassifier(ClassifierMixin, _OnFeatures):
         self.classes_, numbers = np.unique(np.asarray(labels), return_inverse=True)
         return self._fit_rows(self.features, table, numbers, texts)
 
-    def predict(self, texts: Inputs) -> np.ndarray:
-        """Return the label of each text."""
-        return self.predict_features(self._features(texts))
-
     def predict_features(self, table: np.ndarray) -> np.ndarray:
         """Return the label of each row of features."""
-        return np.asarray(self.classes_[self.head_.predict(table.astype(np.float64))])
+        return np.asarray(self.classes_[super().predict_features(table)])
 
     @available_if(lambda self: self.head in ("logistic", "random_forest"))
     def predict_proba(self, texts: Inputs) -> np.ndarray:
@@ -345,14 +349,6 @@ class FeatureRegressor(RegressorMixin, _OnFeatures):
     def fit_features(self, table: np.ndarray, values: Sequence[float] | np.ndarray, *, texts: Inputs) -> Self:
         """Fit the head on what the fitted `features` made of the texts, to make them once for several heads."""
         return self._fit_rows(self.features, table, np.asarray(values, dtype=np.float64), texts)
-
-    def predict(self, texts: Inputs) -> np.ndarray:
-        """Return the value of each text."""
-        return self.predict_features(self._features(texts))
-
-    def predict_features(self, table: np.ndarray) -> np.ndarray:
-        """Return the value of each row of features."""
-        return np.asarray(self.head_.predict(table.astype(np.float64)))
 
 
 def _read_config(name: str, revision: str | None) -> dict[str, Any]:

@@ -268,7 +268,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         if not isinstance(self.model, (str, os.PathLike)):
             raise InputError(
                 f"model={type(self.model).__name__} is live, and features are pickled by the model's name: save it "
-                "(save_pretrained), and give the folder; in GridSearchCV n_jobs=1 does without"
+                "(save_pretrained), and give the folder; or set n_jobs=1 in GridSearchCV, which then pickles nothing"
             )
         state = super().__getstate__()
         return {name: value for name, value in state.items() if name != "_encoder"}
@@ -297,7 +297,7 @@ def commit_of(name: str, revision: str | None) -> str | None:
 
 
 def _state_of(name: str, revision: str | None) -> Any:
-    """Return what differs once a model has to be opened again: the commit, or names, sizes and times of a folder's files."""
+    """Return what changes when a model changes: its commit, or the names, sizes and times of the files in its folder."""
     if not os.path.isdir(name):
         return commit_of(name, revision)
     found = [(entry.name, entry.stat()) for entry in os.scandir(name) if entry.is_file()]
@@ -359,7 +359,7 @@ class FeatureCache:
         return features
 
     def _read(self, rows: dict[bytes, list[int]], features: np.ndarray) -> list[bytes]:
-        """Fill in what the files hold; return what they do not."""
+        """Fill in the features that the files have, and return the digests of the texts that they do not have."""
         missing = dict.fromkeys(rows)
         for path in sorted(self.folder.glob("*.safetensors")):
             if not missing:

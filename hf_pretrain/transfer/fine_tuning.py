@@ -85,7 +85,7 @@ class _ShuffledRows(EpochSampler):
 
 
 class _Stages(TrainerCallback):
-    """Lets the parts of a model move from their step on; what moves follows from the step, so a resumed run does the same."""
+    """Unfreezes each part of a model at its step. The step alone decides, so a resumed run does the same."""
 
     def __init__(self, trainer: FineTuningTrainer) -> None:
         self.trainer = trainer
@@ -93,7 +93,7 @@ class _Stages(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let the parts move whose step has come; the wrapper for several processes has seen all that will move."""
+        """Unfreeze the parts whose step has come; DDP has seen before which parts will be trained."""
         self.trainer.enter_stage(state.global_step)
 
     def on_train_end(
@@ -166,7 +166,7 @@ class FineTuningTrainer(Trainer):
             self.add_callback(_Stages(self))
 
     def _check_processes(self) -> None:
-        """Refuse what would move other weights than planned, or save others."""
+        """Refuse options with which other weights would be trained or saved than the strategy says."""
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if is_sharded and (self.plan.is_staged or self.args.export == "merged"):
             way = (
@@ -232,7 +232,7 @@ class FineTuningTrainer(Trainer):
         return scheduler
 
     def enter_stage(self, step: int) -> None:
-        """Let those parts of the model move that do at a step.
+        """Unfreeze the parts of the model that are trained at a step, and freeze the parts that begin later.
 
         Args:
             step: Steps done so far.

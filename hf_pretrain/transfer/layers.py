@@ -151,7 +151,7 @@ def head_names(model: PreTrainedModel) -> list[str]:
 
 
 def head_parameters(model: PreTrainedModel) -> set[nn.Parameter]:
-    """Return the parameters of the head; one that the encoder has too, such as a tied matrix of words, is the encoder's."""
+    """Return the parameters of the head; a parameter that both have, such as a tied word table, belongs to the encoder."""
     names = tuple(f"{name}." for name in head_names(model))
     named = [(f"{name}.".startswith(names), each) for name, each in model.named_parameters(remove_duplicate=False)]
     encoder = {parameter for is_head, parameter in named if not is_head}

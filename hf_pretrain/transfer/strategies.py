@@ -117,7 +117,7 @@ class StrategyPlan:
             )
 
     def freeze(self) -> None:
-        """Let what never moves have no gradient; the parts that move later keep theirs until training begins."""
+        """Freeze the parts that never move; the parts that move later are frozen when training begins."""
         set_gradients([part for part in self.parts if part.begin is None], False)
 
     @property
@@ -219,7 +219,7 @@ def _shape(args: Any, total: int) -> Callable[[int], float]:
 
 
 def set_gradients(parts: Iterable[Part], wanted: bool) -> None:
-    """Let parts move, or not: a parameter without a gradient is left alone by an optimizer, decay and momentum included."""
+    """Unfreeze parts, or freeze them: without a gradient, no optimizer changes a parameter, by decay or momentum either."""
     for part in parts:
         for parameter in part.parameters.values():
             parameter.requires_grad_(wanted)

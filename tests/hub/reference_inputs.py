@@ -12,12 +12,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hf_pretrain.evaluation.references import reference_rows
 from hf_pretrain.hub.card import render_card
 from hf_pretrain.hub.environment import Compute, Energy
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import plot_training
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.text import Row
+from hf_pretrain.objectives.causal_lm import CausalLMTrainer
 from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.objectives.distillation.comparison import comparison_rows
 from hf_pretrain.objectives.distillation.trainer import (
@@ -27,6 +29,7 @@ from hf_pretrain.objectives.distillation.trainer import (
     describe_origin,
 )
 from hf_pretrain.objectives.electric import ElectricTrainer
+from hf_pretrain.objectives.elmo import ElmoTrainer
 from hf_pretrain.objectives.encoder import EncoderTrainer, MaskedLMTrainer
 from hf_pretrain.objectives.encoder.arguments import describe as describe_encoder
 from hf_pretrain.objectives.permutation_lm import PermutationLMTrainer
@@ -269,6 +272,24 @@ _CARDS = (
         PermutationLMTrainer.objective,
         model_class="XLNetLMHeadModel",
         components={"plm_loss": (8.0, 6.0), "plm_accuracy": (0.02, 0.15)},
+    ),
+    _reference(
+        CausalLMTrainer.objective,
+        model_class="GPT2LMHeadModel",
+        components={"lm_loss": (8.0, 4.5), "lm_accuracy": (0.03, 0.28)},
+        metrics_before={"eval_lm_loss": 8.0, "eval_perplexity": math.exp(8.0)},
+        metrics_after={"eval_lm_loss": 4.75, "eval_perplexity": math.exp(4.75)},
+        references=reference_rows({"unigram_nll": 7.125, "bigram_nll": 5.375}),
+    ),
+    _reference(
+        ElmoTrainer.objective,
+        model_class="ElmoForPreTraining",
+        has_own_code=True,
+        components={"forward_loss": (8.0, 5.0), "backward_loss": (8.0, 5.25)},
+        weights={"forward_loss": 0.5, "backward_loss": 0.5},
+        metrics_before={"eval_forward_loss": 8.0, "eval_backward_loss": 8.0, "eval_perplexity": math.exp(8.0)},
+        metrics_after={"eval_forward_loss": 5.25, "eval_backward_loss": 5.5, "eval_perplexity": math.exp(5.375)},
+        references=reference_rows({"unigram_nll": 7.125, "forward_bigram_nll": 6.0, "backward_bigram_nll": 6.125}),
     ),
     _reference(
         RecurrentLMTrainer.objective,

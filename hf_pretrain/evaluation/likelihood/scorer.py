@@ -34,7 +34,7 @@ from hf_pretrain.evaluation.token_scores import (
     sum_scores,
     text_beginning,
 )
-from hf_pretrain.modeling.backbone import is_shifted, longest_sequence
+from hf_pretrain.modeling.backbone import is_shifted, longest_sequence, longest_text
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining
 from hf_pretrain.objectives.permutation_lm.scoring import continuation_logits
@@ -213,8 +213,7 @@ class LikelihoodScorer:
             num_special += len(self._hiding_frame.mode)
         elif self.kind == "causal":
             (check_left_to_right if self.left_to_right else check_causal)(model, tokenizer)
-            # Positions that are no table have an end too: what was read in training.
-            self.longest = self.longest or getattr(model.config, "max_position_embeddings", None)
+            self.longest = longest_text(model)
             begin, is_framed = text_beginning(model, tokenizer)
             self._starts_always = not is_framed or len(self._prefix) > 0
             own = np.array([] if begin is None else [begin], dtype=np.int64)

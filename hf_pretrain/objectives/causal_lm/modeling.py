@@ -51,19 +51,10 @@ class CausalLMForPreTraining(PretrainingModel):
         self.head = ChunkedHead(self.model, self.reader.body)
         self.post_init()
 
-    @classmethod
-    def from_model(cls, model: PreTrainedModel, **options: Any) -> CausalLMForPreTraining:
-        """Wrap a stock model; it is trained in place. `options` are fields of [`CausalLMConfig`].
-
-        Raises:
-            InputError: If tokens see those that follow, the head reads more than the last states, or a step on a few tokens
-                fails; see [`PretrainingModel.try_out`].
-        """
-        composite = cls(CausalLMConfig(model=model.config, **options), model)
-        composite.reader.check_causal()
-        composite.head.check(trial_tokens(model))
-        composite.try_out()
-        return composite
+    def check_wrapped(self) -> None:
+        """Refuse a stock model whose tokens see those that follow, or whose head reads more than the last states."""
+        self.reader.check_causal()
+        self.head.check(trial_tokens(self.model))
 
     @classmethod
     def from_arguments(

@@ -17,7 +17,7 @@ from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import check_range
-from hf_pretrain.evaluation.references import neighbour_losses
+from hf_pretrain.evaluation.references import neighbour_losses, print_references, reference_rows
 from hf_pretrain.evaluation.samples import print_next_tokens
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.losses import IGNORED
@@ -28,7 +28,6 @@ from hf_pretrain.objectives.causal_lm.arguments import (
 )
 from hf_pretrain.objectives.causal_lm.modeling import CausalLMForPreTraining
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.program import print_table
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Modes of packing that cut documents at the end of an example.
@@ -200,16 +199,12 @@ print(tokenizer.decode(outputs[0]))""",
 
     def card_facts(self) -> dict[str, Any]:
         """Return what counting reaches on the held-out text."""
-        rows = [(name, f"{value:.4g}") for name, value in self.references.items()]
-        return {"references": [("", "held-out text"), *rows] if rows else ()}
+        return {"references": reference_rows(self.references)}
 
 
 def demonstrate(trainer: CausalLMTrainer, data: PreparedData) -> None:
     """Print what counting reaches on the held-out text, and how the model goes on with beginnings of its sentences."""
-    if trainer.references:
-        print("\nCounting tokens and pairs of neighbours on the same held-out text:")
-        rows = [(name, f"{value:.4f}") for name, value in trainer.references.items()]
-        print_table(rows, header=("", "held-out text"))
+    print_references(trainer.references, counted="Counting tokens and pairs of neighbours")
     print_next_tokens(trainer, data)
 
 

@@ -66,17 +66,6 @@ class DenoisingForPreTraining(PretrainingModel):
         self.post_init()
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, **options: Any) -> DenoisingForPreTraining:
-        """Wrap a stock model; it is trained in place. `options` are fields of [`DenoisingConfig`].
-
-        Raises:
-            InputError: If a step on a few tokens fails; see [`PretrainingModel.try_out`].
-        """
-        composite = cls(DenoisingConfig(model=model.config, **options), model)
-        composite.try_out()
-        return composite
-
-    @classmethod
     def from_arguments(
         cls,
         args: DenoisingModelArguments,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -17,7 +17,14 @@ from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
-from hf_pretrain.evaluation.references import reference_losses
+from hf_pretrain.evaluation.references import (
+    MOST_COUNTED,
+    MOST_SCORED,
+    first_batches,
+    print_references,
+    reference_losses,
+    reference_rows,
+)
 from hf_pretrain.evaluation.samples import print_rebuilt, rebuilt_sentences
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.objectives.denoising.arguments import DenoisingModelArguments, DenoisingTrainingArguments
@@ -25,7 +32,6 @@ from hf_pretrain.objectives.denoising.building import cut_text, load_examples, l
 from hf_pretrain.objectives.denoising.collator import DataCollatorForDenoising
 from hf_pretrain.objectives.denoising.modeling import DenoisingForPreTraining
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.program import print_table
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Noise -> what it does, and the paper that it is from.
@@ -50,8 +56,6 @@ _NOISES = {
         "song2019mass",
     ),
 }
-# Targets that are counted, and held-out ones that are scored by the counts; examples that are read at a time.
-_COUNTED, _READ = (1_000_000, 200_000), 64
 # With a graph that is compiled once, shapes are rounded up to these.
 _COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 
@@ -112,31 +116,26 @@ class DenoisingTrainer(PretrainingTrainer):
         parts = (self.train_dataset, self.eval_dataset)
         if not all(isinstance(part, EpochDataset) for part in parts):
             return {}
-        counted, held_out = (self._pairs_of(part, most=most) for part, most in zip(parts, _COUNTED, strict=True))
-        return reference_losses(counted, held_out, vocab_size=len(self.processing_class))
 
-    def _pairs_of(self, dataset: Any, *, most: int) -> Iterator[dict[str, Any]]:
-        """Yield batches of pairs until they have so many targets."""
-        order = (
-            range(len(dataset)) if dataset.in_order else draws.permutation(len(dataset), seed=self.args.seed).tolist()
-        )
-        for begin in range(0, len(order), _READ):
-            batch = self.data_collator([dataset[row] for row in order[begin : begin + _READ]])
-            yield batch
-            most -= len(batch["target_positions"])
-            if most <= 0:
-                return
+        def pairs_of(dataset: Any, most: int) -> Iterator[Mapping[str, Any]]:
+            rows = range(len(dataset))
+            order = rows if dataset.in_order else draws.permutation(len(rows), seed=self.args.seed).tolist()
+            return first_batches(
+                self.data_collator, dataset, order, most=most, count=lambda batch: len(batch["target_positions"])
+            )
+
+        counted, held_out = map(pairs_of, parts, (MOST_COUNTED, MOST_SCORED))
+        return reference_losses(counted, held_out, vocab_size=len(self.processing_class))
 
     def card_facts(self) -> dict[str, Any]:
         """Return the description of this run's noise, what it is measured against, and a sample."""
         args = cast(DenoisingTrainingArguments, self.args)
         words, citation = _NOISES[args.noise]
-        rows = [(name, f"{value:.4g}") for name, value in self.references.items()]
         steps = " and ".join(name.replace("_", " ") for name in args.noise_steps)
         said = f"{self.objective.description} {words.format(steps=steps)}"
         return {
             "objective": replace(self.objective, description=said, citations=cite(citation)),
-            "references": [("", "held-out pairs"), *rows] if rows else (),
+            "references": reference_rows(self.references, title="held-out pairs"),
             "samples": rebuilt_sentences(self),
         }
 
@@ -181,11 +180,7 @@ def with_sentences(dataset: Any) -> Any:
 
 def demonstrate(trainer: DenoisingTrainer, data: PreparedData) -> None:
     """Print what counting and copying reach on the held-out text, and sentences that the model has rebuilt."""
-    if trainer.references:
-        print("\nCounting and copying on the same held-out text:")
-        print_table(
-            [(name, f"{value:.4f}") for name, value in trainer.references.items()], header=("", "held-out pairs")
-        )
+    print_references(trainer.references, counted="Counting and copying", title="held-out pairs")
     print_rebuilt(trainer, data)
 
 

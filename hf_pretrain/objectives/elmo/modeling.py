@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import models
 from transformers import AutoConfig, AutoModelForPreTraining, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
-from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, parse_overrides
+from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, check_model_type, own_config
 from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
@@ -83,13 +81,6 @@ class BidirectionalLMForPreTraining(PretrainingModel):
         self.post_init()
 
     @classmethod
-    def from_model(cls, model: ElmoForPreTraining) -> BidirectionalLMForPreTraining:
-        """Wrap an ELMo; it is trained in place."""
-        composite = cls(BidirectionalLMConfig(model=model.config), model)
-        composite.try_out()
-        return composite
-
-    @classmethod
     def from_arguments(
         cls,
         args: ElmoModelArguments,
@@ -109,17 +100,15 @@ class BidirectionalLMForPreTraining(PretrainingModel):
                 tokenizer knows pieces of words where the model reads characters.
         """
         if stock is not None:
-            _check_type(stock.config.model_type, f"model={type(stock).__name__}")
-            _check_vocabulary(stock.config, f"model={type(stock).__name__}")
+            _check_elmo(stock.config, name=f"model={type(stock).__name__}")
             model = with_head(stock, AutoModelForPreTraining)
         elif args.model_name_or_path is not None:
             config = from_pretrained(AutoConfig, args.model_name_or_path)
-            _check_type(config.model_type, f"model_name_or_path={args.model_name_or_path!r}")
-            _check_vocabulary(config, f"model_name_or_path={args.model_name_or_path!r}")
+            _check_elmo(config, name=f"model_name_or_path={args.model_name_or_path!r}")
             model = from_pretrained(ElmoForPreTraining, args.model_name_or_path)
             check_model_fits(model, tokenizer, block_size=1)
         else:
-            model = from_config(ElmoForPreTraining, _config(args, tokenizer))
+            model = from_config(ElmoForPreTraining, own_config(ElmoConfig, args, tokenizer))
             if model.config.embedding_type == "characters":
                 table = character_table(tokenizer, max_characters=model.config.max_characters)
                 model.model.embeddings.characters.copy_(table)
@@ -265,29 +254,9 @@ def character_table(tokenizer: PreTrainedTokenizerBase, *, max_characters: int) 
     return torch.tensor(own.vocabulary_characters(), dtype=torch.int32)
 
 
-def _check_type(model_type: str, name: str) -> None:
-    if model_type != ElmoConfig.model_type:
-        raise InputError(f"{name} is a {model_type}, not an elmo")
-
-
-def _check_vocabulary(config: Any, name: str) -> None:
+def _check_elmo(config: Any, *, name: str) -> None:
+    check_model_type(config, ElmoConfig, name=name)
     if not config.vocab_size:
         raise InputError(
             f"{name} has no vocabulary, as the published weights, and so nothing to predict: it cannot be trained"
         )
-
-
-def _config(args: ElmoModelArguments, tokenizer: PreTrainedTokenizerBase) -> ElmoConfig:
-    own = {"model_name_or_path", "config_overrides"}
-    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in own}
-    values |= {"vocab_size": len(tokenizer)}
-    values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    overrides = parse_overrides(args.config_overrides)
-    known = ElmoConfig()
-    unknown = sorted(name for name in overrides if not hasattr(known, name))
-    if unknown:
-        raise InputError(f"config_overrides: elmo has no option {', '.join(unknown)}")
-    try:
-        return ElmoConfig(**(values | overrides))
-    except (ValueError, StrictDataclassError) as error:
-        raise InputError(f"the model cannot be built: {one_line(error, line=-1)}") from error

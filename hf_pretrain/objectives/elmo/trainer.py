@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
@@ -14,10 +14,10 @@ from transformers.trainer_utils import EvalPrediction
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.data.examples.windows import BidirectionalLaneDataset, LaneStream
+from hf_pretrain.data.examples.windows import BidirectionalLaneDataset
 from hf_pretrain.data.prepare import PreparedData
-from hf_pretrain.errors import InputError, check_range
-from hf_pretrain.evaluation.references import neighbour_losses
+from hf_pretrain.errors import check_range
+from hf_pretrain.evaluation.references import neighbour_losses, print_references, reference_rows
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription, cite
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.models.elmo.modeling_elmo import shifted_labels
@@ -25,9 +25,7 @@ from hf_pretrain.models.elmo.tokenization_elmo import ElmoTokenizer
 from hf_pretrain.objectives.elmo.arguments import ElmoDataArguments, ElmoModelArguments, ElmoTrainingArguments
 from hf_pretrain.objectives.elmo.modeling import BidirectionalLMForPreTraining, draw_negatives
 from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
-from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.method import Learning, Method
-from hf_pretrain.training.program import print_table
 
 
 class DataCollatorForElmo:
@@ -108,27 +106,6 @@ class DataCollatorForElmo:
         return batch
 
 
-def window_inputs(data: PreparedData, args: ElmoTrainingArguments) -> dict[str, Any]:
-    """Return the arguments that an [`ElmoTrainer`] takes from the data: its documents as lanes.
-
-    Raises:
-        InputError: If the data is a stream, or too little for the lanes.
-    """
-    if data.train_documents is None:
-        raise InputError(
-            "streaming=True, or tokens: lanes are parts of the whole text, which has to be stored; give text and leave streaming "
-            "out, or set stateful=False"
-        )
-
-    def lanes(documents: Any, number: int, *, complete: bool) -> BidirectionalLaneDataset:
-        stream = LaneStream(documents, tokenizer=data.tokenizer, num_lanes=number, complete=complete)
-        return BidirectionalLaneDataset(stream, window=args.unroll_length)
-
-    train = lanes(data.train_documents, global_batch_size(args), complete=False)
-    held_out = None if data.eval_documents is None else lanes(data.eval_documents, args.eval_lanes, complete=True)
-    return inputs_of_lanes(data, train, held_out, unit="windows", without=("block_size",))
-
-
 class ElmoTrainer(RecurrentTrainer):
     """Trains a [`BidirectionalLMForPreTraining`]: in lanes, where each direction goes on with its states, or in blocks."""
 
@@ -197,12 +174,11 @@ layers = model(**inputs).hidden_states  # the words, and each layer of both dire
         if config.softmax == "sampled" and isinstance(collator, DataCollatorForElmo):
             collator.num_samples, collator.vocab_size = config.num_samples, config.vocab_size
         if args.stateful:
-            inputs = window_inputs(data, args)
-        else:
-            if data.isolates_documents:
-                model.check_isolation(length=data.block_size)
-            inputs = data.trainer_inputs()
-        return inputs
+            cure = ", or set stateful=False"
+            return inputs_of_lanes(data, args, partial(BidirectionalLaneDataset, window=args.unroll_length), cure=cure)
+        if data.isolates_documents:
+            model.check_isolation(length=data.block_size)
+        return data.trainer_inputs()
 
     def loss_weight(self, name: str) -> float:
         """Return one half: the loss is the mean of the two directions."""
@@ -235,16 +211,12 @@ layers = model(**inputs).hidden_states  # the words, and each layer of both dire
 
     def card_facts(self) -> dict[str, Any]:
         """Return what counting reaches on the held-out text."""
-        rows = [(name, f"{value:.4g}") for name, value in self.references.items()]
-        return {"references": [("", "held-out text"), *rows] if rows else ()}
+        return {"references": reference_rows(self.references)}
 
 
 def demonstrate(trainer: ElmoTrainer, data: PreparedData) -> None:
     """Print what counting reaches on the held-out text."""
-    if trainer.references:
-        print("\nCounting words and pairs of neighbours on the same held-out text:")
-        rows = [(name, f"{value:.4f}") for name, value in trainer.references.items()]
-        print_table(rows, header=("", "held-out text"))
+    print_references(trainer.references, counted="Counting words and pairs of neighbours")
 
 
 METHOD = Method(

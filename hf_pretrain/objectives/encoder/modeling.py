@@ -138,17 +138,6 @@ class EncoderForPreTraining(PretrainingModel):
         self.post_init()
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel, **options: Any) -> EncoderForPreTraining:
-        """Wrap a stock model; it is trained in place. `options` are fields of [`EncoderForPreTrainingConfig`].
-
-        Raises:
-            InputError: If a step on a few tokens fails; see [`PretrainingModel.try_out`].
-        """
-        composite = cls(EncoderForPreTrainingConfig(model=model.config, **options), model)
-        composite.try_out()
-        return composite
-
-    @classmethod
     def from_arguments(
         cls,
         args: ModelArguments,

@@ -124,14 +124,10 @@ class PermutationLMForPreTraining(PretrainingModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @classmethod
-    def from_model(cls, model: PreTrainedModel, **options: Any) -> PermutationLMForPreTraining:
-        """Wrap a stock model; it is trained in place. `options` are fields of [`PermutationLMConfig`]."""
-        composite = cls(PermutationLMConfig(model=model.config, **options), model)
-        if isinstance(composite.two_streams, PositionTwoStreams):
-            composite.two_streams.check()
-        composite.try_out()
-        return composite
+    def check_wrapped(self) -> None:
+        """Refuse an encoder that cannot be read in two streams."""
+        if isinstance(self.two_streams, PositionTwoStreams):
+            self.two_streams.check()
 
     @classmethod
     def from_arguments(

@@ -16,7 +16,7 @@ from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.objectives.permutation_lm.collator import DataCollatorForPermutationLM, PermutationArguments
 from hf_pretrain.objectives.permutation_lm.modeling import PermutationLMForPreTraining, PermutationLMModelArguments
 from hf_pretrain.objectives.permutation_lm.scoring import logits_at
-from hf_pretrain.objectives.recurrence import RecurrentTrainer, inputs_of_lanes
+from hf_pretrain.objectives.recurrence import RecurrentTrainer, describe_lanes
 from hf_pretrain.options import option
 from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
 from hf_pretrain.training.method import Learning, Method
@@ -93,7 +93,7 @@ def plm_inputs(data: PreparedData, args: PermutationLMTrainingArguments) -> dict
     held_out = None
     if data.eval_documents is not None:
         held_out = _windows(data, data.eval_documents, args, num_lanes=_eval_lanes(data, args) // ways)
-    return inputs_of_lanes(data, train, held_out, unit="windows")
+    return describe_lanes(data, train, held_out, unit="windows")
 
 
 def _eval_lanes(data: PreparedData, args: PermutationLMTrainingArguments) -> int:

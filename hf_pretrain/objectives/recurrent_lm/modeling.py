@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_pretrain.errors import InputError, check_numbers, one_line
+from hf_pretrain.errors import check_numbers
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
-from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, parse_overrides
+from hf_pretrain.modeling.configuration import (
+    CompositeConfig,
+    SubModelConfig,
+    check_model_type,
+    own_config,
+    parse_overrides,
+)
 from hf_pretrain.modeling.heads import with_head
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, RecurrentMemory
@@ -48,13 +53,6 @@ class RecurrentLMForPreTraining(PretrainingModel):
         super().__init__(config)
         self.model = TransformerXLForCausalLM(config.model) if model is None else model
         self.post_init()
-
-    @classmethod
-    def from_model(cls, model: TransformerXLForCausalLM) -> RecurrentLMForPreTraining:
-        """Wrap a Transformer-XL; it is trained in place."""
-        composite = cls(RecurrentLMConfig(model=model.config), model)
-        composite.try_out()
-        return composite
 
     def trial_batch(self) -> dict[str, torch.Tensor]:
         """Return a few tokens, each the target of the one before; see [`PretrainingModel.trial_batch`]."""
@@ -176,35 +174,15 @@ def build_model(
     """
     lengths: dict[str, Any] = {"mem_len": mem_len, "clamp_len": clamp_len, "same_length": same_length}
     if stock is not None:
-        if stock.config.model_type != TransformerXLConfig.model_type:
-            raise InputError(f"model={type(stock).__name__} is a {stock.config.model_type}, not a transformer_xl")
+        check_model_type(stock.config, TransformerXLConfig, name=f"model={type(stock).__name__}")
         model = with_head(stock, AutoModelForCausalLM)
         for name, value in lengths.items():
             setattr(model.config, name, value)
     elif args.model_name_or_path is not None:
-        model_type = from_pretrained(AutoConfig, args.model_name_or_path).model_type
-        if model_type != TransformerXLConfig.model_type:
-            raise InputError(f"model_name_or_path={args.model_name_or_path!r} is a {model_type}, not a transformer_xl")
+        config = from_pretrained(AutoConfig, args.model_name_or_path)
+        check_model_type(config, TransformerXLConfig, name=f"model_name_or_path={args.model_name_or_path!r}")
         model = from_pretrained(TransformerXLForCausalLM, args.model_name_or_path, **lengths)
         check_model_fits(model, tokenizer, block_size=1)
     else:
-        model = from_config(TransformerXLForCausalLM, _config(args, tokenizer, lengths))
+        model = from_config(TransformerXLForCausalLM, own_config(TransformerXLConfig, args, tokenizer, **lengths))
     return RecurrentLMForPreTraining.from_model(model)
-
-
-def _config(
-    args: TransformerXLModelArguments, tokenizer: PreTrainedTokenizerBase, lengths: dict[str, int]
-) -> TransformerXLConfig:
-    own = {"model_name_or_path", "config_overrides"}
-    values = {field.name: getattr(args, field.name) for field in fields(args) if field.name not in own} | lengths
-    values |= {"vocab_size": len(tokenizer)}
-    values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    overrides = parse_overrides(args.config_overrides)
-    known = TransformerXLConfig()
-    unknown = sorted(name for name in overrides if not hasattr(known, name))
-    if unknown:
-        raise InputError(f"config_overrides: transformer_xl has no option {', '.join(unknown)}")
-    try:
-        return TransformerXLConfig(**(values | overrides))
-    except (ValueError, StrictDataclassError) as error:
-        raise InputError(f"the model cannot be built: {one_line(error, line=-1)}") from error

@@ -29,7 +29,7 @@ from hf_pretrain.objectives.recurrent_lm.modeling import (
     build_model,
 )
 from hf_pretrain.options import option
-from hf_pretrain.training.arguments import PretrainingArguments, global_batch_size
+from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.method import Learning, Method
 
 # Options that evaluation has a second time, after "eval_".
@@ -108,17 +108,12 @@ def lane_inputs(data: PreparedData, args: RecurrentLMTrainingArguments) -> dict[
     Raises:
         InputError: If the data is a stream, or too little for the lanes.
     """
-    if data.train_documents is None:
-        raise InputError(
-            "streaming=True, or tokens: lanes are parts of the whole text, which has to be stored; give text, leave streaming out"
-        )
-    stream = LaneStream(data.train_documents, tokenizer=data.tokenizer, num_lanes=global_batch_size(args))
-    train = LaneDataset(stream, window=args.tgt_len, reset_at_documents=args.reset_at_documents)
-    held_out = None
-    if data.eval_documents is not None:
-        stream = LaneStream(data.eval_documents, tokenizer=data.tokenizer, num_lanes=args.eval_lanes, complete=True)
-        held_out = LaneDataset(stream, window=args.eval_tgt_len, reset_at_documents=args.reset_at_documents)
-    return inputs_of_lanes(data, train, held_out, unit="segments", without=("block_size",))
+
+    def window(stream: LaneStream) -> LaneDataset:
+        length = args.eval_tgt_len if stream.complete else args.tgt_len
+        return LaneDataset(stream, window=length, reset_at_documents=args.reset_at_documents)
+
+    return inputs_of_lanes(data, args, window, unit="segments")
 
 
 class RecurrentLMTrainer(RecurrentTrainer):

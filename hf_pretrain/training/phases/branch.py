@@ -56,7 +56,8 @@ def find_branch(path: str | None, *, resumed: str | None) -> Branch | None:
         return Branch("", **own)
     if resumed is not None:
         raise InputError(
-            f"branch_from={path!r} has no effect on a run that goes on from {resumed}, which is of no branch: leave out one"
+            f"branch_from={path!r} has no effect on a run that goes on from {resumed}, which is of no branch: leave out "
+            "one of the two"
         )
     folder = Path(path)
     if not folder.is_dir():

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hf_pretrain.data.examples.epochs import EpochSampler
 from hf_pretrain.schedules import Schedule
 
 EPOCHS_OF_A_PHASE = 1 << 12
@@ -127,11 +129,11 @@ class Course:
         return step == self.phase.start > 0
 
     def index_at(self, step: int) -> int:
-        """Return which phase trains the step after so many."""
+        """Return the index of the phase that trains the next step, after `step` steps of the run."""
         return next((i for i, phase in enumerate(self.phases) if step < phase.end), len(self.phases) - 1)
 
     def factor(self, step: int) -> float:
-        """Return the learning rate after so many steps of the run, as a factor of `learning_rate`."""
+        """Return the learning rate after `step` steps of the run, as a factor of `learning_rate`."""
         return self.phases[self.index_at(step)].factor(step)
 
     def scheduler(self, optimizer: Optimizer) -> LambdaLR:
@@ -141,7 +143,7 @@ class Course:
 
     @property
     def is_decayed(self) -> bool:
-        """Whether the rate at the end of the phase is below the greatest one until then; of one scheduler that is not known."""
+        """Whether the rate at the end of the phase is below its greatest value so far; true if one scheduler sets all rates."""
         rates = [phase.rate for phase in self.phases[: self.index + 1]]
         return any(rate is None or max(rate.values) > self.phase.factor(self.phase.end) for rate in rates)
 
@@ -207,3 +209,31 @@ class KeptOptions:
             group.update(kept)
             group["lr"] = base * factor(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
+class PhaseEnd(TrainerCallback):
+    """Ends a phase with a row of the log, an evaluation and a checkpoint, which the next phase goes on from.
+
+    Args:
+        trainer: The Trainer of the phase.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop after the last step of a phase that is not the last one; the end of the run comes by itself."""
+        course = self.trainer.course
+        if course is not None and not course.is_last and state.global_step >= course.phase.end:
+            control.should_log = control.should_save = control.should_training_stop = True
+            control.should_evaluate = self.trainer.eval_dataset is not None
+
+
+def sampler_from(sampler_fn: Any, first_epoch: int, dataset: Any) -> Any:
+    """Return a sampler whose epochs are numbered from another one on."""
+    sampler = sampler_fn(dataset)
+    if isinstance(sampler, EpochSampler):
+        sampler.begin_at(first_epoch)
+    return sampler

@@ -123,7 +123,7 @@ def train_phases(
 
 
 class _Clock:
-    """Adds up the seconds of the phases, and keeps where the first of them began: the last Trainer knows its own alone."""
+    """Adds up the seconds of all phases, and notes where the first began: the last Trainer knows only its own phase."""
 
     def __init__(self) -> None:
         self._seconds = 0.0

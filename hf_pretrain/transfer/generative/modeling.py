@@ -32,6 +32,7 @@ from hf_pretrain.modeling.backbone import (
     takes_input,
     vocabulary_size,
 )
+from hf_pretrain.modeling.base import ModelOfModels
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, GatheredHead, masked_lm_loss
@@ -97,7 +98,7 @@ class GenerativeTransferOutput(ModelOutput):
     losses: dict[str, ExampleSum] | None = None
 
 
-class GenerativeTransferModel(PreTrainedModel):
+class GenerativeTransferModel(ModelOfModels):
     """A stock causal model with a linear head on the state at the last token of a row, `_classify_`.
 
     For "similarity" the states of both orders are added before the head. For "multiple_choice" the head scores each row, and the
@@ -113,13 +114,6 @@ class GenerativeTransferModel(PreTrainedModel):
     """
 
     config_class = GenerativeTransferConfig
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    # It has no attention of its own; the causal model checks its own backend.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(self, config: GenerativeTransferConfig, model: PreTrainedModel | None = None) -> None:
         super().__init__(config)

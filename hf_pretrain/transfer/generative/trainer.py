@@ -19,7 +19,7 @@ from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_pretrain.errors import InputError, check_range
-from hf_pretrain.modeling.backbone import longest_sequence
+from hf_pretrain.modeling.backbone import longest_text
 from hf_pretrain.modeling.losses import SumAccumulator
 from hf_pretrain.options import option
 from hf_pretrain.transfer.generative.inputs import DataCollatorForGenerativeTransfer, longest_row
@@ -160,8 +160,7 @@ class GenerativeTransferTrainer(Trainer):
 
 def _check_rows(dataset: Any, model: GenerativeTransferModel, *, name: str) -> None:
     """Refuse rows that are longer than what the model can read."""
-    # Positions that are no table have an end too: what was read in pre-training.
-    longest = longest_sequence(model.model) or getattr(model.config.model, "max_position_embeddings", None)
+    longest = longest_text(model.model)
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
         if isinstance(part, datasets.Dataset) and longest is not None and "input_ids" in part.column_names:
             length = longest_row(part)

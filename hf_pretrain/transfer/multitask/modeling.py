@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.files import share_weights
+from hf_pretrain.modeling.base import ModelOfModels
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.tasks.labelled import TaskData
@@ -107,7 +108,7 @@ class TaskHeads(nn.Module):
             self.add_module(task, nn.ModuleDict(dict(modules)))
 
 
-class MultiTaskModel(PreTrainedModel):
+class MultiTaskModel(ModelOfModels):
     """A shared encoder with a stock head for each task.
 
     The layers and the embeddings are the same for all tasks. A pooler is made for a task, as that of BERT, so each task whose
@@ -130,13 +131,6 @@ class MultiTaskModel(PreTrainedModel):
 
     config_class = MultiTaskConfig
     base_model_prefix = "encoder"
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
-    # It has no attention of its own; the encoder checks its own backend.
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
 
     def __init__(
         self,

@@ -193,7 +193,7 @@ class MultiTaskSampler(Sampler[int]):
             done[task] += 1
 
     def _step(self, task: int, number: int) -> list[int]:
-        """Return the indices of the step of a task that comes after a number of others of it."""
+        """Return the indices of a step of a task, of which so many steps (`number`) were before."""
         rows = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
         passes, places = np.divmod(rows, self.sizes[task])
         found = [self._order(task, one)[places[passes == one]] for one in range(int(passes[0]), int(passes[-1]) + 1)]

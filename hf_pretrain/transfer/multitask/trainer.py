@@ -378,7 +378,7 @@ def _order_of_pass(sampler: Any, number: int) -> np.ndarray:
 def _with_rates(
     groups: list[dict[str, Any]], model: MultiTaskModel, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """Cut the groups so that the heads of some tasks have groups of their own with their rates."""
+    """Split the groups: the head of each task in `rates` gets a group of its own, with its rate."""
     task_of = {id(p): task for task in rates for p in model.head(task).parameters()}
     found = []
     for group in groups:
