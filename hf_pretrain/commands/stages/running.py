@@ -156,16 +156,16 @@ class _Record:
         """
         names, out = [stage.name for stage in stages], self.path.parent
         for name in self.entries:
-            if name not in names and (out / name).exists():
+            if name not in names and _has_files(out / name):
                 raise InputError(
                     f"{out / name} is a stage that the plan no longer has: remove it, or name another output_dir"
                 )
         found: list[str] = []
         for number, stage in enumerate(stages):
-            entry = self.entries.get(stage.name) if stage.folder.exists() else None
-            if entry is None and stage.folder.exists() and any(stage.folder.iterdir()):
+            entry = self.entries.get(stage.name) if _has_files(stage.folder) else None
+            if entry is None and _has_files(stage.folder):
                 raise InputError(f"{stage.folder} is in use, and not by this plan: name another output_dir")
-            later = [str(after.folder) for after in stages[number:] if after.folder.exists()]
+            later = [str(after.folder) for after in stages[number:] if _has_files(after.folder)]
             if entry is not None and (change := _change(entry["wanted"], stage.wanted())):
                 raise InputError(
                     f"stage {stage.name} has begun, and the plan was changed since: {change}; change it back, name another "
@@ -186,7 +186,7 @@ class _Record:
 
     def note(self, stage: Stage, **facts: Any) -> None:
         """Note what is known of a stage."""
-        kept = self.entries.get(stage.name, {}) if stage.folder.exists() else {}
+        kept = self.entries.get(stage.name, {}) if _has_files(stage.folder) else {}
         own = {"wanted": stage.wanted(), "models": stage.models}
         self.entries[stage.name] = {"seconds": 0.0} | kept | own | facts
 
@@ -198,6 +198,11 @@ class _Record:
         """Return what a stage has left."""
         entry = self.entries[stage.name]
         return StageResult(stage.name, stage.folder, entry.get("metric", ""), entry.get("score"), entry["seconds"])
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a stage has written something: one that failed before may be changed."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
