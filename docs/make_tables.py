@@ -387,6 +387,7 @@ def area(name: str) -> str:
     if module.startswith(("hf_pretrain.vectors.", *(f"hf_pretrain.{name}" for name in tables))):
         return "vectors"
     packages = {"data": "data", "tasks": "data", "evaluation": "evaluation", "hub": "hub", "training": "trainers"}
+    packages["commands"] = "trainers"
     return packages.get(package, "models")
 
 

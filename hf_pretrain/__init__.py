@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from hf_pretrain.registration import register_architectures
 
 if TYPE_CHECKING:  # for editors and type checkers; a test compares these names with those below
+    from hf_pretrain.commands.stages.running import StageResult as StageResult
+    from hf_pretrain.commands.stages.running import run_stages as run_stages
     from hf_pretrain.corruption.arguments import MaskingArguments as MaskingArguments
     from hf_pretrain.data import draws as draws
     from hf_pretrain.data.arguments import DataArguments as DataArguments
@@ -264,6 +266,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
 
 # Module -> its public names.
 _EXPORTS = {
+    "commands.stages.running": ("StageResult", "run_stages"),
     "corruption.arguments": ("MaskingArguments",),
     "data": ("draws",),
     "data.arguments": ("DataArguments", "MultilingualDataArguments"),

@@ -43,8 +43,14 @@ COMMANDS = {
         "hf_pretrain.commands.adapt",
         "train a model further on text of a domain: whole or with LoRA, with new words",
     ),
-    "statistics": ("hf_pretrain.commands.statistics", "lengths of a corpus' documents, and how they fill the blocks"),
-    "deduplicate": ("hf_pretrain.commands.deduplicate", "leave out documents that repeat another, nearly or exactly"),
+    "statistics": (
+        "hf_pretrain.commands.corpus.statistics",
+        "lengths of a corpus' documents, and how they fill the blocks",
+    ),
+    "deduplicate": (
+        "hf_pretrain.commands.corpus.deduplicate",
+        "leave out documents that repeat another, nearly or exactly",
+    ),
     "vectors": (
         "hf_pretrain.commands.vectors",
         "vectors of words: counts, PMI, LSA, word2vec, GloVe, or those of an encoder",
@@ -68,6 +74,10 @@ COMMANDS = {
     "multitask": (
         "hf_pretrain.commands.multitask",
         "train one encoder on several labelled tasks, each with a head of its own",
+    ),
+    "stages": (
+        "hf_pretrain.commands.stages.running",
+        "run a plan: adapt, fine-tune and measure, each stage on the model of the one before",
     ),
     "export": ("hf_pretrain.commands.export", "export a checkpoint of a run as the run does with its last step"),
     "card": ("hf_pretrain.commands.card", "make the model card of a run anew, with evaluations that came later"),

@@ -225,26 +225,77 @@ def read_recipe(name: str) -> tuple[Path, dict[str, Any]]:
         InputError: If there is no such file, or it is not UTF-8 or not a flat YAML mapping of names.
     """
     path = _find_recipe(name)
+    loader, root = _root_of(path, where=f"--config {path}")
+    return path, _flat(loader, root, where=f"--config {path}")
+
+
+def read_plan(path: str | Path, *, entries: str) -> tuple[dict[str, Any], list[tuple[str, dict[str, Any]]]]:
+    """Read a YAML file of options in which one key has a list of entries, each with a name and options of its own.
+
+    Args:
+        path: The file.
+        entries: That key. An entry is `- name: {option: value}`.
+
+    Returns:
+        The options beside the entries, and name and options of each entry; values are as [`read_recipe`] returns them.
+
+    Raises:
+        InputError: If the file cannot be read, has no entries, or one has another form.
+    """
+    form = "write `- name: {option: value}`, or the options below the name, indented by four more spaces"
+    loader, root = _root_of(Path(path), where=str(path))
+    listed = [value for key, value in root.value if key.value == entries]
+    root.value = [(key, value) for key, value in root.value if key.value != entries]
+    if len(listed) != 1 or not isinstance(listed[0], yaml.SequenceNode) or not listed[0].value:
+        raise InputError(f"{path}: {entries} must be one list of at least one entry: {form}")
+    found = []
+    for number, entry in enumerate(listed[0].value, 1):
+        where = f"{path}: entry {number} of {entries}"
+        if not isinstance(entry, yaml.MappingNode) or not all(
+            isinstance(key, yaml.ScalarNode) for key, _ in entry.value
+        ):
+            raise InputError(f"{where} is no mapping: {form}")
+        if len(entry.value) != 1:
+            raise InputError(
+                f"{where} has {len(entry.value)} keys, {', '.join(key.value for key, _ in entry.value)}: {form}"
+            )
+        ((key, value),) = entry.value
+        if not isinstance(value, yaml.MappingNode):
+            raise InputError(f"{where}, {key.value}, has no options: {form}")
+        found.append((key.value, _flat(loader, value, where=f"{where}, {key.value}")))
+    return _flat(loader, root, where=str(path)), found
+
+
+def _root_of(path: Path, *, where: str) -> tuple[yaml.SafeLoader, yaml.MappingNode]:
+    """Return the reader of a YAML file, and its outermost mapping."""
     try:
         loader = _RecipeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
     except UnicodeDecodeError as error:
-        raise InputError(f"--config {path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     except OSError as error:
-        raise InputError(f"--config {path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{where}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: not valid YAML: {error}") from error
+        raise InputError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(root, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in root.value):
-        raise InputError(f"--config {path}: a recipe is a mapping, one `option: value` a line")
+        raise InputError(f"{where}: a recipe is a mapping, one `option: value` a line")
+    return loader, root
+
+
+def _flat(loader: yaml.SafeLoader, root: yaml.MappingNode, *, where: str) -> dict[str, Any]:
+    """Return the options of a mapping, with values as they were typed."""
     recipe: dict[str, Any] = {}
     for key, value in root.value:
-        if key.value in recipe:
-            raise InputError(f"--config {path}: {key.value} is given twice")
+        name = key.value if isinstance(key, yaml.ScalarNode) else None
+        if not isinstance(name, str):
+            raise InputError(f"{where}: a name of an option is no text")
+        if name in recipe:
+            raise InputError(f"{where}: {name} is given twice")
         try:
-            recipe[key.value] = _node_value(loader, value)
+            recipe[name] = _node_value(loader, value)
         except (yaml.YAMLError, ValueError, TypeError) as error:
-            raise InputError(f"--config {path}: {key.value} cannot be read: {one_line(error)}") from error
-    return path, recipe
+            raise InputError(f"{where}: {name} cannot be read: {one_line(error)}") from error
+    return recipe
 
 
 def _find_recipe(name: str) -> Path:

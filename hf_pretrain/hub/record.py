@@ -95,6 +95,7 @@ class PretrainingCard:
         origin: How the weights began, in Markdown, where `base_model` does not say all of it: "Cut from ...".
         base_model: Hub id of the model whose weights the run began with, or the absolute path of a local one, which is
             not named in the card; `None` if the run began from scratch.
+        earlier: Header and rows of a table of the trainings before this one, of which records are there, the first one first.
         language: ISO code or codes of the text.
         license: The Hub's identifier of a license: "apache-2.0".
         datasets: Hub ids of data sets among the training data.
@@ -142,6 +143,7 @@ class PretrainingCard:
     note: str = ""
     origin: str = ""
     base_model: str | None = None
+    earlier: Sequence[Row] = ()
     language: str | Sequence[str] | None = None
     license: str | None = None
     datasets: Sequence[str] = ()

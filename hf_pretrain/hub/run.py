@@ -24,7 +24,7 @@ from hf_pretrain.hub.environment import Compute, hardware, measured_energy, peak
 from hf_pretrain.hub.examples import find_examples
 from hf_pretrain.hub.identifiers import as_list
 from hf_pretrain.hub.record import PretrainingCard, read_content, read_record, read_weights
-from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, evaluated_steps, evaluation_at, hub_id
+from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, Row, evaluated_steps, evaluation_at, hub_id
 from hf_pretrain.modeling.backbone import flops_of_weights, sizes
 from hf_pretrain.modeling.base import trial_tokens
 from hf_pretrain.modeling.surgery.adapters import adapter_parameters, stock_parameters
@@ -340,17 +340,37 @@ def _base_model(name_or_path: str, *, is_adapter: bool) -> dict[str, Any]:
     """Return the fields of the card on the model that was continued: its name on the Hub, or the absolute path of a local one."""
     if not name_or_path or not Path(name_or_path).exists():
         return {"base_model": name_or_path or None}
+    earlier = {"earlier": earlier_trainings(name_or_path)}
     if name := hub_name_of(name_or_path, or_base=False):
-        return {"base_model": name}
+        return {"base_model": name} | earlier
     # An adapter is of one model, and not of those that this was made from.
     name = None if is_adapter else hub_name_of(name_or_path)
     if name is None:
-        return {"base_model": str(Path(name_or_path).resolve())}
+        return {"base_model": str(Path(name_or_path).resolve())} | earlier
     linked = f"[{name}](https://huggingface.co/{name})"
     return {
         "base_model": name,
         "origin": f"Pre-trained further from a local checkpoint that names {linked} as its origin",
-    }
+    } | earlier
+
+
+def earlier_trainings(folder: str | Path) -> tuple[Row, ...]:
+    """Return header and rows of a table of the trainings that have made the model in a folder, as far as records tell.
+
+    Args:
+        folder: Folder of a model, or of one task of a model of several; anything else gives ().
+    """
+    place = next((place for place in (Path(folder), Path(folder).parent) if read_content(place)), None)
+    try:
+        known = None if place is None else read_record(place)
+    except InputError:
+        known = None
+    if known is None or (place != Path(folder) and known.objective.name != "multitask"):
+        return ()
+    sources = ", ".join(map(str, as_list(known.data.get("sources"))))
+    steps = "" if known.compute.steps is None else f"{known.compute.steps:,}"
+    header, *before = known.earlier or [("Training", "Data", "Steps")]
+    return (header, *before, (known.objective.title, sources, steps))
 
 
 def hub_name_of(folder: str | Path, *, or_base: bool = True) -> str | None:

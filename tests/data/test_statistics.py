@@ -6,8 +6,8 @@ import datasets
 import numpy as np
 import pytest
 
-from hf_pretrain.commands import statistics
-from hf_pretrain.commands.statistics import corpus_statistics
+from hf_pretrain.commands.corpus import statistics
+from hf_pretrain.commands.corpus.statistics import corpus_statistics
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import sentence_starts, tokenize_documents
 from hf_pretrain.data.documents.words import word_starts

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_pretrain.hub.card import recipe_options, write_card
 from hf_pretrain.hub.environment import Compute, hardware, versions
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, cite
+from hf_pretrain.hub.run import earlier_trainings
 from hf_pretrain.hub.text import hub_id
 from hf_pretrain.modeling.backbone import sizes
 from hf_pretrain.options import all_options
@@ -55,6 +56,7 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: M
             usage=usage,
         ),
         base_model=base,
+        earlier=earlier_trainings(name) if name else (),
         data={
             "sources": [source for data in trainer.tasks.values() for source in _sources(data)],
             "examples": sum(len(data.rows("train")) for data in trainer.tasks.values()),

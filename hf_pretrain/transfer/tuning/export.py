@@ -16,7 +16,7 @@ from hf_pretrain.hub.card import ESSENTIAL_OPTIONS, defining_options, recipe_opt
 from hf_pretrain.hub.environment import Compute, hardware, versions
 from hf_pretrain.hub.pushing import Pushing
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, cite, read_record
-from hf_pretrain.hub.run import hub_name_of
+from hf_pretrain.hub.run import earlier_trainings, hub_name_of
 from hf_pretrain.hub.text import hub_id
 from hf_pretrain.options import all_options, resolved_options, write_recipe
 from hf_pretrain.tasks.labelled import TaskData
@@ -224,7 +224,11 @@ def _origin(model_name: str) -> dict[str, Any]:
         known = None
     what = _linked(base) if base else "a local checkpoint"
     earlier = "" if known is None else f" ({known.objective.title})"
-    facts = {"base_model": base or str(Path(model_name).resolve()), "origin": f"Fine-tuned from {what}{earlier}"}
+    named = base or hub_name_of(model_name)
+    if named and named != base:
+        earlier += f" that names {_linked(named)} as its origin"
+    facts: dict[str, Any] = {"base_model": named or str(Path(model_name).resolve())}
+    facts |= {"origin": f"Fine-tuned from {what}{earlier}", "earlier": earlier_trainings(model_name)}
     return facts | ({"language": known.language} if known is not None and known.language else {})
 
 

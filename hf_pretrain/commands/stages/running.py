@@ -1,0 +1,334 @@
+"""Run programs of this library one after the other, each on the model that the one before has left.
+
+    hf-pretrain stages plan.yaml --output_dir out
+
+    # plan.yaml
+    model_name_or_path: bert-base-uncased
+    seed: 0
+    stages:
+      - adapt: {train_file: domain.txt, max_steps: 1000}
+      - finetune: {tasks: tasks.yaml, task: mnli}
+      - finetune: {tasks: tasks.yaml, task: rte, strategy: layerwise_decay}
+
+A stage is a method, a recipe by its name, adapt, finetune, multitask, features or evaluate, with its options. Each has a folder
+in --output_dir: 1-adapt, 2-finetune-mnli, 3-finetune-rte. Options beside `stages` are for all stages that train and have them.
+The model there is for the first stage. `from: 1-adapt` begins with the model of an earlier stage instead of the one before, and
+`from: 2-multitask/mnli` with one of its tasks. Files are relative to the plan, or else to the current folder.
+
+All stages are checked before the first one trains. The same command goes on after a stop: it runs no stage again that has ended,
+and the stage that was stopped goes on from its last checkpoint. Stages that have not begun may be changed, others may not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from accelerate.utils.memory import clear_device_cache
+from filelock import FileLock, Timeout
+
+from hf_pretrain.cli import run_named
+from hf_pretrain.commands import parse_command
+from hf_pretrain.commands.stages.plan import MEASURES, Stage, check_stages, read_stages
+from hf_pretrain.errors import InputError, RunError, StoppedError
+from hf_pretrain.files import write_text
+from hf_pretrain.options import option
+from hf_pretrain.training.processes import first_process_first, stopping_on_sigterm
+from hf_pretrain.training.program import print_table
+
+RECORD = "stages.json"
+_LOCK = "_lock"
+_AGAIN = re.compile(r"--resume_from_checkpoint (?:true|auto)\b")
+
+
+@dataclass
+class StagesArguments:
+    """Which plan, and where its stages are written."""
+
+    plan: str = option(help="YAML file of the stages; it may be given without the name of the option.")
+    output_dir: str = option(help="Folder in which each stage has one of its own.")
+    dry_run: bool = option(False, "Check the plan, print the command of each stage, and run nothing.")
+
+
+ARGUMENTS = (StagesArguments,)
+
+
+class StageResult(NamedTuple):
+    """What a stage has left.
+
+    Attributes:
+        name: Name of the stage and of its folder, such as "2-finetune-mnli".
+        folder: The folder.
+        metric: Name of the number that counts; "" if nothing was measured.
+        score: That number on the rows, or the text, that were held out; None if nothing was measured.
+        seconds: Time of the stage, that of its earlier starts included where they ended by SIGTERM or an error.
+    """
+
+    name: str
+    folder: Path
+    metric: str
+    score: float | None
+    seconds: float
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check the plan, run its stages, and print what each has left; see the top of the file."""
+    args = parse_command(ARGUMENTS, argv, name="stages", description=__doc__, first="plan")
+    run_stages(args.plan, output_dir=args.output_dir, dry_run=args.dry_run)
+
+
+def run_stages(plan: str | Path, *, output_dir: str | Path, dry_run: bool = False) -> list[StageResult]:
+    """Run the stages of a plan that have not ended, as ``hf-pretrain stages`` does.
+
+    Args:
+        plan: YAML file of the stages.
+        output_dir: Folder in which each stage has one of its own.
+        dry_run: Check the plan, print the commands, and run nothing.
+
+    Returns:
+        What each stage has left, in their order; [] of a dry run.
+
+    Raises:
+        InputError: If a stage cannot run as the plan has it, or has begun with other options.
+        RunError: If a stage cannot go on, or was stopped by SIGTERM.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    record = _Record.read(Path(output_dir, RECORD))
+    with stopping_on_sigterm():
+        stages = read_stages(plan, output_dir=output_dir)
+        # Before the options are parsed: the processes meet there, and the first one writes only after that.
+        states = record.states(stages)
+        with _same_environment():
+            check_stages(stages, ended=record.ended(stages, states), pushes=is_first and not dry_run)
+        if is_first:
+            rows = [
+                (stage.name, stage.begins_with or "fresh weights", state)
+                for stage, state in zip(stages, states, strict=True)
+            ]
+            print_table(rows, header=("stage", "begins with", ""))
+            for stage in stages if dry_run else ():
+                print(f"hf-pretrain {shlex.join(stage.command(resumes=False))}")
+        if dry_run:
+            return []
+        with _claimed(Path(output_dir), is_first=is_first):
+            for stage, state in zip(stages, states, strict=True):
+                if state != "done":
+                    _run(stage, record, is_first=is_first)
+    found = [record.result(stage) for stage in stages]
+    if is_first:
+        _report(found)
+    return found
+
+
+@dataclass
+class _Record:
+    """What has begun and ended in an output folder: a file, written by the first process."""
+
+    path: Path
+    entries: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> _Record:
+        """Return what an earlier start has noted."""
+        if path.parent.exists() and not path.parent.is_dir():
+            raise InputError(f"output_dir={str(path.parent)!r} is a file: name a folder")
+        if not path.exists():
+            return cls(path, {})
+        try:
+            return cls(path, json.loads(path.read_text(encoding="utf-8"))["stages"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path} is no record of stages: name another output_dir, or remove it") from error
+
+    def states(self, stages: Sequence[Stage]) -> list[str]:
+        """Return "done", "begun" or "" of each stage.
+
+        Raises:
+            InputError: If one has begun with other options, or with a model that is to be made anew.
+        """
+        names, out = [stage.name for stage in stages], self.path.parent
+        for name in self.entries:
+            if name not in names and _has_files(out / name):
+                raise InputError(
+                    f"{out / name} is a stage that the plan no longer has: remove it, or name another output_dir"
+                )
+        found: list[str] = []
+        for number, stage in enumerate(stages):
+            entry = self.entries.get(stage.name) if _has_files(stage.folder) else None
+            if entry is None and _has_files(stage.folder):
+                raise InputError(f"{stage.folder} is in use, and not by this plan: name another output_dir")
+            later = [str(after.folder) for after in stages[number:] if _has_files(after.folder)]
+            if entry is not None and (change := _change(entry["wanted"], stage.wanted())):
+                raise InputError(
+                    f"stage {stage.name} has begun, and the plan was changed since: {change}; change it back, name another "
+                    f"output_dir, or remove {' and '.join(later)} to run {'these' if len(later) > 1 else 'it'} anew"
+                )
+            if entry is not None and found and found[-1] != "done":
+                raise InputError(
+                    f"{stage.folder} was made from a stage that is no longer there: remove {' and '.join(later)} too, or name "
+                    "another output_dir"
+                )
+            found.append("" if entry is None else str(entry["state"]))
+        return found
+
+    def ended(self, stages: Sequence[Stage], states: Sequence[str]) -> dict[str, list[str]]:
+        """Return the stages that have ended, with the models that they have left."""
+        done = [stage.name for stage, state in zip(stages, states, strict=True) if state == "done"]
+        return {name: self.entries[name]["models"] for name in done}
+
+    def note(self, stage: Stage, **facts: Any) -> None:
+        """Note what is known of a stage."""
+        kept = self.entries.get(stage.name, {}) if _has_files(stage.folder) else {}
+        own = {"wanted": stage.wanted(), "models": stage.models}
+        self.entries[stage.name] = {"seconds": 0.0} | kept | own | facts
+
+    def write(self) -> None:
+        """Write the file."""
+        write_text(self.path, json.dumps({"stages": self.entries}, indent=1, ensure_ascii=False) + "\n")
+
+    def result(self, stage: Stage) -> StageResult:
+        """Return what a stage has left."""
+        entry = self.entries[stage.name]
+        return StageResult(stage.name, stage.folder, entry.get("metric", ""), entry.get("score"), entry["seconds"])
+
+
+def _has_files(folder: Path) -> bool:
+    """Whether a stage has written something: one that failed before may be changed."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return the first difference of two stages; "" if there is none."""
+    for name in dict.fromkeys([*before, *now]):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            return _change(old, new)
+        return f"{name} was {'not given' if old is None else old}, and is {'not given' if new is None else new}"
+    return ""
+
+
+@contextmanager
+def _claimed(folder: Path, *, is_first: bool) -> Iterator[None]:
+    """Let no other start of a plan write to the folder."""
+    if not is_first:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / _LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _same_environment() -> Iterator[None]:
+    """Keep what the options of a stage write into the environment, such as torch_compile, from the others."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _run(stage: Stage, record: _Record, *, is_first: bool) -> None:
+    """Run a stage to its end, and note that."""
+    begin = time.perf_counter()
+
+    def note(**facts: Any) -> None:
+        seconds = record.entries.get(stage.name, {}).get("seconds", 0.0) + time.perf_counter() - begin
+        record.note(stage, seconds=round(seconds, 3), **facts)
+        if is_first:
+            record.write()
+
+    if is_first:
+        # The record before the folder: a folder without an entry is somebody else's.
+        record.note(stage, state="begun")
+        record.write()
+        if stage.program == "evaluate":
+            stage.folder.mkdir(exist_ok=True)
+        print(f"\nstage  {stage.name}: hf-pretrain {shlex.join(stage.command(resumes=False))}", flush=True)
+    try:
+        # What only measures does so once.
+        if is_first or stage.program not in MEASURES:
+            with _same_environment():
+                run_named(stage.program, stage.command()[1:])
+    except BaseException as error:
+        note(state="begun")
+        known = _of_stage(error, stage)
+        if known is None:
+            raise
+        raise known from error
+    finally:
+        clear_device_cache(garbage_collection=True)
+    # The others must not open what the first one still writes.
+    ranks: Any = SimpleNamespace(world_size=int(os.environ.get("WORLD_SIZE", "1")), process_index=int(not is_first))
+    with first_process_first(ranks):
+        metric, score = _score(stage.folder) if is_first else ("", None)
+        note(state="done", metric=metric, score=score)
+
+
+def _of_stage(error: BaseException, stage: Stage) -> Exception | None:
+    """Return an error that names its stage, and says how the plan goes on; None for one that is not a user's."""
+    text = f"stage {stage.name}: {_AGAIN.sub('the same command', str(error))}"
+    if isinstance(error, StoppedError):
+        return StoppedError(text)
+    if isinstance(error, RunError):
+        return RunError(text)
+    return InputError(text) if isinstance(error, InputError) else None
+
+
+def _score(folder: Path) -> tuple[str, float | None]:
+    """Return name and value of the number that counts of what a stage has left; nothing where it measured nothing."""
+    results = _json_of(folder / "all_results.json")
+    if "metric" in results:
+        name = results["metric"]
+        return name, (results.get("scores") or results["mean"])[name]
+    rows = _json_of(folder / "trainer_state.json").get("log_history", [])
+    for name, title in (("eval_mean", "mean"), ("eval_loss", "held-out loss")):
+        if values := [row[name] for row in rows if name in row]:
+            return title, float(values[-1])
+    for measured in _json_of(folder / "evaluation.json").get("models", {}).values():
+        first = measured[0]
+        name = next(iter(first["metrics"]))
+        return f"{first['task']} {name}", float(first["metrics"][name])
+    return "", None
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _report(found: Sequence[StageResult]) -> None:
+    rows = [
+        (
+            entry.name,
+            entry.metric,
+            "" if entry.score is None else f"{entry.score:.3f}",
+            f"{entry.seconds:.1f}",
+            str(entry.folder),
+        )
+        for entry in found
+    ]
+    print()
+    print_table(rows, header=("stage", "metric", "score", "seconds", "folder"))
