@@ -1,7 +1,9 @@
 """Fine-tune an encoder on a task: classes and values of texts or pairs, classes of words, choices, spans that answer.
 
     hf-pretrain finetune my-encoder --tasks tasks.yaml --task sst2 --strategy full --output_dir my-classifier
-    hf-pretrain finetune my-encoder --train_file train.tsv --text_columns sentence --label_column label --output_dir my-classifier
+    hf-pretrain finetune my-encoder --train_file train.tsv --output_dir my-classifier
+
+The columns of texts and of labels are found by their usual names, or named by --text_columns and --label_column.
 
 The first rows of the table need no encoder: a constant, and for texts TF-IDF with a linear support vector machine. The folder
 opens with stock transformers. It holds the predictions of the evaluation rows, the results, the recipe of the run, and the card.
@@ -99,6 +101,10 @@ class FinetuneArguments(TaskArguments):
         choices = {"choices": tuple(self.choice_columns or ())} if self.choice_columns else {}
         if self.task_type == "choice" and not choices:
             raise InputError("task_type='choice' needs --choice_columns: the columns of the choices, or one of lists")
+        if self.task_type == "choice" and not self.text_columns:
+            raise InputError(
+                "task_type='choice' needs --text_columns: the context, perhaps a beginning of all choices"
+            )
         columns = {"text": tuple(self.text_columns or ()), "label": self.label_column}
         files = {name: tuple(getattr(self, name) or ()) for name in ("train_file", "validation_file")}
         name = Path((self.train_file or [""])[0]).stem
@@ -257,6 +263,7 @@ class _Program:
         if is_first:
             print(f"task   {data.spec.name}: {len(data.rows('train')):,} examples to train on, ", end="")
             print(f"{len(data.validation):,} to measure on; at most {trainer.max_length} tokens each")
+            print(f"       columns: {data.columns}")
             print(f"model  {note}")
             print(f"strategy {args.strategy}:")
             rows = [

@@ -78,6 +78,12 @@ class TaskData:
             return "accuracy"
         return metrics.METRICS_OF_TYPES[self.spec.type][0]
 
+    @property
+    def columns(self) -> str:
+        """The columns that are read, in words."""
+        texts, choices = " and ".join(self.spec.text), ", ".join(self.spec.choices)
+        return f"text {texts}" + (f", choices {choices}" if choices else "") + f", label {self.spec.label}"
+
     def head_options(self) -> dict[str, Any]:
         """Return the options of `from_pretrained` that the head needs: `num_labels`, names of classes, `problem_type`."""
         if self.spec.type == "regression":
