@@ -2,6 +2,7 @@
 
     hf-pretrain finetune my-encoder --tasks tasks.yaml --task sst2 --strategy full --output_dir my-classifier
     hf-pretrain finetune my-encoder --train_file train.tsv --output_dir my-classifier
+    hf-pretrain finetune my-encoder --train_file train.tsv --architecture bilstm --output_dir my-bilstm
 
 The columns of texts and of labels are found by their usual names, or named by --text_columns and --label_column.
 
@@ -47,6 +48,7 @@ from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.strategies import is_adapted, strategy_report
 from hf_pretrain.transfer.tuning.export import PREDICTIONS, RECIPE, RESULTS, export_fine_tuned, results_of
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, TaskTrainer, fine_tune
+from hf_pretrain.transfer.tuning.heads import ChosenHead, chosen_head
 from hf_pretrain.transfer.tuning.options import TaskArguments
 from hf_pretrain.transfer.tuning.references import Reference, constant_reference, tfidf_reference
 
@@ -62,9 +64,20 @@ class FinetuneArguments(TaskArguments):
     """
 
     ranges: ClassVar[dict[str, str]] = {"max_length": "[1, inf)", "doc_stride": "[0, inf)"}
-    needs: ClassVar[dict[str, str]] = {"choice_columns": "train_file"}
+    needs: ClassVar[dict[str, str]] = {
+        "choice_columns": "train_file",
+        "architecture_options": "architecture",
+        "mix_layers": "architecture",
+    }
 
     choice_columns: list[str] | None = option(None, "With task_type choice: columns of the choices, or one of lists.")
+    architecture: str | None = option(
+        None,
+        "What stands on top of the encoder instead of the stock head: mean, max, cls, last, attention_pooling, scalar_mix, "
+        "bilstm, cnn or pair_encoder of texts; linear, scalar_mix, bilstm or cnn of tokens; or one that a package registers.",
+    )
+    architecture_options: dict | None = option(None, 'Options of the architecture, as JSON: {"lstm_size": 64}.')
+    mix_layers: bool = option(False, "The architecture reads a learned mean of all layers.")
     metric: str | None = option(None, "The metric that counts; by default of the type of the task.")
     max_length: int | None = option(
         None, "Most tokens of an example; by default 128, of spans 384, or fewer if the model takes no more."
@@ -94,7 +107,12 @@ class FinetuneArguments(TaskArguments):
         spec = self.find_task() if self.metric is None else replace(self.find_task(), metric=self.metric)
         if self.doc_stride is not None and spec.type != "span":
             raise InputError(f"doc_stride={self.doc_stride} has no effect on type={spec.type!r}: it is for spans")
+        ChosenHead.of(**self.head()).check(spec)
         return spec
+
+    def head(self) -> dict[str, Any]:
+        """Return what stands on top of the encoder, as `fine_tune` takes it."""
+        return {name: getattr(self, name) for name in ("architecture", "architecture_options", "mix_layers")}
 
     def spec_of_files(self) -> TaskSpec:
         """Return the task that the options of files describe."""
@@ -236,6 +254,7 @@ class _Program:
                 options.model_name_or_path,
                 self.data,
                 args,
+                **options.head(),
                 max_length=options.max_length,
                 doc_stride=options.doc_stride,
                 begins=begins,
@@ -315,7 +334,8 @@ class _Program:
 def _print_folder(found: FineTuned, run: Run, data: TaskData) -> None:
     folder, last = Path(run.args.output_dir), found.trainer.state.global_step
     which = "the last weights" if found.step == last else f"the best weights, of step {found.step:,} of {last:,}"
-    opens = f'{data.auto_class.__name__}.from_pretrained("{folder}")'
+    trust = "" if chosen_head(found.trainer.plan.inner).architecture is None else ", trust_remote_code=True"
+    opens = f'{data.auto_class.__name__}.from_pretrained("{folder}"{trust})'
     if run.args.export == "adapter" and is_adapted(found.trainer.model):
         opens = "an adapter alone; the card has the code that opens it"
     print(f"model  {folder}  ({which}; {opens})")

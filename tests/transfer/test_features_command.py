@@ -184,7 +184,7 @@ def test_words_of_a_pair_are_told_apart_by_tfidf():
     ("options", "message"),
     [
         ([], "give the examples by --tasks"),
-        (["--train_file", "train.tsv"], "needs --text_columns"),
+        (["--train_file", "train.tsv"], "no column has a usual name of labels"),
         (["--tasks", "tasks.yaml"], "has 3 tasks: name one by --task"),
         (["--tasks", "tasks.yaml", "--task", "sinlge"], "did you mean 'single'"),
         (["--tasks", "tasks.yaml", "--task", "words"], "type='tokens'"),
