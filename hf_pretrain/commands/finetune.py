@@ -107,7 +107,6 @@ class FinetuneArguments(TaskArguments):
         spec = self.find_task() if self.metric is None else replace(self.find_task(), metric=self.metric)
         if self.doc_stride is not None and spec.type != "span":
             raise InputError(f"doc_stride={self.doc_stride} has no effect on type={spec.type!r}: it is for spans")
-        ChosenHead.of(**self.head()).check(spec)
         return spec
 
     def head(self) -> dict[str, Any]:
@@ -182,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the task, train, measure, and write the folder; see the top of the file."""
     options, args = parse_command(ARGUMENTS, argv, name="finetune", description=__doc__, first="model_name_or_path")
     spec = options.spec()
+    ChosenHead.of(**options.head()).check(spec, strategy=args.strategy)
     _check_seeds(options, args)
     args.enable_jit_checkpoint = False
     set_timeout(args)

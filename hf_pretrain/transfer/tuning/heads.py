@@ -103,8 +103,12 @@ class ChosenHead:
         options = [f"{name}={value}" for name, value in self.options.items()] + ["mix_layers"] * self.mix_layers
         return f"{self.architecture}" + (f" ({', '.join(options)})" if options else "")
 
-    def check(self, spec: TaskSpec) -> None:
-        """Refuse what does not fit a task, before anything is opened.
+    def check(self, spec: TaskSpec, *, strategy: str = "") -> None:
+        """Refuse what does not fit a task or a strategy, before anything is opened.
+
+        Args:
+            spec: The task; columns of texts that it does not name are not looked at.
+            strategy: The strategy of the training, if it is known.
 
         Raises:
             InputError: If the architecture is unknown or has no logits of this kind, an option is unknown, out of range or has
@@ -133,6 +137,11 @@ class ChosenHead:
         found = self._tried(task)
         if self.mix_layers and found.mixes_layers:
             raise InputError(f"mix_layers=True has no effect: {begin} reads a mean of all layers anyway; leave it out")
+        if strategy == "scalar_mix" and not (self.mix_layers or found.mixes_layers):
+            raise InputError(
+                f"strategy='scalar_mix' trains a mean of all layers, which {begin} does not read: set mix_layers, or choose "
+                "architecture='scalar_mix'"
+            )
         if found.reads_pairs and len(spec.text) == 1:
             raise InputError(
                 f"{begin} reads two texts apart, and task {spec.name!r} has one, {spec.text[0]}: choose another architecture, or "
