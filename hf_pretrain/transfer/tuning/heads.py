@@ -103,6 +103,22 @@ class ChosenHead:
         options = [f"{name}={value}" for name, value in self.options.items()] + ["mix_layers"] * self.mix_layers
         return f"{self.architecture}" + (f" ({', '.join(options)})" if options else "")
 
+    def is_same(self, other: ChosenHead) -> bool:
+        """Whether two heads are the same, whether or not defaults of options are written out."""
+        known = architectures().get(str(self.architecture))
+        if known is None or (self.architecture, self.mix_layers) != (other.architecture, other.mix_layers):
+            return False
+        defaults = {name: inspect.signature(known.__init__).parameters[name].default for name in options_of(known)}
+        # A file has lists where a class has tuples.
+        mine, others = (
+            {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in (defaults | {**head.options}).items()
+            }
+            for head in (self, other)
+        )
+        return mine == others
+
     def check(self, spec: TaskSpec, *, strategy: str = "") -> None:
         """Refuse what does not fit a task or a strategy, before anything is opened.
 
@@ -225,6 +241,7 @@ def open_for_task(
             # What moves is the strategy's to say.
             model.config.frozen_encoder = False
             model.encoder.requires_grad_(True)
+            model.config.add_pooling_layer &= not _drops_pooler(model.encoder)
         fresh = tuple(getattr(model, "fresh_parameters", ()))
         if not fresh:
             return OpenedModel(model, f"{_called(model)}, with the head that the checkpoint has", ())
@@ -252,7 +269,7 @@ def _has_head(config: PreTrainedConfig, data: TaskData, wanted: ChosenHead) -> b
         own = _WITH_ARCHITECTURE.get(data.spec.type)
         found = architectures().get(config.architecture)
         fits = found is None or not found.reads_pairs or len(data.spec.text) == 2
-        is_same = wanted.architecture is None or wanted == ChosenHead.of_config(config)
+        is_same = wanted.architecture is None or wanted.is_same(ChosenHead.of_config(config))
         if own is not None and own[0].__name__ == had and fits and is_same:
             return True
         config = config.encoder
@@ -328,13 +345,19 @@ def _fresh_note(model: PreTrainedModel, fresh: Sequence[str]) -> str:
     return f"{_called(model)}, with a fresh head ({_shown(fresh_modules(model, fresh))})"
 
 
+def _drops_pooler(encoder: PreTrainedModel) -> bool:
+    """Take the pooler from an encoder that can do without it: nothing reads it, and processes would wait for its gradient."""
+    can = "add_pooling_layer" in inspect.signature(type(encoder).__init__).parameters
+    if can:
+        cast(Any, encoder).pooler = None
+    return can
+
+
 def _with_architecture(
     name_or_path: str, encoder: PreTrainedModel, data: TaskData, wanted: ChosenHead, *, seed: int
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return an encoder below a fresh architecture, and the names of what is fresh."""
-    if "add_pooling_layer" in inspect.signature(type(encoder).__init__).parameters:
-        # No architecture reads it, and processes would wait for its gradient.
-        cast(Any, encoder).pooler = None
+    _drops_pooler(encoder)
     options: dict[str, Any] = {"architecture": wanted.architecture, "architecture_options": dict(wanted.options)}
     options |= {"mix_layers": wanted.mix_layers} | data.head_options()
     with torch.random.fork_rng():

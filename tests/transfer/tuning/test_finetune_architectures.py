@@ -215,8 +215,9 @@ def test_a_head_is_kept_for_the_same_labels_and_its_encoder_taken_otherwise(plac
     folder = str(export_fine_tuned(found, model_name=model))
     trained = weights(found.trainer.model)
     data = load_task(task)
-    # Whether it is named again or not.
-    for asked in ({}, head):
+    # Whether it is named again or not, and whether its defaults are.
+    named = {"architecture": "bilstm", "architecture_options": {"lstm_size": 8, "num_layers": 1, "pooling": "max"}}
+    for asked in ({}, head, named):
         opened = open_for_task(folder, data, **asked)
         assert "with the head that the checkpoint has" in opened.note and "bilstm (lstm_size=8)" in opened.note
         assert not opened.fresh and all(
@@ -267,6 +268,11 @@ def test_a_pair_encoder_is_not_kept_for_one_text_and_a_frozen_encoder_moves_as_t
         part.name for part in found.trainer.plan.moving
     }
     assert not found.trainer.model.config.frozen_encoder
+    # The pooler, which nothing reads, is gone, and what is saved opens without a missing or an unexpected weight.
+    assert frozen.encoder.pooler is not None and found.trainer.model.encoder.pooler is None
+    found.trainer.save_model(str(tmp_path / "saved"))
+    _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
