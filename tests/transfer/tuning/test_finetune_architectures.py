@@ -18,6 +18,7 @@ from helpers.task_runs import QUICK, rows, write_encoder, write_tasks
 from hf_pretrain import EncoderForSequenceClassification, EncoderForTokenClassification, InputError
 from hf_pretrain.cli import main
 from hf_pretrain.hub.card import snippets
+from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.tasks.spec import load_task, read_tasks
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.tuning.export import export_fine_tuned
@@ -244,6 +245,9 @@ def test_a_head_is_kept_for_the_same_labels_and_its_encoder_taken_otherwise(plac
         assert all((name in fresh) == (not name.startswith(("encoder.", "bert."))) or "pooler" in name
                    for name, _ in opened.model.named_parameters())  # fmt: skip
     assert "for bad, good, not for good, bad" in open_for_task(folder, swapped, **head).note
+    # Other programs read encoders alone.
+    with pytest.raises(InputError, match="below an architecture for a task: save the encoder alone"):
+        from_pretrained(AutoModel, folder)
 
 
 def test_a_pair_encoder_is_not_kept_for_one_text_and_a_frozen_encoder_moves_as_the_strategy_says(place, tmp_path):
