@@ -101,6 +101,7 @@ def test_the_command_learns_and_its_folder_gives_the_predictions_of_the_file(
     shown = capsys.readouterr().out
     assert f" of {architecture}" in shown and "trust_remote_code=True" in shown
     data, tokenizer = load_task(task_of(place, task)), AutoTokenizer.from_pretrained(out)
+    assert f"columns: {data.columns}" in shown
     model, info = data.auto_class.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert model.config.architecture == architecture and (model.scalar_mix is not None) == (
