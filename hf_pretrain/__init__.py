@@ -208,8 +208,10 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.tasks.answers import best_null_threshold as best_null_threshold
     from hf_pretrain.tasks.batches import DataCollatorForTask as DataCollatorForTask
     from hf_pretrain.tasks.batches import DataCollatorForTaskHead as DataCollatorForTaskHead
+    from hf_pretrain.tasks.batches import DataCollatorForTextPairs as DataCollatorForTextPairs
     from hf_pretrain.tasks.data import TaskDataArguments as TaskDataArguments
     from hf_pretrain.tasks.data import prepare_task as prepare_task
+    from hf_pretrain.tasks.examples import encode_text_pairs as encode_text_pairs
     from hf_pretrain.tasks.labelled import TaskData as TaskData
     from hf_pretrain.tasks.metrics import as_evaluate_metric as as_evaluate_metric
     from hf_pretrain.tasks.spec import TaskSpec as TaskSpec
@@ -222,8 +224,6 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.transfer.adaptation import add_words as add_words
     from hf_pretrain.transfer.adaptation import choose_words as choose_words
     from hf_pretrain.transfer.adapters import merge_for_export as merge_for_export
-    from hf_pretrain.transfer.architectures import DataCollatorForTextPairs as DataCollatorForTextPairs
-    from hf_pretrain.transfer.architectures import encode_text_pairs as encode_text_pairs
     from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
     from hf_pretrain.transfer.comparison import ComparisonArm as ComparisonArm
     from hf_pretrain.transfer.comparison import ComparisonSettings as ComparisonSettings
@@ -434,7 +434,8 @@ _EXPORTS = {
     ),
     "schedules": ("Schedule",),
     "tasks.answers": ("Answer", "answer_questions", "best_null_threshold"),
-    "tasks.batches": ("DataCollatorForTask", "DataCollatorForTaskHead"),
+    "tasks.batches": ("DataCollatorForTask", "DataCollatorForTaskHead", "DataCollatorForTextPairs"),
+    "tasks.examples": ("encode_text_pairs",),
     "tasks.data": ("TaskDataArguments", "prepare_task"),
     "tasks.labelled": ("TaskData",),
     "tasks.metrics": ("as_evaluate_metric",),
@@ -445,7 +446,6 @@ _EXPORTS = {
     "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
     "transfer.features": ("PretrainedFeatures",),
     "transfer.adapters": ("merge_for_export",),
-    "transfer.architectures": ("DataCollatorForTextPairs", "encode_text_pairs"),
     "transfer.arguments": ("StrategyArguments",),
     "transfer.adaptation": ("add_words", "choose_words"),
     "transfer.comparison": ("ComparisonArm", "ComparisonSettings", "StrategyComparison"),

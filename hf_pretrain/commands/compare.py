@@ -4,7 +4,8 @@
     hf-pretrain compare my-encoder other-encoder --tasks tasks.yaml --strategies full frozen --train_sizes 100 1000 all
 
 A strategy is one of fine-tuning, or features (a classic head on features of the frozen encoder). Options follow a colon, and the
-same strategy with two rates is two arms: full:learning_rate=5e-5 full:learning_rate=1e-4. TF-IDF with a linear classifier is
+same strategy with two rates is two arms: full:learning_rate=5e-5 full:learning_rate=1e-4. An architecture on top is an option
+too: full:architecture=bilstm,lstm_size=64. TF-IDF with a linear classifier is
 measured first.
 
 With a budget each task and size gets an equal share. All arms begin with a few examples, the better half goes on with twice as

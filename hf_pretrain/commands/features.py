@@ -1,7 +1,7 @@
 """Classify texts by the features of a frozen encoder: logistic regression, support vector machines, random forest.
 
     hf-pretrain features my-encoder --tasks tasks.yaml --task sst2 --classifier all --output_dir my-classifier
-    hf-pretrain features my-encoder --train_file train.tsv --validation_file dev.tsv --text_columns sentence --label_column label
+    hf-pretrain features my-encoder --train_file train.tsv --validation_file dev.tsv --classifier all
 
 The first rows of the table need no encoder: the most frequent class, and TF-IDF with a linear support vector machine. The
 strength of the regularisation is chosen by cross-validation of the training rows alone. The validation rows are only measured.
@@ -215,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     args.heads(cast(Kind, spec.type))
     data = args.load(spec, seed=args.seed)
     print(
-        f"task   {spec.name}: {len(data.rows('train')):,} examples to train on, {len(data.validation):,} to measure on",
+        f"task   {spec.name}: {len(data.rows('train')):,} examples to train on, {len(data.validation):,} to measure on\n"
+        f"       columns: {data.columns}",
         flush=True,
     )
     found = measure(args, data)

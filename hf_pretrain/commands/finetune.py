@@ -1,7 +1,10 @@
 """Fine-tune an encoder on a task: classes and values of texts or pairs, classes of words, choices, spans that answer.
 
     hf-pretrain finetune my-encoder --tasks tasks.yaml --task sst2 --strategy full --output_dir my-classifier
-    hf-pretrain finetune my-encoder --train_file train.tsv --text_columns sentence --label_column label --output_dir my-classifier
+    hf-pretrain finetune my-encoder --train_file train.tsv --output_dir my-classifier
+    hf-pretrain finetune my-encoder --train_file train.tsv --architecture bilstm --output_dir my-bilstm
+
+The columns of texts and of labels are found by their usual names, or named by --text_columns and --label_column.
 
 The first rows of the table need no encoder: a constant, and for texts TF-IDF with a linear support vector machine. The folder
 opens with stock transformers. It holds the predictions of the evaluation rows, the results, the recipe of the run, and the card.
@@ -45,6 +48,7 @@ from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.strategies import is_adapted, strategy_report
 from hf_pretrain.transfer.tuning.export import PREDICTIONS, RECIPE, RESULTS, export_fine_tuned, results_of
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, TaskTrainer, fine_tune
+from hf_pretrain.transfer.tuning.heads import ChosenHead, chosen_head
 from hf_pretrain.transfer.tuning.options import TaskArguments
 from hf_pretrain.transfer.tuning.references import Reference, constant_reference, tfidf_reference
 
@@ -60,9 +64,20 @@ class FinetuneArguments(TaskArguments):
     """
 
     ranges: ClassVar[dict[str, str]] = {"max_length": "[1, inf)", "doc_stride": "[0, inf)"}
-    needs: ClassVar[dict[str, str]] = {"choice_columns": "train_file"}
+    needs: ClassVar[dict[str, str]] = {
+        "choice_columns": "train_file",
+        "architecture_options": "architecture",
+        "mix_layers": "architecture",
+    }
 
     choice_columns: list[str] | None = option(None, "With task_type choice: columns of the choices, or one of lists.")
+    architecture: str | None = option(
+        None,
+        "What stands on top of the encoder instead of the stock head: mean, max, cls, last, attention_pooling, scalar_mix, "
+        "bilstm, cnn or pair_encoder of texts; linear, scalar_mix, bilstm or cnn of tokens; or one that a package registers.",
+    )
+    architecture_options: dict | None = option(None, 'Options of the architecture, as JSON: {"lstm_size": 64}.')
+    mix_layers: bool = option(False, "The architecture reads a learned mean of all layers.")
     metric: str | None = option(None, "The metric that counts; by default of the type of the task.")
     max_length: int | None = option(
         None, "Most tokens of an example; by default 128, of spans 384, or fewer if the model takes no more."
@@ -94,11 +109,19 @@ class FinetuneArguments(TaskArguments):
             raise InputError(f"doc_stride={self.doc_stride} has no effect on type={spec.type!r}: it is for spans")
         return spec
 
+    def head(self) -> dict[str, Any]:
+        """Return what stands on top of the encoder, as `fine_tune` takes it."""
+        return {name: getattr(self, name) for name in ("architecture", "architecture_options", "mix_layers")}
+
     def spec_of_files(self) -> TaskSpec:
         """Return the task that the options of files describe."""
         choices = {"choices": tuple(self.choice_columns or ())} if self.choice_columns else {}
         if self.task_type == "choice" and not choices:
             raise InputError("task_type='choice' needs --choice_columns: the columns of the choices, or one of lists")
+        if self.task_type == "choice" and not self.text_columns:
+            raise InputError(
+                "task_type='choice' needs --text_columns: the context, perhaps a beginning of all choices"
+            )
         columns = {"text": tuple(self.text_columns or ()), "label": self.label_column}
         files = {name: tuple(getattr(self, name) or ()) for name in ("train_file", "validation_file")}
         name = Path((self.train_file or [""])[0]).stem
@@ -158,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the task, train, measure, and write the folder; see the top of the file."""
     options, args = parse_command(ARGUMENTS, argv, name="finetune", description=__doc__, first="model_name_or_path")
     spec = options.spec()
+    ChosenHead.of(**options.head()).check(spec, strategy=args.strategy)
     _check_seeds(options, args)
     args.enable_jit_checkpoint = False
     set_timeout(args)
@@ -230,6 +254,7 @@ class _Program:
                 options.model_name_or_path,
                 self.data,
                 args,
+                **options.head(),
                 max_length=options.max_length,
                 doc_stride=options.doc_stride,
                 begins=begins,
@@ -257,6 +282,7 @@ class _Program:
         if is_first:
             print(f"task   {data.spec.name}: {len(data.rows('train')):,} examples to train on, ", end="")
             print(f"{len(data.validation):,} to measure on; at most {trainer.max_length} tokens each")
+            print(f"       columns: {data.columns}")
             print(f"model  {note}")
             print(f"strategy {args.strategy}:")
             rows = [
@@ -308,7 +334,8 @@ class _Program:
 def _print_folder(found: FineTuned, run: Run, data: TaskData) -> None:
     folder, last = Path(run.args.output_dir), found.trainer.state.global_step
     which = "the last weights" if found.step == last else f"the best weights, of step {found.step:,} of {last:,}"
-    opens = f'{data.auto_class.__name__}.from_pretrained("{folder}")'
+    trust = "" if chosen_head(found.trainer.plan.inner).architecture is None else ", trust_remote_code=True"
+    opens = f'{data.auto_class.__name__}.from_pretrained("{folder}"{trust})'
     if run.args.export == "adapter" and is_adapted(found.trainer.model):
         opens = "an adapter alone; the card has the code that opens it"
     print(f"model  {folder}  ({which}; {opens})")

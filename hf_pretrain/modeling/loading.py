@@ -31,6 +31,7 @@ _COMPOSITE_PREFIX = "hf_pretrain_"
 _EXPORTED = "two_tower_cloze pair_head span_boundary_head discriminator_head enhanced_mask_decoder"
 _EXPORTED_COMPOSITES = frozenset(_COMPOSITE_PREFIX + name for name in _EXPORTED.split())
 _OF_SEVERAL_TASKS = _COMPOSITE_PREFIX + "multitask"
+_WITH_ARCHITECTURE = "task_head"
 _LFS = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # Parts of the names of files that hold a vocabulary or say how it is made.
@@ -64,6 +65,11 @@ def first_line(error: BaseException) -> str:
 
 def refuse_type(model_type: str, auto_class: Any) -> InputError:
     """Return the error for an architecture that an Auto class does not open."""
+    if model_type == _WITH_ARCHITECTURE:
+        return InputError(
+            f"model_type={model_type!r} is an encoder below an architecture for a task: save the encoder alone, by "
+            "model.encoder.save_pretrained(folder) and tokenizer.save_pretrained(folder), and name that folder"
+        )
     kind = _KINDS.get(auto_class.__name__, auto_class.__name__)
     usual = USUAL_ENCODER_DECODERS if kind == "encoder-decoder" else USUAL_ENCODERS
     return InputError(f"model_type={model_type!r} is no {kind}: choose one such as {usual}")

@@ -14,8 +14,9 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
+from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.tasks.examples import INPUTS
+from hf_pretrain.tasks.examples import INPUTS, PAIR
 
 # Steps whose examples are sorted by length together.
 _STEPS_SORTED = 50
@@ -50,6 +51,29 @@ class DataCollatorForTask:
         if "teacher_logits" in examples[0]:
             batch["teacher_logits"] = torch.cat([example["teacher_logits"] for example in examples])
         return batch
+
+
+@dataclass
+class DataCollatorForTextPairs(DataCollatorForTask):
+    """Pads first and second texts, each to the longest of them.
+
+    A batch has `input_ids` and `attention_mask` ``[B, L]``, `pair_input_ids` and `pair_attention_mask` ``[B, M]``, and `labels`
+    ``[B]``; both texts have token types if the examples have them.
+
+    Args:
+        tokenizer: A tokenizer with a padding token.
+        pad_to_multiple_of: Lengths are rounded up to a multiple of this.
+    """
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of examples."""
+        if f"{PAIR}input_ids" not in examples[0]:
+            raise InputError("pair_input_ids is missing from the examples: make them with encode_text_pairs")
+        collate = super().__call__
+        first = [{name: each[name] for name in (*INPUTS, "labels") if name in each} for each in examples]
+        names = [name for name in INPUTS if f"{PAIR}{name}" in examples[0]]
+        second = collate([{name: each[f"{PAIR}{name}"] for name in names} for each in examples])
+        return collate(first) | {f"{PAIR}{name}": values for name, values in second.items()}
 
 
 @dataclass

@@ -24,21 +24,14 @@ from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.options import option
 from hf_pretrain.tasks.augmentation import TEXT, AugmentationArguments, augment
 from hf_pretrain.tasks.examples import encode, encode_tokens
-from hf_pretrain.tasks.files import USUAL_LABELS, Task, kind_of, load_split, read_files
+from hf_pretrain.tasks.files import Task, find_label, find_texts, kind_of, load_split, read_files
 from hf_pretrain.tasks.questions import encode_questions
 from hf_pretrain.tasks.words import WordNeighbours
 
-_KNOWN_TEXTS: dict[Task, tuple[tuple[str, ...], ...]] = {
-    "sequence-classification": (
-        ("sentence1", "sentence2"),
-        ("premise", "hypothesis"),
-        ("question1", "question2"),
-        ("question", "sentence"),
-        ("sentence",),
-        ("text",),
-    ),
-    "token-classification": (("tokens",), ("words",), ("sentence",), ("text",)),
-    "question-answering": (("question", "context"),),
+_NUM_TEXTS: dict[Task, tuple[int, ...]] = {
+    "sequence-classification": (1, 2),
+    "token-classification": (1,),
+    "question-answering": (2,),
 }
 
 
@@ -121,7 +114,8 @@ def prepare_task(
     with nullcontext() if first is None else first:
         train, held_out = _read(args, task)
         columns = _text_columns(train, args, task)
-        labels = _label_column(train, args, task)
+        is_value = task == "sequence-classification" and config.num_labels == 1
+        labels = _label_column(train, args, task, is_value=is_value)
         _check_held_out(held_out, [*columns, *filter(None, [labels])])
         description = {"source": _source(args), "examples": len(train), "text_columns": list(columns)}
         texts = RepeatableTexts(partial(_texts_of, train, columns))
@@ -177,7 +171,7 @@ def _read(args: TaskDataArguments, task: Task) -> tuple[datasets.Dataset, datase
     """Return the examples to train on and those held out."""
     if args.train_file is None and args.dataset_name is None:
         raise InputError("train_file and dataset_name are both missing: name the examples of the task")
-    names = _known_names(args, task)
+    names = [*(args.text_columns or []), *filter(None, [args.label_column])]
     if args.train_file is not None:
         train = read_files(args.train_file, task, option="train_file", names=names)
     else:
@@ -190,12 +184,6 @@ def _read(args: TaskDataArguments, task: Task) -> tuple[datasets.Dataset, datase
     return train.select(train_rows), train.select(held_out_rows) if len(held_out_rows) else None
 
 
-def _known_names(args: TaskDataArguments, task: Task) -> list[str]:
-    """Return the names of columns by which the first line of a table is seen to be a header."""
-    usual = [name for names in _KNOWN_TEXTS[task] for name in names] + list(USUAL_LABELS[task])
-    return [*usual, *(args.text_columns or []), *filter(None, [args.label_column])]
-
-
 def _source(args: TaskDataArguments) -> str:
     """Return names without folders, because the card goes to the Hub."""
     if args.train_file is not None:
@@ -204,28 +192,33 @@ def _source(args: TaskDataArguments) -> str:
 
 
 def _text_columns(examples: datasets.Dataset, args: TaskDataArguments, task: Task) -> tuple[str, ...]:
-    wanted = [tuple(args.text_columns)] if args.text_columns is not None else _KNOWN_TEXTS[task]
-    if len(wanted[0]) not in map(len, _KNOWN_TEXTS[task]):
+    advice, named = "choose with --text_columns", args.text_columns
+    if named is not None and len(named) not in _NUM_TEXTS[task]:
         number = "two columns, of the question and of the text" if task == "question-answering" else "one column"
-        raise InputError(f"text_columns={args.text_columns}: {task} needs {number}")
-    found = next((names for names in wanted if set(names) <= set(examples.column_names)), None)
+        raise InputError(f"text_columns={named}: {task} needs {number}")
+    if named is None:
+        found = find_texts(task, examples.column_names, advice=advice)
+    else:
+        found = tuple(named) if set(named) <= set(examples.column_names) else None
     if found is None:
-        what = "no column of a usual name" if args.text_columns is None else f"text_columns={args.text_columns}"
+        what = "no column of a usual name" if named is None else f"text_columns={named}"
         is_table = args.train_file is not None and kind_of(args.train_file[0]) in (".tsv", ".csv")
         which = "the first line was taken as the header, and names" if is_table else "the examples have"
-        advice = "choose with --text_columns"
         if is_table:
             advice += ", or if that line is an example, put a header above it, such as sentence<TAB>label"
         raise InputError(f"{what}: {which} {', '.join(examples.column_names)}; {advice}")
     return found
 
 
-def _label_column(examples: datasets.Dataset, args: TaskDataArguments, task: Task) -> str | None:
-    if args.label_column is not None and args.label_column not in examples.column_names:
+def _label_column(
+    examples: datasets.Dataset, args: TaskDataArguments, task: Task, *, is_value: bool = False
+) -> str | None:
+    names = examples.column_names
+    if args.label_column is not None and args.label_column not in names:
         raise InputError(
-            f"label_column={args.label_column!r}: the examples have {', '.join(examples.column_names)}; choose one of these"
+            f"label_column={args.label_column!r}: the examples have {', '.join(names)}; choose one of these"
         )
-    return args.label_column or next((name for name in USUAL_LABELS[task] if name in examples.column_names), None)
+    return args.label_column or find_label(task, names, is_value=is_value, advice="choose with --label_column")
 
 
 def _check_held_out(examples: datasets.Dataset | None, columns: Sequence[str]) -> None:

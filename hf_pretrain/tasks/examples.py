@@ -24,6 +24,8 @@ from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint
 from hf_pretrain.tasks.augmentation import SOURCE_ID, TEXT
 
 INPUTS = ("input_ids", "token_type_ids")
+PAIR = "pair_"
+"""What the names of the inputs of second texts begin with, where two texts are encoded apart."""
 
 
 def encode(
@@ -66,6 +68,40 @@ def encode(
         numbers = np.array([classes[value] for value in examples[labels][:]], dtype=np.int64)
     encoded = map_texts(examples, to_inputs, tokenizer, key=(list(columns), max_length))
     return encoded.add_column("labels", numbers)
+
+
+def encode_text_pairs(
+    examples: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    columns: Sequence[str],
+    labels: str | None,
+    config: PreTrainedConfig,
+    max_length: int,
+) -> datasets.Dataset:
+    """Tokenize two texts of each row apart, each with the special tokens of one text; done once, and found again.
+
+    Args:
+        examples: Rows of text.
+        tokenizer: A tokenizer that pads.
+        columns: Columns of the first and of the second text.
+        labels: Column of the labels, None if there are none.
+        config: The model's configuration, with its labels.
+        max_length: Most tokens of each text; the rest is cut off.
+
+    Returns:
+        Rows of `input_ids` and `pair_input_ids`, both with token types if the tokenizer makes them, and `labels` if wanted.
+
+    Raises:
+        InputError: If there are not two columns, or a label is none of the model's.
+    """
+    if len(columns) != 2:
+        raise InputError(f"columns={list(columns)}: name two columns, of the first and of the second text")
+    first = encode(examples, tokenizer, columns=columns[:1], labels=labels, config=config, max_length=max_length)
+    second = encode(examples, tokenizer, columns=columns[1:], labels=None, config=config, max_length=max_length)
+    second = second.remove_columns([name for name in second.column_names if name == SOURCE_ID])
+    second = second.rename_columns({name: f"{PAIR}{name}" for name in second.column_names})
+    return datasets.concatenate_datasets([first, second], axis=1)
 
 
 def encode_tokens(

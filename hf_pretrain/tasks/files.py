@@ -1,8 +1,8 @@
 """Rows of a task from files or from a dataset with a name; nothing here knows a tokenizer.
 
 [`read_files`] reads tables, JSON and Parquet through `datasets`, tables without a header and files of SQuAD's form
-too; [`load_split`] loads a split of the Hub or of a folder. Each failure is one line that names the option and the
-cause.
+too; [`load_split`] loads a split of the Hub or of a folder. [`find_texts`] and [`find_label`] know the usual names of
+columns. Each failure is one line that names the option and the cause.
 """
 
 from __future__ import annotations
@@ -14,25 +14,19 @@ import itertools
 import json
 import lzma
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from hf_pretrain.data.text.lines import open_bytes, readable
 from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.options import number_or_text
 
 Task = Literal["sequence-classification", "token-classification", "question-answering"]
 Kind = Task | Literal["multiple-choice"]
-USUAL_LABELS: dict[Kind, tuple[str, ...]] = {
-    "sequence-classification": ("label", "labels"),
-    "token-classification": ("labels", "tags", "ner_tags", "pos_tags"),
-    "question-answering": ("answers",),
-    "multiple-choice": ("label", "labels"),
-}
-"""Usual names of the column of labels, the likeliest first."""
 
 _READERS: dict[str, tuple[str, dict[str, Any]]] = {
     # No text is a missing value: "null" and "NA" are words.
@@ -44,6 +38,35 @@ _READERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 _COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HEADERS = {2: ["sentence", "label"], 3: ["sentence1", "sentence2", "label"]}
+# CoLA's files: where a sentence is from, 0 or 1, a star or nothing, the sentence.
+_COLA = ["source", "label", "star", "sentence"]
+# Columns of texts by their usual names, in tiers: a name of the first tier makes the second one unimportant.
+_USUAL_TEXTS: dict[str, tuple[tuple[tuple[str, ...], ...], ...]] = {
+    "sequence-classification": (
+        (
+            ("sentence1", "sentence2"),
+            ("premise", "hypothesis"),
+            ("question1", "question2"),
+            ("question", "sentence"),
+            ("question", "context"),
+            ("question", "passage"),
+            ("text1", "text2"),
+            ("#1 String", "#2 String"),
+            ("sentence",),
+            ("text",),
+        ),
+    ),
+    "token-classification": ((("tokens",), ("words",)), (("sentence",), ("text",))),
+    "question-answering": ((("question", "context"),),),
+    "multiple-choice": (),
+}
+_USUAL_LABELS: dict[str, tuple[str, ...]] = {
+    "sequence-classification": ("label", "labels", "gold_label", "is_duplicate", "Quality"),
+    "token-classification": ("labels", "tags", "ner_tags", "pos_tags"),
+    "question-answering": ("answers",),
+    "multiple-choice": ("label", "labels"),
+}
+_USUAL_VALUES = ("score", "label", "labels")
 # Rows in which a class of the first line comes again.
 _ROWS_TO_LOOK_AT = 1000
 
@@ -59,14 +82,15 @@ def read_files(
     """Read the rows of files of one kind.
 
     A table begins with a header. A table of sentences or pairs, each with a class in the last column, needs none. Its
-    columns are then called `sentence`, or `sentence1` and `sentence2`, and `label`; this is printed.
+    columns are then called `sentence`, or `sentence1` and `sentence2`, and `label`; this is printed. CoLA's files need none
+    either.
 
     Args:
         paths: Tables, JSON lines, JSON arrays or Parquet, also compressed by gzip, bzip2 or xz; of questions also
             files of SQuAD's form.
         task: The task of the rows.
         option: The option that names them, for messages.
-        names: Known names of columns; a first line with one of these is a header.
+        names: Names of columns beside the usual ones; a first line with any of these is a header.
         columns: Names of all columns of tables without a header.
 
     Raises:
@@ -89,7 +113,7 @@ def read_files(
         _check_names(paths, columns, option=option, **options)
         options = options | {"names": list(columns)}
     elif reader == "csv" and task == "sequence-classification":
-        options = options | _names_of_columns(paths, option=option, names=names, **options)
+        options = options | _names_of_columns(paths, option=option, names=[*names, *usual_names(task)], **options)
     try:
         return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
@@ -159,12 +183,102 @@ def _first_rows(path: str, *, delimiter: str = ",", **options: Any) -> list[list
 def _header_of(path: str, names: Sequence[str], **options: Any) -> list[str] | None:
     """Return the header that a table of sentences lacks, None if it has one or cannot be read."""
     rows = _first_rows(path, **options)
-    if rows is None or set(rows[0]) & set(names) or any(len(row) != len(rows[0]) for row in rows):
+    known = {name.lower() for name in names}
+    if rows is None or {cell.lower() for cell in rows[0]} & known or any(len(row) != len(rows[0]) for row in rows):
         return None
+    if len(rows[0]) == len(_COLA) and all(row[1] in ("0", "1") and row[2] in ("", "*") for row in rows):
+        return _COLA
     *texts, label = rows[0]
     has_text = all(any(character.isalpha() for character in text) for text in texts)
     is_label = isinstance(number_or_text(label), float) or label in (row[-1] for row in rows[1:])
     return _HEADERS.get(len(rows[0])) if has_text and is_label else None
+
+
+def usual_names(task: Kind) -> list[str]:
+    """Return all usual names of columns of a task: by one of them the first line of a table is seen to be a header."""
+    texts = [name for tier in _USUAL_TEXTS[task] for names in tier for name in names]
+    values = _USUAL_VALUES if task == "sequence-classification" else ()
+    return list(dict.fromkeys([*texts, *_USUAL_LABELS[task], *values]))
+
+
+def find_texts(task: Kind, columns: Iterable[str], *, advice: str) -> tuple[str, ...] | None:
+    """Return the columns of texts that have usual names, whichever letters are capitals; None if there are none.
+
+    Args:
+        task: The task.
+        columns: The columns that there are.
+        advice: How to choose, for the message: "choose with --text_columns".
+
+    Raises:
+        InputError: If several could be meant, such as `sentence` and `text`. Of names in a pair, the pair is meant.
+    """
+    known = _by_small_letters(columns)
+    for tier in _USUAL_TEXTS[task]:
+        found = [names for names in tier if all(name.lower() in known for name in names)]
+        found = [names for names in found if not any(set(names) < set(other) for other in found)]
+        if len(found) > 1:
+            shown = ", or ".join(" and ".join(known[name.lower()] for name in names) for names in found)
+            raise InputError(f"several columns have usual names of texts, {shown}: {advice}")
+        if found:
+            return tuple(known[name.lower()] for name in found[0])
+    return None
+
+
+def find_label(task: Kind, columns: Iterable[str], *, advice: str, is_value: bool = False) -> str | None:
+    """Return the column of labels that has a usual name, whichever letters are capitals; None if there is none.
+
+    Args:
+        task: The task.
+        columns: The columns that there are.
+        advice: How to choose, for the message.
+        is_value: Whether texts have values instead of classes.
+
+    Raises:
+        InputError: If several could be meant, such as `ner_tags` and `pos_tags`.
+    """
+    known = _by_small_letters(columns)
+    usual = usual_labels(task, is_value=is_value)
+    found = list(dict.fromkeys(known[name.lower()] for name in usual if name.lower() in known))
+    if len(found) > 1:
+        raise InputError(f"several columns have usual names of labels, {', or '.join(found)}: {advice}")
+    return found[0] if found else None
+
+
+def usual_labels(task: Kind, *, is_value: bool = False) -> tuple[str, ...]:
+    """Return the usual names of the column of labels, or of values."""
+    return _USUAL_VALUES if is_value else _USUAL_LABELS[task]
+
+
+def _by_small_letters(columns: Iterable[str]) -> dict[str, str]:
+    """Return names by what they are in small letters; the first one of those that are the same then."""
+    return {name.lower(): name for name in reversed(list(columns))}
+
+
+def column_names(path: str | Path, *, names: Sequence[str] = ()) -> list[str]:
+    """Return the names of the columns of a file of texts with classes or values, as [`read_files`] gives them, at once.
+
+    Args:
+        path: A table, JSON lines or a Parquet file; of any other file there are none.
+        names: Names of columns beside the usual ones; a first line with any of these is a header.
+    """
+    kind = kind_of(str(path))
+    reader, options = _READERS.get(kind, ("", {}))
+    if reader == "parquet":
+        import pyarrow.parquet
+
+        with readable(path):
+            return list(pyarrow.parquet.read_schema(path).names)
+    if reader == "json":
+        with readable(path), open_bytes(str(path)) as file:
+            line = file.readline().decode("utf-8-sig", errors="replace")
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        return list(row) if isinstance(row, dict) else []
+    rows = _first_rows(str(path), **options) if reader == "csv" else None
+    known = [*names, *usual_names("sequence-classification")]
+    return [] if rows is None else _header_of(str(path), known, **options) or rows[0]
 
 
 def load_split(name: str, config_name: str | None, *, split: str) -> datasets.Dataset:

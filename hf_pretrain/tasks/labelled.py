@@ -27,8 +27,8 @@ from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.tasks import metrics
 from hf_pretrain.tasks.answers import best_null_threshold, read_answers
-from hf_pretrain.tasks.batches import DataCollatorForTaskHead
-from hf_pretrain.tasks.examples import encode, encode_choices, encode_tokens, first_tokens
+from hf_pretrain.tasks.batches import DataCollatorForTaskHead, DataCollatorForTextPairs
+from hf_pretrain.tasks.examples import encode, encode_choices, encode_text_pairs, encode_tokens, first_tokens
 from hf_pretrain.tasks.questions import encode_questions, gold_answers, question_windows
 
 if TYPE_CHECKING:
@@ -78,6 +78,12 @@ class TaskData:
             return "accuracy"
         return metrics.METRICS_OF_TYPES[self.spec.type][0]
 
+    @property
+    def columns(self) -> str:
+        """The columns that are read, in words."""
+        texts, choices = " and ".join(self.spec.text), ", ".join(self.spec.choices)
+        return f"text {texts}" + (f", choices {choices}" if choices else "") + f", label {self.spec.label}"
+
     def head_options(self) -> dict[str, Any]:
         """Return the options of `from_pretrained` that the head needs: `num_labels`, names of classes, `problem_type`."""
         if self.spec.type == "regression":
@@ -101,7 +107,13 @@ class TaskData:
         return rows
 
     def encoded(
-        self, split: str, tokenizer: PreTrainedTokenizerBase, *, max_length: int = 128, doc_stride: int = 32
+        self,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int = 128,
+        doc_stride: int = 32,
+        apart: bool = False,
     ) -> datasets.Dataset:
         """Tokenize a split; the same rows, tokenizer and lengths are found again in the cache of `datasets`.
 
@@ -110,11 +122,13 @@ class TaskData:
             tokenizer: The model's tokenizer; a fast one for tokens and spans.
             max_length: Most tokens of an example. What goes beyond is cut off, or of a question's text, another window.
             doc_stride: Of spans: tokens that a window shares with the next.
+            apart: Whether two texts are encoded apart, for "pair_encoder"; then `max_length` is that of each.
 
         Returns:
             A row an example, in the rows' order; of spans a row a window. They have `input_ids`, `token_type_ids` if the
             tokenizer makes them, and, unless the split has no labels, what the head is trained on: `labels`, or of spans
-            `start_positions` and `end_positions`. Tokens and spans have `is_target` too.
+            `start_positions` and `end_positions`. Tokens and spans have `is_target` too. Texts apart are as `encode_text_pairs`
+            returns them.
 
         Raises:
             InputError: If the rows do not fit the tokenizer or the lengths.
@@ -133,12 +147,15 @@ class TaskData:
         if spec.type == "tokens":
             options: dict[str, Any] = {"labels": label, "config": config, "max_length": max_length}
             return encode_tokens(rows, tokenizer, column=spec.text[0], **options)
-        return encode(rows, tokenizer, columns=spec.text, labels=label, config=config, max_length=max_length)
+        encode_texts = encode_text_pairs if apart else encode
+        return encode_texts(rows, tokenizer, columns=spec.text, labels=label, config=config, max_length=max_length)
 
     def collator(
-        self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None
-    ) -> DataCollatorForTaskHead:
-        """Return what makes batches of the encoded rows for the task's head."""
+        self, tokenizer: PreTrainedTokenizerBase, *, pad_to_multiple_of: int | None = None, apart: bool = False
+    ) -> DataCollatorForTaskHead | DataCollatorForTextPairs:
+        """Return what makes batches of the encoded rows for the task's head; `apart` as of `encoded`."""
+        if apart:
+            return DataCollatorForTextPairs(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
         # Their predictions are found again by positions from the left.
         side: Literal["right"] | None = "right" if self.spec.type in ("tokens", "span") else None
         return DataCollatorForTaskHead(tokenizer, pad_to_multiple_of=pad_to_multiple_of, padding_side=side)

@@ -7,7 +7,7 @@ holds some rows out. What one does with the examples is [`TaskData`]'s.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from string import Formatter
@@ -21,7 +21,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.text.docstrings import split_held_out
 from hf_pretrain.errors import InputError, check_choice, check_range, nearest, one_line
 from hf_pretrain.tasks.examples import chosen_answer
-from hf_pretrain.tasks.files import USUAL_LABELS, Kind, load_split, read_files
+from hf_pretrain.tasks.files import Kind, find_label, find_texts, load_split, read_files, usual_labels
 from hf_pretrain.tasks.labelled import TaskData as TaskData
 from hf_pretrain.tasks.metrics import METRICS_OF_TYPES
 
@@ -51,8 +51,10 @@ class TaskSpec:
             answers), or "span" (a part of a text that answers a question).
         text: Columns of the text: one, or two of pairs. For "tokens" the column of words, a list or words with spaces between
             them. For "choice" the context, and perhaps the beginning that all choices continue. For "span" question and text.
-            An entry with braces is a template of columns, such as "{question} {answer}".
-        label: Column of the labels; by default one of a usual name (label, labels, tags, answers).
+            An entry with braces is a template of columns, such as "{question} {answer}". By default, but of "choice", the columns
+            of usual names: sentence, text, sentence1 and sentence2, premise and hypothesis, tokens, question and context.
+        label: Column of the labels; by default one of a usual name: label, labels, gold_label, is_duplicate, score of values,
+            tags, answers.
         choices: Of "choice": columns of the choices, or one column of lists.
         metric: The number that counts; by default of the type: accuracy, spearman, entity_f1 of tags such as B-PER (else
             accuracy), f1 of spans.
@@ -73,7 +75,7 @@ class TaskSpec:
 
     name: str
     type: TaskType
-    text: tuple[str, ...]
+    text: tuple[str, ...] = ()
     label: str | None = None
     choices: tuple[str, ...] = ()
     metric: str | None = None
@@ -90,7 +92,8 @@ class TaskSpec:
     def __post_init__(self) -> None:
         """Refuse what does not fit."""
         check_choice(self.type, get_args(TaskType), name=f"task {self.name!r}: type")
-        if len(self.text) not in _NUM_TEXTS.get(self.type, (1, 2)):
+        numbers = _NUM_TEXTS.get(self.type, (1, 2))
+        if len(self.text) not in (numbers if self.type == "choice" else (0, *numbers)):
             number = {"tokens": "one column of words", "span": "two columns, of the question and of the text"}
             raise InputError(self._about("text", f"name {number.get(self.type, 'one column, or two of pairs')}"))
         if bool(self.choices) != (self.type == "choice"):
@@ -162,9 +165,8 @@ def _spec_of(name: str, options: Mapping[Any, Any], folder: Path, path: str | Pa
             values[option] = tuple(str(folder / item) for item in values[option])
     if "dataset_split" in options and options["dataset_split"] is None:
         values["dataset_split"] = None
-    missing = next((option for option in ("type", "text") if option not in values), None)
-    if missing is not None:
-        raise InputError(f"{path}: task {name!r} has no {missing}: add it")
+    if "type" not in values:
+        raise InputError(f"{path}: task {name!r} has no type: add it")
     return TaskSpec(name=name, **values)
 
 
@@ -196,9 +198,11 @@ def load_task(
         advice = "or give validation_file or validation_split"
         check_range(validation_fraction, "(0, 1)", name="validation_fraction", hint=f"0.1 is usual; {advice}")
     parts = {name: rows for name, rows in (("train", train), ("validation", validation)) if rows is not None}
+    first = next(iter(parts.values()))
+    spec = replace(spec, text=_text_columns(spec, first))
     for part, rows in parts.items():
         _check_columns(spec, rows, part)
-    spec = replace(spec, label=_label_column(spec, next(iter(parts.values()))))
+    spec = replace(spec, label=_label_column(spec, first))
     parts = {part: _with_templates(spec, rows) for part, rows in parts.items()}
     if spec.type == "tokens":
         parts = {part: _with_lists(spec, rows) for part, rows in parts.items()}
@@ -211,6 +215,18 @@ def load_task(
         order = draws.permutation(len(parts["train"]), seed=seed, stream="task examples")
         parts["train"] = parts["train"].select(np.sort(order[:max_examples]))
     return TaskData(spec=spec, train=parts.get("train"), validation=parts["validation"], labels=classes)
+
+
+def with_text_columns(spec: TaskSpec) -> TaskSpec:
+    """Return a task with its columns of texts: those that it names, or those of its rows that have usual names.
+
+    Raises:
+        InputError: If it names none, and its rows cannot be read or have none of a usual name.
+    """
+    if spec.text:
+        return spec
+    rows = next((part for part in _read(spec) if part is not None), None)
+    return spec if rows is None else replace(spec, text=_text_columns(spec, rows))
 
 
 def _read(spec: TaskSpec) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:
@@ -264,17 +280,43 @@ def _check_columns(spec: TaskSpec, rows: datasets.Dataset, part: str) -> None:
         raise InputError(f"task {spec.name!r}: there are no {part} rows")
 
 
+def _text_columns(spec: TaskSpec, rows: datasets.Dataset) -> tuple[str, ...]:
+    if spec.text:
+        return spec.text
+    found = _found(spec, "text", find_texts, rows)
+    if found is None:
+        raise InputError(
+            f"task {spec.name!r}: no column of texts has a usual name (such as sentence, text, or sentence1 and sentence2): the "
+            f"rows have {', '.join(rows.column_names)}; {_choosing('text')}"
+        )
+    return found
+
+
 def _label_column(spec: TaskSpec, rows: datasets.Dataset) -> str:
     if spec.label is not None:
         return spec.label
-    usual = USUAL_LABELS[_KINDS[spec.type]]
-    found = next((name for name in usual if name in rows.column_names), None)
+    kind, is_value = _KINDS[spec.type], spec.type == "regression"
+    found = _found(spec, "label", find_label, rows, is_value=is_value)
     if found is None:
+        usual = usual_labels(kind, is_value=is_value)
+        is_scored = spec.type == "classification" and "score" in rows.column_names
+        hint = "; score is a usual name of values: say type: regression (--task_type regression)" if is_scored else ""
         raise InputError(
-            f"task {spec.name!r}: no column has a usual name of labels ({', '.join(usual)}): name it by label; the rows have "
-            f"{', '.join(rows.column_names)}"
+            f"task {spec.name!r}: no column has a usual name of labels ({', '.join(usual)}): the rows have "
+            f"{', '.join(rows.column_names)}; {_choosing('label')}{hint}"
         )
     return found
+
+
+def _found(spec: TaskSpec, option: str, find: Callable[..., Any], rows: datasets.Dataset, **options: Any) -> Any:
+    try:
+        return find(_KINDS[spec.type], rows.column_names, advice=_choosing(option), **options)
+    except InputError as error:
+        raise InputError(f"task {spec.name!r}: {error}") from error
+
+
+def _choosing(option: str) -> str:
+    return f"name it by {option} (on a command line --{'text_columns' if option == 'text' else 'label_column'})"
 
 
 def _with_templates(spec: TaskSpec, rows: datasets.Dataset) -> datasets.Dataset:

@@ -146,7 +146,8 @@ class FineTuningTrainer(Trainer):
             name.rpartition(".")[2] == "scalar_mix" for name, _ in model.named_modules()
         ):
             raise InputError(
-                f"strategy='scalar_mix' needs a model with a module scalar_mix, and {type(model).__name__} has none"
+                f"strategy='scalar_mix' needs a model with a module scalar_mix, and {type(model).__name__} has none: set "
+                "mix_layers with an architecture, or choose architecture='scalar_mix'"
             )
         self.plan = StrategyPlan(model, args)
         if self.plan.is_staged:

@@ -18,6 +18,7 @@ from hf_pretrain.transfer.classic_heads import fit_head, fit_tfidf
 from hf_pretrain.transfer.comparison import ComparisonArm, ComparisonSettings, StrategyComparison, grid
 from hf_pretrain.transfer.comparison.arms import Outcome, count_cost
 from hf_pretrain.transfer.features import PretrainedFeatures
+from hf_pretrain.transfer.tuning.fine_tune import task_trainer
 
 SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0}
@@ -215,6 +216,31 @@ def test_what_is_frozen_costs_less(place):
     assert costs["full"].flops / 16 == pytest.approx(3 * costs["features"].flops, rel=0.2)
     assert costs["full"](160) == 10 * costs["full"].flops == 10 * costs["full"](16)
     assert costs["features"](160) == costs["features"](96) == 96 * costs["features"].flops
+
+
+def test_an_architecture_is_an_option_of_an_arm_and_costs_its_products(place):
+    """Of an LSTM too, whose fused kernel no counter knows: its forward products are the least that a wider one costs more."""
+    data, model = load_task(spec_of(place)), str(place / "encoder")
+    names = ("full", "full:architecture=bilstm,lstm_size=8", "full:architecture=bilstm,lstm_size=72")
+    stock, small, large = (count_cost(ComparisonArm.parse(model, name), data, batch_size=16).flops for name in names)
+    arm = ComparisonArm.parse(model, "lora:lora_rank=2,architecture=bilstm,lstm_size=8,mix_layers=true")
+    assert arm.head == {"architecture": "bilstm", "mix_layers": True, "architecture_options": {"lstm_size": 8}}
+    assert arm.training("x", seed=0, steps=1, batch_size=4).lora_rank == 2
+    trainer, _, _ = task_trainer(model, data, arm.training("x", seed=0, steps=1, batch_size=4), **arm.head)
+    assert trainer.plan.inner.config.mix_layers and trainer.plan.inner.config.architecture_options == {"lstm_size": 8}
+    width = trainer.plan.inner.config.hidden_size
+    tokens = 16 * min(len(ids) for ids in trainer.train_dataset["input_ids"])
+    products = [2 * tokens * 2 * 4 * size * (width + size) for size in (8, 72)]
+    assert large - small > products[1] - products[0] and small > stock - products[0]
+    for text, message in (
+        ("full:architecture=bilstm,num_filters=8", "is no option=value of it"),
+        ("full:lstm_size=8", "is no option=value of it"),
+        ("features:architecture=bilstm", "is no option=value of it"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ComparisonArm.parse(model, text)
+    with pytest.raises(InputError, match="mix_layers=True has no effect without architecture"):
+        count_cost(ComparisonArm.parse(model, "full:mix_layers=true"), data, batch_size=16)
 
 
 def test_a_real_halving_runs_from_the_start_again(place, tmp_path, capsys):

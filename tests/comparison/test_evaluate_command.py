@@ -303,10 +303,14 @@ def test_tasks_are_found_by_name_and_form(data, tmp_path):
         "scored words",
         *["examples"] * 2,
     ]
-    assert tasks[0].spec.columns == ("sentence", "label") and tasks[1].spec.type == "regression"
+    assert tasks[0].spec.text == ("sentence",) and tasks[0].spec.label == "label"
+    assert tasks[1].spec.text == ("sentence1", "sentence2") and tasks[1].spec.type == "regression"
     assert [task.hows[0] for task in tasks] == ["probe", "similarity", "pairs", "words", "likelihood", "finetune"]
     (tmp_path / "cola").mkdir()
     (tmp_path / "cola" / "train.tsv").write_text("gj04\t1\t\tIt rains.\n")
+    assert find_tasks(["cola"], data_dir=tmp_path)[0].spec.text == ("sentence",)
+    # Where the first row does not show what its columns are, the name of the task does.
+    (tmp_path / "cola" / "train.tsv").write_text("gj04\t1\t?\tIt rains.\n")
     assert find_tasks(["cola"], data_dir=tmp_path)[0].spec.columns == ("source", "label", "star", "sentence")
     # A header says more than the name.
     (tmp_path / "cola" / "train.tsv").write_text("sentence\tlabel\nIt rains.\t1\n")

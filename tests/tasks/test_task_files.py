@@ -81,6 +81,12 @@ class TestReading:
         assert data.train_dataset["token_type_ids"][0] == [0, 0, 0, 1, 1, 1]
         assert data.train_dataset["labels"] == [1, 0]
 
+    def test_colas_table_without_a_header(self, tmp_path, capsys):
+        data = self.prepare(tmp_path, "a1\t1\t\tw1 w2\na2\t0\t*\tw3 w4 w5\n")
+        assert data.train_dataset["labels"] == [1, 0]
+        assert [len(ids) for ids in data.train_dataset["input_ids"]] == [4, 5]
+        assert "without a header, taken for source, label, star, sentence" in capsys.readouterr().out
+
     @pytest.mark.parametrize("header", ["review\tstars", "review\t1", "0\t1"])
     def test_a_header_that_is_asked_for_is_one(self, tmp_path, header):
         """Also where its names are numbers, as pandas writes them."""
@@ -128,9 +134,19 @@ class TestReading:
             ),
             ("0\t1\nw1\t1\nw2\t0\n", {}, "the first line was taken as the header, and names 0, 1; "),
             (
-                "a1\t1\t\tw1 w2\na2\t0\t\tw3 w4\n",
+                "a1\t1\tx\tw1 w2\na2\t0\t\tw3 w4\n",
                 {},
                 "the first line was taken as the header, and names a1, 1, .* put a header above it",
+            ),
+            (
+                "sentence\ttext\tlabel\nw1\tw2\t1\n",
+                {},
+                "several columns have usual names of texts, sentence, or text: choose with --text_columns",
+            ),
+            (
+                "sentence\tlabel\tgold_label\nw1\t1\t0\n",
+                {},
+                "several columns have usual names of labels, label, or gold_label: choose with --label_column",
             ),
             (
                 "sentence\nw1\n",

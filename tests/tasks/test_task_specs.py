@@ -484,7 +484,7 @@ class TestRefused:
             ("mine: [a\n", "cannot be read"),
             ("mine: {typ: classification}\n", "task 'mine' has the unknown option 'typ': did you mean 'type'"),
             ("mine: {text: a}\n", "task 'mine' has no type"),
-            ("mine: {type: classification}\n", "task 'mine' has no text"),
+            ("mine: {type: classification}\n", "task 'mine': give train_file, validation_file or"),
             ("mine: {type: classification, text: {a: b}}\n", "text={'a': 'b'} must be a list of words"),
             ("mine: {type: [tokens], text: a}\n", r"type=\['tokens'\] must be one word"),
             (

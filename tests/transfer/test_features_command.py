@@ -151,6 +151,15 @@ def test_pairs_held_out_rows_layers_and_a_cache(place, tmp_path, capsys):
     assert strip(capsys.readouterr().out) == strip(text)
 
 
+def test_columns_of_usual_names_are_found_and_printed(place, capsys):
+    files = ["--train_file", place / "train.tsv", "--validation_file", place / "dev.tsv", "--folds", "3"]
+    assert run(place, *files) == 0
+    found = capsys.readouterr().out
+    assert "columns: text text, label label" in found
+    assert run(place, *files, "--text_columns", "text", "--label_column", "label") == 0
+    assert table(capsys.readouterr().out) == table(found)
+
+
 def test_values(place, tmp_path, capsys):
     options = ["--train_file", place / "train.tsv", "--validation_file", place / "dev.tsv", "--text_columns", "text"]
     options += [
@@ -184,7 +193,7 @@ def test_words_of_a_pair_are_told_apart_by_tfidf():
     ("options", "message"),
     [
         ([], "give the examples by --tasks"),
-        (["--train_file", "train.tsv"], "needs --text_columns"),
+        (["--train_file", "train.tsv", "--task_type", "regression", "--label_column", "none"], "label names 'none'"),
         (["--tasks", "tasks.yaml"], "has 3 tasks: name one by --task"),
         (["--tasks", "tasks.yaml", "--task", "sinlge"], "did you mean 'single'"),
         (["--tasks", "tasks.yaml", "--task", "words"], "type='tokens'"),

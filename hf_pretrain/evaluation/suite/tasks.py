@@ -6,7 +6,6 @@ their similarity, questions of analogy, or a table of labelled examples with a u
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -16,8 +15,8 @@ from typing import Any, Literal, get_args
 
 from hf_pretrain.data.text.lines import open_bytes, readable
 from hf_pretrain.errors import InputError, check_choice, nearest
-from hf_pretrain.tasks.files import kind_of
-from hf_pretrain.tasks.spec import TaskSpec, read_tasks
+from hf_pretrain.tasks.files import column_names, find_label, find_texts, kind_of
+from hf_pretrain.tasks.spec import TaskSpec, read_tasks, with_text_columns
 
 How = Literal["probe", "similarity", "pairs", "words", "likelihood", "finetune"]
 """The ways to measure a model on a task."""
@@ -26,10 +25,6 @@ Material = Literal["examples", "minimal pairs", "scored words", "analogies"]
 
 _SPLITS = {"train": ("train",), "validation": ("dev", "validation", "valid", "val")}
 _TABLES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-# Columns of texts and labels by their usual names.
-_TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"))
-_TEXTS_ALONE = (("sentence",), ("text",))
-_LABELS = ("label", "labels", "score", "is_duplicate")
 # Tables without a header, and what their header does not say, by the name of the task.
 _KNOWN: dict[str, dict[str, Any]] = {
     "sst2": {"columns": ("sentence", "label")},
@@ -124,7 +119,7 @@ def _of_yaml(name: str) -> list[SuiteTask]:
     if chosen:
         check_choice(chosen, known, name=f"tasks={name}: task")
     return [
-        SuiteTask(name=spec.name, material="examples", spec=spec)
+        SuiteTask(name=spec.name, material="examples", spec=with_text_columns(spec))
         for spec in known.values()
         if not chosen or spec.name == chosen
     ]
@@ -179,17 +174,22 @@ def _of_task_folder(name: str, folder: Path) -> SuiteTask:
         if len(paths) > 1:
             raise InputError(f"tasks={name!r}: {split} is several files, {', '.join(paths)}: keep one")
     known = _KNOWN.get(_plain(name), {})
-    first = Path((splits["train"] or splits["validation"])[0])
-    header = _header(first)
+    first = (splits["train"] or splits["validation"])[0]
     options: dict[str, Any] = {"type": "classification"} | known
-    columns = known.get("columns")
-    is_named = _columns(header) is not None
-    if is_named or columns is None:
+    given = known.get("columns", ())
+    header = column_names(first, names=given)
+    # A table with a header of its own needs no names from here.
+    is_named = _columns(header, options["type"], name) is not None
+    if is_named or not given:
         options.pop("columns", None)
-    found = _columns(header if is_named or columns is None else columns)
+    found = _columns(header if is_named or not given else given, options["type"], name)
+    if found is None and "type" not in known:
+        # Values have names of their own.
+        options["type"] = "regression"
+        found = _columns(header, "regression", name)
     if found is None:
         raise InputError(
-            f"tasks={name!r}: the columns of {str(first)!r} are {', '.join(map(str, header[:6]))}, and none has a usual name "
+            f"tasks={name!r}: the columns of {first!r} are {', '.join(map(str, header[:6]))}, and none has a usual name "
             "(sentence, or sentence1 and sentence2, with label): describe the task in a YAML file"
         )
     options |= {f"{split}_file": paths for split, paths in splits.items()}
@@ -197,10 +197,11 @@ def _of_task_folder(name: str, folder: Path) -> SuiteTask:
     return SuiteTask(name=name, material="examples", spec=spec)
 
 
-def _columns(header: Sequence[str]) -> tuple[tuple[str, ...], str] | None:
-    """Return the columns of texts and of labels among those of a table, None if they have no usual names."""
-    text = next((names for names in (*_TEXTS, *_TEXTS_ALONE) if set(names) <= set(header)), None)
-    label = next((name for name in _LABELS if name in header), None)
+def _columns(header: Sequence[str], kind: str, name: str) -> tuple[tuple[str, ...], str] | None:
+    """Return the columns of texts and of labels of a task among those of a table, None if they have no usual names."""
+    advice = f"describe the task {name!r} in a YAML file"
+    text = find_texts("sequence-classification", header, advice=advice)
+    label = find_label("sequence-classification", header, is_value=kind == "regression", advice=advice)
     return None if text is None or label is None else (text, label)
 
 
@@ -208,21 +209,6 @@ def _lines(path: Path) -> list[str]:
     with readable(path), open_bytes(str(path)) as file:
         lines = [line for _, line in zip(range(_FIRST_ROWS), file, strict=False)]
     return [line.decode("utf-8-sig", errors="replace").strip("\r\n") for line in lines]
-
-
-def _header(path: Path) -> list[str]:
-    """Return the cells of the first row of a table, or the names in the first object of JSON lines."""
-    kind, lines = kind_of(str(path)), _lines(path) if kind_of(str(path)) != ".parquet" else []
-    if kind in (".tsv", ".csv"):
-        options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-        return next(csv.reader(lines, **options), [])
-    if kind == ".parquet":
-        import pyarrow.parquet
-
-        with readable(path):
-            return list(pyarrow.parquet.read_schema(path).names)
-    row = _json(lines[0]) if lines else None
-    return list(row) if isinstance(row, dict) else []
 
 
 def _json(line: str) -> Any:

@@ -111,16 +111,19 @@ def find_architecture(name: str, *, task: str, options: Mapping[str, Any]) -> ty
     found = _REGISTER[name]
     if task not in found.tasks:
         raise ValueError(f"architecture={name!r} has no logits of {task}: choose one of {', '.join(usable)}")
-    parameters = inspect.signature(found.__init__).parameters
-    known = [
-        option for option in parameters if option not in _COMMON and parameters[option].kind.name != "VAR_KEYWORD"
-    ]
+    known = options_of(found)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(
             f"architecture_options has {', '.join(unknown)}: {name!r} takes {', '.join(known) or 'no options'}"
         )
     return found
+
+
+def options_of(architecture: type[Architecture]) -> list[str]:
+    """Return the names of the options that a class takes beside the common arguments."""
+    parameters = inspect.signature(architecture.__init__).parameters
+    return [name for name in parameters if name not in _COMMON and parameters[name].kind.name != "VAR_KEYWORD"]
 
 
 class Pooling(nn.Module):

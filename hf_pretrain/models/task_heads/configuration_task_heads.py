@@ -64,6 +64,17 @@ class TaskHeadConfig(PreTrainedConfig):
         kwargs["auto_map"] = dict(_AUTO_MAP)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the values of a configuration file; that of an encoder alone is taken for the encoder's own.
+
+        peft reads it so, when it saves an adapter: the model below the adapter is known by the name of its encoder.
+        """
+        values, rest = super().get_config_dict(*args, **kwargs)
+        if values.get("model_type", cls.model_type) != cls.model_type:
+            values = {"model_type": cls.model_type, "encoder_config": values}
+        return values, rest
+
     @property
     def encoder(self) -> PreTrainedConfig:
         """The encoder's configuration."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, cast, get_args
 
@@ -29,6 +29,7 @@ from hf_pretrain.transfer.classic_heads import HEADS, Kind, fit_head, fit_tfidf
 from hf_pretrain.transfer.features import PretrainedFeatures
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, fine_tune, task_trainer
+from hf_pretrain.transfer.tuning.heads import option_names
 
 FEATURES = "features"
 STRATEGIES = (*get_args(Strategy), FEATURES)
@@ -36,6 +37,7 @@ STRATEGIES = (*get_args(Strategy), FEATURES)
 _HIGHER_RATE = frozenset({"frozen", "bitfit", "lora", "dora", "peft", "scalar_mix"})
 _RATES = {True: 1e-3, False: 1e-4}
 _OF_FEATURES = ("head", "pooling", "layer")
+_OF_HEADS = ("architecture", "mix_layers")
 # What a comparison sets itself.
 _OWN = ("strategy", "output_dir", "max_steps", "num_train_epochs", "seed", "per_device_train_batch_size")
 # Rows whose mean length stands for all.
@@ -49,7 +51,8 @@ class ComparisonArm:
     Attributes:
         model: Name of the model.
         strategy: A strategy of fine-tuning, or "features".
-        options: Options of `FineTuningArguments` that differ from the strategy's own; of features `head`, `pooling` and `layer`.
+        options: Options of `FineTuningArguments` that differ from the strategy's own; `architecture`, its options, and
+            `mix_layers`; of features `head`, `pooling` and `layer`.
     """
 
     model: str
@@ -58,7 +61,7 @@ class ComparisonArm:
 
     @classmethod
     def parse(cls, model: str, text: str) -> ComparisonArm:
-        """Return the arm that a text describes: "lora", or "lora:learning_rate=1e-3,lora_rank=16".
+        """Return the arm that a text describes: "lora", or "lora:learning_rate=1e-3,architecture=bilstm,lstm_size=64".
 
         Raises:
             InputError: If there is no such strategy or option.
@@ -66,7 +69,8 @@ class ComparisonArm:
         strategy, _, rest = text.partition(":")
         if strategy not in STRATEGIES:
             raise InputError(f"strategies={text!r}: {nearest(strategy, STRATEGIES)}")
-        known = _OF_FEATURES if strategy == FEATURES else [entry.name for entry in fields(FineTuningArguments)]
+        architecture = next((part[13:] for part in rest.split(",") if part.startswith("architecture=")), None)
+        known = [*_OF_FEATURES] if strategy == FEATURES else [*_of_training(), *_OF_HEADS, *option_names(architecture)]
         options: dict[str, Any] = {}
         for part in filter(None, rest.split(",")):
             name, sign, value = part.partition("=")
@@ -88,9 +92,22 @@ class ComparisonArm:
 
     def training(self, folder: str, *, seed: int, steps: int, batch_size: int) -> FineTuningArguments:
         """Return the options of a run of so many steps."""
+        known = _of_training()
+        own = {name: value for name, value in self.options if name in known}
         return tuning_arguments(
-            folder, strategy=self.strategy, seed=seed, max_steps=steps, batch_size=batch_size, **dict(self.options)
+            folder, strategy=self.strategy, seed=seed, max_steps=steps, batch_size=batch_size, **own
         )
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What stands on top of the encoder, as `fine_tune` takes it."""
+        options, known = dict(self.options), [*_of_training(), *_OF_HEADS]
+        own = {name: value for name, value in options.items() if name not in known}
+        return {name: options[name] for name in _OF_HEADS if name in options} | {"architecture_options": own}
+
+
+def _of_training() -> list[str]:
+    return [entry.name for entry in fields(FineTuningArguments)]
 
 
 def _value(text: str) -> Any:
@@ -120,7 +137,14 @@ def tuning_arguments(
 
 
 def tuned_scores(
-    model: str, data: TaskData, *, strategy: str, seed: int, max_length: int | None = None, **options: Any
+    model: str,
+    data: TaskData,
+    *,
+    strategy: str,
+    seed: int,
+    max_length: int | None = None,
+    head: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> FineTuned:
     """Fine-tune a model on a task, and return its scores; nothing is left on the disk.
 
@@ -130,6 +154,7 @@ def tuned_scores(
         strategy: The strategy.
         seed: Seed of the head, the order and the dropout.
         max_length: Most tokens of an example.
+        head: What stands on top of the encoder, as `fine_tune` takes it; by default the stock head.
         **options: Further options of `FineTuningArguments`.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -139,6 +164,7 @@ def tuned_scores(
             model,
             data,
             args,
+            **(head or {}),
             max_length=max_length,
             begins=lambda trainer, _: trainer.remove_callback(PrinterCallback),
         )
@@ -209,15 +235,21 @@ def count_cost(arm: ComparisonArm, data: TaskData, *, batch_size: int, max_lengt
         return ArmCost(arm, batch_size, rows, _feature_flops(arm, data, max_length=max_length))
     with tempfile.TemporaryDirectory() as folder:
         args = arm.training(folder, seed=0, steps=1, batch_size=batch_size)
-        trainer, _, _ = task_trainer(arm.model, data, args, max_length=max_length)
+        trainer, _, _ = task_trainer(arm.model, data, args, **arm.head, max_length=max_length)
         lengths = np.array([_length(ids) for ids in cast(Any, trainer.train_dataset)["input_ids"]])
         near = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:batch_size]
         batch = trainer._prepare_inputs(
             trainer.data_collator([cast(Any, trainer.train_dataset)[int(row)] for row in near])
         )
         model = cast(torch.nn.Module, trainer.model).train()
-        # The counter knows the products that attention is made of, not the fused kernel of a CPU.
-        with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        # The counter knows the products that attention and LSTMs are made of, not the fused kernels of a device.
+        with (
+            torch.random.fork_rng(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.backends.mkldnn.flags(enabled=False),
+            torch.backends.cudnn.flags(enabled=False),
+            FlopCounterMode(display=False) as counter,
+        ):
             trainer.compute_loss(model, cast(Any, batch)).backward()
     return ArmCost(arm, batch_size, rows, counter.get_total_flops() * batch_size / len(near))
 
@@ -277,7 +309,8 @@ def run_arm(cost: ArmCost, data: TaskData, *, examples: int, seed: int, max_leng
         max_length=max_length,
         max_steps=cost.steps(examples),
         batch_size=cost.batch_size,
-        **dict(arm.options),
+        head=arm.head,
+        **{name: value for name, value in arm.options if name in _of_training()},
     )
     return Outcome(tuned.scores, cost(examples), tuned.seconds)
 

@@ -208,7 +208,7 @@ class MultiTaskTrainer(FineTuningTrainer):
             args.ddp_find_unused_parameters = True
         elif not args.ddp_find_unused_parameters and args.world_size > 1 and len(self.tasks) > 1:
             raise InputError("ddp_find_unused_parameters=False: a step leaves other tasks' heads alone; leave it out")
-        lengths = {"max_length": max_length, "doc_stride": doc_stride}
+        lengths: dict[str, Any] = {"max_length": max_length, "doc_stride": doc_stride}
         rows = {name: data.encoded("train", tokenizer, **lengths) for name, data in self.tasks.items()}
         held_out = {name: data.encoded("validation", tokenizer, **lengths) for name, data in self.tasks.items()}
         self._losses: dict[str, torch.Tensor] = {}

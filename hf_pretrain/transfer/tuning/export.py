@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -18,10 +18,12 @@ from hf_pretrain.hub.pushing import Pushing
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, cite, read_record
 from hf_pretrain.hub.run import earlier_trainings, hub_name_of
 from hf_pretrain.hub.text import hub_id
+from hf_pretrain.models.task_heads.architectures_task_heads import Architecture
 from hf_pretrain.options import all_options, resolved_options, write_recipe
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.transfer.strategies import is_adapted
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned
+from hf_pretrain.transfer.tuning.heads import chosen_head, fresh_modules, reads_apart
 from hf_pretrain.transfer.tuning.references import Reference, evaluation_of, task_of_the_hub
 
 PREDICTIONS, RESULTS, RECIPE = "predictions.jsonl", "all_results.json", "recipe.yaml"
@@ -92,6 +94,7 @@ def results_of(found: FineTuned, references: Sequence[Reference] = ()) -> dict[s
     return {
         "task": data.spec.name,
         "strategy": args.strategy,
+        **_head_of(found),
         "seed": args.seed,
         "metric": data.main_metric,
         "scores": plain(found.scores),
@@ -101,6 +104,18 @@ def results_of(found: FineTuned, references: Sequence[Reference] = ()) -> dict[s
         "step": found.step,
         "seconds": round(found.seconds, 3),
         "trained_parameters": _trained(found),
+    }
+
+
+def _head_of(found: FineTuned) -> dict[str, Any]:
+    """Return the architecture on top with its options; nothing of a stock head."""
+    head = chosen_head(found.trainer.plan.inner)
+    if head.architecture is None:
+        return {}
+    return {
+        "architecture": head.architecture,
+        "architecture_options": dict(head.options),
+        "mix_layers": head.mix_layers,
     }
 
 
@@ -172,10 +187,10 @@ def _write_card(
         model_class=type(inner).__name__,
         has_own_code=not type(inner).__module__.startswith("transformers."),
         adapter=str(_kind_of_adapter(trainer.model)) if is_adapter else "",
-        loading=_opening_an_adapter(data) if is_adapter else "",
-        fresh_parameters=", ".join(dict.fromkeys(name.rpartition(".")[0] or name for name in found.fresh)),
+        loading=_opening_an_adapter(data, inner) if is_adapter else _opening_with_code(data, inner),
+        fresh_parameters=", ".join(fresh_modules(inner, found.fresh)),
         repo=repo or ".",
-        objective=_objective(data, args),
+        objective=_objective(data, args, inner),
         **_origin(model_name),
         data=_data(data),
         recipe=recipe_options(essential | resolved_options(options), defaults={}) if options else {},
@@ -240,24 +255,30 @@ def _kind_of_adapter(model: Any) -> str:
     return ", ".join(str(plain(config.peft_type)) for config in model.peft_config.values())
 
 
-def _objective(data: TaskData, args: Any) -> ObjectiveDescription:
-    spec = data.spec
+def _objective(data: TaskData, args: Any, model: PreTrainedModel) -> ObjectiveDescription:
+    spec, head = data.spec, chosen_head(model)
     classes = "" if data.labels is None else f" of {len(data.labels)} classes"
     rate = f"with the strategy `{args.strategy}` at a peak learning rate of {args.learning_rate:g}"
+    below = "stock head of the task" if head.architecture is None else f"architecture {head}"
     return ObjectiveDescription(
         name="finetune",
         title=f"{spec.name} ({spec.type}{classes})",
-        description=f"An encoder below the stock head of the task was trained on its examples, {rate}.",
+        description=f"An encoder below the {below} was trained on its examples, {rate}.",
         citations=cite("clark2020electra") if args.strategy == "layerwise_decay" else (),
         pipeline_tag=task_of_the_hub(data),
         usage=usage_of(data),
     )
 
 
-def usage_of(data: TaskData) -> str:
-    """Return Python code that opens an export and uses its head, with the names of `hf_pretrain.hub.examples.in_code`."""
-    auto = data.auto_class.__name__
-    opened = 'tokenizer = AutoTokenizer.from_pretrained("{repo}")\nmodel = ' + auto + '.from_pretrained("{repo}")\n'
+def usage_of(data: TaskData, *, trusted: bool = False) -> str:
+    """Return Python code that opens an export and uses its head, with the names of `hf_pretrain.hub.examples.in_code`.
+
+    Args:
+        data: The task.
+        trusted: Whether the code beside the weights is to be run.
+    """
+    auto, trust = data.auto_class.__name__, ", trust_remote_code=True" if trusted else ""
+    opened = _opened(data, trust)
     if data.spec.type == "span":
         return (
             f"from transformers import {auto}, AutoTokenizer\n\nfrom hf_pretrain import answer_questions\n\n{opened}"
@@ -274,16 +295,53 @@ def usage_of(data: TaskData) -> str:
     text = "{sentence}" if len(data.spec.text) == 1 else '{"text": {sentence}, "text_pair": {another}}'
     if data.spec.type == "tokens":
         task, options = "token-classification", ', aggregation_strategy="simple"'
+    options += trust
     return f'from transformers import pipeline\n\npipe = pipeline("{task}", model="{{repo}}"{options})\nprint(pipe({text}))\n'
 
 
-def _opening_an_adapter(data: TaskData) -> str:
-    """Return code that opens an adapter with the encoder below it."""
+def _opened(data: TaskData, trust: str) -> str:
     auto = data.auto_class.__name__
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+    return f'{tokenizer}model = {auto}.from_pretrained("{{repo}}"{trust})\n'
+
+
+def _opening_with_code(data: TaskData, model: PreTrainedModel) -> str:
+    """Return code that opens and uses a model with an architecture on top; "" of a stock one, of which the card knows it."""
+    head = chosen_head(model)
+    if head.architecture is None:
+        return ""
+    module = type(cast(Any, model).architecture).__module__
+    is_ours = module == Architecture.__module__
+    before = "" if is_ours else f"import {module}  # registers the architecture {head.architecture}\n"
+    if not reads_apart(model):
+        return before + usage_of(data, trusted=is_ours)
+    auto, ends = data.auto_class.__name__, "" if data.labels is None else ".softmax(-1)"
+    return (
+        f"{before}from transformers import {auto}, AutoTokenizer\n\n"
+        + _opened(data, ", trust_remote_code=True" if is_ours else "")
+        + 'first, second = (tokenizer(text, return_tensors="pt") for text in ({sentence}, {another}))\n'
+        + 'pair = {f"pair_{name}": tensor for name, tensor in second.items()}\n'
+        + f"print(model(**first, **pair).logits{ends})\n"
+    )
+
+
+def _opening_an_adapter(data: TaskData, model: PreTrainedModel) -> str:
+    """Return code that opens an adapter with the encoder below it."""
+    auto, head = data.auto_class.__name__, chosen_head(model)
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
+    below = 'below = PeftConfig.from_pretrained("{repo}").base_model_name_or_path\n'
+    if head.architecture is not None:
+        options = f"architecture={head.architecture!r}, architecture_options={dict(head.options)!r}, "
+        options += f"mix_layers={head.mix_layers}, num_labels={len(data.labels or [0])}"
+        name = type(model).__name__
+        return (
+            "from peft import PeftConfig, PeftModel\nfrom transformers import AutoTokenizer\n\n"
+            f"from hf_pretrain import {name}\n\n{tokenizer}{below}"
+            f"options = dict({options})\n"
+            f'model = PeftModel.from_pretrained({name}.from_encoder(below, **options), "{{repo}}")\n'
+        )
     size = "" if data.spec.type in ("choice", "span") else f", num_labels={len(data.labels or [0])}"
     return (
-        f"from peft import PeftConfig, PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("{repo}")\n'
-        'below = PeftConfig.from_pretrained("{repo}").base_model_name_or_path\n'
+        f"from peft import PeftConfig, PeftModel\nfrom transformers import {auto}, AutoTokenizer\n\n{tokenizer}{below}"
         f'model = PeftModel.from_pretrained({auto}.from_pretrained(below{size}), "{{repo}}")\n'
     )

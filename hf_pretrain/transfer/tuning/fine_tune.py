@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,15 @@ from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec, load_task
 from hf_pretrain.training.processes import StopOnRequest, first_process_first, not_finite, nothing_trained, stopped
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
-from hf_pretrain.transfer.tuning.heads import OpenedModel, name_labels, open_for_task, settle_length, settle_padding
+from hf_pretrain.transfer.tuning.heads import (
+    OpenedModel,
+    chosen_head,
+    name_labels,
+    open_for_task,
+    reads_apart,
+    settle_length,
+    settle_padding,
+)
 
 _LENGTHS = {"span": 128}
 
@@ -51,7 +59,8 @@ class TaskTrainer(FineTuningTrainer):
         self.data, self.max_length, self.doc_stride = data, max_length, doc_stride
         self.scores: dict[str, float] = {}
         self.write_card: Callable[[], None] = lambda: None
-        lengths = {"max_length": max_length, "doc_stride": doc_stride}
+        apart = reads_apart(model)
+        lengths: dict[str, Any] = {"max_length": max_length, "doc_stride": doc_stride, "apart": apart}
         with first_process_first(args):
             train, validation = (data.encoded(split, processing_class, **lengths) for split in ("train", "validation"))
         super().__init__(
@@ -59,7 +68,7 @@ class TaskTrainer(FineTuningTrainer):
             args,
             train_dataset=train,
             eval_dataset=validation,
-            data_collator=data.collator(processing_class),
+            data_collator=data.collator(processing_class, apart=apart),
             processing_class=processing_class,
             compute_metrics=self._score,
             preprocess_logits_for_metrics=self._logits_of_head,
@@ -126,6 +135,9 @@ def task_trainer(
     args: FineTuningArguments,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    architecture: str | None = None,
+    architecture_options: Mapping[str, Any] | None = None,
+    mix_layers: bool = False,
     max_length: int | None = None,
     doc_stride: int | None = None,
     **kwargs: Any,
@@ -139,7 +151,18 @@ def task_trainer(
         if not isinstance(model, str):
             raise InputError("tokenizer is missing: give that of the model")
         tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, model))
-    opened = open_for_task(model, data, seed=args.seed) if isinstance(model, str) else OpenedModel(model, "", ())
+    head = {"architecture": architecture, "architecture_options": architecture_options, "mix_layers": mix_layers}
+    if isinstance(model, str):
+        opened = open_for_task(model, data, seed=args.seed, **cast(Any, head))
+    elif any(head.values()):
+        name, value = next((name, value) for name, value in head.items() if value)
+        raise InputError(
+            f"{name}={value!r} has no effect on a live model, which has its head: give the name of a checkpoint"
+        )
+    else:
+        opened = OpenedModel(model, "", ())
+        # A live model may have an architecture that does not fit.
+        chosen_head(model).check(data.spec)
     model, note, fresh = opened
     name_labels(model, data)
     settle_padding(model, tokenizer)
@@ -159,6 +182,9 @@ def fine_tune(
     args: FineTuningArguments,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    architecture: str | None = None,
+    architecture_options: Mapping[str, Any] | None = None,
+    mix_layers: bool = False,
     max_length: int | None = None,
     doc_stride: int | None = None,
     begins: Callable[[TaskTrainer, str], None] | None = None,
@@ -167,12 +193,17 @@ def fine_tune(
     """Fine-tune a model on a task with a strategy, and score it on the validation rows. Nothing is exported.
 
     Args:
-        model: A checkpoint, opened with the stock head of the task (see `open_for_task`), or a live model with such a head.
+        model: A checkpoint, opened with the head of the task (see `open_for_task`), or a live model with such a head.
         task: The task, or its examples; rows to train on and labels to evaluate on are needed.
         args: Strategy and options of training. With `load_best_model_at_end` the best weights are those with the best main metric
             of the task, unless `metric_for_best_model` names another. `resume_from_checkpoint` goes on from a checkpoint.
         tokenizer: That of a live model; by default the checkpoint's.
-        max_length: Most tokens of an example; by default 128, of spans 384, or fewer if the model takes no more.
+        architecture: What stands on top of the encoder, such as "bilstm", see [`TaskHeadConfig`]; by default a stock head, or
+            that of the checkpoint.
+        architecture_options: Its options, such as `{"lstm_size": 64}`.
+        mix_layers: Whether it reads a learned mean of all layers.
+        max_length: Most tokens of an example, of texts that are read apart of each; by default 128, of spans 384, or fewer if
+            the model takes no more.
         doc_stride: Of spans: tokens that a window shares with the next; by default 128, at most a third of `max_length`.
         begins: Called with the Trainer, and what became of the head, when all is read and checked and before the first step.
         **kwargs: Other arguments of `transformers.Trainer`, such as `callbacks`.
@@ -186,7 +217,16 @@ def fine_tune(
             finite.
     """
     trainer, note, fresh = task_trainer(
-        model, task, args, tokenizer=tokenizer, max_length=max_length, doc_stride=doc_stride, **kwargs
+        model,
+        task,
+        args,
+        tokenizer=tokenizer,
+        architecture=architecture,
+        architecture_options=architecture_options,
+        mix_layers=mix_layers,
+        max_length=max_length,
+        doc_stride=doc_stride,
+        **kwargs,
     )
     data, baseline = trainer.data, trainer.data.baseline()
     if begins is not None:

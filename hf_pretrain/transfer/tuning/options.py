@@ -37,8 +37,14 @@ class TaskArguments:
         None, "Instead of tasks: examples to train on, as .tsv, .csv, .jsonl, .json or .parquet."
     )
     validation_file: list[str] | None = option(None, "Examples to measure on; by default some of those to train on.")
-    text_columns: list[str] | None = option(None, "Column of the text, or two of pairs.")
-    label_column: str | None = option(None, "Column of the labels; by default one of a usual name.")
+    text_columns: list[str] | None = option(
+        None,
+        "Column of the text, or two of pairs; by default those of the usual names (sentence, text, sentence1 and sentence2, "
+        "premise and hypothesis, tokens, question and context, ...).",
+    )
+    label_column: str | None = option(
+        None, "Column of the labels; by default one of a usual name (label, score of values, tags, answers, ...)."
+    )
     task_type: TaskType = option(
         "classification", "Of train_file: classification, regression, tokens (classes of words), choice, or span."
     )
@@ -50,9 +56,7 @@ class TaskArguments:
         check_options(self)
         check_changed(self)
         if (self.tasks is None) == (self.train_file is None):
-            raise InputError("give the examples by --tasks (a YAML file), or by --train_file and --text_columns")
-        if self.train_file is not None and not self.text_columns:
-            raise InputError(f"train_file={self.train_file} needs --text_columns: one column, or two of pairs")
+            raise InputError("give the examples by --tasks (a YAML file), or by --train_file")
 
     def find_task(self, types: Collection[str] = (), *, what: str = "") -> TaskSpec:
         """Return the task.
