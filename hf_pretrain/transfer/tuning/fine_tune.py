@@ -139,7 +139,12 @@ def task_trainer(
         if not isinstance(model, str):
             raise InputError("tokenizer is missing: give that of the model")
         tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, model))
-    opened = open_for_task(model, data, seed=args.seed) if isinstance(model, str) else OpenedModel(model, "", ())
+    architecture = "scalar_mix" if args.strategy == "scalar_mix" else None
+    opened = (
+        open_for_task(model, data, seed=args.seed, architecture=architecture)
+        if isinstance(model, str)
+        else OpenedModel(model, "", ())
+    )
     model, note, fresh = opened
     name_labels(model, data)
     settle_padding(model, tokenizer)

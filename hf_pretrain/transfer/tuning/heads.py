@@ -9,13 +9,20 @@ import torch
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
-from hf_pretrain.errors import InputError
+from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.loading import from_config, from_pretrained, refuse_type
+from hf_pretrain.models import task_heads
 from hf_pretrain.tasks.labelled import TaskData
 
 _USUAL_LENGTHS = {"span": 384}
 _USUAL_LENGTH = 128
+# Classes of models with another architecture on top, by the type of the task.
+_WITH_ARCHITECTURES = {
+    "classification": "EncoderForSequenceClassification",
+    "regression": "EncoderForSequenceClassification",
+    "tokens": "EncoderForTokenClassification",
+}
 _OF_A_HEAD = ("id2label", "label2id", "num_labels", "problem_type", "architectures")
 
 
@@ -33,8 +40,8 @@ class OpenedModel(NamedTuple):
     fresh: tuple[str, ...]
 
 
-def open_for_task(name_or_path: str, data: TaskData, *, seed: int = 0) -> OpenedModel:
-    """Open a checkpoint with the stock head of a task.
+def open_for_task(name_or_path: str, data: TaskData, *, seed: int = 0, architecture: str | None = None) -> OpenedModel:
+    """Open a checkpoint with the stock head of a task, or with another architecture on top.
 
     A head that the checkpoint has for the same labels in the same order is kept. Otherwise its encoder alone is taken, and the
     head is drawn anew: so the output of one task is the beginning of another.
@@ -43,14 +50,18 @@ def open_for_task(name_or_path: str, data: TaskData, *, seed: int = 0) -> Opened
         name_or_path: The checkpoint: a folder, or a name on the Hub.
         data: The task.
         seed: Seed of a fresh head: the same weights in every process.
+        architecture: One of `register_architecture`, such as "scalar_mix", instead of the stock head. It is kept too where the
+            checkpoint has it for the same labels.
 
     Returns:
         The model, its weights in float32.
 
     Raises:
-        InputError: If the checkpoint cannot be opened, or its architecture has no head of this kind.
+        InputError: If the checkpoint cannot be opened, or there is no head of this kind for its architecture or for the task.
     """
     config = from_pretrained(AutoConfig, name_or_path)
+    if architecture is not None and architecture != getattr(config, "architecture", None):
+        return _with_architecture(name_or_path, data, architecture, seed=seed)
     mapping = data.auto_class._model_mapping
     if type(config) not in mapping:
         raise refuse_type(config.model_type, data.auto_class)
@@ -94,6 +105,31 @@ def _shown(names: Sequence[str]) -> str:
 def _fresh_note(model: PreTrainedModel, fresh: Sequence[str]) -> str:
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in fresh))
     return f"{type(model).__name__}, with a fresh head ({_shown(modules)})"
+
+
+def has_architectures(data_type: str) -> bool:
+    """Return whether a type of tasks has models with another architecture on top of an encoder."""
+    return data_type in _WITH_ARCHITECTURES
+
+
+def _with_architecture(name_or_path: str, data: TaskData, architecture: str, *, seed: int) -> OpenedModel:
+    """Return the encoder of a checkpoint below an architecture that is drawn anew."""
+    if not has_architectures(data.spec.type):
+        raise InputError(
+            f"architecture={architecture!r} goes with tasks of type {', '.join(_WITH_ARCHITECTURES)}, and {data.spec.name!r} is "
+            f"of type {data.spec.type!r}: choose another strategy"
+        )
+    model_class = getattr(task_heads, _WITH_ARCHITECTURES[data.spec.type])
+    encoder = from_pretrained(AutoModel, name_or_path, announce=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(draws.generator_seed(seed=seed, stream="fresh head"))
+        try:
+            model = model_class.from_encoder(encoder, architecture=architecture, **data.head_options())
+        except ValueError as error:
+            raise InputError(f"{name_or_path!r}: {one_line(error)}") from error
+    lost = {f"encoder.{name}" for name in getattr(encoder, "fresh_parameters", ())}
+    fresh = tuple(name for name, _ in model.named_parameters() if not name.startswith("encoder.") or name in lost)
+    return OpenedModel(model, _fresh_note(model, fresh), fresh)
 
 
 def _with_fresh_head(
