@@ -25,6 +25,8 @@ from hf_pretrain.transfer.comparison.arms import ArmCost, ComparisonArm, Outcome
 from hf_pretrain.transfer.comparison.halving import Rung, better_half, plan_rungs, successive_halving
 
 _FORMAT = "hf_pretrain comparison"
+# Rows that the cost of a step is counted on: their mean length stands for all.
+_COUNTED_ROWS = 512
 # Share of the rows to train on that is held out to choose a rate.
 _CHOOSING_SHARE = 0.2
 TFIDF = {"classification": "TF-IDF + linear_svc", "regression": "TF-IDF + ridge"}
@@ -238,7 +240,7 @@ class StrategyComparison:
                 raise InputError(arm.refusal(tasks[-1]))
         self._costs: dict[tuple[str, ComparisonArm], ArmCost] = {}
         for spec in tasks:
-            data = self._load(spec, None, seeds[0])
+            data = self._load(spec, _COUNTED_ROWS, seeds[0])
             for arm in dict.fromkeys(arm.without_rates() for arm in self._arms[spec.name]):
                 limits = {"batch_size": self.settings.batch_size, "max_length": self.settings.max_length}
                 self._costs[spec.name, arm] = count_cost(arm, data, **limits)
