@@ -242,8 +242,9 @@ class StrategyComparison:
         for spec in tasks:
             data = self._load(spec, _COUNTED_ROWS, seeds[0])
             for arm in dict.fromkeys(arm.without_rates() for arm in self._arms[spec.name]):
-                limits = {"batch_size": self.settings.batch_size, "max_length": self.settings.max_length}
-                self._costs[spec.name, arm] = count_cost(arm, data, **limits)
+                self._costs[spec.name, arm] = count_cost(
+                    arm, data, batch_size=self.settings.batch_size, max_length=self.settings.max_length
+                )
 
     def _fitting(self, spec: TaskSpec) -> list[ComparisonArm]:
         """Return the arms that go with a task, and say which do not."""
