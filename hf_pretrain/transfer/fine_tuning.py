@@ -264,7 +264,9 @@ class FineTuningTrainer(Trainer):
         """Return whether cheap results are computed twice: adapters are chosen where memory is short."""
         if self.args.strategy not in ADAPTERS or self.args.torch_compile:
             return False
-        return not (self.args.gradient_checkpointing or getattr(self.plan.inner, "is_gradient_checkpointing", False))
+        # By the modules' own marks: the name of the model's property changes between versions of transformers.
+        modules = self.plan.inner.modules()
+        return not any(getattr(module, "gradient_checkpointing", False) is True for module in modules)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model: a stock one where `export` is "merged"; a checkpoint to resume from has the adapters as they are."""

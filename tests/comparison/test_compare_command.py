@@ -74,7 +74,7 @@ def test_the_numbers_are_those_of_the_parts_and_the_same_each_time(place, tmp_pa
         assert run(place, tmp_path / str(number), *options) == 0
         shown = capsys.readouterr().out
         assert shown.index("TF-IDF + linear_svc:") < re.search(r"encoder full, \d", shown).start()
-        seconds = re.compile(r" +\d+\.\d(?=  +1 of 1|$)")
+        seconds = re.compile(r" +\d+\.\d(?=  +\d+  +1 of 1| *$)")
         tables.append([seconds.sub("", line) for line in table(shown)])
         assert (tmp_path / str(number) / "runs.png").stat().st_size > 1000
     assert tables[0] == tables[1] and len(tables[0]) == 8

@@ -300,6 +300,6 @@ def test_adapters_hold_less_than_seven_tenths_of_full_fine_tuning(tmp_path):
         )
         # A model that recomputes whole layers has no use for it.
         assert trainer._recomputes() == (strategy == "lora")
-        trainer.model.gradient_checkpointing_enable()
+        trainer.plan.inner.activation_checkpointing_enable()
         assert not trainer._recomputes()
     assert peaks["lora"] < 0.7 * peaks["full"], peaks
