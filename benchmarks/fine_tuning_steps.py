@@ -7,9 +7,11 @@ padded by `DataCollatorWithPadding`, as `Trainer` does by default. "ours" is wha
 sentences: examples of about one length in a step. Both see as many sentences, and run in one process, in turn, the best of the
 repeats. The batches are made beforehand.
 
-Memory: a step of AdamW on 8 rows of 512 tokens, with adapters of rank 8 on all linear layers or with all weights. It is the
-rise of the peak of the resident set in a forked process, after two steps: the model, gradients, moments and activations. Large
-blocks are given back to the system at once (MALLOC_MMAP_THRESHOLD_), because otherwise the peak counts holes between blocks.
+Memory: a step of AdamW on 8 rows of 512 tokens, with adapters of rank 8 on all linear layers or with all weights. "Resident" is
+the rise of the peak of the resident set in a forked process, after two steps: the model, gradients, moments and activations.
+Large blocks are given back to the system at once (MALLOC_MMAP_THRESHOLD_), because otherwise the peak counts holes between
+blocks. "Tensors" is the most bytes of tensors that exist at a time in the same two steps. "LoRA, all kept" computes nothing
+twice.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from hf_pretrain import FineTuningArguments, FineTuningTrainer, train_tokenizer
+from hf_pretrain.training.progress import peak_of_tensors
 from results import read_rows
-from timing import interleaved, load_of_machine, options_parser, peak_memory, print_table
+from timing import in_child, interleaved, load_of_machine, options_parser, peak_memory, print_table
 
 VOCABULARY, BATCH_SIZE, LENGTH = 8192, 32, 512
 SIZES = {"small": (4, 256), "base": (12, 768)}
@@ -78,16 +81,18 @@ def passes(model: torch.nn.Module, batches: list[Any]) -> Callable[[], None]:
     return run
 
 
-def two_steps(strategy: str, sizes: tuple[int, int], is_checkpointed: bool) -> None:
+def two_steps(strategy: str, sizes: tuple[int, int], is_checkpointed: bool, keeps_all: bool) -> None:
     """Make a model and take two steps of AdamW, of 8 rows of 512 tokens; in the second, the moments are there."""
     tuned = trainer(classifier(*sizes), strategy=strategy)
+    if keeps_all:
+        tuned._recomputes = lambda: False
     ids = torch.randint(0, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(0))
     if is_checkpointed:
         tuned.model.activation_checkpointing_enable()
     tuned.create_optimizer()
     tuned.model.train()
     for _ in range(2):
-        tuned.model(input_ids=ids, labels=torch.zeros(8, dtype=torch.long)).loss.backward()
+        tuned.compute_loss(tuned.model, {"input_ids": ids, "labels": torch.zeros(8, dtype=torch.long)}).backward()
         tuned.optimizer.step()
         tuned.optimizer.zero_grad()
 
@@ -95,14 +100,21 @@ def two_steps(strategy: str, sizes: tuple[int, int], is_checkpointed: bool) -> N
 def memory(names: list[str]) -> None:
     """Print how much memory a step takes, for models by name, with all activations kept or with checkpoints."""
     rows: list[list[object]] = []
+    sides = {"full": ("full", False), "LoRA": ("lora", False), "LoRA, all kept": ("lora", True)}
     for name in names:
         for is_checkpointed in (False, True):
-            full, lora = (
-                peak_memory(partial(two_steps, strategy, SIZES[name], is_checkpointed))
-                for strategy in ("full", "lora")
-            )
-            rows.append([name, "recomputed" if is_checkpointed else "kept", full, lora, lora / full])
-    print_table(rows, ["Model", "Activations", "full, MiB", "LoRA, MiB", "Memory"])
+            first = None
+            for side, (strategy, keeps_all) in sides.items():
+                if is_checkpointed and keeps_all:
+                    continue
+                run = partial(two_steps, strategy, SIZES[name], is_checkpointed, keeps_all)
+                found = (peak_memory(run), in_child(partial(peak_of_tensors, run)) / 2**20)
+                first = first or found
+                kept = "recomputed" if is_checkpointed else "kept"
+                rows.append(
+                    [name, kept, side, *found, *(mine / full for mine, full in zip(found, first, strict=True))]
+                )
+    print_table(rows, ["Model", "Layers", "Strategy", "Resident, MiB", "Tensors, MiB", "Of full", "Of full, tensors"])
 
 
 def main() -> None:
@@ -112,12 +124,15 @@ def main() -> None:
     parser.add_argument(
         "--model", nargs="*", default=["small", "base"], choices=list(SIZES), help="models of the memory"
     )
+    parser.add_argument("--memory_only", action="store_true", help="measure no time")
     args = parser.parse_args()
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"})
     print(load_of_machine())
     # Memory first: a child of a process that has freed memory would use that unseen.
     memory(args.model)
+    if args.memory_only:
+        return
     batches = batches_of(args)
     model = classifier(*SIZES["small"])
     best = interleaved({name: passes(model, some) for name, some in batches.items()}, args.repeats)

@@ -97,13 +97,22 @@ def peak_memory(fn: Callable[[], Any]) -> float:
     Raises:
         RuntimeError: If the function failed in the child.
     """
+    return float(in_child(lambda: _rise_of_resident(fn)))
+
+
+def in_child(fn: Callable[[], Any]) -> Any:
+    """Run a function in a forked child and return what it returns.
+
+    Raises:
+        RuntimeError: If the function failed in the child.
+    """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_run_and_send, args=(fn, sender))
     child.start()
     sender.close()
     try:
-        return float(receiver.recv())
+        return receiver.recv()
     except EOFError as error:
         raise RuntimeError(f"{fn} failed in the child process; its error is printed above") from error
     finally:
@@ -111,9 +120,13 @@ def peak_memory(fn: Callable[[], Any]) -> float:
 
 
 def _run_and_send(fn: Callable[[], Any], sender: Connection) -> None:
+    sender.send(fn())
+
+
+def _rise_of_resident(fn: Callable[[], Any]) -> float:
     before = _max_resident_mib()
     fn()
-    sender.send(_max_resident_mib() - before)
+    return _max_resident_mib() - before
 
 
 def _max_resident_mib() -> float:

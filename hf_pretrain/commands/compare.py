@@ -44,6 +44,7 @@ class CompareArguments:
 
     ranges: ClassVar[dict[str, str]] = {
         "budget": "(0, inf)",
+        "rate_factors": "(0, inf)",
         "batch_size": "[1, inf)",
         "num_train_epochs": "(0, inf)",
         "least_steps": "[1, inf)",
@@ -53,7 +54,9 @@ class CompareArguments:
 
     models: list[str] = option(help="Models: folders, or names on the Hub.")
     tasks: list[str] = option(help="Names of tasks in data_dir, YAML files of tasks, or FILE.yaml:NAME.")
-    data_dir: str = option("data", "Folder of the data of tasks that are named.")
+    data_dir: str | None = option(
+        None, "Folder of the data of tasks; by default data, and for a YAML file of tasks its own folder."
+    )
     strategies: list[str] = option(
         factory=lambda: ["full", "lora", "features"],
         help="Strategies of fine-tuning, or features; options follow a colon: lora:learning_rate=1e-3,lora_rank=16.",
@@ -62,6 +65,11 @@ class CompareArguments:
     train_sizes: list[str] = option(factory=lambda: ["all"], help="Numbers of rows to train on, or all.")
     budget: float | None = option(
         None, "FLOPs of training that all runs may take together; by default all arms run in full."
+    )
+    rate_factors: list[float] = option(
+        factory=list,
+        help="Of an arm that names no learning rate, its own times each is tried on a fifth of the training rows, which is held "
+        "out for that; the best is compared.",
     )
     batch_size: int = option(32, "Rows of a step.")
     num_train_epochs: float = option(3.0, "Passes of a full run over the rows.")
@@ -129,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         settings=args.settings(),
         results=args.results,
         budget=args.budget,
+        rate_factors=args.rate_factors,
         say=lambda line: print(f"       {line}", flush=True),
     )
     groups = comparison.run()

@@ -74,7 +74,9 @@ class EvaluateArguments:
 
     models: list[str] = option(help="Models: folders, names on the Hub, or files of word vectors.")
     tasks: list[str] = option(help="Names of tasks in data_dir, YAML files of tasks, or FILE.yaml:NAME.")
-    data_dir: str = option("data", "Folder of the data of tasks that are named.")
+    data_dir: str | None = option(
+        None, "Folder of the data of tasks; by default data, and for a YAML file of tasks its own folder."
+    )
     how: list[str] | None = option(
         None, "Measures: probe, similarity, pairs, words, likelihood, finetune. By default the usual one of each task."
     )

@@ -293,7 +293,8 @@ def read_squad(path: str) -> datasets.Dataset | None:
     """Read a file of SQuAD's form, articles of paragraphs of questions; None if it has another form.
 
     Returns:
-        Rows of `question`, `context` and, unless no question has any, `answers`: `text` and `answer_start`.
+        Rows of `question`, `context`, the `title` of the article, and, unless no question has any, `answers`: `text` and
+        `answer_start`.
     """
     try:
         whole = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -301,7 +302,7 @@ def read_squad(path: str) -> datasets.Dataset | None:
     except (ValueError, KeyError, TypeError):
         return None
     if rows and not any(row["answers"] is not None for row in rows):
-        rows = [{name: row[name] for name in ("question", "context")} for row in rows]
+        rows = [{name: value for name, value in row.items() if name != "answers"} for row in rows]
     return datasets.Dataset.from_list(rows) if rows else None
 
 
@@ -312,4 +313,5 @@ def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
                 answers = entry.get("answers")
                 if answers is not None:
                     answers = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
-                yield {"question": entry["question"], "context": paragraph["context"], "answers": answers}
+                found = {"question": entry["question"], "context": paragraph["context"], "answers": answers}
+                yield found | {"title": article.get("title")}

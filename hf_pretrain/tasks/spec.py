@@ -209,8 +209,7 @@ def load_task(
     classes = _classes(spec, parts) if spec.type in ("classification", "tokens") else None
     parts = {part: _with_numbers(spec, rows, classes, part) for part, rows in parts.items()}
     if "validation" not in parts:
-        kept, held_out = split_held_out(len(parts["train"]), validation_fraction, seed=seed)
-        parts = {"train": parts["train"].select(kept), "validation": parts["train"].select(held_out)}
+        parts = hold_out(spec, parts["train"], fraction=validation_fraction, seed=seed)
     if "train" in parts and max_examples is not None and max_examples < len(parts["train"]):
         order = draws.permutation(len(parts["train"]), seed=seed, stream="task examples")
         parts["train"] = parts["train"].select(np.sort(order[:max_examples]))
@@ -227,6 +226,36 @@ def with_text_columns(spec: TaskSpec) -> TaskSpec:
         return spec
     rows = next((part for part in _read(spec) if part is not None), None)
     return spec if rows is None else replace(spec, text=_text_columns(spec, rows))
+
+
+def hold_out(spec: TaskSpec, rows: datasets.Dataset, *, fraction: float, seed: int) -> dict[str, datasets.Dataset]:
+    """Hold some rows to train on out, to evaluate on.
+
+    Questions of one article stay together, by the column `title`, or else those of one text: a text that was trained on would
+    make its other questions easier. Only questions about a single text are held out one by one.
+
+    Args:
+        spec: The task.
+        rows: The rows.
+        fraction: Share that is held out: of the articles, of the texts, or of the rows.
+        seed: Key of the choice.
+
+    Returns:
+        The rows of "train" and of "validation", in their order.
+
+    Raises:
+        InputError: If there are too few rows to hold one out.
+    """
+    units = np.arange(len(rows))
+    for column in ("title", spec.text[-1]) if spec.type == "span" else ():
+        names = rows[column][:] if column in rows.column_names else []
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+        if len(numbers) > 1:
+            units = np.array([numbers[name] for name in names])
+            break
+    _, held_out = split_held_out(int(units.max()) + 1, fraction, seed=seed)
+    is_held_out = np.isin(units, held_out)
+    return {"train": rows.select(np.flatnonzero(~is_held_out)), "validation": rows.select(np.flatnonzero(is_held_out))}
 
 
 def _read(spec: TaskSpec) -> tuple[datasets.Dataset | None, datasets.Dataset | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -101,6 +104,55 @@ def peak_memory_mib() -> float:
         return round(torch.accelerator.max_memory_allocated() / 2**20, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def peak_of_tensors(run: Callable[[], Any]) -> int:
+    """Return the most bytes of tensors that a call holds at a time, beyond those that were there before.
+
+    An accelerator counts its own allocations. Elsewhere each operation's results are counted while something holds them; what an
+    operation holds inside of itself is not.
+
+    Args:
+        run: Called once; what it returns is dropped.
+    """
+    if torch.accelerator.current_accelerator(check_available=True) is not None:
+        before = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        run()
+        return int(torch.accelerator.max_memory_allocated() - before)
+    with _HeldTensors() as held:
+        run()
+    return held.peak
+
+
+class _HeldTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operations made and something holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)
+        }
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            # A view and what is changed in place have the storage of an argument.
+            if id(storage) not in self._known and id(storage) not in given:
+                self._known.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return found
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
 
 
 class EvaluationSums:

@@ -7,6 +7,7 @@ model; `adapters.py` adds those of peft.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +31,7 @@ from hf_pretrain.transfer.adapters import add_adapters, merge_for_export
 from hf_pretrain.transfer.arguments import ADAPTERS, StrategyArguments
 from hf_pretrain.transfer.layers import layerwise_parameter_groups as layerwise_parameter_groups
 from hf_pretrain.transfer.layers import reinitialise_layers
+from hf_pretrain.transfer.recomputing import recomputed
 from hf_pretrain.transfer.strategies import StrategyPlan, is_adapted, set_gradients
 
 
@@ -121,7 +123,7 @@ class FineTuningTrainer(Trainer):
     | `get_optimizer_cls_and_kwargs` | groups of all parts |
     | `set_initial_training_values` | remembers the steps of an epoch, which stages begin with |
     | `create_scheduler` | a schedule for each part |
-    | `compute_loss` | a frozen encoder without dropout |
+    | `compute_loss` | a frozen encoder without dropout; less memory with adapters |
     | `_save_checkpoint` | a run that is started again tells a whole checkpoint from one that was cut off |
     | `save_model` | adapters are merged into a stock model |
     | `_get_train_sampler` | examples of about one length in a step |
@@ -249,11 +251,23 @@ class FineTuningTrainer(Trainer):
         return {group.get("name", "model"): float(group["lr"]) for group in groups}
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss, with a frozen encoder in eval mode; see `transformers.Trainer.compute_loss`."""
+        """Return the loss; see `transformers.Trainer.compute_loss`.
+
+        A frozen encoder is in eval mode. With adapters cheap results are computed again in backward, to the same bits.
+        """
         moving = self.plan.moving if self._moving is None else self._moving
         if model.training and self.plan.freezes_encoder(moving):
             self.plan.set_mode()
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        with recomputed() if model.training and self._recomputes() else nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _recomputes(self) -> bool:
+        """Return whether cheap results are computed twice: adapters are chosen where memory is short."""
+        if self.args.strategy not in ADAPTERS or self.args.torch_compile:
+            return False
+        # By the modules' own marks: the name of the model's property changes between versions of transformers.
+        modules = self.plan.inner.modules()
+        return not any(getattr(module, "gradient_checkpointing", False) is True for module in modules)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model: a stock one where `export` is "merged"; a checkpoint to resume from has the adapters as they are."""

@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_parts_and_the_same_each_time(place, tmp_pa
         assert run(place, tmp_path / str(number), *options) == 0
         shown = capsys.readouterr().out
         assert shown.index("TF-IDF + linear_svc:") < re.search(r"encoder full, \d", shown).start()
-        seconds = re.compile(r" +\d+\.\d(?=  +1 of 1|$)")
+        seconds = re.compile(r" +\d+\.\d(?=  +\d+  +1 of 1| *$)")
         tables.append([seconds.sub("", line) for line in table(shown)])
         assert (tmp_path / str(number) / "runs.png").stat().st_size > 1000
     assert tables[0] == tables[1] and len(tables[0]) == 8
@@ -272,6 +272,9 @@ def test_a_real_halving_runs_from_the_start_again(place, tmp_path, capsys):
         (["--tasks", "pairs"], "minimal pairs, on which nothing is trained"),
         (["--train_sizes", "many"], "train_sizes='many'"),
         (["--budget", "1"], "'sides' with 96 rows: budget=1 does not pay"),
+        (["--budget", "1e12", "--rate_factors", "0.3", "1"], "rate_factors=.0.3, 1.0. does not go with a budget"),
+        (["--rate_factors", "0"], "rate_factors"),
+        (["--strategies", "features:head=ridge"], "features:head=ridge does not go with the task 'sides'.*logistic"),
         (["--results", "{place}/tags.jsonl"], "tags.jsonl"),
         (["--plot", "plot.svg"], "must end with .png"),
     ],
@@ -280,6 +283,94 @@ def test_what_cannot_work_is_refused_before_anything_is_run(options, message, pl
     assert run(place, tmp_path, *(part.format(place=place) for part in options)) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "runs.json").exists()
+
+
+def test_rates_are_chosen_on_training_rows_alone(place, tmp_path, monkeypatch):
+    calls = []
+
+    def run_arm(cost, data, *, examples, seed, max_length=None):
+        arm, rows = cost.arm, (data.train["sentence"][:], data.validation["sentence"][:])
+        calls.append((arm.name, examples, seed, rows))
+        best = {"full": 1e-5, "lora": 2e-3}.get(arm.strategy, 0.0)
+        return Outcome({"accuracy": -abs(math.log((arm.learning_rate or 1) / (best or 1)))}, cost(examples), 1.0, 7.0)
+
+    monkeypatch.setattr(grid, "run_arm", run_arm)
+    arms = [
+        ComparisonArm.parse(str(place / "encoder"), text)
+        for text in ("full", "lora", "frozen:learning_rate=0.5", "features")
+    ]
+    tried = StrategyComparison(
+        arms, [spec_of(place)], settings=SETTINGS, results=tmp_path / "runs.json", seeds=(4, 5), sizes=(50,),
+        rate_factors=(0.1, 1, 2),
+    )  # fmt: skip
+    (group,) = tried.run()
+    names = [arm.name for arm in group.rungs[0]]
+    assert names == ["full:learning_rate=1e-05", "lora:learning_rate=0.002", "frozen:learning_rate=0.5", "features"]
+    data = {seed: load_task(spec_of(place), seed=seed, max_examples=50) for seed in (4, 5)}
+    held_out, final = (
+        [call for call in calls if len(call[3][0]) == 40],
+        [call for call in calls if len(call[3][0]) == 50],
+    )
+    assert len(held_out) == 6 and len(final) == 8 and len(calls) == 14
+    for name, examples, seed, (train, validation) in held_out:
+        assert seed == 4 and examples == 400 and name.split(":")[0] in ("full", "lora") and len(validation) == 10
+        assert sorted(train + validation) == sorted(data[4].train["sentence"][:])
+    for _, examples, seed, (train, validation) in final:
+        assert examples == 500 and train == data[seed].train["sentence"][:]
+        assert validation == data[seed].validation["sentence"][:]
+    # What chose is paid for too, and a second run repeats nothing.
+    costs = {arm: tried._cost(spec_of(place), arm, rows=50) for arm in group.rungs[0]}
+    expected = 2 * math.fsum(cost(500) for cost in costs.values()) + 3 * (
+        tried._cost(spec_of(place), arms[0], rows=40)(400)
+    )
+    expected += 3 * tried._cost(spec_of(place), arms[1], rows=40)(400)
+    assert group.flops == pytest.approx(expected)
+    tried.run()
+    assert len(calls) == 14
+
+
+def test_an_arm_is_left_out_where_it_does_not_go_and_named(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        grid,
+        "run_arm",
+        lambda cost, data, *, examples, **rest: Outcome({data.main_metric: 0.5}, cost(examples), 1.0, cost.memory),
+    )
+    options = ["--tasks", "sides", place / "tags.yaml", "--strategies", "full", "features", "features:head=ridge"]
+    # A head of values goes with none of them.
+    assert run(place, tmp_path, *options) == 2
+    assert "features:head=ridge does not go with" in capsys.readouterr().err
+    assert run(place, tmp_path, *options[:-1]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "tags: without features, which do not go with a task of type 'tokens'" in shown
+        and "sides: without" not in shown
+    )
+    rows = [re.split(r"  +", line.strip()) for line in table(shown)]
+    found = {
+        (row[0], next(name for name in ("full", "features", "a constant", "TF-IDF + linear") if name in row))
+        for row in rows
+    }
+    assert found == {("sides", "a constant"), ("sides", "TF-IDF + linear"), ("sides", "full"), ("sides", "features"),
+                     ("tags", "a constant"), ("tags", "full")}  # fmt: skip
+    memory = {row[0]: row[-2] for row in rows if "full" in row}
+    assert all(int(value) >= 0 for value in memory.values()) and rows[0][-1] != "MiB"
+
+
+def test_the_memory_of_a_step_is_that_of_what_moves(place):
+    data = load_task(spec_of(place))
+    names = ("full", "full:learning_rate=0.1", "bitfit", "frozen", "features")
+    memory = {
+        name: count_cost(ComparisonArm.parse(str(place / "encoder"), name), data, batch_size=16).memory
+        for name in names
+    }
+    model = BertModel(BertConfig(**SIZES))
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert (
+        memory["full"] == memory["full:learning_rate=0.1"] > memory["bitfit"] > memory["frozen"] > memory["features"]
+    )
+    # Weights, two moments, and at least the gradients of the last step's layers.
+    assert memory["full"] > 3 * weights and memory["full"] - memory["bitfit"] > 1.9 * 0.9 * weights
+    assert memory["features"] > weights
 
 
 def test_a_file_of_other_settings_is_refused(place, tmp_path, capsys):

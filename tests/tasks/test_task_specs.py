@@ -299,6 +299,35 @@ class TestRows:
         with pytest.raises(InputError, match="validation_fraction=0.*validation_file or validation_split"):
             load_task(spec, validation_fraction=0)
 
+    @pytest.mark.parametrize("has_titles", [True, False])
+    def test_questions_of_one_article_or_else_of_one_text_are_held_out_together(self, tmp_path, has_titles):
+        articles = [
+            {
+                "paragraphs": [
+                    {"context": f"w{number} a{article} p{part}", "qas": [{"question": f"q{n}", "answers": [
+                        {"text": f"a{article}", "answer_start": 3}]} for n in range(3)]}
+                    for part, number in enumerate((1, 2))
+                ]
+            } | ({"title": f"Article {article}"} if has_titles else {})
+            for article in range(8)
+        ]  # fmt: skip
+        (tmp_path / "squad.json").write_text(json.dumps({"data": articles}))
+        spec = TaskSpec(
+            name="q", type="span", text=("question", "context"), train_file=(str(tmp_path / "squad.json"),)
+        )
+        parts = [load_task(spec, validation_fraction=0.25, seed=seed) for seed in (0, 0, 1, 2, 3)]
+        for data in parts:
+            unit = (lambda text: text.split()[1]) if has_titles else str
+            kept, held_out = ({unit(text) for text in rows["context"][:]} for rows in (data.train, data.validation))
+            assert not kept & held_out and len(held_out) == (2 if has_titles else 4)
+            assert len(data.train) == 36 and len(data.validation) == 12
+        texts = [set(data.validation["context"][:]) for data in parts]
+        assert texts[0] == texts[1] and len(set(map(frozenset, texts))) > 1
+
+    def test_questions_about_a_single_text_are_held_out_one_by_one(self, tmp_path):
+        data = task(tmp_path, "span", [question(f"w{n}") for n in range(3, 13)], validation_file=...)
+        assert len(data.train) == 9 and len(data.validation) == 1
+
     def test_tables_without_a_header_have_the_names_that_are_given(self, tmp_path):
         (tmp_path / "train.tsv").write_text("x1\t1\t\tw1 big\nx2\t0\t*\tw2\n")
         options = {"type": "classification", "text": "sentence", "columns": ["id", "label", "star", "sentence"]}

@@ -12,7 +12,7 @@ from helpers.method_matrix import build, programs
 from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.errors import InputError
 from hf_pretrain.training import progress
-from hf_pretrain.training.progress import Progress, TimeBudget
+from hf_pretrain.training.progress import Progress, TimeBudget, peak_of_tensors
 
 MLM, RTD = programs()["mlm"], programs()["rtd"]
 
@@ -196,3 +196,29 @@ def test_a_budget_restarts_its_clock_with_each_training(tmp_path, monkeypatch):
         assert trainer.state.global_step == 30
     [budget] = [call for call in trainer.callback_handler.callbacks if isinstance(call, TimeBudget)]
     assert budget._first == 0
+
+
+def test_the_peak_of_tensors_is_counted_by_hand():
+    weight = torch.randn(256, 256, requires_grad=True)
+    rows = torch.randn(1024, 256)  # 1 MiB
+    mib = 2**20
+
+    def three_at_a_time():
+        first = rows + 1
+        second = first * 2
+        view = second.view(-1)  # no memory of its own
+        view.add_(1)
+        del first
+        third = second - 1
+        return third + second
+
+    assert peak_of_tensors(three_at_a_time) == 3 * mib
+    # The input of a layer is there already; relu keeps its result for its own backward.
+    assert peak_of_tensors(lambda: (rows @ weight).relu().detach()) == 2 * mib
+    kept = []
+    assert peak_of_tensors(lambda: kept.append(rows + 1)) == mib
+    # Backward: the result, what relu keeps, and gradients of both at a time; nothing of before is counted.
+    peak = peak_of_tensors(lambda: (rows @ weight).relu().sum().backward())
+    assert 2 * mib < peak <= 4 * mib + 4 * 256 * 256
+    weight.grad = None
+    assert peak_of_tensors(lambda: (rows @ weight).relu().sum().backward()) == peak

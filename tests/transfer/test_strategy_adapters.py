@@ -6,6 +6,7 @@ import json
 import peft
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoModelForMultipleChoice,
@@ -18,6 +19,7 @@ from transformers import (
 
 from helpers.strategy_runs import CONFIGS, classifier, collate, examples, fine_tuner, moved, weights
 from hf_pretrain.errors import InputError
+from hf_pretrain.training.progress import peak_of_tensors
 from hf_pretrain.transfer.adapters import linear_names, merge_for_export
 from hf_pretrain.transfer.fine_tuning import FineTuningTrainer
 from hf_pretrain.transfer.strategies import strategy_report
@@ -249,3 +251,55 @@ def test_a_model_that_its_owner_adapted_is_tuned_with_the_rates_of_its_layers(tm
     }  # fmt: skip
     names = moved(before, weights(model))
     assert all("lora_" in name or "modules_to_save.default" in name for name in names) and len(names) > 6
+
+
+WIDE = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 40}
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "roberta"])
+@pytest.mark.parametrize("activation", ["gelu", "silu", "relu"])
+def test_computing_cheap_results_twice_changes_no_bit(name, activation, tmp_path):
+    model = classifier(name)
+    for part in model.modules():
+        for attribute in ("intermediate_act_fn", "activation", "act"):
+            if hasattr(part, attribute):
+                setattr(part, attribute, getattr(nn.functional, activation))
+    batch = collate(list(examples()))
+    trainer = fine_tuner(tmp_path, model, strategy="lora", num_train_epochs=1)
+    with torch.no_grad():  # B begins at zero, and A would have no gradient
+        for key, parameter in trainer.model.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    found = []
+    for recomputes in (False, True):
+        trainer._recomputes = lambda value=recomputes: value
+        for _ in range(2):  # a second pass has the memory of the first one
+            trainer.model.zero_grad()
+            torch.manual_seed(2)
+            loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+            loss.backward()
+        gradients = {key: p.grad.clone() for key, p in trainer.model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients, torch.rand(1)))
+    (loss, gradients, draw), (other, others, next_draw) = found
+    assert torch.equal(loss, other) and torch.equal(draw, next_draw)
+    assert gradients.keys() == others.keys() and all(torch.equal(gradients[key], others[key]) for key in gradients)
+    assert sum(bool(value.any()) for value in gradients.values()) > 10
+
+
+def test_adapters_hold_less_than_seven_tenths_of_full_fine_tuning(tmp_path):
+    rows = Dataset.from_dict(
+        {"input_ids": [[3 + (i + j) % 37 for j in range(128)] for i in range(8)], "labels": [0] * 8}
+    )
+    batch, peaks = collate(list(rows)), {}
+    for strategy in ("full", "lora"):
+        model = classifier("bert", **WIDE, num_attention_heads=4, max_position_embeddings=128)
+        trainer = fine_tuner(tmp_path, model, strategy=strategy, train=rows)
+        trainer.model.train()
+        peaks[strategy] = peak_of_tensors(
+            lambda trainer=trainer: trainer.compute_loss(trainer.model, batch).backward()
+        )
+        # A model that recomputes whole layers has no use for it.
+        assert trainer._recomputes() == (strategy == "lora")
+        trainer.plan.inner.activation_checkpointing_enable()
+        assert not trainer._recomputes()
+    assert peaks["lora"] < 0.7 * peaks["full"], peaks

@@ -87,14 +87,15 @@ class SuiteTask:
         return found
 
 
-def find_tasks(names: Iterable[str], *, data_dir: str | Path = "data") -> list[SuiteTask]:
+def find_tasks(names: Iterable[str], *, data_dir: str | Path | None = None) -> list[SuiteTask]:
     """Return tasks by their names.
 
     Args:
         names: Names of tasks in the folder, YAML files of tasks, all of which are taken, or FILE.yaml:NAME for one of them.
         data_dir: Folder of the data. A task NAME is a folder NAME with train.* and dev.*, or with minimal pairs, or it is a file
             NAME.*, perhaps in a folder below. Hyphens, underscores and capitals make no difference: SST-2 is sst2. The files
-            wordsim353, simlex999 and questions-words are also called wordsim, simlex and analogies.
+            wordsim353, simlex999 and questions-words are also called wordsim, simlex and analogies. Files of a YAML file are
+            relative to it too. By default "data", and the folder of a YAML file.
 
     Returns:
         The tasks in the order of the names.
@@ -103,8 +104,10 @@ def find_tasks(names: Iterable[str], *, data_dir: str | Path = "data") -> list[S
         InputError: If one is not found, comes twice, or its files are of no known form.
     """
     found: dict[str, SuiteTask] = {}
+    folder = Path("data" if data_dir is None else data_dir)
     for name in names:
-        for task in _of_yaml(name) if re.search(r"\.ya?ml(:|$)", name) else [_of_folder(name, Path(data_dir))]:
+        is_yaml = re.search(r"\.ya?ml(:|$)", name)
+        for task in _of_yaml(name, data_dir) if is_yaml else [_of_folder(name, folder)]:
             if task.name in found:
                 raise InputError(f"tasks has {task.name!r} twice: name each task once")
             found[task.name] = task
@@ -113,9 +116,9 @@ def find_tasks(names: Iterable[str], *, data_dir: str | Path = "data") -> list[S
     return list(found.values())
 
 
-def _of_yaml(name: str) -> list[SuiteTask]:
+def _of_yaml(name: str, data_dir: str | Path | None) -> list[SuiteTask]:
     path, _, chosen = name.rpartition(":") if re.search(r"\.ya?ml:", name) else (name, "", "")
-    known = read_tasks(path)
+    known = read_tasks(path, data_dir=data_dir)
     if chosen:
         check_choice(chosen, known, name=f"tasks={name}: task")
     return [

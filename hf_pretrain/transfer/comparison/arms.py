@@ -10,7 +10,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, cast, get_args
 
 import numpy as np
@@ -24,12 +24,14 @@ from hf_pretrain.evaluation.probes import tokenize_inputs
 from hf_pretrain.modeling.backbone import flops_of_weights
 from hf_pretrain.options import number_or_text
 from hf_pretrain.tasks.labelled import TaskData
+from hf_pretrain.tasks.spec import TaskSpec
+from hf_pretrain.training.progress import peak_of_tensors
 from hf_pretrain.transfer.arguments import Strategy
 from hf_pretrain.transfer.classic_heads import HEADS, Kind, fit_head, fit_tfidf
 from hf_pretrain.transfer.features import PretrainedFeatures
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, fine_tune, task_trainer
-from hf_pretrain.transfer.tuning.heads import option_names
+from hf_pretrain.transfer.tuning.heads import has_architectures, option_names
 
 FEATURES = "features"
 STRATEGIES = (*get_args(Strategy), FEATURES)
@@ -40,6 +42,8 @@ _OF_FEATURES = ("head", "pooling", "layer")
 _OF_HEADS = ("architecture", "mix_layers")
 # What a comparison sets itself.
 _OWN = ("strategy", "output_dir", "max_steps", "num_train_epochs", "seed", "per_device_train_batch_size")
+# They change neither the operations nor the memory of a step.
+_OF_RATES = ("learning_rate", "head_learning_rate", "probe_learning_rate", "weight_decay", "warmup_steps")
 # Rows whose mean length stands for all.
 _SAMPLED = 512
 
@@ -89,6 +93,40 @@ class ComparisonArm:
         """The strategy with its options, as it is written."""
         options = ",".join(f"{name}={value}" for name, value in self.options)
         return f"{self.strategy}:{options}" if options else self.strategy
+
+    @property
+    def learning_rate(self) -> float | None:
+        """The peak rate: the one that is given, or the strategy's; None of features."""
+        if self.strategy == FEATURES:
+            return None
+        return float(dict(self.options).get("learning_rate", _RATES[self.strategy in _HIGHER_RATE]))
+
+    @property
+    def names_rate(self) -> bool:
+        """Whether the rate is given."""
+        return "learning_rate" in dict(self.options)
+
+    def at(self, learning_rate: float) -> ComparisonArm:
+        """Return the arm with another rate."""
+        options = dict(self.options) | {"learning_rate": float(f"{learning_rate:.3g}")}
+        return replace(self, options=tuple(options.items()))
+
+    def without_rates(self) -> ComparisonArm:
+        """Return what decides on the cost of a step."""
+        return replace(self, options=tuple(each for each in self.options if each[0] not in _OF_RATES))
+
+    def refusal(self, spec: TaskSpec) -> str:
+        """Return why the arm does not go with a task, "" if it does."""
+        about = f"strategies={self.name} does not go with the task {spec.name!r} of type {spec.type!r}"
+        if self.strategy == FEATURES:
+            heads = HEADS.get(cast(Kind, spec.type), ())
+            head = dict(self.options).get("head")
+            if heads and (head is None or head in heads):
+                return ""
+            return f"{about}: {nearest(str(head), heads)}" if heads else f"{about}: leave one out"
+        if self.strategy == "scalar_mix" and not has_architectures(spec.type):
+            return f"{about}: leave one out"
+        return ""
 
     def training(self, folder: str, *, seed: int, steps: int, batch_size: int) -> FineTuningArguments:
         """Return the options of a run of so many steps."""
@@ -177,11 +215,13 @@ class Outcome(NamedTuple):
         scores: Scores on the validation rows.
         flops: FLOPs of the training.
         seconds: Wall-clock time of the training alone.
+        memory: Bytes of tensors that a step holds at most, see `ArmCost`; 0 where that was not measured.
     """
 
     scores: dict[str, float]
     flops: float
     seconds: float
+    memory: float = 0.0
 
 
 @dataclass
@@ -193,12 +233,15 @@ class ArmCost:
         batch_size: Rows of a step.
         rows: Rows to train on.
         flops: FLOPs of a step of fine-tuning, or of a row's features.
+        memory: Bytes of tensors that a step holds at most: the model with gradients, the moments of Adam, and activations; of
+            features those of a batch.
     """
 
     arm: ComparisonArm
     batch_size: int
     rows: int
     flops: float = field(default=0.0)
+    memory: float = field(default=0.0)
 
     def steps(self, examples: int) -> int:
         """Return the steps of fine-tuning with so many examples."""
@@ -215,7 +258,8 @@ def count_cost(arm: ComparisonArm, data: TaskData, *, batch_size: int, max_lengt
     """Count what an arm costs on a task.
 
     Fine-tuning: forward and backward of a batch of rows of about the mean length, by torch's FlopCounterMode; what is frozen at
-    some time only counts as if it moved. Features: the products of the encoder's weights for the mean length, forward.
+    some time only counts as if it moved. Its memory is that of the same batch. Features: the products of the encoder's weights
+    for the mean length, forward.
 
     Args:
         arm: The arm.
@@ -227,31 +271,39 @@ def count_cost(arm: ComparisonArm, data: TaskData, *, batch_size: int, max_lengt
         InputError: If the arm does not go with the model or the task.
     """
     rows = len(data.rows("train"))
+    refusal = arm.refusal(data.spec)
+    if refusal:
+        raise InputError(refusal)
     if arm.strategy == FEATURES:
-        if data.spec.type not in HEADS:
-            raise InputError(
-                f"strategies=features does not go with the task {data.spec.name!r} of type {data.spec.type!r}: leave one out"
-            )
-        return ArmCost(arm, batch_size, rows, _feature_flops(arm, data, max_length=max_length))
+        return ArmCost(arm, batch_size, rows, *_cost_of_features(arm, data, batch_size, max_length=max_length))
     with tempfile.TemporaryDirectory() as folder:
         args = arm.training(folder, seed=0, steps=1, batch_size=batch_size)
         trainer, _, _ = task_trainer(arm.model, data, args, **arm.head, max_length=max_length)
         lengths = np.array([_length(ids) for ids in cast(Any, trainer.train_dataset)["input_ids"]])
         near = np.argsort(np.abs(lengths - lengths.mean()), kind="stable")[:batch_size]
-        batch = trainer._prepare_inputs(
+        batch: Any = trainer._prepare_inputs(
             trainer.data_collator([cast(Any, trainer.train_dataset)[int(row)] for row in near])
         )
         model = cast(torch.nn.Module, trainer.model).train()
-        # The counter knows the products that attention and LSTMs are made of, not the fused kernels of a device.
-        with (
-            torch.random.fork_rng(),
-            sdpa_kernel(SDPBackend.MATH),
-            torch.backends.mkldnn.flags(enabled=False),
-            torch.backends.cudnn.flags(enabled=False),
-            FlopCounterMode(display=False) as counter,
-        ):
-            trainer.compute_loss(model, cast(Any, batch)).backward()
-    return ArmCost(arm, batch_size, rows, counter.get_total_flops() * batch_size / len(near))
+        with torch.random.fork_rng():
+            # The counter knows the products that attention and LSTMs are made of, not the fused kernels of a device.
+            with (
+                sdpa_kernel(SDPBackend.MATH),
+                torch.backends.mkldnn.flags(enabled=False),
+                torch.backends.cudnn.flags(enabled=False),
+                FlopCounterMode(display=False) as counter,
+            ):
+                trainer.compute_loss(model, batch).backward()
+            model.zero_grad()
+            peak = peak_of_tensors(lambda: trainer.compute_loss(model, batch).backward())
+    moving = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    share = batch_size / len(near)
+    return ArmCost(arm, batch_size, rows, counter.get_total_flops() * share, _bytes_of(model) + 2 * moving + peak)
+
+
+def _bytes_of(model: torch.nn.Module) -> int:
+    """Return the bytes of a model's weights and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _length(ids: Sequence[Any]) -> int:
@@ -259,9 +311,11 @@ def _length(ids: Sequence[Any]) -> int:
     return sum(map(len, ids)) if ids and isinstance(ids[0], Sequence) else len(ids)
 
 
-def _feature_flops(arm: ComparisonArm, data: TaskData, *, max_length: int | None) -> float:
-    """Return the FLOPs of a row's features."""
-    features = _features(arm, max_length=max_length, batch_size=1).fit()
+def _cost_of_features(
+    arm: ComparisonArm, data: TaskData, batch_size: int, *, max_length: int | None
+) -> tuple[float, float]:
+    """Return the FLOPs of a row's features, and the bytes of tensors that a batch holds at most."""
+    features = _features(arm, max_length=max_length, batch_size=batch_size).fit()
     texts = data.texts("train")
     every = max(1, len(texts) // _SAMPLED)
     tokenized = tokenize_inputs(features.encoder, features.text_tokenizer, texts[::every], max_length=max_length)
@@ -272,7 +326,9 @@ def _feature_flops(arm: ComparisonArm, data: TaskData, *, max_length: int | None
         raise InputError(
             f"model={arm.model!r} does not run on tokens alone, so its FLOPs are not counted: leave features out"
         )
-    return float(flops * length)
+    with torch.inference_mode():
+        peak = peak_of_tensors(lambda: features.encoder(tokens.expand(batch_size, -1)))
+    return float(flops * length), float(_bytes_of(features.encoder) + peak)
 
 
 def _features(arm: ComparisonArm, *, max_length: int | None, batch_size: int) -> PretrainedFeatures:
@@ -300,7 +356,7 @@ def run_arm(cost: ArmCost, data: TaskData, *, examples: int, seed: int, max_leng
         head = fit_head(name, table, data.targets("train"), kind=kind, seed=seed).pipeline
         seconds = time.perf_counter() - begin
         predicted = head.predict(features.transform(data.texts("validation")).astype(np.float64))
-        return Outcome(_class_scores(data, predicted), cost(examples), seconds)
+        return Outcome(_class_scores(data, predicted), cost(examples), seconds, cost.memory)
     tuned = tuned_scores(
         arm.model,
         data,
@@ -312,7 +368,7 @@ def run_arm(cost: ArmCost, data: TaskData, *, examples: int, seed: int, max_leng
         head=arm.head,
         **{name: value for name, value in arm.options if name in _of_training()},
     )
-    return Outcome(tuned.scores, cost(examples), tuned.seconds)
+    return Outcome(tuned.scores, cost(examples), tuned.seconds, cost.memory)
 
 
 def run_tfidf(data: TaskData, *, seed: int) -> Outcome:

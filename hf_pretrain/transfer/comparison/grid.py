@@ -19,12 +19,16 @@ import xxhash
 from hf_pretrain.errors import InputError, one_line
 from hf_pretrain.files import weights_digest, write_text
 from hf_pretrain.tasks.labelled import TaskData
-from hf_pretrain.tasks.spec import TaskSpec, load_task
+from hf_pretrain.tasks.spec import TaskSpec, hold_out, load_task
 from hf_pretrain.transfer.classic_heads import HEADS
 from hf_pretrain.transfer.comparison.arms import ArmCost, ComparisonArm, Outcome, count_cost, run_arm, run_tfidf
-from hf_pretrain.transfer.comparison.halving import Rung, plan_rungs, successive_halving
+from hf_pretrain.transfer.comparison.halving import Rung, better_half, plan_rungs, successive_halving
 
 _FORMAT = "hf_pretrain comparison"
+# Rows that the cost of a step is counted on: their mean length stands for all.
+_COUNTED_ROWS = 512
+# Share of the rows to train on that is held out to choose a rate.
+_CHOOSING_SHARE = 0.2
 TFIDF = {"classification": "TF-IDF + linear_svc", "regression": "TF-IDF + ridge"}
 """Name of what needs no encoder, by the type of the task."""
 
@@ -99,7 +103,9 @@ class Runs:
             self.entries[_key(run)] = known
             content = {"format": _FORMAT, "settings": self.settings, "runs": list(self.entries.values())}
             write_text(self.path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        return Outcome(dict(known["scores"]), float(known["flops"]), float(known["seconds"]))
+        return Outcome(
+            dict(known["scores"]), float(known["flops"]), float(known["seconds"]), float(known.get("memory", 0.0))
+        )
 
 
 def _key(run: Mapping[str, Any]) -> str:
@@ -145,6 +151,11 @@ class Entry:
         """Seconds of a run."""
         return statistics.fmean(outcome.seconds for outcome in self.outcomes)
 
+    @property
+    def memory(self) -> float:
+        """Bytes of tensors that a step holds at most, 0 where that was not measured."""
+        return max(outcome.memory for outcome in self.outcomes)
+
 
 @dataclass
 class Group:
@@ -157,6 +168,7 @@ class Group:
         constant: Score of the most frequent class or of the mean, by seed.
         tfidf: TF-IDF on these rows; None where the task is none of whole texts.
         rungs: ComparisonArm -> its runs, a mapping a rung.
+        choosing: FLOPs of the runs that chose the learning rates.
     """
 
     task: str
@@ -165,6 +177,7 @@ class Group:
     constant: list[float]
     tfidf: Entry | None
     rungs: list[dict[ComparisonArm, Entry]] = field(default_factory=list)
+    choosing: float = 0.0
 
     def last(self, arm: ComparisonArm) -> tuple[int, Entry]:
         """Return the last rung of an arm, counted from 1, and its runs there."""
@@ -173,7 +186,8 @@ class Group:
     @property
     def flops(self) -> float:
         """FLOPs of all runs."""
-        return math.fsum(outcome.flops for rung in self.rungs for entry in rung.values() for outcome in entry.outcomes)
+        runs = (outcome for rung in self.rungs for entry in rung.values() for outcome in entry.outcomes)
+        return self.choosing + math.fsum(outcome.flops for outcome in runs)
 
 
 class StrategyComparison:
@@ -187,10 +201,12 @@ class StrategyComparison:
         settings: What all runs share.
         results: File of the runs.
         budget: FLOPs of training that all runs may take together; None for no limit.
+        rate_factors: Of an arm that names no learning rate its own rate times each of them is tried on a fifth of the rows to
+            train on, which is held out for that, with the first seed; the best one is compared. Empty: its own rate.
         say: Called with a line before each task and each rung.
 
     Raises:
-        InputError: If an arm does not go with a task, or the file is not one of these settings.
+        InputError: If an arm goes with no task, or a task with no arm, or the file is not one of these settings.
     """
 
     def __init__(
@@ -203,6 +219,7 @@ class StrategyComparison:
         settings: ComparisonSettings | None = None,
         results: str | Path = "comparison.json",
         budget: float | None = None,
+        rate_factors: Sequence[float] = (),
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         for name, values in (("strategies", arms), ("seeds", seeds), ("train_sizes", sizes)):
@@ -212,16 +229,36 @@ class StrategyComparison:
         self.settings, self.budget, self.say = settings or ComparisonSettings(), budget, say
         self.runs = Runs(results, self.settings)
         self._weights = {arm.model: weights_digest(arm.model) for arm in arms}
-        self._costs = {
-            (spec.name, arm): count_cost(
-                arm,
-                self._load(spec, None, seeds[0]),
-                batch_size=self.settings.batch_size,
-                max_length=self.settings.max_length,
+        self.rate_factors = list(rate_factors)
+        if self.rate_factors and budget is not None:
+            raise InputError(
+                f"rate_factors={self.rate_factors} does not go with a budget: leave one out, or name rates as arms of their own"
             )
-            for spec in tasks
-            for arm in arms
-        }
+        self._arms = {spec.name: self._fitting(spec) for spec in tasks}
+        for arm in arms:
+            if all(arm not in fitting for fitting in self._arms.values()):
+                raise InputError(arm.refusal(tasks[-1]))
+        self._costs: dict[tuple[str, ComparisonArm], ArmCost] = {}
+        for spec in tasks:
+            data = self._load(spec, _COUNTED_ROWS, seeds[0])
+            for arm in dict.fromkeys(arm.without_rates() for arm in self._arms[spec.name]):
+                self._costs[spec.name, arm] = count_cost(
+                    arm, data, batch_size=self.settings.batch_size, max_length=self.settings.max_length
+                )
+
+    def _fitting(self, spec: TaskSpec) -> list[ComparisonArm]:
+        """Return the arms that go with a task, and say which do not."""
+        refusals = {arm: arm.refusal(spec) for arm in self.arms}
+        fitting = [arm for arm, refusal in refusals.items() if not refusal]
+        if not fitting:
+            raise InputError(refusals[self.arms[0]])
+        left_out = [arm.name for arm, refusal in refusals.items() if refusal]
+        if left_out:
+            self.say(f"{spec.name}: without {', '.join(left_out)}, which do not go with a task of type {spec.type!r}")
+        return fitting
+
+    def _cost(self, spec: TaskSpec, arm: ComparisonArm, *, rows: int) -> ArmCost:
+        return replace(self._costs[spec.name, arm.without_rates()], arm=arm, rows=rows)
 
     def _load(self, spec: TaskSpec, rows: int | None, seed: int) -> TaskData:
         return load_task(spec, seed=seed, max_examples=rows, validation_fraction=self.settings.validation_fraction)
@@ -230,7 +267,8 @@ class StrategyComparison:
         """Return the tasks with their numbers of rows; a size beyond what a task has is all of it, once."""
         found: dict[tuple[str, int], tuple[TaskSpec, int]] = {}
         for spec in self.tasks:
-            available = len(self._load(spec, None, self.seeds[0]).rows("train"))
+            # Where articles are held out, a seed may leave fewer questions than another.
+            available = min(len(self._load(spec, None, seed).rows("train")) for seed in self.seeds)
             for size in self.sizes:
                 rows = available if size is None else min(size, available)
                 found[(spec.name, rows)] = (spec, rows)
@@ -238,7 +276,7 @@ class StrategyComparison:
 
     def plan(self, spec: TaskSpec, rows: int, *, budget: float | None) -> list[Rung]:
         """Return the rungs of a task with so many rows under a budget of its own."""
-        costs = [replace(self._costs[spec.name, arm], rows=rows) for arm in self.arms]
+        costs = [self._cost(spec, arm, rows=rows) for arm in self._arms[spec.name]]
         try:
             return plan_rungs(
                 costs,
@@ -277,12 +315,13 @@ class StrategyComparison:
             tfidf = Entry(rows, tuple(outcomes), metric)
             self.say(f"{TFIDF[spec.type]}: {tfidf.mean:.3f}")
         group = Group(spec.name, rows, metric, [constant[metric] for constant in constants], tfidf)
+        arms = [self._at_best_rate(arm, data[0], group) for arm in self._arms[spec.name]]
         entries: list[dict[ComparisonArm, Entry]] = [{} for _ in rungs]
         digests = [_digest(one) for one in data]
 
         def score(arm: ComparisonArm, examples: int) -> float:
             rung = next(i for i, entry in enumerate(entries) if rungs[i].arms > len(entry))
-            cost = replace(self._costs[spec.name, arm], rows=rows)
+            cost = self._cost(spec, arm, rows=rows)
             outcomes = [
                 self._outcome(cost, one, digest, examples=examples, seed=seed)
                 for one, digest, seed in zip(data, digests, self.seeds, strict=True)
@@ -291,9 +330,27 @@ class StrategyComparison:
             self.say(f"{Path(arm.model).name} {arm.name}, {examples:,} examples: {entry.mean:.3f}")
             return entry.mean
 
-        successive_halving(self.arms, rungs, score)
+        successive_halving(arms, rungs, score)
         group.rungs = entries
         return group
+
+    def _at_best_rate(self, arm: ComparisonArm, data: TaskData, group: Group) -> ComparisonArm:
+        """Return an arm with the best of the rates to try, measured on rows to train on that are held out for that."""
+        if not self.rate_factors or arm.learning_rate is None or arm.names_rate:
+            return arm
+        seed, own = self.seeds[0], arm.learning_rate
+        inner = replace(data, **hold_out(data.spec, data.rows("train"), fraction=_CHOOSING_SHARE, seed=seed))
+        rows, digest, scores = len(inner.rows("train")), _digest(inner), dict[ComparisonArm, float]()
+        for tried in (arm.at(own * factor) for factor in self.rate_factors):
+            cost = self._cost(data.spec, tried, rows=rows)
+            outcome = self._outcome(cost, inner, digest, examples=self.settings.full(rows), seed=seed)
+            scores[tried] = outcome.scores[data.main_metric]
+            group.choosing += outcome.flops
+        (best,) = better_half(scores, keep=1)
+        shown = ", ".join(f"{tried.learning_rate:g}: {score:.3f}" for tried, score in scores.items())
+        name, held_out = f"{Path(arm.model).name} {arm.name}", f"{len(inner.validation):,} rows of those to train on"
+        self.say(f"{name}: {best.learning_rate:g} is the best rate on {held_out} ({shown})")
+        return best
 
     def _outcome(self, cost: ArmCost, data: TaskData, digest: str, *, examples: int, seed: int) -> Outcome:
         arm, rows = cost.arm, len(data.rows("train"))

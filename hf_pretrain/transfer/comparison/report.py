@@ -18,7 +18,7 @@ from hf_pretrain.transfer.comparison.grid import Entry, Group
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADER = ("task", "rows", "model", "strategy", "metric", "score", "±", "examples", "FLOPs", "seconds", "rung")
+HEADER = ("task", "rows", "model", "strategy", "metric", "score", "±", "examples", "FLOPs", "seconds", "MiB", "rung")
 _PANEL_SIZE = (4.6, 3.4)  # inches
 _MOST_COLUMNS = 3
 _DOTS_PER_INCH = 110
@@ -40,7 +40,7 @@ def table_rows(groups: Sequence[Group]) -> list[tuple[str, ...]]:
     for group in groups:
         what = (group.task, f"{group.rows:,}")
         constant = math.fsum(group.constant) / len(group.constant)
-        rows.append((*what, "", "a constant", group.metric, f"{constant:.3f}", "", "", "", "", ""))
+        rows.append((*what, "", "a constant", group.metric, f"{constant:.3f}", "", "", "", "", "", ""))
         if group.tfidf is not None:
             rows.append((*what, "", "TF-IDF + linear", group.metric, *_numbers(group.tfidf), ""))
         for arm in ordered(group):
@@ -58,7 +58,8 @@ def ordered(group: Group) -> list[ComparisonArm]:
 def _numbers(entry: Entry) -> tuple[str, ...]:
     spread = "" if entry.deviation is None else f"{entry.deviation:.3f}"
     flops = f"{entry.flops:.2e}" if entry.flops else ""
-    return f"{entry.mean:.3f}", spread, f"{entry.examples:,}", flops, f"{entry.seconds:.1f}"
+    memory = f"{entry.memory / 2**20:.0f}" if entry.memory else ""
+    return f"{entry.mean:.3f}", spread, f"{entry.examples:,}", flops, f"{entry.seconds:.1f}", memory
 
 
 def plot_comparison(groups: Sequence[Group], path: str | Path) -> Path:

@@ -18,6 +18,7 @@ from hf_pretrain.training.processes import StopOnRequest, first_process_first, n
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 from hf_pretrain.transfer.tuning.heads import (
     OpenedModel,
+    architecture_of,
     chosen_head,
     name_labels,
     open_for_task,
@@ -153,6 +154,7 @@ def task_trainer(
         tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, model))
     head = {"architecture": architecture, "architecture_options": architecture_options, "mix_layers": mix_layers}
     if isinstance(model, str):
+        head["architecture"] = architecture or architecture_of(args.strategy, model)
         opened = open_for_task(model, data, seed=args.seed, **cast(Any, head))
     elif any(head.values()):
         name, value = next((name, value) for name, value in head.items() if value)

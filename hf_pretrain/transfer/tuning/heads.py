@@ -375,6 +375,20 @@ def _with_architecture(
     return model, fresh
 
 
+def has_architectures(task_type: str) -> bool:
+    """Return whether a type of tasks has models with an architecture on top of an encoder."""
+    return task_type in _WITH_ARCHITECTURE
+
+
+def architecture_of(strategy: str, name_or_path: str) -> str | None:
+    """Return the architecture that a strategy needs on a checkpoint; None if the checkpoint's or the stock head will do."""
+    if strategy != "scalar_mix":
+        return None
+    config = from_pretrained(AutoConfig, name_or_path)
+    has_mix = isinstance(config, TaskHeadConfig) and (config.mix_layers or config.architecture == "scalar_mix")
+    return None if has_mix else "scalar_mix"
+
+
 def _with_fresh_head(
     name_or_path: str, encoder: PreTrainedModel, data: TaskData, *, seed: int
 ) -> tuple[PreTrainedModel, tuple[str, ...]]:

@@ -222,3 +222,32 @@ def test_answers_are_decoded_with_no_answer_where_it_scores_higher(tmp_path):
         if len(said) == 1:
             starts[0, 0] = 99.0
             assert data.decode("validation", (starts, starts), tokenizer=tokenizer) == said
+
+
+@pytest.mark.parametrize("kind", ["pair", "regression", "tokens"])
+def test_scalar_mix_opens_a_checkpoint_and_its_head_is_kept(place, tmp_path, kind):
+    task = read_tasks(place / "tasks.yaml")[kind]
+    found = fine_tune(str(place / "encoder"), task, arguments(tmp_path, strategy="scalar_mix", learning_rate=0.05))
+    assert found.score > found.baseline[found.data.main_metric] + 0.1, (found.scores, found.baseline)
+    assert {name.split(".")[0] for name in found.fresh} == {"scalar_mix", "architecture"}
+    stock, trained = (
+        AutoModel.from_pretrained(place / "encoder").state_dict(),
+        found.trainer.model.encoder.state_dict(),
+    )
+    assert all(torch.equal(stock[name], trained[name]) for name in stock)
+    found.trainer.save_model()
+    data = load_task(task)
+    again = open_for_task(str(tmp_path), data, architecture="scalar_mix")
+    assert not again.fresh and torch.equal(again.model.scalar_mix.weights, found.trainer.model.scalar_mix.weights)
+    # The seed draws the head, and nothing else does.
+    heads = [
+        open_for_task(str(place / "encoder"), data, seed=seed, architecture="scalar_mix").model for seed in (1, 1, 2)
+    ]
+    drawn = [next(p for n, p in model.architecture.named_parameters() if p.ndim == 2) for model in heads]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_scalar_mix_of_spans_is_refused(place, tmp_path):
+    task = read_tasks(place / "tasks.yaml")["span"]
+    with pytest.raises(InputError, match="architecture='scalar_mix' goes with .*'span' is of type 'span'"):
+        fine_tune(str(place / "encoder"), task, arguments(tmp_path, strategy="scalar_mix"))
