@@ -77,6 +77,10 @@ class MultiTaskArguments(FineTuningArguments):
         """Check the options, and choose the best checkpoint by the mean of the tasks if nothing else is said."""
         check_options(self)
         check_changed(self)
+        if sharding := sharding_of(self):
+            raise InputError(
+                f"several tasks do not go with {sharding}, which shares weights out among processes: launch with ddp.yaml"
+            )
         # The collators of the tasks choose their columns.
         self.remove_unused_columns = False
         if self.label_smoothing_factor:
@@ -95,10 +99,6 @@ class MultiTaskArguments(FineTuningArguments):
         if self.load_best_model_at_end and cast(Any, self).metric_for_best_model is None:
             self.metric_for_best_model: str | None = f"eval_{_MEAN}"
         super().__post_init__()
-        if sharding := sharding_of(self):
-            raise InputError(
-                f"several tasks do not go with {sharding}, which shares weights out among processes: launch with ddp.yaml"
-            )
 
     def sampling_options(self, tasks: Iterable[str]) -> dict[str, Any]:
         """Return the options of `task_probabilities` for tasks in their order.
