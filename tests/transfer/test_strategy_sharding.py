@@ -19,7 +19,10 @@ from hf_pretrain.transfer.fine_tuning import SHARDED, FineTuningArguments
 STILL = (
     "--optim sgd --learning_rate 0.1 --max_steps 6 --warmup_steps 0 --disable_tqdm true --use_cpu true --tfidf false"
 )
-OPTIONS = {"full": "--task span --max_length 24", "layerwise_decay": "--save_strategy steps --save_steps 3 --save_total_limit 2"}
+OPTIONS = {
+    "full": "--task span --max_length 24",
+    "layerwise_decay": "--save_strategy steps --save_steps 3 --save_total_limit 2",
+}
 STAGED = sorted(set(get_args(Strategy)) - set(SHARDED))
 
 
