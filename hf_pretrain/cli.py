@@ -84,6 +84,9 @@ COMMANDS = {
 }
 """Programs that pre-train nothing."""
 
+LAUNCHED = ("finetune", "multitask", "adapt")
+"""Those of them that `accelerate launch` starts in several processes; the others run in one."""
+
 _EXIT_RUN = 1
 _EXIT_INPUT = 2
 _EXIT_INTERRUPTED = 130
@@ -245,11 +248,22 @@ def run_named(name: str, options: list[str]) -> int | None:
         InputError: If nothing has that name.
     """
     if name in COMMANDS:
+        _check_processes(name)
         return import_module(COMMANDS[name][0]).main(options)
     if name not in methods() and name in described_recipes():
         name, options = described_recipes()[name][0], ["--config", name, *options]
     load_method(name).run(options)
     return 0
+
+
+def _check_processes(name: str) -> None:
+    """Refuse to start a command of one process in several: they would do the same, and write the same files."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if name not in LAUNCHED and size.isdecimal() and int(size) > 1:
+        raise InputError(
+            f"WORLD_SIZE={size}: hf-pretrain {name} runs in one process: start it without accelerate launch or torchrun; several "
+            f"processes are for methods and {', '.join(LAUNCHED)}"
+        )
 
 
 def _help() -> str:

@@ -362,16 +362,18 @@ def option_hint(name: str, known: Collection[str], *, prog: str, dashes: str = "
 
 @cache
 def packaged_recipes() -> dict[str, Path]:
-    """Return the recipes that come with the library, by name."""
+    """Return the recipes that come with the library, by name: those of methods, and in folders of their own those of commands."""
     folder = Path(str(files("hf_pretrain.trainers") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in [*sorted(folder.glob("*.yaml")), *sorted(folder.glob("*/*.yaml"))]}
 
 
 @cache
 def described_recipes() -> dict[str, tuple[str, str]]:
-    """Return the method and the first sentence of every packaged recipe, by name; its header has both."""
+    """Return the method and the first sentence of every packaged recipe of a method, by name; its header has both."""
     found = {}
     for name, path in packaged_recipes().items():
+        if path.parent.name != "recipes":
+            continue
         first, *rest = path.read_text(encoding="utf-8").splitlines()
         header: list[str] = []
         for line in rest:

@@ -19,7 +19,6 @@ import dataclasses
 import itertools
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +30,15 @@ from hf_pretrain.cli import load_method, methods, run_named
 from hf_pretrain.commands import parse_command
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.prepare import training_texts
-from hf_pretrain.errors import InputError, RunError, check_range
+from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.files import write_text
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.names import described_recipes
 from hf_pretrain.options import option, read_recipes, recipe_names
 from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.output_folder import OutputFolder, check_replaceable, paths_in
 from hf_pretrain.training.parsing import parse_arguments
+from hf_pretrain.training.processes import done_by_first
 from hf_pretrain.transfer.adaptation import (
     NewWord,
     choose_words,
@@ -56,8 +57,6 @@ _SHOWN_WORDS = 8
 _RATE, _ADAPTER_RATE = 5e-5, 2e-4
 # Shares of masked tokens that models were trained with, as docs/adapt.md has them.
 _MASK_RATES = {"modernbert": 0.3}
-# Seconds that the other processes wait for the first to write the start, and between two looks.
-_MOST_SECONDS, _LOOK = 6 * 3600, 0.5
 
 
 @dataclass
@@ -207,17 +206,8 @@ def _with_start(args: AdaptArguments, command: list[str]) -> list[str]:
         )
     start = Path(training.output_dir).resolve()
     start = start.with_name(f"{start.name}-start")
-    wanted = _wanted(args, data_args)
-    if os.environ.get("RANK", "0") != "0":
-        _wait_for(start)
-    if not start.exists():
-        replaced_at_once(start, lambda folder: _write_start(args, data_args, training, folder, wanted))
-    record = _record(start)
-    if record.get("wanted") != json.loads(json.dumps(wanted)):
-        raise InputError(
-            f"output_dir={training.output_dir!r}: {start.name} beside it is the start of another run, with other words or text: "
-            "remove it, or name another output_dir"
-        )
+    wanted = json.loads(json.dumps(_wanted(args, data_args)))
+    record = done_by_first(training, lambda: _found_or_written(start, args, data_args, training, wanted))
     changed = [*command]
     changed[changed.index("--model_name_or_path") + 1] = os.path.relpath(start)
     if training.adapter != "none":
@@ -248,13 +238,28 @@ def _wanted(args: AdaptArguments, data_args: DataArguments) -> dict[str, Any]:
     return dataclasses.asdict(args) | {"text": text, "words": words}
 
 
-def _wait_for(start: Path) -> None:
-    """Wait until the first process has written the start."""
-    deadline = time.monotonic() + _MOST_SECONDS
-    while not (start / _RECORD).exists():
-        if time.monotonic() > deadline:
-            raise RunError(f"the first process has not written {start} in {_MOST_SECONDS} s: look at its output")
-        time.sleep(_LOOK)
+def _found_or_written(
+    start: Path,
+    args: AdaptArguments,
+    data_args: DataArguments,
+    training: PretrainingArguments,
+    wanted: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the record of the start, which is written unless it is there; that of another run is replaced if that is wanted."""
+    if start.exists() and _record(start).get("wanted") == wanted:
+        return _record(start)
+    if start.exists():
+        if not training.overwrite_output_dir:
+            raise InputError(
+                f"output_dir={training.output_dir!r}: {start.name} beside it is the start of another run, with other words or "
+                "text: replace both with --overwrite_output_dir, or name another output_dir"
+            )
+        # The earlier run goes with its start: all is checked before one of them goes.
+        inputs = paths_in((args, data_args))
+        OutputFolder(training, inputs).check_replaceable()
+        check_replaceable(start, inputs=inputs, marks=(_RECORD,))
+    replaced_at_once(start, lambda folder: _write_start(args, data_args, training, folder, wanted))
+    return _record(start)
 
 
 def _record(start: Path) -> dict[str, Any]:

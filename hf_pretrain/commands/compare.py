@@ -31,7 +31,7 @@ from hf_pretrain.tasks.spec import TaskSpec
 from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.comparison.arms import ComparisonArm
 from hf_pretrain.transfer.comparison.grid import ComparisonSettings, StrategyComparison
-from hf_pretrain.transfer.comparison.report import HEADER, plot_comparison, short_names, table_rows
+from hf_pretrain.transfer.comparison.report import HEADER, check_plot, plot_comparison, short_names, table_rows
 
 
 @dataclass
@@ -127,7 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_command(ARGUMENTS, argv, name="compare", description=__doc__, first="models")
     begin, specs = time.perf_counter(), args.specs()
     arms = [ComparisonArm.parse(model, text) for model in args.models for text in args.strategies]
-    names = short_names(args.models)
+    names, plot = short_names(args.models), args.plot or str(Path(args.results).with_suffix(".png"))
+    if args.plot is not None or not Path(args.results).exists():
+        check_plot(plot)
     print(f"arms   {len(arms)}: {', '.join(f'{names[arm.model]} {arm.name}' for arm in arms)}", flush=True)
     comparison = StrategyComparison(
         arms,
@@ -146,5 +148,4 @@ def main(argv: list[str] | None = None) -> None:
     of = "" if args.budget is None else f" of {args.budget:.2e}"
     print(f"       {spent:.2e}{of} FLOPs of training, {time.perf_counter() - begin:.1f} s")
     print(f"results  {args.results}")
-    plot = args.plot or str(Path(args.results).with_suffix(".png"))
     print(f"plot     {plot_comparison(groups, plot)}")

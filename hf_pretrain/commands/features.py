@@ -14,6 +14,7 @@ Needs the package skops to write a folder: pip install 'hf-pretrain[features]'.
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_pretrain.evaluation.probes import Pooling
 from hf_pretrain.options import option
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec
+from hf_pretrain.training.output_folder import output_directory, paths_in
 from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.classic_heads import HEADS, Kind
 from hf_pretrain.transfer.feature_heads import FeatureClassifier, FeatureRegressor
@@ -55,7 +57,12 @@ class FeaturesArguments(TaskArguments):
         "folds": "[0, inf)",
     }
 
+    needs: ClassVar[dict[str, str]] = {"overwrite_output_dir": "output_dir"}
+
     output_dir: str | None = option(None, "Folder to write the classifier to; it does not exist, or is empty.")
+    overwrite_output_dir: bool = option(
+        False, "Replace the earlier classifier or run in output_dir, once all is measured."
+    )
     task_type: Literal["classification", "regression"] = option(
         "classification", "Whether labels are classes or values."
     )
@@ -85,11 +92,6 @@ class FeaturesArguments(TaskArguments):
         super().__post_init__()
         if self.layer_weights is not None and self.combination != "concat":
             raise InputError(f"combination={self.combination!r} has no effect beside layer_weights: leave it out")
-        folder = None if self.output_dir is None else Path(self.output_dir)
-        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"output_dir={self.output_dir!r} is in use: name a folder that is empty or does not exist"
-            )
 
     def spec(self) -> TaskSpec:
         """Return the task.
@@ -210,9 +212,22 @@ def _save(args: FeaturesArguments, data: TaskData, found: list[Measured], folder
 def main(argv: list[str] | None = None) -> None:
     """Read the task, fit, measure, and write the best; see the top of the file."""
     args = parse_command(ARGUMENTS, argv, name="features", description=__doc__, first="model_name_or_path")
-    begin = time.perf_counter()
     spec = args.spec()
     args.heads(cast(Kind, spec.type))
+    if args.output_dir is None:
+        _measured(args, spec)
+        return
+    with output_directory(args, inputs=paths_in((args,), sys.argv[1:] if argv is None else argv)) as claimed:
+        data, found = _measured(args, spec)
+        claimed.training_begins()
+        best = _save(args, data, found, Path(args.output_dir))
+        loader = type(best.model).__name__
+        print(f'model  {args.output_dir}  ({best.name}; opens with {loader}.from_pretrained("{args.output_dir}"))')
+
+
+def _measured(args: FeaturesArguments, spec: TaskSpec) -> tuple[TaskData, list[Measured]]:
+    """Read the task, fit and measure, and print the table."""
+    begin = time.perf_counter()
     data = args.load(spec, seed=args.seed)
     print(
         f"task   {spec.name}: {len(data.rows('train')):,} examples to train on, {len(data.validation):,} to measure on\n"
@@ -233,7 +248,4 @@ def main(argv: list[str] | None = None) -> None:
     ]
     print_table(rows, header=("", "", "train cv " + ("Matthews" if data.labels else "R2"), *names))
     print(f"       in {time.perf_counter() - begin:.1f} s")
-    if args.output_dir is not None:
-        best = _save(args, data, found, Path(args.output_dir))
-        loader = type(best.model).__name__
-        print(f'model  {args.output_dir}  ({best.name}; opens with {loader}.from_pretrained("{args.output_dir}"))')
+    return data, found

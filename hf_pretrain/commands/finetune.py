@@ -34,7 +34,7 @@ from hf_pretrain.hub.pushing import repository_of
 from hf_pretrain.options import option, resolved_options, write_recipe
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec
-from hf_pretrain.training.output_folder import OutputFolder, output_directory, paths_in
+from hf_pretrain.training.output_folder import OutputFolder, note_own_folders, output_directory, paths_in
 from hf_pretrain.training.processes import (
     StopOnRequest,
     Stopping,
@@ -170,11 +170,12 @@ ARGUMENTS = (FinetuneArguments, FinetuneTrainingArguments)
 
 @dataclass(frozen=True)
 class Run:
-    """One training: its options, with a seed and a folder of its own, and the claims on folders that it lies in."""
+    """One training: its options, with a seed and a folder of its own, claims on the folders that it lies in, the one around."""
 
     options: FinetuneArguments
     args: FinetuneTrainingArguments
     folders: tuple[OutputFolder, ...]
+    around: str | None = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -226,7 +227,7 @@ def _claimed(
         own.seed, own.output_dir = seed, str(Path(args.output_dir, f"seed-{seed}"))
         own.resume_from_checkpoint, own.overwrite_output_dir = ("auto" if is_resumed else None), False
         folder = stack.enter_context(output_directory(cast(Any, own), inputs=read))
-        runs.append(Run(replace(options, seeds=None), own, (*around, folder)))
+        runs.append(Run(replace(options, seeds=None), own, (*around, folder), args.output_dir))
     return runs
 
 
@@ -246,6 +247,8 @@ class _Program:
             for folder in run.folders:
                 folder.training_begins()
             if args.process_index == 0:
+                if run.around is not None:
+                    note_own_folders(run.around, [Path(args.output_dir).name])
                 self._measure_references(options)
                 self._announce(trainer, note, is_first=not self.found)
 

@@ -28,6 +28,7 @@ from hf_pretrain.tasks.spec import TaskSpec, load_task, read_tasks
 from hf_pretrain.training.output_folder import output_directory, paths_in
 from hf_pretrain.training.processes import (
     StopOnRequest,
+    first_process_first,
     nothing_trained,
     refused_by_libraries,
     reported_faults,
@@ -141,7 +142,7 @@ def _trainer(
     """Read and tokenize the tasks, open the encoder, and return the Trainer."""
     tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, options.model_name_or_path))
     # The first process tokenizes, and the others find the cache.
-    with args.main_process_first(desc="tokenizing"):
+    with first_process_first(args):
         tasks = {name: options.load(spec, tokenizer) for name, spec in specs.items()}
     set_seed(args.seed)
     model = MultiTaskModel.from_tasks(

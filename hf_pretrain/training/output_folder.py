@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.files import damaged_file, is_whole
+from hf_pretrain.files import damaged_file, is_whole, write_text
 from hf_pretrain.options import recipe_names
-from hf_pretrain.training.arguments import PretrainingArguments
 from hf_pretrain.training.checkpointing import check_checkpoint, was_cut_off
-from hf_pretrain.training.processes import list_checkpoints
+from hf_pretrain.training.processes import done_by_first, list_checkpoints
 
 # A leading underscore keeps a file from being pushed to the Hub.
 _LOCK = "_lock"
@@ -30,6 +29,9 @@ _UNFINISHED = "_unfinished"
 # The files of an earlier run: until the new one begins to train, and while they are removed.
 _REPLACED, _REMOVED = "_replaced", "_removed"
 _AUTO, _LAST = "auto", "true"
+# Names the folders with models of their own that a run makes in its folder: of tasks, of seeds.
+_OWN_FOLDERS = "_folders.json"
+_OF_FEATURES = ("feature_head.json", "feature_head.skops")
 # Files that a run writes before it trains, and can make again from the same text and options.
 _BEFORE_TRAINING = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -53,7 +55,7 @@ _OF_A_RUN = (
     *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
     *("all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),
     # Of fine-tuning.
-    *("predictions.jsonl", "seed-*"),
+    *("predictions.jsonl", _OWN_FOLDERS, *_OF_FEATURES),
 )
 # The files below the folders of a run.
 _BELOW = (
@@ -70,18 +72,19 @@ _BELOW = (
 )
 # Options that may have the name of a file without being one that is read.
 _NOT_READ = ("output_dir", "logging_dir", "run_name", "project", "resume_from_checkpoint", "hub_model_id", "hub_token")
-_MARKS = ("checkpoint-*", "trainer_state.json", "recipe.yaml", "pretraining", _UNFINISHED)
+_MARKS = ("checkpoint-*", "trainer_state.json", "recipe.yaml", "pretraining", _UNFINISHED, _OWN_FOLDERS, *_OF_FEATURES)
 
 
 class OutputFolder:
     """The output folder of a run, as long as it is claimed.
 
     Args:
-        args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide about the files that are there.
+        args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide about the files that are there. A
+            command without checkpoints has no `resume_from_checkpoint`.
         inputs: Files and folders that the run reads.
     """
 
-    def __init__(self, args: PretrainingArguments, inputs: Iterable[str] = ()) -> None:
+    def __init__(self, args: Any, inputs: Iterable[str] = ()) -> None:
         self.args = args
         self.path = Path(args.output_dir)
         self.inputs = tuple(inputs)
@@ -119,7 +122,7 @@ class OutputFolder:
             raise InputError(in_use)
 
     def _checkpoint(self) -> str | None:
-        args, wanted = self.args, self.args.resume_from_checkpoint
+        args, wanted = self.args, getattr(self.args, "resume_from_checkpoint", None)
         if args.overwrite_output_dir and wanted is not None and wanted.lower() != _AUTO:
             raise InputError(
                 f"overwrite_output_dir=True would remove what resume_from_checkpoint={wanted} goes on from: leave out one "
@@ -132,10 +135,15 @@ class OutputFolder:
             if is_used and args.overwrite_output_dir:
                 self._set_aside()
             elif is_used and (wanted is None or not cut_off):
+                go_on = (
+                    " go on with --resume_from_checkpoint true (auto if a run may have been cut off before its first "
+                    "checkpoint),"
+                    if hasattr(args, "resume_from_checkpoint")
+                    else ""
+                )
                 raise InputError(
-                    f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if wanted else ''}: name another, go "
-                    "on with --resume_from_checkpoint true (auto if a run may have been cut off before its first checkpoint), "
-                    "or replace the run that is there with --overwrite_output_dir"
+                    f"output_dir={str(self.path)!r} is in use{' and holds no checkpoint' if wanted else ''}: name another,{go_on}"
+                    " or replace the run that is there with --overwrite_output_dir"
                 )
             elif cut_off and wanted is not None and not self._is_empty():
                 print(
@@ -153,28 +161,23 @@ class OutputFolder:
         free: tuple[str, ...] = (_UNFINISHED, *_BEFORE_TRAINING) if _UNFINISHED in names else ()
         return any(not _is_named(name, free) for name in names)
 
+    def check_replaceable(self) -> None:
+        """Refuse what is there if `overwrite_output_dir` may not replace it; nothing is touched.
+
+        Raises:
+            InputError: As [`check_replaceable`].
+        """
+        if self.path.is_dir() and self._is_used():
+            check_replaceable(self.path, inputs=self.inputs)
+
     def _set_aside(self) -> None:
-        self._check_replaceable()
+        self.check_replaceable()
         shutil.rmtree(self.path / _REMOVED, ignore_errors=True)
         aside = self.path / _REPLACED
         aside.mkdir()
         for path in list(self.path.iterdir()):
             if path.name not in (_LOCK, _REPLACED):
                 os.replace(path, aside / path.name)
-
-    def _check_replaceable(self) -> None:
-        folder = self.path.resolve()
-        what = f"overwrite_output_dir=True would remove what output_dir={str(self.path)!r} holds"
-        if folder == Path.home().resolve() or Path.cwd().resolve().is_relative_to(folder):
-            raise InputError(f"{what}, the home folder or the one that you are in: name another")
-        for name in self.inputs:
-            if Path(name).resolve().is_relative_to(folder):
-                raise InputError(f"{what}, and this run reads {name}: move it or name another output_dir")
-        found = _first_foreign(self.path)
-        if found is not None:
-            raise InputError(f"{what}, and {found} is not of a run: move it or name another output_dir")
-        if not any(_is_named(path.name, _MARKS) for path in self.path.iterdir()):
-            raise InputError(f"{what}, which is no run: remove it yourself or name another output_dir")
 
     def _restore(self) -> None:
         """Bring back the files that a run set aside before it failed to train."""
@@ -224,8 +227,58 @@ class OutputFolder:
                 self.path.rmdir()
 
 
+def check_replaceable(folder: Path, *, inputs: Iterable[str] = (), marks: Sequence[str] = _MARKS) -> None:
+    """Refuse to replace a folder unless everything in it was written by an earlier run.
+
+    Args:
+        folder: An output folder, or one that a run has written beside it.
+        inputs: Files and folders that the new run reads.
+        marks: Names of files, one of which an earlier run has left.
+
+    Raises:
+        InputError: If it is the home folder or the present one, is read by the new run, is no run's, or has a file of others.
+    """
+    resolved = folder.resolve()
+    what = f"overwrite_output_dir=True would remove what {str(folder)!r} holds"
+    if resolved == Path.home().resolve() or Path.cwd().resolve().is_relative_to(resolved):
+        raise InputError(f"{what}, the home folder or the one that you are in: name another output_dir")
+    for name in inputs:
+        if Path(name).resolve().is_relative_to(resolved):
+            raise InputError(f"{what}, and this run reads {name}: move it or name another output_dir")
+    found = _first_foreign(folder, own=marks)
+    if found is not None:
+        raise InputError(f"{what}, and {found} is not of a run: move it or name another output_dir")
+    if not any(_is_named(path.name, marks) for path in folder.iterdir()):
+        raise InputError(f"{what}, which is no run: remove it yourself or name another output_dir")
+
+
+def note_own_folders(folder: str | Path, names: Iterable[str]) -> None:
+    """Note which folders in the folder of a run have models of it, so that they may be replaced with the run.
+
+    Args:
+        folder: The output folder.
+        names: Names of the folders in it; those that are noted already stay.
+    """
+    known = _own_folders(Path(folder))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_text(Path(folder, _OWN_FOLDERS), json.dumps([*known, *(name for name in names if name not in known)]) + "\n")
+
+
+def is_name_of_a_run(name: str) -> bool:
+    """Whether a run writes something of this name into its folder itself, so that no task of it may be called so."""
+    return _is_named(name, (*_OF_A_RUN, _REPLACED))
+
+
+def _own_folders(folder: Path) -> list[str]:
+    try:
+        found = json.loads((folder / _OWN_FOLDERS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
 @contextmanager
-def output_directory(args: PretrainingArguments, *, inputs: Iterable[str] = ()) -> Iterator[OutputFolder]:
+def output_directory(args: Any, *, inputs: Iterable[str] = ()) -> Iterator[OutputFolder]:
     """Claim the output folder for this run.
 
     An earlier run that is replaced is only set aside until `training_begins` of the folder is called. It is brought back if
@@ -233,7 +286,8 @@ def output_directory(args: PretrainingArguments, *, inputs: Iterable[str] = ()) 
 
     Args:
         args: `output_dir`, `overwrite_output_dir` and `resume_from_checkpoint` decide. The last becomes the path of the last
-            whole checkpoint if it is "true", and that or None if it is "auto"; where the run goes on is printed.
+            whole checkpoint if it is "true", and that or None if it is "auto"; where the run goes on is printed. A command of
+            one process without checkpoints has the first two alone.
         inputs: Files and folders that the run reads, which are never replaced; see [`paths_in`].
 
     Raises:
@@ -242,7 +296,10 @@ def output_directory(args: PretrainingArguments, *, inputs: Iterable[str] = ()) 
     """
     folder = OutputFolder(args, inputs)
     try:
-        args.resume_from_checkpoint = _decided_by_first(args, folder.claim)
+        if hasattr(args, "resume_from_checkpoint"):
+            args.resume_from_checkpoint = done_by_first(args, folder.claim)
+        else:
+            folder.claim()
         yield folder
         folder.ended()
     finally:
@@ -274,10 +331,11 @@ def _is_named(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _first_foreign(folder: Path) -> Path | None:
-    """Return the first file in a folder that no run writes."""
+def _first_foreign(folder: Path, own: Iterable[str] = ()) -> Path | None:
+    """Return the first file in a folder that no run writes; some files and folders are its own by their names."""
+    own = {*own, *_own_folders(folder)}
     for path in sorted(folder.iterdir()):
-        if not _is_named(path.name, _OF_A_RUN):
+        if not _is_named(path.name, _OF_A_RUN) and path.name not in own:
             return path
         below = [] if path.is_symlink() else sorted(path.rglob("*"))
         found = next((file for file in below if not file.is_dir() and not _is_named(file.name, _BELOW)), None)
@@ -289,21 +347,6 @@ def _first_foreign(folder: Path) -> Path | None:
 def _remove(path: Path) -> None:
     # A link is removed, never its target.
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def _decided_by_first(args: PretrainingArguments, decide: Callable[[], str | None]) -> str | None:
-    """Return the decision of the first process on every process, or raise its refusal there."""
-    outcome: list[Any] = [None]
-    if args.process_index == 0:
-        try:
-            outcome = [decide()]
-        except InputError as error:
-            outcome = [error]
-    if args.world_size > 1:
-        outcome = broadcast_object_list(outcome)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def _checkpoint_to_resume(folder: Path, wanted: str) -> str | None:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed import distributed_c10d
@@ -35,6 +35,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, RunError, StoppedError, Terminated, one_line
 from hf_pretrain.files import is_whole
 
@@ -69,6 +70,31 @@ def first_process_first(args: TrainingArguments) -> Iterator[None]:
     finally:
         if not args.process_index:
             store.set(key, "done")
+
+
+def done_by_first(args: TrainingArguments, work: Callable[[], Any]) -> Any:
+    """Let the first process do something while the others wait, and return what it returns on every process.
+
+    Args:
+        args: Those of the run; all processes must come here equally often.
+        work: Called on the first process.
+
+    Raises:
+        InputError: The refusal of the first process, on every process.
+        RunError: Likewise.
+    """
+    outcome: list[Any] = [None]
+    with first_process_first(args):
+        if args.process_index == 0:
+            try:
+                outcome = [work()]
+            except (InputError, RunError) as error:
+                outcome = [error]
+    if args.world_size > 1:
+        outcome = broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError | RunError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def set_timeout(args: TrainingArguments) -> None:
@@ -204,6 +230,18 @@ def check_launch(accelerator: Accelerator) -> None:
             "accelerator_config: split_batches=True would make per_device_train_batch_size the batch of all processes together, "
             "and nothing here counts with that: leave it out, and divide that number by the processes"
         )
+
+
+def sharding_of(args: TrainingArguments) -> str | None:
+    """Return what shares the weights out among the processes, "FSDP" or "DeepSpeed", by the options and the launch; or None."""
+    if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return "FSDP"
+    return "DeepSpeed" if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") else None
+
+
+def dropout_of_process(args: TrainingArguments) -> None:
+    """Give each process dropout of its own: transformers seeds all alike. A resume restores each one's own state."""
+    torch.manual_seed(draws.generator_seed(args.process_index, seed=args.seed, stream="dropout"))
 
 
 def sharded_blocks(model: nn.Module) -> set[str]:

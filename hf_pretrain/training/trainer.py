@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
-from hf_pretrain.data import draws
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import (
     FILLER,
@@ -62,6 +61,7 @@ from hf_pretrain.training.inputs import TrainerInputs
 from hf_pretrain.training.phases.course import Course, KeptOptions, PhaseEnd, sampler_from
 from hf_pretrain.training.processes import (
     check_launch,
+    dropout_of_process,
     not_finite,
     reported_faults,
     sharded_by_blocks,
@@ -469,7 +469,7 @@ class PretrainingTrainer(Trainer):
             # Between two trials of a search there is none.
             if wrapped is not None:
                 wrapped._is_accelerate_prepared = False
-        self._seed_dropout()
+        dropout_of_process(self.args)
         self._components = SumAccumulator()
         self.tokens.begin()
         self.held_out.begin()
@@ -484,10 +484,6 @@ class PretrainingTrainer(Trainer):
 
     def begin_training(self) -> None:
         """Forget an earlier training, which may have been of another model; called before each."""
-
-    def _seed_dropout(self) -> None:
-        """Give each rank dropout of its own: transformers seeds all alike. A resume restores each rank's own state."""
-        torch.manual_seed(draws.generator_seed(self.args.process_index, seed=self.args.seed, stream="dropout"))
 
     def _prepare_for_training(self, *args: Any) -> Any:
         """Wrap the model for distributed training; see `transformers.Trainer`."""
@@ -542,7 +538,7 @@ class PretrainingTrainer(Trainer):
         model = self.inputs.compose(super().call_model_init(trial))
         self._make_trainable(model, self.args)
         # transformers sets the seed before each.
-        self._seed_dropout()
+        dropout_of_process(self.args)
         return model
 
     def _hp_search_setup(self, trial: Any) -> None:

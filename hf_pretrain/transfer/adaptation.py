@@ -343,12 +343,13 @@ def token_counts(texts: Iterable[str | None], tokenizers: Sequence[PreTrainedTok
 
 
 def replaced_at_once(folder: Path, write: Callable[[Path], Any]) -> Any:
-    """Let a function write a new folder, all of it or nothing; return what it returns."""
+    """Let a function write a folder, all of it or nothing, in the place of one that is there; return what it returns."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
         found = write(part)
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -27,12 +27,17 @@ from hf_pretrain.options import option
 from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.checkpointing import changed, remove_old_checkpoints
+from hf_pretrain.training.processes import check_launch, dropout_of_process, sharded_by_blocks, sharding_of
 from hf_pretrain.transfer.adapters import add_adapters, merge_for_export
 from hf_pretrain.transfer.arguments import ADAPTERS, StrategyArguments
 from hf_pretrain.transfer.layers import layerwise_parameter_groups as layerwise_parameter_groups
 from hf_pretrain.transfer.layers import reinitialise_layers
 from hf_pretrain.transfer.recomputing import recomputed
 from hf_pretrain.transfer.strategies import StrategyPlan, is_adapted, set_gradients
+
+# What moves is the same from the first step to the last, and in the model's own weights.
+SHARDED = ("full", "layerwise_decay", "top_layers", "frozen", "bitfit")
+"""Strategies that go with FSDP, where each process holds a share of the weights only."""
 
 
 @dataclass
@@ -59,6 +64,12 @@ class FineTuningArguments(StrategyArguments, TrainingArguments):
     def __post_init__(self) -> None:
         """Check the strategy, then let transformers check the rest."""
         self.settle_strategy()
+        sharding = sharding_of(self)
+        if sharding and self.strategy not in SHARDED:
+            raise InputError(
+                f"strategy={self.strategy!r} does not go with {sharding}, which shares weights out among processes: choose "
+                f"one of {', '.join(SHARDED)}, or launch with ddp.yaml"
+            )
         # transformers fills it in, and would not tell its own value from the user's.
         self.chooses_metric = self.metric_for_best_model is not None
         super().__post_init__()
@@ -119,7 +130,8 @@ class FineTuningTrainer(Trainer):
 
     | method | why |
     | --- | --- |
-    | `train` | draws `reinit_layers` anew before the first step |
+    | `train` | draws `reinit_layers` anew before the first step; each process has dropout of its own |
+    | `_prepare_for_training` | FSDP gathers each block by itself |
     | `get_optimizer_cls_and_kwargs` | groups of all parts |
     | `set_initial_training_values` | remembers the steps of an epoch, which stages begin with |
     | `create_scheduler` | a schedule for each part |
@@ -169,17 +181,8 @@ class FineTuningTrainer(Trainer):
             self.add_callback(_Stages(self))
 
     def _check_processes(self) -> None:
-        """Refuse options with which other weights would be trained or saved than the strategy says."""
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if is_sharded and (self.plan.is_staged or self.args.export == "merged"):
-            way = (
-                "set export to 'adapter'"
-                if self.args.export == "merged"
-                else "choose 'layerwise_decay' or 'top_layers'"
-            )
-            raise InputError(
-                f"strategy={self.args.strategy!r} does not go with FSDP and DeepSpeed, which shard weights: {way}"
-            )
+        """Refuse what would move other weights than planned, or move none on other processes."""
+        check_launch(self.accelerator)
         if self.plan.is_staged and self.args.world_size > 1 and not self.args.ddp_find_unused_parameters:
             raise InputError(
                 f"ddp_find_unused_parameters=False: with strategy={self.args.strategy!r} some parts have no gradient at first; "
@@ -195,7 +198,19 @@ class FineTuningTrainer(Trainer):
         if self.args.reinit_layers and not resume_from_checkpoint and not self._is_reinitialised:
             reinitialise_layers(self.plan.inner, self.args.reinit_layers, seed=self.args.seed)
             self._is_reinitialised = True
+        if self.args.world_size > 1:
+            dropout_of_process(self.args)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _prepare_for_training(self, *args: Any) -> Any:
+        """Wrap the model for several processes; see `transformers.Trainer`."""
+        if not self.is_fsdp_enabled:
+            return super()._prepare_for_training(*args)
+        with sharded_by_blocks(cast(PreTrainedModel, self.model)):
+            found = super()._prepare_for_training(*args)
+        # The plan still had the whole weights, and would keep them in memory.
+        self.plan = StrategyPlan(cast(nn.Module, self.model), self.args)
+        return found
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:

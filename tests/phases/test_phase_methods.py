@@ -41,7 +41,7 @@ def test_a_resume_behind_the_border_is_equal(text, tmp_path, method):
         "per_device_train_batch_size": 8,
     }
     options |= {"max_position_embeddings": 64, "max_length": 24}
-    options |= {"save_steps": 1, "demo_corpus": True, "train_file": None}
+    options |= {"demo_corpus": True, "train_file": None}
     whole = PhasedRun(text, tmp_path / "whole", PHASES, **options)
     assert [whole.steps[step].phase for step in range(6)] == ["one"] * 3 + ["two"] * 3
     decays = [max(whole.steps[step].decays) for step in range(6)]

@@ -42,10 +42,11 @@ def assert_equal(run, other):
 @pytest.mark.parametrize(
     "stop",
     [
-        {"stop_at": 3},
+        # Within the first phase as before its border, and behind a border as at it: two of each kind are slow.
+        pytest.param({"stop_at": 3}, marks=pytest.mark.slow),
         {"stop_before_checkpoint": 4},
         {"stop_at_phase": "stable"},
-        {"stop_at": 5},
+        pytest.param({"stop_at": 5}, marks=pytest.mark.slow),
         {"stop_at": 9},
     ],
     ids=lambda stop: " ".join(f"{name}={value}" for name, value in stop.items()),

@@ -25,7 +25,7 @@ from hf_pretrain.modeling.backbone import vocabulary_size
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.objectives.distillation import StudentArguments
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.output_folder import OutputFolder, output_directory, paths_in
+from hf_pretrain.training.output_folder import OutputFolder, note_own_folders, output_directory, paths_in
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import run
 
@@ -162,6 +162,31 @@ class TestOverwriting:
         ):
             raise AssertionError("the program must not run")
         assert contents(earlier) == before and (earlier / name).read_text() == "precious"
+
+    def test_the_folders_that_a_run_has_noted_go_with_it(self, make, earlier):
+        for name in ("sst2", "seed-0"):
+            (earlier / name).mkdir()
+            (earlier / name / "model.safetensors").write_text("old")
+            note_own_folders(earlier, [name])
+        assert json.loads((earlier / "_folders.json").read_text()) == ["sst2", "seed-0"]
+        with output_directory(make(overwrite_output_dir=True)) as claimed:
+            claimed.training_begins()
+        assert contents(earlier) == set()
+
+    @pytest.mark.parametrize(
+        "name", ["mine/model.safetensors", "seed-1/README.md", "sst2/notes.txt", "sst2/deep/a.py"]
+    )
+    def test_beside_noted_folders_the_files_of_others_stay(self, make, earlier, name):
+        note_own_folders(earlier, ["sst2", "seed-0"])
+        (earlier / name).parent.mkdir(parents=True)
+        (earlier / name).write_text("precious")
+        before = contents(earlier)
+        with (
+            pytest.raises(InputError, match=f"{name.split('/')[0]}.* is not of a run"),
+            output_directory(make(overwrite_output_dir=True)),
+        ):
+            raise AssertionError("the program must not run")
+        assert contents(earlier) == before
 
     def test_a_folder_without_a_run_stays(self, make, folder):
         folder.mkdir(parents=True)

@@ -276,8 +276,24 @@ class TestCommand:
         assert run(start, tmp_path / "out", *options) == 0
         assert (tmp_path / "out-start/model.safetensors").stat().st_mtime_ns == written
         capsys.readouterr()
-        assert run(start, tmp_path / "out", "--new_words", "auto:3", "--overwrite_output_dir", "true") == 2
+        assert run(start, tmp_path / "out", "--new_words", "auto:3") == 2
         assert "is the start of another run" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("place", ["out-start", "out"])
+    def test_the_start_is_replaced_with_its_run(self, start, tmp_path, capsys, place):
+        assert run(start, tmp_path / "out", "--new_words", "auto:2") == 0
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        (tmp_path / place / "notes.txt").write_text("precious")
+        again = ("--new_words", "auto:1", "--overwrite_output_dir", "true")
+        assert run(start, tmp_path / "out", *again) == 2
+        assert f"{place}/notes.txt is not of a run" in capsys.readouterr().err
+        (tmp_path / place / "notes.txt").unlink()
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        assert run(start, tmp_path / "out", *again) == 0
+        facts = [json.loads((tmp_path / "out-start/adaptation.json").read_text())]
+        assert (
+            len(facts[0]["words"]) == 1 and "hepatitis" in AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+        )
 
     def test_words_of_a_file(self, start, tmp_path):
         (tmp_path / "words.txt").write_text("steatosis\n")

@@ -179,6 +179,25 @@ def test_values(place, tmp_path, capsys):
     assert predicted.dtype == np.float64 and predicted[0] != predicted[1]
 
 
+def test_an_earlier_classifier_is_replaced_and_what_is_of_others_stays(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--train_file", place / "train.tsv", "--validation_file", place / "dev.tsv", "--text_columns", "text"]
+    options += ["--folds", "0", "--max_examples", "40", "--output_dir", out]
+    assert run(place, *options) == 0
+    before = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert run(place, *options) == 2 and "--overwrite_output_dir" in capsys.readouterr().err
+    (out / "notes.txt").write_text("precious")
+    assert run(place, *options, "--overwrite_output_dir") == 2
+    assert f"{out / 'notes.txt'} is not of a run" in capsys.readouterr().err
+    (out / "notes.txt").unlink()
+    # What fails leaves the earlier one as it was.
+    assert run(place, *options, "--overwrite_output_dir", "--classifier", "logistic", "--label_column", "none") == 2
+    assert {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert run(place, *options, "--overwrite_output_dir", "--classifier", "linear_svc") == 0
+    assert json.loads((out / "feature_head.json").read_text())["head"] == "linear_svc"
+    assert not {"_lock", "_unfinished", "_replaced"} & {path.name for path in out.iterdir()}
+
+
 def test_words_of_a_pair_are_told_apart_by_tfidf():
     """The label is which of the two texts holds the word: one bag of both knows nothing of it."""
     pairs = [("yes thing", "other") if number % 2 else ("other", "yes thing") for number in range(40)]

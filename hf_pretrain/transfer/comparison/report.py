@@ -9,6 +9,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.files import write_bytes
 from hf_pretrain.hub.plots import HELD_OUT_COLOURS, style_panel
 from hf_pretrain.hub.text import label
@@ -18,6 +19,8 @@ from hf_pretrain.transfer.comparison.grid import Entry, Group
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Stands at the beginning of each picture; by it a picture is known again.
+_SOFTWARE, _HEADER = "hf_pretrain comparison", 1024
 HEADER = ("task", "rows", "model", "strategy", "metric", "score", "±", "examples", "FLOPs", "seconds", "MiB", "rung")
 _PANEL_SIZE = (4.6, 3.4)  # inches
 _MOST_COLUMNS = 3
@@ -86,8 +89,18 @@ def plot_comparison(groups: Sequence[Group], path: str | Path) -> Path:
     for panel in panels[len(groups) :]:
         panel.remove()
     content = io.BytesIO()
-    picture.savefig(content, format="png", metadata={"Software": None})
+    picture.savefig(content, format="png", metadata={"Software": _SOFTWARE})
     return write_bytes(Path(path), content.getvalue())
+
+
+def check_plot(path: str | Path) -> None:
+    """Refuse to replace a picture that no comparison has drawn.
+
+    Raises:
+        InputError: If there is a file of that name, and it is not from `plot_comparison`.
+    """
+    if Path(path).exists() and not (Path(path).is_file() and _SOFTWARE.encode() in Path(path).read_bytes()[:_HEADER]):
+        raise InputError(f"plot={str(path)!r} is no picture of a comparison: name another, nothing of it is changed")
 
 
 def _draw(panel: Axes, group: Group) -> None:

@@ -26,6 +26,7 @@ from hf_pretrain.modeling.base import ModelOfModels
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.loading import from_config, from_pretrained
 from hf_pretrain.tasks.labelled import TaskData
+from hf_pretrain.training.output_folder import is_name_of_a_run
 from hf_pretrain.transfer.tuning.heads import open_for_task
 
 _NAMES = re.compile(r"(?!checkpoint-)[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -144,6 +145,8 @@ class MultiTaskModel(ModelOfModels):
         for task in config.task_names:
             if _NAMES.fullmatch(task) is None:
                 raise InputError(f"task {task!r} names a folder of the export: use letters, digits, _ and -")
+            if is_name_of_a_run(task):
+                raise InputError(f"task {task!r} has the name of a folder that each run writes: call it otherwise")
         self.encoder = from_config(AutoModel, cast(Any, config.encoder)) if encoder is None else encoder
         if models is None:
             models = {entry["name"]: _build(entry) for entry in config.tasks}

@@ -20,7 +20,9 @@ from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.options import all_options, check_options, option
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.training.arguments import global_batch_size
+from hf_pretrain.training.output_folder import note_own_folders
 from hf_pretrain.training.parsing import check_changed
+from hf_pretrain.training.processes import sharding_of
 from hf_pretrain.transfer.adapters import merge_for_export
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 from hf_pretrain.transfer.multitask.card import write_multitask_card
@@ -75,6 +77,10 @@ class MultiTaskArguments(FineTuningArguments):
         """Check the options, and choose the best checkpoint by the mean of the tasks if nothing else is said."""
         check_options(self)
         check_changed(self)
+        if sharding := sharding_of(self):
+            raise InputError(
+                f"several tasks do not go with {sharding}, which shares weights out among processes: launch with ddp.yaml"
+            )
         # The collators of the tasks choose their columns.
         self.remove_unused_columns = False
         if self.label_smoothing_factor:
@@ -223,8 +229,6 @@ class MultiTaskTrainer(FineTuningTrainer):
             processing_class=tokenizer,
             **kwargs,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise InputError("several tasks do not go with FSDP and DeepSpeed, which shard weights: leave them out")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -356,6 +360,7 @@ class MultiTaskTrainer(FineTuningTrainer):
         if not self.args.should_save:
             return
         folder = Path(cast(str, self.args.output_dir) if output_dir is None else output_dir)
+        note_own_folders(folder, self.tasks)
         self.stock_model().export(folder, cast(PreTrainedTokenizerBase, self.processing_class))
         write_multitask_card(self, folder, defaults=all_options([MultiTaskArguments(output_dir="")]))
 

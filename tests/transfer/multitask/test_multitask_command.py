@@ -1,6 +1,7 @@
 """`hf-pretrain multitask` from its command line to the folder that it writes, and to a next training from there."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -113,6 +114,44 @@ def test_a_run_goes_on_from_its_last_checkpoint(place, tmp_path, capsys):
     assert "is in use" in capsys.readouterr().err
     assert run(place, tmp_path / "none", *options, "--resume_from_checkpoint", "true") == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_replaced_with_its_folders_and_nothing_else_is(place, first, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(first, out)
+    for stranger in ("topic/notes.txt", "mine/model.safetensors"):
+        (out / stranger).parent.mkdir(exist_ok=True)
+        (out / stranger).write_text("precious")
+        before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        assert run(place, out, "--task", "value", "--max_steps", "1", "--overwrite_output_dir") == 2
+        assert f"{out / stranger.split('/')[0]}" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+        (out / stranger).unlink()
+    (out / "mine").rmdir()
+    assert run(place, out, "--task", "value", "--max_steps", "1", "--overwrite_output_dir") == 0
+    assert (out / "value" / "model.safetensors").exists() and not (out / "topic").exists()
+
+
+@pytest.mark.parametrize("name", ["plots", "pretraining", "seed-1", "runs"])
+def test_a_task_may_not_have_the_name_of_a_folder_of_the_run(place, tmp_path, capsys, name):
+    path = place / "tasks" / "named.yaml"
+    path.write_text((place / "tasks" / "tasks.yaml").read_text().replace("topic:", f"{name}:"))
+    given = [
+        "multitask",
+        place / "encoder",
+        "--tasks",
+        path,
+        "--output_dir",
+        tmp_path / "out",
+        *SHORT,
+        "--max_steps",
+        1,
+    ]
+    status = main([str(part) for part in given])
+    if name == "seed-1":
+        assert status == 0 and (tmp_path / "out" / "seed-1").is_dir()
+    else:
+        assert status == 2 and f"task {name!r} has the name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
