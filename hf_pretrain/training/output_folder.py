@@ -52,8 +52,8 @@ _OF_A_RUN = (
     *("adapter_config.json", "adapter_model.*", "configuration_*.py", "modeling_*.py", "__init__.py"),
     *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
     *("all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),
-    # Of fine-tuning.
-    *("predictions.jsonl", "seed-*"),
+    # Of fine-tuning, and of tasks.
+    *("predictions.jsonl", "seed-*", "evaluation.json"),
 )
 # The files below the folders of a run.
 _BELOW = (

@@ -8,7 +8,7 @@ and times are measured once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.hub.run import hub_name_of
 from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
+from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
@@ -373,6 +374,19 @@ class DistillationTrainer(PretrainingTrainer):
             models = tuple(model.base_model for model in models)
         with self.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
             return measure_costs(models[0], models[1], held_out, collator=self.data_collator)
+
+    def reference_models(self) -> dict[str, str | Callable[[Path], Any]]:
+        """Return the teacher as it is named, or what writes the one in memory."""
+        return {"teacher": cast(str, self.model.teacher_name) if self._teacher is None else self._save_teacher}
+
+    def _save_teacher(self, folder: Path) -> None:
+        teacher, modules = cast(PreTrainedModel, self._teacher), self.model.sentence_modules
+        teacher.save_pretrained(folder)
+        cast(Any, self.processing_class).save_pretrained(folder)
+        if modules is not None:
+            modules.write(
+                folder, hidden_size=teacher.config.hidden_size, longest=longest_sequence(teacher), dense=None
+            )
 
     def card_facts(self) -> dict[str, Any]:
         """Return the run's losses, how the student began, and the student beside its teacher."""
