@@ -312,9 +312,9 @@ def print_report(trainer: PretrainingTrainer) -> None:
         print(f"\nHeld-out text, before and {when}:")
         print_table(rows, header=("", "before", "after"))
     if trainer.tasks is not None:
-        scores, header = trainer.tasks.table()
+        scores, columns = trainer.tasks.table()
         print("\nTasks:")
-        print_table(scores, header=header)
+        print_table(scores, header=columns)
     print(f"\nmodel card  {output_dir / 'README.md'}")
     for plot in sorted((output_dir / "plots").glob("*.png")):
         print(f"plot        {plot}")

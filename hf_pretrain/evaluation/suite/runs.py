@@ -84,8 +84,9 @@ class _Trained(EvaluatedModel):
         self._model = model
 
     @property
-    def config(self) -> PreTrainedConfig:  # type: ignore[override]
-        return self._model.root.config
+    def config(self) -> PreTrainedConfig:
+        config: PreTrainedConfig = self._model.root.config
+        return config
 
     @property
     def architecture(self) -> str:

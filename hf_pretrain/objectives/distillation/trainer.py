@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -376,13 +377,16 @@ class DistillationTrainer(PretrainingTrainer):
             return measure_costs(models[0], models[1], held_out, collator=self.data_collator)
 
     def reference_models(self) -> dict[str, str | Callable[[Path], Any]]:
-        """Return the teacher as it is named, or what writes the one in memory."""
-        return {"teacher": cast(str, self.model.teacher_name) if self._teacher is None else self._save_teacher}
+        """Return the teacher by its name, or what writes the one in memory."""
+        if self._teacher is None and self.model.teacher_name:
+            return {"teacher": self.model.teacher_name}
+        teacher = self._teacher or (self.model.teacher and self.model.teacher.model)
+        return {} if teacher is None else {"teacher": partial(self._save_teacher, teacher)}
 
-    def _save_teacher(self, folder: Path) -> None:
-        teacher, modules = cast(PreTrainedModel, self._teacher), self.model.sentence_modules
+    def _save_teacher(self, teacher: PreTrainedModel, folder: Path) -> None:
         teacher.save_pretrained(folder)
         cast(Any, self.processing_class).save_pretrained(folder)
+        modules = self.model.sentence_modules
         if modules is not None:
             modules.write(
                 folder, hidden_size=teacher.config.hidden_size, longest=longest_sequence(teacher), dense=None
