@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM
 
-from helpers.distilled import arguments, pair
+from helpers.distilled import arguments
+from helpers.distilled import pair as composite
 from helpers.method_matrix import QUIET, all_programs, build, tiny_data, tiny_teacher, tiny_tokenizer
 from hf_pretrain.cli import main
 from hf_pretrain.data import draws
@@ -38,7 +39,8 @@ def data(tmp_path_factory):
         (data / "sst2" / f"{split}.tsv").write_text("".join(lines))
         lines = [f"{sentence(row)},{sentence(row[:2] + row[:1] * 2)},{row[3] / 10}\n" for row in rows]
         (data / "stsb" / f"{split}.csv").write_text("".join(lines))
-    pairs = [{"sentence_good": f"w{i} w{i}", "sentence_bad": f"w{i} w{2 * i + 1}", "UID": "p"} for i in range(9)]
+    pairs = [{"sentence_good": f"w{i} w{i}", "sentence_bad": f"w{i} w{2 * i + 1}"} for i in range(9)]
+    pairs = [pair | {"UID": "p", "field": "f"} for pair in pairs]
     (data / "blimp" / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
     (data / "tags.yaml").write_text("tags: {type: tokens, text: words, label: tags, train_file: tags.jsonl}\n")
     (data / "tags.jsonl").write_text('{"words": ["w1"], "tags": ["O"]}\n')
@@ -127,7 +129,7 @@ class TestDistillation:
         teacher.save_pretrained(tmp_path / "teacher")
         tiny_tokenizer().save_pretrained(tmp_path / "teacher")
         args = DistillationTrainingArguments(
-            **QUIET, output_dir=str(tmp_path / "run"), distillation_method="minilmv2", **options(data, "stsb")
+            **QUIET, output_dir=str(tmp_path / "run"), distillation_method="distilbert", **options(data, "stsb")
         )
         student = StudentArguments(student_layers="first", num_hidden_layers=2)
         trainer = DistillationTrainer(None, args, teacher=teacher, model_args=student, train_dataset=tiny_data())
@@ -135,7 +137,7 @@ class TestDistillation:
         same(stored(tmp_path / "run")["teacher"], by_hand(tmp_path / "teacher", data, "stsb"))
 
     def test_so_is_that_of_a_composite_made_by_hand(self, tmp_path, data):
-        model = pair("hidden")
+        model = composite("hidden")
         model.teacher.model.save_pretrained(tmp_path / "teacher")
         tiny_tokenizer().save_pretrained(tmp_path / "teacher")
         args = arguments("hidden", **QUIET | {"output_dir": str(tmp_path / "run")}, **options(data, "stsb"))
@@ -172,6 +174,13 @@ class TestDistillation:
 
 def mlm(output, **changes):
     return build(PROGRAMS["mlm"], output, **changes)
+
+
+def adapted(output, **changes):
+    """A run that trains adapters of a checkpoint."""
+    args = QUIET | {"output_dir": str(output), "adapter": "lora", "max_steps": 3} | changes
+    name = tiny_teacher(AutoModelForMaskedLM).name
+    return PROGRAMS["mlm"].trainer(name, PROGRAMS["mlm"].arguments[2](**args), train_dataset=tiny_data())
 
 
 def test_training_does_not_depend_on_the_tasks(tmp_path, data):
@@ -229,7 +238,7 @@ def test_weights_that_were_changed_by_hand_are_measured_again(tmp_path, data):
     before = stored(tmp_path / "run")[AFTER]
     with torch.no_grad():
         for parameter in trainer.model.parameters():
-            parameter.copy_(parameter.flip(0))
+            parameter[::2] *= 3
     trainer.save_model()
     trainer.create_model_card()
     assert stored(tmp_path / "run")[AFTER] != before
@@ -249,11 +258,11 @@ def test_a_search_and_an_adapter_alone_are_refused(tmp_path, data):
     with pytest.raises(InputError, match="each trial of a search would measure them"):
         mlm(tmp_path / "run", **options(data, "stsb")).hyperparameter_search()
     with pytest.raises(InputError, match="adapter_export='merged'"):
-        mlm(tmp_path / "run", adapter="lora", adapter_export="adapter", **options(data, "stsb"))
+        adapted(tmp_path / "run", adapter_export="adapter", **options(data, "stsb"))
 
 
 def test_merged_adapters_are_measured(tmp_path, data):
-    trainer = mlm(tmp_path / "run", adapter="lora", learning_rate=0.1, max_steps=3, **options(data, "stsb"))
+    trainer = adapted(tmp_path / "run", learning_rate=0.1, **options(data, "stsb"))
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()

@@ -53,7 +53,8 @@ def tasks_of_run(args: PretrainingArguments) -> Plan:
         InputError: If a task is not found, or can only be measured by fine-tuning.
     """
     most = args.evaluation_max_examples
-    options = MeasureOptions(max_train_examples=most, max_examples=most, seed=args.seed)
+    # The seed is that of `hf-pretrain evaluate`, not the run's: runs of several seeds are measured alike.
+    options = MeasureOptions(max_train_examples=most, max_examples=most)
     plan: Plan = []
     for task in find_tasks(args.evaluation_tasks or (), data_dir=args.evaluation_data_dir):
         (how,) = task.chosen(None)
