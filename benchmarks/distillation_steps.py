@@ -10,11 +10,15 @@ A step is the teacher's forward and the student's forward and backward, of these
     sst2             the same on the sentences of data_dir/sst2/train.tsv; stock: padded to 64; ours: batches of about one
                      length, as the Trainer makes them. A step is one pass over `sst2_batches` batches
     prediction       divergence of a classifier's logits; the third side has the teacher's logits from a cache
+    textbrewer 128   a classifier's hidden states, attention probabilities and logits on the lines of `--text_file`, cut to 128
+                     tokens; stock: the loop that TextBrewer documents, batches in random order, padded to their longest line.
+                     Ours: the same lines and losses in batches of about one length; also with attention scores, and in bf16
+    textbrewer 512   the same, cut to 512
 
-Stock TinyBERT is eager attention that returns its scores, as the official code does, with losses over the real tokens. Of the
-first three, both sides have the same loss, which is checked before anything is timed. All sides run in one process, in turn, and
-the best of the repeats counts. Peak memory is how much the resident set rises during the first step, each side in a process of
-its own. "Of peak" is explained in training_steps.py.
+Stock TinyBERT is eager attention that returns its scores, as the official code does, with losses over the real tokens. Both sides
+have the same loss (of textbrewer on the same batches; in bf16 nearly so), which is checked before anything is timed. All sides
+run in one process, in turn, and the best of the repeats counts. Peak memory is how much the resident set rises during the first
+step, each side in a process of its own. "Of peak" is explained in training_steps.py.
 """
 
 from __future__ import annotations
@@ -170,6 +174,9 @@ def stock_tinybert(pair: Pair, batch: Batch, layer_map: list[int]) -> Callable[[
             theirs = pair.teacher(**batch, **wanted)
         ours = pair.student(**batch, **wanted)
         total = state_loss(projections["embedding"](ours.hidden_states[0]), theirs.hidden_states[0])
+        if "prediction" in pair.weights:
+            student, teacher = (output.logits.float().log_softmax(-1) for output in (ours, theirs))
+            total = total + F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         for m, n in enumerate(layer_map):
             total = total + state_loss(projections["hidden"](ours.hidden_states[m + 1]), theirs.hidden_states[n])
             difference = (ours.attentions[m] - theirs.attentions[n - 1]).float()
@@ -228,6 +235,88 @@ def sst2_sides(args: argparse.Namespace) -> Sides:
     }
 
 
+def lines_of(path: str, count: int, *, length: int) -> tuple[list[list[int]], Any]:
+    """Return the ids of the first lines of a text that are no headings, each as long as it is, and their tokenizer."""
+    with open(path, encoding="utf-8") as file:
+        lines = [line.strip() for line in file if len(line.split()) > 3]
+    tokenizer = train_tokenizer(lines, kind="wordpiece", vocab_size=8192, lowercase=True, model_max_length=length)
+    return tokenizer(lines[:count], truncation=True, max_length=length)["input_ids"], tokenizer
+
+
+def textbrewer_sides(args: argparse.Namespace, *, batch_size: int, length: int) -> Sides:
+    """All losses of a classifier on real lines: batches in random order, as TextBrewer's users make them, or as ours."""
+    encoded, tokenizer = lines_of(args.text_file, batch_size * args.text_batches, length=length)
+    examples = EpochDataset(datasets.Dataset.from_dict({"input_ids": encoded}))
+    collator, size = DataCollatorForTask(tokenizer), batch_size
+
+    def batches(order: list[int]) -> list[Batch]:
+        rows = [order[first : first + size] for first in range(0, len(order) // size * size, size)]
+        return [collator(examples.__getitems__(chosen)) for chosen in rows]
+
+    sampler = LengthGroupedSampler.of(examples, seed=0, batch_size=size)
+    grouped = batches([index % EPOCH_STRIDE for index in sampler])
+    shuffled = batches(draws.permutation(len(encoded), seed=0, epoch=0).tolist())
+    weights = dict.fromkeys(("embedding_weight", "hidden_weight", "attention_weight", "prediction_weight"), 1.0)
+
+    def pair_of(target: str, *, bf16: bool = False) -> Pair:
+        options = training_options(
+            TaskDistillationTrainingArguments,
+            argparse.Namespace(bf16=bf16),
+            **weights,
+            attention_target=target,
+            projection="shared",
+        )
+        pair = make_pair(AutoModelForSequenceClassification, "tinybert", args, options, length=length)
+        for model in (pair.student, pair.teacher):
+            model.set_attn_implementation("eager")
+        return pair
+
+    pair = pair_of("probs")
+    layer_map = pair.ours.config.layer_map
+    if args.is_check:
+        return {
+            "stock": [stock_tinybert(pair, batch, layer_map) for batch in shuffled],
+            "ours": [weighted(pair, batch) for batch in shuffled],
+        }
+    reduced = pair_of("probs", bf16=True)
+    return {
+        "stock": [stock_tinybert(pair, batch, layer_map) for batch in shuffled],
+        "stock, teacher alone": [teacher_alone(pair, batch) for batch in shuffled],
+        "stock, student alone": [student_alone(pair, batch) for batch in shuffled],
+        "ours": [weighted(pair, batch) for batch in grouped],
+        "ours, random order": [weighted(pair, batch) for batch in shuffled],
+        "ours, scores": [weighted(pair_of("scores"), batch) for batch in grouped],
+        "ours, bf16": [in_bf16(weighted(reduced, batch)) for batch in grouped],
+    }
+
+
+def teacher_alone(pair: Pair, batch: Batch) -> Callable[[], torch.Tensor]:
+    """Return the teacher's forward pass with states and attention, as a loss of 0."""
+    zero = torch.zeros((), requires_grad=True)
+
+    def loss() -> torch.Tensor:
+        with torch.no_grad():
+            pair.teacher(**batch, output_hidden_states=True, output_attentions=True)
+        return zero * 0
+
+    return loss
+
+
+def student_alone(pair: Pair, batch: Batch) -> Callable[[], torch.Tensor]:
+    """Return a loss that costs the student's forward and backward pass, and next to nothing itself."""
+    return lambda: pair.student(**batch, output_hidden_states=True, output_attentions=True).logits.sum()
+
+
+def in_bf16(loss: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Return a loss that is computed in bf16 autocast."""
+
+    def reduced() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss()
+
+    return reduced
+
+
 def prediction_sides(args: argparse.Namespace) -> Sides:
     """The divergence of a classifier's logits, of a teacher that runs now or ran before."""
     options = training_options(TaskDistillationTrainingArguments, args)
@@ -252,7 +341,10 @@ CASES: dict[str, Callable[[argparse.Namespace], Sides]] = {
     "tinybert 32x128": lambda args: tinybert_sides(args, batch_size=32, length=128, is_full=True),
     "sst2": sst2_sides,
     "prediction": prediction_sides,
+    "textbrewer 128": lambda args: textbrewer_sides(args, batch_size=32, length=128),
+    "textbrewer 512": lambda args: textbrewer_sides(args, batch_size=8, length=512),
 }
+# Whose memory is measured.
 SIDES_OF = dict.fromkeys(CASES, ("stock", "ours")) | {"prediction": ("stock", "ours", "ours, cached")}
 
 
@@ -269,7 +361,7 @@ def step_of(losses: list[Callable[[], torch.Tensor]], *, bf16: bool) -> Callable
 
 def check_losses(case: str, args: argparse.Namespace) -> None:
     """Refuse to compare sides that compute different things: without dropout and in fp32 their losses are equal."""
-    exact = argparse.Namespace(**vars(args) | {"dropout": 0.0, "bf16": False})
+    exact = argparse.Namespace(**vars(args) | {"dropout": 0.0, "bf16": False, "is_check": True})
     sides = CASES[case](exact)
     with torch.no_grad():
         totals = [sum(float(loss()) for loss in losses) for losses in sides.values()]
@@ -298,8 +390,8 @@ def rows_of(case: str, args: argparse.Namespace) -> list[list[str]]:
             f"{seconds['stock'] / seconds[side]:.2f}",
             f"{flops[side] / 1e9:.1f}",
             f"{100 * flops[side] / seconds[side] / peak:.0f} % of {peak / 1e9:.0f} GFLOP/s",
-            f"{memory[side]:.0f}",
-            f"{memory[side] / memory['stock']:.2f}",
+            f"{memory[side]:.0f}" if side in memory else "",
+            f"{memory[side] / memory['stock']:.2f}" if side in memory else "",
         ]
         for side in steps
     ]
@@ -315,15 +407,20 @@ def main() -> None:
         "--data_dir", default="data", help="folder with sst2/train.tsv; without it the case is left out"
     )
     parser.add_argument("--sst2_batches", type=int, default=6, help="batches of sentences in a step")
+    parser.add_argument("--text_file", help="text of the cases textbrewer, one a line; without it they are left out")
+    parser.add_argument("--text_batches", type=int, default=12, help="batches of its lines in a step")
     parser.add_argument("--dropout", type=float, default=0.1, help="of the student")
     parser.add_argument("--memory_of", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.is_check = False
     datasets.disable_progress_bars()
     if args.memory_of:
         case, side = args.memory_of
         print(rise_of_memory(step_of(CASES[case](args)[side], bf16=args.bf16)))
         return
-    cases = [case for case in args.case if case != "sst2" or (Path(args.data_dir) / "sst2" / "train.tsv").is_file()]
+    has_task = (Path(args.data_dir) / "sst2" / "train.tsv").is_file()
+    cases = [case for case in args.case if case != "sst2" or has_task]
+    cases = [case for case in cases if args.text_file or not case.startswith("textbrewer")]
     rows = [row for case in cases for row in rows_of(case, args)]
     for method, sizes in (BASE if args.base else SMALL).items():
         shown = " and ".join(f"{layers} x {width}" for layers, width, *_ in sizes)

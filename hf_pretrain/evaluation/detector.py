@@ -207,9 +207,15 @@ def _longest_input(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def is_detector(name_or_path: str, config: PreTrainedConfig) -> bool:
     """Return whether a checkpoint is a discriminator: a stock one, or an encoder with a head in the folder of such heads."""
     architecture = (config.architectures or ["none"])[0]
-    is_stock = architecture.endswith("ForTokenClassification") and config.num_labels == 1
-    is_stock = is_stock or architecture in _DETECTORS
-    return is_stock or find_file(name_or_path, "config.json", subfolder=DISCRIMINATOR_HEAD_FOLDER) is not None
+    return (
+        is_stock_detector(architecture, config)
+        or find_file(name_or_path, "config.json", subfolder=DISCRIMINATOR_HEAD_FOLDER) is not None
+    )
+
+
+def is_stock_detector(architecture: str, config: PreTrainedConfig) -> bool:
+    """Return whether models of a stock class, with this configuration, are discriminators."""
+    return architecture in _DETECTORS or (architecture.endswith("ForTokenClassification") and config.num_labels == 1)
 
 
 def open_detector(name_or_path: str, *, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedModel | None]:

@@ -284,6 +284,7 @@ ESSENTIAL_OPTIONS = {
 # How the names of options begin that say where and how a run saves, logs and pushes.
 _HOUSEKEEPING_OPTIONS = (
     *("output_dir", "overwrite_output_dir", "logging_", "log_level", "save_", "hub_", "push_to_hub", "report_to"),
+    "evaluation_",
     *("run_name", "resume_from_checkpoint", "disable_tqdm", "accelerator_config", "dataloader_pin_memory"),
     *("do_train", "do_eval", "local_rank"),
 )

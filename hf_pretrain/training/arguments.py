@@ -116,6 +116,7 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         "dataloader_prefetch_factor": "[1, 1024]",
         "ddp_bucket_cap_mb": _COUNT,
         "ddp_timeout": "[1, 2147483647]",
+        "evaluation_max_examples": "[5, 2147483647]",
     }
     """Of options of transformers; others follow from their names, see `hf_pretrain.errors.check_numbers`."""
 
@@ -174,6 +175,17 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
     )
     ddp_find_unused_parameters: bool | None = option(
         False, "Let DDP look for parameters without gradient; every objective uses all of its own."
+    )
+
+    evaluation_tasks: list[str] | None = option(
+        None,
+        "Tasks to measure the model on, before and after training, and its teacher: names in evaluation_data_dir, or YAML files, "
+        "as in `hf-pretrain evaluate --tasks`.",
+    )
+    evaluation_data_dir: str = option("data", "Folder of the data of these tasks.")
+    evaluation_max_examples: int | None = option(
+        None,
+        "Rows of each of these tasks, at most: those that a probe learns from, and those that are scored.",
     )
 
     hub_branches: str | None = option(

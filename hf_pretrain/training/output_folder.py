@@ -54,8 +54,8 @@ _OF_A_RUN = (
     *("adapter_config.json", "adapter_model.*", "configuration_*.py", "modeling_*.py", "__init__.py"),
     *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
     *("all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),
-    # Of fine-tuning.
-    *("predictions.jsonl", _OWN_FOLDERS, *_OF_FEATURES),
+    # Of fine-tuning, and of tasks.
+    *("predictions.jsonl", "evaluation.json", _OWN_FOLDERS, *_OF_FEATURES),
 )
 # The files below the folders of a run.
 _BELOW = (

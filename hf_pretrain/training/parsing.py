@@ -357,6 +357,7 @@ _NEEDS = {
         "activation_checkpointing_kwargs gradient_checkpointing_kwargs": "activation_checkpointing",
         "fsdp_config": "fsdp",
         "hub_strategy hub_always_push hub_revision": "push_to_hub",
+        "evaluation_data_dir evaluation_max_examples": "evaluation_tasks",
         "hub_branch_name": "hub_branches",
         "hub_private_repo": "push_to_hub or report_to~trackio|all",
         "project trackio_space_id trackio_bucket_id trackio_static_space_id": "report_to~trackio|all",

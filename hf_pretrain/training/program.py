@@ -114,6 +114,11 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
         check_training_options(training)
         if isinstance(data_args, DataArguments):
             data_args.check_named()
+        if training.evaluation_tasks:
+            # Measures are above training, and few runs have tasks.
+            from hf_pretrain.evaluation.suite.runs import check_tasks
+
+            check_tasks(training)
         # SIGTERM saves a checkpoint in any case.
         training.enable_jit_checkpoint = False
     if parsed.phases:
@@ -252,6 +257,8 @@ def export(trainer: PretrainingTrainer) -> None:
         print(f"all {trainer.state.max_steps} steps are done already: exporting what they trained", flush=True)
     trainer.checkpoints.check_finite()
     trainer.evaluate_export()
+    if trainer.tasks is not None:
+        trainer.tasks.measure_trained()
     trainer.save_state()
     if args.should_save:
         write_recipe(trainer.recipe, Path(args.output_dir) / RECIPE, program=f"hf-pretrain {trainer.objective.name}")
@@ -304,6 +311,10 @@ def print_report(trainer: PretrainingTrainer) -> None:
         when = f"at step {weights_step:,}, which is exported" if is_earlier else "after training"
         print(f"\nHeld-out text, before and {when}:")
         print_table(rows, header=("", "before", "after"))
+    if trainer.tasks is not None:
+        scores, columns = trainer.tasks.table()
+        print("\nTasks:")
+        print_table(scores, header=columns)
     print(f"\nmodel card  {output_dir / 'README.md'}")
     for plot in sorted((output_dir / "plots").glob("*.png")):
         print(f"plot        {plot}")

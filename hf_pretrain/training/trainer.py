@@ -8,12 +8,12 @@ evaluation, `checkpointing.py` writes checkpoints and finds the one to go on fro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -62,11 +62,15 @@ from hf_pretrain.training.phases.course import Course, KeptOptions, PhaseEnd, sa
 from hf_pretrain.training.processes import (
     check_launch,
     dropout_of_process,
+    is_sharded,
     not_finite,
     reported_faults,
     sharded_by_blocks,
 )
 from hf_pretrain.training.progress import EvaluationSums, TokenCount, peak_memory_mib, show_progress
+
+if TYPE_CHECKING:
+    from hf_pretrain.evaluation.suite.runs import RunTasks
 
 
 class PretrainingTrainer(Trainer):
@@ -222,6 +226,12 @@ class PretrainingTrainer(Trainer):
         self._is_evaluating = False
         self._sums = EvaluationSums()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
+        self.tasks: RunTasks | None = None
+        if args.evaluation_tasks:
+            # Measures are above training, and few runs have tasks.
+            from hf_pretrain.evaluation.suite.runs import RunTasks
+
+            self.tasks = RunTasks(self)
 
     def _make_trainable(self, model: Any, args: PretrainingArguments) -> None:
         """Refuse what cannot be trained, and put in the adapters."""
@@ -476,6 +486,8 @@ class PretrainingTrainer(Trainer):
         self.begin_training()
         checkpoint = self.checkpoints.find(resume_from_checkpoint)
         self.branches.begin(is_new=checkpoint is None)
+        if self.tasks is not None:
+            self.tasks.begin(is_new=checkpoint is None)
         with reported_faults(self.args.output_dir), closing(self.progress):
             output = super().train(checkpoint, **kwargs)
         self.held_out.end()
@@ -518,11 +530,15 @@ class PretrainingTrainer(Trainer):
         """Search with fresh weights in each trial; see `transformers.Trainer.hyperparameter_search`.
 
         Raises:
-            InputError: If the Trainer cannot make the model anew, or `hub_branches` is set.
+            InputError: If the Trainer cannot make the model anew, or `hub_branches` or `evaluation_tasks` is set.
         """
         if self.args.hub_branches is not None:
             raise InputError(
                 f"hub_branches={self.args.hub_branches!r}: each trial of a search would write the same branches: leave it out"
+            )
+        if self.tasks is not None:
+            raise InputError(
+                f"evaluation_tasks={self.args.evaluation_tasks}: each trial of a search would measure them: leave it out"
             )
         if self.model_init is None:
             if not self.inputs.can_rebuild:
@@ -732,13 +748,23 @@ class PretrainingTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         facts |= {} if model_name is None else {"model_name": model_name}
-        write_card(self.describe(**facts), self.args.output_dir)
+        card = self.describe(**facts)
+        if self.tasks is not None:
+            # All processes put shards together, and this is one; a program has measured them before.
+            if not is_sharded(self.model):
+                self.tasks.measure_trained()
+            card = self.tasks.on_card(card)
+        write_card(card, self.args.output_dir)
 
     def describe(self, **facts: Any) -> PretrainingCard:
         """Return the facts of the model card, from what was logged; see `create_model_card` for the arguments."""
         known = {field.name for field in fields(PretrainingCard)}
         chosen = {name: value for name, value in facts.items() if name in known and value is not None}
         return describe_run(self, **self.card_facts() | chosen)
+
+    def reference_models(self) -> dict[str, str | Callable[[Path], Any]]:
+        """Return models to measure beside the trained one on `evaluation_tasks`: by label, a name or what writes the folder."""
+        return {}
 
     def card_facts(self) -> dict[str, Any]:
         """Return fields of [`PretrainingCard`] that a method knows better than its description."""

@@ -136,6 +136,11 @@ class EvaluatedModel:
         names = [] if self.config is None else self.config.architectures or []
         return str(names[0]) if names else ""
 
+    @property
+    def is_detector(self) -> bool:
+        """Whether it tells replaced words from others."""
+        return self.config is not None and is_detector(self.name, self.config)
+
     def check(self, how: How, *, task: str) -> None:
         """Refuse a model without the parts that a measure needs, before anything is computed.
 
@@ -194,7 +199,7 @@ class EvaluatedModel:
         """The kind of the language model by the architecture; None if it is none."""
         if self.config is None:
             return None
-        if is_detector(self.name, self.config):
+        if self.is_detector:
             return "discriminator"
         name = self.architecture
         if self.config.is_encoder_decoder:

@@ -8,7 +8,8 @@ and times are measured once.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.hub.record import SHARED_METRICS, ObjectiveDescription
 from hf_pretrain.hub.run import hub_name_of
 from hf_pretrain.hub.text import Row, bare_name, hub_id, split_by_held_out_set
+from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.visibility.rules import check_isolation
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
@@ -373,6 +375,22 @@ class DistillationTrainer(PretrainingTrainer):
             models = tuple(model.base_model for model in models)
         with self.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
             return measure_costs(models[0], models[1], held_out, collator=self.data_collator)
+
+    def reference_models(self) -> dict[str, str | Callable[[Path], Any]]:
+        """Return the teacher by its name, or what writes the one in memory."""
+        if self._teacher is None and self.model.teacher_name:
+            return {"teacher": self.model.teacher_name}
+        teacher = self._teacher or (self.model.teacher and self.model.teacher.model)
+        return {} if teacher is None else {"teacher": partial(self._save_teacher, teacher)}
+
+    def _save_teacher(self, teacher: PreTrainedModel, folder: Path) -> None:
+        teacher.save_pretrained(folder)
+        cast(Any, self.processing_class).save_pretrained(folder)
+        modules = self.model.sentence_modules
+        if modules is not None:
+            modules.write(
+                folder, hidden_size=teacher.config.hidden_size, longest=longest_sequence(teacher), dense=None
+            )
 
     def card_facts(self) -> dict[str, Any]:
         """Return the run's losses, how the student began, and the student beside its teacher."""
