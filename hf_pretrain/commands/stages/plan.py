@@ -220,6 +220,8 @@ def _stage_of(
         raise InputError(f"{where}: {taking}={own!r}, but the stage begins with the model that {what}: leave it out")
     if not before and _FROM in options:
         raise InputError(f"{where}: from={options[_FROM]!r}: there is no stage before the first: leave it out")
+    begins_with: str | list[str] | None
+    found: str | None
     if before:
         check_choice(source.partition("/")[0], [stage.name for stage in before], name=f"{where}: from")
         begins_with, found = source, str(out / source)
