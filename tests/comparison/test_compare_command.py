@@ -392,6 +392,14 @@ def test_the_memory_of_a_step_is_that_of_what_moves(place):
     assert memory["features"] > weights
 
 
+def test_files_of_a_yaml_are_relative_to_the_folder_that_is_named(place, tmp_path):
+    (tmp_path / "tags.yaml").write_text((place / "tags.yaml").read_text())
+    assert len(load_task(find_tasks([str(tmp_path / "tags.yaml")], data_dir=place)[0].spec).train) == 18
+    assert len(load_task(find_tasks([str(place / "tags.yaml")])[0].spec).train) == 18
+    with pytest.raises(InputError, match="tags.jsonl' is no file"):
+        load_task(find_tasks([str(tmp_path / "tags.yaml")])[0].spec)
+
+
 def test_a_file_of_other_settings_is_refused(place, tmp_path, capsys):
     assert run(place, tmp_path, "--strategies", "features") == 0
     before = (tmp_path / "runs.json").read_bytes()
