@@ -8,6 +8,9 @@
     detour    next tokens of the domain for four fifths of the steps; the last fifth is that of `mlm` (recipe clm_detour)
     rtd       replaced tokens, 15 %; the generator is the encoder too, and goes on with the discriminator
     *_lora    the same with LoRA in all linear layers of the body, at a rate of its own
+    mlm_words, mlm_vectors
+              `mlm`, with a token for each of the 500 words that save most tokens: its row begins as the mean of its pieces, or
+              half as a mean of known words near it in vectors of the docstrings (`hf-pretrain adapt --init_embeddings auto`)
 
 The domain is the docstrings of the installed Python packages. The arms of a seed begin with one encoder, a ModernBERT that is
 trained on the books by `hf-pretrain mlm`, with its tokenizer. All go on in two phases with one curve of the rate, on as many
@@ -20,7 +23,9 @@ fine-tuned on two of them:
 
 Three quarters of the examples are trained on. Those of `sections` and `order` are of modules that no arm has read. The bits a
 byte are those of held-out docstrings: each token's log-likelihood with what is right of it in its word hidden. The MLM loss is
-that of 15 % masked tokens. TF-IDF with the same classifier stands beside them, of words, and of words and pairs of them.
+that of 15 % masked tokens, which does not compare with that of other tokens. Arms of masked tokens are also measured on those 500
+words alone: nats a word, at the begin and at the end; masks show how many pieces a word has. TF-IDF with the same classifier
+stands beside them, of words, and of words and pairs of them.
 
 The folder `data_dir` holds books/train.txt.xz. Each run is a row of the file `results`: what is there is not run again, and
 several processes may fill it, each with arms and seeds of its own.
@@ -31,11 +36,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import yaml
 from filelock import FileLock
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -45,9 +51,19 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from hf_pretrain import FineTuningArguments, encode, fine_tune, probe_accuracy, rolling_perplexity
 from hf_pretrain.data import draws
+from hf_pretrain.data.documents.words import letter_words
 from hf_pretrain.data.text.docstrings import docstring_documents, module_docstrings, split_held_out
+from hf_pretrain.evaluation.token_scores import encode_words, masked_scores
 from hf_pretrain.options import option
 from hf_pretrain.tasks.spec import TaskSpec
+from hf_pretrain.transfer.adaptation import (
+    choose_words,
+    extend_checkpoint,
+    extended_tokenizer,
+    normalized,
+    token_counts,
+    token_vectors,
+)
 from results import (
     Column,
     ComparisonArguments,
@@ -62,7 +78,19 @@ from results import (
 PACKAGES = ("datasets", "matplotlib", "numpy", "pandas", "scipy", "sklearn", "torch", "transformers")
 TASKS = ("packages", "sections", "order")
 FINE_TUNED = ("sections", "order")
-ARMS = ("tfidf", "tfidf_pairs", "none", "mlm", "detour", "rtd", "mlm_lora", "detour_lora", "rtd_lora")
+ARMS = (
+    "tfidf",
+    "tfidf_pairs",
+    "none",
+    "mlm",
+    "detour",
+    "rtd",
+    "mlm_lora",
+    "detour_lora",
+    "rtd_lora",
+    "mlm_words",
+    "mlm_vectors",
+)
 _MODULES, _CHARACTERS, _LEAST = 250, 600, 200
 # Passages and sentences of a class, and the characters of a passage.
 _EXAMPLES, _PASSAGE = 2000, (30, 300)
@@ -71,6 +99,8 @@ _SCORED_TEXTS, _SCORED_CHARACTERS = 40, 1500
 # The first entry of a section, as NumPy and as Google write it: its indented lines.
 _NUMPY = re.compile(r"^(Parameters|Returns)\n-{3,}\n\S.*\n(?P<text>(?: {4}.*\n?)+)", re.M)
 _GOOGLE = re.compile(r"^(Args|Returns):\n(?P<text> {4}.*\n?(?: {5,}.*\n?)*)", re.M)
+# New words, and how many of their occurrences are scored, in passages of so many characters.
+_NEW_WORDS, _SCORED_WORDS, _PASSAGE_OF_WORD = 500, 600, 160
 _SENTENCE = re.compile(r"(?<![\w.])[A-Z][a-z]+(?: [a-z]+,?){5,20} ?[a-z]+\.(?=\s|$)")
 
 
@@ -133,6 +163,38 @@ def domain_files(args: ComparisonArguments, *, docstring_bytes: int) -> dict[str
     return {"train_file": [str(paths[0])], "validation_file": [str(paths[1])]}
 
 
+def documents_of(path: str) -> list[str]:
+    """Return the documents of a file with a document in a line of JSON."""
+    return [json.loads(line)["text"] for line in Path(path).open(encoding="utf-8")]
+
+
+def new_words(seed: int, args: AdaptationArguments) -> list[str]:
+    """Return the words of the docstrings that save most tokens; the first process chooses them."""
+    path, start = args.runs_folder() / f"words-{seed}.json", start_folder(seed, args)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            texts = documents_of(domain_files(args, docstring_bytes=args.docstring_bytes)["train_file"][0])
+            chosen = choose_words(texts, AutoTokenizer.from_pretrained(start), _NEW_WORDS)
+            path.write_text(json.dumps([word.text for word in chosen]), encoding="utf-8")
+    words: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return words
+
+
+def begin(arm: str, seed: int, args: AdaptationArguments) -> Path:
+    """Return the folder of the encoder that an arm begins with: that of its seed, or the same with new words."""
+    start = start_folder(seed, args)
+    if not arm.endswith(("_words", "_vectors")):
+        return start
+    folder, words = args.runs_folder() / f"begin-{arm}-{seed}", new_words(seed, args)
+    texts = documents_of(domain_files(args, docstring_bytes=args.docstring_bytes)["train_file"][0])
+    vectors = None
+    if arm.endswith("_vectors"):
+        extended = extended_tokenizer(AutoTokenizer.from_pretrained(start), words)
+        vectors = token_vectors(lambda: texts, extended, folder.with_name(f"{folder.name}-work"), seed=seed)
+    extend_checkpoint(str(start), AutoModelForMaskedLM, words, folder, vectors=vectors)
+    return folder
+
+
 def phases_of(objective: str) -> list[dict[str, Any]]:
     """Return the two phases of an objective: four fifths of the steps, and a last fifth in which the rate decays."""
     stable = {"name": "stable", "share": "80%", "rate": "0%:0, 5%:1"}
@@ -145,8 +207,9 @@ def phases_of(objective: str) -> list[dict[str, Any]]:
 
 def go_on(arm: str, seed: int, args: AdaptationArguments) -> tuple[Path, dict[str, Any]]:
     """Train an arm on the docstrings, in two phases."""
-    objective, _, adapter = arm.partition("_")
-    start, folder = start_folder(seed, args), args.runs_folder() / f"{arm}-{seed}"
+    objective, _, kind = arm.partition("_")
+    adapter = kind if kind == "lora" else None
+    start, folder = begin(arm, seed, args), args.runs_folder() / f"{arm}-{seed}"
     recipe = folder.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump({"phases": phases_of(objective)}), encoding="utf-8")
     rate = args.adapter_rate if adapter else args.further_rate
@@ -156,7 +219,7 @@ def go_on(arm: str, seed: int, args: AdaptationArguments) -> tuple[Path, dict[st
         "block_size": args.block_size,
         "block_mode": "doc_sentences",
         "eval_strategy": "no",
-        "adapter": adapter or None,
+        "adapter": adapter,
     }
     if objective == "rtd":
         options |= {"generator_name_or_path": str(start), "mlm_probability": 0.15}
@@ -190,10 +253,12 @@ def labelled_modules() -> tuple[list[str], list[int]]:
         chosen = 0
         for number in draws.permutation(len(files), seed=0, stream=package).tolist():
             text = module_docstrings(files[number])[:_CHARACTERS]
-            if len(text) >= _LEAST and chosen < _MODULES:
+            if len(text) >= _LEAST:
                 texts.append(text)
                 labels.append(label)
                 chosen += 1
+            if chosen == _MODULES:
+                break
     return texts, labels
 
 
@@ -226,7 +291,7 @@ def with_swapped_words(sentence: str, number: int) -> str:
 def unread_examples(args: AdaptationArguments) -> dict[str, tuple[list[str], list[int]]]:
     """Return the examples of `sections` and `order`: of modules that no arm reads, without what the others have too."""
     files = domain_files(args, docstring_bytes=args.docstring_bytes)
-    read = [json.loads(line)["text"] for name in files.values() for line in Path(name[0]).open(encoding="utf-8")]
+    read = [text for name in files.values() for text in documents_of(name[0])]
     unread = sorted(set(docstring_documents()) - set(read))
     known = {text for text, _ in passages(read)} | set(sentences(read))
     texts, labels = [], []
@@ -310,11 +375,53 @@ def fine_tuned_scores(folder: Path, exams: dict[str, Exam], *, seed: int, rate: 
 
 def bits_per_byte(folder: Path, args: ComparisonArguments, held_out: str) -> float:
     """Return the bits of a byte of held-out docstrings by a masked language model, whatever its tokens are."""
-    lines = Path(held_out).read_text(encoding="utf-8").splitlines()
-    texts = [json.loads(line)["text"][:_SCORED_CHARACTERS] for line in lines[:_SCORED_TEXTS]]
+    texts = [text[:_SCORED_CHARACTERS] for text in documents_of(held_out)[:_SCORED_TEXTS]]
     model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     found = rolling_perplexity(model, tokenizer, texts, window=args.block_size, within_word="l2r")
     return found.bits_per_byte
+
+
+def nats_per_new_word(folder: Path, words: Sequence[str], held_out: str) -> float:
+    """Return the mean loss of words in held-out docstrings, each the sum of its pieces, from left to right."""
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    known, passages, spans = set(words), list[str](), list[tuple[int, int]]()
+    for text in documents_of(held_out):
+        for first, end in letter_words(text):
+            if normalized(text[first:end], tokenizer) in known:
+                left = max(0, first - _PASSAGE_OF_WORD // 2)
+                passages.append(text[left : end + _PASSAGE_OF_WORD // 2])
+                spans.append((first - left, end - left))
+    rows = draws.permutation(len(spans), seed=0, stream="new words")[:_SCORED_WORDS].tolist()
+    chosen = [passages[row] for row in rows]
+    encoded, offsets = (
+        encode_words(tokenizer, chosen),
+        tokenizer(chosen, return_offsets_mapping=True)["offset_mapping"],
+    )
+    asked = []
+    for row, text, places in zip(rows, encoded, offsets, strict=True):
+        inside = [min(end, spans[row][1]) > max(first, spans[row][0]) for first, end in places]
+        asked.append(text._replace(scored=np.flatnonzero(inside)))
+    found = masked_scores(model, tokenizer, asked, within_word="l2r", batch_size=64)
+    return -sum(float(part.log_probabilities.sum()) for part in found) / len(rows)
+
+
+def tokens_of_text(folder: Path, text: str) -> int:
+    """Return how many tokens an encoder's tokenizer makes of the docstrings to train on."""
+    return token_counts(documents_of(text), [AutoTokenizer.from_pretrained(folder)])[0]
+
+
+def masked_measures(arm: str, folder: Path, seed: int, args: AdaptationArguments) -> dict[str, float]:
+    """Return what is measured of masked language models: bits a byte, nats a new word, and the tokens of the text."""
+    files = domain_files(args, docstring_bytes=args.docstring_bytes)
+    held_out, words = files["validation_file"][0], new_words(seed, args)
+    row = {
+        "bits_per_byte": bits_per_byte(folder, args, held_out),
+        "word_nats": nats_per_new_word(folder, words, held_out),
+        "tokens_of_text": tokens_of_text(folder, files["train_file"][0]),
+    }
+    if arm.startswith("mlm_") and not arm.endswith("_lora"):
+        row["first_word_nats"] = nats_per_new_word(args.runs_folder() / f"begin-{arm}-{seed}", words, held_out)
+    return row
 
 
 def run_arm(arm: str, seed: int, args: AdaptationArguments) -> dict[str, Any]:
@@ -327,8 +434,7 @@ def run_arm(arm: str, seed: int, args: AdaptationArguments) -> dict[str, Any]:
     row |= probe_scores(folder, exams, seed=seed)
     row |= fine_tuned_scores(folder, exams, seed=seed, rate=args.fine_tuning_rate)
     if not arm.startswith("rtd"):
-        held_out = domain_files(args, docstring_bytes=args.docstring_bytes)["validation_file"][0]
-        row["bits_per_byte"] = bits_per_byte(folder, args, held_out)
+        row |= masked_measures(arm, folder, seed, args)
     if "mlm_loss" in row.get("held_out", {}) and not arm.startswith("rtd"):
         row["mlm_loss"] = row["held_out"]["mlm_loss"]
     return row
@@ -338,6 +444,9 @@ COLUMNS = (
     *(Column(f"{name}, frozen", name, 100, 1) for name in TASKS),
     *(Column(f"{name}, fine-tuned", f"tuned_{name}", 100, 1) for name in FINE_TUNED),
     Column("bits a byte", "bits_per_byte", 1, 3),
+    Column("nats a new word, at the begin", "first_word_nats", 1, 2),
+    Column("nats a new word, at the end", "word_nats", 1, 2),
+    Column("tokens of the text", "tokens_of_text"),
     Column("held-out MLM loss", "mlm_loss", 1, 3),
     Column("tokens", "tokens", 1, None),
     Column("seconds", "seconds"),

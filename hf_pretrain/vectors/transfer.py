@@ -360,7 +360,7 @@ def _focus_means(
 ) -> tuple[np.ndarray, sparse.csr_matrix]:
     """Return the new tokens with an auxiliary vector, and the weights of the old ones in them, ``[N, V_old]``."""
     vocabulary, special = tokenizer.get_vocab(), ids_of_special_tokens(tokenizer)
-    is_zero = ~auxiliary.vectors.any(axis=1)
+    is_zero = np.logical_not(auxiliary.vectors.any(axis=1))
     rows = {
         vocabulary[word]: row for row, word in enumerate(auxiliary.words) if word in vocabulary and not is_zero[row]
     }
@@ -393,7 +393,7 @@ def shares_of_new_words(
         InputError: If no new word or no old token has a vector.
     """
     vocabulary = tokenizer.get_vocab()
-    is_zero = ~vectors.vectors.any(axis=1)
+    is_zero = np.logical_not(vectors.vectors.any(axis=1))
     rows = {token: row for token, row in _rows_of_tokens(tokenizer, vectors)[0].items() if not is_zero[row]}
     fresh = {
         number: _row_of_word(word, vectors, rows.pop(vocabulary[word], None)) for number, word in enumerate(words)
