@@ -9,8 +9,10 @@ options of that program may follow: `hf-pretrain mlm --help`. The defaults are a
 and for masked language modelling of ModernBERT, its own share of masked tokens, 0.3. The rates are ours, and not tuned.
 
 --new_words gives words of the domain that the tokenizer cuts into pieces a token each: `auto:500` chooses the 500 that save most
-tokens of the text, a file names them, one a line. --exchange_tokenizer trains another tokenizer on the text, and moves the model
-to it. Either is written beside the output folder, as OUTPUT_DIR-start, from which the training begins.
+tokens of the text, a file names them, one a line. The row of such a word begins as the mean of its pieces; with
+--init_embeddings one half of it is a mean of known words that stand near it in word vectors, which `auto` makes from the text.
+--exchange_tokenizer trains another tokenizer on the text, and moves the model to it. Either is written beside the output folder,
+as OUTPUT_DIR-start, from which the training begins.
 """
 
 from __future__ import annotations
@@ -44,16 +46,20 @@ from hf_pretrain.transfer.adaptation import (
     choose_words,
     exchange_tokenizer,
     extend_checkpoint,
+    extended_tokenizer,
     normalized,
     read_words,
     replaced_at_once,
     token_counts,
+    token_vectors,
 )
+from hf_pretrain.vectors.folder import WordVectors
 
 _RECORD = "adaptation.json"
 # Texts of which the tokens are counted before and after: their first bytes.
 _MEASURED_BYTES = 20_000_000
 _SHOWN_WORDS = 8
+_OF_THE_TEXT = "auto"
 _RATE, _ADAPTER_RATE = 5e-5, 2e-4
 # Shares of masked tokens that models were trained with, as docs/adapt.md has them.
 _MASK_RATES = {"modernbert": 0.3}
@@ -63,7 +69,7 @@ _MASK_RATES = {"modernbert": 0.3}
 class AdaptArguments:
     """Options of ``hf-pretrain adapt``; all others are those of the program of the objective."""
 
-    needs: ClassVar[dict[str, str]] = {"exchange_vocab_size": "exchange_tokenizer"}
+    needs: ClassVar[dict[str, str]] = {"exchange_vocab_size": "exchange_tokenizer", "init_embeddings": "new_words"}
     ranges: ClassVar[dict[str, str]] = {"exchange_vocab_size": "[1, 16777216]"}
 
     model: str = option(
@@ -77,6 +83,11 @@ class AdaptArguments:
     new_words: str | None = option(
         None,
         "Words that get a token: auto:500 for those that save most tokens of the text, or a file, one word a line.",
+    )
+    init_embeddings: str | None = option(
+        None,
+        "Word vectors that the rows of the new words start from: a folder of hf-pretrain vectors, a model on the Hub, a file of "
+        "word2vec, GloVe or fastText, or auto for vectors of the text itself.",
     )
     exchange_tokenizer: Literal["wordpiece", "bpe", "unigram"] | None = option(
         None, "Train a tokenizer of this kind on the text and move the model to it."
@@ -278,6 +289,8 @@ def _write_start(
     wanted: dict[str, Any],
 ) -> None:
     """Write the model with other words, and say what they save."""
+    is_of_text = args.init_embeddings == _OF_THE_TEXT
+    vectors = None if is_of_text or args.init_embeddings is None else WordVectors.open(args.init_embeddings)
     stored = training_texts(data_args)
 
     def texts() -> Iterator[str | None]:
@@ -285,8 +298,12 @@ def _write_start(
 
     if args.new_words is not None:
         words = _words(args, texts())
-        old, new = extend_checkpoint(args.model, args.auto_class, [word.text for word in words], folder)
         _say_words(words)
+        names = [word.text for word in words]
+        if is_of_text:
+            extended = extended_tokenizer(from_pretrained(AutoTokenizer, args.model), names)
+            vectors = token_vectors(texts, extended, folder / "_vectors", seed=training.seed)
+        old, new = extend_checkpoint(args.model, args.auto_class, names, folder, vectors=vectors)
     else:
         words = []
         old, new = _exchanged(args, texts, folder, seed=training.seed, block_size=data_args.block_size)

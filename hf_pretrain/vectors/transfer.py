@@ -1,12 +1,13 @@
 """Word tables from vectors that are there: a new model's from word vectors, and a trained model's for another vocabulary.
 
 [`table_from_vectors`] is behind `--init_embeddings`. [`transfer_vocabulary`] keeps the rows of the tokens that two vocabularies
-share, and makes those of the others. Both compare tokens by the text that they stand for, see [`token_texts`].
+share, and makes those of the others; [`shares_of_new_words`] makes rows of new words alone. All compare tokens by the text that
+they stand for, see [`token_texts`].
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -359,8 +360,10 @@ def _focus_means(
 ) -> tuple[np.ndarray, sparse.csr_matrix]:
     """Return the new tokens with an auxiliary vector, and the weights of the old ones in them, ``[N, V_old]``."""
     vocabulary, special = tokenizer.get_vocab(), ids_of_special_tokens(tokenizer)
-    norms = np.linalg.norm(auxiliary.vectors, axis=1)
-    rows = {vocabulary[word]: row for row, word in enumerate(auxiliary.words) if word in vocabulary and norms[row] > 0}
+    is_zero = np.logical_not(auxiliary.vectors.any(axis=1))
+    rows = {
+        vocabulary[word]: row for row, word in enumerate(auxiliary.words) if word in vocabulary and not is_zero[row]
+    }
     anchors = sorted(rows.keys() & shared.keys() - special)
     fresh = np.array(sorted(rows.keys() - shared.keys()), dtype=np.int64)
     if not anchors:
@@ -368,18 +371,80 @@ def _focus_means(
             f"auxiliary: none of its {len(auxiliary.words)} words is a token that both vocabularies share: train it on text cut "
             "by the new tokenizer"
         )
-    unit = auxiliary.vectors.astype(np.float64) / np.maximum(norms, np.finfo(np.float32).tiny)[:, None]
-    near = unit[[rows[token] for token in anchors]]
+    near = [(shared[token], rows[token]) for token in anchors]
+    return fresh, _means_of_near(auxiliary, [rows[int(token)] for token in fresh], near, num_old=num_old)
+
+
+def shares_of_new_words(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], vectors: WordVectors, *, num_old: int
+) -> tuple[list[int], sparse.csr_matrix]:
+    """Return which new words have a vector, and the shares of old tokens in each: of whole words that stand near it.
+
+    Args:
+        tokenizer: The tokenizer, with the new words among its tokens.
+        words: The new words.
+        vectors: Vectors of words or of a tokenizer's tokens. A word without one takes that of the lower-case word.
+        num_old: Rows of the tables that the model has.
+
+    Returns:
+        Numbers of the words with a vector, ascending; and their shares ``[N, V_old]``, each row of sum 1.
+
+    Raises:
+        InputError: If no new word or no old token has a vector.
+    """
+    vocabulary = tokenizer.get_vocab()
+    is_zero = np.logical_not(vectors.vectors.any(axis=1))
+    rows = {token: row for token, row in _rows_of_tokens(tokenizer, vectors)[0].items() if not is_zero[row]}
+    fresh = {
+        number: _row_of_word(word, vectors, rows.pop(vocabulary[word], None)) for number, word in enumerate(words)
+    }
+    found = {number: row for number, row in fresh.items() if row is not None and not is_zero[row]}
+    # A word that is new has no row yet, so it is no anchor of another.
+    anchors = [(token, row) for token, row in rows.items() if token < num_old]
+    if not found or not anchors:
+        lacking = f"the {len(words)} new words" if anchors else "the tokenizer's other tokens"
+        raise InputError(
+            f"vectors: none of {lacking} is among the {len(vectors)} words with a vector: use vectors of the domain's language "
+            "and script, or leave them out"
+        )
+    return list(found), _means_of_near(vectors, list(found.values()), anchors, num_old=num_old)
+
+
+def _row_of_word(word: str, vectors: WordVectors, row: int | None) -> int | None:
+    """Return the row of a new word: `row` if it is known, else that of its spelling, or of the vectors' own token for it."""
+    row = vectors.ids.get(word, vectors.ids.get(word.lower())) if row is None else row
+    if row is not None or vectors.tokenizer is None:
+        return row
+    tokens = vectors.tokenizer.encode(f" {word}", add_special_tokens=False).tokens
+    special = {token.content for token in vectors.tokenizer.get_added_tokens_decoder().values() if token.special}
+    return vectors.ids.get(tokens[0]) if len(tokens) == 1 and tokens[0] not in special else None
+
+
+def _means_of_near(
+    vectors: WordVectors, words: Sequence[int], anchors: Sequence[tuple[int, int]], *, num_old: int
+) -> sparse.csr_matrix:
+    """Return the shares of old tokens in each of some words: the sparsemax of their cosines, ``[N, V_old]``.
+
+    Args:
+        vectors: The vectors.
+        words: Row of each word there.
+        anchors: Ids of old tokens, and their rows there.
+        num_old: Tokens of the old vocabulary.
+    """
+    columns, rows = np.array(anchors, dtype=np.int64).T
+    near, numbers = _unit(vectors.vectors[rows]), np.array(words, dtype=np.int64)
     chunks = [
-        sparse.csr_matrix(sparsemax(unit[[rows[int(token)] for token in part]] @ near.T))
-        for part in _parts(fresh, max(1, _CHUNK // len(anchors)))
+        sparse.csr_matrix(sparsemax(_unit(vectors.vectors[part]) @ near.T))
+        for part in _parts(numbers, max(1, _CHUNK // len(anchors)))
     ]
-    weights = sparse.vstack(chunks) if chunks else sparse.csr_matrix((0, len(anchors)))
-    columns = [shared[token] for token in anchors]
-    place = sparse.csr_matrix(
-        (np.ones(len(anchors)), (np.arange(len(anchors)), columns)), shape=(len(anchors), num_old)
-    )
-    return fresh, weights @ place
+    shares = sparse.vstack(chunks) if chunks else sparse.csr_matrix((0, len(anchors)))
+    cells = (np.ones(len(anchors)), (np.arange(len(anchors)), columns))
+    return shares @ sparse.csr_matrix(cells, shape=(len(anchors), num_old))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors of length one, ``float64 [N, D]``; none is all zeros."""
+    return vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
 
 
 def _parts(items: np.ndarray, size: int) -> Iterator[np.ndarray]:

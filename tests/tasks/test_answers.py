@@ -144,7 +144,7 @@ class TestWindows:
     def test_another_stride_than_that_of_the_windows_is_refused(self):
         windows = windows_of(self.text, tiny_tokenizer())
         logits = [np.zeros(len(window.in_text)) for window in windows]
-        with pytest.raises(InputError, match="doc_stride=2: the windows do not share"):
+        with pytest.raises(InputError, match="doc_stride=2: the windows share another number"):
             read_answers([self.text], windows, logits, logits, doc_stride=2)
         with pytest.raises(InputError, match="window_rule='best'"):
             read_answers([self.text], windows, logits, logits, doc_stride=3, window_rule="best")

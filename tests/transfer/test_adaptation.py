@@ -1,7 +1,9 @@
 """New words and other tokenizers for a model, and the command that trains it further."""
 
+import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,14 +15,27 @@ from transformers import (
     BertConfig,
     GPT2Config,
     RobertaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from hf_pretrain import cli
 from hf_pretrain.commands import adapt
 from hf_pretrain.data.documents.tokenizers import train_tokenizer
+from hf_pretrain.data.text.docstrings import docstring_documents
 from hf_pretrain.errors import InputError
+from hf_pretrain.evaluation.token_scores import encode_words, masked_scores
 from hf_pretrain.modeling.base import GENERATOR_FOLDER
-from hf_pretrain.transfer.adaptation import add_words, choose_words, extend_checkpoint, read_words, token_counts
+from hf_pretrain.transfer.adaptation import (
+    add_words,
+    choose_words,
+    extend_checkpoint,
+    extended_tokenizer,
+    read_words,
+    token_counts,
+    token_vectors,
+)
+from hf_pretrain.vectors.folder import WordVectors
 
 GENERAL = [
     "the patient had a pain in the liver, and the doctor saw it at once.",
@@ -191,6 +206,141 @@ class TestAdding:
             add_words(make_model(tokenizer), tokenizer, ["hepatitis", tokenizer.convert_ids_to_tokens(20)])
 
 
+def whole_words(tokenizer):
+    """Words that are one token in the middle of a text, and their ids."""
+    skipped = len(tokenizer.tokenize("the"))
+    words = sorted({token.strip("#▁Ġ") for token in tokenizer.get_vocab()} - {"the"})
+    cut = {word: tokenizer(f"the {word}", add_special_tokens=False)["input_ids"][skipped:] for word in words}
+    return {word: ids[0] for word, ids in cut.items() if len(ids) == 1 and len(word) > 1 and word.isalpha()}
+
+
+def mere_piece(tokenizer):
+    """A token that stands inside of words alone, as a word."""
+    words = {token.strip("#▁Ġ") for token in tokenizer.get_vocab()} - whole_words(tokenizer).keys()
+    return next(word for word in sorted(words) if len(word) > 1 and word.isalpha())
+
+
+def vectors_of(**rows):
+    """Vectors by the cosines with two axes; what is left is an axis of the word's own."""
+    table = np.zeros((len(rows), 2 + len(rows)))
+    for number, (first, second) in enumerate(rows.values()):
+        table[number, :2] = first, second
+        table[number, 2 + number] = np.sqrt(max(0.0, 1 - first**2 - second**2))
+    # Lengths say nothing.
+    return WordVectors(tuple(rows), table * np.arange(1, 1 + len(rows))[:, None])
+
+
+class TestRowsFromVectors:
+    def near(self, tokenizer, **others):
+        """Two known words at right angles, one far from all, and a new word that has cosines of 0.8 and 0.6 with the two."""
+        (first, a), (second, b), (far, _) = list(whole_words(tokenizer).items())[:3]
+        rows = {first: (1, 0), second: (0, 1), far: (0, 0), "hepatitis": (0.8, 0.6)}
+        return vectors_of(**rows | others), (a, b)
+
+    def rows(self, tokenizer, words, near):
+        """Rows of new words: half of known words near them, half of their pieces."""
+        larger, _ = add_words(make_model(tokenizer), tokenizer, words)
+        return [(row + near) / 2 for row in larger.get_input_embeddings().weight[len(tokenizer) :]]
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_row_is_half_a_mean_of_known_words_near_it(self, tokenizer, tied, caplog):
+        vectors, (a, b) = self.near(tokenizer)
+        model, old = make_model(tokenizer, tied=tied), len(tokenizer)
+        larger, extended = add_words(model, tokenizer, ["steatosis", "hepatitis"], vectors=vectors)
+        plain, _ = add_words(model, tokenizer, ["steatosis", "hepatitis"])
+        tables = [
+            (one.get_input_embeddings().weight, one.get_output_embeddings().weight, one.get_output_embeddings().bias)
+            for one in (model, larger, plain)
+        ]
+        for before, after, pieces in zip(*tables, strict=True):
+            # The sparsemax of two numbers: half of one, and half of their difference.
+            near = 0.6 * before[a] + 0.4 * before[b]
+            torch.testing.assert_close(after[old + 1], (near + pieces[old + 1]) / 2)
+            assert torch.equal(after[old], pieces[old]), "a word without a vector has the mean of its pieces"
+            assert torch.equal(after[:old], before)
+        assert (larger.get_input_embeddings().weight is larger.get_output_embeddings().weight) == tied
+        assert extended.get_vocab()["hepatitis"] == old + 1
+        assert "1 of 2 new words begin near known words with such vectors, 1 as the mean" in caplog.text
+
+    def test_no_row_is_made_of_special_tokens_new_words_or_pieces(self, tokenizer):
+        special = {name: (0.8, 0.6) for name in (tokenizer.pad_token, tokenizer.mask_token, tokenizer.unk_token)}
+        others = special | {mere_piece(tokenizer): (0.8, 0.6), "steatosis": (0.8, 0.6)}
+        vectors, (a, b) = self.near(tokenizer, **others)
+        model = make_model(tokenizer)
+        larger, _ = add_words(model, tokenizer, ["steatosis", "hepatitis"], vectors=vectors)
+        table = model.get_input_embeddings().weight
+        wanted = self.rows(tokenizer, ["steatosis", "hepatitis"], 0.6 * table[a] + 0.4 * table[b])
+        torch.testing.assert_close(larger.get_input_embeddings().weight[len(tokenizer) :], torch.stack(wanted))
+
+    @pytest.mark.parametrize(("word", "known"), [("Hepatitis", "hepatitis"), ("hepatitis", "Hepatitis")])
+    def test_case(self, tokenizer, word, known):
+        """A word in capitals takes the vector of the lower-case word; the reverse only where the tokenizer knows no case."""
+        (first, a), (far, _) = list(whole_words(tokenizer).items())[:2]
+        vectors = vectors_of(**{first: (1, 0), far: (0, 0), known: (1, 0)})
+        is_lower = tokenizer("THE")["input_ids"] == tokenizer("the")["input_ids"]
+        word = word.lower() if is_lower else word
+        model = make_model(tokenizer)
+        if not is_lower and known == "Hepatitis":
+            with pytest.raises(InputError, match="vectors: none of the 1 new words is among the 3 words"):
+                add_words(model, tokenizer, [word], vectors=vectors)
+            return
+        larger, _ = add_words(model, tokenizer, [word], vectors=vectors)
+        table = larger.get_input_embeddings().weight
+        torch.testing.assert_close(table[len(tokenizer)], self.rows(tokenizer, [word], table[a])[0])
+
+    def test_a_folder_of_vectors(self, tokenizer, tmp_path):
+        vectors, (a, b) = self.near(tokenizer)
+        vectors.save(tmp_path / "vectors", method="glove", training={}, lowercase=True)
+        opened = WordVectors.open(tmp_path / "vectors")
+        larger, _ = add_words(make_model(tokenizer), tokenizer, ["steatosis", "hepatitis"], vectors=opened)
+        table = larger.get_input_embeddings().weight
+        near = 0.6 * table[a] + 0.4 * table[b]
+        torch.testing.assert_close(table[-1], self.rows(tokenizer, ["steatosis", "hepatitis"], near)[1])
+        pieces, _ = add_words(make_model(tokenizer), tokenizer, ["steatosis", "hepatitis"])
+        assert torch.equal(table[-2], pieces.get_input_embeddings().weight[-2]), "[UNK] is no word"
+
+    def test_vectors_of_tokens(self, tokenizer, tmp_path):
+        """Vectors of another tokenizer's tokens, of which the new word is one."""
+        other = train_tokenizer(GENERAL + DOMAIN * 9, kind="bpe", vocab_size=420, lowercase=False)
+        assert other.tokenize("a hepatitis")[-1] == "Ġhepatitis"
+        (first, a), *_ = [item for item in whole_words(tokenizer).items() if f"Ġ{item[0]}" in other.get_vocab()]
+        words = [f"Ġ{first}", "Ġhepatitis", "Ġit"]
+        vectors = WordVectors(tuple(words), np.eye(3)[[0, 0, 1]] + 0.0, tokenizer=other.backend_tokenizer)
+        larger, _ = add_words(make_model(tokenizer), tokenizer, ["hepatitis", "steatosis"], vectors=vectors)
+        table = larger.get_input_embeddings().weight
+        torch.testing.assert_close(table[len(tokenizer)], self.rows(tokenizer, ["hepatitis"], table[a])[0])
+
+    def test_a_vector_of_zeros_is_none(self, tokenizer):
+        vectors, _ = self.near(tokenizer)
+        zero = np.where((np.array(vectors.words) == "hepatitis")[:, None], 0, vectors.vectors)
+        with pytest.raises(InputError, match="none of the 1 new words"):
+            add_words(make_model(tokenizer), tokenizer, ["hepatitis"], vectors=WordVectors(vectors.words, zero))
+
+    def test_vectors_of_another_language_are_refused(self, tokenizer):
+        with pytest.raises(InputError, match="none of the tokenizer's other tokens is among the 2 words"):
+            vectors = vectors_of(hepatitis=(1, 0), Leberentzündung=(1, 0))
+            add_words(make_model(tokenizer), tokenizer, ["hepatitis"], vectors=vectors)
+
+    def test_an_encoder_decoder(self):
+        tokenizer = make_tokenizer("unigram")
+        vectors, (a, b) = self.near(tokenizer)
+        torch.manual_seed(0)
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "tie_word_embeddings": False}
+        config = T5Config(
+            vocab_size=len(tokenizer) + 3, pad_token_id=tokenizer.pad_token_id, decoder_start_token_id=0, **sizes
+        )
+        model = T5ForConditionalGeneration(config)
+        larger, _ = add_words(model, tokenizer, ["hepatitis"], vectors=vectors)
+        assert larger.config.vocab_size == config.vocab_size
+        plain, _ = add_words(model, tokenizer, ["hepatitis"])
+        tables = [(one.shared.weight, one.lm_head.weight) for one in (model, larger, plain)]
+        for before, after, pieces in zip(*tables, strict=True):
+            near = 0.6 * before[a] + 0.4 * before[b]
+            torch.testing.assert_close(after[len(tokenizer)], (near + pieces[len(tokenizer)]) / 2)
+            assert torch.equal(after[: len(tokenizer)], before[: len(tokenizer)])
+        assert larger.encoder.embed_tokens.weight is larger.shared.weight
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A folder with a tiny model and its tokenizer, and one with text."""
@@ -267,6 +417,39 @@ class TestCommand:
             *(name for name in begin if ".layer.0." in name and "weight" in name),
         } - {name for name in begin if "LayerNorm" in name}
 
+    def test_new_words_from_a_file_of_vectors(self, start, tmp_path, caplog):
+        file = tmp_path / "vectors.txt"
+        file.write_text("liver 2 0 0\nthe 0 1 0\nhepatitis 1 0 0\n")
+        (tmp_path / "words.txt").write_text("hepatitis\nsteatosis\n")
+        options = ("--new_words", str(tmp_path / "words.txt"), "--init_embeddings", str(file))
+        assert run(start, tmp_path / "out", *options) == 0
+        assert "1 of 2 new words begin near known words with such vectors" in caplog.text
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out-start")
+        ids = tokenizer.get_vocab()
+        table = load_file(tmp_path / "out-start/model.safetensors")["bert.embeddings.word_embeddings.weight"]
+        model = AutoModelForMaskedLM.from_pretrained(start / "model")
+        pieces, _ = add_words(model, AutoTokenizer.from_pretrained(start / "model"), ["hepatitis", "steatosis"])
+        plain = pieces.get_input_embeddings().weight
+        torch.testing.assert_close(table[ids["hepatitis"]], (plain[ids["hepatitis"]] + table[ids["liver"]]) / 2)
+        assert torch.equal(table[ids["steatosis"]], plain[ids["steatosis"]])
+
+    def test_new_words_from_vectors_of_the_text(self, start, tmp_path, caplog):
+        for name, options in (
+            ("plain", ()),
+            ("auto", ("--init_embeddings", "auto")),
+            ("again", ("--init_embeddings", "auto")),
+        ):
+            assert run(start, tmp_path / name, "--new_words", "auto:2", *options) == 0
+        assert "2 of 2 new words begin near known words with such vectors, 0 as the mean" in caplog.text
+        plain, auto, again = (
+            load_file(tmp_path / f"{name}-start/model.safetensors") for name in ("plain", "auto", "again")
+        )
+        table, old = "bert.embeddings.word_embeddings.weight", len(make_tokenizer("wordpiece"))
+        assert torch.equal(auto[table][:old], plain[table][:old]) and len(auto[table]) == old + 2
+        assert all(not torch.equal(auto[table][number], plain[table][number]) for number in (old, old + 1))
+        assert all(torch.equal(auto[name], again[name]) for name in auto), "the same text gives the same rows"
+        assert not (tmp_path / "auto-start/_vectors").exists()
+
     def test_the_start_is_used_again_by_the_same_run_alone(self, start, tmp_path, capsys):
         assert (
             run(start, tmp_path / "out", "--new_words", "auto:2", "--save_strategy", "steps", "--save_steps", "1") == 0
@@ -322,6 +505,8 @@ class TestCommand:
             (("--new_words", "auto:0"), "new_words=0 must be"),
             (("--new_words", "auto:2", "--exchange_tokenizer", "bpe"), "give one of the two"),
             (("--exchange_vocab_size", "9"), "exchange_vocab_size=9 has no effect without exchange_tokenizer"),
+            (("--init_embeddings", "auto"), "init_embeddings='auto' has no effect without new_words"),
+            (("--new_words", "auto:2", "--init_embeddings", "no-such-file.txt"), "no-such-file.txt"),
             (("--objective", "mlmm"), "did you mean 'mlm'"),
             (("--wieght_decay", "1"), "did you mean"),
             (("--new_words", "auto:2", "--streaming", "true", "--validation_fraction", "0"), "streaming=True"),
@@ -368,3 +553,56 @@ class TestCommand:
     def test_a_model_that_is_missing_is_asked_for(self, capsys):
         assert cli.main(["adapt", "--train_file", "text.txt", "--output_dir", "out"]) == 2
         assert "are required: --model" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+class TestOnRealText:
+    """A small model of docstrings, without the words that are new to it later."""
+
+    def word_loss(self, model, tokenizer, words, texts):
+        """Mean loss of masked new words in texts, in nats."""
+        numbers = {tokenizer.get_vocab()[word] for word in words}
+        encoded = encode_words(tokenizer, texts)
+        asked = [text._replace(scored=np.flatnonzero(np.isin(text.ids, list(numbers)))) for text in encoded]
+        asked = [text for text in asked if len(text.scored)]
+        parts = masked_scores(model, tokenizer, asked, within_word="l2r", batch_size=64)
+        scores = np.concatenate([part.log_probabilities for part in parts])
+        assert len(scores) > 100
+        return -scores.mean()
+
+    def test_rows_from_vectors_know_more_than_drawn_ones(self, tmp_path):
+        texts = list(docstring_documents(max_bytes=1_500_000))
+        held_out = [text[begin : begin + 120] for text in texts[:60] for begin in range(0, len(text), 120)]
+        texts = texts[60:]
+        tokenizer = train_tokenizer(texts, kind="wordpiece", vocab_size=2000, lowercase=True)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        options = {"tokenizer_name": tmp_path / "tokenizer", "hidden_size": 64, "num_hidden_layers": 2, "seed": 0}
+        options |= {
+            "num_attention_heads": 2,
+            "intermediate_size": 128,
+            "max_steps": 400,
+            "block_size": 64,
+            "bf16": False,
+        }
+        options |= {
+            "per_device_train_batch_size": 32,
+            "learning_rate": 2e-3,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        words = ["--train_file", str(tmp_path / "text.jsonl"), "--output_dir", str(tmp_path / "model")]
+        words += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        assert cli.main(["mlm", *words]) == 0
+        model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+        words = [word.text for word in choose_words(texts, tokenizer, 150)]
+        vectors = token_vectors(lambda: texts, extended_tokenizer(tokenizer, words), tmp_path / "work", seed=0)
+        near, extended = add_words(model, tokenizer, words, vectors=vectors)
+        drawn = copy.deepcopy(near)
+        with torch.no_grad():
+            table, old = drawn.get_input_embeddings().weight, len(tokenizer)
+            torch.manual_seed(0)
+            # As rows of a fresh token are drawn elsewhere: spread as those that are there.
+            table[old:] = torch.randn_like(table[old:]) * table[:old].std(0) + table[:old].mean(0)
+        losses = [self.word_loss(one, extended, words, held_out) for one in (near, drawn)]
+        assert losses[0] < losses[1] - 0.4, losses

@@ -154,7 +154,7 @@ def task_trainer(
         tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, model))
     head = {"architecture": architecture, "architecture_options": architecture_options, "mix_layers": mix_layers}
     if isinstance(model, str):
-        head["architecture"] = architecture or architecture_of(args.strategy, model)
+        head["architecture"] = architecture or architecture_of(args.strategy, model, data.spec)
         opened = open_for_task(model, data, seed=args.seed, **cast(Any, head))
     elif any(head.values()):
         name, value = next((name, value) for name, value in head.items() if value)

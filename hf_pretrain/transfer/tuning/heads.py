@@ -380,10 +380,18 @@ def has_architectures(task_type: str) -> bool:
     return task_type in _WITH_ARCHITECTURE
 
 
-def architecture_of(strategy: str, name_or_path: str) -> str | None:
-    """Return the architecture that a strategy needs on a checkpoint; None if the checkpoint's or the stock head will do."""
+def architecture_of(strategy: str, name_or_path: str, spec: TaskSpec) -> str | None:
+    """Return the architecture that a strategy needs on a checkpoint; None if the checkpoint's or the stock head will do.
+
+    Raises:
+        InputError: If the type of the task has a stock head only.
+    """
     if strategy != "scalar_mix":
         return None
+    if not has_architectures(spec.type):
+        raise InputError(
+            f"strategy='scalar_mix' does not go with type={spec.type!r}, whose head is stock: choose another strategy"
+        )
     config = from_pretrained(AutoConfig, name_or_path)
     has_mix = isinstance(config, TaskHeadConfig) and (config.mix_layers or config.architecture == "scalar_mix")
     return None if has_mix else "scalar_mix"

@@ -240,7 +240,7 @@ def test_files_without_a_yaml(place, tmp_path, capsys):
         (["--tasks", "tasks.yaml", "--task", "pair", "--hub_strategy", "every_save"], "hub_strategy='every_save'"),
         (["--tasks", "tasks.yaml", "--task", "pair", "--license", "apache"], "license='apache'"),
         (["--tasks", "tasks.yaml", "--task", "pair", "--max_length", "100"], "max_length=100: "),
-        (["--tasks", "tasks.yaml", "--task", "pair", "--strategy", "scalar_mix"], "scalar_mix"),
+        (["--tasks", "tasks.yaml", "--task", "span", "--strategy", "scalar_mix"], "scalar_mix"),
         (["--tasks", "tasks.yaml", "--task", "pair", "--resume_from_checkpoint", "true"], "holds no checkpoint"),
     ],
 )
