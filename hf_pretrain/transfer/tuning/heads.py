@@ -131,6 +131,10 @@ class ChosenHead:
                 no effect, or two texts are needed and there is one.
         """
         if self.architecture is None:
+            if strategy == "scalar_mix" and not has_architectures(spec.type):
+                raise InputError(
+                    f"strategy='scalar_mix' does not go with type={spec.type!r}, whose head is stock: choose another strategy"
+                )
             return
         begin = f"architecture={self.architecture!r}"
         if spec.type not in _WITH_ARCHITECTURE:
@@ -388,10 +392,7 @@ def architecture_of(strategy: str, name_or_path: str, spec: TaskSpec) -> str | N
     """
     if strategy != "scalar_mix":
         return None
-    if not has_architectures(spec.type):
-        raise InputError(
-            f"strategy='scalar_mix' does not go with type={spec.type!r}, whose head is stock: choose another strategy"
-        )
+    ChosenHead().check(spec, strategy=strategy)
     config = from_pretrained(AutoConfig, name_or_path)
     has_mix = isinstance(config, TaskHeadConfig) and (config.mix_layers or config.architecture == "scalar_mix")
     return None if has_mix else "scalar_mix"
