@@ -58,7 +58,7 @@ def open_for_task(name_or_path: str, data: TaskData, *, seed: int = 0) -> Opened
     classes = wanted if isinstance(wanted, Sequence) else [wanted]
     had = next(iter(getattr(config, "architectures", None) or ()), "")
     is_same_class = had in [each.__name__ for each in classes]
-    if is_same_class and _labels_agree(config, data):
+    if _has_head(config, data):
         model = from_pretrained(data.auto_class, name_or_path, **data.head_options())
         fresh = tuple(getattr(model, "fresh_parameters", ()))
         if not fresh:
@@ -69,6 +69,35 @@ def open_for_task(name_or_path: str, data: TaskData, *, seed: int = 0) -> Opened
     if is_same_class:
         note += f": the checkpoint's is for {_shown(_names(config))}, not for {_shown(data.labels or ['values'])}"
     return OpenedModel(model, note, fresh)
+
+
+def check_head(name_or_path: str, data: TaskData) -> None:
+    """Refuse a checkpoint whose head is not for the labels of a task, in the same order.
+
+    Args:
+        name_or_path: The checkpoint.
+        data: The task.
+
+    Raises:
+        InputError: Naming the labels of both.
+    """
+    config = from_pretrained(AutoConfig, name_or_path)
+    wanted = data.labels or (["values"] if data.spec.type == "regression" else [data.spec.type])
+    if not _has_head(config, data):
+        had = next(iter(getattr(config, "architectures", None) or ()), "no class that its configuration names")
+        raise InputError(
+            f"model={name_or_path!r} has no head for task {data.spec.name!r}: it is {had} of {_shown(_names(config))}, and the "
+            f"task has {_shown(wanted)}: name a model that was fine-tuned on it, or list its labels in a YAML file of the task"
+        )
+
+
+def _has_head(config: PreTrainedConfig, data: TaskData) -> bool:
+    """Whether a checkpoint has the stock head of a task, for the same labels in the same order."""
+    mapping = data.auto_class._model_mapping
+    wanted = mapping[type(config)] if type(config) in mapping else ()
+    classes = wanted if isinstance(wanted, Sequence) else [wanted]
+    had = next(iter(getattr(config, "architectures", None) or ()), "")
+    return had in [each.__name__ for each in classes] and _labels_agree(config, data)
 
 
 def _labels_agree(config: PreTrainedConfig, data: TaskData) -> bool:
