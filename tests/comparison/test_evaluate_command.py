@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -282,7 +283,9 @@ class TestWeights:
 
     @pytest.fixture
     def model(self, encoder, tmp_path):
-        return shutil.copytree(encoder, tmp_path / "model")
+        copy = shutil.copytree(encoder, tmp_path / "model")
+        write_card(replace(read_record(copy), evaluations=()), copy)
+        return copy
 
     def test_numbers_of_earlier_weights_do_not_stay(self, model, data, tmp_path, capsys):
         out = ["--data_dir", data, "--output_file", tmp_path / "out.json", "--card", "false"]
@@ -307,9 +310,10 @@ class TestWeights:
         assert main(["card", str(copy), "--evaluation", str(tmp_path / "out.json")]) == 0
         record = {evaluation.task: evaluation for evaluation in read_record(copy).evaluations}
         expected = results(tmp_path, model)
-        assert {name: dict(found.metrics) for name, found in record.items()} == {
+        assert {name: dict(record[name].metrics) for name in expected} == {
             name: entry["metrics"] for name, entry in expected.items()
         }
+        assert list(record) == list(expected)
         assert dict(record["SST-2"].metrics) != results(tmp_path, other)["SST-2"]["metrics"]
         index = ModelCard.load(copy / "README.md").data.to_dict()["model-index"]
         rows = [(row["task"], row["dataset"], metric) for row in index[0]["results"] for metric in row["metrics"]]

@@ -34,6 +34,7 @@ from hf_pretrain import (
     LikelihoodScorer,
     LoadedTask,
     MeasureOptions,
+    PretrainedFeatures,
     denoising_log_likelihoods,
     encode,
     find_tasks,
@@ -224,6 +225,13 @@ class TestElmo:
                 states = bare(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
             np.testing.assert_allclose(vector, states.mean(0).numpy(), atol=1e-5)
         assert np.abs(vectors[0] - vectors[1]).max() > 1e-2
+
+    def test_kept_features_tell_unknown_words_apart(self, models, tmp_path):
+        texts = ["zebra", "horse"]
+        kept = PretrainedFeatures(models("elmo"), cache_dir=str(tmp_path / "kept"), pooling="mean").fit(texts)
+        first, again = kept.transform(texts), kept.transform(texts)
+        assert np.abs(first[0] - first[1]).max() > 1e-2
+        np.testing.assert_array_equal(first, again)
 
 
 def probe_of(vectors_of, data):

@@ -115,7 +115,7 @@ def elmo_tokenizer():
 
 def elmo(cls=ElmoForPreTraining, *, vocab_size=VOCAB_SIZE, **options):
     """An ELMo whose states differ from word to word."""
-    sizes = {"hidden_size": 24, "cell_size": 10, "character_embedding_size": 4, "filters": [[1, 4], [3, 6]]}
+    sizes = {"hidden_size": 24, "cell_size": 14, "character_embedding_size": 4, "filters": [[1, 4], [3, 6]]}
     torch.manual_seed(0)
     model = cls(ElmoConfig(vocab_size=vocab_size, max_characters=10, **sizes | options))
     with torch.no_grad():
