@@ -8,7 +8,8 @@ The folder is that of a run, or a copy from the Hub. A file of evaluations is on
      "metrics": {"accuracy": 0.91}, "method": "fine-tuned for 3 epochs, one seed",
      "baseline": {"accuracy": 0.51}, "baseline_name": "most frequent class"}
 
-A file that mteb writes for a task (STSBenchmark.json) is read too: each split and subset in it is an evaluation.
+A file that mteb writes for a task (STSBenchmark.json) is read too: each split and subset in it is an evaluation. So is the file
+that hf-pretrain evaluate writes: of it, the numbers that were measured on the very weights of the folder.
 
 An evaluation replaces an earlier one of the same task and split. Your changes to the front matter of README.md stay, and so
 does your text above and below the two comments around the card.
@@ -21,6 +22,7 @@ from typing import Any
 
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError, RunError
+from hf_pretrain.evaluation.suite.results import is_results_file, results_of
 from hf_pretrain.hub.card import update_card
 from hf_pretrain.hub.evaluation import Evaluation, is_mteb_result, mteb_evaluations
 from hf_pretrain.hub.identifiers import check_identifiers
@@ -33,7 +35,9 @@ class CardArguments:
 
     model_folder: str = option(help="Folder of the model; it may be given without the name of the option.")
     evaluation: list[str] | None = option(
-        None, "JSON files of evaluations on tasks, or mteb's results; one of the same task and split is replaced."
+        None,
+        "JSON files of evaluations on tasks, mteb's results, or the evaluation.json of hf-pretrain evaluate; one of the same "
+        "task and split is replaced.",
     )
     license: str | None = option(None, "The Hub's identifier of a license: apache-2.0.")
     language: list[str] | None = option(None, "Codes of the languages of the text: en de.")
@@ -53,7 +57,9 @@ ARGUMENTS = (CardArguments,)
 def main(argv: list[str] | None = None) -> None:
     """Make a card again from the command line; see the top of the file."""
     args = parse_command(ARGUMENTS, argv, name="card", description=__doc__, first="model_folder")
-    evaluations = [evaluation for name in args.evaluation or () for evaluation in read_evaluations(name)]
+    evaluations = [
+        evaluation for name in args.evaluation or () for evaluation in read_evaluations(name, args.model_folder)
+    ]
     changes: dict[str, Any] = {name: getattr(args, name) for name in ("license", "language", "datasets", "tags")}
     if args.private_text:
         changes["examples"] = ()
@@ -70,11 +76,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"model card  {path}")
 
 
-def read_evaluations(path: str | Path) -> list[Evaluation]:
-    """Return the evaluations of a JSON file: objects with the names of the fields, or a result of mteb.
+def read_evaluations(path: str | Path, folder: str | Path = ".") -> list[Evaluation]:
+    """Return the evaluations of a JSON file: objects with the names of the fields, a result of mteb, or results of `evaluate`.
+
+    Args:
+        path: The file.
+        folder: Folder of the model. Of results of several models, those of its weights are taken.
 
     Raises:
-        InputError: If the file cannot be read, or an evaluation is not right.
+        InputError: If the file cannot be read, an evaluation is not right, or none is of these weights.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -82,6 +92,8 @@ def read_evaluations(path: str | Path) -> list[Evaluation]:
         raise InputError(f"evaluation={str(path)!r} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"evaluation={str(path)!r} is no JSON: {error}") from error
+    if is_results_file(content):
+        return results_of(content, folder, source=str(path))
     entries = content if isinstance(content, list) else [content]
     found: list[Evaluation] = []
     for entry in entries:

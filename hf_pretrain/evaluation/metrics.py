@@ -94,6 +94,14 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str], **options
     return encoding
 
 
+def stack_characters(rows: Sequence[np.ndarray]) -> torch.Tensor:
+    """Stack the characters of texts, ``[L, K]`` each, into ``int64 [B, L, K]`` with zeros at padding."""
+    stacked = torch.zeros(len(rows), max(map(len, rows)), rows[0].shape[1], dtype=torch.long)
+    for number, row in enumerate(rows):
+        stacked[number, : len(row)] = torch.from_numpy(row.astype(np.int64))
+    return stacked
+
+
 def batches_by_length(
     sequences: Sequence[Sequence[int] | np.ndarray],
     *,

@@ -8,6 +8,7 @@ linear probe on features and predicts others; [`probe_accuracy`] measures that f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, check_choice, check_range
-from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
-from hf_pretrain.modeling.backbone import evaluating, longest_sequence, takes_input
+from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts, stack_characters
+from hf_pretrain.modeling.backbone import evaluating, longest_sequence, reads_characters, takes_input
 from hf_pretrain.modeling.base import check_model_fits
 from hf_pretrain.modeling.pooling import pool_states
 
@@ -31,8 +32,8 @@ Pooling = Literal["mean", "cls", "max", "last", "eos"]
 """How the states of a text's tokens become one vector."""
 Inputs = Sequence[str] | Sequence[tuple[str, str]]
 """Texts, or pairs of texts."""
-Tokenized = Mapping[str, list[list[int]]]
-"""`input_ids` of each text, and `token_type_ids` where the encoder takes them."""
+Tokenized = Mapping[str, list[Any]]
+"""`input_ids` of each text, and where the encoder takes them `token_type_ids`, and `character_ids` ``[L, K]``."""
 Batch = dict[str, torch.Tensor]
 
 _STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -43,6 +44,8 @@ _NO_LIMIT = 1 << 30
 # Names of the kinds of pooling in a sentence-transformers folder, where they are others.
 _MODES = {"last": "lasttoken", "eos": "lasttoken"}
 _SHOWN = 40
+# Texts that are tokenized at once.
+_TOKENIZED = 4096
 
 
 def encode(
@@ -164,21 +167,30 @@ def tokenize_inputs(
     """
     length = _longest(base, tokenizer) if max_length is None else max_length
     check_range(length, "[1, inf)", name="max_length")
-    check_model_fits(base, tokenizer, block_size=length)
+    spells = reads_characters(base) and "character_ids" in tokenizer.model_input_names
+    if not spells:
+        check_model_fits(base, tokenizer, block_size=length)
     first, second = _checked_inputs(texts)
-    if not first:
-        return {"input_ids": []}
-    options: dict[str, Any] = {"truncation": True, "max_length": length} | (
-        {} if second is None else {"text_pair": second}
-    )
-    encoding = tokenizer(first, **options) if reads_special_tokens else encode_texts(tokenizer, first, **options)
-    empty = next((number for number, ids in enumerate(encoding["input_ids"]) if not ids), None)
+    tokenized: dict[str, list[Any]] = {"input_ids": []}
+    for begin in range(0, len(first), _TOKENIZED):
+        part = slice(begin, begin + _TOKENIZED)
+        options: dict[str, Any] = {"truncation": True, "max_length": length}
+        options |= {} if second is None else {"text_pair": second[part]}
+        encode_part = tokenizer if reads_special_tokens else partial(encode_texts, tokenizer)
+        encoding = encode_part(first[part], **options)
+        names = ["input_ids"]
+        if "token_type_ids" in encoding and takes_input(base, "token_type_ids"):
+            names.append("token_type_ids")
+        for name in names:
+            tokenized.setdefault(name, []).extend(encoding[name])
+        if spells:
+            # Lists of these would be five times as large.
+            rows = [np.asarray(row, dtype=np.int16) for row in encoding["character_ids"]]
+            tokenized.setdefault("character_ids", []).extend(rows)
+    empty = next((number for number, ids in enumerate(tokenized["input_ids"]) if not ids), None)
     if empty is not None:
         raise InputError(f"texts[{empty}]={first[empty][:_SHOWN]!r} has no token, and so no vector: leave it out")
-    names = ["input_ids"]
-    if "token_type_ids" in encoding and takes_input(base, "token_type_ids"):
-        names.append("token_type_ids")
-    return {name: encoding[name] for name in names}
+    return tokenized
 
 
 def _checked_inputs(texts: Inputs) -> tuple[list[str], list[str] | None]:
@@ -298,7 +310,8 @@ def run_encoder(
     Returns:
         ``float32 [N, E]``, in the order of the texts.
     """
-    sequences, types = tokenized["input_ids"], tokenized.get("token_type_ids")
+    sequences, types, characters = (tokenized.get(name) for name in ("input_ids", "token_type_ids", "character_ids"))
+    assert sequences is not None, "tokenize_inputs makes them"
     vectors = np.empty((len(sequences), width), dtype=np.float32)
     batches = batches_by_length(
         sequences, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size, device=base.device, name="Encoding"
@@ -308,6 +321,8 @@ def run_encoder(
             if types is not None:
                 column, _ = stack_column([{"token_type_ids": types[row]} for row in rows], "token_type_ids")
                 batch["token_type_ids"] = torch.from_numpy(column.astype(np.int64)).to(base.device)
+            if characters is not None:
+                batch["character_ids"] = stack_characters([characters[row] for row in rows]).to(base.device)
             vectors[rows] = pooled(base(**batch, **options), batch, rows).float().cpu().numpy()
     return vectors
 

@@ -30,6 +30,8 @@ from hf_pretrain.modeling.visibility.rules import arbitrary_tokens
 WithinWord = Literal["visible", "l2r"]
 Hiding = Literal["sentinel", "mask", "fragment", "rest"]
 
+# Texts that are tokenized at once.
+_TOKENIZED = 4096
 NO_WORD = -2
 """The word of a special token."""
 
@@ -65,11 +67,19 @@ def sum_scores(parts: Iterable[TokenScores], num_texts: int) -> tuple[np.ndarray
 
 
 class EncodedText(NamedTuple):
-    """A text's ids ``[L]``, the positions of those to score ``[T]``, and the word of each ``[L]``, `NO_WORD` if special."""
+    """A text as tokens.
+
+    Attributes:
+        ids: ``[L]``.
+        scored: ``[T]`` positions of those to score.
+        words: ``[L]`` the word of each, `NO_WORD` if it is special.
+        characters: ``int16 [L, K]`` the characters of each, where the tokenizer makes them.
+    """
 
     ids: np.ndarray
     scored: np.ndarray
     words: np.ndarray
+    characters: np.ndarray | None = None
 
 
 def encode_words(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[EncodedText]:
@@ -77,16 +87,24 @@ def encode_words(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[E
     check_fast(tokenizer)
     if not texts:
         return []
-    encoding = encode_texts(tokenizer, texts, return_offsets_mapping=True, return_special_tokens_mask=True)
     encoded = []
-    for text, ids, is_special, offsets in zip(
-        texts, encoding["input_ids"], encoding["special_tokens_mask"], encoding["offset_mapping"], strict=True
-    ):
-        _, words = words_of_tokens(text, offsets)
-        is_text = np.array(is_special) == 0
-        encoded.append(
-            EncodedText(np.array(ids, dtype=np.int64), np.flatnonzero(is_text), np.where(is_text, words, NO_WORD))
-        )
+    for begin in range(0, len(texts), _TOKENIZED):
+        part = texts[begin : begin + _TOKENIZED]
+        encoding = encode_texts(tokenizer, part, return_offsets_mapping=True, return_special_tokens_mask=True)
+        spelled = encoding.get("character_ids") or [None] * len(part)
+        for text, ids, is_special, offsets, characters in zip(
+            part,
+            encoding["input_ids"],
+            encoding["special_tokens_mask"],
+            encoding["offset_mapping"],
+            spelled,
+            strict=True,
+        ):
+            _, words = words_of_tokens(text, offsets)
+            is_text = np.array(is_special) == 0
+            word_of_token = np.where(is_text, words, NO_WORD)
+            letters = None if characters is None else np.array(characters, dtype=np.int16)
+            encoded.append(EncodedText(np.array(ids, dtype=np.int64), np.flatnonzero(is_text), word_of_token, letters))
     return encoded
 
 

@@ -64,9 +64,11 @@ class Evaluation:
         baseline: Metric -> value of what to compare with.
         baseline_name: What that is: "most frequent class", "the model before it was trained further".
         num_examples: Examples that were scored.
+        deviation: Metric -> standard deviation over several seeds, where the values of `metrics` are means.
 
     Raises:
-        InputError: If a text is empty, a value is no finite number, or the baseline has a metric that the model has not.
+        InputError: If a text is empty, a value is no finite number, or the baseline or the deviation has a metric that the model
+            has not.
     """
 
     task: str
@@ -79,6 +81,7 @@ class Evaluation:
     baseline: Mapping[str, float] = field(default_factory=dict)
     baseline_name: str = "baseline"
     num_examples: int | None = None
+    deviation: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every field; a dataset that is a path keeps its last part."""
@@ -88,14 +91,15 @@ class Evaluation:
         if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.task_type):
             raise InputError(f"task_type={self.task_type!r}: give the Hub's name of it, such as 'text-classification'")
         object.__setattr__(self, "dataset", without_folders(self.dataset))
-        for name in ("metrics", "baseline"):
+        for name in ("metrics", "baseline", "deviation"):
             object.__setattr__(self, name, _scores(getattr(self, name), f"{name} of {self.task!r}"))
         if not self.metrics:
             raise InputError(f"metrics of {self.task!r} are empty: give at least one name and value")
-        if unknown := [name for name in self.baseline if name not in self.metrics]:
-            raise InputError(
-                f"baseline of {self.task!r} has {unknown[0]!r}, which is not among metrics: drop one or add it"
-            )
+        for part in ("baseline", "deviation"):
+            if unknown := [name for name in getattr(self, part) if name not in self.metrics]:
+                raise InputError(
+                    f"{part} of {self.task!r} has {unknown[0]!r}, which is not among metrics: drop one or add it"
+                )
         count = self.num_examples
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
             raise InputError(f"num_examples={count!r} of {self.task!r}: give a number of examples, or leave it out")

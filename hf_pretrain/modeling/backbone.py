@@ -427,6 +427,12 @@ def takes_input(model: PreTrainedModel, name: str) -> bool:
     return all(name in _parameters(cast(Any, type(part))) for part in (model, model.base_model))
 
 
+def reads_characters(model: PreTrainedModel) -> bool:
+    """Return whether a model reads words by their characters, as ELMo does: its tokenizer makes `character_ids` for them."""
+    has_them = getattr(model.config, "embedding_type", None) == "characters"
+    return has_them and "character_ids" in _parameters(cast(Any, type(model.base_model)))
+
+
 def input_names(model: PreTrainedModel) -> set[str]:
     """Return the inputs that a stock model takes, with its head and without; types of segments only where it has two."""
     names = _parameters(cast(Any, type(model))) & _parameters(cast(Any, type(model.base_model)))

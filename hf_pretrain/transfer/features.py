@@ -391,8 +391,8 @@ class FeatureCache:
 
 
 def _digests(tokenized: Tokenized) -> list[bytes]:
-    """Return a digest of the token ids, and types of segments, of each text."""
-    columns = [tokenized[name] for name in ("input_ids", "token_type_ids") if name in tokenized]
+    """Return a digest of the token ids of each text, and of all else that is read of it."""
+    columns = [tokenized[name] for name in ("input_ids", "token_type_ids", "character_ids") if name in tokenized]
     return [
         xxhash.xxh3_128_digest(b"|".join(np.asarray(ids, dtype=np.int64).tobytes() for ids in row))
         for row in zip(*columns, strict=True)

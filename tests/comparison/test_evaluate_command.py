@@ -2,10 +2,14 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
+from huggingface_hub import ModelCard
 from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
@@ -19,10 +23,12 @@ from transformers import (
     set_seed,
 )
 
+from helpers.evaluated_models import SIZES, saved, write_tasks
 from helpers.method_matrix import VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain import WordVectors
 from hf_pretrain.cli import main
-from hf_pretrain.data import draws
+from hf_pretrain.commands.evaluate import print_evaluations
+from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.minimal_pairs import (
     causal_log_likelihoods,
     originality_scores,
@@ -34,66 +40,17 @@ from hf_pretrain.evaluation.probes import encode, probe_accuracy
 from hf_pretrain.evaluation.similarity import similarity_correlation, text_vectors
 from hf_pretrain.evaluation.suite import find_tasks
 from hf_pretrain.evaluation.words import analogy_accuracy, word_similarity
+from hf_pretrain.files import weights_digest
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, read_record
 from hf_pretrain.modeling.pooling import SentenceModules
 from hf_pretrain.tasks.spec import load_task
 from hf_pretrain.transfer.comparison import tuned_scores
 
-SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIZES |= {"intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 0}
-
-
-def words(count, *, seed, length=4):
-    keys = draws.row_keys(range(count), seed=seed, stream="evaluate command")
-    return draws.integers(keys, length, high=50).tolist()
-
-
-def sentence(row):
-    return " ".join(f"w{number}" for number in row)
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Tasks in the forms that are found by name."""
-    data = tmp_path_factory.mktemp("data")
-    for name in ("SST-2", "stsb", "blimp", "wordsim", "topics"):
-        (data / name).mkdir()
-    for split, count, seed in (("train", 90, 0), ("dev", 60, 1)):
-        rows = words(count, seed=seed)
-        # No header; every third row of the development set is of class 1.
-        (data / "SST-2" / f"{split}.tsv").write_text("".join(f"{sentence(r)}\t{int(r[0] < 20)}\n" for r in rows))
-        scored = [(sentence(r), sentence(r[:2] + r[:1] * 2), r[3] / 10) for r in rows]
-        (data / "stsb" / f"{split}.csv").write_text("".join(f"{a},{b},{score}\n" for a, b, score in scored))
-        lines = [json.dumps({"text": sentence(r), "label": ("sun", "moon", "star")[r[0] % 3]}) for r in rows]
-        (data / "topics" / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    pairs = [
-        {"sentence_good": sentence(r), "sentence_bad": sentence(r[::-1]), "UID": f"p{i % 3}", "field": f"f{i % 2}"}
-        for i, r in enumerate(words(24, seed=2))
-    ]
-    (data / "blimp" / "all.jsonl").write_text("\n".join(map(json.dumps, pairs)) + "\n")
-    lines = [f"w{a}\tw{b}\t{c / 5}" for a, b, c in words(40, seed=3, length=3) if a != b]
-    (data / "wordsim" / "wordsim353.tsv").write_text("# words\n" + "\n".join(lines) + "\n")
-    lines = [sentence(r) for r in words(30, seed=4) if len(set(r)) == 4]
-    (data / "wordsim" / "questions-words.txt").write_text(": family\n" + "\n".join(lines) + "\n")
-    (data / "tasks.yaml").write_text(
-        "first: {type: choice, text: text, choices: [a, b], label: label, validation_file: choice.jsonl}\n"
-        "tags: {type: tokens, text: words, label: tags, train_file: tags.jsonl}\n"
-    )
-    rows = [
-        {"text": sentence(r[:2]), "a": sentence(r[2:]), "b": "w1 w2 w3", "label": i % 2}
-        for i, r in enumerate(words(20, seed=5))
-    ]
-    (data / "choice.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    rows = [{"words": ["w1", f"w{r[0]}"], "tags": ["O", "B-X"]} for r in words(20, seed=6)]
-    (data / "tags.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
-    return data
-
-
-def saved(model, folder):
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -315,3 +272,144 @@ def test_tasks_are_found_by_name_and_form(data, tmp_path):
     # A header says more than the name.
     (tmp_path / "cola" / "train.tsv").write_text("sentence\tlabel\nIt rains.\t1\n")
     assert find_tasks(["cola"], data_dir=tmp_path)[0].spec.columns is None
+
+
+def changed(folder):
+    """Change one weight of a folder, as further training does."""
+    model = BertForMaskedLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[7] += 1.0
+    model.save_pretrained(folder)
+
+
+class TestWeights:
+    """A number stands beside the weights that it was measured on."""
+
+    @pytest.fixture
+    def model(self, encoder, tmp_path):
+        copy = shutil.copytree(encoder, tmp_path / "model")
+        write_card(replace(read_record(copy), evaluations=()), copy)
+        return copy
+
+    def test_numbers_of_earlier_weights_do_not_stay(self, model, data, tmp_path, capsys):
+        out = ["--data_dir", data, "--output_file", tmp_path / "out.json", "--card", "false"]
+        assert run(model, "--tasks", "SST-2", "wordsim", *out) == 0
+        content = json.loads((tmp_path / "out.json").read_text())
+        assert content["weights"] == {str(model): weights_digest(model)}
+        assert run(model, "--tasks", "blimp", *out) == 0
+        assert list(results(tmp_path, model)) == ["SST-2", "wordsim", "blimp"]
+        changed(model)
+        capsys.readouterr()
+        assert run(model, "--tasks", "blimp", *out) == 0
+        assert list(results(tmp_path, model)) == ["blimp"]
+        assert "3 earlier results of" in capsys.readouterr().out
+        assert json.loads((tmp_path / "out.json").read_text())["weights"] == {str(model): weights_digest(model)}
+
+    def test_a_card_takes_the_numbers_of_its_own_weights_alone(self, model, encoder, data, tmp_path, capsys):
+        other = saved(BertForMaskedLM(BertConfig(**SIZES)), tmp_path / "other")
+        out = ["--data_dir", data, "--output_file", tmp_path / "out.json", "--card", "false"]
+        assert run(model, other, "--tasks", "SST-2", "blimp", *out) == 0
+        # The file names the model by another folder than the copy that gets the card.
+        copy = shutil.copytree(model, tmp_path / "copy")
+        assert main(["card", str(copy), "--evaluation", str(tmp_path / "out.json")]) == 0
+        record = {evaluation.task: evaluation for evaluation in read_record(copy).evaluations}
+        expected = results(tmp_path, model)
+        assert {name: dict(record[name].metrics) for name in expected} == {
+            name: entry["metrics"] for name, entry in expected.items()
+        }
+        assert list(record) == list(expected)
+        assert dict(record["SST-2"].metrics) != results(tmp_path, other)["SST-2"]["metrics"]
+        index = ModelCard.load(copy / "README.md").data.to_dict()["model-index"]
+        rows = [(row["task"], row["dataset"], metric) for row in index[0]["results"] for metric in row["metrics"]]
+        of_sst2 = [metric for task, dataset, metric in rows if dataset["split"] == "validation"]
+        assert {metric["type"]: metric["value"] for metric in of_sst2}["accuracy"] == pytest.approx(
+            expected["SST-2"]["metrics"]["accuracy"], abs=1e-3
+        )
+        for task, dataset, metric in rows:
+            assert re.fullmatch("[a-z-]+", task["type"]) and re.fullmatch("[a-z0-9-]+", dataset["type"])
+            assert dataset["name"] and isinstance(metric["value"], float)
+        # Weights that were never measured take nothing, and the card stays as it was.
+        text = (copy / "README.md").read_text()
+        changed(copy)
+        capsys.readouterr()
+        assert main(["card", str(copy), "--evaluation", str(tmp_path / "out.json")]) == 2
+        assert "has no numbers of the weights in" in capsys.readouterr().err
+        assert (copy / "README.md").read_text() == text
+
+    def test_results_that_name_no_weights_are_refused(self, model, data, tmp_path, capsys):
+        out = ["--data_dir", data, "--output_file", tmp_path / "out.json", "--card", "false"]
+        assert run(model, "--tasks", "blimp", *out) == 0
+        content = json.loads((tmp_path / "out.json").read_text())
+        del content["weights"]
+        (tmp_path / "out.json").write_text(json.dumps(content))
+        assert main(["card", str(model), "--evaluation", str(tmp_path / "out.json")]) == 2
+        assert "does not say which weights" in capsys.readouterr().err
+
+    def test_a_card_of_other_weights_is_refused_before_anything_is_computed(self, model, data, tmp_path, capsys):
+        changed(model)
+        assert run(model, "--tasks", "blimp", "--data_dir", data, "--output_file", tmp_path / "out.json") == 2
+        shown = capsys.readouterr()
+        assert "are not those that" in shown.err and " by " not in shown.out
+        out = ["--data_dir", data, "--output_file", tmp_path / "out.json", "--card", "false"]
+        assert run(model, "--tasks", "blimp", *out) == 0
+
+
+def test_seeds_give_mean_and_deviation(encoder, data, tmp_path, capsys):
+    out = ["--data_dir", data, "--output_file", tmp_path / "out.json", "--card", "false", "--max_train_examples", "30"]
+    single = []
+    for seed in (0, 3, 4):
+        assert run(encoder, "--tasks", "SST-2", "--seed", seed, *out) == 0
+        single.append(results(tmp_path, encoder)["SST-2"]["metrics"]["accuracy"])
+    assert len(set(single)) > 1
+    capsys.readouterr()
+    assert run(encoder, "--tasks", "SST-2", "blimp", "--seeds", "0", "3", "4", *out) == 0
+    shown, found = capsys.readouterr().out, results(tmp_path, encoder)
+    entry = found["SST-2"]
+    assert entry["metrics"]["accuracy"] == pytest.approx(np.mean(single), abs=1e-6)
+    assert entry["deviation"]["accuracy"] == pytest.approx(np.std(single, ddof=1), abs=1e-6)
+    assert f"{np.mean(single):.3f} ± {np.std(single, ddof=1):.3f}" in shown
+    assert "mean and deviation of 3 seeds" in entry["method"]
+    # What draws nothing is measured once.
+    assert found["blimp"]["deviation"] == {} and "seeds" not in found["blimp"]["method"]
+    for argv, why in (
+        (["blimp", "--seeds", "0", "1"], "none is a probe or fine-tuning"),
+        (["SST-2", "--seeds", "1"], "give two or more"),
+        (["SST-2", "--seeds", "0", "1", "--seed", "2"], "seed=2 has no effect beside seeds"),
+    ):
+        assert run(encoder, "--tasks", *argv, *out) == 2
+        assert why in capsys.readouterr().err
+
+
+def test_a_table_fits_the_terminal(capsys):
+    header = ["task", "metric", "examples", *(f"a-model-with-a-very-long-name-{i}" for i in range(6)), "baseline"]
+    rows = [["SST-2", "matthews_correlation", "872", *(f"0.{i}00 ± 0.010" for i in range(6)), "0.500"]]
+    print_evaluations(rows, header, width=80)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) > 2
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
+    for title, numbers in zip(cells[::2], cells[1::2], strict=True):
+        assert title[:3] == header[:3] and numbers[:3] == rows[0][:3]
+    assert [cell for line in cells[1::2] for cell in line[3:]] == rows[0][3:]
+    names = [cell for line in cells[::2] for cell in line[3:]]
+    assert len(set(names)) == 7 and names[0].endswith("name-0")
+
+
+def test_tasks_are_found_by_their_paths(data, tmp_path):
+    found = find_tasks([f"{data}/SST-2", f"{data}/wordsim/wordsim353.tsv", f"{data}/blimp/all.jsonl"], data_dir="none")
+    assert [task.name for task in found] == ["SST-2", "wordsim353", "all"]
+    assert [task.hows[0] for task in found] == ["probe", "words", "pairs"]
+    assert found[0].spec.validation_file == (f"{data}/SST-2/dev.tsv",)
+    (tmp_path / "reviews.csv").write_text("sentence,label\nfine,1\npoor,0\n")
+    (tmp_path / "alike.csv").write_text("sentence1,sentence2,score\na,b,0.5\nc,d,1.5\n")
+    tables = find_tasks([str(tmp_path / "reviews.csv"), str(tmp_path / "alike.csv")])
+    assert [task.spec.type for task in tables] == ["classification", "regression"]
+    assert tables[0].spec.train_file == (str(tmp_path / "reviews.csv"),) and tables[0].name == "reviews"
+    assert tables[1].hows[0] == "similarity"
+    # Of a split, the task has the name of the folder, and its columns.
+    (task,) = find_tasks([f"{data}/SST-2/train.tsv"])
+    assert task.name == "SST-2" and task.spec.columns == ("sentence", "label") and not task.spec.validation_file
+    with pytest.raises(InputError, match="absent.csv' is no file or folder"):
+        find_tasks(["absent.csv"], data_dir=data)
+    # An unknown name is told what there is.
+    with pytest.raises(InputError, match="there are SST-2, blimp, questions-words, stsb, topics, wordsim353"):
+        find_tasks(["nothing"], data_dir=data)

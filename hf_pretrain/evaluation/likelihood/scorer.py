@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, XLNetLMHeadModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from hf_pretrain.errors import InputError, check_choice, check_range
+from hf_pretrain.evaluation.likelihood.directions import BidirectionalLM, bidirectional_scores
 from hf_pretrain.evaluation.metrics import batches_by_length, checked_texts, encode_texts
 from hf_pretrain.evaluation.token_scores import (
     NO_WORD,
@@ -71,27 +70,13 @@ class Request(NamedTuple):
         context: ``[C]`` tokens before.
         continuation: ``[T]`` tokens to score.
         words: ``[T]`` number of the word of each.
+        characters: ``[C + T, K]`` characters of all, where they are read; by default those of the ids.
     """
 
     context: np.ndarray
     continuation: np.ndarray
     words: np.ndarray
-
-
-@dataclass(frozen=True)
-class BidirectionalLM:
-    """A pair of language models, one for each direction, such as ELMo's.
-
-    Attributes:
-        forward: Takes ids and attention mask, ``[B, L]`` each, and returns logits ``[B, L, V]`` of the token that follows on each
-            column.
-        backward: The same for the token before each column; it reads columns from right to left, and no padding on the right.
-        device: Where both take their inputs.
-    """
-
-    forward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    backward: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    device: torch.device | str = "cpu"
+    characters: np.ndarray | None = None
 
 
 class LikelihoodScorer:
@@ -109,7 +94,7 @@ class LikelihoodScorer:
     many tokens as it has alone; an encoder-decoder reads two pieces. A context that is too long loses its first tokens.
 
     Args:
-        model: A stock model, a `PermutationLMForPreTraining`, or a `BidirectionalLM`.
+        model: A stock model, a `PermutationLMForPreTraining`, an `ElmoForPreTraining`, or a `BidirectionalLM`.
         tokenizer: Its tokenizer, a fast one. Names of special tokens in texts are text like any other.
         kind: The kind of model; found from its class by default.
         within_word: For masked tokens: whether the other tokens of a word are "visible", or with "l2r" those to the left alone.
@@ -180,17 +165,12 @@ class LikelihoodScorer:
             getattr(self, f"_{self.kind.replace('-', '_')}"),
         )
         if self.kind == "bidirectional":
-            if not isinstance(model, BidirectionalLM):
-                raise InputError(
-                    f"model={type(model).__name__} has one direction: give a BidirectionalLM, or another kind"
-                )
-            self._prefix, self._suffix = (
-                part if len(part) else _separator(tokenizer) for part in (self._prefix, self._suffix)
-            )
-            self._special = len(self._prefix) + len(self._suffix)
+            self._set_up_directions()
             return
-        if isinstance(model, BidirectionalLM):
-            raise InputError(f"kind={self.kind!r} does not fit a BidirectionalLM: leave it out")
+        if isinstance(model, BidirectionalLM) or _is_elmo(model):
+            raise InputError(
+                f"kind={self.kind!r} does not fit {type(model).__name__}, which has two directions: leave it out"
+            )
         if self.kind == "permutation":
             if not isinstance(model, PermutationLMForPreTraining):
                 mask_token_id = tokenizer.mask_token_id
@@ -221,6 +201,19 @@ class LikelihoodScorer:
             # The last token is not read.
             num_special = -1
         self._special = num_special
+
+    def _set_up_directions(self) -> None:
+        """Check a model of two directions; each end of a text needs a token."""
+        if not isinstance(self.model, BidirectionalLM):
+            if not _is_elmo(self.model):
+                raise InputError(
+                    f"model={type(self.model).__name__} has one direction: give a BidirectionalLM, or another kind"
+                )
+            check_model_fits(self.model, self.tokenizer, block_size=0)
+        self._prefix, self._suffix = (
+            part if len(part) else _separator(self.tokenizer) for part in (self._prefix, self._suffix)
+        )
+        self._special = len(self._prefix) + len(self._suffix)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> ContinuationScores:
         """Score texts.
@@ -262,7 +255,8 @@ class LikelihoodScorer:
             before = self.begun(before)
             if self.kind == "causal" and not len(before):
                 self._refuse_no_start()
-            found.append(Request(before, tokens[cut:], words[cut:]))
+            characters = None if text.characters is None or self._is_apart else text.characters[text.scored]
+            found.append(Request(before, tokens[cut:], words[cut:], characters))
         return found
 
     def begun(self, context: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -316,13 +310,22 @@ class LikelihoodScorer:
     def _framed(self, requests: Sequence[Request]) -> list[EncodedText]:
         """Return whole texts with their special tokens, of which the continuations are to be scored."""
         texts = []
-        for context, continuation, words in requests:
+        for context, continuation, words, characters in requests:
             parts = (self._prefix, context, continuation, self._suffix)
             begin, end = len(parts[0]) + len(context), len(parts[0]) + len(context) + len(continuation)
             known = np.full(end + len(self._suffix), NO_WORD)
             known[len(self._prefix) : begin], known[begin:end] = -1, words
-            texts.append(EncodedText(np.concatenate(parts), np.arange(begin, end), known))
+            letters = None if characters is None else self._spelled(characters)
+            texts.append(EncodedText(np.concatenate(parts), np.arange(begin, end), known, letters))
         return texts
+
+    def _spelled(self, characters: np.ndarray) -> np.ndarray:
+        """Return the characters of a text with those of the special tokens around it."""
+        ends = (
+            [self.tokenizer.token_characters(int(token)) for token in part] for part in (self._prefix, self._suffix)
+        )
+        prefix, suffix = (np.array(rows, dtype=np.int16).reshape(len(rows), characters.shape[1]) for rows in ends)
+        return np.concatenate([prefix, characters, suffix])
 
     def _causal(self, requests: Sequence[Request]) -> Iterator[TokenScores]:
         parts = [
@@ -374,31 +377,16 @@ class LikelihoodScorer:
             batch_size=self.batch_size,
         )
 
-    @torch.no_grad()
     def _bidirectional(self, requests: Sequence[Request]) -> Iterator[TokenScores]:
-        texts = self._framed(requests)
-        for rows, batch in self._batches(texts, device=self.model.device):
-            part, width = [texts[row] for row in rows], batch["input_ids"].shape[1]
-            columns = np.concatenate([row * width + text.scored for row, text in enumerate(part)])
-            positions_T = torch.from_numpy(columns).to(batch["input_ids"].device)
-            labels_T = batch["input_ids"].flatten()[positions_T]
-            mean_TV = torch.zeros(())
-            for read, step in ((self.model.forward, -1), (self.model.backward, 1)):
-                logits_BLV = read(batch["input_ids"], batch["attention_mask"])
-                logits_TV = logits_BLV.flatten(0, 1).index_select(0, positions_T + step)
-                mean_TV = mean_TV.to(logits_TV.device) + logits_TV.float().log_softmax(-1) / 2
-            found_T = mean_TV.gather(1, labels_T[:, None]).squeeze(1).double().cpu().numpy()
-            owner = np.repeat(rows, [len(text.scored) for text in part])
-            yield TokenScores(owner, found_T, (mean_TV.argmax(-1) == labels_T).cpu().numpy())
+        return bidirectional_scores(self.model, self.tokenizer, self._framed(requests), batch_size=self.batch_size)
 
-    def _batches(self, texts: Sequence[EncodedText], **options: Any) -> Iterator[tuple[np.ndarray, Any]]:
+    def _batches(self, texts: Sequence[EncodedText]) -> Iterator[tuple[np.ndarray, Any]]:
         pad_token_id = self.tokenizer.pad_token_id
         return batches_by_length(
             [text.ids for text in texts],
             pad_token_id=pad_token_id,
             batch_size=self.batch_size,
             name="Scoring",
-            **options,
         )
 
     def rolling(
@@ -422,11 +410,14 @@ class LikelihoodScorer:
         for number, text in enumerate(encode_words(self.tokenizer, checked_texts(texts))):
             ids, words = np.concatenate([self._start, text.ids[text.scored]]), text.words[text.scored]
             first = len(self._start)
+            characters = None if text.characters is None or first else text.characters[text.scored]
             if self.kind == "causal" and not first:
                 self._refuse_no_start()
             for read, begin, end in _windows(first, len(ids), room=room, stride=stride):
                 owners.append(number)
-                requests.append(Request(ids[read:begin], ids[begin:end], words[begin - first : end - first]))
+                part = slice(begin - first, end - first)
+                letters = None if characters is None else characters[read:end]
+                requests.append(Request(ids[read:begin], ids[begin:end], words[part], letters))
         found = self.score_tokens(requests)
         sums, is_greedy, num_tokens = np.zeros(len(texts)), np.ones(len(texts), bool), np.zeros(len(texts), np.int64)
         np.add.at(sums, owners, found.log_likelihoods)
@@ -438,13 +429,18 @@ class LikelihoodScorer:
 def _kind_of(model: Any) -> Kind:
     """Return the kind of a model by its class."""
     name = type(model).__name__
-    if isinstance(model, BidirectionalLM):
+    if isinstance(model, BidirectionalLM) or _is_elmo(model):
         return "bidirectional"
     if isinstance(model, (PermutationLMForPreTraining, XLNetLMHeadModel)):
         return "permutation"
     if model.config.is_encoder_decoder:
         return "encoder-decoder"
     return "masked" if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() or name.endswith("ForMaskedLM") else "causal"
+
+
+def _is_elmo(model: Any) -> bool:
+    """Whether a model is ELMo with its softmax, whose class may come from the code of an export."""
+    return type(model).__name__ == "ElmoForPreTraining"
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, np.ndarray]:

@@ -1,12 +1,13 @@
 """How a model is measured on a task: each measure returns an `Evaluation` with its method, baseline and number of examples.
 
-[`measure_task`] calls the measure by its name. Fine-tuning is none of them: it changes the model, and belongs to `transfer`.
+[`measure_task`] calls the measure by its name. Fine-tuning and a head that was fine-tuned are none of them: they belong to
+`transfer`. [`over_seeds`] makes one evaluation of several.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.likelihood import score_options
 from hf_pretrain.evaluation.minimal_pairs import MinimalPair, pair_accuracy, read_minimal_pairs
-from hf_pretrain.evaluation.probes import encode, probe_predictions
+from hf_pretrain.evaluation.probes import probe_predictions
 from hf_pretrain.evaluation.similarity import similarity_correlation, text_vectors
 from hf_pretrain.evaluation.suite.models import EvaluatedModel
 from hf_pretrain.evaluation.suite.tasks import How, SuiteTask
@@ -164,7 +165,7 @@ def measure_task(model: EvaluatedModel, loaded: LoadedTask, how: How) -> Evaluat
     Args:
         model: The model.
         loaded: The task.
-        how: One of the task's measures, other than "finetune".
+        how: One of the task's measures, other than "finetune" and "head".
 
     Returns:
         Its scores: the one that counts is the first.
@@ -182,15 +183,17 @@ def measure_task(model: EvaluatedModel, loaded: LoadedTask, how: How) -> Evaluat
 def _probe(model: EvaluatedModel, loaded: LoadedTask) -> Evaluation:
     """Measure a linear probe on frozen features."""
     data, kind = loaded.data, cast(Literal["classification", "regression"], loaded.data.spec.type)
-    options: dict[str, Any] = {"max_length": loaded.options.max_length, "batch_size": model.batch_size}
     train, held_out = (
-        encode(model.encoder, model.tokenizer, data.texts(split), **options) for split in ("train", "validation")
+        model.features(data.texts(split), max_length=loaded.options.max_length) for split in ("train", "validation")
     )
     predicted, _ = probe_predictions(train, data.targets("train"), held_out, kind=kind, seed=loaded.options.seed)
     logits = predicted if data.labels is None else np.eye(len(data.labels))[predicted]
     head = "logistic regression" if kind == "classification" else "ridge regression"
-    together = " of both texts, read together" if len(data.spec.text) == 2 else ""
-    method = f"{head} on frozen mean-pooled states{together}, {len(train):,} training rows"
+    features = f"frozen {model.vectors_in_words}"
+    if len(data.spec.text) == 2:
+        together = "difference and product of both texts'" if model.makes_vectors else "both texts read together,"
+        features = f"{together} {features}"
+    method = f"{head} on {features}, {len(train):,} training rows"
     return loaded.of_examples(data.score("validation", logits), method=method, how="probe")
 
 
@@ -211,7 +214,7 @@ def _similarity(model: EvaluatedModel, loaded: LoadedTask) -> Evaluation:
         task=loaded.name_of("similarity"),
         **loaded.origin(),
         metrics={"spearmanr": correlation},
-        method=f"cosine of {'+'.join(model.modules.modes)}-pooled states, no training",
+        method=f"cosine of {model.vectors_in_words}, no training",
         task_type="sentence-similarity",
         num_examples=len(pairs),
     )
@@ -312,3 +315,22 @@ def beside_untrained(evaluation: Evaluation, untrained: Evaluation) -> Evaluatio
     """Return an evaluation with the scores of an untrained model as its baseline."""
     scores = {name: untrained.metrics[name] for name in evaluation.metrics if name in untrained.metrics}
     return replace(evaluation, baseline=scores, baseline_name="the same architecture, untrained")
+
+
+def over_seeds(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Return the mean of evaluations that differ in their seed alone, with the standard deviation of each metric.
+
+    Args:
+        evaluations: At least two, of one model and task.
+    """
+    first, count = evaluations[0], len(evaluations)
+    metrics = {name: [evaluation.metrics[name] for evaluation in evaluations] for name in first.metrics}
+    baselines = {name: [evaluation.baseline[name] for evaluation in evaluations] for name in first.baseline}
+    method = first.method.removesuffix(", one seed")
+    return replace(
+        first,
+        metrics={name: float(np.mean(values)) for name, values in metrics.items()},
+        deviation={name: float(np.std(values, ddof=1)) for name, values in metrics.items()},
+        baseline={name: float(np.mean(values)) for name, values in baselines.items()},
+        method=f"{method}; mean and deviation of {count} seeds",
+    )

@@ -6,6 +6,7 @@ What is measured is an export, opened as a user opens it. So the numbers are tho
 from __future__ import annotations
 
 import dataclasses
+import operator
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,10 @@ from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.record import PretrainingCard
 from hf_pretrain.hub.run import adapter_names
 from hf_pretrain.hub.text import cell
+from hf_pretrain.modeling.base import GENERATOR_FOLDER
 from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER
 from hf_pretrain.modeling.loading import quiet
+from hf_pretrain.objectives.electric.two_tower import TwoTowerClozeConfig
 from hf_pretrain.training.processes import is_sharded
 
 if TYPE_CHECKING:
@@ -80,6 +83,8 @@ def check_tasks(args: PretrainingArguments) -> None:
 class _Trained(EvaluatedModel):
     """The model of a run as its export will be, to check it before there is one."""
 
+    adapter = None
+
     def __init__(self, model: PretrainingModel) -> None:
         super().__init__(f"this run's {type(model.root).__name__}")
         self._model = model
@@ -97,6 +102,12 @@ class _Trained(EvaluatedModel):
     def is_detector(self) -> bool:
         has_head = DISCRIMINATOR_HEAD_FOLDER in self._model.export_parts
         return has_head or is_stock_detector(self.architecture, self.config)
+
+    @property
+    def is_energy(self) -> bool:
+        name = self._model.export_parts.get(GENERATOR_FOLDER)
+        generator: Any = None if name is None else operator.attrgetter(name)(self._model)
+        return generator is not None and generator.config.model_type == TwoTowerClozeConfig.model_type
 
 
 class RunTasks:
@@ -116,6 +127,7 @@ class RunTasks:
         self.run = run
         self.plan = tasks_of_run(run.args)
         self.found: dict[str, list[Evaluation]] = {}
+        self._weights: dict[str, str | None] = {}
         self._step: int | None = None
         model = _Trained(run.model)
         if adapter_names(run.model.root):
@@ -132,7 +144,7 @@ class RunTasks:
         Args:
             is_new: Whether the run begins; one that goes on has its numbers in the output folder.
         """
-        self.found, self._step = {}, None
+        self.found, self._weights, self._step = {}, {}, None
         args, path = self.run.args, Path(self.run.args.output_dir, RESULTS)
         with args.main_process_first(local=False, desc="tasks"):
             if args.process_index:
@@ -148,7 +160,7 @@ class RunTasks:
                 self._measure(BEFORE, folder)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)
-            write_results(path, self.found)
+            write_results(path, self.found, weights=self._weights)
 
     def _measure_references(self) -> None:
         """Measure the models that the trained one is compared with."""
@@ -163,7 +175,7 @@ class RunTasks:
     def _stored(self, path: Path) -> dict[str, list[Evaluation]]:
         """Return what the start of this run has measured; of models that lack one of the tasks nothing."""
         names, found = [loaded.name_of(how) for loaded, how in self.plan], {}
-        for label, entries in (read_results(path) if path.parent.is_dir() else {}).items():
+        for label, entries in (read_results(path)["models"] if path.parent.is_dir() else {}).items():
             known = {entry["task"]: Evaluation.from_mapping(entry, source=str(path)) for entry in entries}
             if label != AFTER and set(names) <= known.keys():
                 found[label] = [known[name] for name in names]
@@ -183,7 +195,7 @@ class RunTasks:
                 self.run._save(folder)
             if not args.process_index:
                 self._measure(AFTER, folder)
-                write_results(Path(args.output_dir, RESULTS), {AFTER: self.found[AFTER]})
+                write_results(Path(args.output_dir, RESULTS), {AFTER: self.found[AFTER]}, weights=self._weights)
         self._step = step
 
     def _measure(self, label: str, name: str) -> None:
@@ -192,6 +204,7 @@ class RunTasks:
         # A measure may draw numbers, and training must not depend on it.
         with torch.random.fork_rng(), quiet():
             self.found[label] = [measure_task(model, loaded, how) for loaded, how in self.plan]
+        self._weights[label] = model.fingerprint
 
     def table(self) -> tuple[list[list[str]], list[str]]:
         """Return the rows and the header of a table of all models; ([], []) if nothing was measured."""

@@ -18,7 +18,7 @@ from hf_pretrain.errors import InputError, check_choice, nearest
 from hf_pretrain.tasks.files import column_names, find_label, find_texts, kind_of
 from hf_pretrain.tasks.spec import TaskSpec, read_tasks, with_text_columns
 
-How = Literal["probe", "similarity", "pairs", "words", "likelihood", "finetune"]
+How = Literal["probe", "similarity", "pairs", "words", "likelihood", "finetune", "head"]
 """The ways to measure a model on a task."""
 Material = Literal["examples", "minimal pairs", "scored words", "analogies"]
 """What the files of a task hold."""
@@ -36,11 +36,11 @@ _HOWS: dict[str, tuple[How, ...]] = {
     "minimal pairs": ("pairs",),
     "scored words": ("words",),
     "analogies": ("words",),
-    "classification": ("probe", "finetune"),
-    "regression": ("probe", "finetune"),
-    "tokens": ("finetune",),
-    "choice": ("likelihood", "finetune"),
-    "span": ("finetune",),
+    "classification": ("probe", "finetune", "head"),
+    "regression": ("probe", "finetune", "head"),
+    "tokens": ("finetune", "head"),
+    "choice": ("likelihood", "finetune", "head"),
+    "span": ("finetune", "head"),
 }
 _FIRST_ROWS = 20
 
@@ -91,7 +91,8 @@ def find_tasks(names: Iterable[str], *, data_dir: str | Path | None = None) -> l
     """Return tasks by their names.
 
     Args:
-        names: Names of tasks in the folder, YAML files of tasks, all of which are taken, or FILE.yaml:NAME for one of them.
+        names: Names of tasks in the folder, YAML files of tasks, all of which are taken, or FILE.yaml:NAME for one of them. A
+            path of a folder or a file, with a slash in it or the ending of a table, is a task that may lie anywhere.
         data_dir: Folder of the data. A task NAME is a folder NAME with train.* and dev.*, or with minimal pairs, or it is a file
             NAME.*, perhaps in a folder below. Hyphens, underscores and capitals make no difference: SST-2 is sst2. The files
             wordsim353, simlex999 and questions-words are also called wordsim, simlex and analogies. Files of a YAML file are
@@ -104,16 +105,39 @@ def find_tasks(names: Iterable[str], *, data_dir: str | Path | None = None) -> l
         InputError: If one is not found, comes twice, or its files are of no known form.
     """
     found: dict[str, SuiteTask] = {}
-    folder = Path("data" if data_dir is None else data_dir)
     for name in names:
-        is_yaml = re.search(r"\.ya?ml(:|$)", name)
-        for task in _of_yaml(name, data_dir) if is_yaml else [_of_folder(name, folder)]:
+        for task in _named(name, data_dir):
             if task.name in found:
                 raise InputError(f"tasks has {task.name!r} twice: name each task once")
             found[task.name] = task
     if not found:
         raise InputError("tasks is empty: name at least one task, or a YAML file of tasks")
     return list(found.values())
+
+
+def _named(name: str, data_dir: str | Path | None) -> list[SuiteTask]:
+    """Return the tasks that a name stands for."""
+    if re.search(r"\.ya?ml(:|$)", name):
+        return _of_yaml(name, data_dir)
+    folder, path = Path("data" if data_dir is None else data_dir), Path(name)
+    if "/" not in name and kind_of(name) not in (*_TABLES, ".txt"):
+        return [_of_folder(name, folder)]
+    if path.is_dir():
+        return [_of_task_folder(path.name, path)]
+    if not path.is_file():
+        raise InputError(f"tasks={name!r} is no file or folder: name one, or a task of data_dir={str(folder)!r}")
+    own = path.resolve().parent.name if _is_split(path) else _stem(path)
+    if kind_of(name) in _TABLES and _holds_examples(own, name):
+        return [_of_tables(own, {"train": (name,)})]
+    return [SuiteTask(name=own, material=_material(path), files=(name,))]
+
+
+def _holds_examples(name: str, path: str) -> bool:
+    """Whether a table has the columns of labelled examples, or those of a known task."""
+    if "columns" in _KNOWN.get(_plain(name), {}):
+        return True
+    header = column_names(path, names=())
+    return any(_columns(header, kind, name) is not None for kind in ("classification", "regression"))
 
 
 def _of_yaml(name: str, data_dir: str | Path | None) -> list[SuiteTask]:
@@ -148,11 +172,37 @@ def _of_folder(name: str, data_dir: Path) -> SuiteTask:
     if files:
         return SuiteTask(name=name, material=_material(files[0]), files=(str(files[0]),))
     if not folders:
-        known = [entry.name if entry.is_dir() else _stem(entry) for entry in (*entries, *inner)]
+        known = sorted(_names_in(entries))
+        near = nearest(name, known, otherwise="")
+        there = f"there are {', '.join(known)}" if known else "it holds no task"
         raise InputError(
-            f"tasks={name!r} is no folder or file of data_dir={str(data_dir)!r}: {nearest(name, sorted(set(known)))}"
+            f"tasks={name!r} is no folder or file of data_dir={str(data_dir)!r}: {' '.join(filter(None, (near, there)))}"
         )
     return _of_task_folder(name, folders[0])
+
+
+def _names_in(entries: Sequence[Path]) -> set[str]:
+    """Return the tasks that a folder of data has by name: folders with splits or pairs, files of words, files of pairs."""
+    known = set()
+    for entry in entries:
+        files = [file for file in sorted(entry.iterdir()) if file.is_file()] if entry.is_dir() else [entry]
+        tables = [file for file in files if kind_of(str(file)) in (*_TABLES, ".txt")]
+        materials = {file: None if _is_split(file) else _seen_material(file) for file in tables}
+        is_task = any(_is_split(file) or materials[file] == "minimal pairs" for file in tables)
+        known |= {entry.name} if entry.is_dir() and is_task else set()
+        known |= {_stem(file) for file, found in materials.items() if found and not (is_task and entry.is_dir())}
+    return known
+
+
+def _is_split(path: Path) -> bool:
+    return any(_stem(path).lower() in stems for stems in _SPLITS.values())
+
+
+def _seen_material(path: Path) -> Material | None:
+    try:
+        return _material(path)
+    except InputError:
+        return None
 
 
 def _stem(path: Path) -> str:
@@ -176,6 +226,11 @@ def _of_task_folder(name: str, folder: Path) -> SuiteTask:
     for split, paths in splits.items():
         if len(paths) > 1:
             raise InputError(f"tasks={name!r}: {split} is several files, {', '.join(paths)}: keep one")
+    return _of_tables(name, splits)
+
+
+def _of_tables(name: str, splits: dict[str, tuple[str, ...]]) -> SuiteTask:
+    """Return the task of labelled examples in tables, whose columns the header or the name of the task tells."""
     known = _KNOWN.get(_plain(name), {})
     first = (splits["train"] or splits["validation"])[0]
     options: dict[str, Any] = {"type": "classification"} | known

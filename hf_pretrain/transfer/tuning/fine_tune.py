@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.loading import from_pretrained
@@ -19,6 +28,7 @@ from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrai
 from hf_pretrain.transfer.tuning.heads import (
     OpenedModel,
     architecture_of,
+    check_head,
     chosen_head,
     name_labels,
     open_for_task,
@@ -72,15 +82,9 @@ class TaskTrainer(FineTuningTrainer):
             data_collator=data.collator(processing_class, apart=apart),
             processing_class=processing_class,
             compute_metrics=self._score,
-            preprocess_logits_for_metrics=self._logits_of_head,
+            preprocess_logits_for_metrics=lambda outputs, _: _logits_of_head(data, outputs),
             **kwargs,
         )
-
-    def _logits_of_head(self, outputs: Any, labels: Any) -> Any:
-        """Return what is scored: some architectures return states too."""
-        if self.data.spec.type == "span":
-            return tuple(outputs[:2])
-        return outputs[0] if isinstance(outputs, tuple) else outputs
 
     def _score(self, prediction: EvalPrediction) -> dict[str, float]:
         predictions = cast(Any, prediction.predictions)
@@ -260,3 +264,58 @@ def fine_tune(
 
 def _parts(predictions: Any) -> Sequence[np.ndarray]:
     return predictions if isinstance(predictions, tuple) else (predictions,)
+
+
+def head_scores(
+    model: str, data: TaskData, *, max_length: int | None = None, batch_size: int = 64
+) -> dict[str, float]:
+    """Score a model that was fine-tuned on a task by the head that it has. Nothing is trained.
+
+    Args:
+        model: The checkpoint.
+        data: The task; its labels are those of the head, in the same order.
+        max_length: Most tokens of an example; by default as in fine-tuning.
+        batch_size: Examples in a batch.
+
+    Returns:
+        The scores on the validation rows.
+
+    Raises:
+        InputError: If the checkpoint has no head for these labels, or predicts what is no finite number.
+    """
+    check_head(model, data)
+    tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, model))
+    opened, note, fresh = open_for_task(model, data)
+    if fresh:
+        raise InputError(
+            f"model={model!r} lacks {fresh[0]}, which would be drawn at random ({note}): copy the model again"
+        )
+    settle_padding(opened, tokenizer)
+    length = settle_length(max_length, opened, data)
+    apart, stride = reads_apart(opened), min(_LENGTHS["span"], length // 3)
+    encoded = data.encoded("validation", tokenizer, max_length=length, doc_stride=stride, apart=apart)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            opened,
+            args,
+            data_collator=data.collator(tokenizer, apart=apart),
+            preprocess_logits_for_metrics=lambda outputs, _: _logits_of_head(data, outputs),
+        )
+        predictions = trainer.predict(cast(Any, encoded)).predictions
+    if not all(np.isfinite(part).all() for part in _parts(predictions)):
+        raise InputError(f"model={model!r} predicts numbers that are not finite: name another checkpoint")
+    return data.score("validation", predictions, tokenizer=tokenizer)
+
+
+def _logits_of_head(data: TaskData, outputs: Any) -> Any:
+    """Return what is scored: some architectures return states too."""
+    if data.spec.type == "span":
+        return tuple(outputs[:2])
+    return outputs[0] if isinstance(outputs, tuple) else outputs

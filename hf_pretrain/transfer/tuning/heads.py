@@ -261,6 +261,30 @@ def open_for_task(
     return OpenedModel(model, note, fresh)
 
 
+def check_head(name_or_path: str, data: TaskData) -> None:
+    """Refuse a checkpoint whose head is not for the labels of a task, in the same order.
+
+    Args:
+        name_or_path: The checkpoint.
+        data: The task.
+
+    Raises:
+        InputError: Naming the labels of both.
+    """
+    config = from_pretrained(AutoConfig, name_or_path)
+    wanted = data.labels or (["values"] if data.spec.type == "regression" else [data.spec.type])
+    if not (_can_have_head(config, data) and _has_head(config, data, ChosenHead()) and _labels_agree(config, data)):
+        had = next(iter(getattr(config, "architectures", None) or ()), "no class that its configuration names")
+        raise InputError(
+            f"model={name_or_path!r} has no head for task {data.spec.name!r}: it is {had} of {_shown(_names(config))}, and the "
+            f"task has {_shown(wanted)}: name a model that was fine-tuned on it, or list its labels in a YAML file of the task"
+        )
+
+
+def _can_have_head(config: PreTrainedConfig, data: TaskData) -> bool:
+    return isinstance(config, TaskHeadConfig) or type(config) in data.auto_class._model_mapping
+
+
 def _has_head(config: PreTrainedConfig, data: TaskData, wanted: ChosenHead) -> bool:
     """Whether the head of a checkpoint is of the kind that is wanted, for whichever labels.
 
