@@ -15,6 +15,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,12 @@ _USUAL_LABELS: dict[str, tuple[str, ...]] = {
 _USUAL_VALUES = ("score", "label", "labels")
 # Rows in which a class of the first line comes again.
 _ROWS_TO_LOOK_AT = 1000
+
+
+@cache
+def _say(line: str) -> None:
+    """Print a line once, though the files are read again."""
+    print(line, flush=True)
 
 
 def read_files(
@@ -146,7 +153,7 @@ def _names_of_columns(paths: Sequence[str], *, option: str, names: Sequence[str]
                 f"{option}={list(paths)}: {path} has another header than {paths[0]}; give all the same one"
             )
     if os.environ.get("RANK", "0") == "0":
-        print(f"{option}: {', '.join(paths)} without a header, taken for {', '.join(headers[0] or [])}", flush=True)
+        _say(f"{option}: {', '.join(paths)} without a header, taken for {', '.join(headers[0] or [])}")
     return {"names": headers[0]}
 
 

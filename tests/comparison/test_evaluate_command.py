@@ -407,7 +407,7 @@ def test_tasks_are_found_by_their_paths(data, tmp_path):
     assert tables[1].hows[0] == "similarity"
     # Of a split, the task has the name of the folder, and its columns.
     (task,) = find_tasks([f"{data}/SST-2/train.tsv"])
-    assert task.name == "SST-2" and task.spec.columns == ("sentence", "label") and not task.spec.validation_file
+    assert task.name == "SST-2" and task.spec.text == ("sentence",) and not task.spec.validation_file
     with pytest.raises(InputError, match="absent.csv' is no file or folder"):
         find_tasks(["absent.csv"], data_dir=data)
     # An unknown name is told what there is.

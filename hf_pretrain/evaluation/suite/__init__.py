@@ -1,8 +1,8 @@
 """Models on a list of tasks: `hf-pretrain evaluate`.
 
 `tasks.py` finds tasks by name. `models.py` opens the parts of a model that a measure needs; `adapters.py` puts an adapter into
-the model below it, and `language.py` has the score of a text that fits each kind. `measures.py` measures, and `results.py` makes a
-table of the numbers, and keeps them in a file beside the weights that they belong to. `runs.py` measures the model of a run
+the model below it, and `language.py` has the score of a text that fits each kind. `measures.py` measures, and `results.py` makes
+a table of the numbers, and keeps them in a file beside the weights that they belong to. `runs.py` measures the model of a run
 before and after its training, for `--evaluation_tasks` of each method. The numbers are those of the modules beside this folder;
 here they get names, methods and baselines.
 """
