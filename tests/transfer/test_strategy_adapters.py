@@ -307,3 +307,21 @@ def test_adapters_hold_less_than_seven_tenths_of_full_fine_tuning(tmp_path):
         trainer.plan.inner.activation_checkpointing_enable()
         assert not trainer._recomputes()
     assert peaks["lora"] < 0.7 * peaks["full"], peaks
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_results_of_activations_are_not_kept(activation, tmp_path):
+    sizes = WIDE | {"num_attention_heads": 4, "max_position_embeddings": 128, "attention_probs_dropout_prob": 0.0}
+    rows = Dataset.from_dict(
+        {"input_ids": [[3 + (i + j) % 37 for j in range(128)] for i in range(8)], "labels": [0] * 8}
+    )
+    batch, peaks = collate(list(rows)), []
+    trainer = fine_tuner(tmp_path, classifier("bert", **sizes, hidden_act=activation), strategy="lora", train=rows)
+    trainer.model.train()
+    for recomputes in (False, True):
+        trainer._recomputes = lambda value=recomputes: value
+        trainer.model.zero_grad()
+        peaks.append(peak_of_tensors(lambda: trainer.compute_loss(trainer.model, batch).backward()))
+    # Of two layers, one result is made again while the other's backward has not begun.
+    one = 8 * 128 * WIDE["intermediate_size"] * 4
+    assert peaks[0] - peaks[1] >= one, (peaks, one)
