@@ -4,6 +4,7 @@
 perhaps a fault: on a rank, at a step of fine-tuning, SIGTERM comes or the rank fails.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from hf_pretrain.cli import main as run_command
 from hf_pretrain.errors import RunError
 from hf_pretrain.transfer.fine_tuning import FineTuningTrainer
 
-SECONDS = 240
+SECONDS = 200
 
 
 def faulty(rank, at_step, kind):
@@ -41,8 +42,8 @@ def run(argv, fault=None):
 
 
 def main(folder):
-    # Ranks that wait for each other for ever end too.
-    signal.alarm(SECONDS)
+    # Ranks that wait for each other for ever end too, and say where they wait.
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=sys.stderr)
     rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     for entry in json.loads((Path(folder) / "commands.json").read_text())[size]:
         log = Path(folder) / f"{entry['name']}-{size}-{rank}"
