@@ -171,7 +171,7 @@ def test_full_rows_need_no_mask(method, tmp_path):
     model(**batches[0])  # The first batch tries out what the stock model does with masks.
     masks = []
     for name, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and not name.endswith("_tower"):
+        if name and isinstance(part, PreTrainedModel) and not name.endswith("_tower"):
             part.base_model.register_forward_pre_hook(
                 lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
             )

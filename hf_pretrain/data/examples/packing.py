@@ -322,17 +322,20 @@ class _Line:
 
     def cut(self, budget: int) -> tuple[np.ndarray, int]:
         """Return where blocks end, and where the next window begins; in a window that is not the last, up to its last block."""
-        starts, separators = self.starts, set(self.separators.tolist())
+        separators = set(self.separators.tolist())
+        is_joined, is_anywhere = self.rule.joins_documents, self.rule.unit == "token"
+        first_in, last_in, length = self.ends.find, self.starts.rfind, len(self.starts)
         # From the last of these, all starts that a block can reach are known.
-        last = len(starts) - 1 - (1 if self.is_last else budget)
+        last = length - 1 - (1 if self.is_last else budget)
         ends, at = [], 0
         while at <= last:
-            reach = at + budget + 1
-            end = -1 if self.rule.joins_documents else self.ends.find(1, at + 1, reach)
-            if end < 0:
-                end = starts.rfind(1, at + 1, reach)
-            if end < 0:
-                end = at + self._inside_sentence(at, budget)
+            behind = at + budget + 1
+            if is_anywhere:
+                end = min(behind, length) - 1
+            elif is_joined or (end := first_in(1, at + 1, behind)) < 0:
+                end = last_in(1, at + 1, behind)
+                if end < 0:
+                    end = at + self._inside_sentence(at, budget)
             ends.append(end)
             at = end + (end in separators)
         return self._positions(np.array(ends, dtype=np.int64)), int(self._positions(np.array([at]))[0])
