@@ -203,6 +203,13 @@ def test_documents_that_fit_stay_whole_where_their_lengths_add_up(tokenizer):
     assert blocks.fill > 0.97 and not any(block["goes_on"].any() for block in blocks)
 
 
+@pytest.mark.parametrize(("length", "are_cut"), [(60, False), (58, False), (57, True)])
+def test_documents_that_fit_are_cut_only_for_more_than_a_sixteenth_of_a_row(tokenizer, length, are_cut):
+    """Two of 58 tokens leave 8 of 128 positions empty, two of 57 leave 10."""
+    blocks = BlockDataset(equal_documents(length), tokenizer=tokenizer, block_size=128, mode=MODE)
+    assert any(block["goes_on"].any() for block in blocks) == are_cut
+
+
 @pytest.mark.parametrize("window", [7, 1 << 16])
 def test_rows_are_filled_window_by_window(tokenizer, window, monkeypatch):
     monkeypatch.setattr(bin_packing, "WINDOW_PIECES", window)
