@@ -4,47 +4,59 @@ Run ``python benchmarks/packing.py``; no network is needed. Both sides read the 
 textbook side concatenates the lists of 1 000 documents and cuts them into blocks (``datasets.map`` with
 ``batched=True``), once with ``input_ids`` alone and once with ``word_starts`` as well, which is what a block of ours
 holds. "Read" reads every block once, in batches of 32: ours by ``__getitems__``, the textbook's as NumPy arrays, its
-fastest format. Ours packs whole sentences and puts special tokens and separators in while reading; the textbook cuts
-anywhere and adds nothing. Two more sides of ours: one document a row, and several that do not see each other. "Fill" is
-the share of a batch's positions that hold tokens, if every row is padded to the block size.
+fastest format. Ours packs whole words and puts special tokens and separators in while reading; the textbook cuts
+anywhere and adds nothing. The other sides of ours are the other modes. "Fill" is the share of a batch's positions that hold
+tokens, if every row is padded to the block size; for each of ``--fill_sizes`` there is a table of it by mode.
+
+``--part step`` times forward and backward of a small BERT on masked rows of whole sentences and on full rows, in turn, and
+prints tokens of text a second: with a file, ``python benchmarks/packing.py --part step --train_file corpus.txt``.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import get_args
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import torch
 from tokenizers import Tokenizer, models, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from hf_pretrain import (
+    DataCollatorForMaskedLM,
+    EncoderForPreTraining,
+    EpochDataset,
+    tokenize_documents,
+    train_tokenizer,
+)
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.packing import BlockDataset, PackingMode
+from hf_pretrain.data.text.datasets import random_subset, text_dataset
 from timing import interleaved, options_parser, peak_memory, print_table
 
 READ_BATCH = 32
 MAP_BATCH = 1000
-OURS = "BlockDataset"
-ONE_DOCUMENT = "BlockDataset, doc_sentences"
-ISOLATED = "BlockDataset, isolated_documents"
+MODES: tuple[PackingMode, ...] = get_args(PackingMode)
+OURS = f"BlockDataset, {MODES[0]}"
 
 Build = Callable[[], BlockDataset | datasets.Dataset]
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer that only knows its special tokens: the documents are tokenized already."""
-    backend = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"))
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4} | {f"w{n}": n for n in range(5, 30_005)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
-    )
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 
 def synthetic_documents(num_tokens: int) -> datasets.Dataset:
@@ -60,16 +72,13 @@ def synthetic_documents(num_tokens: int) -> datasets.Dataset:
     return _from_flat(draws.integers(keys[3], total, high=30_000) + 5, word_starts, sent_starts, lengths)
 
 
-def documents_of_file(path: str) -> datasets.Dataset:
-    """Return the paragraphs of a text file as documents: words between spaces, sentences up to ``.?!``."""
-    paragraphs = [text.split() for text in Path(path).read_text(encoding="utf-8").split("\n\n")]
-    paragraphs = [words for words in paragraphs if words]
-    words = list(itertools.chain.from_iterable(paragraphs))
-    lengths = np.array([len(paragraph) for paragraph in paragraphs])
-    _, ids = np.unique(words, return_inverse=True)
-    sent_starts = np.array([False, *(word.endswith((".", "?", "!")) for word in words[:-1])])
-    sent_starts[np.cumsum(lengths) - lengths] = True
-    return _from_flat(ids + 5, np.ones(len(words), dtype=np.bool_), sent_starts, lengths)
+def documents_of_file(options: argparse.Namespace) -> tuple[datasets.Dataset, PreTrainedTokenizerBase]:
+    """Return the documents of a file of text, in tokens of a WordPiece tokenizer that is trained on them."""
+    texts = text_dataset([options.train_file])
+    if options.max_corpus_bytes:
+        texts = random_subset(texts, max_bytes=options.max_corpus_bytes, seed=0)
+    tokenizer = train_tokenizer(texts["text"], kind="wordpiece", vocab_size=options.vocab_size, lowercase=True)
+    return tokenize_documents(texts, tokenizer), tokenizer
 
 
 def _from_flat(
@@ -106,20 +115,16 @@ def build_and_read(build: Build) -> int:
     return seen
 
 
-def make_sides(folder: str, block_size: int) -> dict[str, Build]:
+def make_sides(folder: str, tokenizer: PreTrainedTokenizerBase, block_size: int) -> dict[str, Build]:
     """Return by name what builds the blocks of each side."""
-    tokenizer = make_tokenizer()
 
-    def ours(mode: PackingMode = "full_sentences") -> BlockDataset:
+    def ours(mode: PackingMode) -> BlockDataset:
         return BlockDataset(datasets.load_from_disk(folder), tokenizer=tokenizer, block_size=block_size, mode=mode)
 
     def theirs(columns: list[str]) -> datasets.Dataset:
         return textbook(datasets.load_from_disk(folder), columns, block_size).with_format("numpy")
 
-    return {
-        OURS: ours,
-        ONE_DOCUMENT: partial(ours, "doc_sentences"),
-        ISOLATED: partial(ours, "isolated_documents"),
+    return {f"BlockDataset, {mode}": partial(ours, mode) for mode in MODES} | {
         "group_texts, input_ids": lambda: theirs(["input_ids"]),
         "group_texts, input_ids + word_starts": lambda: theirs(["input_ids", "word_starts"]),
     }
@@ -130,26 +135,55 @@ def fill_of(blocks: BlockDataset | datasets.Dataset) -> float:
     return blocks.fill if isinstance(blocks, BlockDataset) else 1.0
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = options_parser(__doc__, block_size=512, repeats=3)
-    parser.add_argument("--train_file", help="UTF-8 text; synthetic documents if not given")
-    parser.add_argument("--num_tokens", type=int, default=6_000_000, help="tokens of the synthetic documents")
-    parser.add_argument("--turn_seconds", type=float, default=2.0, help="least time of a turn")
-    options = parser.parse_args()
-    datasets.disable_progress_bars()
-    datasets.disable_caching()
-    with tempfile.TemporaryDirectory() as folder:
-        if options.train_file:
-            documents_of_file(options.train_file).save_to_disk(folder)
-        else:
-            synthetic_documents(options.num_tokens).save_to_disk(folder)
-        sides = make_sides(folder, options.block_size)
-        memory = {name: peak_memory(build) for name, build in sides.items()}
-        build_seconds = interleaved(sides, options.repeats, turn_seconds=options.turn_seconds)
-        and_read = {name: partial(build_and_read, build) for name, build in sides.items()}
-        read_seconds = interleaved(and_read, options.repeats, turn_seconds=options.turn_seconds)
-        blocks = {name: build() for name, build in sides.items()}
+def print_fills(documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, sizes: list[int]) -> None:
+    """Print the fill of each mode at some block sizes."""
+    rows = [
+        [mode, *(BlockDataset(documents, tokenizer=tokenizer, block_size=size, mode=mode).fill for size in sizes)]
+        for mode in MODES
+    ]
+    print_table(rows, ["fill", *map(str, sizes)])
+
+
+def measure_steps(
+    documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace
+) -> None:
+    """Time forward and backward on batches of both packings, and print tokens of text a second."""
+    sizes = {"hidden_size": options.hidden_size, "intermediate_size": 4 * options.hidden_size}
+    heads = {"num_attention_heads": max(options.hidden_size // 32, 1), "num_hidden_layers": 4}
+    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=options.block_size, **sizes, **heads)
+    model = EncoderForPreTraining.from_model(BertForMaskedLM(config))
+    collate, sides, num_tokens = DataCollatorForMaskedLM(tokenizer), {}, {}
+
+    def step(batches: list[dict[str, torch.Tensor]]) -> None:
+        for batch in batches:
+            model.zero_grad()
+            loss = model(**batch).losses["mlm"]
+            (loss.sum.sum() / loss.count.sum()).backward()
+
+    for mode in ("full_sentences", "full_rows", "tokens"):
+        blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=options.block_size, mode=mode)
+        order = draws.permutation(len(blocks), seed=0)[: options.batches * READ_BATCH].tolist()
+        examples = EpochDataset(blocks).__getitems__(order)
+        rows = [collate(examples[k : k + READ_BATCH]) for k in range(0, len(examples), READ_BATCH)]
+        sides[mode] = partial(step, [{**row, **model.host_inputs(row, model.config)} for row in rows])
+        special = list(tokenizer.all_special_ids)
+        num_tokens[mode] = sum(int((~np.isin(example["input_ids"], special)).sum()) for example in examples)
+        sides[mode]()
+    seconds = interleaved(sides, options.repeats)
+    speeds = {mode: num_tokens[mode] / seconds[mode] for mode in sides}
+    first = next(iter(speeds.values()))
+    table = [[mode, num_tokens[mode], seconds[mode], speed, speed / first] for mode, speed in speeds.items()]
+    print_table(table, ["rows", "tokens of text", "s", "tokens/s", "ratio"])
+
+
+def measure_packing(folder: str, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> None:
+    """Time the building and the reading of all sides, and print them."""
+    sides = make_sides(folder, tokenizer, options.block_size)
+    memory = {name: peak_memory(build) for name, build in sides.items()}
+    build_seconds = interleaved(sides, options.repeats, turn_seconds=options.turn_seconds)
+    and_read = {name: partial(build_and_read, build) for name, build in sides.items()}
+    read_seconds = interleaved(and_read, options.repeats, turn_seconds=options.turn_seconds)
+    blocks = {name: build() for name, build in sides.items()}
     ours = blocks[OURS]
     assert isinstance(ours, BlockDataset)
     print(f"{ours!r}\nbest of {options.repeats}, in turn; memory: rise of ru_maxrss in a forked child while building")
@@ -168,6 +202,32 @@ def main() -> None:
         for name in sides
     ]
     print_table(rows, headers)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = options_parser(__doc__, block_size=512, repeats=3, vocab_size=8192, hidden_size=128, batches=4)
+    parser.add_argument("--part", choices=("build", "fill", "step"), nargs="+", default=["build", "fill"])
+    parser.add_argument("--train_file", help="text; synthetic documents if not given")
+    parser.add_argument("--max_corpus_bytes", type=int, help="take a part of the documents of the file")
+    parser.add_argument("--num_tokens", type=int, default=6_000_000, help="tokens of the synthetic documents")
+    parser.add_argument("--turn_seconds", type=float, default=2.0, help="least time of a turn")
+    parser.add_argument("--fill_sizes", type=int, nargs="+", default=[64, 128, 512], help="block sizes of the fills")
+    options = parser.parse_args()
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    if options.train_file:
+        documents, tokenizer = documents_of_file(options)
+    else:
+        documents, tokenizer = synthetic_documents(options.num_tokens), make_tokenizer()
+    with tempfile.TemporaryDirectory() as folder:
+        documents.save_to_disk(folder)
+        if "build" in options.part:
+            measure_packing(folder, tokenizer, options)
+        if "fill" in options.part:
+            print_fills(documents, tokenizer, options.fill_sizes)
+        if "step" in options.part:
+            measure_steps(documents, tokenizer, options)
 
 
 if __name__ == "__main__":

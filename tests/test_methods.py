@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState, skip_first_batches
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from helpers.method_matrix import (
     all_programs,
@@ -153,6 +153,32 @@ def test_padding_changes_nothing(program, tmp_path):
     with torch.no_grad():
         for name, loss in model(**tight).losses.items():
             torch.testing.assert_close(model(**wide).losses[name].sum, loss.sum, atol=1e-4, rtol=1e-5)
+
+
+# The others have masks that say more than where padding is, or noise that changes the lengths of rows.
+@pytest.mark.parametrize(
+    "method", ["clm", "distil", "distil-task", "electric", "encoder", "mlm", "rtd", "token-deletion"]
+)
+def test_full_rows_need_no_mask(method, tmp_path):
+    """Without padding no stock model gets a mask, so that its attention takes the fastest path; with padding, one does."""
+    trainer = build(PROGRAMS[method], tmp_path)
+    examples = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    length = max(map(len, (example["input_ids"] for example in examples)))
+    full = [example for example in examples if len(example["input_ids"]) == length][:3]
+    collator, model = trainer._host_collator(), trainer.model.eval()
+    batches = [collator(full), collator([full[0], *examples[:3]])]
+    assert [bool(batch["attention_mask"].all()) for batch in batches] == [True, False]
+    model(**batches[0])  # The first batch tries out what the stock model does with masks.
+    masks = []
+    for name, part in model.named_modules():
+        if name and isinstance(part, PreTrainedModel) and not name.endswith("_tower"):
+            part.base_model.register_forward_pre_hook(
+                lambda module, args, kwargs: masks.append(kwargs.get("attention_mask")), with_kwargs=True
+            )
+    model(**batches[0])
+    assert masks and all(mask is None for mask in masks)
+    model(**batches[1])
+    assert method == "clm" or any(mask is not None for mask in masks)
 
 
 # Examples of a task and lanes of text are no blocks of documents.

@@ -13,7 +13,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
 
 # Of columns that hold no integers.
-_FORMATS = {"word_starts": "?", "sent_starts": "?"}
+_FORMATS = {"word_starts": "?", "sent_starts": "?", "goes_on": "?"}
 _DTYPES = {"q": np.int64, "?": np.bool_}
 _WORDS_FIX = "prepare the data with hf_pretrain (documents have this column), or use masking_unit='token'"
 

@@ -96,10 +96,10 @@ class DataArguments:
         "or package.module:function, which returns the words of a text.",
     )
     block_size: int = option(128, "Most tokens in an example, special tokens included.")
-    block_mode: Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"] = option(
-        "full_sentences",
-        "Fill examples with whole sentences, also across documents or not, or cut anywhere; or put several "
-        "documents into one that do not see each other.",
+    block_mode: Literal["full_rows", "full_sentences", "doc_sentences", "tokens", "isolated_documents"] = option(
+        "full_rows",
+        "Fill examples with whole words, also across documents; with whole sentences, also across documents or not; or "
+        "with tokens, cut anywhere; or put several documents into one that do not see each other.",
     )
     preprocessing_num_workers: int | None = option(
         None, "Processes that tokenize; by default one, which uses threads."
@@ -259,12 +259,12 @@ class MultilingualDataArguments(DataArguments):
 
 
 def one_text_in_a_row(args: DataArguments) -> DataArguments:
-    """Return options with which no example has two documents; whole sentences fill it, as by default.
+    """Return options with which no example has two documents; whole sentences fill it, unless the options cut otherwise.
 
     Raises:
         InputError: If the options cut text in another way.
     """
-    if args.block_mode not in ("full_sentences", "doc_sentences"):
+    if args.block_mode not in (DataArguments.block_mode, "doc_sentences"):
         raise InputError(
             f"block_mode={args.block_mode!r} puts several texts into a row, which has one vector: use 'doc_sentences'"
         )

@@ -194,13 +194,14 @@ class EvaluationSums:
 
 
 def data_line(description: Mapping[str, Any], train_dataset: Any) -> str:
-    """Return one line on the data: documents, tokens, the share of unknown ones, examples."""
+    """Return one line on the data: documents, tokens, the share of unknown ones, examples and how full they are."""
     parts = [str(description["source"])] if "source" in description else []
     parts += [f"{description[name]:,} {name}" for name in ("documents", "tokens") if name in description]
     if "unknown_share" in description:
         parts.append(f"{description['unknown_share']:.2%} unknown")
     if isinstance(train_dataset, Sized):
-        parts.append(f"{len(train_dataset):,} examples")
+        fill = f" ({description['filled_share']:.1%} full)" if "filled_share" in description else ""
+        parts.append(f"{len(train_dataset):,} examples{fill}")
     return ", ".join(parts) or type(train_dataset).__name__
 
 

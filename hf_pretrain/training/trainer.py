@@ -32,6 +32,7 @@ from hf_pretrain.data.examples.epochs import (
     EpochSampler,
     FilledDataset,
     FilledSampler,
+    fill_of,
 )
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
@@ -212,6 +213,9 @@ class PretrainingTrainer(Trainer):
             self.add_callback(PhaseEnd(self))
         self._schedules = schedules_of(args)
         self.data_description = dict(data_description or found.get("data_description") or {})
+        for name, part in (("filled_share", self.train_dataset), ("held_out_filled_share", self.eval_dataset)):
+            if (fill := fill_of(part)) is not None:
+                self.data_description[name] = round(fill, 4)
         if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
             example = self.train_dataset[0]
             if "document_ids" in example:

@@ -97,15 +97,13 @@ def test_rows_equal_a_plain_loop(longest, capacity, window, monkeypatch):
 
 
 @pytest.mark.parametrize("block_size", [4, 11, 40, 500])
-def test_blocks_are_the_pieces_of_doc_sentences_each_once_and_whole(tokenizer, block_size):
+def test_blocks_are_pieces_of_documents_each_token_once(tokenizer, block_size):
     documents = make_documents()
-    pieces = [
-        block["input_ids"].tolist()
-        for block in BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode="doc_sentences")
-    ]
     blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode=MODE)
     packed = [piece for block in blocks for piece in pieces_of(block)]
-    assert sorted(packed) == sorted(pieces)
+    number_of = {token: n for n, ids in enumerate(documents["input_ids"]) for token in ids}
+    assert all(len({number_of[token] for token in piece[1:-1]}) == 1 for piece in packed)
+    assert all(np.diff(piece[1:-1]).tolist() == [1] * (len(piece) - 3) for piece in packed)
     assert all(piece[0] == CLS and piece[-1] == SEP for piece in packed)
     text = sorted(token for piece in packed for token in piece if token >= FIRST_ID)
     assert text == [token for ids in documents["input_ids"] for token in ids]
@@ -118,6 +116,7 @@ def test_blocks_are_the_pieces_of_doc_sentences_each_once_and_whole(tokenizer, b
             "input_ids": np.int32,
             "word_starts": np.bool_,
             "document_ids": np.int32,
+            "goes_on": np.bool_,
         }
         ids = block["document_ids"]
         assert ids[0] == 0 and set(np.diff(ids).tolist()) <= {0, 1} and len(ids) == len(block["input_ids"])
@@ -151,6 +150,73 @@ def test_rows_are_almost_full(tokenizer):
     assert alone.fill < 0.6 and blocks.fill > 0.97
     assert f"mode='{MODE}'" in repr(blocks) and f"fill={blocks.fill:.3f}" in repr(blocks)
     assert len(blocks) < 1.03 * alone.lengths.sum() / 128 + 1
+
+
+def words_in(documents):
+    """Whether each token begins a word, or a document."""
+    return {
+        token: flag or k == 0
+        for ids, words in zip(documents["input_ids"], documents["word_starts"], strict=True)
+        for k, (token, flag) in enumerate(zip(ids, words, strict=True))
+    }
+
+
+def equal_documents(length, count=40):
+    """Documents of one length, in words of one to three tokens."""
+    ids = np.arange(FIRST_ID, FIRST_ID + length * count).reshape(count, length)
+    words = draws.uniforms(draws.row_keys(np.arange(count), seed=0, stream="equal"), length) < 0.7
+    words[:, 2:] |= ~words[:, 1:-1] & ~words[:, :-2]
+    rows = {"input_ids": ids.tolist(), "word_starts": words.tolist(), "sent_starts": (ids % 9 == 0).tolist()}
+    return datasets.Dataset.from_dict(rows)
+
+
+@pytest.mark.parametrize("template", ["[CLS] $A [SEP]", None])
+@pytest.mark.parametrize("block_size", [64, 128, 512])
+@pytest.mark.parametrize("length", [35, 80, 129, 300, 1100])
+def test_rows_are_full_whatever_the_lengths(length, block_size, template):
+    """Also where two documents do not fit into a row: then some are cut, where a word begins, to fill the others."""
+    documents = equal_documents(length)
+    tokenizer = make_tokenizer(template)
+    blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode=MODE)
+    # The last row may hold what is left.
+    full = np.sort(blocks.lengths)[1:]
+    assert full.mean() / block_size > 0.93 and full.min() >= block_size - max(block_size // 16, 4 + 2) - 3
+    begins, seen = words_in(documents), []
+    for index in range(len(blocks)):
+        block = blocks[index]
+        assert len(block["input_ids"]) == blocks.lengths[index] <= block_size
+        texts = [[token for token in piece if token >= FIRST_ID] for piece in pieces_of(block)]
+        assert all(text and begins[text[0]] for text in texts), "no word is cut"
+        assert all(len({(token - FIRST_ID) // length for token in text}) == 1 for text in texts)
+        goes_on = [bool(block["goes_on"][block["document_ids"] == number].all()) for number in range(len(texts))]
+        assert goes_on == [(text[-1] - FIRST_ID) % length != length - 1 for text in texts]
+        assert block["goes_on"].sum() == sum(
+            len(piece) for piece, more in zip(pieces_of(block), goes_on, strict=True) if more
+        )
+        seen += [token for text in texts for token in text]
+    assert sorted(seen) == list(range(FIRST_ID, FIRST_ID + 40 * length))
+
+
+def test_documents_that_fit_stay_whole_where_their_lengths_add_up(tokenizer):
+    documents = make_documents(400, longest=60)
+    blocks = BlockDataset(documents, tokenizer=tokenizer, block_size=128, mode=MODE)
+    assert blocks.fill > 0.97 and not any(block["goes_on"].any() for block in blocks)
+
+
+@pytest.mark.parametrize(("length", "are_cut"), [(60, False), (58, False), (57, True)])
+def test_documents_that_fit_are_cut_only_for_more_than_a_sixteenth_of_a_row(tokenizer, length, are_cut):
+    """Two of 58 tokens leave 8 of 128 positions empty, two of 57 leave 10."""
+    blocks = BlockDataset(equal_documents(length), tokenizer=tokenizer, block_size=128, mode=MODE)
+    assert any(block["goes_on"].any() for block in blocks) == are_cut
+
+
+@pytest.mark.parametrize("window", [7, 1 << 16])
+def test_rows_are_filled_window_by_window(tokenizer, window, monkeypatch):
+    monkeypatch.setattr(bin_packing, "WINDOW_PIECES", window)
+    blocks = BlockDataset(equal_documents(80), tokenizer=tokenizer, block_size=128, mode=MODE)
+    text = sorted(token for block in blocks for token in block["input_ids"].tolist() if token >= FIRST_ID)
+    assert text == list(range(FIRST_ID, FIRST_ID + 40 * 80))
+    assert blocks.lengths.max() <= 128 and blocks.fill > (0.95 if window > 7 else 0.75)
 
 
 def test_documents_need_no_separator_and_blocks_survive_pickling():

@@ -15,6 +15,7 @@ from hf_pretrain.data.examples.epochs import (
     EpochSampler,
     MixtureDataset,
     apportion,
+    fill_of,
     language_shares,
 )
 from hf_pretrain.errors import InputError
@@ -248,3 +249,15 @@ def test_wrapped_parts_are_not_wrapped_again():
     part = EpochDataset(Rows("a", 5))
     assert MixtureDataset({"a": part}, shares={"a": 1}).parts["a"] is part
     assert "a: 5 of 5" in repr(MixtureDataset({"a": part}, shares={"a": 1}))
+
+
+def test_the_fill_of_a_mixture_is_that_of_what_is_drawn():
+    """A small part that is drawn as often as a large one counts as much; a part of unknown lengths leaves all unknown."""
+    small, large, unknown = Rows("small", 4), Rows("large", 40), Rows("unknown", 4)
+    small.fill, large.fill = 0.5, 1.0
+    assert fill_of(EpochDataset(EpochDataset(small))) == 0.5 and fill_of(unknown) is fill_of(None) is None
+    shares = {"small": 1, "large": 1}
+    mixed = MixtureDataset({"small": small, "large": large}, shares=shares, seed=SEED)
+    counts = mixed.counts
+    assert counts["small"] == counts["large"] and fill_of(mixed) == pytest.approx(0.75)
+    assert fill_of(MixtureDataset({"small": small, "large": unknown}, shares=shares, seed=SEED)) is None

@@ -26,7 +26,7 @@ FEATURES = datasets.Features(
 )
 CLS, SEP, FIRST_ID = 2, 3, 5
 FLAGS = ["word_starts", "sent_starts"]
-MODES = ["full_sentences", "doc_sentences", "tokens"]
+MODES = ["full_rows", "full_sentences", "doc_sentences", "tokens"]
 
 
 def make_tokenizer(template="[CLS] $A [SEP]", sep_token="[SEP]"):
@@ -95,15 +95,34 @@ def naive_blocks(corpus, budget, mode):
         return blocks
     blocks, block, last_document = [], [], None
     for number, document in enumerate(corpus):
-        pieces = [sentence[k : k + budget] for sentence in document for k in range(0, len(sentence), budget)]
-        for piece in pieces:
+        words = [(word, False) for sentence in document for word in words_of(sentence, budget)]
+        for piece, begins_block in words if mode == "full_rows" else parts_of(document, budget):
             border = [separator] * (bool(block) and number != last_document)
-            if block and (len(block + border + piece) > budget or (border and mode == "doc_sentences")):
+            is_full = begins_block or len(block + border + piece) > budget
+            if block and (is_full or (border and mode == "doc_sentences")):
                 blocks.append(block)
                 block, border = [], []
             block = block + border + piece
             last_document = number
     return [*blocks, block]
+
+
+def words_of(sentence, budget):
+    """The words of a sentence; one longer than the budget is cut."""
+    starts = [k for k, (_, begins) in enumerate(sentence) if begins or k == 0]
+    words = [sentence[low:high] for low, high in zip(starts, [*starts[1:], len(sentence)], strict=True)]
+    return [word[k : k + budget] for word in words for k in range(0, len(word), budget)]
+
+
+def parts_of(document, budget):
+    """The sentences of a document; of one that is too long, as many words as fit, and the next ones. The first begins a block."""
+    for sentence in document:
+        parts = [[]]
+        for word in words_of(sentence, budget):
+            if parts[-1] and len(parts[-1] + word) > budget:
+                parts.append([])
+            parts[-1] += word
+        yield from ((part, number == 0 and len(parts) > 1) for number, part in enumerate(parts))
 
 
 def with_specials(block, prefix=(CLS,), suffix=(SEP,)):
@@ -138,7 +157,6 @@ CORPORA = {
 @pytest.mark.parametrize("window", [packing._WINDOW_TOKENS, 7])
 def test_equals_a_plain_loop(tokenizer, mode, shape, window, monkeypatch):
     monkeypatch.setattr(packing, "_WINDOW_TOKENS", window)
-    monkeypatch.setattr(packing, "_WINDOW_DOCUMENTS", window)
     for seed in range(3):
         corpus = make_corpus(seed, **CORPORA[shape])
         documents = to_documents(corpus)
@@ -166,7 +184,7 @@ def test_separators_are_exactly_at_document_borders(tokenizer):
     corpus = make_corpus(2, num_documents=100)
     document_of = {token: n for n, document in enumerate(corpus) for sentence in document for token, _ in sentence}
     inner = 0
-    for mode in ("full_sentences", "tokens"):
+    for mode in ("full_rows", "full_sentences", "tokens"):
         for block in BlockDataset(to_documents(corpus), tokenizer=tokenizer, block_size=20, mode=mode):
             ids = block["input_ids"].tolist()
             assert (ids[0], ids[-1]) == (CLS, SEP)
@@ -195,19 +213,52 @@ def test_full_sentences_are_whole_and_packed_as_tightly_as_possible(tokenizer):
     first = {sentence[0][0]: len(sentence) for document in corpus for sentence in document}
     first_of_document = {document[0][0][0] for document in corpus if document}
     block_size = 2 + 24
-    blocks = list(BlockDataset(to_documents(corpus), tokenizer=tokenizer, block_size=block_size))
+    blocks = BlockDataset(to_documents(corpus), tokenizer=tokenizer, block_size=block_size, mode="full_sentences")
+    blocks = list(blocks)
     for block, following in zip(blocks, blocks[1:], strict=False):
         start = text_tokens(following)[0]
         assert len(block["input_ids"]) + (start in first_of_document) + first[start] > block_size
 
 
-def test_fill_on_book_like_text(tokenizer):
-    """Sentences of about 20 tokens in long documents fill blocks of 512 to more than 95 %."""
-    corpus = make_corpus(5, num_documents=60, longest_sentence=40, sentences_at_most=120)
-    blocks = BlockDataset(to_documents(corpus), tokenizer=tokenizer, block_size=512)
-    assert 0.95 < blocks.fill <= 1.0
-    assert f"fill={blocks.fill:.3f}" in repr(blocks)
-    assert BlockDataset(to_documents(corpus), tokenizer=tokenizer, block_size=512, mode="tokens").fill > 0.99
+def zipf_documents(num_documents=150, *, most_sentences=60, seed=3):
+    """Documents of 1 to `most_sentences` sentences, whose lengths have a long tail: most are short, some of 100 tokens."""
+    keys = draws.row_keys(np.arange(num_documents), seed=seed, stream="zipf")
+    counts = 1 + draws.integers(keys, 1, high=most_sentences)[:, 0]
+    uniform = draws.uniforms(keys ^ np.uint64(1), most_sentences)
+    lengths = np.minimum(4 / (uniform + 0.02), 100).astype(int)
+    words = draws.uniforms(keys ^ np.uint64(2), most_sentences * 100) < 0.7
+    token, corpus = FIRST_ID, []
+    for document in range(num_documents):
+        flags, sentences = iter(words[document].tolist()), []
+        for length in lengths[document, : counts[document]].tolist():
+            sentences.append([(token + k, next(flags) or k == 0) for k in range(length)])
+            token += length
+        corpus.append(sentences)
+    return to_documents(corpus)
+
+
+@pytest.mark.parametrize("block_size", [64, 128, 512])
+def test_rows_are_full(tokenizer, block_size):
+    """Whole sentences leave some of each row empty; whole words nearly nothing, and no more than a word."""
+    documents = zipf_documents()
+    blocks = {mode: BlockDataset(documents, tokenizer=tokenizer, block_size=block_size, mode=mode) for mode in MODES}
+    rows = blocks["full_rows"]
+    assert rows.mode == BlockDataset(documents, tokenizer=tokenizer, block_size=block_size).mode
+    assert rows.fill > 0.98 > blocks["full_sentences"].fill > blocks["doc_sentences"].fill
+    assert f"fill={rows.fill:.3f}" in repr(rows) and blocks["tokens"].fill > 0.99
+    firsts = [rows[index] for index in range(len(rows))]
+    for block, following in zip(firsts, firsts[1:], strict=False):
+        assert following["word_starts"][1], "no block begins inside a word"
+        word = 1 + following["word_starts"][2:].tolist().index(True)
+        assert len(block["input_ids"]) + word + 1 > block_size, "the next word, with a separator, does not fit"
+
+
+def test_a_sentence_or_a_word_that_is_longer_than_a_block_is_cut(tokenizer):
+    words = [True, False, False, True, False, True, *[False] * 9, True, True]
+    corpus = [[[(FIRST_ID + k, begins) for k, begins in enumerate(words)]]]
+    for mode in ("full_rows", "full_sentences", "doc_sentences"):
+        blocks = BlockDataset(to_documents(corpus), tokenizer=tokenizer, block_size=2 + 4, mode=mode)
+        assert [len(text_tokens(block)) for block in blocks] == [3, 2, 4, 4, 4]
 
 
 def test_first_token_of_a_document_begins_a_sentence_even_if_not_marked(tokenizer):
@@ -263,7 +314,7 @@ def test_chunks_that_continue_at_the_same_offset_of_another_buffer(tokenizer):
         [to_documents(decoy).select(range(20)), to_documents(corpus).select(range(20, len(corpus)))]
     )
     expected = [with_specials(block) for block in naive_blocks(decoy[:20] + corpus[20:], 17, "full_sentences")]
-    assert_equal(list(BlockDataset(documents, tokenizer=tokenizer, block_size=19)), expected)
+    assert_equal(list(BlockDataset(documents, tokenizer=tokenizer, block_size=19, mode="full_sentences")), expected)
 
 
 def test_shuffled_and_split_documents_are_read_in_their_new_order(tokenizer):
@@ -387,7 +438,7 @@ def test_bad_input_is_refused(tokenizer, bare):
         BlockDataset(documents, tokenizer=tokenizer, block_size=2)
     with pytest.raises(InputError, match="block_size=0"):
         BlockDataset(documents, tokenizer=bare, block_size=0)
-    with pytest.raises(InputError, match="mode='sentences' .*full_sentences, doc_sentences, tokens"):
+    with pytest.raises(InputError, match="mode='sentences' .*full_rows, full_sentences, doc_sentences, tokens"):
         BlockDataset(documents, tokenizer=tokenizer, mode="sentences")
     with pytest.raises(InputError, match="no token"):
         BlockDataset(to_documents([]), tokenizer=tokenizer)
@@ -447,9 +498,12 @@ def test_every_token_is_in_one_block_once_with_its_word(corpus, block_size, mode
     of_document = {
         token: number for number, document in enumerate(corpus) for sentence in document for token, _ in sentence
     }
+    longest_word = max(len(word) for document in corpus for sentence in document for word in words_of(sentence, 999))
     seen = []
     for index in range(len(blocks)):
         block = blocks[index]
+        cuts_words = mode == "tokens" or longest_word > block_size - blocks.template.num_special_tokens
+        assert cuts_words or expected[text_tokens(block)[0]], "the first word of a block is whole"
         assert 0 < len(block["input_ids"]) == len(block["word_starts"]) == blocks.lengths[index] <= block_size
         text = np.flatnonzero(block["input_ids"] >= FIRST_ID)
         ids = block["input_ids"][text].tolist()

@@ -15,7 +15,7 @@ from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.text.files import NumberedDocument, excerpt, in_groups, numbered_documents
 from hf_pretrain.errors import InputError
 
-MODES = ["full_sentences", "doc_sentences", "tokens", "isolated_documents"]
+MODES = ["full_rows", "full_sentences", "doc_sentences", "tokens", "isolated_documents"]
 
 
 def corpus(count=60, *, most_sentences=7, longest=12, seed=0):
@@ -121,7 +121,7 @@ def test_documents_without_tokens(tokenizer):
     assert result["packing"]["doc_sentences"]["blocks"] == 3 - result["documents_without_tokens"]
 
 
-def test_a_tokenizer_without_a_separator_leaves_two_modes_out():
+def test_a_tokenizer_without_a_separator_leaves_three_modes_out():
     from transformers import PreTrainedTokenizerFast
 
     from helpers.method_matrix import tiny_tokenizer
@@ -129,7 +129,7 @@ def test_a_tokenizer_without_a_separator_leaves_two_modes_out():
     backend = tiny_tokenizer().backend_tokenizer
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]")
     packing = corpus_statistics(dataset(corpus()), bare)["packing"]
-    assert packing["full_sentences"] is packing["tokens"] is None
+    assert packing["full_rows"] is packing["full_sentences"] is packing["tokens"] is None
     assert packing["doc_sentences"]["blocks"] > 0 and packing["isolated_documents"]["blocks"] > 0
 
 

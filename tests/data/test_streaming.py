@@ -36,7 +36,7 @@ def flat(batches):
     ]
 
 
-@pytest.mark.parametrize("mode", ["full_sentences", "doc_sentences", "tokens"])
+@pytest.mark.parametrize("mode", ["full_rows", "full_sentences", "doc_sentences", "tokens"])
 def test_blocks_are_those_of_the_stored_documents_buffer_by_buffer(mode):
     got = list(make_stream(mode=mode))
     expected = []

@@ -349,6 +349,29 @@ def test_text_is_joined_and_cut_anywhere_unless_the_options_say_otherwise(tmp_pa
     assert apart.train_dataset.base.mode == "doc_sentences" and apart.data_collator.predicts_end
 
 
+def test_full_rows_are_cut_as_joined_tokens_are(tmp_path):
+    documents = tiny_documents(tiny_examples(40, seed=1))
+    model = CausalLMModelArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)
+    inputs = {"train_dataset": documents, "processing_class": tiny_tokenizer()}
+    for mode in ("full_rows", "full_sentences"):
+        data_args = DataArguments(block_mode=mode, block_size=24)
+        trainer = CausalLMTrainer(model, options(tmp_path), data_args=data_args, **inputs)
+        assert trainer.train_dataset.base.mode == mode and not trainer.data_collator.predicts_end
+
+
+def test_the_end_of_an_isolated_document_is_predicted_and_not_that_of_a_part():
+    """Two documents, the first of which goes on elsewhere; a suffix of two tokens is left out as a whole."""
+    ids = [2, 7, 8, 3, 2, 9, 3]
+    row = {"input_ids": ids, "document_ids": [0] * 4 + [1] * 3, "goes_on": [True] * 4 + [False] * 3}
+    other = {"input_ids": [2, 9, 3], "document_ids": [0] * 3, "goes_on": [True] * 3}
+    batch = DataCollatorForCausalLM(tiny_tokenizer())([row, other])
+    assert batch["labels"].tolist() == [[7, 8, -100, -100, 9, 3, -100], [9, -100, -100, -100, -100, -100, -100]]
+    collator = DataCollatorForCausalLM(tiny_tokenizer())
+    collator._suffix = np.array([8, 3])
+    assert collator([row])["labels"].tolist() == [[7, -100, -100, -100, 9, 3, -100]]
+    assert collator([{**row, "goes_on": [False] * 7}])["labels"].tolist() == [[7, 8, 3, -100, 9, 3, -100]]
+
+
 def test_evaluation_has_perplexity_and_references_are_counted_by_hand(tmp_path):
     data = tiny_data()
     model = CausalLMModelArguments(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128)

@@ -96,6 +96,7 @@ def test_pairs_with_hard_negatives_and_a_file_of_scores(folder):
         (["--mlm_probability", "0.3"], "beside"),
         (["--generator_size", "0.5"], "beside"),
         (["--block_mode", "isolated_documents"], "doc_sentences"),
+        (["--block_mode", "full_sentences"], "use 'doc_sentences'"),
         (["--streaming", "true", "--max_steps", "3"], "leave out streaming"),
         (["--views", "pairs", "--model_name_or_path", "missing"], "missing"),
         (["--views", "pairs"], "needs a tokenizer"),

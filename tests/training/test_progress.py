@@ -33,6 +33,7 @@ def test_without_a_terminal_each_row_of_the_log_is_a_line(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     count = sum(parameter.numel() for parameter in trainer.model.parameters())
     assert lines[0].startswith("data   ") and f"{len(trainer.train_dataset):,} examples" in lines[0]
+    assert "full)" not in lines[0], "nobody knows how full examples of another kind are"
     assert lines[1].startswith("model  ReplacedTokenDetectionForPreTraining") and f"{count / 1e6:.1f} M" in lines[1]
     batch = trainer.get_total_train_batch_size(trainer.args)
     assert lines[2].startswith(f"plan   4 steps of {batch} examples, fp32 on cpu")

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from transformers import AlbertConfig, AutoModelForMaskedLM, BertConfig, TrainerState
 
 from helpers.method_matrix import build, programs, tiny_data
+from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import DataArguments, prepare_data
 from hf_pretrain.hub import run as run_module
 from hf_pretrain.hub.card import add_evaluation, render_card
@@ -52,6 +53,23 @@ def test_before_training_is_step_0_and_after_training_is_the_last_step(finished)
     assert (first["step"], last["step"]) == (0, 2) and first["eval_loss"] != last["eval_loss"]
     for facts in (describe_run(trainer), read_record(folder)):
         assert (facts.metrics_before, facts.metrics_after) == (first, last)
+
+
+def test_how_full_examples_are_is_in_the_first_line_the_record_and_the_card(tmp_path, capsys):
+    data = tiny_data()
+    options = {"tokenizer": data.tokenizer, "block_size": 24}
+    parts = (
+        BlockDataset(data.train_documents, **options),
+        BlockDataset(data.eval_documents, mode="doc_sentences", **options),
+    )
+    trainer = build(MLM, tmp_path, replace(data, train_dataset=parts[0], eval_dataset=parts[1]))
+    trainer.train()
+    counts = [sum(len(part[index]["input_ids"]) for index in range(len(part))) for part in parts]
+    share, held_out = (count / (24 * len(part)) for count, part in zip(counts, parts, strict=True))
+    assert f"{len(parts[0])} examples ({share:.1%} full)" in capsys.readouterr().out.splitlines()[0]
+    facts = describe_run(trainer)
+    assert facts.data["filled_share"] == round(share, 4) > facts.data["held_out_filled_share"] == round(held_out, 4)
+    assert f"| Filled share | {number(round(share, 4))} |" in render_card(facts)
 
 
 def test_a_dataset_of_the_hub_is_in_the_metadata(finished):

@@ -26,7 +26,7 @@ from hf_pretrain.commands import of_data, parse_command, text_files
 from hf_pretrain.data.documents.documents import UnknownCount, sentence_starts, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import Segmenter, encodable, word_starts
-from hf_pretrain.data.examples.packing import BlockTemplate, PackingMode, block_bounds, pack_rows
+from hf_pretrain.data.examples.packing import JOINING_MODES, BlockTemplate, PackingMode, pack_documents
 from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
 from hf_pretrain.data.text.datasets import text_dataset, text_sizes
 from hf_pretrain.data.text.files import excerpt
@@ -157,7 +157,6 @@ def corpus_statistics(
     lengths = _lengths(texts, word_segmenter) | {"tokens": num_tokens}
     longest = np.argsort(-num_tokens, kind="stable")[:_NUM_LONGEST].tolist()
     store = TokenStore(documents)
-    needs_separator = ("full_sentences", "tokens")
     return {
         "documents": len(documents),
         "documents_without_tokens": int((num_tokens == 0).sum()),
@@ -173,7 +172,7 @@ def corpus_statistics(
         ],
         "packing": {
             mode: _packing(store, template, block_size=block_size, mode=mode)
-            if template.separator is not None or mode not in needs_separator
+            if template.separator is not None or mode not in JOINING_MODES
             else None
             for mode in get_args(PackingMode)
         },
@@ -210,14 +209,11 @@ def _doublings(lengths: np.ndarray) -> list[tuple[int, int, int]]:
 
 def _packing(store: TokenStore, template: BlockTemplate, *, block_size: int, mode: PackingMode) -> dict[str, Any]:
     """Return the blocks of one mode, as `BlockDataset` makes them, and the shares of what their positions hold."""
-    bounds = block_bounds(store, budget=template.budget(block_size), mode=mode)
+    bounds, rows = pack_documents(store, block_size=block_size, num_special=template.num_special_tokens, mode=mode)
     starts, stops = bounds[:-1], bounds[1:]
     special = template.num_special_tokens * len(starts)
-    separators, num_blocks = 0, len(starts)
-    if mode in ("full_sentences", "tokens"):
-        separators = int((store.document_of(stops - 1) - store.document_of(starts)).sum())
-    elif mode == "isolated_documents":
-        num_blocks = len(pack_rows(stops - starts + template.num_special_tokens, capacity=block_size))
+    num_blocks = len(starts if rows is None else rows)
+    separators = int((store.document_of(stops - 1) - store.document_of(starts)).sum())
     ranges = ((begin, min(begin + _STEP, store.num_tokens)) for begin in range(0, store.num_tokens, _STEP))
     sentences = np.concatenate([store.sentence_starts(*each) for each in ranges])
     holders = np.searchsorted(sentences, stops[:-1], side="right") - 1
@@ -257,7 +253,7 @@ def _print(statistics: dict[str, Any]) -> None:
         print(f"  {document['tokens']:>10,} tokens  number {document['number']}  {document['excerpt']}")
     print(f"\nBlocks of {statistics['block_size']} tokens, and what their positions hold:")
     shares = {"text_share": "text", "special_token_share": "special", "separator_share": "separators"}
-    shares |= {"padding_share": "padding"}
+    shares |= {"padding_share": "padding", "fill": "fill"}
     packing = statistics["packing"]
     rows = [
         (mode, f"{row['blocks']:,}", *(f"{row[name]:.2%}" for name in shares), f"{row['sentences_cut']:,}")

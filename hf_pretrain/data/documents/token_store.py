@@ -112,8 +112,20 @@ class TokenStore:
 
     def sent_starts(self, start: int, stop: int) -> np.ndarray:
         """Return for positions ``[start, stop)`` whether each begins a sentence, as a fresh ``bool`` array."""
-        parts = [_flags(chunk.sent_starts, low, high) for chunk, low, high in self._ranges(start, stop)]
+        return self._starts("sent_starts", start, stop)
+
+    def word_starts(self, start: int, stop: int) -> np.ndarray:
+        """Return for positions ``[start, stop)`` whether each begins a word, as a fresh ``bool`` array."""
+        return self._starts("word_starts", start, stop)
+
+    def _starts(self, name: str, start: int, stop: int) -> np.ndarray:
+        parts = [_flags(getattr(chunk, name), low, high) for chunk, low, high in self._ranges(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def last_word_start(self, start: int, stop: int) -> int:
+        """Return the last position in ``(start, stop]`` that begins a word; ``start`` if there is none."""
+        high = min(stop + 1, self.num_tokens)
+        return start + max(self.word_starts(start, high).tobytes().rfind(1, 1), 0)
 
     def sentence_starts(self, start: int, stop: int) -> np.ndarray:
         """Return the positions in ``[start, stop)`` that begin a sentence; the first token of a document always does."""

@@ -273,6 +273,25 @@ class CollatorOfFilled:
         return {**self.collate(rows), FILLER: torch.tensor(True)}
 
 
+def fill_of(dataset: Any) -> float | None:  # noqa: ANN401 (as of EpochDataset)
+    """Return which share of the longest length that an example may have it fills on average, special tokens included.
+
+    Args:
+        dataset: Examples, or views of them.
+
+    Returns:
+        The mean over the examples of an epoch; None of datasets that do not know their lengths.
+    """
+    if isinstance(dataset, MixtureDataset):
+        fills = {name: fill_of(part) for name, part in dataset.parts.items()}
+        counts = dataset.counts
+        known = [fill * counts[name] for name, fill in fills.items() if fill is not None]
+        return sum(known) / sum(counts.values()) if len(known) == len(fills) else None
+    fill = getattr(dataset, "fill", None)
+    base = getattr(dataset, "base", dataset)
+    return fill if fill is not None or base is dataset else fill_of(base)
+
+
 class _Order(NamedTuple):
     """Which part each group of an epoch belongs to: parts ``[G]``; and counts ``[G / 256, P]`` of the groups before."""
 

@@ -1,13 +1,12 @@
 """Packing documents into blocks: only where to cut is computed, no token is copied.
 
 `BlockDataset` reads a block, a range of token positions, from the Arrow buffers when its index is read. `block_bounds`
-cuts greedily. With ``v`` the position of a sentence's first token plus the number of separators before it, and ``e``
-the same for its end, the sentences ``a..b`` take ``e[b] - v[a]`` tokens of a block. ``e`` rises, so one
-``searchsorted`` finds the longest block from every possible start, and following the chain from the first start gives
-the greedy packing.
+cuts greedily: a block ends at the last word, sentence or document start that its budget reaches. A window of tokens is
+laid out as a line of bytes, with a byte for each separator too, and one search backwards from the end of the budget
+finds each cut.
 
-Where documents are isolated, the ranges are pieces, and a block is several of them: `pack_rows` puts them together,
-best-fit decreasing, a whole group of equal lengths at a time.
+Where documents are isolated, the ranges are pieces, and a block is several of them: `isolated_rows` puts them together,
+best-fit decreasing, a whole group of equal lengths at a time, and cuts further documents where rows would stay empty.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import datasets
 import numpy as np
@@ -29,9 +28,30 @@ from hf_pretrain.errors import InputError, check_choice
 WINDOW_PIECES = 1 << 16
 
 
-PackingMode = Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"]
+PackingMode = Literal["full_rows", "full_sentences", "doc_sentences", "tokens", "isolated_documents"]
+# Of the rules below: a stream goes on by those that it began with.
+VERSION = 2
 _WINDOW_TOKENS = 1 << 22
-_WINDOW_DOCUMENTS = 1 << 16
+# The part of a row, and the tokens of a piece, for which a document that fits into a row is cut.
+_WORTH_A_CUT, _SHORTEST_PART = 1 / 16, 4
+
+
+class _Rule(NamedTuple):
+    """What a block begins with, and whether it goes on in the next document."""
+
+    unit: Literal["word", "sentence", "token"]
+    joins_documents: bool
+
+
+_RULES: dict[PackingMode, _Rule] = {
+    "full_rows": _Rule("word", joins_documents=True),
+    "full_sentences": _Rule("sentence", joins_documents=True),
+    "doc_sentences": _Rule("sentence", joins_documents=False),
+    "tokens": _Rule("token", joins_documents=True),
+    "isolated_documents": _Rule("word", joins_documents=False),
+}
+# Modes in which a separator stands between two documents of a block.
+JOINING_MODES: tuple[PackingMode, ...] = tuple(mode for mode, rule in _RULES.items() if rule.joins_documents)
 
 
 @dataclass(frozen=True)
@@ -70,11 +90,18 @@ def pack_rows(lengths: np.ndarray, *, capacity: int) -> PackedRows:
         "Efficient Sequence Packing without Cross-contamination" (2021).
     """
     assert len(lengths) and lengths.min() >= 1 and lengths.max() <= capacity, "every piece fits into a row"
-    orders, counts = [], []
-    for low in range(0, len(lengths), WINDOW_PIECES):
-        rows = _rows_by_first_piece(_best_fit(lengths[low : low + WINDOW_PIECES], capacity))
+    windows = range(0, len(lengths), WINDOW_PIECES)
+    return _as_rows([_best_fit(lengths[low : low + WINDOW_PIECES], capacity) for low in windows])
+
+
+def _as_rows(row_of_windows: Sequence[np.ndarray]) -> PackedRows:
+    """Return the rows of windows that follow each other, given the row of each piece of each."""
+    orders, counts, low = [], [], 0
+    for row_of in row_of_windows:
+        rows = _rows_by_first_piece(row_of)
         orders.append(np.argsort(rows, kind="stable") + low)
         counts.append(np.bincount(rows))
+        low += len(row_of)
     bounds = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
     return PackedRows(order=np.concatenate(orders), bounds=bounds)
 
@@ -234,90 +261,200 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], lis
         yield encoding["input_ids"], encoding["special_tokens_mask"]
 
 
-def block_bounds(store: TokenStore, *, budget: int, mode: PackingMode = "full_sentences") -> np.ndarray:
+def block_bounds(store: TokenStore, *, budget: int, mode: PackingMode = "full_rows") -> np.ndarray:
     """Cut the tokens of a store into blocks, greedily.
 
     Args:
         store: The documents' tokens.
         budget: Tokens in a block, separators between documents included.
-        mode: ``"full_sentences"``: as many whole sentences as fit, across documents, with room for one separator
-            at each border; ``"doc_sentences"`` and ``"isolated_documents"``: the same, but a block ends with its
-            document; ``"tokens"``: every block is filled, sentences are cut anywhere. A sentence longer than the
-            budget is cut into parts of the budget's length, the first of which begins a block and the last of which is
-            packed like a sentence.
+        mode: ``"full_rows"``: as many whole words as fit, across documents, with room for one separator at each border;
+            ``"full_sentences"``: the same with whole sentences; ``"doc_sentences"``: whole sentences, and a block ends
+            with its document; ``"isolated_documents"``: the same with whole words; ``"tokens"``: every block is filled,
+            words are cut anywhere. A sentence longer than the budget is cut where a word begins, and a word longer than
+            the budget at the budget. The first part begins a block, and the rest is packed like a sentence or a word.
 
     Returns:
         ``int64 [num_blocks + 1]``: block ``i`` is the positions ``[bounds[i], bounds[i + 1])``. Separators are no
-        positions: one that would begin or end a block is left out. Memory beyond the result: the sentence starts of
-        about four million tokens at a time, or with ``"tokens"`` 8 bytes a document.
+        positions: one that would begin or end a block is left out. Memory beyond the result: a few bytes for each of
+        about four million tokens.
 
     Source:
         Liu et al., "RoBERTa" (2019), section 4.2, FULL-SENTENCES and DOC-SENTENCES.
     """
-    if mode == "tokens":
-        cut = _cut_anywhere(store, budget)
-    else:
-        cut = _cut_at_sentences(store, budget, cross_documents=mode == "full_sentences")
-    return np.concatenate([np.zeros(1, np.int64), *cut, np.array([store.num_tokens], np.int64)])
+    size = max(_WINDOW_TOKENS, 2 * budget)
+    parts, low = [np.zeros(1, np.int64)], 0
+    while low < store.num_tokens:
+        bounds, low = _Line(store, low, min(low + size, store.num_tokens), _RULES[mode]).cut(budget)
+        parts.append(bounds)
+    return np.concatenate(parts)
 
 
-def _cut_at_sentences(store: TokenStore, budget: int, *, cross_documents: bool) -> Iterator[np.ndarray]:
-    """Yield the inner bounds window by window; sentences of an unfinished block are carried to the next window."""
-    carried = np.empty(0, np.int64)
-    for low in range(0, store.num_tokens, _WINDOW_TOKENS):
-        high = min(low + _WINDOW_TOKENS, store.num_tokens)
-        # The last sentence of a window ends where the next window says, so it is carried; the last window closes it.
-        closing = [store.num_tokens] if high == store.num_tokens else []
-        starts = np.concatenate([carried, store.sentence_starts(low, high), np.array(closing, np.int64)])
-        starts = _split_long(starts, budget)
-        following = _longest_from_each(store, starts, budget, cross_documents)
-        chain, at, num_closed = [], 0, len(starts) - 1
-        while at < num_closed and (at := following.item(at)) < num_closed:
-            chain.append(at)
-        yield starts[chain]
-        carried = starts[chain[-1] if chain else 0 :]
+class _Line:
+    """The tokens of a window, with a place for the separator before each document, and marks where a block may begin.
 
-
-def _split_long(starts: np.ndarray, budget: int) -> np.ndarray:
-    """Cut the sentences that are longer than the budget: add starts inside them."""
-    long = np.flatnonzero(np.diff(starts) > budget)
-    added = [np.arange(starts[k] + budget, starts[k + 1], budget) for k in long]
-    return np.sort(np.concatenate([starts, *added])) if added else starts
-
-
-def _longest_from_each(store: TokenStore, starts: np.ndarray, budget: int, cross_documents: bool) -> np.ndarray:
-    """Return for each closed sentence, if a block began with it, the number of the sentence that begins the next."""
-    document = store.document_of(starts[:-1])
-    separators = document if cross_documents else 0
-    following = np.searchsorted(starts[1:] + separators, starts[:-1] + separators + budget, side="right")
-    if not cross_documents:
-        following = np.minimum(following, np.searchsorted(document, document, side="right"))
-    return following
-
-
-def _cut_anywhere(store: TokenStore, budget: int) -> Iterator[np.ndarray]:
-    """Yield the inner bounds of blocks without room left, a window of documents at a time.
-
-    On the line of all tokens with one separator between documents, blocks are ``budget`` apart, except that a block
-    does not begin with a separator: then it begins one token later.
+    Args:
+        store: The documents' tokens.
+        low: First position of the window, where a block begins.
+        high: Position behind the last.
+        rule: What a block begins with.
     """
-    separators = store.begins[1:-1] + np.arange(store.num_documents - 1)
-    at = 0
-    for low in range(0, len(separators) + 1, _WINDOW_DOCUMENTS):
-        window = separators[low : low + _WINDOW_DOCUMENTS]
-        is_last = low + _WINDOW_DOCUMENTS > len(separators)
-        end = store.num_tokens + len(separators) if is_last else int(window[-1]) + 1
-        positions, known = [], set(window.tolist())
-        while at + budget < end:
-            at += budget
-            at += at in known
-            positions.append(at)
-        bounds = np.array(positions, dtype=np.int64)
-        yield bounds - np.searchsorted(separators, bounds)
+
+    def __init__(self, store: TokenStore, low: int, high: int, rule: _Rule) -> None:
+        self.store, self.low, self.rule = store, low, rule
+        self.is_last = high == store.num_tokens
+        if rule.unit == "token":
+            starts = np.ones(high - low, dtype=np.bool_)
+        else:
+            starts = store.word_starts(low, high) if rule.unit == "word" else store.sent_starts(low, high)
+        first, last = store.begins.searchsorted([low + 1, high])
+        borders = store.begins[first:last] - low
+        starts[borders] = True
+        self.separators = borders[:0]
+        ends = np.zeros(0 if rule.joins_documents else len(starts), dtype=np.bool_)
+        if rule.joins_documents:
+            starts = np.insert(starts, borders, True)
+            self.separators = borders + np.arange(len(borders))
+        else:
+            ends[borders] = True
+        # The end of the text ends a block too.
+        closing = b"\1" * self.is_last
+        self.starts, self.ends = starts.tobytes() + closing, ends.tobytes() + closing
+
+    def cut(self, budget: int) -> tuple[np.ndarray, int]:
+        """Return where blocks end, and where the next window begins; in a window that is not the last, up to its last block."""
+        separators = set(self.separators.tolist())
+        is_joined, is_anywhere = self.rule.joins_documents, self.rule.unit == "token"
+        first_in, last_in, length = self.ends.find, self.starts.rfind, len(self.starts)
+        # From the last of these, all starts that a block can reach are known.
+        last = length - 1 - (1 if self.is_last else budget)
+        ends, at = [], 0
+        while at <= last:
+            behind = at + budget + 1
+            if is_anywhere:
+                end = min(behind, length) - 1
+            elif is_joined or (end := first_in(1, at + 1, behind)) < 0:
+                end = last_in(1, at + 1, behind)
+                if end < 0:
+                    end = at + self._inside_sentence(at, budget)
+            ends.append(end)
+            at = end + (end in separators)
+        return self._positions(np.array(ends, dtype=np.int64)), int(self._positions(np.array([at]))[0])
+
+    def _positions(self, places: np.ndarray) -> np.ndarray:
+        """Return the positions in the store of places in the line; that of a separator is the one of the token behind it."""
+        return places - self.separators.searchsorted(places) + self.low
+
+    def _inside_sentence(self, at: int, budget: int) -> int:
+        """Return how many tokens of a unit that is longer than the budget a block takes: whole words, if there are any."""
+        if self.rule.unit != "sentence":
+            return budget
+        start = int(self._positions(np.array([at]))[0])
+        return self.store.last_word_start(start, start + budget) - start or budget
+
+
+def pack_documents(
+    store: TokenStore, *, block_size: int, num_special: int, mode: PackingMode = "full_rows"
+) -> tuple[np.ndarray, PackedRows | None]:
+    """Cut the tokens of a store into the pieces of blocks, and put isolated pieces together.
+
+    Args:
+        store: The documents' tokens.
+        block_size: Most tokens in a block.
+        num_special: Special tokens around each piece.
+        mode: How to cut, see [`block_bounds`].
+
+    Returns:
+        The bounds of the pieces, ``int64 [num_pieces + 1]``; and with ``"isolated_documents"`` which of them a block
+        holds, else None: each is a block.
+    """
+    bounds = block_bounds(store, budget=block_size - num_special, mode=mode)
+    if mode != "isolated_documents":
+        return bounds, None
+    return isolated_rows(store, bounds, block_size=block_size, num_special=num_special)
+
+
+def isolated_rows(
+    store: TokenStore, bounds: np.ndarray, *, block_size: int, num_special: int
+) -> tuple[np.ndarray, PackedRows]:
+    """Put pieces into rows, best-fit decreasing, and cut more of them where rows stay empty.
+
+    Documents whose lengths do not add up, such as abstracts a little longer than half a row, leave much of every row
+    empty. Then the emptiest rows are given up, and their pieces fill the others, cut where a word begins.
+
+    Args:
+        store: The documents' tokens.
+        bounds: ``int64 [num_pieces + 1]``, of pieces that fit into a row.
+        block_size: Tokens in a row.
+        num_special: Special tokens around each piece.
+
+    Returns:
+        The bounds with those of the cuts, and the rows.
+
+    Source:
+        Ding et al., "Fewer Truncations Improve Language Modeling" (2024): only documents longer than a row are cut, and
+        the rest is packed by best-fit decreasing. The further cuts are ours.
+    """
+    inner, row_of_windows = [], []
+    for low in range(0, len(bounds) - 1, WINDOW_PIECES):
+        window = bounds[low : low + WINDOW_PIECES + 1]
+        row_of = _best_fit(np.diff(window) + num_special, block_size)
+        starts, row_of = _fill_rows(store, window, row_of, block_size=block_size, num_special=num_special)
+        inner.append(starts)
+        row_of_windows.append(row_of)
+    return np.concatenate([*inner, bounds[-1:]]), _as_rows(row_of_windows)
+
+
+def _fill_rows(
+    store: TokenStore, bounds: np.ndarray, row_of: np.ndarray, *, block_size: int, num_special: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Give up the emptiest rows, and fill the others with their pieces; return the starts of all pieces and their rows."""
+    starts, stops = bounds[:-1], bounds[1:]
+    rooms = block_size - np.bincount(row_of, weights=stops - starts + num_special).astype(np.int64)
+    least = max(int(block_size * _WORTH_A_CUT), num_special + _SHORTEST_PART)
+    if np.count_nonzero(rooms > least) < 2:
+        return starts, row_of
+    by_room = np.argsort(rooms, kind="stable")
+    rest = by_room[rooms[by_room] > least].tolist()
+    order, ends = np.argsort(row_of, kind="stable"), np.cumsum(np.bincount(row_of))
+    row_of, cuts = row_of.copy(), []
+    # The row that is given up, those of its pieces that are left, and where the first of these goes on.
+    taken, pieces, start = -1, [], 0
+    for number, row in enumerate(rest):
+        room = int(rooms[row])
+        while room > least:
+            if not pieces:
+                if number >= len(rest) - 1:
+                    break
+                taken = rest.pop()
+                pieces = order[ends[taken - 1] if taken else 0 : ends[taken]].tolist()
+                start = int(starts[pieces[0]])
+            stop = int(stops[pieces[0]])
+            end = (
+                stop
+                if stop - start + num_special <= room
+                else store.last_word_start(start, start + room - num_special)
+            )
+            if end == start:
+                break
+            if start == starts[pieces[0]]:
+                row_of[pieces[0]] = row
+            else:
+                cuts.append((start, row))
+            room -= end - start + num_special
+            start = end
+            if end == stop:
+                pieces.pop(0)
+                start = int(starts[pieces[0]]) if pieces else 0
+    if pieces and start > starts[pieces[0]]:
+        cuts.append((start, taken))
+    added, added_rows = np.array(cuts, dtype=np.int64).reshape(-1, 2).T
+    starts, row_of = np.concatenate([starts, added]), np.concatenate([row_of, added_rows])
+    order = np.argsort(starts)
+    return starts[order], row_of[order]
 
 
 class BlockDataset(Dataset[dict[str, np.ndarray]]):
-    """Blocks of whole sentences as views of a dataset of documents: the input of masked-token objectives.
+    """Blocks as views of a dataset of documents: the input of masked-token objectives.
 
     Args:
         documents: Documents in the document schema (``input_ids``, ``word_starts``, ``sent_starts``).
@@ -325,8 +462,8 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
             documents.
         block_size: Most tokens in a block, special tokens included.
         mode: How to cut, see :func:`block_bounds`. With ``"isolated_documents"`` the cuts give pieces: each has its
-            own special tokens, and a block is the pieces that :func:`hf_pretrain.data.examples.packing.pack_rows` puts
-            together. The entry ``document_ids`` of a block tells them apart, so that no piece need see another.
+            own special tokens, and a block is the pieces that :func:`hf_pretrain.data.examples.packing.isolated_rows`
+            puts together. The entry ``document_ids`` of a block tells them apart, so that no piece need see another.
         with_sentences: Whether a block has the entry ``sent_starts`` too.
 
     Raises:
@@ -340,7 +477,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         *,
         tokenizer: PreTrainedTokenizerBase,
         block_size: int = 128,
-        mode: PackingMode = "full_sentences",
+        mode: PackingMode = "full_rows",
         with_sentences: bool = False,
     ) -> None:
         check_choice(mode, get_args(PackingMode), name="mode")
@@ -349,17 +486,17 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         self.store = TokenStore(documents)
         self.block_size = block_size
         self.mode = mode
-        budget = self.template.budget(block_size)
+        self.template.budget(block_size)
         if self.store.num_tokens == 0:
             raise InputError(f"documents hold no token in {len(documents)} rows; check the text they were made from")
-        separates = mode in ("full_sentences", "tokens")
-        if separates and self.store.num_documents > 1 and self.template.separator is None:
+        if mode in JOINING_MODES and self.store.num_documents > 1 and self.template.separator is None:
             raise InputError(
                 f"mode={mode!r} puts several documents into a block, but the tokenizer has no sep_token and no "
                 "eos_token to put between them; add one or use mode='doc_sentences'"
             )
-        self._bounds = block_bounds(self.store, budget=budget, mode=mode)
-        self._rows = pack_rows(self._lengths, capacity=block_size) if mode == "isolated_documents" else None
+        self._bounds, self._rows = pack_documents(
+            self.store, block_size=block_size, num_special=self.template.num_special_tokens, mode=mode
+        )
 
     def __len__(self) -> int:
         """Return the number of blocks."""
@@ -372,7 +509,8 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
             ``input_ids`` ``int32 [n]`` with special tokens and separators, a read-only view of the documents where
             the block needs neither; ``word_starts`` ``bool [n]``, True at each of them; ``sent_starts`` ``bool [n]`` if they
             are wanted, False at each of them. Where documents are isolated, also ``document_ids`` ``int32 [n]``: 0 in the
-            first piece of the block, 1 in the second, and so on.
+            first piece of the block, 1 in the second, and so on; and ``goes_on`` ``bool [n]``, True in the pieces whose
+            document goes on in another piece.
 
         Raises:
             IndexError: If there is no such block.
@@ -388,7 +526,10 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
             return self._read_many(numbers)
         order, bounds = self._rows.order, self._rows.bounds
         members = [order[bounds[number] : bounds[number + 1]] for number in numbers.tolist()]
-        pieces = iter(self._read_many(np.concatenate([numbers[:0], *members])))
+        read = np.concatenate([numbers[:0], *members])
+        ends = self._bounds[read + 1]
+        goes_on = self.store.begins[self.store.begins.searchsorted(ends)] != ends
+        pieces = iter(zip(self._read_many(read), goes_on.tolist(), strict=True))
         return [_join([next(pieces) for _ in group]) for group in members]
 
     def _read_many(self, numbers: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -451,7 +592,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
     @property
     def fill(self) -> float:
         """Mean length of a block as a share of ``block_size``."""
-        return float(self.lengths.mean()) / self.block_size
+        return int(self._lengths.sum()) / (len(self) * self.block_size)
 
     def __repr__(self) -> str:
         """Show the packing and how well it fills."""
@@ -461,11 +602,13 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         )
 
 
-def _join(pieces: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return one block of several pieces."""
+def _join(given: Sequence[tuple[dict[str, np.ndarray], bool]]) -> dict[str, np.ndarray]:
+    """Return one block of several pieces, each with whether its document goes on."""
+    pieces, goes_on = zip(*given, strict=True)
     block = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     lengths = np.array([len(piece["input_ids"]) for piece in pieces])
     # No word goes on from one piece into the next, though a piece may begin inside a long sentence's word.
     block["word_starts"][np.cumsum(lengths) - lengths] = True
     block["document_ids"] = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths)
+    block["goes_on"] = np.repeat(np.array(goes_on), lengths)
     return block

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.documents import tokenize_texts
+from hf_pretrain.data.examples import packing
 from hf_pretrain.data.examples.packing import BlockDataset, BlockTemplate, PackingMode
 from hf_pretrain.data.streaming.sources import FileShards, ShardSource, as_source
 from hf_pretrain.data.text.files import DocumentSeparator, OnBadText
@@ -195,7 +196,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
         *,
         tokenizer: PreTrainedTokenizerBase,
         block_size: int = 128,
-        mode: PackingMode = "full_sentences",
+        mode: PackingMode = "full_rows",
         document_separator: DocumentSeparator = "blank_line",
         text_column: str = "text",
         documents_per_buffer: int = 1000,
@@ -276,7 +277,7 @@ class StreamingBlocks(IterableDataset[dict[str, Any]]):
     def identity(self) -> str:
         """Return a digest of the text and of all options that decide its examples."""
         options = [self.block_size, self.mode, self.documents_per_buffer, self.shuffle_buffer_size, self.seed]
-        known = [draws.VERSION, *options, len(self.tokenizer), self.source.identity()]
+        known = [draws.VERSION, packing.VERSION, *options, len(self.tokenizer), self.source.identity()]
         return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
 
     def cuts(self) -> Any:

@@ -28,10 +28,10 @@ class CausalLMDataArguments(DataArguments):
     lowercase: bool | None = option(
         False, "Lower the case, in a tokenizer to train: a model that writes text keeps it."
     )
-    block_mode: Literal["full_sentences", "doc_sentences", "tokens", "isolated_documents"] = option(
+    block_mode: Literal["full_rows", "full_sentences", "doc_sentences", "tokens", "isolated_documents"] = option(
         "tokens",
-        "Fill examples with tokens of all documents, cut anywhere; or with whole sentences, also across documents or not; or "
-        "put several documents into one that do not see each other.",
+        "Fill examples with tokens of all documents, cut anywhere; with whole words, also across documents; with whole "
+        "sentences, also across documents or not; or put several documents into one that do not see each other.",
     )
 
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import EvalPrediction
 from hf_pretrain.corruption.rows import stack_column
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
-from hf_pretrain.data.examples.packing import BlockTemplate
+from hf_pretrain.data.examples.packing import JOINING_MODES, BlockTemplate
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.errors import check_range
 from hf_pretrain.evaluation.references import neighbour_losses, print_references, reference_rows
@@ -31,7 +31,7 @@ from hf_pretrain.training.method import Learning, Method
 from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Modes of packing that cut documents at the end of an example.
-_CUTTING = ("tokens", "full_sentences")
+_CUTTING = JOINING_MODES
 # With a graph that is compiled once, shapes are rounded up to these.
 _COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 
@@ -39,7 +39,8 @@ _COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 class DataCollatorForCausalLM:
     """Stacks examples, and gives each token the next one as its label; nothing is random.
 
-    The examples are dicts with `input_ids`, and `document_ids` where documents are isolated. The batch is a dict of tensors:
+    The examples are dicts with `input_ids`, and where documents are isolated with `document_ids`, and with `goes_on` where they
+    may be cut. The batch is a dict of tensors:
 
     - `input_ids`, `attention_mask`, `labels`: `[B, L]` int64, padded on the right whatever the tokenizer says; `labels` is the
       next token of the same row and document, -100 where there is none;
@@ -50,7 +51,8 @@ class DataCollatorForCausalLM:
     Args:
         tokenizer: A transformers tokenizer; one without a padding token is padded with its end token.
         predicts_end: Whether the special tokens that the tokenizer puts behind a text are predicted at the end of a row. Where
-            text is cut at the end of a row, they would teach that texts end anywhere.
+            text is cut at the end of a row, they would teach that texts end anywhere. Those of isolated documents that go on
+            in another row are never predicted.
         pad_to_multiple_of: `L` is rounded up to a multiple of this.
         target_slots: `T` is filled up to a multiple of this, for fixed shapes, with the last position of the first row, which
             has no label.
@@ -87,6 +89,9 @@ class DataCollatorForCausalLM:
             documents_BL, _ = stack_column(examples, "document_ids", valid=valid_BL, fill=-1)
             follows_BL[:, :-1] &= documents_BL[:, 1:] == documents_BL[:, :-1]
             batch |= {"document_ids": documents_BL, "position_ids": _positions(documents_BL, valid_BL)}
+        if len(self._suffix) and "goes_on" in examples[0]:
+            goes_on_BL, _ = stack_column(examples, "goes_on", valid=valid_BL)
+            self._drop_ends_of_parts(follows_BL, goes_on_BL & valid_BL)
         if len(self._suffix) and not self.predicts_end:
             self._drop_end(follows_BL, ids_BL, valid_BL)
         labels_BL = np.full_like(ids_BL, IGNORED)
@@ -100,6 +105,12 @@ class DataCollatorForCausalLM:
         for row, length in enumerate(valid.sum(axis=1).tolist()):
             if length > size and np.array_equal(ids[row, length - size : length], self._suffix):
                 follows[row, length - size - 1 : length - 1] = False
+
+    def _drop_ends_of_parts(self, follows: np.ndarray, goes_on: np.ndarray) -> None:
+        """Take the special tokens behind documents that go on elsewhere off the targets, in place."""
+        ends = goes_on & ~follows
+        for number in range(1, 1 + len(self._suffix)):
+            follows[:, :-number] &= ~ends[:, number:]
 
     def _filled(self, positions: np.ndarray, width: int) -> np.ndarray:
         if self.target_slots is None:

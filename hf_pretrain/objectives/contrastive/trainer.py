@@ -133,9 +133,10 @@ class ContrastiveTrainer(PretrainingTrainer):
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
         """Return the views of the documents."""
-        if data.isolates_documents:
+        mode = data.description.get("block_mode", DataArguments.block_mode)
+        if mode not in (DataArguments.block_mode, "doc_sentences"):
             raise InputError(
-                "block_mode='isolated_documents' has no effect here: texts are taken from documents; use 'doc_sentences'"
+                f"block_mode={mode!r} has no effect here: texts are taken from documents; use 'doc_sentences', or leave it out"
             )
         collator.packed = can_pack(model, data.block_size)
         found = data.trainer_inputs()
