@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import begin_folder, share_weights, write_marker
+from hf_pretrain.optimizers import schedule_of
 from hf_pretrain.options import option
 from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
@@ -236,7 +237,12 @@ class FineTuningTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Return the schedule, with a beginning for each part; see `transformers.Trainer.create_scheduler`."""
-        if cast(Any, self).lr_scheduler is not None or not (self.plan.is_staged or self.args.slanted_triangular):
+        if cast(Any, self).lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if not (self.plan.is_staged or self.args.slanted_triangular):
+            scheduled = cast(torch.optim.Optimizer, self.optimizer if optimizer is None else optimizer)
+            self.lr_scheduler = schedule_of(self.args, scheduled, steps=num_training_steps)
+            self._created_lr_scheduler = True
             return super().create_scheduler(num_training_steps, optimizer)
         groups = cast(Any, self.optimizer if optimizer is None else optimizer).param_groups
         shares = self.plan.multipliers(total=num_training_steps, per_epoch=self._steps_per_epoch)
