@@ -7,7 +7,8 @@ stock optimizer. `schedule_of` returns the schedule of the learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from typing import Any, cast
@@ -77,22 +78,23 @@ def optimizer_of(args: TrainingArguments, model: nn.Module | None = None) -> tup
         return Muon, kwargs | {"matrices": _trained_matrices(model)} | _own_options(name, args.optim_args or "")
     if name in _OURS:
         return _OURS[name], kwargs
-    if not args.adam_bias_correction:
+    if not getattr(args, "adam_bias_correction", True):
         return AdamWithoutBiasCorrection, kwargs | {"fused": True}
     kind, stock = Trainer.get_optimizer_cls_and_kwargs(args, model)
     return kind, stock | (_own_options(name, args.optim_args or "") if name == "adafactor" else {})
 
 
 def _trained_matrices(model: nn.Module | None) -> dict[nn.Parameter, Any]:
-    """Return the hidden matrices that are trained.
+    """Return the hidden matrices.
 
     Raises:
-        InputError: If the stock models have none.
+        InputError: If the stock models have none that is trained.
     """
     if model is None:
         return {}
-    found = {parameter: kind for parameter, kind in hidden_matrices(model).items() if parameter.requires_grad}
-    if not found and any(isinstance(part, PreTrainedModel) for part in model.modules()):
+    found = hidden_matrices(model)
+    is_trained = any(parameter.requires_grad for parameter in found)
+    if not is_trained and any(isinstance(part, PreTrainedModel) for part in model.modules()):
         raise InputError(
             "optim='muon' has no matrix to train here: it is for a model's linear layers, and AdamW trains adapters, tables and "
             "recurrent layers: choose optim='adamw_torch_fused'"
@@ -100,10 +102,28 @@ def _trained_matrices(model: nn.Module | None) -> dict[nn.Parameter, Any]:
     return found
 
 
+@contextmanager
+def stock_optimizer_name(args: TrainingArguments) -> Iterator[None]:
+    """Let transformers check its own options: it compares `optim` with its own names, so ours are set again afterwards.
+
+    Args:
+        args: Options of training; their `optim` becomes an `OptimizerName`.
+
+    Raises:
+        InputError: If there is no such optimizer.
+    """
+    name = OptimizerName(args.optim)
+    args.optim = str(name) if name in _STOCK.values() else "adamw_torch"
+    try:
+        yield
+    finally:
+        args.optim = name
+
+
 def check_bias_correction(args: TrainingArguments) -> None:
     """Refuse adam_bias_correction=False with an optimizer that is not Adam, or is always corrected."""
     name = str(OptimizerName(args.optim))
-    if not args.adam_bias_correction and not name.startswith("adamw_torch"):
+    if not getattr(args, "adam_bias_correction", True) and not name.startswith("adamw_torch"):
         raise InputError(
             f"adam_bias_correction=False is Adam's, but optim={name!r}: set it to True or leave optim out"
         )

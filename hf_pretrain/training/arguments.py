@@ -21,7 +21,6 @@ from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
-from transformers.training_args import OptimizerNames
 
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError, check_choice, check_numbers, nearest, one_line
@@ -30,7 +29,7 @@ from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.surgery.adapters import AdapterArguments
 from hf_pretrain.names import SYNONYMS
-from hf_pretrain.optimizers import OptimizerName, check_bias_correction, optimizer_of, schedule_of
+from hf_pretrain.optimizers import check_bias_correction, optimizer_of, schedule_of, stock_optimizer_name
 from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.training.phases.course import Course
 from hf_pretrain.training.processes import first_process_first
@@ -227,23 +226,19 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
             )
-        optim = OptimizerName(self.optim)
         check_bias_correction(self)
-        if optim not in list(OptimizerNames):
-            # transformers compares it with its own names; ours is set again below.
-            self.optim = "adamw_torch"
         if torch.accelerator.current_accelerator(check_available=True) is None:
             # transformers refuses bf16 on a CPU unless use_cpu is set.
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         try:
-            super().__post_init__()
+            with stock_optimizer_name(self):
+                super().__post_init__()
         except Exception:
             # transformers keeps the settings of DeepSpeed for the whole process; later models would be built for it.
             unset_hf_deepspeed_config()
             raise
-        self.optim = optim
         self._check_mappings()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False

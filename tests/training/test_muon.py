@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from helpers.method_matrix import build, log_of, programs
 from hf_pretrain.errors import InputError
@@ -15,6 +15,7 @@ from hf_pretrain.modeling.backbone import HiddenMatrix, hidden_matrices
 from hf_pretrain.optimizers import Muon, StableAdamW, optimizer_of, schedule_of
 from hf_pretrain.optimizers.muon import orthogonalised
 from hf_pretrain.training.arguments import PretrainingArguments, check_training_options
+from hf_pretrain.transfer.fine_tuning import FineTuningArguments, FineTuningTrainer
 
 MLM, RTD = programs()["mlm"], programs()["rtd"]
 WIDTH = {
@@ -85,7 +86,7 @@ class TestStableAdamW:
         assert longest > 1.5 or beta_2 == 0
 
     def test_small_numbers_under_epsilon_do_not_count(self):
-        """Where the mean of squares is below epsilon, the gradient is divided by epsilon, as in the paper; nothing is not a number."""
+        """Where the mean of squares is below epsilon, the gradient is divided by epsilon, as in the paper; no 0 / 0."""
         small, zero = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
         optimizer = StableAdamW([small, zero], lr=0.1, eps=1e-8)
         small.grad, zero.grad = torch.full((3,), 1e-20), torch.zeros(3)
@@ -256,7 +257,7 @@ SORTED = {
     "t5": ({"d_kv": 8, "d_ff": 24, "num_layers": 2}, "q k v o wi wo", "shared relative_attention_bias"),
     "gpt2": ({}, "c_attn c_proj c_fc", "wte wpe"),
     "xlnet": (
-        {"d_inner": 24},
+        {"d_inner": 24, "d_head": 8},
         "rel_attn.q rel_attn.k rel_attn.v rel_attn.o rel_attn.r layer_1 layer_2",
         "word_embedding r_w_bias",
     ),
@@ -424,13 +425,6 @@ class TestTrainer:
             losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
             assert np.mean(losses[-5:]) < np.mean(losses[:3]) - 0.3, optim
 
-    def test_adapters_are_refused(self, tmp_path):
-        adapter = {"adapter": "lora", "adapter_rank": 2}
-        trainer = build(MLM, tmp_path / "whole", optim="adamw_torch", **adapter)
-        assert not any(value.requires_grad for value in hidden_matrices(trainer.model))
-        with pytest.raises(InputError, match="optim='muon' has no matrix to train here"):
-            build(MLM, tmp_path / "muon", optim="muon", **adapter).create_optimizer()
-
 
 class TestOptions:
     def test_own_options_reach_muon(self, tmp_path):
@@ -519,3 +513,46 @@ class TestWarmupStableDecay:
         with pytest.raises(InputError) as refused:
             check_training_options(self.make(tmp_path, **kwargs))
         assert said in str(refused.value)
+
+
+class TestFineTuning:
+    def make(self, tmp_path, **options):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **WIDTH))
+        args = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True} | options
+        return FineTuningTrainer(model, FineTuningArguments(**args))
+
+    def test_each_layer_has_its_rate_in_both_parts(self, tmp_path):
+        trainer = self.make(tmp_path, optim="muon", learning_rate=1e-3, layerwise_learning_rate_decay=0.5)
+        optimizer = trainer.create_optimizer()
+        assert isinstance(optimizer, Muon)
+        rates = {
+            value: (group["lr"], group["matrix"]) for group in optimizer.param_groups for value in group["params"]
+        }
+        matrices = hidden_matrices(trainer.model)
+        layers = trainer.model.bert.encoder.layer
+        for depth, layer in enumerate(layers):
+            for value in layer.parameters():
+                rate, matrix = rates[value]
+                assert (matrix is not None) == (value in matrices)
+                assert rate == pytest.approx(rates[layers[-1].output.dense.weight][0] * 0.5 ** (1 - depth))
+        assert rates[trainer.model.classifier.weight] == (1e-3, None)
+        assert {group["name"] for group in optimizer.param_groups} >= {"head", "layer 1", "layer 2", "embeddings"}
+
+    def test_parts_that_move_later_have_their_optimizer_from_the_start(self, tmp_path):
+        trainer = self.make(tmp_path, optim="muon", strategy="gradual")
+        trainer.enter_stage(0)
+        optimizer = trainer.create_optimizer()
+        kinds = {value: group["matrix"] for group in optimizer.param_groups for value in group["params"]}
+        assert all(kinds[value] is not None for value in hidden_matrices(trainer.model))
+
+    def test_names_and_options_are_checked_as_in_pretraining(self, tmp_path):
+        trainer = self.make(tmp_path, optim="stable_adamw", layerwise_learning_rate_decay=1.0)
+        assert type(trainer.create_optimizer()) is StableAdamW
+        with pytest.raises(InputError, match="optim='moun' is no optimizer: did you mean 'muon'?"):
+            self.make(tmp_path, optim="moun")
+
+    @pytest.mark.parametrize("strategy", ["frozen", "lora"])
+    def test_where_nothing_is_left_for_muon_it_is_refused(self, tmp_path, strategy):
+        """The matrices of an adapter are AdamW's."""
+        with pytest.raises(InputError, match="optim='muon' has no matrix to train here"):
+            self.make(tmp_path, optim="muon", strategy=strategy).create_optimizer()
