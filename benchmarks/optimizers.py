@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from results import write_first_documents
 from timing import options_parser, print_table
 
 ARMS = {
@@ -109,6 +110,7 @@ class Run:
             "max_steps": args.max_steps,
             "warmup_steps": 0.1,
             "per_device_train_batch_size": args.batch_size,
+            "per_device_eval_batch_size": 64,
             "seed": self.seed,
             "optim": self.optim,
             "learning_rate": self.rate,
@@ -231,10 +233,15 @@ def draw(curves: Mapping[str, Mapping[str, Sequence[Run]]], args: argparse.Names
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the runs that are missing, print the table and draw the plot."""
-    parser = options_parser(__doc__, max_steps=1000, batch_size=32, block_size=64, vocab_size=8192)
+    parser = options_parser(
+        __doc__, max_steps=1000, batch_size=32, block_size=64, vocab_size=8192, held_out_characters=150_000
+    )
     parser.add_argument("--task", choices=list(TASKS), default="mlm", help="what is trained")
     parser.add_argument("--train_file", help="text to train on")
-    parser.add_argument("--validation_file", help="held-out text; by default some of the documents")
+    parser.add_argument(
+        "--validation_file",
+        help="held-out text, of which the first documents of --held_out_characters count; by default some of the documents",
+    )
     parser.add_argument("--output_dir", default="optimizers", help="folder of the runs and the plot")
     parser.add_argument("--sizes", nargs="+", help="LAYERSxWIDTH")
     parser.add_argument(
@@ -243,6 +250,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--arms", nargs="+", help="optimizers with their rates: muon=1e-3,2e-3")
     parser.add_argument("--table", action="store_true", help="only read what was run")
     args, others = parser.parse_known_args(argv)
+    if args.validation_file is not None and not args.table:
+        held_out = Path(args.output_dir, f"held-out-{args.held_out_characters}.txt")
+        held_out.parent.mkdir(parents=True, exist_ok=True)
+        write_first_documents([args.validation_file], held_out, args.held_out_characters)
+        args.validation_file = str(held_out)
     curves: dict[str, dict[str, Sequence[Run]]] = {}
     table = []
     for size in args.sizes or SIZES[args.task]:

@@ -221,6 +221,15 @@ class TestMuon:
         sizes = sorted(sum(value.numel() for value in entry.values()) for entry in state.values())
         assert sizes == sorted([12, 24, 15, 2 * 7 + 1])
 
+    def test_matrices_move_without_waiting_for_the_device(self):
+        """A tensor on this device has no numbers to read."""
+        params = [nn.Parameter(torch.ones(shape, device="meta")) for shape in ((4, 6), (6, 4), (4, 6))]
+        optimizer = Muon(params, matrices=dict.fromkeys(params, HiddenMatrix()), lr=0.1, weight_decay=0.1)
+        for parameter in params:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert all(optimizer.state[parameter]["momentum_buffer"].is_meta for parameter in params)
+
     def test_many_matrices_give_the_same_as_few_at_once(self, monkeypatch):
         found = []
         for limit in (1 << 25, 1):
