@@ -62,7 +62,7 @@ class Muon(FusedAdamW):
         ns_steps: int = 5,
         **options: Any,
     ) -> None:
-        self._matrices = dict(matrices)
+        self._matrices: dict[Any, HiddenMatrix] = dict(matrices)
         self._of_matrices = {"momentum": momentum, "nesterov": nesterov, "ns_steps": ns_steps}
         super().__init__(params, **options)
 
