@@ -172,14 +172,18 @@ def held_out_file(args: ComparisonArguments, characters: int) -> list[str]:
     path = args.runs_folder() / f"held-out-{characters}.txt"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            taken, seen = [], 0
-            for text in read_documents(args.validation_file):
-                if taken and seen + len(text) > characters:
-                    break
-                taken.append(text)
-                seen += len(text)
-            path.write_text("\n\n".join(taken), encoding="utf-8")
+            write_first_documents(args.validation_file, path, characters)
     return [str(path)]
+
+
+def write_first_documents(files: Sequence[str], path: Path, characters: int) -> None:
+    """Write the first documents of files into one file: so many characters of them, or one document."""
+    taken: list[str] = []
+    for text in read_documents(files):
+        if taken and sum(map(len, taken)) + len(text) > characters:
+            break
+        taken.append(text)
+    path.write_text("\n\n".join(taken), encoding="utf-8")
 
 
 def command_line(options: Mapping[str, Any]) -> list[str]:

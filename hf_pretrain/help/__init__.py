@@ -53,7 +53,7 @@ _SHORTER = {
     "per_device_eval_batch_size": "Examples of a batch in evaluation, on each device.",
     "gradient_accumulation_steps": "Batches that make one step.",
     "lr_scheduler_type": "Schedule of the learning rate: linear, cosine, constant, polynomial, ...",
-    "optim": "Optimizer: adamw_torch_fused, adamw_rms, adafactor, lion_8bit, ...",
+    "optim": "Optimizer: adamw_torch_fused, muon, stable_adamw, adamw_rms, adafactor, ...",
     "seed": "Seed of weights, order, masks and dropout.",
     "activation_checkpointing": "Compute activations twice, to save memory.",
     "torch_compile": "Compile the model with torch.compile.",

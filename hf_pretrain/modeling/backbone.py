@@ -12,12 +12,13 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_pretrain.errors import InputError
 
@@ -83,6 +84,16 @@ _DECODER_STARTS = {
     "t5gemma": "bos",
     "encoder-decoder": "bos",
 }
+
+# Linear layers that are queries, keys and values in one, by the name of the layer: one block after the other, or ("by head") the
+# three of each head side by side.
+_QUERIES_KEYS_VALUES = {
+    "modernbert": ("Wqkv", "in blocks"),
+    **dict.fromkeys(("gpt2", "imagegpt", "decision_transformer"), ("c_attn", "in blocks")),
+    **dict.fromkeys(("bloom", "gpt_neox", "gpt_neox_japanese"), ("query_key_value", "by head")),
+}
+# Matrices with an axis for the heads, ``[width, heads, width of a head]``.
+_MATRICES_OF_HEADS = {"xlnet": ("q", "k", "v", "o", "r"), "funnel": ("r_kernel",)}
 
 # Names for the same option, BERT's first.
 _OTHER_NAMES = {
@@ -298,6 +309,88 @@ def _depth(body: PreTrainedModel) -> int:
 
 def _flat(modules: nn.ModuleList) -> list[nn.Module]:
     return [inner for one in modules for inner in (_flat(one) if isinstance(one, nn.ModuleList) else [one])]
+
+
+class HiddenMatrix(NamedTuple):
+    """How the matrices of a hidden layer lie in its parameter.
+
+    Attributes:
+        parts: Matrices that are stored as one, such as 3 for queries, keys and values; 0 for an axis of experts.
+        blocks: How often the parts follow each other: 1, or once a head.
+        is_transposed: Whether the parts lie along the columns, as in GPT-2.
+    """
+
+    parts: int = 1
+    blocks: int = 1
+    is_transposed: bool = False
+
+    def pieces(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the matrices of a tensor of the parameter's shape: ``[K, A, B]``."""
+        if self.parts == 0:
+            return tensor
+        matrix = tensor.flatten(1)
+        matrix = matrix.mT if self.is_transposed else matrix
+        columns = matrix.shape[1]
+        return matrix.reshape(self.blocks, self.parts, -1, columns).transpose(0, 1).reshape(self.parts, -1, columns)
+
+    def joined(self, pieces: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """Return the tensor of the parameter's shape from its matrices ``[K, A, B]``."""
+        if self.parts == 0:
+            return pieces
+        columns = pieces.shape[2]
+        matrix = pieces.reshape(self.parts, self.blocks, -1, columns).transpose(0, 1).reshape(-1, columns)
+        return (matrix.mT if self.is_transposed else matrix).reshape(shape)
+
+
+def hidden_matrices(model: nn.Module) -> dict[nn.Parameter, HiddenMatrix]:
+    """Return the matrices of a model's layers: what stands between its tables and its heads.
+
+    They are the weights of linear layers inside of the lists of modules that stock models have, the matrices of experts, and
+    XLNet's and Funnel's with an axis for the heads. Adapters are none, and neither are weights that a table shares, convolutions,
+    recurrent layers, biases, norms, and rows or columns that stand alone.
+
+    Args:
+        model: A stock model, or a composite of some.
+    """
+    tables = {table.weight for table in model.modules() if isinstance(table, nn.Embedding)}
+    found: dict[nn.Parameter, HiddenMatrix] = {}
+    # A composite has no prefix: it is no stock model, but has some.
+    stock = [part for part in model.modules() if isinstance(part, PreTrainedModel) and part.base_model_prefix]
+    for body in {part.base_model: None for part in stock}:
+        for layers in module_lists(body).values():
+            for name, module in _without_adapters(layers):
+                found |= _matrices_of(module, name=name.rpartition(".")[2], config=body.config)
+    return {parameter: kind for parameter, kind in found.items() if parameter not in tables}
+
+
+def _without_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield a module and those inside of it by name; of a layer with an adapter the layer alone, by its own name."""
+    base = getattr(module, "base_layer", None)
+    if isinstance(base, nn.Module):
+        yield from _without_adapters(base, name)
+        return
+    yield name, module
+    for child, inner in module.named_children():
+        yield from _without_adapters(inner, f"{name}.{child}")
+
+
+def _matrices_of(module: nn.Module, *, name: str, config: PreTrainedConfig) -> dict[nn.Parameter, HiddenMatrix]:
+    """Return the hidden matrices that a module has itself."""
+    if isinstance(module, nn.Linear | Conv1D):
+        weight, is_transposed = cast(nn.Parameter, module.weight), isinstance(module, Conv1D)
+        if min(weight.shape) < 2:
+            return {}
+        layer, order = _QUERIES_KEYS_VALUES.get(config.model_type, ("", ""))
+        if name != layer:
+            return {weight: HiddenMatrix()}
+        # Attention to an encoder has two: its queries are of the decoder.
+        parts = weight.shape[is_transposed] // weight.shape[not is_transposed]
+        heads = config.num_attention_heads if order == "by head" else 1
+        return {weight: HiddenMatrix(parts, heads, is_transposed)}
+    own = [(key, value) for key, value in module.named_parameters(recurse=False) if value.ndim == 3]
+    if type(module).__name__.endswith("Experts"):
+        return {value: HiddenMatrix(parts=0) for _, value in own}
+    return {value: HiddenMatrix() for key, value in own if key in _MATRICES_OF_HEADS.get(config.model_type, ())}
 
 
 def vocabulary_size(embeddings: nn.Module) -> int:

@@ -15,7 +15,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -29,7 +29,7 @@ from hf_pretrain.hub.identifiers import check_identifiers
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.surgery.adapters import AdapterArguments
 from hf_pretrain.names import SYNONYMS
-from hf_pretrain.optimizers import OptimizerName, check_bias_correction, optimizer_of
+from hf_pretrain.optimizers import check_bias_correction, optimizer_of, schedule_of, stock_optimizer_name
 from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.training.phases.course import Course
 from hf_pretrain.training.processes import first_process_first
@@ -137,8 +137,8 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
     )
     optim: str = option(
         TrainingArguments.optim,
-        "Optimizer: one of transformers.training_args.OptimizerNames, or adamw_rms, AdamW whose updates are multiplied by the "
-        "size of each matrix.",
+        "Optimizer: one of transformers.training_args.OptimizerNames (stable_adamw is AdamW with clipped updates), or muon, for "
+        "hidden matrices, with AdamW for all else; or adamw_rms, AdamW whose updates are multiplied by the size of each matrix.",
     )
     adam_bias_correction: bool = option(
         True, "Adam's bias correction; the official BERT and ELECTRA optimizers have none."
@@ -226,23 +226,19 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
             raise InputError(
                 f"decay_during_warmup=True is the linear schedule's, not {self.lr_scheduler_type}'s: drop one of the two"
             )
-        optim = OptimizerName(self.optim)
         check_bias_correction(self)
-        if optim == "adamw_rms":
-            # transformers compares it with its own names; ours is set again below.
-            self.optim = "adamw_torch"
         if torch.accelerator.current_accelerator(check_available=True) is None:
             # transformers refuses bf16 on a CPU unless use_cpu is set.
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast()
         try:
-            super().__post_init__()
+            with stock_optimizer_name(self):
+                super().__post_init__()
         except Exception:
             # transformers keeps the settings of DeepSpeed for the whole process; later models would be built for it.
             unset_hf_deepspeed_config()
             raise
-        self.optim = optim
         self._check_mappings()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
@@ -457,10 +453,4 @@ def _try_schedule(args: PretrainingArguments, optimizer: Optimizer) -> None:
     # Of a run that is counted in epochs, some number of steps.
     steps = args.max_steps if args.max_steps > 0 else 1000
     with _in_one_line(f"lr_scheduler_type={args.lr_scheduler_type.value} with lr_scheduler_kwargs={kwargs or {}}"):
-        get_scheduler(
-            args.lr_scheduler_type,
-            optimizer=optimizer,
-            num_warmup_steps=args.get_warmup_steps(steps),
-            num_training_steps=steps,
-            scheduler_specific_kwargs=None if kwargs is None else dict(kwargs),
-        )
+        schedule_of(args, optimizer, steps=steps)

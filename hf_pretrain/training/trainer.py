@@ -48,7 +48,7 @@ from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
 from hf_pretrain.modeling.surgery.adapters import add_adapters
-from hf_pretrain.optimizers import check_matrices_are_whole, linear_product_schedule, optimizer_of
+from hf_pretrain.optimizers import check_matrices_are_whole, optimizer_of, schedule_of
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import (
@@ -98,10 +98,10 @@ class PretrainingTrainer(Trainer):
     | `_get_train_sampler` | keyed order that carries the epoch; distil-task: examples of about one length in a step |
     | `_get_eval_sampler` | memory: windows in the order of time |
     | `_get_dataloader` | processes with nothing left take a marked example instead of one that was seen |
-    | `get_optimizer_cls_and_kwargs` | Adam without bias correction, AdamW with parameter scale, Adafactor's options |
+    | `get_optimizer_cls_and_kwargs` | optimizers that transformers does not have, Adafactor's options |
     | `get_decay_parameter_names` | no weight decay of tables of which some rows are trained |
     | `create_optimizer` | rtd: a learning rate of the generator's own |
-    | `create_scheduler` | the rates of phases; decay times warm-up; rtd: one schedule for each of two stages |
+    | `create_scheduler` | the rates of phases; decay times warm-up; shares of steps; rtd: one schedule for each of two stages |
     | `_prepare_for_training` | FSDP shards the blocks that share no parameter, and keeps the rest together |
     | `train` | seeds dropout by rank, finds the checkpoint to go on from, reports faults in one line |
     | `_init_training_state` | a phase begins its data anew; a stream goes on by itself; no step after the last one |
@@ -447,19 +447,13 @@ class PretrainingTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if name not in self.model.adapters.undecayed]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """Return the stock schedule, the rates of the phases, or the product of decay and warm-up where the recipe wants it."""
-        if getattr(self, "lr_scheduler", None) is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        scheduled = cast(Optimizer, self.optimizer if optimizer is None else optimizer)
-        if self.course is not None and self.course.has_rates:
-            self.lr_scheduler: LRScheduler = self.course.scheduler(scheduled)
-            self._created_lr_scheduler = True
-        elif self.args.decay_during_warmup:
-            self.lr_scheduler = linear_product_schedule(
-                scheduled,
-                num_warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                num_training_steps=num_training_steps,
-            )
+        """Return the rates of the phases, or the schedule that the options name."""
+        if getattr(self, "lr_scheduler", None) is None:
+            scheduled = cast(Optimizer, self.optimizer if optimizer is None else optimizer)
+            if self.course is not None and self.course.has_rates:
+                self.lr_scheduler: LRScheduler = self.course.scheduler(scheduled)
+            else:
+                self.lr_scheduler = schedule_of(self.args, scheduled, steps=num_training_steps)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 

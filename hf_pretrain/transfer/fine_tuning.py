@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import begin_folder, share_weights, write_marker
+from hf_pretrain.optimizers import check_matrices_are_whole, optimizer_of, schedule_of, stock_optimizer_name
 from hf_pretrain.options import option
 from hf_pretrain.tasks.batches import LengthGroupedSampler
 from hf_pretrain.training.arguments import global_batch_size
@@ -72,7 +73,8 @@ class FineTuningArguments(StrategyArguments, TrainingArguments):
             )
         # transformers fills it in, and would not tell its own value from the user's.
         self.chooses_metric = self.metric_for_best_model is not None
-        super().__post_init__()
+        with stock_optimizer_name(self):
+            super().__post_init__()
         schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
         if self.slanted_triangular and (self.warmup_steps != 0.1 or schedule != "linear"):
             raise InputError(
@@ -183,6 +185,7 @@ class FineTuningTrainer(Trainer):
     def _check_processes(self) -> None:
         """Refuse what would move other weights than planned, or move none on other processes."""
         check_launch(self.accelerator)
+        check_matrices_are_whole(self.args, self.accelerator)
         if self.plan.is_staged and self.args.world_size > 1 and not self.args.ddp_find_unused_parameters:
             raise InputError(
                 f"ddp_find_unused_parameters=False: with strategy={self.args.strategy!r} some parts have no gradient at first; "
@@ -214,8 +217,8 @@ class FineTuningTrainer(Trainer):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        """Return the stock optimizer, to be made with the groups of the parts."""
-        optimizer, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        """Return the optimizer of the options, to be made with the groups of the parts."""
+        optimizer, kwargs = optimizer_of(args, model)
         plan = StrategyPlan(cast(nn.Module, model), args)
         if plan.has_one_rate:
             return optimizer, kwargs
@@ -236,7 +239,12 @@ class FineTuningTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Return the schedule, with a beginning for each part; see `transformers.Trainer.create_scheduler`."""
-        if cast(Any, self).lr_scheduler is not None or not (self.plan.is_staged or self.args.slanted_triangular):
+        if cast(Any, self).lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if not (self.plan.is_staged or self.args.slanted_triangular):
+            scheduled = cast(torch.optim.Optimizer, self.optimizer if optimizer is None else optimizer)
+            self.lr_scheduler = schedule_of(self.args, scheduled, steps=num_training_steps)
+            self._created_lr_scheduler = True
             return super().create_scheduler(num_training_steps, optimizer)
         groups = cast(Any, self.optimizer if optimizer is None else optimizer).param_groups
         shares = self.plan.multipliers(total=num_training_steps, per_epoch=self._steps_per_epoch)

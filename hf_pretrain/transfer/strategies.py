@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, TrainingArguments
 
 from hf_pretrain.errors import InputError
+from hf_pretrain.optimizers import schedule_of
 from hf_pretrain.transfer.arguments import ADAPTERS
 from hf_pretrain.transfer.arguments import StrategyArguments as StrategyArguments
 from hf_pretrain.transfer.layers import head_parameters, parameter_depths
@@ -203,13 +204,8 @@ def _shape(args: Any, total: int) -> Callable[[int], float]:
         return partial(
             slanted_triangular, total=total, cut_fraction=args.slanted_cut_fraction, ratio=args.slanted_ratio
         )
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0),
-        num_warmup_steps=args.get_warmup_steps(total),
-        num_training_steps=total,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=args.learning_rate or 1.0)
+    scheduler = schedule_of(args, optimizer, steps=total)
     if not isinstance(scheduler, LambdaLR):
         raise InputError(
             f"lr_scheduler_type={str(args.lr_scheduler_type)!r} is no function of the step, which strategy={args.strategy!r} "

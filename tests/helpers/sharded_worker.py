@@ -36,9 +36,11 @@ def shard_on_a_cpu():
 
 
 def options_of(method):
-    """Additional options of a method: two of them train with optimizers that transformers does not have."""
+    """Additional options of a method: some of them train with optimizers that transformers does not have."""
     return STEPS | {
+        "mlm": {"optim": "muon"},
         "rtd": {"adam_bias_correction": False},
+        "encoder": {"optim": "stable_adamw"},
         "recurrent-lm": {"optim": "adamw_rms", "learning_rate": 0.1},
     }.get(method, {})
 

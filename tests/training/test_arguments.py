@@ -308,7 +308,7 @@ def test_masks_of_nothing_are_refused(tmp_path):
         ),
         (
             {"lr_scheduler_type": "warmup_stable_decay"},
-            "lr_scheduler_type=warmup_stable_decay with lr_scheduler_kwargs={}: ",
+            "lr_scheduler_type='warmup_stable_decay' needs the length of the decay: ",
         ),
         ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"x": 1}}, "lr_scheduler_kwargs={'x': 1}: "),
         ({"lr_scheduler_kwargs": {"x": 1}, "decay_during_warmup": True}, "has no effect with decay_during_warmup"),

@@ -13,11 +13,11 @@ from accelerate.utils import DistributedType
 from transformers import Adafactor, get_linear_schedule_with_warmup
 
 from helpers.method_matrix import build, log_of, programs
-from hf_pretrain import optimizers
 from hf_pretrain.errors import InputError
 from hf_pretrain.optimizers import (
     AdamWithoutBiasCorrection,
     AdamWithParameterScale,
+    adam,
     check_matrices_are_whole,
     linear_product_schedule,
     optimizer_of,
@@ -104,7 +104,7 @@ class TestAdamWithoutBiasCorrection:
 def rates(request, monkeypatch):
     """Rates as numbers, as on a CPU, and as tensors, as on a GPU."""
     if request.param == "on the device":
-        monkeypatch.setattr(optimizers, "_rates_on_the_host", optimizers._rates_on_the_device)
+        monkeypatch.setattr(adam, "_rates_on_the_host", adam._rates_on_the_device)
 
 
 @pytest.mark.usefixtures("rates")
