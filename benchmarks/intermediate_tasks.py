@@ -213,4 +213,4 @@ def _spread(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    compare_arms(IntermediateArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(IntermediateArguments, description=__doc__, run_arm=run_arm, results=print_results)
