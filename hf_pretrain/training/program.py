@@ -111,16 +111,7 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
     options, parts = parsed.options, [phase.options for phase in parsed.phases] or [parsed.options]
     args = options[2]
     for data_args, _, training in parts:
-        check_training_options(training)
-        if isinstance(data_args, DataArguments):
-            data_args.check_named()
-        if training.evaluation_tasks:
-            # Measures are above training, and few runs have tasks.
-            from hf_pretrain.evaluation.suite.runs import check_tasks
-
-            check_tasks(training)
-        # SIGTERM saves a checkpoint in any case.
-        training.enable_jit_checkpoint = False
+        _check_part(data_args, training)
     if parsed.phases:
         check_run(args, parsed.phases)
     set_timeout(args)
@@ -158,6 +149,20 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
             if method.demonstrate is not None and not is_sharded(trainer.model):
                 method.demonstrate(trainer, data)
         trainer.end()
+
+
+def _check_part(data_args: Any, training: PretrainingArguments) -> None:
+    """Refuse options of a run, or of a phase, before any text is read."""
+    check_training_options(training)
+    if isinstance(data_args, DataArguments):
+        data_args.check_named()
+    if training.evaluation_tasks:
+        # Measures are above training, and few runs have tasks.
+        from hf_pretrain.evaluation.suite.runs import check_tasks
+
+        check_tasks(training)
+    # SIGTERM saves a checkpoint in any case.
+    training.enable_jit_checkpoint = False
 
 
 def _rehearse(method: Method, parts: Sequence[tuple[Any, ...]], *, checkpoint: str | None) -> None:

@@ -230,17 +230,20 @@ class PretrainingTrainer(Trainer):
         self._is_evaluating = False
         self._sums = EvaluationSums()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
-        self.tasks: RunTasks | None = None
-        if args.evaluation_tasks:
-            # Measures are above training, and few runs have tasks.
-            from hf_pretrain.evaluation.suite.runs import RunTasks
-
-            self.tasks = RunTasks(self)
+        self.tasks = self._find_tasks()
 
     def _make_trainable(self, model: Any, args: PretrainingArguments) -> None:
         """Refuse what cannot be trained, and put in the adapters."""
         check_trainable(model, gradient_checkpointing=bool(args.activation_checkpointing))
         add_adapters(model, args, seed=args.seed, peft_config=self._peft_config)
+
+    def _find_tasks(self) -> RunTasks | None:
+        if not self.args.evaluation_tasks:
+            return None
+        # Measures are above training, and few runs have tasks.
+        from hf_pretrain.evaluation.suite.runs import RunTasks
+
+        return RunTasks(self)
 
     # What a method says of its inputs
 
