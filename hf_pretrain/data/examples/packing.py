@@ -302,36 +302,37 @@ class _Line:
     def __init__(self, store: TokenStore, low: int, high: int, rule: _Rule) -> None:
         self.store, self.low, self.rule = store, low, rule
         self.is_last = high == store.num_tokens
-        if rule.unit == "token":
-            starts = np.ones(high - low, dtype=np.bool_)
-        else:
-            starts = store.word_starts(low, high) if rule.unit == "word" else store.sent_starts(low, high)
         first, last = store.begins.searchsorted([low + 1, high])
         borders = store.begins[first:last] - low
-        starts[borders] = True
-        self.separators = borders[:0]
-        ends = np.zeros(0 if rule.joins_documents else len(starts), dtype=np.bool_)
-        if rule.joins_documents:
-            starts = np.insert(starts, borders, True)
-            self.separators = borders + np.arange(len(borders))
-        else:
-            ends[borders] = True
+        self.separators = borders + np.arange(len(borders)) if rule.joins_documents else borders[:0]
         # The end of the text ends a block too.
         closing = b"\1" * self.is_last
-        self.starts, self.ends = starts.tobytes() + closing, ends.tobytes() + closing
+        self.length = high - low + len(self.separators) + len(closing)
+        self.starts = self.ends = b""
+        if rule.unit == "token":
+            return
+        starts = store.word_starts(low, high) if rule.unit == "word" else store.sent_starts(low, high)
+        starts[borders] = True
+        if rule.joins_documents:
+            starts = np.insert(starts, borders, True)
+        else:
+            ends = np.zeros(len(starts), dtype=np.bool_)
+            ends[borders] = True
+            self.ends = ends.tobytes() + closing
+        self.starts = starts.tobytes() + closing
 
     def cut(self, budget: int) -> tuple[np.ndarray, int]:
         """Return where blocks end, and where the next window begins; in a window that is not the last, up to its last block."""
         separators = set(self.separators.tolist())
         is_joined, is_anywhere = self.rule.joins_documents, self.rule.unit == "token"
-        first_in, last_in, length = self.ends.find, self.starts.rfind, len(self.starts)
+        first_in, last_in = self.ends.find, self.starts.rfind
         # From the last of these, all starts that a block can reach are known.
-        last = length - 1 - (1 if self.is_last else budget)
+        last = self.length - 1 - (1 if self.is_last else budget)
         ends, at = [], 0
         while at <= last:
             behind = at + budget + 1
             if is_anywhere:
-                end = min(behind, length) - 1
+                end = min(behind, self.length) - 1
             elif is_joined or (end := first_in(1, at + 1, behind)) < 0:
                 end = last_in(1, at + 1, behind)
                 if end < 0:
@@ -418,7 +419,8 @@ def _fill_rows(
     order, ends = np.argsort(row_of, kind="stable"), np.cumsum(np.bincount(row_of))
     row_of, cuts = row_of.copy(), []
     # The row that is given up, those of its pieces that are left, and where the first of these goes on.
-    taken, pieces, start = -1, [], 0
+    pieces: list[int] = []
+    taken, start = -1, 0
     for number, row in enumerate(rest):
         room = int(rooms[row])
         while room > least:
