@@ -352,6 +352,8 @@ class TestWhichMatrices:
 
     def test_heads_are_none(self):
         model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **WIDTH))
+        # A head may have a list of layers too.
+        model.cls.layers = nn.ModuleList([nn.Linear(16, 16)])
         found = hidden_matrices(model)
         named = {name for name, value in model.named_parameters() if value in found}
         assert len(named) == 12 and all(name.startswith("bert.encoder.layer.") for name in named)
@@ -549,7 +551,9 @@ class TestFineTuning:
 
     def test_parts_that_move_later_have_their_optimizer_from_the_start(self, tmp_path):
         trainer = self.make(tmp_path, optim="muon", strategy="gradual")
+        trainer._steps_per_epoch, trainer._total_steps = 10, 40
         trainer.enter_stage(0)
+        assert not all(value.requires_grad for value in hidden_matrices(trainer.model))
         optimizer = trainer.create_optimizer()
         kinds = {value: group["matrix"] for group in optimizer.param_groups for value in group["params"]}
         assert all(kinds[value] is not None for value in hidden_matrices(trainer.model))
