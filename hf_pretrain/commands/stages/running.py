@@ -49,6 +49,8 @@ from hf_pretrain.training.processes import first_process_first, stopping_on_sigt
 from hf_pretrain.training.program import print_table
 
 RECORD = "stages.json"
+# A stage that has begun goes on from its last checkpoint.
+_SHOWN = {"": "to run", "begun": "goes on", "done": "done"}
 _LOCK = "_lock"
 # What messages of a program advise by options that are the plan's, and what to do instead; {} is the folder of the stage.
 _ADVICE = {
@@ -118,10 +120,10 @@ def run_stages(plan: str | Path, *, output_dir: str | Path, dry_run: bool = Fals
             check_stages(stages, ended=record.ended(stages, states), pushes=is_first and not dry_run)
         if is_first:
             rows = [
-                (stage.name, stage.begins_with or "fresh weights", state)
+                (stage.name, stage.begins_with or "fresh weights", _SHOWN[state])
                 for stage, state in zip(stages, states, strict=True)
             ]
-            print_table(rows, header=("stage", "begins with", ""))
+            print_table(rows, header=("stage", "begins with", "state"))
             for stage in stages if dry_run else ():
                 print(f"hf-pretrain {shlex.join(stage.command(resumes=False))}")
         if dry_run:
@@ -281,9 +283,12 @@ def _run(stage: Stage, record: _Record, *, is_first: bool) -> None:
             stage.folder.mkdir(exist_ok=True)
         print(f"\nstage  {stage.name}: hf-pretrain {shlex.join(stage.command(resumes=False))}", flush=True)
     try:
-        # What only measures does so once.
-        if is_first or stage.program not in MEASURES:
+        # What only measures does so once, on the first process alone.
+        measures = stage.program in MEASURES
+        if is_first or not measures:
             with _same_environment():
+                if measures:
+                    os.environ.pop("WORLD_SIZE", None)
                 run_named(stage.program, stage.command()[1:])
     except BaseException as error:
         record.note(stage, state="begun", seconds=seconds())
