@@ -84,7 +84,7 @@ COMMANDS = {
 }
 """Programs that pre-train nothing."""
 
-LAUNCHED = ("finetune", "multitask", "adapt")
+LAUNCHED = ("finetune", "multitask", "adapt", "stages")
 """Those of them that `accelerate launch` starts in several processes; the others run in one."""
 
 _EXIT_RUN = 1

@@ -158,7 +158,7 @@ class _RecipeLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Return the next node; refuse nesting without sense or end."""
         if self._depth == _DEEPEST or self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("nested too deeply, or an alias: a recipe is flat, one `option: value` a line")
+            raise yaml.YAMLError("nested too deeply, or an alias: write the value itself, one `option: value` a line")
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1

@@ -367,7 +367,8 @@ def earlier_trainings(folder: str | Path) -> tuple[Row, ...]:
         known = None
     if known is None or (place != Path(folder) and known.objective.name != "multitask"):
         return ()
-    sources = ", ".join(map(str, as_list(known.data.get("sources"))))
+    # Pre-training names its text in one string, a task its files in a list.
+    sources = ", ".join(map(str, as_list(known.data.get("sources") or known.data.get("source"))))
     steps = "" if known.compute.steps is None else f"{known.compute.steps:,}"
     header, *before = known.earlier or [("Training", "Data", "Steps")]
     return (header, *before, (known.objective.title, sources, steps))

@@ -264,6 +264,17 @@ def note_own_folders(folder: str | Path, names: Iterable[str]) -> None:
     write_text(Path(folder, _OWN_FOLDERS), json.dumps([*known, *(name for name in names if name not in known)]) + "\n")
 
 
+def has_ended(folder: Path) -> bool:
+    """Whether a run came to its end in a folder: it has left files there, and nowhere the mark of a run that is under way.
+
+    Args:
+        folder: An output folder, or one around those of several seeds; it need not be there.
+    """
+    if not folder.is_dir() or (folder / _UNFINISHED).exists() or any(folder.glob(f"*/{_UNFINISHED}")):
+        return False
+    return any(_is_named(path.name, _MARKS) for path in folder.iterdir())
+
+
 def is_name_of_a_run(name: str) -> bool:
     """Whether a run writes something of this name into its folder itself, so that no task of it may be called so."""
     return _is_named(name, (*_OF_A_RUN, _REPLACED))

@@ -25,6 +25,7 @@ from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.environment import Compute, hardware, versions
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, cite
+from hf_pretrain.hub.run import earlier_trainings
 from hf_pretrain.hub.text import hub_id
 from hf_pretrain.modeling.loading import find_file
 from hf_pretrain.transfer.classic_heads import HEADS, Kind, fit_head, read_head, save_head
@@ -176,6 +177,7 @@ class _OnFeatures(BaseEstimator):
             objective=objective,
             origin=f"A {title} was fitted on features of {encoder}",
             base_model=base,
+            earlier=earlier_trainings(name) if name else (),
             data={"examples": self.num_examples_} | data,
             recipe={"classifier": self.head, "pooling": features.pooling, "layer": features.layer}
             | {"seed": self.seed},

@@ -31,6 +31,7 @@ from hf_pretrain.training.phases.running import check_files
 _COMMANDS = ("adapt", "finetune", "multitask", "features", "evaluate")
 MEASURES = ("features", "evaluate")
 _FROM = "from"
+_ANEW = ("--overwrite_output_dir", "true")
 # The plan decides these.
 _OF_THE_PLAN = {
     "output_dir": "each stage has a folder of its own in that of the plan",
@@ -77,7 +78,10 @@ class Stage:
         if self.program == "evaluate":
             return [*found, "--output_file", str(self.folder / "evaluation.json")]
         found += ["--output_dir", str(self.folder)]
-        return [*found, "--resume_from_checkpoint", "auto"] if resumes and self.program not in MEASURES else found
+        if not resumes:
+            return found
+        # Features have no checkpoints: they are made anew.
+        return [*found, *(_ANEW if self.program in MEASURES else ("--resume_from_checkpoint", "auto"))]
 
     def wanted(self) -> dict[str, Any]:
         """Return what decides the stage: if it changes, the stage is another one."""

@@ -41,13 +41,23 @@ from hf_pretrain.commands import parse_command
 from hf_pretrain.commands.stages.plan import MEASURES, Stage, check_stages, read_stages
 from hf_pretrain.errors import InputError, RunError, StoppedError
 from hf_pretrain.files import write_text
+from hf_pretrain.hub.record import read_content, read_record
+from hf_pretrain.hub.text import split_by_held_out_set
 from hf_pretrain.options import option
+from hf_pretrain.training.output_folder import has_ended
 from hf_pretrain.training.processes import first_process_first, stopping_on_sigterm
 from hf_pretrain.training.program import print_table
 
 RECORD = "stages.json"
+# A stage that has begun goes on from its last checkpoint.
+_SHOWN = {"": "to run", "begun": "goes on", "done": "done"}
 _LOCK = "_lock"
-_AGAIN = re.compile(r"--resume_from_checkpoint (?:true|auto)\b")
+# What messages of a program advise by options that are the plan's, and what to do instead; {} is the folder of the stage.
+_ADVICE = {
+    r"name another,.*? or replace the run that is there with --overwrite_output_dir": "remove {}, or name another output_dir",
+    "replace both with --overwrite_output_dir": "remove {}-start",
+    r"--resume_from_checkpoint (?:true|auto)\b": "the same command",
+}
 
 
 @dataclass
@@ -68,15 +78,14 @@ class StageResult(NamedTuple):
     Attributes:
         name: Name of the stage and of its folder, such as "2-finetune-mnli".
         folder: The folder.
-        metric: Name of the number that counts; "" if nothing was measured.
-        score: That number on the rows, or the text, that were held out; None if nothing was measured.
+        scores: Numbers that count on the rows, or the text, that were held out, by their names: one of a training, the mean first
+            and then one a task of multi-task learning, and one a task of what measures; {} if nothing was measured.
         seconds: Time of the stage, that of its earlier starts included where they ended by SIGTERM or an error.
     """
 
     name: str
     folder: Path
-    metric: str
-    score: float | None
+    scores: dict[str, float]
     seconds: float
 
 
@@ -111,10 +120,10 @@ def run_stages(plan: str | Path, *, output_dir: str | Path, dry_run: bool = Fals
             check_stages(stages, ended=record.ended(stages, states), pushes=is_first and not dry_run)
         if is_first:
             rows = [
-                (stage.name, stage.begins_with or "fresh weights", state)
+                (stage.name, stage.begins_with or "fresh weights", _SHOWN[state])
                 for stage, state in zip(stages, states, strict=True)
             ]
-            print_table(rows, header=("stage", "begins with", ""))
+            print_table(rows, header=("stage", "begins with", "state"))
             for stage in stages if dry_run else ():
                 print(f"hf-pretrain {shlex.join(stage.command(resumes=False))}")
         if dry_run:
@@ -123,6 +132,9 @@ def run_stages(plan: str | Path, *, output_dir: str | Path, dry_run: bool = Fals
             for stage, state in zip(stages, states, strict=True):
                 if state != "done":
                     _run(stage, record, is_first=is_first)
+                elif not record.has_noted(stage):
+                    # It was killed between its end and the note of that.
+                    _note_end(stage, record, is_first=is_first)
     found = [record.result(stage) for stage in stages]
     if is_first:
         _report(found)
@@ -176,8 +188,13 @@ class _Record:
                     f"{stage.folder} was made from a stage that is no longer there: remove {' and '.join(later)} too, or name "
                     "another output_dir"
                 )
-            found.append("" if entry is None else str(entry["state"]))
+            has_run = stage.program != "evaluate" and has_ended(stage.folder)
+            found.append("" if entry is None else "done" if has_run else str(entry["state"]))
         return found
+
+    def has_noted(self, stage: Stage) -> bool:
+        """Whether the end of a stage is noted."""
+        return bool(self.entries[stage.name]["state"] == "done")
 
     def ended(self, stages: Sequence[Stage], states: Sequence[str]) -> dict[str, list[str]]:
         """Return the stages that have ended, with the models that they have left."""
@@ -197,7 +214,7 @@ class _Record:
     def result(self, stage: Stage) -> StageResult:
         """Return what a stage has left."""
         entry = self.entries[stage.name]
-        return StageResult(stage.name, stage.folder, entry.get("metric", ""), entry.get("score"), entry["seconds"])
+        return StageResult(stage.name, stage.folder, entry.get("scores", {}), entry["seconds"])
 
 
 def _has_files(folder: Path) -> bool:
@@ -254,11 +271,9 @@ def _run(stage: Stage, record: _Record, *, is_first: bool) -> None:
     """Run a stage to its end, and note that."""
     begin = time.perf_counter()
 
-    def note(**facts: Any) -> None:
-        seconds = record.entries.get(stage.name, {}).get("seconds", 0.0) + time.perf_counter() - begin
-        record.note(stage, seconds=round(seconds, 3), **facts)
-        if is_first:
-            record.write()
+    def seconds() -> float:
+        before = record.entries.get(stage.name, {}).get("seconds", 0.0)
+        return float(round(before + time.perf_counter() - begin, 3))
 
     if is_first:
         # The record before the folder: a folder without an entry is somebody else's.
@@ -268,28 +283,43 @@ def _run(stage: Stage, record: _Record, *, is_first: bool) -> None:
             stage.folder.mkdir(exist_ok=True)
         print(f"\nstage  {stage.name}: hf-pretrain {shlex.join(stage.command(resumes=False))}", flush=True)
     try:
-        # What only measures does so once.
-        if is_first or stage.program not in MEASURES:
+        # What only measures does so once, on the first process alone.
+        measures = stage.program in MEASURES
+        if is_first or not measures:
             with _same_environment():
+                if measures:
+                    os.environ.pop("WORLD_SIZE", None)
                 run_named(stage.program, stage.command()[1:])
     except BaseException as error:
-        note(state="begun")
+        record.note(stage, state="begun", seconds=seconds())
+        if is_first:
+            record.write()
         known = _of_stage(error, stage)
         if known is None:
             raise
         raise known from error
     finally:
         clear_device_cache(garbage_collection=True)
+    _note_end(stage, record, is_first=is_first, seconds=seconds())
+
+
+def _note_end(stage: Stage, record: _Record, *, is_first: bool, **facts: Any) -> None:
+    """Note that a stage has ended, with what it has measured."""
     # The others must not open what the first one still writes.
     ranks: Any = SimpleNamespace(world_size=int(os.environ.get("WORLD_SIZE", "1")), process_index=int(not is_first))
     with first_process_first(ranks):
-        metric, score = _score(stage.folder) if is_first else ("", None)
-        note(state="done", metric=metric, score=score)
+        record.note(stage, state="done", scores=_scores(stage.folder) if is_first else {}, **facts)
+        if is_first:
+            record.write()
 
 
 def _of_stage(error: BaseException, stage: Stage) -> Exception | None:
     """Return an error that names its stage, and says how the plan goes on; None for one that is not a user's."""
-    text = f"stage {stage.name}: {_AGAIN.sub('the same command', str(error))}"
+    told = str(error)
+    for pattern, advice in _ADVICE.items():
+        # A folder may have what is no text of a replacement.
+        told = re.sub(pattern, advice.format(stage.folder).replace("\\", r"\\"), told)
+    text = f"stage {stage.name}: {told}"
     if isinstance(error, StoppedError):
         return StoppedError(text)
     if isinstance(error, RunError):
@@ -297,21 +327,34 @@ def _of_stage(error: BaseException, stage: Stage) -> Exception | None:
     return InputError(text) if isinstance(error, InputError) else None
 
 
-def _score(folder: Path) -> tuple[str, float | None]:
-    """Return name and value of the number that counts of what a stage has left; nothing where it measured nothing."""
+def _scores(folder: Path) -> dict[str, float]:
+    """Return the numbers that count of what a stage has left; {} where it measured nothing."""
     results = _json_of(folder / "all_results.json")
     if "metric" in results:
         name = results["metric"]
-        return name, (results.get("scores") or results["mean"])[name]
+        return {name: float((results.get("scores") or results["mean"])[name])}
+    card = read_record(folder) if read_content(folder) else None
+    # Of the weights that are exported, which need not be the last ones.
+    sets = {} if card is None else split_by_held_out_set(card.metrics_after)
+    if losses := {
+        f"{name} held-out loss".strip(): row["eval_loss"] for name, row in sets.items() if "eval_loss" in row
+    }:
+        return losses
     rows = _json_of(folder / "trainer_state.json").get("log_history", [])
-    for name, title in (("eval_mean", "mean"), ("eval_loss", "held-out loss")):
-        if values := [row[name] for row in rows if name in row]:
-            return title, float(values[-1])
-    for measured in _json_of(folder / "evaluation.json").get("models", {}).values():
-        first = measured[0]
-        name = next(iter(first["metrics"]))
-        return f"{first['task']} {name}", float(first["metrics"][name])
-    return "", None
+    found = {"mean": float(values[-1])} if (values := [row["eval_mean"] for row in rows if "eval_mean" in row]) else {}
+    models = _json_of(folder / "evaluation.json").get("models", {})
+    measured = [
+        (f"{Path(model).name} {row['task']}" if len(models) > 1 else row["task"], row["metrics"])
+        for model, rows in models.items()
+        for row in rows
+    ]
+    if not models and card is not None:
+        measured += [(entry.task, entry.metrics) for entry in card.evaluations]
+    for task, metrics in measured:
+        # The first metric of a task is the one that counts.
+        name, value = next(iter(metrics.items()))
+        found[f"{task} {name}"] = float(value)
+    return found
 
 
 def _json_of(path: Path) -> dict[str, Any]:
@@ -320,15 +363,11 @@ def _json_of(path: Path) -> dict[str, Any]:
 
 
 def _report(found: Sequence[StageResult]) -> None:
-    rows = [
-        (
-            entry.name,
-            entry.metric,
-            "" if entry.score is None else f"{entry.score:.3f}",
-            f"{entry.seconds:.1f}",
-            str(entry.folder),
-        )
-        for entry in found
-    ]
+    """Print a table of the stages, a score a row."""
+    rows = []
+    for entry in found:
+        scores = [(name, f"{value:.3f}") for name, value in entry.scores.items()] or [("", "")]
+        rows.append((entry.name, *scores[0], f"{entry.seconds:.1f}", str(entry.folder)))
+        rows += [("", *score, "", "") for score in scores[1:]]
     print()
     print_table(rows, header=("stage", "metric", "score", "seconds", "folder"))

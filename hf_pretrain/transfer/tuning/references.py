@@ -89,7 +89,9 @@ def evaluation_of(data: TaskData, scores: dict[str, float], *, method: str, refe
         reference: What stands beside them.
     """
     spec = data.spec
-    metrics = {name: value for name, value in scores.items() if np.isfinite(value)}
+    # The metric that counts is the first one.
+    names = sorted(scores, key=lambda name: name != data.main_metric)
+    metrics = {name: scores[name] for name in names if np.isfinite(scores[name])}
     return Evaluation(
         task=spec.name,
         dataset=spec.dataset_name or Path((spec.validation_file or spec.train_file)[0]).name,

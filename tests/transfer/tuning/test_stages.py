@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,13 @@ def finetune(task, **options):
     return {"finetune": {"tasks": "tasks.yaml", "task": task} | options}
 
 
-def evaluate(task, **options):
-    return {"evaluate": {"tasks": f"tasks.yaml:{task}"} | options}
+def evaluate(*tasks, **options):
+    return {"evaluate": {"tasks": [f"tasks.yaml:{task}" for task in tasks]} | options}
 
 
 MANY = {"multitask": {"tasks": "tasks.yaml", "task": ["pair", "entities"], "max_length": 32}}
-THREE = [ADAPT, finetune("classification", save_steps=4), finetune("pair")]
-ALL = [ADAPT, finetune("classification"), MANY, finetune("pair", **{"from": "3-multitask/pair"}), evaluate("pair")]
+LAST = [finetune("pair", **{"from": "3-multitask/pair"}), evaluate("pair", "classification")]
+ALL = [ADAPT, finetune("classification"), MANY, *LAST]
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +104,26 @@ def test_the_table_has_the_scores_of_the_folders(whole, place, capsys):
     names = ["1-adapt", "2-finetune-classification", "3-multitask", "4-finetune-pair", "5-evaluate"]
     assert [entry.name for entry in found] == names and all(entry.seconds > 0 for entry in found)
     scores = json.loads((out / names[1] / "all_results.json").read_text())
-    assert (found[1].metric, found[1].score) == ("accuracy", scores["scores"]["accuracy"])
+    assert found[1].scores == {"accuracy": scores["scores"]["accuracy"]}
     log = json.loads((out / names[0] / "trainer_state.json").read_text())["log_history"]
-    assert found[0].score == [row["eval_loss"] for row in log if "eval_loss" in row][-1] and found[0].metric
+    assert found[0].scores == {"held-out loss": [row["eval_loss"] for row in log if "eval_loss" in row][-1]}
     several = json.loads((out / names[2] / "trainer_state.json").read_text())["log_history"]
-    assert found[2].score == [row["eval_mean"] for row in several if "eval_mean" in row][-1]
+    known = {name: value for row in several for name, value in row.items() if name.startswith("eval_")}
+    of_tasks = {"pair accuracy": known["eval_pair_accuracy"], "entities entity_f1": known["eval_entities_entity_f1"]}
+    assert found[2].scores == {"mean": known["eval_mean"]} | of_tasks
+    assert list(found[2].scores)[0] == "mean"
+    assert sum(of_tasks.values()) / 2 == pytest.approx(known["eval_mean"])
     (measured,) = json.loads((out / names[4] / "evaluation.json").read_text())["models"].values()
-    assert found[4].score == next(iter(measured[0]["metrics"].values()))
+    assert [row["task"] for row in measured] == ["pair", "classification"]
+    assert list(found[4].scores.values()) == [next(iter(row["metrics"].values())) for row in measured]
     # Nothing is left to do, and the table is the same.
     capsys.readouterr()
     assert main(["stages", str(place / "whole.yaml"), "--output_dir", str(out)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["2-finetune-classification", "1-adapt", "done"] in lines
     shown = {line[0]: line[1:] for line in lines if line and line[-1].startswith(str(out))}
-    assert list(shown) == names and shown[names[1]][:2] == ["accuracy", f"{found[1].score:.3f}"]
+    assert list(shown) == names and shown[names[1]][:2] == ["accuracy", f"{found[1].scores['accuracy']:.3f}"]
+    assert ["classification", "accuracy", f"{found[4].scores['classification accuracy']:.3f}"] in lines
 
 
 def test_the_card_tells_the_whole_way(whole):
@@ -137,33 +144,85 @@ def test_the_card_tells_the_whole_way(whole):
     )
 
 
-def test_a_finished_stage_is_not_run_again_and_a_stopped_one_goes_on(place, tmp_path, capsys, monkeypatch):
-    plan, out, straight = write_plan(place, THREE, name="stopped"), tmp_path / "out", tmp_path / "straight"
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
+def test_a_finished_stage_is_not_run_again_and_a_stopped_one_goes_on(kill, whole, place, tmp_path, capfd, monkeypatch):
+    straight, out = whole[0], tmp_path / "out"
+    stages = [ADAPT, finetune("classification", save_steps=4), evaluate("classification")]
+    plan = write_plan(place, stages, name=f"stopped-{kill}")
+    # What the fixture has trained need not be trained again.
+    shutil.copytree(straight / "1-adapt", out / "1-adapt")
+    known = {"1-adapt": record(straight)["1-adapt"]}
+    (out / "stages.json").write_text(json.dumps({"stages": known}))
     step = TaskTrainer.training_step
 
     def interrupted(trainer, *args, **kwargs):
         if trainer.state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), kill)
         return step(trainer, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(TaskTrainer, "training_step", interrupted)
-        assert main(["stages", str(plan), "--output_dir", str(out)]) == 143
-    shown = capsys.readouterr().err
-    assert "stage 2-finetune-classification: stopped by SIGTERM after step 7" in shown
-    assert "start again with the same command (" in shown and "resume_from_checkpoint" not in shown
-    assert record(out)["1-adapt"]["state"] == "done" and not (out / "3-finetune-pair").exists()
+        assert forked(lambda: main(["stages", str(plan), "--output_dir", str(out)])) == (
+            143 if kill == signal.SIGTERM else -kill
+        )
+    shown = capfd.readouterr().err
+    if kill == signal.SIGTERM:
+        assert "stage 2-finetune-classification: stopped by SIGTERM after step 7" in shown
+        assert "start again with the same command (" in shown and "resume_from_checkpoint" not in shown
+    assert not (out / "3-evaluate").exists() and record(out)["2-finetune-classification"]["state"] == "begun"
     before, seconds = (
         (out / "1-adapt" / "model.safetensors").stat(),
         record(out)["2-finetune-classification"]["seconds"],
     )
     assert main(["stages", str(plan), "--output_dir", str(out)]) == 0
-    assert "going on from step 7" in capsys.readouterr().out
+    assert f"going on from step {7 if kill == signal.SIGTERM else 4}" in capfd.readouterr().out
     assert (out / "1-adapt" / "model.safetensors").stat() == before
-    assert record(out)["2-finetune-classification"]["seconds"] > seconds > 0
-    run_stages(plan, output_dir=straight)
-    for name in ("1-adapt", "2-finetune-classification", "3-finetune-pair"):
-        assert weights(out / name) == weights(straight / name)
+    assert record(out)["2-finetune-classification"]["seconds"] > seconds
+    assert seconds > 0 or kill == signal.SIGKILL
+    assert weights(out / "2-finetune-classification") == weights(straight / "2-finetune-classification")
+    assert record(out)["3-evaluate"]["state"] == "done"
+
+
+def forked(run):
+    """Return the status of a fork that calls `run`, or the negative number of the signal that killed it."""
+    process = os.fork()
+    if not process:
+        status = 1
+        try:
+            status = run()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_kill_between_the_end_of_a_stage_and_its_note_costs_nothing(place, tmp_path, monkeypatch):
+    """Without checkpoints nothing else would tell that the stage has ended; with several seeds each has a folder."""
+    out = tmp_path / "out"
+    seeds = finetune("pair", seeds=["0", "1"])
+    plan = write_plan(place, [finetune("classification"), seeds], name="noted", save_strategy="no", max_steps="2")
+    found = run_stages(plan, output_dir=out)
+    kept = record(out)
+    for entry in kept.values():
+        del entry["scores"]
+        entry["state"] = "begun"
+    (out / "stages.json").write_text(json.dumps({"stages": kept}))
+    monkeypatch.setattr(running, "run_named", lambda *words: pytest.fail("it ran again"))
+    assert [entry.scores for entry in run_stages(plan, output_dir=out)] == [entry.scores for entry in found]
+    assert [entry["state"] for entry in record(out).values()] == ["done", "done"]
+    # What was cut off without a checkpoint is run anew.
+    second = out / "2-finetune-pair"
+    marks = [second / f"seed-{seed}" / "_unfinished" for seed in (0, 1)]
+    for mark in marks:
+        mark.touch()
+    before = weights(second / "seed-1")
+    (second / "seed-1" / "model.safetensors").write_bytes(b"cut off")
+    kept["1-finetune-classification"]["state"] = "done"
+    (out / "stages.json").write_text(json.dumps({"stages": kept}))
+    monkeypatch.undo()
+    run_stages(plan, output_dir=out)
+    assert weights(second / "seed-1") == before and not any(mark.exists() for mark in marks)
 
 
 def test_a_changed_plan(place, tmp_path, monkeypatch, capsys):
@@ -215,6 +274,16 @@ def test_a_changed_plan(place, tmp_path, monkeypatch, capsys):
     (out / "stages.json").write_text(json.dumps({"stages": {k: v for k, v in record(out).items() if k[0] == "1"}}))
     with pytest.raises(InputError, match=f"{second} is in use, and not by this plan"):
         start(one, two, learning_rate="1e-3")
+
+
+def test_messages_name_no_option_that_a_plan_cannot_take(place, tmp_path):
+    """A start of other words stays beside a folder that was removed, and the program would have it overwritten."""
+    out = tmp_path / "out"
+    (out / "1-adapt-start").mkdir(parents=True)
+    words = {"adapt": ADAPT["adapt"] | {"new_words": "auto:3"}}
+    with pytest.raises(InputError, match=f"stage 1-adapt: .*: remove {out}/1-adapt-start, or name another") as caught:
+        run_stages(write_plan(place, [words], name="words"), output_dir=out)
+    assert "overwrite" not in str(caught.value)
 
 
 WRONG = {
@@ -307,19 +376,23 @@ def test_shared_options_go_to_the_stages_that_train_and_have_them(place, tmp_pat
             run_stages(write_plan(place, [ADAPT], name="dry", **{name: "1"}), output_dir=tmp_path / "out")
 
 
-def test_options_of_one_stage_do_not_leak_into_another_through_the_environment(place, tmp_path, monkeypatch):
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+@pytest.mark.parametrize("value", [None, "NO"])
+def test_options_of_one_stage_do_not_leak_into_another_through_the_environment(value, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if value is None:
+        monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
     plan = write_plan(place, [finetune("pair"), finetune("pair", torch_compile="true")], name="compiled")
     seen = []
     monkeypatch.setattr(running, "run_named", lambda *words: seen.append(os.environ.get("ACCELERATE_DYNAMO_BACKEND")))
     run_stages(plan, output_dir=tmp_path / "out")
-    assert seen == [None, None] and "ACCELERATE_DYNAMO_BACKEND" not in os.environ
+    assert seen == [value, value] and os.environ.get("ACCELERATE_DYNAMO_BACKEND") == value
 
 
 def test_an_encoder_becomes_the_teacher_or_half_of_an_encoder_decoder(place, tmp_path, capsys):
     text = {"train_file": "domain.txt"}
     student = {"distil": text | {"student_layers": "first", "num_hidden_layers": "1"}}
-    stages = [ADAPT, student, {"denoise": text}, {"denoise": text}]
+    # Two mappings: YAML would write the second of one as an alias.
+    stages = [ADAPT, student, {"denoise": {**text}}, {"denoise": {**text}}]
     plan = write_plan(place, stages, name="kinds")
     assert main(["stages", str(plan), "--output_dir", str(tmp_path / "out"), "--dry_run"]) == 0
     commands = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("hf-pretrain ")]
@@ -409,4 +482,4 @@ def test_the_example_runs(place, tmp_path):
             (tmp_path / "data" / task / f"{split}.tsv").write_text("\n".join([*filter(None, [header]), *lines]) + "\n")
     found = run_stages(tmp_path / "stages.yaml", output_dir=tmp_path / "out")
     assert [entry.name for entry in found] == ["1-adapt", "2-finetune-sst2", "3-finetune-rte"]
-    assert [entry.metric for entry in found][1:] == ["accuracy", "accuracy"]
+    assert [list(entry.scores) for entry in found] == [["held-out loss"], ["accuracy"], ["accuracy"]]
