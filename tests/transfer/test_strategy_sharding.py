@@ -19,10 +19,9 @@ from hf_pretrain.transfer.fine_tuning import SHARDED, FineTuningArguments
 STILL = (
     "--optim sgd --learning_rate 0.1 --max_steps 6 --warmup_steps 0 --disable_tqdm true --use_cpu true --tfidf false"
 )
-OPTIONS = {
-    "full": "--task span --max_length 24",
-    "layerwise_decay": "--save_strategy steps --save_steps 3 --save_total_limit 2",
-}
+OPTIONS = {"full": "--task span --max_length 24"}
+# Of plain gradient descent there is no state to go on with.
+ADAM = "--optim adamw_torch --learning_rate 1e-3 --save_strategy steps --save_steps 3 --save_total_limit 2".split()
 STAGED = sorted(set(get_args(Strategy)) - set(SHARDED))
 
 
@@ -44,9 +43,10 @@ def runs(tmp_path_factory):
     for strategy in SHARDED:
         assert cli.main(words_of(strategy, place, 1)) == 0
     found = [{"name": strategy, "argv": words_of(strategy, place, 2)} for strategy in SHARDED]
-    goes_on = ["--resume_from_checkpoint", str(place / "layerwise_decay-2" / "checkpoint-3")]
-    resumed = words_of("layerwise_decay", place, 2, *goes_on, out=place / "resumed")
-    found.append({"name": "resumed", "argv": resumed})
+    whole = words_of("layerwise_decay", place, 2, *ADAM, out=place / "whole")
+    goes_on = ["--resume_from_checkpoint", str(place / "whole" / "checkpoint-3")]
+    resumed = words_of("layerwise_decay", place, 2, *ADAM, *goes_on, out=place / "resumed")
+    found += [{"name": "whole", "argv": whole}, {"name": "resumed", "argv": resumed}]
     (place / "commands.json").write_text(json.dumps({"2": found}))
     run_on_two_ranks("helpers.sharded_command_worker", place)
     return place
@@ -87,7 +87,7 @@ def test_the_export_is_a_stock_model_with_its_card(runs):
 def test_a_checkpoint_of_shared_weights_is_taken_up_bit_for_bit(runs):
     assert (runs / "resumed-2-0.json").read_text() == "0"
     assert "going on from step 3" in (runs / "resumed-2-0.out").read_text()
-    whole, resumed = (load_file(runs / name / "model.safetensors") for name in ("layerwise_decay-2", "resumed"))
+    whole, resumed = (load_file(runs / name / "model.safetensors") for name in ("whole", "resumed"))
     assert all(tensor.equal(resumed[name]) for name, tensor in whole.items())
 
 
