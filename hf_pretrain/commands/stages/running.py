@@ -257,7 +257,7 @@ def _claimed(folder: Path, *, is_first: bool) -> Iterator[None]:
 
 @contextmanager
 def _same_environment() -> Iterator[None]:
-    """Keep what the options of a stage write into the environment, such as torch_compile, from the others."""
+    """Keep what the options of a stage write into the environment, such as those of FSDP, from the others."""
     before = dict(os.environ)
     try:
         yield

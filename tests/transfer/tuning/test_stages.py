@@ -377,15 +377,21 @@ def test_shared_options_go_to_the_stages_that_train_and_have_them(place, tmp_pat
 
 
 @pytest.mark.parametrize("value", [None, "NO"])
-def test_options_of_one_stage_do_not_leak_into_another_through_the_environment(value, place, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+def test_what_a_stage_writes_into_the_environment_does_not_reach_another(value, place, tmp_path, monkeypatch):
+    """transformers hands options such as FSDP's to accelerate there."""
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    monkeypatch.setenv(name, "NO")
     if value is None:
-        monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
-    plan = write_plan(place, [finetune("pair"), finetune("pair", torch_compile="true")], name="compiled")
+        monkeypatch.delenv(name)
     seen = []
-    monkeypatch.setattr(running, "run_named", lambda *words: seen.append(os.environ.get("ACCELERATE_DYNAMO_BACKEND")))
-    run_stages(plan, output_dir=tmp_path / "out")
-    assert seen == [value, value] and os.environ.get("ACCELERATE_DYNAMO_BACKEND") == value
+
+    def run(*words):
+        seen.append(os.environ.get(name))
+        os.environ[name] = "true"
+
+    monkeypatch.setattr(running, "run_named", run)
+    run_stages(write_plan(place, [finetune("pair"), finetune("pair")], name="written"), output_dir=tmp_path / "out")
+    assert seen == [value, value] and os.environ.get(name) == value
 
 
 def test_an_encoder_becomes_the_teacher_or_half_of_an_encoder_decoder(place, tmp_path, capsys):
