@@ -416,8 +416,8 @@ def _row_of_word(word: str, vectors: WordVectors, row: int | None) -> int | None
     if row is not None or vectors.tokenizer is None:
         return row
     tokens = vectors.tokenizer.encode(f" {word}", add_special_tokens=False).tokens
-    special = {token.content for token in vectors.tokenizer.get_added_tokens_decoder().values() if token.special}
-    return vectors.ids.get(tokens[0]) if len(tokens) == 1 and tokens[0] not in special else None
+    unknown = getattr(vectors.tokenizer.model, "unk_token", None)
+    return vectors.ids.get(tokens[0]) if len(tokens) == 1 and tokens[0] != unknown else None
 
 
 def _means_of_near(

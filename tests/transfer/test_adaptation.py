@@ -35,6 +35,7 @@ from hf_pretrain.transfer.adaptation import (
     token_counts,
     token_vectors,
 )
+from hf_pretrain.vectors.corpus import word_tokenizer
 from hf_pretrain.vectors.folder import WordVectors
 
 GENERAL = [
@@ -315,6 +316,13 @@ class TestRowsFromVectors:
         zero = np.where((np.array(vectors.words) == "hepatitis")[:, None], 0, vectors.vectors)
         with pytest.raises(InputError, match="none of the 1 new words"):
             add_words(make_model(tokenizer), tokenizer, ["hepatitis"], vectors=WordVectors(vectors.words, zero))
+
+    def test_the_vector_of_unknown_words_is_none_of_a_word(self, tokenizer):
+        first, far = list(whole_words(tokenizer))[:2]
+        known = word_tokenizer([first, far])
+        vectors = WordVectors(("[UNK]", first, far), np.eye(3), tokenizer=known)
+        with pytest.raises(InputError, match="none of the 1 new words"):
+            add_words(make_model(tokenizer), tokenizer, ["hepatitis"], vectors=vectors)
 
     def test_vectors_of_another_language_are_refused(self, tokenizer):
         with pytest.raises(InputError, match="none of the tokenizer's other tokens is among the 2 words"):
