@@ -603,7 +603,7 @@ def test_early_stopping_and_the_best_model(tmp_path):
     changes = {"max_steps": 12, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
     changes |= {"load_best_model_at_end": True, "metric_for_best_model": "mlm_loss", "learning_rate": 0.5}
     args = options(MaskedLMTrainer, tmp_path, **changes, greater_is_better=False, save_total_limit=2)
-    callbacks = [EarlyStoppingCallback(1)]
+    callbacks = [EarlyStoppingCallback(1, early_stopping_threshold=1.0)]
     trainer = built(MaskedLMTrainer, tmp_path, model=bert(), args=args, eval_dataset=texts(10), callbacks=callbacks)
     trainer.train()
     losses = {row["step"]: row["eval_mlm_loss"] for row in trainer.state.log_history if "eval_mlm_loss" in row}

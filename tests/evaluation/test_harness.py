@@ -85,7 +85,7 @@ class TestAgainstTheHarness:
         model, tokenizer = causal(kind)
         expected = hflm(model, tokenizer, batch_size=batch_size).loglikelihood(asked(*PAIRS), disable_tqdm=True)
         found = harness_model(model, tokenizer, batch_size=batch_size).loglikelihood(asked(*PAIRS))
-        np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-5)
+        np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-4)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
     def test_log_likelihoods_of_an_encoder_decoder(self, lm_eval):
@@ -94,7 +94,7 @@ class TestAgainstTheHarness:
         pairs = [pair for pair in PAIRS if pair[0]]
         expected = hflm(model, tokenizer, batch_size=2, max_length=64).loglikelihood(asked(*pairs), disable_tqdm=True)
         found = harness_model(model, tokenizer).loglikelihood(asked(*pairs))
-        np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-5)
+        np.testing.assert_allclose([value for value, _ in found], [value for value, _ in expected], rtol=1e-4)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
     @pytest.mark.parametrize("window", [8, 20])

@@ -430,7 +430,7 @@ class TestTwoRanks:
             torch.testing.assert_close(torch.cat([rank[number] for rank in ranks]), values, rtol=1e-5, atol=1e-6)
         for _, _, gradients in ranks:
             for found, weight in zip(gradients, model.parameters(), strict=True):
-                torch.testing.assert_close(found, weight.grad, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(found, weight.grad, rtol=1e-5, atol=5e-6)
                 assert weight.grad.abs().max() > 1e-3
 
 
