@@ -45,7 +45,7 @@ from hf_pretrain.hub.record import read_content, read_record
 from hf_pretrain.hub.text import split_by_held_out_set
 from hf_pretrain.options import option
 from hf_pretrain.training.output_folder import has_ended
-from hf_pretrain.training.processes import first_process_first, stopping_on_sigterm
+from hf_pretrain.training.processes import done_by_first, stopping_on_sigterm
 from hf_pretrain.training.program import print_table
 
 RECORD = "stages.json"
@@ -283,12 +283,11 @@ def _run(stage: Stage, record: _Record, *, is_first: bool) -> None:
             stage.folder.mkdir(exist_ok=True)
         print(f"\nstage  {stage.name}: hf-pretrain {shlex.join(stage.command(resumes=False))}", flush=True)
     try:
-        # What only measures does so once, on the first process alone.
-        measures = stage.program in MEASURES
-        if is_first or not measures:
-            with _same_environment():
-                if measures:
-                    os.environ.pop("WORLD_SIZE", None)
+        with _same_environment():
+            if stage.program in MEASURES:
+                # Once, and what the first process refuses ends the others too.
+                done_by_first(_processes(is_first), lambda: _run_alone(stage))
+            else:
                 run_named(stage.program, stage.command()[1:])
     except BaseException as error:
         record.note(stage, state="begun", seconds=seconds())
@@ -305,12 +304,23 @@ def _run(stage: Stage, record: _Record, *, is_first: bool) -> None:
 
 def _note_end(stage: Stage, record: _Record, *, is_first: bool, **facts: Any) -> None:
     """Note that a stage has ended, with what it has measured."""
-    # The others must not open what the first one still writes.
-    ranks: Any = SimpleNamespace(world_size=int(os.environ.get("WORLD_SIZE", "1")), process_index=int(not is_first))
-    with first_process_first(ranks):
-        record.note(stage, state="done", scores=_scores(stage.folder) if is_first else {}, **facts)
-        if is_first:
-            record.write()
+    # The others must not open what the first one still writes, and it must not end while they wait for it.
+    scores = done_by_first(_processes(is_first), lambda: _scores(stage.folder))
+    record.note(stage, state="done", scores=scores, **facts)
+    if is_first:
+        record.write()
+
+
+def _processes(is_first: bool) -> Any:
+    """Return how many processes there are and whether this is the first, as the arguments of a training say it."""
+    return SimpleNamespace(world_size=int(os.environ.get("WORLD_SIZE", "1")), process_index=int(not is_first))
+
+
+def _run_alone(stage: Stage) -> None:
+    """Run a program of one process, on one of several."""
+    with _same_environment():
+        os.environ.pop("WORLD_SIZE", None)
+        run_named(stage.program, stage.command()[1:])
 
 
 def _of_stage(error: BaseException, stage: Stage) -> Exception | None:
