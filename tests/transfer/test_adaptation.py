@@ -21,6 +21,7 @@ from transformers import (
 
 from hf_pretrain import cli
 from hf_pretrain.commands import adapt
+from hf_pretrain.data import draws
 from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.data.text.docstrings import docstring_documents
 from hf_pretrain.errors import InputError
@@ -347,6 +348,16 @@ class TestRowsFromVectors:
             torch.testing.assert_close(after[len(tokenizer)], (near + pieces[len(tokenizer)]) / 2)
             assert torch.equal(after[: len(tokenizer)], before[: len(tokenizer)])
         assert larger.encoder.embed_tokens.weight is larger.shared.weight
+
+
+def test_vectors_of_a_text_follow_from_its_seed(tmp_path):
+    words = [a + b + c for a in "bcdfghkl" for b in ("an", "et", "ig", "om", "ur", "aw", "ey") for c in "abdefghikl"]
+    numbers = draws.integers(draws.row_keys(range(900), seed=0, stream="text"), 8, high=len(words)).tolist()
+    texts = [" ".join(words[number] for number in row) for row in numbers]
+    tokenizer = train_tokenizer(texts, kind="wordpiece", vocab_size=700, lowercase=True)
+    first, again, other = (token_vectors(lambda: texts, tokenizer, tmp_path / "work", seed=seed) for seed in (0, 0, 1))
+    assert len(first) > 400 and first.vectors.shape[1] == 100 and set(first.words) <= tokenizer.get_vocab().keys()
+    assert np.array_equal(first.vectors, again.vectors) and not np.array_equal(first.vectors, other.vectors)
 
 
 @pytest.fixture(scope="module")
