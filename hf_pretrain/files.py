@@ -15,13 +15,16 @@ import os
 import shutil
 import stat
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import xxhash
+from filelock import FileLock, Timeout
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.schedules import Schedule
 
 MARKER = "complete.json"
@@ -250,3 +253,29 @@ def weights_digest(folder: Path | str) -> str | None:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32] if paths else None
+
+
+@contextmanager
+def held_folder(folder: Path, *, lock: str) -> Iterator[None]:
+    """Hold a folder, which is made if it is not there, so that no other process that holds it so writes to it.
+
+    Args:
+        folder: The folder.
+        lock: Name of the file in it that is locked. It is removed at the end.
+
+    Raises:
+        InputError: If another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = FileLock(folder / lock)
+    try:
+        held.acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(
+            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / lock).unlink(missing_ok=True)
+        held.release()

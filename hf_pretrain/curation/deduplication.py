@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from hf_pretrain.curation.near_duplicates import Deduplicator
@@ -28,6 +27,7 @@ from hf_pretrain.data.text.files import (
 )
 from hf_pretrain.data.text.search import resolve_paths
 from hf_pretrain.errors import InputError
+from hf_pretrain.files import held_folder
 
 DOCUMENTS = "documents"
 """Folder of the documents that were kept, in the output folder: apart from the report, which is JSON too."""
@@ -122,14 +122,17 @@ def _claimed(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir={str(folder)!r} is a file: name a folder")
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
     try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(
-            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
-        ) from error
+        with held_folder(folder, lock=_LOCK), _nothing_left_behind(folder):
+            yield
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+@contextmanager
+def _nothing_left_behind(folder: Path) -> Iterator[None]:
+    """Refuse a folder that is not empty, and remove what was written where a run fails."""
     try:
         if any(path.name not in (_UNFINISHED, _LOCK) for path in folder.iterdir()):
             raise InputError(f"output_dir={str(folder)!r} is in use, for it is not empty: name another")
@@ -141,11 +144,6 @@ def _claimed(folder: Path) -> Iterator[None]:
             (folder / DOCUMENTS).rename(folder / _UNFINISHED)
         _remove_unfinished(folder / _UNFINISHED)
         raise
-    finally:
-        (folder / _LOCK).unlink(missing_ok=True)
-        lock.release()
-        if is_new and not any(folder.iterdir()):
-            folder.rmdir()
 
 
 def _remove_unfinished(folder: Path) -> None:

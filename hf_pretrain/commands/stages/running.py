@@ -27,20 +27,19 @@ import re
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from accelerate.utils.memory import clear_device_cache
-from filelock import FileLock, Timeout
 
 from hf_pretrain.cli import run_named
 from hf_pretrain.commands import parse_command
 from hf_pretrain.commands.stages.plan import MEASURES, Stage, check_stages, read_stages
 from hf_pretrain.errors import InputError, RunError, StoppedError
-from hf_pretrain.files import write_text
+from hf_pretrain.files import held_folder, write_text
 from hf_pretrain.hub.record import read_content, read_record
 from hf_pretrain.hub.text import split_by_held_out_set
 from hf_pretrain.options import option
@@ -128,7 +127,7 @@ def run_stages(plan: str | Path, *, output_dir: str | Path, dry_run: bool = Fals
                 print(f"hf-pretrain {shlex.join(stage.command(resumes=False))}")
         if dry_run:
             return []
-        with _claimed(Path(output_dir), is_first=is_first):
+        with held_folder(Path(output_dir), lock=_LOCK) if is_first else nullcontext():
             for stage, state in zip(stages, states, strict=True):
                 if state != "done":
                     _run(stage, record, is_first=is_first)
@@ -232,27 +231,6 @@ def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
             return _change(old, new)
         return f"{name} was {'not given' if old is None else old}, and is {'not given' if new is None else new}"
     return ""
-
-
-@contextmanager
-def _claimed(folder: Path, *, is_first: bool) -> Iterator[None]:
-    """Let no other start of a plan write to the folder."""
-    if not is_first:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / _LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise InputError(
-            f"output_dir={str(folder)!r} is in use by another process: wait for it or name another"
-        ) from error
-    try:
-        yield
-    finally:
-        (folder / _LOCK).unlink(missing_ok=True)
-        lock.release()
 
 
 @contextmanager
