@@ -55,6 +55,7 @@ _USUAL_TEXTS: dict[str, tuple[tuple[tuple[str, ...], ...], ...]] = {
             ("#1 String", "#2 String"),
             ("sentence",),
             ("text",),
+            ("review",),
         ),
     ),
     "token-classification": ((("tokens",), ("words",)), (("sentence",), ("text",))),
@@ -62,7 +63,7 @@ _USUAL_TEXTS: dict[str, tuple[tuple[tuple[str, ...], ...], ...]] = {
     "multiple-choice": (),
 }
 _USUAL_LABELS: dict[str, tuple[str, ...]] = {
-    "sequence-classification": ("label", "labels", "gold_label", "is_duplicate", "Quality"),
+    "sequence-classification": ("label", "labels", "gold_label", "is_duplicate", "Quality", "sentiment"),
     "token-classification": ("labels", "tags", "ner_tags", "pos_tags"),
     "question-answering": ("answers",),
     "multiple-choice": ("label", "labels"),

@@ -46,6 +46,7 @@ FILES = {
     ),
     "stsb_bare": ("regression", "w1 w2\tw3\t5.0\nw4\tw5\t1.5\n", ("sentence1", "sentence2"), "label"),
     "capitals": ("classification", "Text\tLabel\nw1\tgood\nw2\tbad\n", ("Text",), "Label"),
+    "imdb": ("classification", "review\tsentiment\nw1 w2\tpositive\nw3\tnegative\n", ("review",), "sentiment"),
     "words": ("tokens", "tokens\tner_tags\ttext\nw1 w2\tO B-PER\tw1 w2\nw3\tO\tw3\n", ("tokens",), "ner_tags"),
 }
 
@@ -101,8 +102,8 @@ def test_names_of_parquet_are_known_without_its_rows(tmp_path):
     [
         (
             "classification",
-            "review\tstars\nw1\t1\nw2\t0\n",
-            "no column of texts .*: the rows have review, stars; .*--text_columns",
+            "opinion\tstars\nw1\t1\nw2\t0\n",
+            "no column of texts .*: the rows have opinion, stars; .*--text_columns",
         ),
         (
             "classification",
