@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from functools import partial
 
 import datasets
@@ -103,7 +104,7 @@ def main() -> None:
         expected = one_word_a_forward(model, tokenizer, texts, words, with_copy=False)
         same = sum(set(word.candidates) == set(other) for word, other in zip(words, expected, strict=True))
         assert same > 0.98 * len(words), f"{same} of {len(words)} words have the same candidates"
-        sides = {
+        sides: dict[str, Callable[[], object]] = {
             name: partial(one_word_a_forward, model, tokenizer, texts, words, with_copy=with_copy)
             for name, with_copy in (("official form", True), ("one word a forward", False))
         }

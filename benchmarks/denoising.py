@@ -239,7 +239,7 @@ class Material:
         self.documents = documents.select(fitting[:count])
         self.texts = [np.array(ids) for ids in self.documents["input_ids"]]
 
-    def examples(self, mode: str) -> Examples:
+    def examples(self, mode: Any) -> Examples:
         """Return the paragraphs as examples of a collator of ours."""
         blocks = BlockDataset(self.documents, tokenizer=self.tokenizer, block_size=self.room + 2, mode=mode)
         rows = blocks.__getitems__(range(len(blocks)))

@@ -133,7 +133,7 @@ def distilbert_sides(args: argparse.Namespace) -> Sides:
         ours = pair.student(**inputs, output_hidden_states=True)
         student, teacher = ours.logits[is_target].float(), theirs.logits[is_target].float()
         soft = [(logits / temperature).log_softmax(-1) for logits in (student, teacher)]
-        prediction = temperature**2 * F.kl_div(*soft, reduction="batchmean", log_target=True)
+        prediction = temperature**2 * F.kl_div(soft[0], soft[1], reduction="batchmean", log_target=True)
         cosine = F.cosine_similarity(ours.hidden_states[-1].float(), theirs.hidden_states[-1].float(), dim=-1)
         mlm = F.cross_entropy(student, batch["labels"][is_target])
         found = {"prediction": prediction, "mlm": mlm, "cosine": 1 - cosine.mean()}

@@ -69,8 +69,6 @@ from results import (
     ComparisonArguments,
     command_line,
     compare_arms,
-    print_arms,
-    rows_by_settings,
     sizes_of,
     train_by_program,
 )
@@ -393,14 +391,12 @@ def nats_per_new_word(folder: Path, words: Sequence[str], held_out: str) -> floa
                 spans.append((first - left, end - left))
     rows = draws.permutation(len(spans), seed=0, stream="new words")[:_SCORED_WORDS].tolist()
     chosen = [passages[row] for row in rows]
-    encoded, offsets = (
-        encode_words(tokenizer, chosen),
-        tokenizer(chosen, return_offsets_mapping=True)["offset_mapping"],
-    )
+    encoded = encode_words(tokenizer, chosen)
+    offsets = tokenizer(chosen, return_offsets_mapping=True)["offset_mapping"]
     asked = []
-    for row, text, places in zip(rows, encoded, offsets, strict=True):
+    for row, words_of, places in zip(rows, encoded, offsets, strict=True):
         inside = [min(end, spans[row][1]) > max(first, spans[row][0]) for first, end in places]
-        asked.append(text._replace(scored=np.flatnonzero(inside)))
+        asked.append(words_of._replace(scored=np.flatnonzero(inside)))
     found = masked_scores(model, tokenizer, asked, within_word="l2r", batch_size=64)
     return -sum(float(part.log_probabilities.sum()) for part in found) / len(rows)
 
@@ -429,6 +425,7 @@ def run_arm(arm: str, seed: int, args: AdaptationArguments) -> dict[str, Any]:
     exams = read_exams(args)
     if arm.startswith("tfidf"):
         return tfidf_scores(exams, most_words=1 if arm == "tfidf" else 2)
+    row: dict[str, Any]
     folder, row = (start_folder(seed, args), {"seconds": 0}) if arm == "none" else go_on(arm, seed, args)
     row["tokens"] = 0 if arm == "none" else args.steps * args.batch_size * args.block_size
     row |= probe_scores(folder, exams, seed=seed)
@@ -453,12 +450,5 @@ COLUMNS = (
 )
 
 
-def print_results(path: Path) -> None:
-    """Print a table for each set of settings in the results."""
-    for settings, rows in rows_by_settings(path).items():
-        print(f"\n{settings}")
-        print_arms(rows, ARMS, COLUMNS)
-
-
 if __name__ == "__main__":
-    compare_arms(AdaptationArguments, description=__doc__, run_arm=run_arm, print_results=print_results)
+    compare_arms(AdaptationArguments, description=__doc__, run_arm=run_arm, results=COLUMNS)

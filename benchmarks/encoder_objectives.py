@@ -82,7 +82,7 @@ class ObjectiveArguments(ComparisonArguments):
 
 def data_arguments(arm: str, args: ObjectiveArguments) -> MultilingualDataArguments:
     """Return the options of an arm's text."""
-    common = {"block_size": args.block_size, "vocab_size": args.vocab_size}
+    common: dict[str, Any] = {"block_size": args.block_size, "vocab_size": args.vocab_size}
     if arm not in _BILINGUAL:
         return MultilingualDataArguments(
             train_file=args.train_file,

@@ -22,10 +22,11 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
+from torch.utils.data import Sampler
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from hf_pretrain import FineTuningArguments, FineTuningTrainer, train_tokenizer
@@ -60,7 +61,7 @@ def batches_of(args: argparse.Namespace) -> dict[str, list[Any]]:
     tokenizer = train_tokenizer(sentences, kind="wordpiece", vocab_size=VOCABULARY, lowercase=True)
     ids = tokenizer(sentences, truncation=True, max_length=LENGTH)["input_ids"]
     rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": table[1].astype(int).tolist()})
-    order = list(trainer(classifier(1, 64), train_dataset=rows)._get_train_sampler())
+    order = list(cast(Sampler, trainer(classifier(1, 64), train_dataset=rows)._get_train_sampler()))
     random = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     pad = DataCollatorWithPadding(tokenizer)
     firsts = range(0, args.batches * BATCH_SIZE, BATCH_SIZE)
@@ -85,7 +86,7 @@ def two_steps(strategy: str, sizes: tuple[int, int], is_checkpointed: bool, keep
     """Make a model and take two steps of AdamW, of 8 rows of 512 tokens; in the second, the moments are there."""
     tuned = trainer(classifier(*sizes), strategy=strategy)
     if keeps_all:
-        tuned._recomputes = lambda: False
+        tuned._recomputes = lambda: False  # type: ignore[method-assign]
     ids = torch.randint(0, VOCABULARY, (8, LENGTH), generator=torch.Generator().manual_seed(0))
     if is_checkpointed:
         tuned.model.activation_checkpointing_enable()

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -38,7 +39,13 @@ from hf_pretrain.cli import main as hf_pretrain
 from hf_pretrain.training.program import print_table
 
 SPLITS = ((8, 1), (4, 2), (2, 4), (1, 8))
-QUIET = {"learning_rate": 0.0, "max_steps": 1, "logging_steps": 1, "report_to": "none", "save_strategy": "no"}
+QUIET: dict[str, Any] = {
+    "learning_rate": 0.0,
+    "max_steps": 1,
+    "logging_steps": 1,
+    "report_to": "none",
+    "save_strategy": "no",
+}
 QUIET |= {"use_cpu": True, "bf16": False}
 
 
@@ -64,7 +71,7 @@ def accumulation(folder: Path) -> None:
     )
     rows = []
     for size, pieces in SPLITS:
-        split = {"per_device_train_batch_size": size, "gradient_accumulation_steps": pieces, **QUIET}
+        split: dict[str, Any] = {"per_device_train_batch_size": size, "gradient_accumulation_steps": pieces, **QUIET}
         stock = Trainer(
             fresh_model(len(tokenizer)),
             TrainingArguments(output_dir=str(folder / "stock"), **split),

@@ -43,7 +43,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
-from hf_pretrain.cli import METHODS, load_method
+from hf_pretrain.cli import load_method
+from hf_pretrain.objectives import METHODS
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import load_data, train_method
 from timing import print_table
@@ -57,12 +58,12 @@ BLOCK_SIZE = {"tiny": 32, "base": 512}
 BATCH_SIZE = {"tiny": 8, "base": 32}
 WORDS = {"tiny": 500, "base": 30000}
 DOCUMENTS = {"tiny": 300, "base": 4000}
-PRECISIONS: dict[str, dict[str, object]] = {
+PRECISIONS: dict[str, dict[str, Any]] = {
     "fp32": {"bf16": False},
     "bf16": {"bf16": True},
     "fp16": {"bf16": False, "fp16": True},
 }
-EXTRAS: dict[str, dict[str, object]] = {
+EXTRAS: dict[str, dict[str, Any]] = {
     "bf16, checkpointing": {"bf16": True, "activation_checkpointing": True},
     "bf16, torch.compile": {"bf16": True, "torch_compile": True},
 }
@@ -396,7 +397,7 @@ class Bench:
         if "mlm" in self.args.methods:
             self.train("mlm", EXTRAS)
 
-    def train(self, name: str, kinds: dict[str, dict[str, object]]) -> None:
+    def train(self, name: str, kinds: dict[str, dict[str, Any]]) -> None:
         """Train a method in several ways."""
         size = self.args.size
         method = Method(name, size, self.inputs[size], self.work / "training" / name, self.args.device)
@@ -404,7 +405,7 @@ class Bench:
         for kind, options in kinds.items():
             out = kind.replace(", ", "-")
 
-            def run(out: str = out, options: dict[str, object] = options) -> Results:
+            def run(out: str = out, options: dict[str, Any] = options) -> Results:
                 return method.train(out=out, **options, max_steps=self.args.steps).results()
 
             self.guarded(f"{name}, {kind}", run, found, kind)

@@ -114,7 +114,7 @@ def capitals(args: IntermediateArguments) -> TaskSpec:
             for name, part in (("train", rows[_HELD_OUT:]), ("dev", rows[:_HELD_OUT])):
                 lines = [json.dumps(row, ensure_ascii=False) for row in part]
                 (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    files = {f"{name}_file": (str(folder / f"{split}.jsonl"),) for name, split in _SPLITS.items()}
+    files: dict[str, Any] = {f"{name}_file": (str(folder / f"{split}.jsonl"),) for name, split in _SPLITS.items()}
     return TaskSpec(name="capitals", type="tokens", text=("words",), label="tags", metric="macro_f1", **files)
 
 
@@ -145,9 +145,9 @@ def prepared(args: IntermediateArguments, task: str, seed: int) -> tuple[str, fl
     """Return the encoder after an intermediate task, the score there, and the seconds that it took; it is trained once."""
     if task == "none":
         return args.model, None, 0.0
-    settings = (task, seed, args.intermediate_examples, args.intermediate_epochs, args.intermediate_steps)
-    settings += (args.strategy, args.learning_rate, args.batch_size)
-    folder = args.runs_folder() / "-".join(map(str, (Path(args.model).name, *settings)))
+    amount = (args.intermediate_examples, args.intermediate_epochs, args.intermediate_steps)
+    settings = (Path(args.model).name, task, seed, *amount, args.strategy, args.learning_rate, args.batch_size)
+    folder = args.runs_folder() / "-".join(map(str, settings))
     noted = folder / "intermediate.json"
     with FileLock(f"{folder}.lock"):
         if not noted.exists():

@@ -49,7 +49,10 @@ ARMS = {
     "t5": ("adamw_torch_fused=1e-3,1e-2", "adamw_rms=1e-2", "adafactor=1e-2"),
 }
 SIZES = {"mlm": ("4x128", "6x256"), "t5": ("4x256",)}
-OPTIONS = {"adafactor": {"optim_args": "scale_parameter=true"}, "stable_adamw": {"max_grad_norm": 0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adafactor": {"optim_args": "scale_parameter=true"},
+    "stable_adamw": {"max_grad_norm": 0},
+}
 # Of a T5: a gated feed-forward layer and no dropout, as in version 1.1; the table of words is the output layer too.
 TASKS: dict[str, dict[str, Any]] = {
     "mlm": {
@@ -99,7 +102,7 @@ class Run:
         """Return the command of the run."""
         layers, width = map(int, self.size.split("x"))
         every = max(1, args.max_steps // 10)
-        options = {
+        options: dict[str, Any] = {
             **TASKS[args.task],
             "num_hidden_layers": layers,
             "hidden_size": width,
@@ -121,7 +124,8 @@ class Run:
             "save_total_limit": 1,
             "output_dir": self.folder(args),
             "overwrite_output_dir": "true",
-        } | OPTIONS.get(self.optim, {})
+            **OPTIONS.get(self.optim, {}),
+        }
         for name in ("train_file", "validation_file"):
             if getattr(args, name) is not None:
                 options[name] = getattr(args, name)

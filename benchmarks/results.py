@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, TypeVar
 
 import pandas as pd
 from filelock import FileLock
@@ -65,7 +65,9 @@ class ComparisonArguments:
     arm: list[str] = option(factory=list, help="Arms to run; by default all.")
     seed: list[int] = option(factory=lambda: [0, 1], help="Seeds; each arm runs with each.")
     max_corpus_bytes: int | None = option(None, "Train on a random part of the text.")
-    document_separator: str = option("blank_line", "What ends a document of a text file.")
+    document_separator: Literal["blank_line", "line", "file"] = option(
+        "blank_line", "What ends a document of a text file."
+    )
     vocab_size: int = option(8192, "Tokens of the tokenizer that is trained on the text.")
     block_size: int = option(64, "Most tokens in an example.")
     batch_size: int = option(16, "Examples a step.")
@@ -225,7 +227,7 @@ def compare_arms(
     arguments: type[Chosen],
     *,
     description: str | None,
-    run_arm: Callable[[str, int, Chosen], dict[str, Any]],
+    run_arm: Callable[..., dict[str, Any]],
     results: Callable[[Path], None] | Sequence[Column],
 ) -> NoReturn:
     """Be the program of a comparison: run what is missing, then print the tables.
@@ -233,7 +235,7 @@ def compare_arms(
     Args:
         arguments: Dataclass of the program's options.
         description: What the program does, for its help.
-        run_arm: Runs an arm with a seed and the options, and returns what was measured.
+        run_arm: Runs an arm with a seed and the options, which it calls `args`, and returns what was measured.
         results: The columns of the table of each set of settings, or what prints the tables of a file of results.
     """
 

@@ -23,6 +23,7 @@ several processes may fill it, each with arms and seeds of its own. The models a
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,14 +106,16 @@ class SelectedTokensOnly(ReplacedTokenDetectionForPreTraining):
         self._logits = output.logits
 
     @staticmethod
-    def count_targets(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the selected positions for both losses."""
         count = (batch["labels"] != IGNORED).sum()
         return {"mlm": count, "rtd": count}
 
-    def forward(self, *args: Any, labels: torch.Tensor, **kwargs: Any) -> PretrainingOutput:
+    # A step gives all by name.
+    def forward(self, *, labels: torch.Tensor, **inputs: Any) -> PretrainingOutput:  # type: ignore[override]
         """Run a step and take all that concerns the discriminator anew."""
-        output = super().forward(*args, labels=labels, **kwargs)
+        output = super().forward(labels=labels, **inputs)
+        assert self._logits is not None
         is_selected = labels != IGNORED
         is_replaced = (output.replaced_ids != labels) & is_selected
         output.losses["rtd"] = binary_token_loss(self._logits.reshape(labels.shape), is_replaced, mask=is_selected)
@@ -130,7 +133,7 @@ def build_trainer(arm: str, seed: int, args: QualityArguments, data: PreparedDat
         no_dropout = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
         sizes |= {"embedding_size": args.hidden_size, "config_overrides": json.dumps(no_dropout)}
     # ELECTRA's recipe for all.
-    recipe = {"adam_bias_correction": False, "adam_epsilon": 1e-6, "decay_during_warmup": True}
+    recipe: dict[str, Any] = {"adam_bias_correction": False, "adam_epsilon": 1e-6, "decay_during_warmup": True}
     training = args.training(folder / f"{arm}-{seed}", seed, **recipe)
     set_seed(seed)
     if arm == "mlm":
@@ -138,7 +141,7 @@ def build_trainer(arm: str, seed: int, args: QualityArguments, data: PreparedDat
         options = MaskedLMTrainingArguments(**training)
         collator = DataCollatorForMaskedLM(data.tokenizer, masking=options.masking, seed=seed)
         return MaskedLMTrainer(model, options, data_collator=collator, **data.trainer_inputs())
-    generator = {"generator_size": args.generator_size, "generator_layers": args.generator_layers}
+    generator: dict[str, Any] = {"generator_size": args.generator_size, "generator_layers": args.generator_layers}
     # At this temperature all of the probability is with the best guess.
     temperature = 1e-4 if arm == "argmax" else 1.0
     model_args = ReplacedTokenDetectionModelArguments(**sizes, **generator)

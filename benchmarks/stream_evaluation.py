@@ -11,6 +11,7 @@ what is compared: its time for the whole text is extrapolated. The sides are tim
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import datasets
 import torch
@@ -63,11 +64,11 @@ def measure(options: argparse.Namespace, context: int) -> list[list[object]]:
         best[name] = min(best.get(name, float("inf")), score.seconds / score.num_tokens)
 
     def with_memory() -> None:
-        memory = {"window": context, "mem_lens": [context - 1], "clamp_lens": [-1]}
+        memory: dict[str, Any] = {"window": context, "mem_lens": [context - 1], "clamp_lens": [-1]}
         keep("memory", stream_evaluate(model, tokenizer, texts, **memory)[0])
 
     def sliding() -> None:
-        sample = {"num_targets": options.num_targets, "batch_size": options.batch_size}
+        sample: dict[str, Any] = {"num_targets": options.num_targets, "batch_size": options.batch_size}
         keep("sliding window", sliding_window_evaluate(model, tokenizer, texts, context=context, **sample))
 
     interleaved({"memory": with_memory, "sliding window": sliding}, options.repeats)

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -41,6 +41,7 @@ from hf_pretrain import DataCollatorForMaskedLM
 from hf_pretrain.data import draws
 from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.data.streaming.blocks import Stop, StreamingBlocks, StreamProgress, TrainingStream
+from hf_pretrain.data.streaming.sources import FileShards
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
 from hf_pretrain.training.parsing import parse_arguments
@@ -190,7 +191,9 @@ class Corpus:
         train = train_tokenizer if args.tokenizer == "wordpiece" else train_word_tokenizer
         self.tokenizer = train(first_documents(files), vocab_size=args.vocab_size)
         self.stream = open_stream(files, self.tokenizer, args)
-        paths = [shard.path for shard in self.stream.source.shards]
+        # The stream is made here, of files.
+        source = cast(FileShards, self.stream.source)
+        paths = [shard.path for shard in source.shards]
         self.shard_bytes = [text_bytes(path) / paths.count(path) for path in paths]
         self.num_bytes = sum(self.shard_bytes)
 
@@ -294,7 +297,7 @@ def resume(corpus: Corpus, share: float) -> list[object]:
     """Return the row of a resume: seconds to the first batch by the state, and by a replay."""
     begin = time.perf_counter()
     dataset = TrainingStream(corpus.stream)
-    batches, shards = iter(corpus.loader(dataset)), set()
+    batches, shards = iter(corpus.loader(dataset)), set[int]()
     stops: dict[int, Stop] = {}
     num_batches = 0
     while corpus.begun(shards) < share * corpus.num_bytes:

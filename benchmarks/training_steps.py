@@ -79,7 +79,8 @@ def sizes(args: argparse.Namespace) -> dict[str, int]:
 
 def mean_loss(output: PretrainingOutput, weights: dict[str, float]) -> torch.Tensor:
     """The Trainer's total for one batch."""
-    return sum(weights[name] * loss.sum.sum() / loss.count.sum() for name, loss in output.losses.items())
+    terms = [weights[name] * loss.sum.sum() / loss.count.sum() for name, loss in output.losses.items()]
+    return torch.stack(terms).sum()
 
 
 def masked_lm_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) -> Losses:

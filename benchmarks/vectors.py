@@ -223,9 +223,10 @@ def run_arm(arm: str, seed: int, args: TableArguments) -> dict[str, Any]:
     work = folder / "work"
     begin = time.perf_counter()
     if arm in GENSIM:
-        vectors: WordVectors | None = train_gensim(arm, seed, args, corpus)
+        trained = train_gensim(arm, seed, args, corpus)
         seconds = time.perf_counter() - begin
-        size = vectors.vectors.nbytes / 1e6
+        vectors: WordVectors | None = trained
+        size = trained.vectors.nbytes / 1e6
     else:
         work.mkdir(parents=True, exist_ok=True)
         if arm not in (*SPARSE, *ENCODER) and not (work / "corpus").exists():

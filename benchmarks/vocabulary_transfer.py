@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, cast
 
 from filelock import FileLock
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -53,7 +53,7 @@ class TransferArguments(ComparisonArguments):
 
     results: str = option("vocabulary_transfer.json", "File that each run adds a row to.")
     encoder: str = option("", "Folder of the encoder that goes on, a masked language model with its tokenizer.")
-    document_separator: str = option("line", "What ends a document of a text file.")
+    document_separator: Literal["blank_line", "line", "file"] = option("line", "What ends a document of a text file.")
     vocab_size: int = option(4096, "Tokens of the new tokenizer.")
     steps: int = option(1000, f"Steps of training, a multiple of {_EVALUATED}.")
     learning_rate: float = option(5e-4, "Peak rate.")
@@ -94,7 +94,7 @@ def begin(arm: str, seed: int, args: TransferArguments) -> tuple[str, dict[str, 
     elif arm == "scratch":
         moved = from_config(AutoModelForMaskedLM, transfer_vocabulary(model, old, new, method="mean").config)
     else:
-        moved = transfer_vocabulary(model, old, new, method=arm, seed=seed)
+        moved = transfer_vocabulary(model, old, new, method=cast(Any, arm), seed=seed)
     moved.save_pretrained(folder)
     new.save_pretrained(folder)
     return str(folder), {"tokens": len(new), "shared": len(shared_tokens(old, new))}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def _run_key(seed: int, stream: str) -> np.ndarray:
 
 
 def row_keys(
-    example_ids: np.ndarray | list[int], *, seed: int, epoch: np.ndarray | int = 0, stream: str = ""
+    example_ids: np.ndarray | Sequence[int], *, seed: int, epoch: np.ndarray | int = 0, stream: str = ""
 ) -> np.ndarray:
     """Return one 64-bit key an example, from which its draws of one stream follow.
 
