@@ -162,6 +162,7 @@ def build_config(
     values |= overrides | changes
     try:
         known = CONFIG_MAPPING[args.model_type]()
+        values = _fused_activation(known) | values
         _check_options(args, values, overrides=overrides, known=known)
         if args.model_type in POSITIONS_AFTER_PADDING:
             values["max_position_embeddings"] += _padding_id(args.model_type, tokenizer) + 1
@@ -172,6 +173,15 @@ def build_config(
         raise
     except Exception as error:  # each architecture checks in its own way
         raise InputError(f"{args.model_type} cannot be built: {first_line(error)}") from error
+
+
+def _fused_activation(known: PreTrainedConfig) -> dict[str, str]:
+    """Return the activation of an architecture under the name of its one kernel, where its default is many small ones.
+
+    `gelu_new`, and so GPT-2's default, is nine operations of Python in a pass; `gelu_pytorch_tanh` is the same function.
+    """
+    names = {known.attribute_map.get(name, name) for name in ("activation_function", "hidden_act")}
+    return {name: "gelu_pytorch_tanh" for name in names if getattr(known, name, None) in ("gelu_new", "gelu_fast")}
 
 
 def build_encoder_decoder_config(

@@ -1,8 +1,12 @@
 """Configurations: nested ones that survive saving, and those of models built from scratch."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig
+from transformers.activations import ACT2FN
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from helpers.method_matrix import TINY, VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain.errors import InputError
@@ -75,6 +79,23 @@ class TestBuildConfig:
         args = arguments("bert", config_overrides='{"vocab_size": 64, "hidden_act": "relu", "num_hidden_layers": 3}')
         config = build_config(args, tokenizer, num_hidden_layers=5)
         assert (config.vocab_size, config.hidden_act, config.num_hidden_layers) == (64, "relu", 5)
+
+    @pytest.mark.parametrize(
+        ("model_type", "name"),
+        [("gpt2", "activation_function"), ("albert", "hidden_act"), ("gptj", "activation_function")],
+    )
+    def test_gelu_of_many_operations_becomes_its_one_kernel(self, model_type, name, tokenizer):
+        """The function is the same, to rounding; an activation that is named stays."""
+        assert getattr(CONFIG_MAPPING[model_type](), name) == "gelu_new"
+        auto = AutoModelForMaskedLM if model_type == "albert" else AutoModelForCausalLM
+        config = build_config(arguments(model_type), tokenizer, auto_class=auto)
+        states = torch.linspace(-6, 6, 1001)
+        torch.testing.assert_close(ACT2FN[getattr(config, name)](states), ACT2FN["gelu_new"](states))
+        assert getattr(config, name) == "gelu_pytorch_tanh"
+        for key in {name, "hidden_act"} & ({name} | set(config.attribute_map)):
+            named = arguments(model_type, config_overrides=json.dumps({key: "relu"}))
+            assert getattr(build_config(named, tokenizer, auto_class=auto), name) == "relu"
+        assert build_config(arguments("bert"), tokenizer).hidden_act == "gelu"
 
     def test_embedding_size(self, tokenizer):
         assert build_config(arguments("electra", embedding_size=16), tokenizer).embedding_size == 16
