@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from transformers.utils import logging
+
 from hf_pretrain.data.documents.words import NamedSegmenter
 from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.options import option
@@ -21,6 +23,10 @@ OF_PREPARING = "text_column document_separator validation_fraction split_seed ma
 """Options by which text becomes documents; `hf-pretrain prepare` notes them in its folder."""
 OF_TOKENIZER = "tokenizer_type vocab_size lowercase strip_accents".split()
 """Options of a tokenizer to train, which it notes where it trains one."""
+# Recipes hold these, and suit runs with and without prepared data.
+_ONLY_NOTED = (*OF_TOKENIZER, "validation_fraction", "max_corpus_bytes")
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -160,10 +166,10 @@ class DataArguments:
         for name, value in read_manifest(folder)["options"].items():
             own = getattr(self, name)
             if own not in (self.__dataclass_fields__[name].default, value):
-                raise InputError(
-                    f"{name}={own!r}, but prepared_data={folder!r} was made with {value!r}: leave {name} out, or prepare the "
-                    "text anew"
-                )
+                message = f"{name}={own!r}, but prepared_data={folder!r} was made with {value!r}"
+                if name not in _ONLY_NOTED:
+                    raise InputError(f"{message}: leave {name} out, or prepare the text anew")
+                logger.warning(f"{message}, which counts")
             setattr(self, name, value)
 
     def check_named(self) -> None:
@@ -174,8 +180,8 @@ class DataArguments:
         """
         if not (self.train_file or self.dataset_name or self.demo_corpus or self.prepared_data):
             raise InputError(
-                "no text to train on: give --train_file (files, folders or globs), --dataset_name (of the Hub) or --prepared_data (a "
-                "folder of hf-pretrain prepare); --demo_corpus true trains on the docstrings of the installed Python packages"
+                "no text to train on: give --train_file (files, folders, globs), --dataset_name (of the Hub) or --prepared_data "
+                "(a folder of hf-pretrain prepare); --demo_corpus true trains on the docstrings of the installed Python packages"
             )
 
     def reading(self, on_bad_text: Literal["refuse", "skip"] = "refuse") -> dict[str, Any]:
