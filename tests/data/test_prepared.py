@@ -428,7 +428,7 @@ class TestOptions:
             ("elmo", "knows pieces of words"),
             ("contrastive --views pairs --model_name_or_path {model}", "name CSV, TSV or JSON lines with train_file"),
             (
-                "distil --teacher_name_or_path {model} --student_layers 1 --trim_vocabulary true",
+                "distil --teacher_name_or_path {model} --student_layers 0 --trim_vocabulary true",
                 "trim_vocabulary=True tokenizes the text once",
             ),
             ("mlm --model_name_or_path {model}", "the tokens of another tokenizer"),
