@@ -11,7 +11,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from hf_pretrain import cli
 from hf_pretrain.commands.corpus.prepare import PrepareArguments, prepare_folder
@@ -435,13 +435,8 @@ class TestOptions:
         ],
     )
     def test_programs_refuse_what_prepared_data_cannot_do(self, folder, named, tmp_path, argv, message, capsys):
-        from transformers import BertConfig, BertForMaskedLM
-
-        BertForMaskedLM(
-            BertConfig(
-                vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-            )
-        ).save_pretrained(tmp_path / "model")
+        config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        BertForMaskedLM(BertConfig(vocab_size=300, **config)).save_pretrained(tmp_path / "model")
         own = folder / "tokenizer" if "mlm" not in argv else named
         AutoTokenizer.from_pretrained(own).save_pretrained(tmp_path / "model")
         words = argv.format(named=named, model=tmp_path / "model").split()
@@ -456,44 +451,47 @@ SIZES = "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --interm
 SHORT = "--max_steps 3 --logging_steps 1 --per_device_train_batch_size 4 --save_strategy no --use_cpu true --seed 3"
 
 
-def test_a_training_has_the_losses_of_one_that_reads_the_text(corpus, tmp_path, capsys):
-    text = [
-        "--vocab_size",
-        "150",
-        "--validation_fraction",
-        "0.1",
-        "--max_unknown_share",
-        "0.5",
-        "--train_file",
-        corpus,
-    ]
+SENTINELS = " ".join(f"<extra_id_{number}>" for number in range(100))
+TEXT = "--vocab_size 150 --validation_fraction 0.1 --max_unknown_share 0.5"
+
+
+@pytest.mark.parametrize(
+    ("method", "tokenizer"),
+    [
+        ("mlm", ""),
+        pytest.param("encoder --objectives mlm sop", "", marks=pytest.mark.slow),
+        pytest.param("denoise --noise t5", f"--added_tokens {SENTINELS}", marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_has_the_losses_of_one_that_reads_the_text(corpus, tmp_path, capsys, method, tokenizer):
+    text = f"{TEXT} --train_file {corpus}".split()
     folder = str(tmp_path / "prepared")
-    assert cli.main(["prepare", *text, "--output_dir", folder, "--num_workers", "2"]) == 0
+    assert cli.main(["prepare", *text, *tokenizer.split(), "--output_dir", folder, "--num_workers", "2"]) == 0
     shown = capsys.readouterr().out
     assert "held out" in shown and f"prepared  {folder}  (for --prepared_data)" in shown
-    histories, exports = [], []
-    for name, given in (("read", text), ("opened", ["--prepared_data", folder, "--max_unknown_share", "0.5"])):
-        argv = [
-            "mlm",
-            *given,
-            *SIZES.split(),
-            *SHORT.split(),
-            "--block_size",
-            "32",
-            "--output_dir",
-            str(tmp_path / name),
-        ]
-        assert cli.main(argv) == 0, capsys.readouterr().err
+    found = []
+    for name, given in (("read", text), ("opened", f"--prepared_data {folder} --max_unknown_share 0.5".split())):
+        argv = f"{method} {SIZES} {SHORT} --block_size 32 --output_dir {tmp_path / name}".split()
+        assert cli.main([*argv, *given]) == 0, capsys.readouterr().err
         history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
-        histories.append([{k: v for k, v in row.items() if "loss" in k or k == "grad_norm"} for row in history])
-        exports.append((tmp_path / name / "model.safetensors").read_bytes())
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
-        assert tokenizer.model_max_length == 32
-        record = json.loads((tmp_path / name / "pretraining" / "run.json").read_text())
-        exports[-1] = (exports[-1], record["card"]["data"])
-    assert len(histories[0]) >= 4 and histories[0] == histories[1]
-    assert exports[0] == exports[1]
-    # Its recipe starts it again.
-    again = ["mlm", "--config", str(tmp_path / "opened" / "recipe.yaml"), "--output_dir", str(tmp_path / "again")]
-    assert cli.main(again) == 0, capsys.readouterr().err
-    assert (tmp_path / "again" / "model.safetensors").read_bytes() == exports[0][0]
+        losses = [{key: value for key, value in row.items() if "loss" in key or key == "grad_norm"} for row in history]
+        data = json.loads((tmp_path / name / "pretraining" / "run.json").read_text())["card"]["data"]
+        found.append((losses, (tmp_path / name / "model.safetensors").read_bytes(), data))
+    assert len(found[0][0]) >= 4
+    assert found[0] == found[1]
+    if method == "mlm":
+        assert AutoTokenizer.from_pretrained(tmp_path / "opened").model_max_length == 32
+        # Its recipe starts it again.
+        argv = ["mlm", "--config", str(tmp_path / "opened" / "recipe.yaml"), "--output_dir", str(tmp_path / "again")]
+        assert cli.main(argv) == 0, capsys.readouterr().err
+        assert (tmp_path / "again" / "model.safetensors").read_bytes() == found[0][1]
+
+
+def test_adapt_refuses_new_words_of_prepared_data(corpus, named, tmp_path, capsys):
+    prepare(corpus, tmp_path / "prepared", tokenizer_name=named)
+    config = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertForMaskedLM(BertConfig(vocab_size=300, **config)).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(named).save_pretrained(tmp_path / "model")
+    argv = ["adapt", str(tmp_path / "model"), "--prepared_data", str(tmp_path / "prepared"), "--use_cpu", "true"]
+    assert cli.main([*argv, "--new_words", "auto:5", "--output_dir", str(tmp_path / "run")]) == 2
+    assert "the text itself is needed: give train_file" in capsys.readouterr().err
