@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -214,7 +214,7 @@ def _as_blocks(
     tokenizer: PreTrainedTokenizerBase,
     description: dict[str, Any],
     documents: dict[str, datasets.Dataset],
-    sizes: dict[str, tuple[int, ...]],
+    sizes: Mapping[str, tuple[int, ...]],
     unknown: dict[str, UnknownCount],
 ) -> PreparedData:
     """Cut documents into blocks, and describe them; ``""`` are those to train on, ``"held_out_"`` those held out."""

@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
@@ -320,7 +321,7 @@ def _pool(writer: PieceWriter, num_workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(num_workers, mp_context=context, initializer=start_worker, initargs=(writer,))
 
 
-def _unknown(folder: Path, plan: dict[str, Any]) -> UnknownCount:
+def _unknown(folder: Path, plan: Mapping[str, Any]) -> UnknownCount:
     """Return the counts of the text to train on."""
     key, (part, *_) = plan_key(plan), PARTS
     found = [written_piece(folder, part, number, key=key) for number in range(len(plan["pieces"][part]) - 1)]
