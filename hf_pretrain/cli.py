@@ -47,6 +47,10 @@ COMMANDS = {
         "hf_pretrain.commands.corpus.statistics",
         "lengths of a corpus' documents, and how they fill the blocks",
     ),
+    "prepare": (
+        "hf_pretrain.commands.corpus.prepare",
+        "tokenize a corpus once, on all cores and machines, for any number of runs",
+    ),
     "deduplicate": (
         "hf_pretrain.commands.corpus.deduplicate",
         "leave out documents that repeat another, nearly or exactly",

@@ -109,17 +109,18 @@ def write_marker(folder: str | Path, *, name: str = MARKER, has_hashes: bool = F
     part = folder / (name + PART)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path not in (folder / name, part))
     for path in paths:
-        _flush_path(path)
+        flush_path(path)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     if has_hashes:
         facts["hashes"] = {path.relative_to(folder).as_posix(): _hash(path) for path in paths}
     part.write_text(json.dumps(facts | {"files": files}, indent=1), encoding="utf-8")
-    _flush_path(part)
+    flush_path(part)
     os.replace(part, folder / name)
-    _flush_path(folder)
+    flush_path(folder)
 
 
-def _flush_path(path: Path) -> None:
+def flush_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from transformers.utils import logging
+
 from hf_pretrain.data.documents.words import NamedSegmenter
 from hf_pretrain.errors import InputError, check_numbers
 from hf_pretrain.options import option
@@ -14,7 +16,17 @@ _OTHER_FILES = ("language_file", "parallel_file")
 
 
 # Options that name text without its language.
-_OF_ONE_TEXT = ("train_file", "validation_file", "dataset_name", "demo_corpus", "max_corpus_bytes")
+_OF_ONE_TEXT = ("prepared_data", "train_file", "validation_file", "dataset_name", "demo_corpus", "max_corpus_bytes")
+
+_OF_TEXT = ("train_file", "validation_file", "dataset_name", "demo_corpus", "streaming")
+OF_PREPARING = "text_column document_separator validation_fraction split_seed max_corpus_bytes word_segmenter".split()
+"""Options by which text becomes documents; `hf-pretrain prepare` notes them in its folder."""
+OF_TOKENIZER = "tokenizer_type vocab_size lowercase strip_accents".split()
+"""Options of a tokenizer to train, which it notes where it trains one."""
+# Recipes hold these, and suit runs with and without prepared data.
+_ONLY_NOTED = (*OF_TOKENIZER, "validation_fraction", "max_corpus_bytes")
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -46,6 +58,10 @@ class DataArguments:
     )
     dataset_name: str | None = option(
         None, "Instead of train_file: a dataset of the Hub, or a folder for load_dataset."
+    )
+    prepared_data: str | None = option(
+        None,
+        "Instead of train_file: a folder of `hf-pretrain prepare`, with text that is tokenized already and its tokenizer.",
     )
     demo_corpus: bool = option(
         False, "Instead of train_file: the docstrings of the installed Python packages, to try something out."
@@ -110,7 +126,13 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        """Refuse options that contradict each other."""
+        """Refuse options that contradict each other; of prepared data, take those it was made with.
+
+        Raises:
+            InputError: If two contradict each other, or there is no such prepared data.
+        """
+        if self.prepared_data is not None:
+            self._take_prepared(self.prepared_data)
         if self.train_file and self.dataset_name:
             raise InputError(
                 f"train_file={self.train_file} and dataset_name={self.dataset_name!r}: give one of the two"
@@ -130,16 +152,36 @@ class DataArguments:
                 f"max_corpus_bytes={self.max_corpus_bytes} does not go with streaming: leave one of them out"
             )
 
+    def _take_prepared(self, folder: str) -> None:
+        """Take the options that a folder of prepared data was made with; refuse others beside it."""
+        # It reads Arrow, which most users of the options do not.
+        from hf_pretrain.data.prepared import read_manifest
+
+        for name in _OF_TEXT:
+            if getattr(self, name):
+                raise InputError(
+                    f"{name}={getattr(self, name)!r} does not go with prepared_data={folder!r}, which has its text already: "
+                    "leave one of them out"
+                )
+        for name, value in read_manifest(folder)["options"].items():
+            own = getattr(self, name)
+            if own not in (self.__dataclass_fields__[name].default, value):
+                message = f"{name}={own!r}, but prepared_data={folder!r} was made with {value!r}"
+                if name not in _ONLY_NOTED:
+                    raise InputError(f"{message}: leave {name} out, or prepare the text anew")
+                logger.warning(f"{message}, which counts")
+            setattr(self, name, value)
+
     def check_named(self) -> None:
         """Refuse options that name no text.
 
         Raises:
             InputError: Naming the options that do.
         """
-        if not (self.train_file or self.dataset_name or self.demo_corpus):
+        if not (self.train_file or self.dataset_name or self.demo_corpus or self.prepared_data):
             raise InputError(
-                "no text to train on: give --train_file (files, folders or globs) or --dataset_name (of the Hub); --demo_corpus "
-                "true trains on the docstrings of the installed Python packages"
+                "no text to train on: give --train_file (files, folders, globs), --dataset_name (of the Hub) or --prepared_data "
+                "(a folder of hf-pretrain prepare); --demo_corpus true trains on the docstrings of the installed Python packages"
             )
 
     def reading(self, on_bad_text: Literal["refuse", "skip"] = "refuse") -> dict[str, Any]:

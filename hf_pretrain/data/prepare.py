@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -32,6 +32,7 @@ from hf_pretrain.data.documents.tokenizers import (
 from hf_pretrain.data.documents.words import NamedSegmenter, Segmenter, clipped, encodable
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.in_memory import Given, given_texts
+from hf_pretrain.data.prepared import check_same_tokenizer, open_documents, prepared_tokenizer, read_manifest
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.data.text.datasets import (
     file_stamps,
@@ -102,7 +103,9 @@ class PreparedData:
         }
 
 
-class _Texts(NamedTuple):
+class Texts(NamedTuple):
+    """Texts to train on, those held out (None if there are none), and what a card calls them."""
+
     train: datasets.Dataset
     held_out: datasets.Dataset | None
     source: str
@@ -139,11 +142,12 @@ def prepare_data(
     """
     given = None
     if dataset is not None:
-        if args.train_file or args.dataset_name:
-            name = "train_file" if args.train_file else "dataset_name"
+        if name := next((n for n in ("train_file", "dataset_name", "prepared_data") if getattr(args, n)), None):
             raise InputError(f"dataset and {name}={getattr(args, name)!r}: give one text to train on")
         given = given_texts(dataset, eval_dataset, text_column=args.text_column, split=args.dataset_split)
         args = replace(args, text_column=given.text_column)
+    if args.prepared_data is not None:
+        return _open_documents(args, args.prepared_data, tokenizer)
     is_stream = args.streaming or isinstance(given and given.train, datasets.IterableDataset)
     prepare = _prepare_stream if is_stream else _prepare_documents
     entered = nullcontext() if first is None else first
@@ -160,11 +164,9 @@ def _prepare_documents(
     added_tokens: Sequence[str],
 ) -> PreparedData:
     with first:
-        texts = _read_texts(args, given)
+        texts = read_texts(args, given)
         sample = RepeatableTexts(lambda: first_texts(shuffled_texts(texts.train, seed=args.split_seed)))
-        tokenizer = run_tokenizer(
-            args, output_dir, tokenizer, sample, *_adding(texts.train._fingerprint, added_tokens)
-        )
+        tokenizer = run_tokenizer(args, output_dir, tokenizer, sample, *adding(texts.train._fingerprint, added_tokens))
         parts = {"": texts.train} | ({} if texts.held_out is None else {"held_out_": texts.held_out})
         unknown, documents = {name: UnknownCount() for name in parts}, {}
         for name, part in parts.items():
@@ -177,19 +179,56 @@ def _prepare_documents(
             )
             if not name:
                 check_unknown(args, tokenizer, unknown[name], sample)
+    description = common_description(args, tokenizer, texts.source, texts.held_out_source, output_dir)
+    sizes = {name: tuple(int(lengths.sum()) for lengths in text_sizes(part)) for name, part in parts.items()}
+    return _as_blocks(args, tokenizer, description, documents, sizes, unknown)
+
+
+def _open_documents(args: DataArguments, folder: str, tokenizer: PreTrainedTokenizerBase | None) -> PreparedData:
+    """Return the documents of a folder that `hf-pretrain prepare` wrote, cut as the options say."""
+    manifest = read_manifest(folder)
+    if tokenizer is None:
+        name = args.tokenizer_name
+        tokenizer = prepared_tokenizer(folder, block_size=args.block_size) if name is None else _load_tokenizer(name)
+    check_offsets(tokenizer)
+    check_same_tokenizer(folder, tokenizer)
+    names = {"": "train"} | ({"held_out_": "held_out"} if "held_out" in manifest else {})
+    facts = {name: manifest[part] for name, part in names.items()}
+    unknown = {name: UnknownCount(**part["unknown"]) for name, part in facts.items()}
+    if unknown[""].share > args.max_unknown_share:
+        raise InputError(
+            f"{unknown[''].share:.2%} of the characters of prepared_data={folder!r} are unknown to its tokenizer, more than "
+            f"max_unknown_share={args.max_unknown_share:g}: prepare the text with another, or allow it with a greater "
+            "--max_unknown_share"
+        )
+    description = common_description(args, tokenizer, manifest["source"], manifest["held_out_source"])
+    if "tokenizer_reason" in manifest:
+        description["tokenizer_reason"] = manifest["tokenizer_reason"]
+    documents = {name: open_documents(folder, part) for name, part in names.items()}
+    sizes = {name: (part["bytes"], part["characters"]) for name, part in facts.items()}
+    return _as_blocks(args, tokenizer, description, documents, sizes, unknown)
+
+
+def _as_blocks(
+    args: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    description: dict[str, Any],
+    documents: dict[str, datasets.Dataset],
+    sizes: Mapping[str, tuple[int, ...]],
+    unknown: dict[str, UnknownCount],
+) -> PreparedData:
+    """Cut documents into blocks, and describe them; ``""`` are those to train on, ``"held_out_"`` those held out."""
     blocks = {
         name: BlockDataset(part, tokenizer=tokenizer, block_size=args.block_size, mode=args.block_mode)
         for name, part in documents.items()
     }
-    description = common_description(args, tokenizer, texts.source, texts.held_out_source, output_dir)
-    for name, part in parts.items():
-        num_bytes, num_characters = text_sizes(part)
+    for name, (num_bytes, num_characters) in sizes.items():
         description |= {
             f"{name}documents": len(documents[name]),
             f"{name}tokens": blocks[name].num_tokens,
             f"{name}blocks": len(blocks[name]),
-            f"{name}bytes": int(num_bytes.sum()),
-            f"{name}characters": int(num_characters.sum()),
+            f"{name}bytes": num_bytes,
+            f"{name}characters": num_characters,
             f"{name}unknown_share": round(unknown[name].share, 6),
         }
     return PreparedData(
@@ -205,11 +244,23 @@ def _prepare_documents(
 
 def training_texts(args: DataArguments) -> datasets.Dataset:
     """Return the texts that a run with these options trains on, without those held out; a data set with the column text."""
-    return _read_texts(args, None).train
+    return read_texts(args).train
 
 
-def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
-    """Return the texts to train on and those held out."""
+def read_texts(args: DataArguments, given: Given | None = None) -> Texts:
+    """Return the texts to train on and those held out.
+
+    Args:
+        args: What to read and what to hold out.
+        given: Text that is loaded already.
+
+    Raises:
+        InputError: If the text cannot be read, is too little, or is there as tokens alone.
+    """
+    if args.prepared_data is not None:
+        raise InputError(
+            f"prepared_data={args.prepared_data!r} has the tokens of a text, and the text itself is needed: give train_file"
+        )
     source = _source_name(args) if given is None else dataset_name(given.train)
     if given is not None:
         texts = given.train
@@ -223,15 +274,15 @@ def _read_texts(args: DataArguments, given: Given | None) -> _Texts:
     if args.max_corpus_bytes is not None:
         texts = random_subset(texts, max_bytes=args.max_corpus_bytes, seed=args.split_seed)
     if given is not None and given.held_out is not None:
-        return _Texts(texts, given.held_out, source, dataset_name(given.held_out))
+        return Texts(texts, given.held_out, source, dataset_name(given.held_out))
     if args.validation_file:
         held_out = text_dataset(args.validation_file, **args.reading())
-        return _Texts(texts, held_out, source, file_names(args.validation_file))
+        return Texts(texts, held_out, source, file_names(args.validation_file))
     train_rows, held_out_rows = split_held_out(len(texts), args.validation_fraction, seed=args.split_seed)
     if not len(held_out_rows):
-        return _Texts(texts, None, source, None)
+        return Texts(texts, None, source, None)
     name = f"{args.validation_fraction:.3g} of the documents of {source}"
-    return _Texts(texts.select(train_rows), texts.select(held_out_rows), source, name)
+    return Texts(texts.select(train_rows), texts.select(held_out_rows), source, name)
 
 
 def _hub_dataset(args: DataArguments, *, streaming: bool) -> Any:
@@ -312,7 +363,7 @@ def run_tokenizer(
     return _load_tokenizer(str(output_dir))
 
 
-def _adding(texts_key: Any, tokens: Sequence[str]) -> tuple[Any, Callable[[PreTrainedTokenizerBase], None] | None]:
+def adding(texts_key: Any, tokens: Sequence[str]) -> tuple[Any, Callable[[PreTrainedTokenizerBase], None] | None]:
     """Return the last arguments of `run_tokenizer` for a tokenizer that gets special tokens beside its vocabulary."""
     return ([texts_key, list(tokens)], partial(add_special_tokens, tokens=tokens)) if tokens else (texts_key, None)
 
@@ -484,7 +535,7 @@ def _prepare_stream(
         head = RepeatableTexts(texts)
         name = _source_name(args) if given is None else dataset_name(given.train)
         key = file_stamps(source) if args.train_file else name
-        tokenizer = run_tokenizer(args, output_dir, tokenizer, head, *_adding(key, added_tokens))
+        tokenizer = run_tokenizer(args, output_dir, tokenizer, head, *adding(key, added_tokens))
         unknown = count_unknown(head, tokenizer)
         check_unknown(args, tokenizer, unknown, head, f"the first {unknown.characters:,} characters of the stream")
         held_out, held_out_unknown = None, UnknownCount()

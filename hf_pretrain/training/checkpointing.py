@@ -151,7 +151,7 @@ _NOT_COMPARED = (
     *("per_device_", "gradient_accumulation_", "seed", "train_file", "validation_", "language_file", "parallel_file"),
     *("dataset_", "tokenizer_name", "metric_for_", "greater_is_", "load_best_", "torch_compile", "activation_check"),
     *("fsdp", "deepspeed", "accelerator_config", "full_determinism", "teacher_name", "teacher_device", "trackio_"),
-    *("model_name", "generator_name", "use_cpu", "include_", "branch_from"),
+    *("prepared_data", "model_name", "generator_name", "use_cpu", "include_", "branch_from"),
 )
 # Bytes of tokens that are hashed; of more, every so many record batches.
 _MOST_HASHED = 1 << 33

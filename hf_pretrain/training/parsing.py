@@ -325,7 +325,10 @@ _NEEDS = {
         """model_type hidden_size num_hidden_layers num_attention_heads intermediate_size embedding_size
         max_position_embeddings config_overrides hidden_dropout_prob attention_probs_dropout_prob cutoffs untie_r
         pre_layer_norm""": "!model_name_or_path",
-        "tokenizer_type lowercase strip_accents vocab_size": "!tokenizer_name and !model_name_or_path",
+        "tokenizer_type lowercase strip_accents vocab_size": "!prepared_data and !tokenizer_name and !model_name_or_path",
+        # Text that is prepared has them already.
+        """text_column document_separator on_bad_text split_seed max_corpus_bytes word_segmenter
+        preprocessing_num_workers""": "!prepared_data",
         "tokenizer_frame": "!tokenizer_name and !model_name_or_path and language_file or parallel_file",
         "language_sampling_alpha mixture_unit": "language_file or parallel_file",
         "bitext_share bitext_frame": "parallel_file",
@@ -335,7 +338,7 @@ _NEEDS = {
         "shuffle_buffer_size": "streaming",
         "dataloader_drop_last dataloader_in_order": "!streaming",
         "dataloader_persistent_workers": "!streaming and dataloader_num_workers",
-        "validation_fraction": "!streaming and !validation_file",
+        "validation_fraction": "!prepared_data and !streaming and !validation_file",
         # Lanes are read in order, and cut the text themselves.
         "data_seed": "!streaming and !tgt_len and !mem_len",
         "block_mode": "!tgt_len and !mem_len",

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.data.documents.tokenizers import check_tokenizer
 from hf_pretrain.data.prepare import DataArguments, PreparedData, prepare_data
+from hf_pretrain.data.prepared import check_same_tokenizer, prepared_tokenizer
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.pushing import repository_of
 from hf_pretrain.hub.run import adapter_names
@@ -97,6 +98,8 @@ def _known_tokenizer(
             return from_pretrained(AutoTokenizer, args.resume_from_checkpoint)
     checkpoints = (getattr(model_args, f"{part}_name_or_path", None) for part in ("model", "teacher", "encoder"))
     name = data_args.tokenizer_name or next(filter(None, checkpoints), None)
+    if name is None and (prepared := getattr(data_args, "prepared_data", None)):
+        return prepared_tokenizer(prepared, block_size=data_args.block_size)
     return None if name is None else from_pretrained(AutoTokenizer, name)
 
 
@@ -181,6 +184,8 @@ def _rehearse(method: Method, parts: Sequence[tuple[Any, ...]], *, checkpoint: s
         if tokenizer is not None:
             check_tokenizer(tokenizer, roles=method.special_tokens)
             check_offsets(tokenizer)
+        if tokenizer is not None and (prepared := getattr(data_args, "prepared_data", None)):
+            check_same_tokenizer(prepared, tokenizer)
         if args.course is not None:
             check_files(data_args)
         rehearse(

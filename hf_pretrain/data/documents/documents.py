@@ -414,6 +414,30 @@ def tokenize_documents(
     return documents if len(documents) == len(texts) else _renumbered(documents)
 
 
+def document_rows(
+    texts: Sequence[str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    word_segmenter: Segmenter | None = None,
+    unknown: UnknownCount | None = None,
+) -> pa.Table:
+    """Return the rows that `tokenize_documents` stores of some texts, without ``doc_id``: one for each text that has a token.
+
+    Args:
+        texts: The texts.
+        tokenizer: A fast tokenizer.
+        word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
+        unknown: The counts of the texts are added to it.
+    """
+    worker = _Worker(tokenizer, sentence_starts, word_segmenter, keep_empty=False)
+    table = worker(pa.table({"text": pa.array(texts, pa.string())}), list(range(len(texts))))
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+    if unknown is not None:
+        unknown.add(num_tokens=int(lengths.sum()), **{name: table[name].to_numpy() for name in _COUNTS})
+    rows = table.select([name for name in DOCUMENT_FEATURES if name != "doc_id"])
+    return rows if lengths.all() else rows.filter(pa.array(lengths > 0))
+
+
 def _renumbered(documents: datasets.Dataset) -> datasets.Dataset:
     """Count the documents anew, after some texts were left out."""
     features = documents.features.copy()
@@ -446,12 +470,16 @@ class _Worker:
         return pa.table(arrays)
 
     def key(self) -> tuple[Any, ...]:
-        """Return what decides the documents of a text: not how the tokenizer was last called."""
-        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-        special = (sorted(self.tokenizer.all_special_ids), self.tokenizer.unk_token_id)
+        """Return what decides the documents of a text."""
         settings = (self.sentence_splitter, self.word_segmenter, self.keep_empty)
-        return json.dumps(backend, sort_keys=True), special, *settings
+        return *tokenizer_key(self.tokenizer), *settings
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[list[int], int | None]]:
+    """Return what of a tokenizer decides the documents of a text: not how it was last called."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+    return json.dumps(backend, sort_keys=True), (sorted(tokenizer.all_special_ids), tokenizer.unk_token_id)
 
 
 def _list_array(rows: list[np.ndarray], kept: np.ndarray, kind: pa.DataType) -> pa.ListArray:

@@ -308,6 +308,11 @@ def load_text(
     Raises:
         InputError: As [`hf_pretrain.data.prepare.prepare_data`].
     """
+    if model_args.trim_vocabulary and data_args.prepared_data:
+        raise InputError(
+            f"trim_vocabulary=True tokenizes the text once more, of which prepared_data={data_args.prepared_data!r} has the "
+            "tokens alone: give train_file, or leave trim_vocabulary out"
+        )
     if isinstance(args, DistillationArguments) and args.weights().keys() & set(OF_SENTENCES):
         data_args = one_text_in_a_row(data_args)
 

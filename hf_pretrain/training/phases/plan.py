@@ -215,7 +215,9 @@ def _facts(options: Sequence[Any]) -> dict[str, Any]:
     for instance in options:
         values |= {known.name: getattr(instance, known.name) for known in dataclasses.fields(instance)}
     names = [name for name in ("train_file", "language_file", "parallel_file") if values.get(name)]
-    text = [file for name in names for file in values[name]] or [values.get("dataset_name") or ""]
+    text = [file for name in names for file in values[name]] or [
+        values.get("dataset_name") or values.get("prepared_data") or ""
+    ]
     facts = {"text": [item for item in text if item] or (["demo corpus"] if values.get("demo_corpus") else [])}
     facts |= {name: values[name] for name in (*_SHOWN, *_BATCH) if values.get(name) is not None}
     return {name: plain(value) for name, value in facts.items()}
