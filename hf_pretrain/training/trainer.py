@@ -43,6 +43,7 @@ from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
@@ -226,7 +227,7 @@ class PretrainingTrainer(Trainer):
         self.learning_rates = LearningRates()
         self.add_callback(self.learning_rates)
         self.stream: StreamReader | None = None
-        self.has_begun = False
+        self.has_begun = self._is_tried = False
         self._is_evaluating = False
         self._sums = EvaluationSums()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
@@ -303,12 +304,24 @@ class PretrainingTrainer(Trainer):
         self.has_begun = True
         if self.stream is not None:
             self.stream.note(batches)
+        if self.args.torch_compile and batches and not self._is_tried:
+            self._try_out(batches[0])
         for batch in batches:
             self._refuse_lost_documents(batch)
             if FILLER not in batch:
                 self.tokens.new += batch["attention_mask"].sum().to(self.tokens.new.device)
         self.branches.count()
         return batches, counts
+
+    @torch.no_grad()
+    def _try_out(self, batch: dict[str, Any]) -> None:
+        """Run the model on a batch before it is compiled: what it finds out of its stock models would break the graph."""
+        self._is_tried = True
+        # Weights that are divided among processes, only the wrapped model puts together.
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            inputs = self._prepare_inputs(_without_filler(batch))
+            with evaluating(self.model):
+                self.model(**{name: value for name, value in inputs.items() if name != "lanes"})
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device

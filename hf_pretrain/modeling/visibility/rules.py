@@ -332,9 +332,18 @@ def padding_inputs(backbone: PreTrainedModel, attention_mask: torch.Tensor, is_p
 
 def _asks_its_mask(backbone: PreTrainedModel) -> bool:
     """Whether transformers' shared functions make the backbone's masks; those of older architectures ask nothing."""
+    known: bool | None = getattr(backbone, "_asks_its_mask", None)
+    return _note_who_masks(backbone) if known is None else known
+
+
+@torch.compiler.disable
+def _note_who_masks(backbone: PreTrainedModel) -> bool:
+    """Find out the same and remember it: a graph that is compiled would break at the look into a module."""
     body = backbone.base_model
     makers = vars(sys.modules[type(body).__module__]).values()
-    return create_bidirectional_mask in makers and body.config.model_type not in DISENTANGLED
+    found = create_bidirectional_mask in makers and body.config.model_type not in DISENTANGLED
+    setattr(backbone, "_asks_its_mask", found)  # noqa: B010 (no attribute that the type knows)
+    return found
 
 
 def _padding_mask(backbone: PreTrainedModel, plan: AttentionPlan, attention_mask: torch.Tensor) -> Any:

@@ -175,7 +175,7 @@ class PermutationLMForPreTraining(PretrainingModel):
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """Return which slots of `labels` hold a target; see [`PretrainingModel.host_inputs`]."""
-        return {"slots": _used_slots(batch["labels"])}
+        return {} if "slots" in batch else {"slots": _used_slots(batch["labels"])}
 
     def forward(
         self,
