@@ -469,6 +469,7 @@ def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
         hardware=hardware(device_type=args.device.type, num_devices=args.world_size),
         processes=args.world_size,
         precision=_precision(trainer),
+        attention=trainer.attention,
         peak_memory_mib=max((row["peak_memory_mib"] for row in steps), default=None),
         energy=measured_energy(args.output_dir),
         flops=_flops(trainer, tokens),

@@ -219,13 +219,13 @@ def model_line(model: PretrainingModel) -> str:
 
 
 def plan_line(trainer: PretrainingTrainer, max_steps: int) -> str:
-    """Return one line on the plan: steps, examples a step, precision, devices, and the minutes if they are limited."""
+    """Return one line on the plan: steps, examples a step, precision, devices, attention, and the minutes if they are limited."""
     args = trainer.args
     batch = trainer.get_total_train_batch_size(args)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     devices = f"{args.world_size} x {args.device.type}" if args.world_size > 1 else args.device.type
     limit = "" if args.max_minutes is None else f", at most {args.max_minutes:g} minutes"
-    return f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}{limit}"
+    return f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}, attention {trainer.attention}{limit}"
 
 
 def _millions(count: int) -> str:

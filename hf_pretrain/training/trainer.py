@@ -49,6 +49,7 @@ from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
 from hf_pretrain.modeling.surgery.adapters import add_adapters
+from hf_pretrain.modeling.visibility.backends import AUTO, FastAttention
 from hf_pretrain.optimizers import check_matrices_are_whole, optimizer_of, schedule_of
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
@@ -93,7 +94,7 @@ class PretrainingTrainer(Trainer):
     | `get_batch_samples` | counts a step's tokens, and notes how far a stream was taken; contrastive: keeps the micro-batches |
     | `_get_num_items_in_batch` | counts the targets of each loss by name, over micro-batches and ranks |
     | `compute_loss` | divides each sum by its count, weights it, keeps the components; contrastive: fillers are no negatives |
-    | `training_step` | rtd: generator and discriminator in turn, or in two stages |
+    | `training_step` | flash attention where the models can; rtd: generator and discriminator in turn, or in two stages |
     | `set_initial_training_values` | gives the collator the number of steps before the first batch is made |
     | `get_train_dataloader` | a stream is read by each process alone |
     | `_get_train_sampler` | keyed order that carries the epoch; distil-task: examples of about one length in a step |
@@ -189,6 +190,8 @@ class PretrainingTrainer(Trainer):
         model = None if "model_init" in kwargs else self.inputs.model
         self.check_data(args, train_dataset, eval_dataset)
         is_stream = isinstance(train_dataset, IterableDataset)
+        if is_stream:
+            args.read_stream()
         check_text(args, is_stream=is_stream, holds_out=eval_dataset is not None)
         args.eval_on_start &= eval_dataset is not None
         self._peft_config = peft_config
@@ -207,6 +210,8 @@ class PretrainingTrainer(Trainer):
             compute_metrics=self._reduce_statistics,
             **kwargs,
         )
+        # From pinned memory a batch is copied while the device computes.
+        self.accelerator.dataloader_config.non_blocking |= self.args.dataloader_pin_memory
         check_launch(self.accelerator)
         check_matrices_are_whole(self.args, self.accelerator)
         self.progress = show_progress(self)
@@ -228,6 +233,7 @@ class PretrainingTrainer(Trainer):
         self.add_callback(self.learning_rates)
         self.stream: StreamReader | None = None
         self.has_begun = self._is_tried = False
+        self._attention: dict[tuple[str, ...], FastAttention] = {}
         self._is_evaluating = False
         self._sums = EvaluationSums()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
@@ -298,6 +304,30 @@ class PretrainingTrainer(Trainer):
 
     # Losses
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run a micro-batch forward and backward, on flash attention where the models can; see `transformers.Trainer`."""
+        with self.fast_attention(inputs).running():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def fast_attention(self, batch: Mapping[str, Any]) -> FastAttention:
+        """Return which of the stock models run on flash attention with a batch; the option may name another backend."""
+        options = self.inputs.model_args
+        wanted = AUTO if options is None else getattr(options, "attn_implementation", None)
+        names = tuple(sorted(self.model.on_flash(batch))) if wanted == AUTO else ()
+        if names not in self._attention:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+            parts = [self.model.backbones[name] for name in names]
+            self._attention[names] = FastAttention(parts, device=self.args.device, dtype=dtype)
+        return self._attention[names]
+
+    @property
+    def attention(self) -> str:
+        """Names of the attention backends that the stock models run on in a step."""
+        changed = {name: None for name in self.model.on_flash({})}
+        fast = dict(zip(sorted(changed), self.fast_attention({}).backends, strict=False))
+        own = {name: str(part.config._attn_implementation) for name, part in self.model.backbones.items()}
+        return ", ".join(dict.fromkeys((own | fast).values()))
+
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""
         batches, counts = super().get_batch_samples(*args)
@@ -320,7 +350,7 @@ class PretrainingTrainer(Trainer):
         # Weights that are divided among processes, only the wrapped model puts together.
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             inputs = self._prepare_inputs(_without_filler(batch))
-            with evaluating(self.model):
+            with evaluating(self.model), self.fast_attention(inputs).running():
                 self.model(**{name: value for name, value in inputs.items() if name != "lanes"})
 
     def _get_num_items_in_batch(
@@ -494,7 +524,7 @@ class PretrainingTrainer(Trainer):
             if wrapped is not None:
                 wrapped._is_accelerate_prepared = False
         dropout_of_process(self.args)
-        self._components = SumAccumulator()
+        self._components, self._attention = SumAccumulator(), {}
         self.tokens.begin()
         self.held_out.begin()
         self.begin_training()
@@ -661,7 +691,7 @@ class PretrainingTrainer(Trainer):
     ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Return each example's sums and counts instead of logits."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.fast_attention(inputs).running():
             return self._sums.pack(self.run_model(model, inputs))
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -140,7 +140,7 @@ class PermutationLMForPreTraining(PretrainingModel):
     ) -> PermutationLMForPreTraining:
         """Take a stock model, the checkpoint that the arguments name, or the model that they describe; see [`from_model`]."""
         model = build_stock_model(args, tokenizer, stock=stock)
-        if isinstance(model, XLNetLMHeadModel) and args.attn_implementation is not None:
+        if isinstance(model, XLNetLMHeadModel) and attention_options(args):
             options["two_stream_attention"] = args.attn_implementation
         return cls.from_model(model, mask_token_id=tokenizer.mask_token_id, **options, **dtype_option(args))
 
