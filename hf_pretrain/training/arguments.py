@@ -196,6 +196,11 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         False, "Let DDP look for parameters without gradient; every objective uses all of its own."
     )
 
+    profile: bool = option(
+        False,
+        "Write to profile.json, and print at the end, where the time goes: tokens a second, the share of the device's peak, and "
+        "the shares of waiting for data, of evaluation and of saving; on a GPU also waits for the device.",
+    )
     evaluation_tasks: list[str] | None = option(
         None,
         "Tasks to measure the model on, before and after training, and its teacher: names in evaluation_data_dir, or YAML files, "
