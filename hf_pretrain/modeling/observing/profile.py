@@ -1,7 +1,7 @@
 """Where the time of a training goes: its speed as a share of the device's, and time that is no training.
 
 A [`Profile`] has a clock for each part of a run (data, evaluation, saving), the floating-point operations of one real
-micro-batch, and on a GPU the operations for which the host waits for the device. It knows nothing of a Trainer but what it is told.
+micro-batch, and on a GPU the operations for which the host waits for the device. It knows nothing of a Trainer.
 """
 
 from __future__ import annotations
