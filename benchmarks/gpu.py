@@ -6,8 +6,8 @@
 The text is made up: words drawn by Zipf's law, each often followed by the same word. There is no dropout. The work has three
 parts, and each has `--seconds`; the whole takes under eight minutes.
 
-- anchors: models of published sizes train in bf16, without and with `torch.compile`: tokens a second, the share of the device's peak
-  (the data sheet's, or that of a product of matrices), and what others published for the same size.
+- anchors: models of published sizes train in bf16, without and with `torch.compile`: tokens a second, the share of the device's
+  peak (the data sheet's, or that of a product of matrices), and what others published for the same size.
 - checks: each method is checked with a tiny model in fp32. The program trains, evaluates and exports; the first loss and all
   gradients of the first step are compared with those of a CPU, the losses after a checkpoint with those of a run resumed from it,
   and the hidden states of the export, opened with `AutoModel`, with those of the trained model.
