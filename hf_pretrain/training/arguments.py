@@ -134,7 +134,7 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
     course: ClassVar[Course | None] = None
     """Of an instance whose run has phases: all of them, and which one it is for. A program sets it; it is no option."""
 
-    chosen: ClassVar[frozenset[str]] = frozenset()
+    chosen = frozenset[str]()
     """Of an instance, the options whose value follows from the machine, which a recipe must not fix."""
 
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {}
@@ -244,7 +244,9 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         check_identifiers({name: getattr(self, name) for name in ("language", "license", "datasets", "tags")})
         check_branches(self.hub_branches, self.hub_branch_name)
         check_options(self)
-        has_accelerator = torch.accelerator.current_accelerator(check_available=True) is not None and not self.use_cpu
+        has_accelerator = (
+            torch.accelerator.current_accelerator(check_available=True) is not None and not vars(self)["use_cpu"]
+        )
         self.chosen = frozenset()
         if self.dataloader_num_workers is None:
             own = () if self.dataloader_persistent_workers else ("dataloader_persistent_workers",)
