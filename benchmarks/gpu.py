@@ -1,13 +1,18 @@
 """Every method on a GPU: does it train there as on a CPU, how fast in each precision, and where does the host wait.
 
-    python benchmarks/gpu.py [--device cuda] [--size base] [--methods mlm rtd ...] [--precisions fp32 bf16 fp16] [--steps 10]
-        [--seconds 170] [--output gpu]
+    python benchmarks/gpu.py [--device cuda] [--size base] [--parts anchors checks training] [--methods mlm rtd ...]
+        [--precisions bf16 fp32 fp16] [--anchors ...] [--steps 10] [--seconds 150] [--output gpu]
 
-The text is made up: words drawn by Zipf's law, each often followed by the same word. There is no dropout. First each method is
-checked with a tiny model in fp32: the program trains, evaluates and exports; the first loss is compared with that of a CPU, the
-losses after a checkpoint with those of a run resumed from it, and the hidden states of the export, opened with `AutoModel`, with
-those of the trained model. Then each method trains at the chosen size in fp32, bf16 and fp16, and last, masked language
-modelling with activation checkpointing and with `torch.compile`.
+The text is made up: words drawn by Zipf's law, each often followed by the same word. There is no dropout. The work has three
+parts, and each has `--seconds`; the whole takes under eight minutes.
+
+- anchors: models of published sizes train in bf16, without and with `torch.compile`: tokens a second, the share of the device's
+  peak (the data sheet's, or that of a product of matrices), and what others published for the same size.
+- checks: each method is checked with a tiny model in fp32. The program trains, evaluates and exports; the first loss and all
+  gradients of the first step are compared with those of a CPU, the losses after a checkpoint with those of a run resumed from it,
+  and the hidden states of the export, opened with `AutoModel`, with those of the trained model.
+- training: each method trains at the chosen size in bf16, fp32 and fp16, and last, masked language modelling with activation
+  checkpointing and with `torch.compile`.
 
 A step is forward, backward and optimizer, between two synchronisations; the best counts. Peak memory is that of the device's
 allocations. Waits are the operations in one forward and backward for which the host waits for the device, as PyTorch warns of
@@ -26,14 +31,13 @@ import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -44,6 +48,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Trainer, TrainerCallback
 
 from hf_pretrain.cli import load_method
+from hf_pretrain.hub.environment import hardware
+from hf_pretrain.modeling.observing.profile import waits_counted
 from hf_pretrain.objectives import METHODS
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import load_data, train_method
@@ -56,23 +62,82 @@ SIZES = {
 }
 BLOCK_SIZE = {"tiny": 32, "base": 512}
 BATCH_SIZE = {"tiny": 8, "base": 32}
-WORDS = {"tiny": 500, "base": 30000}
-DOCUMENTS = {"tiny": 300, "base": 4000}
+WORDS = {"tiny": 500, "base": 30000, "large": 50362}
+DOCUMENTS = {"tiny": 300, "base": 4000, "large": 4000}
 PRECISIONS: dict[str, dict[str, Any]] = {
-    "fp32": {"bf16": False},
     "bf16": {"bf16": True},
+    "fp32": {"bf16": False},
     "fp16": {"bf16": False, "fp16": True},
 }
 EXTRAS: dict[str, dict[str, Any]] = {
     "bf16, checkpointing": {"bf16": True, "activation_checkpointing": True},
     "bf16, torch.compile": {"bf16": True, "torch_compile": True},
 }
+PARTS = ("anchors", "checks", "training")
 NO_DROPOUT = '{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}'
 WATCHED_STEP = 2
 CHECK_STEPS, CHECKPOINT = 8, 4
 LAST_LINES, LINE_LENGTH = 6, 300
+MOST_KEPT = 2_000_000
 
 Results = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A model of a published size, and how fast others train it.
+
+    Attributes:
+        method: Name of the method.
+        options: Sizes of the model.
+        block: Tokens of an example.
+        batch: Examples of a step.
+        text: The text whose vocabulary has about the published size.
+        published: Tokens a second, and the device and place of that number; None where no number is known.
+    """
+
+    method: str
+    options: Mapping[str, object]
+    block: int
+    batch: int
+    text: str = "base"
+    published: tuple[float, str] | None = None
+
+
+MODERNBERT = {
+    "model_type": "modernbert",
+    # Every third layer sees the whole row, the others 64 tokens on either side: the default.
+    "config_overrides": '{"local_attention": 128, "attention_dropout": 0.0}',
+}
+ANCHORS = {
+    "ModernBERT-base, 1024": Anchor(
+        "mlm",
+        MODERNBERT
+        | {"hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12, "intermediate_size": 1152},
+        block=1024,
+        batch=32,
+        text="large",
+        published=(305e3, "H100"),
+    ),
+    "Ettin-17M, 1024": Anchor(
+        "mlm",
+        MODERNBERT | {"hidden_size": 256, "num_hidden_layers": 7, "num_attention_heads": 4, "intermediate_size": 384},
+        block=1024,
+        batch=64,
+        text="large",
+        published=(985e3, "H100"),
+    ),
+    "ELECTRA-Small, 128": Anchor(
+        "rtd",
+        {"hidden_size": 256, "embedding_size": 128, "num_hidden_layers": 12, "num_attention_heads": 4}
+        | {"intermediate_size": 1024, "config_overrides": NO_DROPOUT},
+        block=128,
+        batch=512,
+        published=(47e3, "V100"),
+    ),
+    "XLNet-base, two streams, 512": Anchor("plm", SIZES["base"] | {"mem_len": 0}, block=512, batch=32),
+    "DistilBERT, 512": Anchor("distil", {"num_hidden_layers": 6}, block=512, batch=64),
+}
 
 
 # Text and models to start from
@@ -166,7 +231,8 @@ class Watch(TrainerCallback):
     """Keeps the rows of a run's log, the time of its steps, its peak memory and its waits."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.on_cuda = trainer.args.device.type == "cuda"
+        self.trainer, self.on_cuda = trainer, trainer.args.device.type == "cuda"
+        self.gradients: dict[str, torch.Tensor] = {}
         self.losses: list[float] = []
         self.tokens: list[int] = []
         self.seconds: list[float] = []
@@ -197,6 +263,12 @@ class Watch(TrainerCallback):
         """Start the clock."""
         self.begin = self._now()
 
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Keep the gradients of the first step of a small model."""
+        parameters = dict(self.trainer.model.named_parameters())
+        if not self.seconds and sum(one.numel() for one in parameters.values()) < MOST_KEPT:
+            self.gradients = {name: one.grad.cpu() for name, one in parameters.items() if one.grad is not None}
+
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Stop the clock."""
         self.seconds.append(self._now() - self.begin)
@@ -222,47 +294,21 @@ class Watch(TrainerCallback):
             "tokens_per_step": tokens,
             "tokens_per_second": tokens / min(timed),
             "peak_memory_mib": self.peak,
+            "attention": self.trainer.attention,
         }
+        profile = self.trainer.profile
+        if profile is not None and profile.flops:
+            rate = profile.flops / profile.counted_tokens * found["tokens_per_second"]
+            found |= {"flops_per_second": rate, "peak_flops": profile.peak, "share_of_peak": rate / profile.peak}
         return found | ({"waits": dict(self.waits.most_common())} if self.on_cuda else {})
-
-
-@contextmanager
-def waits_counted(counts: Counter[str]) -> Iterator[None]:
-    """Count the operations for which the host waits for the device, by the line that caused them."""
-
-    def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-        if "called a synchronizing" in str(message):
-            counts[_cause()] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with patch.object(warnings, "showwarning", note):
-                yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def _cause() -> str:
-    of_this = (Path(__file__).name, "warnings.py", "_py_warnings.py")
-    frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).name not in of_this]
-    ours = [frame for frame in frames if "/hf_pretrain/" in frame.filename]
-    theirs = [frame for frame in frames if "/transformers/" in frame.filename or "/accelerate/" in frame.filename]
-    chosen = [part[-1] for part in (ours, theirs) if part]
-    shown = []
-    for frame in chosen or frames[-1:]:
-        path = "/".join(Path(frame.filename).parts[-3:])
-        shown.append(f"{path}:{frame.lineno} {frame.line}")
-    return " | ".join(shown)
 
 
 class Method:
     """The program of a method, and its data at one size."""
 
-    def __init__(self, name: str, size: str, inputs: Path, out: Path, device: str) -> None:
+    def __init__(self, name: str, size: str, inputs: Path, out: Path, device: str, **options: object) -> None:
         self.name, self.out, self.device = name, out, device
-        self.options = options_of(name, size, inputs)
+        self.options = options_of(name, size, inputs) | options
         self.method = load_method(name)
         self.data: Any = None
 
@@ -329,8 +375,15 @@ def checks(method: Method) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     def cpu() -> float:
         options = PRECISIONS["fp32"] | {"use_cpu": True, "max_steps": 1}
-        first = method.train(out="cpu", **options).losses
-        return relative(state["watch"].losses[:1], first)
+        state["cpu"] = method.train(out="cpu", **options)
+        return relative(state["watch"].losses[:1], state["cpu"].losses)
+
+    def gradient() -> float:
+        found, expected = state["watch"].gradients, state["cpu"].gradients
+        if not expected or found.keys() != expected.keys():
+            raise ValueError(f"gradients of {len(found)} parameters, and on the CPU of {len(expected)}")
+        largest = max(float(one.abs().max()) for one in expected.values())
+        return max(float((found[name] - one).abs().max()) for name, one in expected.items()) / largest
 
     def resume() -> float:
         checkpoint = method.out / "program" / f"checkpoint-{CHECKPOINT}"
@@ -338,7 +391,8 @@ def checks(method: Method) -> Iterator[tuple[str, Callable[[], Any]]]:
         losses = method.train(out="resumed", resume=checkpoint, **options).losses
         return relative(losses, state["watch"].losses[CHECKPOINT:])
 
-    yield from {"program": program, "eval_loss": evaluation, "export": export, "cpu": cpu, "resume": resume}.items()
+    yield "program", program
+    yield from {"eval_loss": evaluation, "export": export, "cpu": cpu, "gradient": gradient, "resume": resume}.items()
 
 
 def export_difference(trainer: Trainer) -> float:
@@ -366,25 +420,35 @@ class Bench:
         self.args, self.work = args, work
         self.begin = time.monotonic()
         self.path = Path(args.output) / "gpu.json"
-        on_cuda = args.device == "cuda"
         self.results: Results = {
             "settings": vars(args),
-            "device": torch.cuda.get_device_name() if on_cuda else platform.processor(),
+            "device": hardware(device_type=args.device),
             "versions": {"python": platform.python_version(), "torch": torch.__version__}
             | {"transformers": transformers.__version__, "cuda": torch.version.cuda},
+            "anchors": {},
             "checks": {},
             "training": {},
             "left_out": [],
         }
-        self.inputs = {}
-        for size in dict.fromkeys(("tiny", args.size)):
-            self.inputs[size] = work / size
+        self.inputs: dict[str, Path] = {}
+
+    def text(self, size: str) -> Path:
+        """Return the folder of a text, which is written when it is first needed."""
+        if size not in self.inputs:
+            self.inputs[size] = self.work / size
             write_inputs(self.inputs[size], size)
+        return self.inputs[size]
 
     def all(self) -> None:
-        """Check and train each method, and last what masked language modelling is measured on besides."""
+        """Measure the parts; each has its own time, and none ends the others."""
+        for part in self.args.parts:
+            self.begin = time.monotonic()
+            {"anchors": self.anchors, "checks": self.checks, "training": self.trainings}[part]()
+
+    def checks(self) -> None:
+        """Check each method with a tiny model."""
         for name in self.args.methods:
-            method = Method(name, "tiny", self.inputs["tiny"], self.work / "checks" / name, self.args.device)
+            method = Method(name, "tiny", self.text("tiny"), self.work / "checks" / name, self.args.device)
             found = self.results["checks"].setdefault(name, {})
             for check, run in checks(method):
                 self.guarded(f"{name}, {check}", run, found, check)
@@ -392,15 +456,41 @@ class Bench:
                     break
             del method
             free()
-        for name in self.args.methods:
-            self.train(name, {kind: PRECISIONS[kind] for kind in self.args.precisions})
+
+    def trainings(self) -> None:
+        """Train each method at the chosen size, and last what masked language modelling is measured on besides."""
+        for kind in self.args.precisions:
+            for name in self.args.methods:
+                self.train(name, {kind: PRECISIONS[kind]})
         if "mlm" in self.args.methods:
             self.train("mlm", EXTRAS)
+
+    def anchors(self) -> None:
+        """Train models of published sizes, with and without torch.compile."""
+        # A CPU would take minutes to make kernels.
+        backend = "eager" if self.args.device == "cpu" else "inductor"
+        compiled = {"torch_compile": True, "torch_compile_backend": backend}
+        for kind, options in {"bf16": {}, "bf16, torch.compile": compiled}.items():
+            for name in self.args.anchors:
+                run = partial(self.anchor, name, PRECISIONS["bf16"] | options, kind)
+                self.guarded(f"{name}, {kind}", run, self.results["anchors"].setdefault(name, {}), kind)
+
+    def anchor(self, name: str, options: dict[str, Any], kind: str) -> Results:
+        """Train a model of a published size."""
+        anchor, is_tiny = ANCHORS[name], self.args.size == "tiny"
+        block, batch = (BLOCK_SIZE["tiny"], BATCH_SIZE["tiny"]) if is_tiny else (anchor.block, anchor.batch)
+        own = {**anchor.options, "block_size": block, "per_device_train_batch_size": batch}
+        own |= {key: value for key, value in SIZES["tiny"].items() if key in own} if is_tiny else {}
+        own |= {"max_position_embeddings": block} if anchor.method in ("mlm", "rtd") else {}
+        out = self.work / "anchors" / "".join(letter for letter in name + kind if letter.isalnum())
+        folder, size = self.text("tiny" if is_tiny else anchor.text), "tiny" if is_tiny else "base"
+        method = Method(anchor.method, size, folder, out, self.args.device, **own)
+        return method.train(out="run", **options, profile=True, max_steps=self.args.steps).results()
 
     def train(self, name: str, kinds: dict[str, dict[str, Any]]) -> None:
         """Train a method in several ways."""
         size = self.args.size
-        method = Method(name, size, self.inputs[size], self.work / "training" / name, self.args.device)
+        method = Method(name, size, self.text(size), self.work / "training" / name, self.args.device)
         found = self.results["training"].setdefault(name, {})
         for kind, options in kinds.items():
             out = kind.replace(", ", "-")
@@ -426,23 +516,29 @@ class Bench:
                 lines = traceback.format_exc().splitlines()[-LAST_LINES:]
                 results[name] = {"error": [line[:LINE_LENGTH] for line in lines]}
         free()
+        torch._dynamo.reset()
         outcome = "failed" if is_error(results[name]) else "done"
         print(f"{begin - self.begin:4.0f} s {what}: {outcome}", file=sys.stderr, flush=True)
         self.path.write_text(json.dumps(self.results, indent=1, default=str), encoding="utf-8")
 
     def print(self) -> None:
-        """Print a table, the lines that wait and what failed."""
+        """Print the tables, the lines that wait and what failed."""
+        print(f"machine: {self.results['device']}, torch {torch.__version__}\n")
+        if self.results["anchors"]:
+            self.print_anchors()
         rows = []
         for name, kinds in ({name: {} for name in self.results["checks"]} | self.results["training"]).items():
             checked = self.results["checks"].get(name, {})
             fp32 = kinds.get("fp32", {}).get("seconds")
             of_program = self._training_cells(checked.get("program", {}), None)
-            shown = [_number(checked.get(check)) for check in ("cpu", "resume", "export", "eval_loss")]
+            shown = [_number(checked.get(check)) for check in ("cpu", "gradient", "resume", "export", "eval_loss")]
             rows.append([name, "fp32, tiny", *of_program, *shown])
-            rows += [[name, kind, *self._training_cells(found, fp32), *[""] * 4] for kind, found in kinds.items()]
+            rows += [[name, kind, *self._training_cells(found, fp32), *[""] * 5] for kind, found in kinds.items()]
         headers = ["method", "run", "first loss", "last loss", "falls", "ms", "tokens/s", "speed-up", "MiB", "waits"]
-        print_table(rows, [*headers, "to CPU", "to resumed", "to export", "eval loss"])
-        for title, group in (("checks", self.results["checks"]), ("training", self.results["training"])):
+        if rows:
+            print_table(rows, [*headers, "to CPU", "gradient", "to resumed", "to export", "eval loss"])
+        for title in PARTS:
+            group = self.results[title]
             for name, kinds in group.items():
                 for kind, found in kinds.items():
                     if is_error(found):
@@ -456,6 +552,33 @@ class Bench:
             print("\nwaits by line:", *(f"- {line}: {'; '.join(at)}" for line, at in waits.items()), sep="\n")
         if self.results["left_out"]:
             print("\nleft out for time:", ", ".join(self.results["left_out"]))
+
+    def print_anchors(self) -> None:
+        """Print the models of published sizes."""
+        rows: list[list[object]] = []
+        for name, kinds in self.results["anchors"].items():
+            published = ANCHORS[name].published
+            for kind, found in kinds.items():
+                if is_error(found):
+                    rows.append([name, kind, "failed", *[""] * 5])
+                    continue
+                of_others = ["", ""]
+                if published is not None and self.args.size != "tiny":
+                    of_others = [f"{published[0]:,.0f} ({published[1]})", found["tokens_per_second"] / published[0]]
+                share = f"{found['share_of_peak']:.1%}" if "share_of_peak" in found else ""
+                rows.append(
+                    [
+                        name,
+                        kind,
+                        found["attention"],
+                        found["tokens_per_second"],
+                        share,
+                        *of_others,
+                        found["peak_memory_mib"],
+                    ]
+                )
+        print_table(rows, ["model", "run", "attention", "tokens/s", "of peak", "published", "ratio", "MiB"])
+        print()
 
     @staticmethod
     def _training_cells(found: Results, fp32: float | None) -> list[object]:
@@ -494,13 +617,17 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="base")
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
     parser.add_argument("--precisions", nargs="+", choices=list(PRECISIONS), default=list(PRECISIONS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--anchors", nargs="+", choices=list(ANCHORS), default=list(ANCHORS))
     parser.add_argument("--steps", type=int, default=10, help="of each training at the chosen size")
-    parser.add_argument("--seconds", type=float, default=170, help="no run starts later than this")
+    parser.add_argument(
+        "--seconds", type=float, default=150, help="no run of a part starts later than this after the part's begin"
+    )
     parser.add_argument("--output", default="gpu", help="folder of gpu.json and gpu.log")
     args = parser.parse_args()
     Path(args.output).mkdir(parents=True, exist_ok=True)
     # A run that hangs ends all of it; what was measured is in the file.
-    faulthandler.dump_traceback_later(args.seconds + 60, exit=True)
+    faulthandler.dump_traceback_later(len(args.parts) * args.seconds + 60, exit=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["HF_DATASETS_CACHE"] = folder
         bench = Bench(args, Path(folder))

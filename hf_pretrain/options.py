@@ -98,7 +98,7 @@ def resolved_options(instances: Iterable[Any]) -> dict[str, Any]:
     for instance in instances:
         for known in fields(instance):
             value = getattr(instance, known.name)
-            if known.init and known.name not in _NOT_SAVED and not _is_default(known, value):
+            if known.init and _is_saved(known, instance) and not _is_default(known, value):
                 options[known.name] = _recipe_value(value)
     return options
 
@@ -113,9 +113,14 @@ def all_options(instances: Iterable[Any]) -> dict[str, Any]:
         for known in fields(instance):
             value = _recipe_value(getattr(instance, known.name))
             has_value = value is not None or (known.default is not MISSING and known.default is not None)
-            if known.init and known.name not in _NOT_SAVED and has_value:
+            if known.init and _is_saved(known, instance) and has_value:
                 options[known.name] = value
     return options
+
+
+def _is_saved(known: Field, instance: Any) -> bool:
+    """Whether an option is one of a recipe: not of the machine, and not a number that follows from it."""
+    return known.name not in _NOT_SAVED and known.name not in getattr(instance, "chosen", ())
 
 
 def _is_default(known: Field, value: Any) -> bool:

@@ -133,6 +133,20 @@ def check_padding(tokenizer: Any, *, pad_to_multiple_of: int | None, target_slot
             raise InputError(f"{name}={value} must be at least 1, or None for no such rounding")
 
 
+def few_lengths(longest: int, *, step: int = 64) -> int:
+    """Return what lengths are rounded up to so that there are few of them and none is above the longest.
+
+    Args:
+        longest: The longest length; a model may have no position behind it.
+        step: About the step wanted.
+
+    Returns:
+        The largest divisor of the longest length that is at most `step`, the length itself where all of them are small.
+    """
+    divisors = [number for number in range(step // 4, step + 1) if longest % number == 0]
+    return max(divisors, default=longest)
+
+
 def stack_column(
     examples: Sequence[Mapping[str, Any]],
     name: str,

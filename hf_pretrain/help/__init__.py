@@ -42,6 +42,7 @@ _ORDER = ("objective", "strategy", "model", "data", "options", *_OF_TRAINING, "a
 # Options of this library that few runs need; --help-all has them too.
 RARE = set(
     """on_bad_text split_seed max_unknown_share word_segmenter shuffle_buffer_size dataset_split
+    dataloader_num_workers profile
     attn_implementation model_dtype teacher_dtype teacher_device teacher_compile decay_during_warmup adam_bias_correction
     augmentation_batch_size""".split()
 )

@@ -140,6 +140,8 @@ class Compute:
         hardware: See [`hf_pretrain.hub.environment.hardware`].
         processes: Processes that trained together.
         precision: "fp32", "bf16", ...
+        profile: Where the time of the training went, in a line; see [`hf_pretrain.modeling.observing.profile`].
+        attention: Names of the attention backends of a step: "sdpa", "flash_attention_2", ...
         peak_memory_mib: The most memory in use at a time, in MiB: of one device, or of one process on a CPU.
         energy: What was measured of it.
         flops: Floating-point operations of all tokens, at least: those of the encoders' weights, three times forward where they
@@ -159,6 +161,8 @@ class Compute:
     hardware: str | None = None
     processes: int | None = None
     precision: str | None = None
+    attention: str | None = None
+    profile: str | None = None
     peak_memory_mib: float | None = None
     energy: Energy | None = None
     flops: float | None = None

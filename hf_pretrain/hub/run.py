@@ -27,6 +27,7 @@ from hf_pretrain.hub.record import PretrainingCard, read_content, read_record, r
 from hf_pretrain.hub.text import OTHER_DATA, OTHER_WEIGHTS, Row, evaluated_steps, evaluation_at, hub_id
 from hf_pretrain.modeling.backbone import flops_of_weights, sizes
 from hf_pretrain.modeling.base import trial_tokens
+from hf_pretrain.modeling.observing.profile import Profile, profile_line
 from hf_pretrain.modeling.surgery.adapters import adapter_parameters, stock_parameters
 from hf_pretrain.options import all_options, resolved_options
 from hf_pretrain.training.arguments import REFUSED
@@ -469,6 +470,8 @@ def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
         hardware=hardware(device_type=args.device.type, num_devices=args.world_size),
         processes=args.world_size,
         precision=_precision(trainer),
+        attention=trainer.attention,
+        profile=None if trainer.profiled is None else profile_line(trainer.profiled),
         peak_memory_mib=max((row["peak_memory_mib"] for row in steps), default=None),
         energy=measured_energy(args.output_dir),
         flops=_flops(trainer, tokens),
@@ -483,6 +486,14 @@ def _peak_flops(trainer: PretrainingTrainer) -> float | None:
     # Ranks on other machines are taken to have the same devices.
     peak = peak_flops(torch.cuda.get_device_name(args.device), precision=_precision(trainer))
     return None if peak is None else peak * args.world_size
+
+
+def profile_of(trainer: PretrainingTrainer) -> Profile:
+    """Return the clock of a training; the peak of its device is that of the data sheet, or else measured."""
+    args = trainer.args
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else trainer.model.dtype
+    peak = _peak_flops(trainer)
+    return Profile(device=args.device, dtype=dtype, peak=None if peak is None else peak / args.world_size)
 
 
 def _precision(trainer: PretrainingTrainer) -> str:

@@ -8,7 +8,7 @@ composite, how the trial runs, and the checks of a stock model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self, cast
@@ -228,6 +228,13 @@ class PretrainingModel(ModelOfModels):
         self._frozen = tuple(unused_parameters(self, batch, name=called))
         for name in self._frozen:
             parameters[name].requires_grad_(False)
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return the `backbones` that may run on flash attention with a batch; the base has none.
+
+        A method names those that it gives nothing but padding and isolated documents, and no mask of its own.
+        """
+        return ()
 
     def check_gradient_checkpointing(self) -> None:
         """Refuse a stock model that cannot recompute its activations; transformers would name the composite, and late.

@@ -36,6 +36,7 @@ from hf_pretrain.modeling.loading import (
     from_pretrained,
     refuse_type,
 )
+from hf_pretrain.modeling.visibility.backends import AUTO
 from hf_pretrain.options import option
 
 SubModelConfig = PreTrainedConfig | dict[str, Any] | None
@@ -89,7 +90,9 @@ class ModelArguments:
     )
     max_position_embeddings: int = option(512, "Longest sequence, in tokens.")
     attn_implementation: str | None = option(
-        None, "Attention backend (sdpa, eager, flash_attention_2, ...); None = the model's own."
+        AUTO,
+        "Attention backend: auto (flash attention in steps of half precision on a GPU where it is installed, else sdpa or "
+        "eager), or one by name (sdpa, eager, flash_attention_2, ...).",
     )
     model_dtype: str = option(
         "float32",
@@ -473,7 +476,8 @@ def _known_overrides(args: Any, known: PreTrainedConfig) -> dict[str, Any]:
 
 def attention_options(args: ModelArguments) -> dict[str, Any]:
     """Return the keyword that chooses the attention backend, where the arguments name one."""
-    return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    name = args.attn_implementation
+    return {} if name in (None, AUTO) else {"attn_implementation": name}
 
 
 def dtype_option(args: ModelArguments) -> dict[str, str]:

@@ -206,6 +206,34 @@ class DataCollatorForMaskedLM:
     def _keys(self, examples: Sequence[Mapping[str, Any]]) -> RowKeys:
         return RowKeys.from_examples(examples, seed=self.seed, static_masks=self.masking.static_masks)
 
+    def fix_shapes(self, *, num_rows: int, length: int) -> None:
+        """Round up so that all batches of a training have one shape, for a graph that is compiled once.
+
+        What the collator was made with stays. A batch with more targets than expected, as words longer than the budget of their
+        row may give, has twice as many slots.
+
+        Args:
+            num_rows: Examples of a batch.
+            length: Tokens of the longest example.
+        """
+        self.pad_to_multiple_of = length if self.pad_to_multiple_of is None else self.pad_to_multiple_of
+        if self.target_slots is None:
+            # Hardware likes multiples of 8.
+            self.target_slots = max(8, -(-self.most_targets(num_rows, length) // 8) * 8)
+
+    def most_targets(self, num_rows: int, length: int) -> int:
+        """Return how many targets a batch of full rows has: exactly, or where each is drawn by itself hardly ever more."""
+        masking, rate = self.masking, float(self.masking.mlm_probability)
+        if self._mask_rates is not None:
+            rate = max(self._mask_rates.values)
+        if masking.masking_unit == "given":
+            return num_rows * length
+        mean = num_rows * rate * length
+        if masking.masking_count == "exact":
+            return num_rows * max(1, round(rate * length))
+        # Words are drawn whole, so counts vary more than those of tokens.
+        return min(num_rows * length, round(mean + 6 * (3 * mean * (1 - rate)) ** 0.5))
+
     def missing_slots(self, num_targets: int) -> int:
         """Return how many fillers make a number of targets a positive multiple of `target_slots`."""
         if self.target_slots is None:

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from hf_pretrain.corruption.rows import few_lengths
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
@@ -51,6 +52,15 @@ class DataCollatorForTask:
         if "teacher_logits" in examples[0]:
             batch["teacher_logits"] = torch.cat([example["teacher_logits"] for example in examples])
         return batch
+
+    def fix_shapes(self, *, num_rows: int, length: int) -> None:
+        """Round lengths up to few of them, for graphs that are compiled: texts of a task are short and long.
+
+        Args:
+            num_rows: Examples of a batch; it makes no difference.
+            length: Tokens of the longest example.
+        """
+        self.pad_to_multiple_of = few_lengths(length) if self.pad_to_multiple_of is None else self.pad_to_multiple_of
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -34,6 +35,8 @@ from hf_pretrain.options import check_options, option, schedules_of
 from hf_pretrain.training.phases.course import Course
 from hf_pretrain.training.processes import first_process_first
 
+# A collator makes batches faster than a step takes; more processes only take memory.
+_MOST_WORKERS = 4
 _COUNT, _STEPS = "[1, 1048576]", "[0, 2147483647]"
 
 # Options beside those of every method that are read at each step.
@@ -84,6 +87,14 @@ def bf16_is_fast() -> bool:
     return False
 
 
+def loader_workers() -> int:
+    """Return how many processes make batches for one training process, by the cores that it has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # One core stays for the training process itself.
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    return max(0, min(_MOST_WORKERS, share))
+
+
 @dataclass
 class PretrainingArguments(AdapterArguments, TrainingArguments):
     """`transformers.TrainingArguments` with what pre-training needs and the defaults that suit it.
@@ -122,6 +133,9 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
 
     course: ClassVar[Course | None] = None
     """Of an instance whose run has phases: all of them, and which one it is for. A program sets it; it is no option."""
+
+    chosen = frozenset[str]()
+    """Of an instance, the options whose value follows from the machine, which a recipe must not fix."""
 
     also_honoured: ClassVar[Mapping[str, Collection[Any]]] = {}
     """Values that a method honours of options that others refuse, by option; see `REFUSED`."""
@@ -166,6 +180,11 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         "Train at most about this many minutes, evaluations included: after a few steps max_steps is lowered to what fits, and "
         "the schedule of the learning rate ends there.",
     )
+    dataloader_num_workers: int | None = option(
+        None,
+        "Processes that make batches beside each training process, 0 for none; by default up to 4 where there is an accelerator "
+        "and the text is no stream, and else none. Batches are the same with any number.",
+    )
     eval_on_start: bool = option(
         True, "Evaluate before the first step, to compare with; only if there is held-out text."
     )
@@ -177,6 +196,11 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         False, "Let DDP look for parameters without gradient; every objective uses all of its own."
     )
 
+    profile: bool = option(
+        False,
+        "Write to profile.json, and print at the end, where the time goes: tokens a second, the share of the device's peak, and "
+        "the shares of waiting for data, of evaluation and of saving; on a GPU also waits for the device.",
+    )
     evaluation_tasks: list[str] | None = option(
         None,
         "Tasks to measure the model on, before and after training, and its teacher: names in evaluation_data_dir, or YAML files, "
@@ -220,6 +244,15 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         check_identifiers({name: getattr(self, name) for name in ("language", "license", "datasets", "tags")})
         check_branches(self.hub_branches, self.hub_branch_name)
         check_options(self)
+        has_accelerator = (
+            torch.accelerator.current_accelerator(check_available=True) is not None and not vars(self)["use_cpu"]
+        )
+        self.chosen = frozenset()
+        if self.dataloader_num_workers is None:
+            own = () if self.dataloader_persistent_workers else ("dataloader_persistent_workers",)
+            self.chosen = frozenset(("dataloader_num_workers", *own))
+            self.dataloader_num_workers = loader_workers() if has_accelerator else 0
+            self.dataloader_persistent_workers |= self.dataloader_num_workers > 0
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise InputError("dataloader_persistent_workers=True without workers: set dataloader_num_workers too")
         if self.decay_during_warmup and self.lr_scheduler_type != "linear":
@@ -242,6 +275,11 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         self._check_mappings()
         # Every rank reads a stream and takes its share; batches sent out from rank 0 would have their gathered targets cut.
         self.accelerator_config.dispatch_batches = False
+
+    def read_stream(self) -> None:
+        """Take no worker that nobody asked for: each one of a stream reads shards of its own, and there may be one shard."""
+        if "dataloader_num_workers" in self.chosen:
+            self.dataloader_num_workers, self.dataloader_persistent_workers = 0, False
 
     def _check_refused(self) -> None:
         """Refuse options that no Trainer of this library honours."""

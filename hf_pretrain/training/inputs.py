@@ -216,7 +216,10 @@ class TrainerInputs:
             raise InputError(
                 f"data_args has no effect on train_dataset={type(train_dataset).__name__}, whose examples are made: leave it out"
             )
-        collator = self.trainer.make_collator(self.args, tokenizer) if collator is None else collator
+        if collator is None:
+            collator = self.trainer.make_collator(self.args, tokenizer)
+            if self.args.torch_compile:
+                _fix_shapes(collator, num_rows=self.args.per_device_train_batch_size, length=train.data.block_size)
         found = self._examples(train, held_out, collator)
         if found["data_description"].get("block_mode") == "isolated_documents":
             self.model.check_isolation(length=train.data.block_size)
@@ -398,6 +401,14 @@ class TrainerInputs:
                 )
         composite.check_fits(data.tokenizer, block_size=data.block_size, isolates_documents=False)
         return composite
+
+
+def _fix_shapes(collator: Any, *, num_rows: int, length: int) -> None:
+    """Let a collator make batches of one shape: each other shape would be compiled anew."""
+    if hasattr(collator, "fix_shapes"):
+        collator.fix_shapes(num_rows=num_rows, length=length)
+    elif getattr(collator, "pad_to_multiple_of", 0) is None:
+        collator.pad_to_multiple_of = length
 
 
 def _set_positions(composite: PretrainingModel, phase: Phase) -> None:

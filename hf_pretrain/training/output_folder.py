@@ -53,6 +53,7 @@ _OF_A_RUN = (
     *("config.json", "generation_config.json", "model*.safetensors", "*.index.json", "pytorch_model*.bin"),
     *("adapter_config.json", "adapter_model.*", "configuration_*.py", "modeling_*.py", "__init__.py"),
     *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
+    "profile.json",
     *("all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),
     # Of fine-tuning, and of tasks.
     *("predictions.jsonl", "evaluation.json", _OWN_FOLDERS, *_OF_FEATURES),

@@ -219,13 +219,13 @@ def model_line(model: PretrainingModel) -> str:
 
 
 def plan_line(trainer: PretrainingTrainer, max_steps: int) -> str:
-    """Return one line on the plan: steps, examples a step, precision, devices, and the minutes if they are limited."""
+    """Return one line on the plan: steps, examples a step, precision, devices, attention, and the minutes if they are limited."""
     args = trainer.args
     batch = trainer.get_total_train_batch_size(args)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     devices = f"{args.world_size} x {args.device.type}" if args.world_size > 1 else args.device.type
     limit = "" if args.max_minutes is None else f", at most {args.max_minutes:g} minutes"
-    return f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}{limit}"
+    return f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}, attention {trainer.attention}{limit}"
 
 
 def _millions(count: int) -> str:
@@ -269,9 +269,9 @@ class Progress(TrainerCallback):
         if not state.is_world_process_zero:
             return
         trainer = self.trainer
-        self._print(f"data   {data_line(trainer.data_description, trainer.train_dataset)}")
-        self._print(f"model  {model_line(trainer.model)}")
-        self._print(f"plan   {plan_line(trainer, state.max_steps)}")
+        self.say(f"data   {data_line(trainer.data_description, trainer.train_dataset)}")
+        self.say(f"model  {model_line(trainer.model)}")
+        self.say(f"plan   {plan_line(trainer, state.max_steps)}")
         if self.is_live:
             self._show(self._table)
 
@@ -325,7 +325,7 @@ class Progress(TrainerCallback):
         self._speed = logs.get("tokens_per_second", self._speed)
         (self.held_out if held_out else self.training).update(held_out or rows)
         if self._live is None:
-            self._print(self._line(held_out or rows, state, is_held_out=bool(held_out)))
+            self.say(self._line(held_out or rows, state, is_held_out=bool(held_out)))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -378,7 +378,8 @@ class Progress(TrainerCallback):
         )
         return Group(table, status)
 
-    def _print(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Print a line as it is."""
         self.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -42,12 +42,15 @@ from hf_pretrain.hub.branches import Branches
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
-from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run
+from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run, profile_of
+from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
+from hf_pretrain.modeling.observing.profile import Profile, profile_line
 from hf_pretrain.modeling.surgery.adapters import add_adapters
+from hf_pretrain.modeling.visibility.backends import AUTO, FastAttention
 from hf_pretrain.optimizers import check_matrices_are_whole, optimizer_of, schedule_of
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
@@ -92,7 +95,7 @@ class PretrainingTrainer(Trainer):
     | `get_batch_samples` | counts a step's tokens, and notes how far a stream was taken; contrastive: keeps the micro-batches |
     | `_get_num_items_in_batch` | counts the targets of each loss by name, over micro-batches and ranks |
     | `compute_loss` | divides each sum by its count, weights it, keeps the components; contrastive: fillers are no negatives |
-    | `training_step` | rtd: generator and discriminator in turn, or in two stages |
+    | `training_step` | flash attention where the models can; rtd: generator and discriminator in turn, or in two stages |
     | `set_initial_training_values` | gives the collator the number of steps before the first batch is made |
     | `get_train_dataloader` | a stream is read by each process alone |
     | `_get_train_sampler` | keyed order that carries the epoch; distil-task: examples of about one length in a step |
@@ -188,6 +191,8 @@ class PretrainingTrainer(Trainer):
         model = None if "model_init" in kwargs else self.inputs.model
         self.check_data(args, train_dataset, eval_dataset)
         is_stream = isinstance(train_dataset, IterableDataset)
+        if is_stream:
+            args.read_stream()
         check_text(args, is_stream=is_stream, holds_out=eval_dataset is not None)
         args.eval_on_start &= eval_dataset is not None
         self._peft_config = peft_config
@@ -206,6 +211,8 @@ class PretrainingTrainer(Trainer):
             compute_metrics=self._reduce_statistics,
             **kwargs,
         )
+        # From pinned memory a batch is copied while the device computes.
+        self.accelerator.dataloader_config.non_blocking |= self.args.dataloader_pin_memory
         check_launch(self.accelerator)
         check_matrices_are_whole(self.args, self.accelerator)
         self.progress = show_progress(self)
@@ -226,7 +233,11 @@ class PretrainingTrainer(Trainer):
         self.learning_rates = LearningRates()
         self.add_callback(self.learning_rates)
         self.stream: StreamReader | None = None
-        self.has_begun = False
+        self.has_begun = self._is_tried = False
+        # Of the training that runs, and what was found of the last one.
+        self.profile: Profile | None = None
+        self.profiled: dict[str, Any] | None = None
+        self._attention: dict[tuple[str, ...], FastAttention] = {}
         self._is_evaluating = False
         self._sums = EvaluationSums()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
@@ -297,18 +308,90 @@ class PretrainingTrainer(Trainer):
 
     # Losses
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run a micro-batch forward and backward, on flash attention where the models can; see `transformers.Trainer`."""
+        if self.profile is not None and self._wants_flops and FILLER not in inputs:
+            # Only torch's own attention is known to the counter.
+            with self.profile.counting(self._num_tokens(inputs)):
+                return super().training_step(model, inputs, num_items_in_batch)
+        watching = nullcontext() if self.profile is None else self.profile.watching()
+        with watching, self.fast_attention(inputs).running():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    @property
+    def _wants_flops(self) -> bool:
+        # A micro-batch of another mode trains one of two models.
+        is_whole = getattr(self.args, "training_mode", "joint") == "joint"
+        return self.profile is not None and self.profile.wants_flops and is_whole
+
+    @staticmethod
+    def _num_tokens(batch: Mapping[str, Any]) -> int:
+        return int(batch["attention_mask"].sum())
+
+    def _timed(self, part: str) -> AbstractContextManager[None]:
+        return nullcontext() if self.profile is None else self.profile.part(part)
+
+    def _end_profile(self) -> None:
+        """Write where the time of the training went, and show it in a line."""
+        if self.profile is None:
+            return
+        self.tokens.add_new()
+        tokens = self.state.num_input_tokens_seen - getattr(self, "_initial_num_input_tokens_seen", 0)
+        self.profiled = self.profile.summary(tokens=tokens, num_processes=self.args.world_size)
+        if self.is_world_process_zero():
+            self.profile.write(Path(self.args.output_dir), self.profiled)
+            self.progress.say(f"profile {profile_line(self.profiled)}")
+
+    def fast_attention(self, batch: Mapping[str, Any]) -> FastAttention:
+        """Return which of the stock models run on flash attention with a batch; the option may name another backend."""
+        options = self.inputs.model_args
+        wanted = AUTO if options is None else getattr(options, "attn_implementation", None)
+        names = tuple(sorted(self.model.on_flash(batch))) if wanted == AUTO else ()
+        if names not in self._attention:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+            parts = [self.model.backbones[name] for name in names]
+            self._attention[names] = FastAttention(parts, device=self.args.device, dtype=dtype)
+        return self._attention[names]
+
+    @property
+    def attention(self) -> str:
+        """Names of the attention backends that the stock models run on in a step."""
+        changed = {name: None for name in self.model.on_flash({})}
+        fast = dict(zip(sorted(changed), self.fast_attention({}).backends, strict=False))
+        own = {name: str(part.config._attn_implementation) for name, part in self.model.backbones.items()}
+        return ", ".join(dict.fromkeys((own | fast).values()))
+
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""
-        batches, counts = super().get_batch_samples(*args)
+        with self._timed("data"):
+            batches, counts = super().get_batch_samples(*args)
         self.has_begun = True
         if self.stream is not None:
             self.stream.note(batches)
+        if self.args.torch_compile and batches and not self._is_tried:
+            self._try_out(batches[0])
         for batch in batches:
             self._refuse_lost_documents(batch)
             if FILLER not in batch:
                 self.tokens.new += batch["attention_mask"].sum().to(self.tokens.new.device)
         self.branches.count()
         return batches, counts
+
+    @torch.no_grad()
+    def _try_out(self, batch: dict[str, Any]) -> None:
+        """Run the model on a batch before it is compiled: what it finds out of its stock models would break the graph."""
+        self._is_tried = True
+        # Weights that are divided among processes, only the wrapped model puts together.
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
+            inputs = self._prepare_inputs(_without_filler(batch))
+            inputs.pop("lanes", None)
+            with evaluating(self.model), self.fast_attention(inputs).running():
+                self.model(**inputs)
+            if self.profile is not None and self._wants_flops:
+                # A compiled graph hides its operations. Backward they are taken to be twice as many.
+                with evaluating(self.model), torch.enable_grad(), self.profile.counting(self._num_tokens(inputs)):
+                    self.model(**inputs)
+                self.profile.flops *= 3
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -481,7 +564,9 @@ class PretrainingTrainer(Trainer):
             if wrapped is not None:
                 wrapped._is_accelerate_prepared = False
         dropout_of_process(self.args)
-        self._components = SumAccumulator()
+        self._components, self._attention = SumAccumulator(), {}
+        if self.args.profile:
+            self.profile = profile_of(self)
         self.tokens.begin()
         self.held_out.begin()
         self.begin_training()
@@ -491,6 +576,7 @@ class PretrainingTrainer(Trainer):
             self.tasks.begin(is_new=checkpoint is None)
         with reported_faults(self.args.output_dir), closing(self.progress):
             output = super().train(checkpoint, **kwargs)
+            self._end_profile()
         self.held_out.end()
         self.branches.finish()
         return output
@@ -588,6 +674,8 @@ class PretrainingTrainer(Trainer):
             # Before the last step, whose values these are.
             logs |= {name: schedule.at(done - 1, total) for name, schedule in self._schedules.items()}
             logs |= self.tokens.row() | {"peak_memory_mib": peak_memory_mib()}
+            if self.profile is not None:
+                self.profile.add_row(self.state.global_step, logs["tokens_per_second"])
         if "train_runtime" in logs and not self.num_steps_trained:
             # There is no speed or mean loss of a run that trained no step.
             for name in [name for name in logs if name.startswith("train_")]:
@@ -613,7 +701,7 @@ class PretrainingTrainer(Trainer):
         self._is_evaluating = True
         try:
             # A data loader draws a seed when it is opened; training must not depend on how often it is evaluated.
-            with self.tokens.paused(), torch.random.fork_rng(devices=[]):
+            with self.tokens.paused(), torch.random.fork_rng(devices=[]), self._timed("evaluation"):
                 metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
             self._is_evaluating = False
@@ -648,7 +736,7 @@ class PretrainingTrainer(Trainer):
     ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Return each example's sums and counts instead of logits."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self.compute_loss_context_manager(), self.fast_attention(inputs).running():
             return self._sums.pack(self.run_model(model, inputs))
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -678,14 +766,16 @@ class PretrainingTrainer(Trainer):
         """Write a checkpoint, then push, then remove older ones."""
         # It may lie between two rows of the log.
         self.tokens.add_new()
-        # A run that goes on from here must not miss them.
-        self.branches.write_passed()
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        self.checkpoints.save(folder, write=partial(super()._save_checkpoint, model, trial))
-        if self.args.push_to_hub:
-            with self.checkpoints.together():
-                self.pushing.push_checkpoint(folder)
-        self.checkpoints.remove_old(folder)
+        write = partial(super()._save_checkpoint, model, trial)
+        with self._timed("saving"):
+            # A run that goes on from here must not miss them.
+            self.branches.write_passed()
+            folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.checkpoints.save(folder, write=write)
+            if self.args.push_to_hub:
+                with self.checkpoints.together():
+                    self.pushing.push_checkpoint(folder)
+            self.checkpoints.remove_old(folder)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)

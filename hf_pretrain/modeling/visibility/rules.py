@@ -34,10 +34,11 @@ from hf_pretrain.modeling.backbone import (
     takes_input,
     window_of,
 )
+from hf_pretrain.modeling.visibility.backends import padded_bounds
 
 MaskFunction = Callable[..., torch.Tensor]
 
-_PADDING, _ISOLATION = "padding", "isolation"
+_PADDING, _BOUNDS, _ISOLATION = "padding", "bounds", "isolation"
 # Backends whose masks of padding are known to be those of transformers.
 _BACKENDS = ("sdpa", "eager")
 
@@ -72,8 +73,8 @@ class AttentionPlan(NamedTuple):
 
 def known_plan(backbone: PreTrainedModel, rule: str) -> AttentionPlan | None:
     """Return the plan of a backbone that was made for a rule, None if there is none for the backend that it has now."""
-    plan: AttentionPlan | None = getattr(backbone, f"_plan_for_{rule}", None)
-    return plan if plan is not None and plan.backend == backbone.config._attn_implementation else None
+    plans: dict[str, AttentionPlan] = getattr(backbone, f"_plans_for_{rule}", {})
+    return plans.get(backbone.config._attn_implementation)
 
 
 @torch.compiler.disable
@@ -89,7 +90,9 @@ def make_plan(backbone: PreTrainedModel, rule: str, *, takes_masks: bool = True)
         first_position=given_first_position(body),
         takes_masks=takes_masks,
     )
-    setattr(backbone, f"_plan_for_{rule}", plan)
+    # A model may have one backend in a step of training, and another elsewhere.
+    plans = getattr(backbone, f"_plans_for_{rule}", {}) | {plan.backend: plan}
+    setattr(backbone, f"_plans_for_{rule}", plans)
     return plan
 
 
@@ -219,7 +222,7 @@ def try_out(
         failure = f"its forward fails with such a mask ({one_line(error, line=0)})"
     finally:
         if failure:
-            delattr(backbone, f"_plan_for_{rule}")
+            getattr(backbone, f"_plans_for_{rule}").pop(plan.backend)
     if failure:
         raise InputError(failure)
     return plan
@@ -332,9 +335,18 @@ def padding_inputs(backbone: PreTrainedModel, attention_mask: torch.Tensor, is_p
 
 def _asks_its_mask(backbone: PreTrainedModel) -> bool:
     """Whether transformers' shared functions make the backbone's masks; those of older architectures ask nothing."""
+    known: bool | None = getattr(backbone, "_asks_its_mask", None)
+    return _note_who_masks(backbone) if known is None else known
+
+
+@torch.compiler.disable
+def _note_who_masks(backbone: PreTrainedModel) -> bool:
+    """Find out the same and remember it: a graph that is compiled would break at the look into a module."""
     body = backbone.base_model
     makers = vars(sys.modules[type(body).__module__]).values()
-    return create_bidirectional_mask in makers and body.config.model_type not in DISENTANGLED
+    found = create_bidirectional_mask in makers and body.config.model_type not in DISENTANGLED
+    setattr(backbone, "_asks_its_mask", found)  # noqa: B010 (no attribute that the type knows)
+    return found
 
 
 def _padding_mask(backbone: PreTrainedModel, plan: AttentionPlan, attention_mask: torch.Tensor) -> Any:
@@ -361,6 +373,35 @@ def _try_padding(backbone: PreTrainedModel, attention_mask: torch.Tensor) -> Att
         return try_out(backbone, _PADDING, trial)
     except InputError:
         return make_plan(backbone, _PADDING, takes_masks=False)
+
+
+def _flash_takes_bounds(backbone: PreTrainedModel, attention_mask: torch.Tensor) -> bool:
+    """Whether a backbone on flash attention takes bounds of rows in place of their mask; the first batch tries it out."""
+    if not _asks_its_mask(backbone):
+        return False
+    plan = known_plan(backbone, _BOUNDS)
+    return (_try_bounds(backbone, attention_mask) if plan is None else plan).takes_masks
+
+
+@torch.compiler.disable
+def _try_bounds(backbone: PreTrainedModel, attention_mask: torch.Tensor) -> AttentionPlan:
+    """Compare the states of a padded row with those of the same row alone, without padding."""
+
+    def trial(body: PreTrainedModel, plan: AttentionPlan) -> str | None:
+        length = max(attention_mask.shape[1], 4)
+        ids = torch.stack([arbitrary_tokens(body, length, shift=shift) for shift in (1, 2)])
+        padded = torch.ones_like(ids)
+        padded[1, length - 2 :] = 0
+        found = body(input_ids=ids, attention_mask=None, **padded_bounds(padded))[0].float()
+        for row, size in enumerate((length, length - 2)):
+            if not is_alike(found[row, :size], body(input_ids=ids[row : row + 1, :size])[0][0].float()):
+                return "its states change"
+        return None
+
+    try:
+        return try_out(backbone, _BOUNDS, trial)
+    except InputError:
+        return make_plan(backbone, _BOUNDS, takes_masks=False)
 
 
 # Isolated documents
@@ -404,6 +445,12 @@ def isolated_inputs(
             positions = {"position_ids": position_ids}
         else:
             positions = row_position_inputs(backbone, attention_mask)
+        if (
+            is_padded
+            and "flash" in backbone.config._attn_implementation
+            and _flash_takes_bounds(backbone, attention_mask)
+        ):
+            return batch | {"attention_mask": None} | padded_bounds(attention_mask) | positions
         return batch | {"attention_mask": padding_inputs(backbone, attention_mask, is_padded)} | positions
     assert position_ids is not None, "the collator gives position_ids along with document_ids"
     plan = known_plan(backbone, _ISOLATION)

@@ -32,8 +32,6 @@ from hf_pretrain.training.trainer import PretrainingTrainer
 
 # Modes of packing that cut documents at the end of an example.
 _CUTTING = JOINING_MODES
-# With a graph that is compiled once, shapes are rounded up to these.
-_COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 
 
 class DataCollatorForCausalLM:
@@ -98,6 +96,11 @@ class DataCollatorForCausalLM:
         labels_BL[:, :-1] = np.where(follows_BL[:, :-1], ids_BL[:, 1:], IGNORED)
         batch |= {"labels": labels_BL, "target_positions": self._filled(np.flatnonzero(follows_BL), ids_BL.shape[1])}
         return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+    def fix_shapes(self, *, num_rows: int, length: int) -> None:
+        """Round up so that all batches of a training have one shape; see [`DataCollatorForMaskedLM.fix_shapes`]."""
+        self.pad_to_multiple_of = length if self.pad_to_multiple_of is None else self.pad_to_multiple_of
+        self.target_slots = num_rows * length if self.target_slots is None else self.target_slots
 
     def _drop_end(self, follows: np.ndarray, ids: np.ndarray, valid: np.ndarray) -> None:
         """Take the special tokens at the end of each row off the targets, in place."""
@@ -177,13 +180,8 @@ print(tokenizer.decode(outputs[0]))""",
         return CausalLMDataArguments() if self.inputs.data_args is None else data_args
 
     def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForCausalLM:
-        """Return the collator; of fixed shapes where the model is compiled."""
-        return DataCollatorForCausalLM(
-            tokenizer,
-            predicts_end=args.predict_end is not False,
-            pad_to_multiple_of=_COMPILED_WIDTH if args.torch_compile else None,
-            target_slots=_COMPILED_TARGETS if args.torch_compile else None,
-        )
+        """Return the collator."""
+        return DataCollatorForCausalLM(tokenizer, predicts_end=args.predict_end is not False)
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
         """Return the blocks; where they are cut anywhere, their end is not predicted unless the options say so."""

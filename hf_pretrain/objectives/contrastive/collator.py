@@ -16,7 +16,14 @@ import torch
 
 from hf_pretrain.corruption.arguments import MaskingArguments
 from hf_pretrain.corruption.masking import Vocabulary, mask_rows, special_table
-from hf_pretrain.corruption.rows import ExampleRows, RowKeys, check_padding, stack_column, stack_examples
+from hf_pretrain.corruption.rows import (
+    ExampleRows,
+    RowKeys,
+    check_padding,
+    few_lengths,
+    stack_column,
+    stack_examples,
+)
 from hf_pretrain.corruption.selection import to_uniforms
 from hf_pretrain.data import draws
 from hf_pretrain.data.examples.packing import BlockTemplate, pack_rows
@@ -251,6 +258,27 @@ class DataCollatorForContrastive:
         for collator in (self._masked, self._detection):
             if collator is not None:
                 collator.training_steps = steps
+
+    def fix_shapes(self, *, num_rows: int, length: int) -> None:
+        """Round up so that the batches of a training have few shapes, for graphs that are compiled: rows of their own for texts.
+
+        Texts are of many lengths, so rows are as long as the longest of the batch, rounded up; the number of targets is fixed.
+
+        Args:
+            num_rows: Examples of a batch.
+            length: Tokens of the longest text.
+        """
+        self.packed = False
+        if self.pad_to_multiple_of is None:
+            self.pad_to_multiple_of = few_lengths(length)
+        if self.target_slots is None:
+            targets = num_rows * (length + self._leading_columns)
+            if self._masked is not None and self.objective not in ("retromae", "tsdae"):
+                targets = self._masked.most_targets(num_rows, length)
+            self.target_slots = targets
+        if self._detection is not None:
+            self._detection.pad_to_multiple_of = self.pad_to_multiple_of
+            self._detection.fix_shapes(num_rows=num_rows, length=length)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,6 +274,10 @@ class ContrastiveForPreTraining(PretrainingModel):
         if self.pair is not None:
             counts |= self.pair.count_targets(_of_pair(batch))
         return counts
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return the encoder; the small decoders have attention of their own."""
+        return ("model",) if "model" in self.backbones else ()
 
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -138,7 +138,8 @@ class ContrastiveTrainer(PretrainingTrainer):
             raise InputError(
                 f"block_mode={mode!r} has no effect here: texts are taken from documents; use 'doc_sentences', or leave it out"
             )
-        collator.packed = can_pack(model, data.block_size)
+        # A compiled graph takes one number of rows.
+        collator.packed = not args.torch_compile and can_pack(model, data.block_size)
         found = data.trainer_inputs()
         if args.view == "pairs":
             return found

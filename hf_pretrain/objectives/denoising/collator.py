@@ -77,6 +77,19 @@ class DataCollatorForDenoising:
         self.static_masks = static_masks
         self.pad_to_multiple_of = pad_to_multiple_of
         self.target_slots = target_slots
+        # Most tokens of a target, to which all are padded; the model may have no position behind it.
+        self.target_length: int | None = None
+
+    def fix_sides(self, *, num_rows: int, inputs: int, targets: int) -> None:
+        """Round up so that all batches of a training have one shape, for a graph that is compiled once.
+
+        Args:
+            num_rows: Examples of a batch.
+            inputs: Most tokens of a row that the encoder reads.
+            targets: Most tokens of a row that the decoder reads.
+        """
+        self.pad_to_multiple_of, self.target_length = inputs, targets
+        self.target_slots = num_rows * targets
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples."""
@@ -155,8 +168,9 @@ class DataCollatorForDenoising:
             positions = positions + (len(template.prefix) + pairs.starts)[:, None]
         kinds = np.broadcast_to(pairs.kinds[:, None], targets.shape)
         encoder = _Rows.of(texts.rows, input_valid, num_rows=num_rows, multiple=self.pad_to_multiple_of)
-        decoder = _Rows.of(texts.rows, target_valid, num_rows=num_rows, multiple=self.pad_to_multiple_of)
-        if self.target_slots is not None and decoder.valid.all():
+        multiple = self.pad_to_multiple_of if self.target_length is None else self.target_length
+        decoder = _Rows.of(texts.rows, target_valid, num_rows=num_rows, multiple=multiple)
+        if self.target_slots is not None and self.target_length is None and decoder.valid.all():
             decoder = decoder.wider(self.pad_to_multiple_of or 1)
         batch = {
             "input_ids": encoder.place(inputs, fill=pad_id),
@@ -193,7 +207,8 @@ class DataCollatorForDenoising:
     def _slots(self, valid: np.ndarray) -> np.ndarray:
         """Return the flat positions of the targets, filled up to a multiple of `target_slots`."""
         positions = np.flatnonzero(valid)
-        if self.target_slots is None:
+        if self.target_slots is None or valid.all():
+            # Without a free position a batch is left as it is: of a fixed shape it is full.
             return positions
         missing = -len(positions) % self.target_slots
         return np.append(positions, np.full(missing, np.argmin(valid)))

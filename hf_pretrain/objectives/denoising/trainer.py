@@ -56,8 +56,6 @@ _NOISES = {
         "song2019mass",
     ),
 }
-# With a graph that is compiled once, shapes are rounded up to these.
-_COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
 
 
 class DenoisingTrainer(PretrainingTrainer):
@@ -85,18 +83,17 @@ class DenoisingTrainer(PretrainingTrainer):
         return cut_text(data_args, training, tokenizer=known if isinstance(known, PreTrainedTokenizerBase) else None)
 
     def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForDenoising:
-        """Return the collator of pairs; of fixed shapes where the model is compiled."""
-        fixed = (
-            {"pad_to_multiple_of": _COMPILED_WIDTH, "target_slots": _COMPILED_TARGETS} if args.torch_compile else {}
-        )
+        """Return the collator of pairs."""
         return DataCollatorForDenoising(
-            tokenizer, noise=args.make_noise(tokenizer), seed=args.seed, static_masks=args.static_masks, **fixed
+            tokenizer, noise=args.make_noise(tokenizer), seed=args.seed, static_masks=args.static_masks
         )
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
         """Return the blocks, with the starts of their sentences where the noise needs them."""
         inputs, targets = longest_pair(args, data.tokenizer, data.block_size)
         model.check_lengths(data.tokenizer, inputs=inputs, targets=targets)
+        if args.torch_compile and isinstance(collator, DataCollatorForDenoising):
+            collator.fix_sides(num_rows=args.per_device_train_batch_size, inputs=inputs, targets=targets)
         found = data.trainer_inputs()
         if isinstance(collator.noise, BartNoise):
             # A model may have no position behind the longest text.

@@ -332,7 +332,8 @@ class DistillationModel(PretrainingModel):
             teacher.top_k = TopKTargets(teacher_ids, teacher_log_probs[:, :-1], teacher_log_probs[:, -1])
         elif teacher_logits is None and self.teacher is not None:
             teacher = self.teacher(inputs, positions)
-        student = self.runner(self.student, inputs, positions)
+        reads_layers = bool(self.runner.request.hidden or self.runner.request.attention)
+        student = (self._read_layers if reads_layers else self.runner)(self.student, inputs, positions)
         predictions = None
         if student.logits is not None:
             rows = {"head": head, "positions": positions, "shape": attention_mask.shape, "everywhere": is_everywhere}
@@ -352,6 +353,13 @@ class DistillationModel(PretrainingModel):
             if "mlm" in losses:
                 del output.metrics["mlm_loss"]
         return output
+
+    @torch.compiler.disable
+    def _read_layers(
+        self, model: PreTrainedModel, inputs: dict[str, Any], positions: torch.Tensor | None
+    ) -> ModelOutputs:
+        """Run the student where states are read: its hooks are new in each call, and a graph would be compiled anew for them."""
+        return self.runner(model, inputs, positions)
 
     def _vectors(self, both: PairedOutputs) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the vectors of all texts, ``[B, E]`` of each model; None if no loss compares them."""

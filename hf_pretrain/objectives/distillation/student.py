@@ -109,8 +109,8 @@ def build_student(
         layers = choose_layers(args.student_layers, **depths)
         overrides = parse_overrides(args.config_overrides)
         student = cut_student(teacher, layers, model_type=args.student_type, overrides=overrides)
-        if args.attn_implementation is not None:
-            student.set_attn_implementation(args.attn_implementation)
+        for backend in attention_options(args).values():
+            student.set_attn_implementation(backend)
     else:
         student = fresh_student(teacher, args=args, tokenizer=tokenizer, auto_class=auto_class)
     if args.freeze_position_embeddings:

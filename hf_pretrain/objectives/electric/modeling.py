@@ -123,7 +123,7 @@ class ElectricForPreTraining(PairForPreTraining):
     @staticmethod
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the candidates, which both losses are about."""
-        count = torch.tensor(len(batch["candidate_positions"]))
+        count = batch.get("num_candidates", torch.tensor(len(batch["candidate_positions"])))
         return {"cloze": count, "nce": count}
 
     def forward(
@@ -137,6 +137,7 @@ class ElectricForPreTraining(PairForPreTraining):
         document_ids: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         is_padded: bool | None = None,
+        num_candidates: torch.Tensor | None = None,
         **inputs: Any,
     ) -> PretrainingOutput:
         """Run one joint step.
@@ -152,6 +153,7 @@ class ElectricForPreTraining(PairForPreTraining):
             document_ids: ``[B, L]`` documents that do not see each other, see [`TwoTowerClozeModel.context_states`].
             position_ids: ``[B, L]`` position of a token in its document, needed with `document_ids`.
             is_padded: Whether any row has padding.
+            num_candidates: ``[]`` the candidates without the fillers behind them, which `count_targets` reads; not used here.
             **inputs: Further inputs of both models, such as `token_type_ids`.
 
         Returns:

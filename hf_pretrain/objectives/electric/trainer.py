@@ -153,7 +153,8 @@ class DataCollatorForElectric(DataCollatorForMaskedLM):
     - `candidate_positions`: ``[C]`` int64, the flat indices of all tokens that could have been selected, ascending: the real
       tokens but the special ones and the unknown one;
     - `sample_uniforms`: ``[T]`` keyed uniforms that decide the generator's samples at `target_positions`. The sample is then a
-      function of the seed, the epoch, the example and the generator's weights, on any device.
+      function of the seed, the epoch, the example and the generator's weights, on any device;
+    - `num_candidates`: ``[]``, after `fix_shapes` only, which fills the candidates up with a position that is none.
 
     Raises:
         InputError: If the options hide tokens, or select the unknown token.
@@ -161,6 +162,7 @@ class DataCollatorForElectric(DataCollatorForMaskedLM):
 
     def __init__(self, tokenizer: Any, **options: Any) -> None:
         super().__init__(tokenizer, **options)
+        self.candidate_slots: int | None = None
         for name in ("mask_share", "random_share"):
             if getattr(self.masking, name):
                 raise InputError(
@@ -179,8 +181,20 @@ class DataCollatorForElectric(DataCollatorForMaskedLM):
         """Add the candidates to the batch."""
         batch = super().assemble(rows, masked)
         candidates = np.nonzero(rows.valid & ~self.vocabulary.is_protected(rows.input_ids))
-        batch["candidate_positions"] = torch.from_numpy(self.layout(rows, masked).flat(*candidates))
+        positions = self.layout(rows, masked).flat(*candidates)
+        if self.candidate_slots is not None:
+            batch["num_candidates"] = torch.tensor(len(positions))
+            # The first position that is no candidate: what is there counts for nothing.
+            free = np.setdiff1d(np.arange(batch["input_ids"].numel()), positions)[:1]
+            missing = -len(positions) % self.candidate_slots if len(free) else 0
+            positions = np.append(positions, np.repeat(free, missing))
+        batch["candidate_positions"] = torch.from_numpy(positions)
         return batch
+
+    def fix_shapes(self, *, num_rows: int, length: int) -> None:
+        """Round up so that all batches of a training have one shape; see [`DataCollatorForMaskedLM.fix_shapes`]."""
+        super().fix_shapes(num_rows=num_rows, length=length)
+        self.candidate_slots = num_rows * length
 
 
 class ElectricTrainer(PretrainingTrainer):

@@ -161,6 +161,13 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
             span_labels=targets.labels,
         )
 
+    def most_targets(self, num_rows: int, length: int) -> int:
+        """Return the targets of a batch of full rows, of the head that has the most."""
+        shuffled = round(self.word_order_probability * length) if "word_order" in self.heads else 0
+        # A run is shuffled as a whole.
+        shuffled = -(-shuffled // self.word_order_size) * self.word_order_size
+        return max(super().most_targets(num_rows, length), num_rows * shuffled)
+
     def _fill(self, **entries: np.ndarray) -> dict[str, torch.Tensor]:
         """Fill entries of one length up to a multiple of `target_slots`, with position 0 and labels to be ignored."""
         missing = self.missing_slots(len(next(iter(entries.values()))))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -212,6 +212,10 @@ class EncoderForPreTraining(PretrainingModel):
             if head in heads:
                 counts[head] = (batch[entry] != IGNORED).sum() if entry in batch else none
         return counts
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return the encoder, unless the text is read in one direction or in several modes."""
+        return () if {"lm_modes", "is_causal"} & batch.keys() else self.backbones.keys()
 
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:

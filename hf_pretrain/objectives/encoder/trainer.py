@@ -203,15 +203,8 @@ model = AutoModelForMaskedLM.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 scores = causal_log_likelihoods(model, tokenizer, [{sentence}], left_to_right=True)"""
 
-# With a graph that is compiled once, shapes are rounded up to these.
-_COMPILED_WIDTH, _COMPILED_TARGETS = 64, 512
-
-
-def _fixed_shapes(args: EncoderTrainingArguments) -> dict[str, int]:
-    """Return what a collator rounds up to: each causal example in a batch adds many targets."""
-    if not (args.torch_compile and args.has_clm):
-        return {}
-    return {"pad_to_multiple_of": _COMPILED_WIDTH, "target_slots": _COMPILED_TARGETS}
+# With a graph that is compiled, targets are rounded up to this where causal examples add as many as they have tokens.
+_COMPILED_TARGETS = 512
 
 
 class EncoderTrainer(PretrainingTrainer):
@@ -246,7 +239,7 @@ class EncoderTrainer(PretrainingTrainer):
             shifted=args.shifted,
             masking=args.masking,
             seed=args.seed,
-            **_fixed_shapes(args),
+            target_slots=_COMPILED_TARGETS if args.torch_compile and args.has_clm else None,
         )
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:

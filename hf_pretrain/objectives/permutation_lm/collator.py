@@ -105,6 +105,7 @@ class DataCollatorForPermutationLM:
       content stream also itself. Padding has the key rank `PADDING_RANK`, which no token sees;
     - `target_columns`: `[B, P]` int64, ascending in each row, 0 where a row has fewer targets;
     - `labels`: `[B, P]` int64, the original ids, -100 where a row has fewer targets;
+    - `slots`: `[B * P]` int64, with `target_slots` only: the flat positions of all labels;
     - `token_type_ids`: `[B, L]` int64, `lanes`: `[B]` int64, `memory_reset`, `backward`: `[B]` bool, if the examples have
       them.
 
@@ -160,6 +161,15 @@ class DataCollatorForPermutationLM:
             if column in examples[0]:
                 batch[name] = torch.tensor([example[column] for example in examples])
         return batch
+
+    def fix_shapes(self, *, num_rows: int, length: int) -> None:
+        """Round up so that all batches of a training have one shape; see [`DataCollatorForMaskedLM.fix_shapes`]."""
+        self.pad_to_multiple_of = length if self.pad_to_multiple_of is None else self.pad_to_multiple_of
+        if self.target_slots is None:
+            # The last span of a row may go beyond its share.
+            options = self.permutation
+            share = -(-length // options.context_factor) + options.max_span_length
+            self.target_slots = length if options.target_unit == "given" else min(length, int(share))
 
     def read(self, examples: Sequence[Mapping[str, Any]]) -> ExampleRows:
         """Stack the examples into left-aligned arrays."""
@@ -220,6 +230,9 @@ class DataCollatorForPermutationLM:
             "target_columns": torch.from_numpy(columns),
             "labels": torch.from_numpy(labels),
         }
+        if self.target_slots is not None:
+            # All slots, those without a target too: their number does not change.
+            batch["slots"] = torch.arange(labels.size)
         if rows.token_type_ids is not None:
             fill = self.tokenizer.pad_token_type_id
             batch["token_type_ids"] = layout.place(rows.token_type_ids, valid=valid, fill=fill)

@@ -140,7 +140,7 @@ class PermutationLMForPreTraining(PretrainingModel):
     ) -> PermutationLMForPreTraining:
         """Take a stock model, the checkpoint that the arguments name, or the model that they describe; see [`from_model`]."""
         model = build_stock_model(args, tokenizer, stock=stock)
-        if isinstance(model, XLNetLMHeadModel) and args.attn_implementation is not None:
+        if isinstance(model, XLNetLMHeadModel) and attention_options(args):
             options["two_stream_attention"] = args.attn_implementation
         return cls.from_model(model, mask_token_id=tokenizer.mask_token_id, **options, **dtype_option(args))
 
@@ -175,7 +175,7 @@ class PermutationLMForPreTraining(PretrainingModel):
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
         """Return which slots of `labels` hold a target; see [`PretrainingModel.host_inputs`]."""
-        return {"slots": _used_slots(batch["labels"])}
+        return {} if "slots" in batch else {"slots": _used_slots(batch["labels"])}
 
     def forward(
         self,

@@ -137,6 +137,12 @@ class PermutationLMTrainer(RecurrentTrainer):
             options, data.tokenizer, stock=stock, mem_len=args.mem_len, reuse_len=reuse_len
         )
 
+    @property
+    def attention(self) -> str:
+        """Name of the attention backend of a step; XLNet's two streams have one of their own."""
+        own = getattr(self.model.two_streams, "backend", None)
+        return super().attention if own is None else str(own)
+
     def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForPermutationLM:
         """Return the collator of orders."""
         return DataCollatorForPermutationLM(tokenizer, permutation=args.permutation, seed=args.seed)

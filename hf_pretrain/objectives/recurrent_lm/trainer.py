@@ -171,7 +171,7 @@ print(tokenizer.decode(outputs[0]))""",
 
     def make_collator(self, args: Any, tokenizer: Any) -> DataCollatorForRecurrentLM:
         """Return the collator of windows."""
-        return DataCollatorForRecurrentLM()
+        return DataCollatorForRecurrentLM(pad_to_multiple_of=args.tgt_len if args.torch_compile else None)
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
         """Return windows of lanes."""

@@ -6,7 +6,7 @@ With the decoder absolute positions enter just before the generator predicts the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -248,6 +248,10 @@ class ReplacedTokenDetectionForPreTraining(PairForPreTraining):
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the selected positions for the generator and the real tokens for the discriminator."""
         return {"mlm": (batch["labels"] != IGNORED).sum(), "rtd": batch["attention_mask"].sum()}
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return generator and discriminator."""
+        return self.backbones.keys()
 
     def forward(
         self,
