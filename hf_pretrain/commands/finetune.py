@@ -38,6 +38,7 @@ from hf_pretrain.training.output_folder import OutputFolder, note_own_folders, o
 from hf_pretrain.training.processes import (
     StopOnRequest,
     Stopping,
+    part_at_exit,
     refused_by_libraries,
     reported_faults,
     set_timeout,
@@ -200,6 +201,7 @@ def main(argv: list[str] | None = None) -> None:
             program.train(run)
         if args.process_index == 0:
             program.report(options, args)
+        part_at_exit()
 
 
 def _check_seeds(options: FinetuneArguments, args: FinetuneTrainingArguments) -> None:

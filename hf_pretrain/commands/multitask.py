@@ -30,6 +30,7 @@ from hf_pretrain.training.processes import (
     StopOnRequest,
     first_process_first,
     nothing_trained,
+    part_at_exit,
     refused_by_libraries,
     reported_faults,
     set_timeout,
@@ -134,6 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             folder.training_begins()
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         _finish(trainer, options, baselines)
+        part_at_exit()
 
 
 def _trainer(
