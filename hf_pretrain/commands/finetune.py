@@ -49,7 +49,7 @@ from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.strategies import is_adapted, strategy_report
 from hf_pretrain.transfer.tuning.export import PREDICTIONS, RECIPE, RESULTS, export_fine_tuned, results_of
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, TaskTrainer, fine_tune
-from hf_pretrain.transfer.tuning.heads import ChosenHead, chosen_head
+from hf_pretrain.transfer.tuning.heads import ChosenHead
 from hf_pretrain.transfer.tuning.options import TaskArguments
 from hf_pretrain.transfer.tuning.references import Reference, constant_reference, tfidf_reference
 
@@ -239,6 +239,7 @@ class _Program:
     def __init__(self, data: TaskData, stopping: Stopping) -> None:
         self.data, self.stopping = data, stopping
         self.references: list[Reference] = []
+        self.has_begun = False
         self.found: list[tuple[FineTuned, Run]] = []
 
     def train(self, run: Run) -> None:
@@ -253,8 +254,10 @@ class _Program:
                     note_own_folders(run.around, [Path(args.output_dir).name])
                 self._measure_references(options)
                 self._announce(trainer, note, is_first=not self.found)
+            # On every process: what a library raises in training is no refusal, such as that another process is gone.
+            self.has_begun = True
 
-        with refused_by_libraries(unless=lambda: bool(self.references)):
+        with refused_by_libraries(unless=lambda: self.has_begun):
             found = fine_tune(
                 options.model_name_or_path,
                 self.data,
@@ -339,7 +342,7 @@ class _Program:
 def _print_folder(found: FineTuned, run: Run, data: TaskData) -> None:
     folder, last = Path(run.args.output_dir), found.trainer.state.global_step
     which = "the last weights" if found.step == last else f"the best weights, of step {found.step:,} of {last:,}"
-    trust = "" if chosen_head(found.trainer.plan.inner).architecture is None else ", trust_remote_code=True"
+    trust = "" if type(found.trainer.plan.inner).__module__.startswith("transformers.") else ", trust_remote_code=True"
     opens = f'{data.auto_class.__name__}.from_pretrained("{folder}"{trust})'
     if run.args.export == "adapter" and is_adapted(found.trainer.model):
         opens = "an adapter alone; the card has the code that opens it"

@@ -37,15 +37,18 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path) -> Path:
     name = str(getattr(encoder.config, "name_or_path", "") or "")
     base = hub_id(name) if name and not Path(name).exists() else str(Path(name).resolve()) if name else None
     kind = trainer.tasks[model.tasks[0]].auto_class.__name__
+    is_stock = type(encoder).__module__.startswith("transformers.")
+    trust = "" if is_stock else ", trust_remote_code=True"
     usage = (
-        f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{{repo}}", subfolder="{model.tasks[0]}")'
+        f"from transformers import {kind}\n\n"
+        f'model = {kind}.from_pretrained("{{repo}}", subfolder="{model.tasks[0]}"{trust})'
     )
     options, own = all_options([args]), resolved_options([args])
     seconds = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None)
     card = PretrainingCard(
         model_name=folder.resolve().name,
         model_class=type(encoder).__name__,
-        has_own_code=not type(encoder).__module__.startswith("transformers."),
+        has_own_code=not is_stock,
         objective=ObjectiveDescription(
             name="multitask",
             title="Multi-task learning",
