@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
-import torch
 
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
@@ -154,8 +153,6 @@ class FinetuneTrainingArguments(FineTuningArguments):
             raise InputError(
                 f"hub_strategy={self.hub_strategy!r}: a fine-tuned model is pushed at the end; leave it out"
             )
-        if torch.accelerator.current_accelerator(check_available=True) is None:
-            self.dataloader_pin_memory = False
         super().__post_init__()
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs):
             name = "num_train_epochs" if self.max_steps else "max_steps"
