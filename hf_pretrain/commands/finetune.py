@@ -49,7 +49,12 @@ from hf_pretrain.transfer.strategies import is_adapted, strategy_report
 from hf_pretrain.transfer.tuning.export import PREDICTIONS, RECIPE, RESULTS, export_fine_tuned, results_of
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, TaskTrainer, fine_tune
 from hf_pretrain.transfer.tuning.heads import ChosenHead
-from hf_pretrain.transfer.tuning.options import TaskArguments
+from hf_pretrain.transfer.tuning.options import (
+    ARCHITECTURE_HELP,
+    ARCHITECTURE_OPTIONS_HELP,
+    MIX_LAYERS_HELP,
+    TaskArguments,
+)
 from hf_pretrain.transfer.tuning.references import Reference, constant_reference, tfidf_reference
 
 PROGRAM = "hf-pretrain finetune"
@@ -71,13 +76,9 @@ class FinetuneArguments(TaskArguments):
     }
 
     choice_columns: list[str] | None = option(None, "With task_type choice: columns of the choices, or one of lists.")
-    architecture: str | None = option(
-        None,
-        "What stands on top of the encoder instead of the stock head: mean, max, cls, last, attention_pooling, scalar_mix, "
-        "bilstm, cnn or pair_encoder of texts; linear, scalar_mix, bilstm or cnn of tokens; or one that a package registers.",
-    )
-    architecture_options: dict | None = option(None, 'Options of the architecture, as JSON: {"lstm_size": 64}.')
-    mix_layers: bool = option(False, "The architecture reads a learned mean of all layers.")
+    architecture: str | None = option(None, ARCHITECTURE_HELP)
+    architecture_options: dict | None = option(None, ARCHITECTURE_OPTIONS_HELP)
+    mix_layers: bool = option(False, MIX_LAYERS_HELP)
     metric: str | None = option(None, "The metric that counts; by default of the type of the task.")
     max_length: int | None = option(
         None, "Most tokens of an example; by default 128, of spans 384, or fewer if the model takes no more."

@@ -37,8 +37,10 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path) -> Path:
     name = str(getattr(encoder.config, "name_or_path", "") or "")
     base = hub_id(name) if name and not Path(name).exists() else str(Path(name).resolve()) if name else None
     kind = trainer.tasks[model.tasks[0]].auto_class.__name__
-    is_stock = type(encoder).__module__.startswith("transformers.")
-    trust = "" if is_stock else ", trust_remote_code=True"
+    is_stock, first = (
+        type(part).__module__.startswith("transformers.") for part in (encoder, model.task_model(model.tasks[0]))
+    )
+    trust = "" if first else ", trust_remote_code=True"
     usage = (
         f"from transformers import {kind}\n\n"
         f'model = {kind}.from_pretrained("{{repo}}", subfolder="{model.tasks[0]}"{trust})'
