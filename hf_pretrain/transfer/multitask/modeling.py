@@ -36,6 +36,8 @@ _NAMES = re.compile(r"(?!checkpoint-)[A-Za-z0-9][A-Za-z0-9_-]*")
 # Parts of what a task has of its own that are no modules of the stock model itself: DeBERTa has another pooler in its head.
 _LOSS_WEIGHT, _OWN_POOLER = "loss_weight", "encoder_pooler"
 _POOLER = "pooler"
+# transformers' mark of a model whose modules record their outputs.
+_RECORDS = "_output_capturing_hooks_installed"
 
 
 @strict
@@ -159,6 +161,8 @@ class MultiTaskModel(ModelOfModels):
         self.heads = TaskHeads({task: self._head_of(task, model) for task, model in models.items()})
         # Not registered: their modules are those above.
         self._models: dict[str, PreTrainedModel] = dict(models)
+        for model in models.values():
+            setattr(model.base_model, _RECORDS, getattr(self.encoder, _RECORDS, False))
         pooler = getattr(self.encoder, _POOLER, None)
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)
@@ -240,8 +244,14 @@ class MultiTaskModel(ModelOfModels):
         if _OWN_POOLER in head:
             body._modules[_POOLER] = head[_OWN_POOLER]
         body._parameters, body._buffers = self.encoder._parameters, self.encoder._buffers
+        # The layers are shared: one model after the other would make each record its output once more.
+        records = any(getattr(each, _RECORDS, False) for each in (self.encoder, *self._bodies()))
+        setattr(body, _RECORDS, records)
         model.training, body.training = self.training, self.encoder.training
         return model
+
+    def _bodies(self) -> list[PreTrainedModel]:
+        return [model.base_model for model in self._models.values()]
 
     def head(self, task: str) -> nn.ModuleDict:
         """Return the modules that a task has of its own; those that are trained, where an adapter has made copies."""
