@@ -247,7 +247,7 @@ def stack_examples(
     )
 
 
-def ends_of_rows(input_ids: np.ndarray, valid: np.ndarray, suffix: Sequence[int]) -> np.ndarray:
+def ends_of_rows(input_ids: np.ndarray, valid: np.ndarray, suffix: Sequence[int] | np.ndarray) -> np.ndarray:
     """Return where rows end with the special tokens that a tokenizer puts behind a text: `[B, L]` bool, True at these tokens.
 
     Args:

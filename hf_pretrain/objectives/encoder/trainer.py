@@ -247,7 +247,7 @@ class EncoderTrainer(PretrainingTrainer):
             shifted=args.shifted,
             masking=args.masking,
             seed=args.seed,
-            **_fixed_shapes(args),
+            **cast(Any, _fixed_shapes(args)),
         )
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
