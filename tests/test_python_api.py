@@ -197,6 +197,13 @@ STOCK = {
         BertForMaskedLM,
         {"teacher": bert(seed=1, num_hidden_layers=4)},
     ),
+    "distil-cut-encoder": (
+        DistillationTrainer,
+        lambda: StudentArguments(student_layers="every_other"),
+        {"distillation_method": "minilmv2"},
+        None,
+        {"teacher": bert(seed=1, num_hidden_layers=4)},
+    ),
 }
 
 

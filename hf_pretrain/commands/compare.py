@@ -26,6 +26,7 @@ from typing import ClassVar
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation.suite import find_tasks
+from hf_pretrain.modeling.loading import quiet, without_bars
 from hf_pretrain.options import check_options, option
 from hf_pretrain.tasks.spec import TaskSpec
 from hf_pretrain.training.program import print_table
@@ -131,18 +132,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot is not None or not Path(args.results).exists():
         check_plot(plot)
     print(f"arms   {len(arms)}: {', '.join(f'{names[arm.model]} {arm.name}' for arm in arms)}", flush=True)
-    comparison = StrategyComparison(
-        arms,
-        specs,
-        seeds=args.seeds,
-        sizes=args.sizes(),
-        settings=args.settings(),
-        results=args.results,
-        budget=args.budget,
-        rate_factors=args.rate_factors,
-        say=lambda line: print(f"       {line}", flush=True),
-    )
-    groups = comparison.run()
+    with quiet(), without_bars():
+        comparison = StrategyComparison(
+            arms,
+            specs,
+            seeds=args.seeds,
+            sizes=args.sizes(),
+            settings=args.settings(),
+            results=args.results,
+            budget=args.budget,
+            rate_factors=args.rate_factors,
+            say=lambda line: print(f"       {line}", flush=True),
+        )
+        groups = comparison.run()
     print_table(table_rows(groups), header=HEADER)
     spent = math.fsum(group.flops for group in groups)
     of = "" if args.budget is None else f" of {args.budget:.2e}"

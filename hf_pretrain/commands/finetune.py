@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import numpy as np
-import torch
 
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
@@ -38,6 +37,7 @@ from hf_pretrain.training.output_folder import OutputFolder, note_own_folders, o
 from hf_pretrain.training.processes import (
     StopOnRequest,
     Stopping,
+    part_at_exit,
     refused_by_libraries,
     reported_faults,
     set_timeout,
@@ -48,8 +48,13 @@ from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.strategies import is_adapted, strategy_report
 from hf_pretrain.transfer.tuning.export import PREDICTIONS, RECIPE, RESULTS, export_fine_tuned, results_of
 from hf_pretrain.transfer.tuning.fine_tune import FineTuned, TaskTrainer, fine_tune
-from hf_pretrain.transfer.tuning.heads import ChosenHead, chosen_head
-from hf_pretrain.transfer.tuning.options import TaskArguments
+from hf_pretrain.transfer.tuning.heads import ChosenHead
+from hf_pretrain.transfer.tuning.options import (
+    ARCHITECTURE_HELP,
+    ARCHITECTURE_OPTIONS_HELP,
+    MIX_LAYERS_HELP,
+    TaskArguments,
+)
 from hf_pretrain.transfer.tuning.references import Reference, constant_reference, tfidf_reference
 
 PROGRAM = "hf-pretrain finetune"
@@ -71,13 +76,9 @@ class FinetuneArguments(TaskArguments):
     }
 
     choice_columns: list[str] | None = option(None, "With task_type choice: columns of the choices, or one of lists.")
-    architecture: str | None = option(
-        None,
-        "What stands on top of the encoder instead of the stock head: mean, max, cls, last, attention_pooling, scalar_mix, "
-        "bilstm, cnn or pair_encoder of texts; linear, scalar_mix, bilstm or cnn of tokens; or one that a package registers.",
-    )
-    architecture_options: dict | None = option(None, 'Options of the architecture, as JSON: {"lstm_size": 64}.')
-    mix_layers: bool = option(False, "The architecture reads a learned mean of all layers.")
+    architecture: str | None = option(None, ARCHITECTURE_HELP)
+    architecture_options: dict | None = option(None, ARCHITECTURE_OPTIONS_HELP)
+    mix_layers: bool = option(False, MIX_LAYERS_HELP)
     metric: str | None = option(None, "The metric that counts; by default of the type of the task.")
     max_length: int | None = option(
         None, "Most tokens of an example; by default 128, of spans 384, or fewer if the model takes no more."
@@ -153,8 +154,6 @@ class FinetuneTrainingArguments(FineTuningArguments):
             raise InputError(
                 f"hub_strategy={self.hub_strategy!r}: a fine-tuned model is pushed at the end; leave it out"
             )
-        if torch.accelerator.current_accelerator(check_available=True) is None:
-            self.dataloader_pin_memory = False
         super().__post_init__()
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs):
             name = "num_train_epochs" if self.max_steps else "max_steps"
@@ -200,6 +199,7 @@ def main(argv: list[str] | None = None) -> None:
             program.train(run)
         if args.process_index == 0:
             program.report(options, args)
+        part_at_exit()
 
 
 def _check_seeds(options: FinetuneArguments, args: FinetuneTrainingArguments) -> None:
@@ -237,6 +237,7 @@ class _Program:
     def __init__(self, data: TaskData, stopping: Stopping) -> None:
         self.data, self.stopping = data, stopping
         self.references: list[Reference] = []
+        self.has_begun = False
         self.found: list[tuple[FineTuned, Run]] = []
 
     def train(self, run: Run) -> None:
@@ -251,8 +252,10 @@ class _Program:
                     note_own_folders(run.around, [Path(args.output_dir).name])
                 self._measure_references(options)
                 self._announce(trainer, note, is_first=not self.found)
+            # On every process: what a library raises in training is no refusal, such as that another process is gone.
+            self.has_begun = True
 
-        with refused_by_libraries(unless=lambda: bool(self.references)):
+        with refused_by_libraries(unless=lambda: self.has_begun):
             found = fine_tune(
                 options.model_name_or_path,
                 self.data,
@@ -337,7 +340,7 @@ class _Program:
 def _print_folder(found: FineTuned, run: Run, data: TaskData) -> None:
     folder, last = Path(run.args.output_dir), found.trainer.state.global_step
     which = "the last weights" if found.step == last else f"the best weights, of step {found.step:,} of {last:,}"
-    trust = "" if chosen_head(found.trainer.plan.inner).architecture is None else ", trust_remote_code=True"
+    trust = "" if type(found.trainer.plan.inner).__module__.startswith("transformers.") else ", trust_remote_code=True"
     opens = f'{data.auto_class.__name__}.from_pretrained("{folder}"{trust})'
     if run.args.export == "adapter" and is_adapted(found.trainer.model):
         opens = "an adapter alone; the card has the code that opens it"

@@ -5,6 +5,7 @@
 
 A step is of one task, drawn by --sampling. The folder is the encoder, which opens with `AutoModel.from_pretrained`; the folder of
 a task in it, such as my-multitask/mnli, opens with the Auto class of its head. Either may be the model of a next training.
+--architecture puts the same architecture on the encoder for each task, with weights of its own.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from hf_pretrain.options import check_options, option, resolved_options, write_r
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec, load_task, read_tasks
 from hf_pretrain.training.output_folder import output_directory, paths_in
+from hf_pretrain.training.parsing import check_changed
 from hf_pretrain.training.processes import (
     StopOnRequest,
     first_process_first,
     nothing_trained,
+    part_at_exit,
     refused_by_libraries,
     reported_faults,
     set_timeout,
@@ -37,8 +40,9 @@ from hf_pretrain.training.processes import (
     stopping_on_sigterm,
 )
 from hf_pretrain.training.program import print_table
-from hf_pretrain.transfer.multitask.modeling import MultiTaskModel
+from hf_pretrain.transfer.multitask.modeling import MultiTaskModel, check_heads
 from hf_pretrain.transfer.multitask.trainer import MultiTaskArguments, MultiTaskTrainer
+from hf_pretrain.transfer.tuning.options import ARCHITECTURE_HELP, ARCHITECTURE_OPTIONS_HELP, MIX_LAYERS_HELP
 
 PROGRAM = "hf-pretrain multitask"
 
@@ -57,6 +61,7 @@ class TasksArguments:
         "max_examples": "[2, inf)",
         "validation_fraction": "(0, 1)",
     }
+    needs: ClassVar[dict[str, str]] = {"architecture_options": "architecture", "mix_layers": "architecture"}
 
     model_name_or_path: str = option(help="The encoder: a folder, or a name on the Hub.")
     tasks: str = option(help="YAML file of tasks.")
@@ -64,6 +69,9 @@ class TasksArguments:
     data_dir: str | None = option(
         None, "Folder that the files of the tasks are relative to; by default the YAML's own."
     )
+    architecture: str | None = option(None, ARCHITECTURE_HELP)
+    architecture_options: dict | None = option(None, ARCHITECTURE_OPTIONS_HELP)
+    mix_layers: bool = option(False, MIX_LAYERS_HELP)
     max_length: int = option(128, "Most tokens of an example.")
     doc_stride: int = option(32, "Of questions: tokens that a window of a long text shares with the next.")
     validation_fraction: float = option(0.1, "Share of a task's examples that is held out if it has no others.")
@@ -71,8 +79,9 @@ class TasksArguments:
     split_seed: int = option(0, "Seed of the rows that are held out, and of those that max_examples keeps.")
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
+        """Check the numbers, and refuse options without effect."""
         check_options(self)
+        check_changed(self)
 
     def specs(self) -> dict[str, TaskSpec]:
         """Return the tasks to train on by name, in the order of the file.
@@ -90,6 +99,10 @@ class TasksArguments:
                     f"task {name!r} has no rows to train on: name train_file, or leave it out by --task with the others"
                 )
         return found
+
+    def head(self) -> dict[str, Any]:
+        """Return what stands on top of the encoder for each task, as `MultiTaskModel.from_tasks` takes it."""
+        return {name: getattr(self, name) for name in ("architecture", "architecture_options", "mix_layers")}
 
     def load(self, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> TaskData:
         """Return a task whose examples are tokenized in the cache."""
@@ -112,6 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the tasks, train, measure and write the models; see the top of the file."""
     options, args = parse_command(ARGUMENTS, argv, name="multitask", description=__doc__, first="model_name_or_path")
     specs = options.specs()
+    check_heads(specs, strategy=args.strategy, **options.head())
     args.sampling_options(specs)
     args.enable_jit_checkpoint = False
     set_timeout(args)
@@ -134,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             folder.training_begins()
             trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         _finish(trainer, options, baselines)
+        part_at_exit()
 
 
 def _trainer(
@@ -151,6 +166,7 @@ def _trainer(
         seed=args.seed,
         loss_weights=args.loss_weights,
         learns_loss_weights=args.loss_weighting == "uncertainty",
+        **options.head(),
     )
     lengths = {"max_length": options.max_length, "doc_stride": options.doc_stride}
     return MultiTaskTrainer(

@@ -261,6 +261,21 @@ def stack_examples(
     )
 
 
+def ends_of_rows(input_ids: np.ndarray, valid: np.ndarray, suffix: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Return where rows end with the special tokens that a tokenizer puts behind a text: `[B, L]` bool, True at these tokens.
+
+    Args:
+        input_ids: `[B, L]`, padded on the right.
+        valid: `[B, L]` bool, False at padding.
+        suffix: The special tokens in their order; a row that does not end with all of them, or has nothing before them, has none.
+    """
+    found, size = np.zeros_like(valid), len(suffix)
+    for row, length in enumerate(valid.sum(axis=1).tolist()):
+        if length > size and np.array_equal(input_ids[row, length - size : length], suffix):
+            found[row, length - size : length] = True
+    return found
+
+
 def _stack_spans(columns: Sequence[Any], lengths: np.ndarray) -> np.ndarray:
     """Join the given spans of each example into a table (row, start, end), checked against the lengths."""
     counts = [len(column) for column in columns]

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
@@ -223,6 +224,22 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Let neither transformers nor datasets draw progress bars: of many small trainings, they would bury the lines between."""
+    library = transformers_logging
+    has_bars = library.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    library.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if has_bars[0]:
+            library.enable_progress_bar()
+        if has_bars[1]:
+            datasets.enable_progress_bars()
 
 
 @contextmanager

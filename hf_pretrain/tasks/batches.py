@@ -17,7 +17,7 @@ from hf_pretrain.data import draws
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.tasks.examples import INPUTS, PAIR
+from hf_pretrain.tasks.examples import PAIR, input_names
 
 # Steps whose examples are sorted by length together.
 _STEPS_SORTED = 50
@@ -25,7 +25,7 @@ _STEPS_SORTED = 50
 
 @dataclass
 class DataCollatorForTask:
-    """Pads examples to the longest of them: `input_ids`, `attention_mask`, and `token_type_ids` if they have them.
+    """Pads examples to the longest of them: `input_ids`, `attention_mask`, and what else the tokenizer makes, if they have it.
 
     `labels` are ``[B]``, one a text; of classes of tokens ``[B, L]``, -100 at padding; of spans ``[B, 2]``, the first
     and the last token. `target_positions` ``[T]`` are the flat positions of the tokens that `is_target` marks, row by
@@ -80,8 +80,9 @@ class DataCollatorForTextPairs(DataCollatorForTask):
         if f"{PAIR}input_ids" not in examples[0]:
             raise InputError("pair_input_ids is missing from the examples: make them with encode_text_pairs")
         collate = super().__call__
-        first = [{name: each[name] for name in (*INPUTS, "labels") if name in each} for each in examples]
-        names = [name for name in INPUTS if f"{PAIR}{name}" in examples[0]]
+        known = input_names(self.tokenizer)
+        first = [{name: each[name] for name in (*known, "labels") if name in each} for each in examples]
+        names = [name for name in known if f"{PAIR}{name}" in examples[0]]
         second = collate([{name: each[f"{PAIR}{name}"] for name in names} for each in examples])
         return collate(first) | {f"{PAIR}{name}": values for name, values in second.items()}
 
@@ -90,7 +91,8 @@ class DataCollatorForTextPairs(DataCollatorForTask):
 class DataCollatorForTaskHead:
     """Pads examples for transformers' own heads of tasks, each with the names and the forms that it takes.
 
-    All have `input_ids`, `attention_mask`, and `token_type_ids` if the examples have them, ``[B, L]``. `labels` are ``[B]``
+    All have `input_ids`, `attention_mask`, and `token_type_ids` if the examples have them, ``[B, L]``, and so ELMo's
+    `character_ids`, ``[B, L, K]``. `labels` are ``[B]``
     classes, values or numbers of choices, or ``[B, L]`` classes of tokens, -100 at padding. Examples with choices have inputs
     of ``[B, choices, L]``. Examples with the columns `start_positions` and `end_positions` have these, ``[B]``; an unknown one is
     L, which the stock loss ignores: it takes -100 for the first token.
@@ -112,7 +114,7 @@ class DataCollatorForTaskHead:
         first = examples[0]
         has_choices = isinstance(first["input_ids"][0], Sequence)
         rows = (
-            [_choice(row, number) for row in examples for number in range(len(row["input_ids"]))]
+            [_choice(row, number, self.tokenizer) for row in examples for number in range(len(row["input_ids"]))]
             if has_choices
             else examples
         )
@@ -135,8 +137,8 @@ class DataCollatorForTaskHead:
         return batch
 
 
-def _choice(example: dict[str, Any], number: int) -> dict[str, Any]:
-    return {name: example[name][number] for name in INPUTS if name in example}
+def _choice(example: dict[str, Any], number: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {name: example[name][number] for name in input_names(tokenizer) if name in example}
 
 
 def _padded(
@@ -147,11 +149,11 @@ def _padded(
     side: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Pad the inputs of examples on a side, by default the tokenizer's."""
-    usual = tokenizer.padding_side
+    usual, names = tokenizer.padding_side, input_names(tokenizer)
     try:
         tokenizer.padding_side = side or usual
         pad = DataCollatorWithPadding(tokenizer, pad_to_multiple_of=pad_to_multiple_of)
-        return dict(pad([{name: example[name] for name in INPUTS if name in example} for example in examples]))
+        return dict(pad([{name: example[name] for name in names if name in example} for example in examples]))
     finally:
         tokenizer.padding_side = usual
 

@@ -1,8 +1,8 @@
 """Tokenized examples of a task: one function for each kind: texts, words, choices (and `questions.py`).
 
-Each takes rows of text and returns a dataset of `input_ids`, of `is_target` where tokens have predictions, and of
-`labels` with the numbers of the model. [`map_texts`] does it once: the same rows, tokenizer and options find the
-result in the cache of `datasets`.
+Each takes rows of text and returns a dataset of `input_ids` and what else the tokenizer makes, of `is_target` where tokens
+have predictions, and of `labels` with the numbers of the model. [`map_texts`] does it once: the same rows, tokenizer and
+options find the result in the cache of `datasets`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,26 @@ from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.modeling.observing.cache import tokenizer_fingerprint
 from hf_pretrain.tasks.augmentation import SOURCE_ID, TEXT
 
-INPUTS = ("input_ids", "token_type_ids")
+CHARACTERS = "character_ids"
 PAIR = "pair_"
 """What the names of the inputs of second texts begin with, where two texts are encoded apart."""
+
+
+def input_names(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return the names of a model's inputs that examples keep: all that the tokenizer makes but the mask, which padding makes."""
+    others = (name for name in tokenizer.model_input_names if name != "attention_mask")
+    return tuple(dict.fromkeys(("input_ids", "token_type_ids", *others)))
+
+
+def model_inputs(found: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Any]]:
+    """Return the inputs among what a tokenizer made of several texts, a row a text, by name.
+
+    ELMo's are `character_ids` too, ``[L, K]`` of a text: its words by their characters, in two bytes each.
+    """
+    inputs = {name: found[name] for name in input_names(tokenizer) if name in found}
+    if CHARACTERS in inputs:
+        inputs[CHARACTERS] = [np.asarray(row, dtype=np.int16) for row in inputs[CHARACTERS]]
+    return inputs
 
 
 def encode(
@@ -48,7 +65,8 @@ def encode(
         max_length: Most tokens of an example; of a pair, the longer text is cut first.
 
     Returns:
-        Rows of `input_ids`, `token_type_ids` if the tokenizer makes them, and `labels` if there are any.
+        Rows of `input_ids`, of what else the tokenizer makes (`token_type_ids`, ELMo's `character_ids`), and of `labels` if there
+        are any.
 
     Raises:
         InputError: If a label is none of the model's.
@@ -57,7 +75,7 @@ def encode(
     def to_inputs(rows: dict[str, list[Any]]) -> dict[str, Any]:
         texts = [["" if text is None else str(text) for text in rows[name]] for name in columns]
         found = tokenizer(*texts, truncation=True, max_length=max_length)
-        return {name: found[name] for name in INPUTS if name in found}
+        return model_inputs(found, tokenizer)
 
     if labels is None:
         return map_texts(examples, to_inputs, tokenizer, key=(list(columns), max_length))
@@ -192,7 +210,7 @@ def _words_of_tokens(
         return_offsets_mapping=True,
         return_special_tokens_mask=True,
     )
-    inputs = {name: found[name] for name in INPUTS if name in found}
+    inputs: dict[str, Any] = model_inputs(found, tokenizer)
     inputs["is_target"] = [[not flag for flag in row] for row in found["special_tokens_mask"]]
     return inputs, list(map(_first_tokens, sentences, found["offset_mapping"], inputs["is_target"]))
 
@@ -239,9 +257,8 @@ def encode_choices(
             seconds += [" ".join(filter(None, (*beginning, answer))) for answer in answers]
         found = tokenizer(firsts, seconds, truncation=True, max_length=max_length)
         inputs: dict[str, Any] = {
-            name: [found[name][begin : begin + number] for begin in range(0, len(firsts), number)]
-            for name in INPUTS
-            if name in found
+            name: [rows_of_input[begin : begin + number] for begin in range(0, len(firsts), number)]
+            for name, rows_of_input in model_inputs(found, tokenizer).items()
         }
         if labels is not None:
             inputs["label_ids"] = [IGNORED if label is None else label for label in rows[labels]]

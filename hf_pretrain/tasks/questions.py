@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data.documents.documents import check_offsets
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import IGNORED
-from hf_pretrain.tasks.examples import INPUTS, map_texts
+from hf_pretrain.tasks.examples import map_texts, model_inputs
 
 
 def encode_questions(
@@ -134,9 +134,9 @@ def question_windows(
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
-    windows = []
+    windows, columns = [], model_inputs(found, tokenizer)
     for number, source in enumerate(found["overflow_to_sample_mapping"]):
-        inputs = {name: found[name][number] for name in INPUTS if name in found}
+        inputs = {name: column[number] for name, column in columns.items()}
         parts = np.array([-1 if part is None else part for part in found.sequence_ids(number)])
         is_cls = (parts == -1) & (np.array(inputs["input_ids"]) == tokenizer.cls_token_id)
         no_answer = int(is_cls.argmax()) if is_cls.any() else IGNORED

@@ -6,6 +6,7 @@ what to do, and from which checkpoint the run goes on.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import itertools
 import multiprocessing
@@ -99,8 +100,25 @@ def done_by_first(args: TrainingArguments, work: Callable[[], Any]) -> Any:
 
 def set_timeout(args: TrainingArguments) -> None:
     """Let the processes wait for one another as long as `ddp_timeout` says, on a CPU too, where transformers forgets it."""
+    # A run that fails must not wait for others as it ends.
+    atexit.unregister(_part)
     if args.world_size > 1 and dist.is_initialized() and args.device.type == "cpu":
         distributed_c10d._set_pg_timeout(args.ddp_timeout_delta)
+
+
+def part_at_exit() -> None:
+    """Let the process leave its group when the interpreter ends; called at the end of a run that went well.
+
+    Until then the group stays for what follows in the same processes, such as a next stage. A process that left at once and
+    began the next run would meet the first process in the old group, and both would wait for ever.
+    """
+    atexit.unregister(_part)
+    atexit.register(_part)
+
+
+def _part() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 # Stopping

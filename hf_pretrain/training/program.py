@@ -47,6 +47,7 @@ from hf_pretrain.training.processes import (
     Stopping,
     is_sharded,
     nothing_trained,
+    part_at_exit,
     refused_by_libraries,
     reported_faults,
     set_timeout,
@@ -151,7 +152,7 @@ def train_method(method: Method, argv: list[str] | None = None) -> None:
             print_report(trainer)
             if method.demonstrate is not None and not is_sharded(trainer.model):
                 method.demonstrate(trainer, data)
-        trainer.end()
+        part_at_exit()
 
 
 def _check_part(data_args: Any, training: PretrainingArguments) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import extract_commit_hash
 
 from hf_pretrain.errors import InputError, check_range, one_line
@@ -36,6 +36,7 @@ from hf_pretrain.evaluation.probes import (
     encoder_of,
     tokenize_inputs,
 )
+from hf_pretrain.evaluation.suite.adapters import open_encoder
 from hf_pretrain.files import PART, plain
 from hf_pretrain.modeling.base import has_adapters
 from hf_pretrain.modeling.loading import find_file, from_pretrained
@@ -309,7 +310,7 @@ def _state_of(name: str, revision: str | None) -> Any:
 def _named(name: str, revision: str | None, state: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Open an encoder and its tokenizer; raise InputError if weights of it would be drawn at random."""
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    model = from_pretrained(AutoModel, name, announce=False, **options)
+    model: Any = open_encoder(name, **options)
     fresh = [weight for weight in model.fresh_parameters if not weight.startswith(_POOLER)]
     if fresh:
         raise InputError(f"model={name!r} has no {fresh[0]}, which would be drawn at random: name a whole encoder")

@@ -71,6 +71,9 @@ class FineTuningArguments(StrategyArguments, TrainingArguments):
                 f"strategy={self.strategy!r} does not go with {sharding}, which shares weights out among processes: choose "
                 f"one of {', '.join(SHARDED)}, or launch with ddp.yaml"
             )
+        if torch.accelerator.current_accelerator(check_available=True) is None:
+            # There is nothing to pin memory for, and torch would say so in each run.
+            self.dataloader_pin_memory = False
         # transformers fills it in, and would not tell its own value from the user's.
         self.chooses_metric = self.metric_for_best_model is not None
         with stock_optimizer_name(self):

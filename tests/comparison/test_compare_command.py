@@ -3,10 +3,13 @@
 import json
 import math
 import re
+import warnings
 
+import datasets
 import numpy as np
 import pytest
 from transformers import BertConfig, BertModel, set_seed
+from transformers.utils import logging as transformers_logging
 
 from helpers.method_matrix import VOCAB_SIZE, tiny_tokenizer
 from hf_pretrain.cli import main
@@ -101,6 +104,30 @@ def test_the_numbers_are_those_of_the_parts_and_the_same_each_time(place, tmp_pa
     for name, values in scores.items():
         (line,) = (line for line in tables[0] if f"  {name}  " in line and "  40  " in line)
         assert f"{np.mean(values):.3f}" in line and f"{np.std(values, ddof=1):.3f}" in line, (line, values)
+
+
+def test_a_line_a_cell_with_its_time_and_nothing_else(place, tmp_path, capfd):
+    """No bars and no warnings between the lines; what an earlier run has found is said to be from it."""
+    transformers_logging.enable_progress_bar()
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for seeds in (["0"], ["0"], ["0", "1"]):
+                assert run(place, tmp_path, "--strategies", "full", "features", "--seeds", *seeds) == 0
+        assert transformers_logging.is_progress_bar_enabled() and not datasets.are_progress_bars_disabled()
+    finally:
+        transformers_logging.disable_progress_bar()
+    assert not [str(each.message) for each in found]
+    shown = capfd.readouterr()
+    assert not shown.err and "\r" not in shown.out
+    cells = re.findall(
+        r"^       encoder (full|features), \d+ examples: \d\.\d{3}, (.*)$", shown.out, flags=re.MULTILINE
+    )
+    assert [name for name, _ in cells] == ["full", "features"] * 3
+    assert [bool(re.fullmatch(r"\d+\.\d s", took)) for _, took in cells] == [True, True, False, False, True, True]
+    assert {took for _, took in cells[2:4]} == {"from an earlier run"}
+    kinds = ("arms   ", "       ", "  ", "results  ", "plot     ")
+    assert all(line.startswith(kinds) for line in filter(None, shown.out.splitlines()))
 
 
 def made_up(scores, calls):

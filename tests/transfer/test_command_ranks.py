@@ -74,9 +74,9 @@ def runs(place):
     random = words_of("full", place, 2, "--save_strategy", "steps", "--save_steps", "6", out=place / "random")
     random[1] = str(place / "encoder_with_dropout")
     found[2].append({"name": "random", "argv": random})
-    for size in found:
-        # Pre-training is the last program of a process, as it is where a process has one: another one behind it has hung.
-        found[size].sort(key=lambda entry: entry["name"] == "adapt")
+    # The first program of two: the others follow in the same processes, while the first rank still reports.
+    found[2].sort(key=lambda entry: entry["name"] != "adapt")
+    found[2][0]["late"] = 1.5
     (place / "commands.json").write_text(json.dumps(found))
     run_on_ranks("helpers.command_ranks_worker", place, world_size=[1, 2])
     return place

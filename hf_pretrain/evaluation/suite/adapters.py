@@ -1,20 +1,20 @@
-"""An adapter alone, as peft writes it: what it was trained on, and the whole model with it in the weights."""
+"""An adapter alone, as peft writes it: what it was trained on, and the model, or its encoder, with it in the weights."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from hf_pretrain.errors import InputError, one_line
-from hf_pretrain.modeling.loading import find_file, from_pretrained, quiet
+from hf_pretrain.modeling.loading import find_file, from_config, from_pretrained, quiet
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # peft's kind of task -> transformers' table of classes.
@@ -109,6 +109,49 @@ def open_with_adapter(name: str, adapter: dict[str, Any], class_name: str) -> Pr
     merged = merge_for_export(adapted)
     setattr(merged, "fresh_parameters", fresh)  # noqa: B010 (no attribute that the type knows)
     return merged
+
+
+def open_config(name: str) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint; of an adapter alone that of the model below it.
+
+    Raises:
+        InputError: If it cannot be opened.
+    """
+    adapter = read_adapter(name)
+    found: PreTrainedConfig = from_pretrained(
+        AutoConfig, name if adapter is None else str(adapter["base_model_name_or_path"])
+    )
+    return found
+
+
+def open_encoder(name: str, **options: Any) -> PreTrainedModel:
+    """Return the encoder of a checkpoint as `AutoModel` opens it; of an adapter alone, with the adapter in its weights.
+
+    Args:
+        name: Folder or repository.
+        **options: Passed on to transformers; not of an adapter.
+
+    Returns:
+        The model, with the names of what was drawn anew as `fresh_parameters`.
+
+    Raises:
+        InputError: If it cannot be opened, or the model below an adapter has no encoder of its own.
+    """
+    adapter = read_adapter(name)
+    if adapter is None:
+        return cast(PreTrainedModel, from_pretrained(AutoModel, name, announce=False, **options))
+    class_name = trained_class(adapter, open_config(name))
+    body = open_with_adapter(name, adapter, class_name).base_model
+    encoder: PreTrainedModel = from_config(AutoModel, body.config)
+    if type(encoder) is not type(body):
+        raise InputError(
+            f"model={name!r} is an adapter on a {class_name}, which has no {type(encoder).__name__} inside: merge it "
+            "(merge_and_unload) and save the whole model"
+        )
+    missing, _ = encoder.load_state_dict(body.state_dict(), strict=False)
+    setattr(encoder, "fresh_parameters", tuple(missing))  # noqa: B010 (no attribute that the type knows)
+    encoder.config.name_or_path = name
+    return encoder.eval()
 
 
 def _adapted(model: PreTrainedModel, name: str, folder: str, base: str) -> Any:

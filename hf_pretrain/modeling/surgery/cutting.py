@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -123,6 +123,9 @@ def _build(
 ) -> PreTrainedModel:
     # The weights that are drawn here are all overwritten; float32, because they are to be trained.
     model: PreTrainedModel = model_class._from_config(config, dtype=torch.float32)
+    if getattr(model, "pooler", None) is not None and not any(name.startswith("pooler.") for name in state):
+        # The teacher is the encoder below a head that takes no pooler, or its pooler was taken out.
+        cast(Any, model).pooler = None
     needed = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     odd = next((name for name in needed | given if needed.get(name) != given.get(name)), None)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalPrediction
 
-from hf_pretrain.corruption.rows import stack_column
+from hf_pretrain.corruption.rows import ends_of_rows, stack_column
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import JOINING_MODES, BlockTemplate
@@ -91,7 +91,7 @@ class DataCollatorForCausalLM:
             goes_on_BL, _ = stack_column(examples, "goes_on", valid=valid_BL)
             self._drop_ends_of_parts(follows_BL, goes_on_BL & valid_BL)
         if len(self._suffix) and not self.predicts_end:
-            self._drop_end(follows_BL, ids_BL, valid_BL)
+            follows_BL[:, :-1] &= ~ends_of_rows(ids_BL, valid_BL, self._suffix)[:, 1:]
         labels_BL = np.full_like(ids_BL, IGNORED)
         labels_BL[:, :-1] = np.where(follows_BL[:, :-1], ids_BL[:, 1:], IGNORED)
         batch |= {"labels": labels_BL, "target_positions": self._filled(np.flatnonzero(follows_BL), ids_BL.shape[1])}
@@ -101,13 +101,6 @@ class DataCollatorForCausalLM:
         """Round up so that all batches of a training have one shape; see [`DataCollatorForMaskedLM.fix_shapes`]."""
         self.pad_to_multiple_of = length if self.pad_to_multiple_of is None else self.pad_to_multiple_of
         self.target_slots = num_rows * length if self.target_slots is None else self.target_slots
-
-    def _drop_end(self, follows: np.ndarray, ids: np.ndarray, valid: np.ndarray) -> None:
-        """Take the special tokens at the end of each row off the targets, in place."""
-        size = len(self._suffix)
-        for row, length in enumerate(valid.sum(axis=1).tolist()):
-            if length > size and np.array_equal(ids[row, length - size : length], self._suffix):
-                follows[row, length - size - 1 : length - 1] = False
 
     def _drop_ends_of_parts(self, follows: np.ndarray, goes_on: np.ndarray) -> None:
         """Take the special tokens behind documents that go on elsewhere off the targets, in place."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from hf_pretrain.corruption.masking import MaskedRows
-from hf_pretrain.corruption.rows import ExampleRows, stack_column
+from hf_pretrain.corruption.rows import ExampleRows, ends_of_rows, stack_column
 from hf_pretrain.corruption.spans import span_boundary_targets
 from hf_pretrain.corruption.word_order import ShuffledRows, shuffle_runs
 from hf_pretrain.data.examples.lm_modes import stop_candidates
+from hf_pretrain.data.examples.packing import BlockTemplate
 from hf_pretrain.errors import check_range
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.masking import DataCollatorForMaskedLM, PaddedLayout
@@ -39,7 +41,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
     - `langs`, `position_ids`, `[B, L]` int64: language and position of each token; by default 0, and the column;
     - `lm_modes`, `source_lengths`, `[B]` int64 from `lm_mode` and `source_length`; 0 for an example without. From sequence to
       sequence the last token, which ends the target, may be selected too;
-    - `is_bitext`, `is_causal`, `[B]` bool. Of a causal example nothing is hidden, and every token but the first is a target.
+    - `is_bitext`, `is_causal`, `[B]` bool. Of a causal example nothing is hidden, and every token but the first is a target; but
+      not the special tokens at its end where `predicts_end` is False.
 
     Args:
         tokenizer: A transformers tokenizer with a mask and a padding token; its `padding_side` is respected.
@@ -50,6 +53,8 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         span_positions: Tokens of a hidden span that are predicted from its boundaries.
         shifted: Whether a hidden token is predicted from the state of the token before it. The first token of an example or of
             an isolated document, which has none before it, is then never hidden.
+        predicts_end: Whether the special tokens that the tokenizer puts behind a text are targets at the end of a causal example.
+            Where text is cut at the end of a row, they would teach that texts end anywhere.
         **options: Those of [`DataCollatorForMaskedLM`]. With `target_slots`, `O` and `S` too are filled up to multiples of it;
             labels of the filling are -100.
 
@@ -71,6 +76,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         keep_identity_order: bool = False,
         span_positions: int = 20,
         shifted: bool = False,
+        predicts_end: bool = True,
         **options: Any,
     ) -> None:
         """Check the options."""
@@ -84,6 +90,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         self.keep_identity_order = keep_identity_order
         self.span_positions = span_positions
         self.shifted = shifted
+        self.predicts_end = predicts_end
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Make a batch of examples."""
@@ -112,7 +119,17 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
             modes = _numbers(examples, "lm_mode", default=0).numpy()
             rows = dataclasses.replace(rows, also_maskable=stop_candidates(rows.valid, lm_modes=modes))
         is_causal = _numbers(examples, "is_causal", default=0).numpy() != 0
-        return _with_next_tokens(rows, is_causal, shifted=self.shifted) if self.shifted or is_causal.any() else rows
+        if not (self.shifted or is_causal.any()):
+            return rows
+        rows = _with_next_tokens(rows, is_causal, shifted=self.shifted)
+        if self.predicts_end or rows.next_tokens is None:
+            return rows
+        ends = ends_of_rows(rows.input_ids, rows.valid, self._suffix)
+        return dataclasses.replace(rows, next_tokens=rows.next_tokens & ~ends)
+
+    @cached_property
+    def _suffix(self) -> tuple[int, ...]:
+        return BlockTemplate.of(self.tokenizer).suffix
 
     def corrupt(self, rows: ExampleRows) -> MaskedRows:
         """Hide tokens; the next tokens of causal rows are targets that stay as they are."""

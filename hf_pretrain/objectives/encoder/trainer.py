@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.examples.epochs import EpochDataset, MixtureDataset
 from hf_pretrain.data.examples.lm_modes import NUM_MODE_TYPES, CausalView, LMModeView
+from hf_pretrain.data.examples.packing import JOINING_MODES
 from hf_pretrain.data.examples.pairing import PairTask
 from hf_pretrain.data.examples.sentence_pairs import SentencePairDataset
 from hf_pretrain.data.multilingual import MultilingualDataArguments, prepare_multilingual
@@ -244,6 +245,9 @@ class EncoderTrainer(PretrainingTrainer):
 
     def make_examples(self, data: PreparedData, *, args: Any, model: Any, collator: Any) -> dict[str, Any]:
         """Return the examples of each objective, mixed in their shares."""
+        # As of causal language modelling: where text is cut at the end of a row, no token of it stands there.
+        if isinstance(collator, DataCollatorForEncoder) and data.description.get("block_mode") in JOINING_MODES:
+            collator.predicts_end = False
         types = getattr(model.model.config, "type_vocab_size", None) or 0
         train, held_out = (
             encoder_examples(data, args, held_out=held_out, type_vocab_size=types) for held_out in (False, True)

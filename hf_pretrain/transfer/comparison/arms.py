@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, cast, get_args
@@ -288,6 +289,8 @@ def count_cost(arm: ComparisonArm, data: TaskData, *, batch_size: int, max_lengt
         with torch.random.fork_rng():
             # The counter knows the products that attention and LSTMs are made of, not the fused kernels of a device.
             with (
+                # The switch of mkldnn warns of Intel's GPUs.
+                warnings.catch_warnings(action="ignore"),
                 sdpa_kernel(SDPBackend.MATH),
                 torch.backends.mkldnn.flags(enabled=False),
                 torch.backends.cudnn.flags(enabled=False),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -321,13 +322,15 @@ class StrategyComparison:
 
         def score(arm: ComparisonArm, examples: int) -> float:
             rung = next(i for i, entry in enumerate(entries) if rungs[i].arms > len(entry))
-            cost = self._cost(spec, arm, rows=rows)
+            cost, known, begin = self._cost(spec, arm, rows=rows), len(self.runs.entries), time.perf_counter()
             outcomes = [
                 self._outcome(cost, one, digest, examples=examples, seed=seed)
                 for one, digest, seed in zip(data, digests, self.seeds, strict=True)
             ]
             entries[rung][arm] = entry = Entry(examples, tuple(outcomes), metric)
-            self.say(f"{Path(arm.model).name} {arm.name}, {examples:,} examples: {entry.mean:.3f}")
+            is_new = len(self.runs.entries) > known
+            took = f"{time.perf_counter() - begin:.1f} s" if is_new else "from an earlier run"
+            self.say(f"{Path(arm.model).name} {arm.name}, {examples:,} examples: {entry.mean:.3f}, {took}")
             return entry.mean
 
         successive_halving(arms, rungs, score)

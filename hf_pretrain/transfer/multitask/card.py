@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, cite
 from hf_pretrain.hub.run import earlier_trainings
 from hf_pretrain.hub.text import hub_id
 from hf_pretrain.modeling.backbone import sizes
-from hf_pretrain.options import all_options
+from hf_pretrain.options import all_options, resolved_options
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.transfer.tuning.references import constant_reference, evaluation_of
@@ -23,13 +22,12 @@ if TYPE_CHECKING:
 _METHOD = "a head on the encoder that all tasks share"
 
 
-def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: Mapping[str, Any]) -> Path:
+def write_multitask_card(trainer: MultiTaskTrainer, folder: Path) -> Path:
     """Write the card of the encoder, the record of its run and the pictures into the folder of an export.
 
     Args:
         trainer: The Trainer; the scores of its last evaluation are in the card.
         folder: Folder of the export.
-        defaults: The options of a training with nothing set, of which the card leaves out those that are the same.
 
     Returns:
         The path of README.md.
@@ -39,14 +37,20 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: M
     name = str(getattr(encoder.config, "name_or_path", "") or "")
     base = hub_id(name) if name and not Path(name).exists() else str(Path(name).resolve()) if name else None
     kind = trainer.tasks[model.tasks[0]].auto_class.__name__
-    usage = (
-        f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained("{{repo}}", subfolder="{model.tasks[0]}")'
+    is_stock, first = (
+        type(part).__module__.startswith("transformers.") for part in (encoder, model.task_model(model.tasks[0]))
     )
+    trust = "" if first else ", trust_remote_code=True"
+    usage = (
+        f"from transformers import {kind}\n\n"
+        f'model = {kind}.from_pretrained("{{repo}}", subfolder="{model.tasks[0]}"{trust})'
+    )
+    options, own = all_options([args]), resolved_options([args])
     seconds = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None)
     card = PretrainingCard(
         model_name=folder.resolve().name,
         model_class=type(encoder).__name__,
-        has_own_code=not type(encoder).__module__.startswith("transformers."),
+        has_own_code=not is_stock,
         objective=ObjectiveDescription(
             name="multitask",
             title="Multi-task learning",
@@ -61,7 +65,7 @@ def write_multitask_card(trainer: MultiTaskTrainer, folder: Path, *, defaults: M
             "sources": [source for data in trainer.tasks.values() for source in _sources(data)],
             "examples": sum(len(data.rows("train")) for data in trainer.tasks.values()),
         },
-        recipe=recipe_options(all_options([args]), defaults=defaults),
+        recipe=recipe_options(options, defaults={name: value for name, value in options.items() if name not in own}),
         log_history=tuple(log),
         sizes={"": sizes(encoder)},
         evaluations=[

@@ -21,18 +21,23 @@ from transformers.utils import ModelOutput
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, check_range
+from hf_pretrain.evaluation.suite.adapters import open_encoder
 from hf_pretrain.files import share_weights
 from hf_pretrain.modeling.base import ModelOfModels
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
-from hf_pretrain.modeling.loading import from_config, from_pretrained
+from hf_pretrain.modeling.loading import from_config
+from hf_pretrain.models.task_heads.architectures_task_heads import architectures
 from hf_pretrain.tasks.labelled import TaskData
+from hf_pretrain.tasks.spec import TaskSpec
 from hf_pretrain.training.output_folder import is_name_of_a_run
-from hf_pretrain.transfer.tuning.heads import open_for_task
+from hf_pretrain.transfer.tuning.heads import ChosenHead, open_for_task
 
 _NAMES = re.compile(r"(?!checkpoint-)[A-Za-z0-9][A-Za-z0-9_-]*")
 # Parts of what a task has of its own that are no modules of the stock model itself: DeBERTa has another pooler in its head.
 _LOSS_WEIGHT, _OWN_POOLER = "loss_weight", "encoder_pooler"
 _POOLER = "pooler"
+# transformers' mark of a model whose modules record their outputs.
+_RECORDS = "_output_capturing_hooks_installed"
 
 
 @strict
@@ -156,6 +161,8 @@ class MultiTaskModel(ModelOfModels):
         self.heads = TaskHeads({task: self._head_of(task, model) for task, model in models.items()})
         # Not registered: their modules are those above.
         self._models: dict[str, PreTrainedModel] = dict(models)
+        for model in models.values():
+            setattr(model.base_model, _RECORDS, getattr(self.encoder, _RECORDS, False))
         pooler = getattr(self.encoder, _POOLER, None)
         if isinstance(pooler, nn.Module):
             pooler.requires_grad_(False)
@@ -172,6 +179,9 @@ class MultiTaskModel(ModelOfModels):
         seed: int = 0,
         loss_weights: Mapping[str, float] | None = None,
         learns_loss_weights: bool = False,
+        architecture: str | None = None,
+        architecture_options: Mapping[str, Any] | None = None,
+        mix_layers: bool = False,
     ) -> MultiTaskModel:
         """Open an encoder, and give it a head for each task: the one that it came with, or a fresh one for other labels.
 
@@ -181,17 +191,24 @@ class MultiTaskModel(ModelOfModels):
             seed: Seed of the heads; that of a task depends on its name, not on the other tasks.
             loss_weights: Factor of the loss of each task; 1 where there is none.
             learns_loss_weights: Learn them instead, see [`LearnedLossWeight`].
+            architecture: What stands on top of the encoder for each task, such as "bilstm", see [`TaskHeadConfig`]; by default a
+                stock head.
+            architecture_options: Its options.
+            mix_layers: Whether it reads a learned mean of all layers; each task has a mean of its own.
 
         Raises:
-            InputError: If the encoder cannot be opened, or a task has no stock head for it.
+            InputError: If the encoder cannot be opened, a task has no stock head for it, or the architecture does not fit one.
         """
-        encoder = from_pretrained(AutoModel, name_or_path, announce=False)
+        head: dict[str, Any] = {"architecture": architecture, "architecture_options": architecture_options}
+        head |= {"mix_layers": mix_layers}
+        check_heads({task: data.spec for task, data in tasks.items()}, **head)
+        encoder = open_encoder(name_or_path)
         models = {}
         for task, data in tasks.items():
             own = draws.generator_seed(seed=seed, stream=f"head of {task}")
             with torch.random.fork_rng():
                 torch.manual_seed(own)
-                models[task] = open_for_task(name_or_path, data, seed=own).model
+                models[task] = open_for_task(name_or_path, data, seed=own, **head).model
         config = MultiTaskConfig(
             encoder=encoder.config,
             tasks=[
@@ -227,8 +244,14 @@ class MultiTaskModel(ModelOfModels):
         if _OWN_POOLER in head:
             body._modules[_POOLER] = head[_OWN_POOLER]
         body._parameters, body._buffers = self.encoder._parameters, self.encoder._buffers
+        # The layers are shared: one model after the other would make each record its output once more.
+        records = any(getattr(each, _RECORDS, False) for each in (self.encoder, *self._bodies()))
+        setattr(body, _RECORDS, records)
         model.training, body.training = self.training, self.encoder.training
         return model
+
+    def _bodies(self) -> list[PreTrainedModel]:
+        return [model.base_model for model in self._models.values()]
 
     def head(self, task: str) -> nn.ModuleDict:
         """Return the modules that a task has of its own; those that are trained, where an adapter has made copies."""
@@ -303,6 +326,30 @@ class MultiTaskModel(ModelOfModels):
         """Draw a module anew in the encoder's way."""
         if not isinstance(module, LearnedLossWeight):
             cast(Any, self.encoder)._init_weights(module)
+
+
+def check_heads(specs: Mapping[str, TaskSpec], *, strategy: str = "", **head: Any) -> None:
+    """Refuse an architecture that does not fit a task, or that several tasks do not go with.
+
+    Args:
+        specs: The tasks by name.
+        strategy: The strategy of the training, if it is known.
+        **head: `architecture`, `architecture_options` and `mix_layers`, as of `open_for_task`.
+
+    Raises:
+        InputError: Naming the task and the option.
+    """
+    wanted = ChosenHead.of(**head)
+    for task, spec in specs.items():
+        try:
+            wanted.check(spec, strategy=strategy if wanted.architecture is not None else "")
+        except InputError as error:
+            raise InputError(f"task {task!r}: {error}") from error
+    if wanted.architecture is not None and architectures()[wanted.architecture].reads_pairs:
+        raise InputError(
+            f"architecture={wanted.architecture!r} reads two texts apart, which several tasks at once do not: use it with "
+            "hf-pretrain finetune, or choose another"
+        )
 
 
 def _build(entry: Mapping[str, Any]) -> PreTrainedModel:

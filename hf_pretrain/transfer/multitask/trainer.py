@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_pretrain.errors import InputError, check_range
-from hf_pretrain.options import all_options, check_options, option
+from hf_pretrain.options import check_options, option
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.training.arguments import global_batch_size
 from hf_pretrain.training.output_folder import note_own_folders
@@ -362,7 +362,7 @@ class MultiTaskTrainer(FineTuningTrainer):
         folder = Path(cast(str, self.args.output_dir) if output_dir is None else output_dir)
         note_own_folders(folder, self.tasks)
         self.stock_model().export(folder, cast(PreTrainedTokenizerBase, self.processing_class))
-        write_multitask_card(self, folder, defaults=all_options([MultiTaskArguments(output_dir="")]))
+        write_multitask_card(self, folder)
 
     def stock_model(self) -> MultiTaskModel:
         """Return the model with its adapters, if it has some, in its weights."""

@@ -266,7 +266,7 @@ def _objective(data: TaskData, args: Any, model: PreTrainedModel) -> ObjectiveDe
         description=f"An encoder below the {below} was trained on its examples, {rate}.",
         citations=cite("clark2020electra") if args.strategy == "layerwise_decay" else (),
         pipeline_tag=task_of_the_hub(data),
-        usage=usage_of(data),
+        usage=usage_of(data, trusted=not type(model).__module__.startswith("transformers.")),
     )
 
 

@@ -12,10 +12,11 @@ from importlib.metadata import entry_points
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, nearest, one_line
+from hf_pretrain.evaluation.suite.adapters import open_config, open_encoder, read_adapter
 from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.loading import from_config, from_pretrained, refuse_type
 from hf_pretrain.models.task_heads.architectures_task_heads import (
@@ -217,7 +218,8 @@ def open_for_task(
     """Open a checkpoint with the stock head of a task, or with an architecture on top.
 
     A head that the checkpoint has for the same labels in the same order is kept. Otherwise its encoder alone is taken, and the
-    head is drawn anew: so the output of one task is the beginning of another. If an architecture is named, only the same one
+    head is drawn anew: so the output of one task is the beginning of another. An adapter alone goes into the weights of the
+    encoder below it. If an architecture is named, only the same one
     with the same options is kept.
 
     Args:
@@ -237,8 +239,9 @@ def open_for_task(
     """
     wanted = ChosenHead.of(architecture=architecture, architecture_options=architecture_options, mix_layers=mix_layers)
     wanted.check(data.spec)
-    config = from_pretrained(AutoConfig, name_or_path)
-    is_same_class = _has_head(config, data, wanted)
+    config = open_config(name_or_path)
+    # The head below an adapter is not the one that it was trained with.
+    is_same_class = _has_head(config, data, wanted) and read_adapter(name_or_path) is None
     if is_same_class and _labels_agree(config, data):
         model = from_pretrained(data.auto_class, name_or_path, **data.head_options())
         if isinstance(config, TaskHeadConfig):
@@ -271,7 +274,7 @@ def check_head(name_or_path: str, data: TaskData) -> None:
     Raises:
         InputError: Naming the labels of both.
     """
-    config = from_pretrained(AutoConfig, name_or_path)
+    config = open_config(name_or_path)
     wanted = data.labels or (["values"] if data.spec.type == "regression" else [data.spec.type])
     if not (_can_have_head(config, data) and _has_head(config, data, ChosenHead()) and _labels_agree(config, data)):
         had = next(iter(getattr(config, "architectures", None) or ()), "no class that its configuration names")
@@ -315,7 +318,7 @@ def _has_head(config: PreTrainedConfig, data: TaskData, wanted: ChosenHead) -> b
 def _encoder_of(name_or_path: str, config: PreTrainedConfig) -> PreTrainedModel:
     """Return the encoder of a checkpoint, with the names of what it lacks as `fresh_parameters`."""
     if not isinstance(config, TaskHeadConfig):
-        return cast(PreTrainedModel, from_pretrained(AutoModel, name_or_path, announce=False))
+        return open_encoder(name_or_path)
     had = next(iter(config.architectures or ()), "")
     model_class = next((known for known, _ in _WITH_ARCHITECTURE.values() if known.__name__ == had), None)
     if model_class is None:
@@ -417,7 +420,7 @@ def architecture_of(strategy: str, name_or_path: str, spec: TaskSpec) -> str | N
     if strategy != "scalar_mix":
         return None
     ChosenHead().check(spec, strategy=strategy)
-    config = from_pretrained(AutoConfig, name_or_path)
+    config = open_config(name_or_path)
     has_mix = isinstance(config, TaskHeadConfig) and (config.mix_layers or config.architecture == "scalar_mix")
     return None if has_mix else "scalar_mix"
 

@@ -14,6 +14,13 @@ from hf_pretrain.tasks.spec import TaskSpec, TaskType, load_task, read_tasks
 from hf_pretrain.training.parsing import check_changed
 
 _OF_FILES = ("validation_file", "text_columns", "label_column", "task_type")
+# Of finetune and of multitask.
+ARCHITECTURE_HELP = (
+    "What stands on top of the encoder instead of the stock head: mean, max, cls, last, attention_pooling, scalar_mix, "
+    "bilstm, cnn or pair_encoder of texts; linear, scalar_mix, bilstm or cnn of tokens; or one that a package registers."
+)
+ARCHITECTURE_OPTIONS_HELP = 'Options of the architecture, as JSON: {"lstm_size": 64}.'
+MIX_LAYERS_HELP = "The architecture reads a learned mean of all layers."
 
 
 @dataclass

@@ -80,6 +80,19 @@ def test_with_all_layers_the_student_is_the_teacher(kind, auto_class):
     torch.testing.assert_close(outputs(student), outputs(teacher), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "albert"])
+def test_the_encoder_below_a_masked_language_model_has_no_pooler_and_nor_has_its_student(kind):
+    teacher = teacher_of(kind).base_model
+    assert teacher.pooler is None
+    layers = range(N) if kind == "albert" else (1, 3, 5)
+    student = cut_student(teacher, layers)
+    assert student.pooler is None
+    if kind == "albert":
+        torch.testing.assert_close(outputs(student), outputs(teacher), rtol=0, atol=1e-6)
+    else:
+        torch.testing.assert_close(outputs(student), outputs(spliced(teacher, layers)), rtol=0, atol=1e-6)
+
+
 def spliced(teacher, layers):
     """The teacher itself with its other layers taken out: what a cut student has to compute."""
     model = copy.deepcopy(teacher)

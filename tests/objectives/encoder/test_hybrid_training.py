@@ -9,15 +9,26 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModelForMaskedLM
 
-from helpers.method_matrix import build, isolated, log_of, relative_difference, tiny_data, tiny_tokenizer
+from helpers.method_matrix import (
+    build,
+    isolated,
+    log_of,
+    relative_difference,
+    tiny_data,
+    tiny_documents,
+    tiny_examples,
+    tiny_tokenizer,
+)
 from hf_pretrain.cli import METHODS
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.errors import InputError
 from hf_pretrain.evaluation import samples
+from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.visibility.lm_modes import left_to_right_inputs
 from hf_pretrain.objectives.encoder import MASKED_LM, EncoderTrainingArguments
 from hf_pretrain.objectives.encoder import METHOD as program
 from hf_pretrain.objectives.encoder.generation import generate
-from hf_pretrain.objectives.encoder.trainer import _FILL_SHIFTED_MASK, demonstrate
+from hf_pretrain.objectives.encoder.trainer import _FILL_SHIFTED_MASK, EncoderTrainer, demonstrate
 from hf_pretrain.tasks.augmentation import augment
 from hf_pretrain.training.parsing import parse_arguments
 
@@ -36,6 +47,27 @@ def hybrid(output_dir, data=None, *, model_options=None, **options):
 
 def arguments(tmp_path, *objectives, **options):
     return EncoderTrainingArguments(output_dir=str(tmp_path), objectives=list(objectives), **options)
+
+
+@pytest.mark.parametrize(
+    ("mode", "predicts_end"),
+    [("tokens", False), ("full_rows", False), ("full_sentences", False), ("doc_sentences", True)],
+)
+def test_rows_that_are_cut_anywhere_end_as_those_of_causal_language_models(tmp_path, mode, predicts_end):
+    documents, inputs = tiny_documents(tiny_examples(40, seed=1)), {"processing_class": tiny_tokenizer()}
+    data_args = DataArguments(block_mode=mode, block_size=24)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128}
+    args = arguments(tmp_path, "mlm", "clm", bf16=False, report_to="none")
+    trainer = EncoderTrainer(
+        ModelArguments(model_type="bert", **sizes), args, train_dataset=documents, data_args=data_args, **inputs
+    )
+    assert trainer.data_collator.predicts_end is predicts_end
+    batch = trainer.data_collator([trainer.train_dataset[number] for number in range(16)])
+    is_end = batch["input_ids"][batch["is_causal"]] == tiny_tokenizer().sep_token_id
+    assert (
+        batch["is_causal"].any() and bool((batch["labels"][batch["is_causal"]][:, -1:] != -100).any()) is predicts_end
+    )
+    assert is_end.any()
 
 
 # One head

@@ -64,6 +64,26 @@ def columns_of(batch):
 # Batches
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_the_end_of_a_causal_row_that_is_cut_is_no_target(side, shifted):
+    """What packing puts behind the last token is none of the text; one between two documents is."""
+    rows = [[CLS, 7, SEP, 8, SEP], [CLS, 7, 8], [CLS, 9, SEP, SEP]]
+    examples = [{"input_ids": ids, "example_id": n, "epoch": 0, "is_causal": True} for n, ids in enumerate(rows)]
+    found = {}
+    for ends in (True, False):
+        batch = pickle.loads(pickle.dumps(collator(side, shifted=shifted, predicts_end=ends)))(examples)
+        found[ends] = columns_of(batch)
+    assert found[True] == {0: [1, 2, 3, 4], 1: [1, 2], 2: [1, 2, 3]}
+    assert found[False] == {0: [1, 2, 3], 1: [1, 2], 2: [1, 2]}
+    # The masked rows of the same batch are as they were.
+    mixed = [examples_of([1, 0] * 20), examples_of([1, 0] * 20)]
+    kept, dropped = (columns_of(collator(side, predicts_end=ends)(mixed[ends])) for ends in (True, False))
+    lengths = [len(example["input_ids"]) for example in mixed[0]]
+    for row, length in enumerate(lengths):
+        assert dropped[row] == (kept[row] if row % 2 else [column for column in kept[row] if column != length - 1])
+
+
 @pytest.mark.parametrize("frame", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("shifted", [True, False])

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from helpers.multitask_runs import load_tasks, moved, tokenizer, weights, write_encoder, write_tasks
@@ -179,3 +180,78 @@ def test_a_task_without_rows_to_train_on_is_refused(place, tmp_path, capsys):
         main(["multitask", str(place / "encoder"), "--tasks", str(path), "--output_dir", str(tmp_path / "out")]) == 2
     )
     assert "task 'topic' has no rows to train on" in capsys.readouterr().err
+
+
+ON_TOP = ["--architecture", "bilstm", "--architecture_options", '{"lstm_size": 6}', "--mix_layers", "true"]
+
+
+@pytest.mark.parametrize("strategy", ["full", "lora"])
+def test_each_task_has_the_architecture_with_weights_of_its_own(place, tmp_path, strategy):
+    out = tmp_path / "out"
+    assert run(place, out, *ON_TOP, "--strategy", strategy, "--learning_rate", "0.02", "--num_train_epochs", "2") == 0
+    scores = {one.task: one.metrics for one in read_record(out).evaluations}
+    heads = {}
+    for name, data in load_tasks(tmp_path / "again", SIZES).items():
+        # The folder opens with its code, and says what the run has measured.
+        model, info = data.auto_class.from_pretrained(out / name, output_loading_info=True)
+        assert not any(info.values()) and (out / name / "modeling_task_heads.py").is_file()
+        assert model.config.architecture == "bilstm" and model.scalar_mix is not None
+        rows = data.encoded("validation", tokenizer(), max_length=32)
+        with torch.no_grad():
+            found = model.eval()(**data.collator(tokenizer())([rows[i] for i in range(len(rows))]))
+        assert data.score("validation", found.logits.numpy(), tokenizer=tokenizer()) == pytest.approx(
+            scores[name], abs=1e-5
+        )
+        heads[name] = model.architecture.state_dict(), weights(model.encoder), weights(model.scalar_mix)
+    (topic, encoder, mix), (tags, other, other_mix) = heads["topic"], heads["tags"]
+    assert not moved(encoder, other) and moved(mix, other_mix)
+    assert any(topic[name].shape != tags[name].shape or not topic[name].equal(tags[name]) for name in topic)
+    start = weights(AutoModel.from_pretrained(place / "encoder"))
+    assert moved({name: start[name] for name in encoder}, encoder)
+    assert 'subfolder="topic", trust_remote_code=True' in (out / "README.md").read_text()
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["architecture"] == "bilstm" and recipe["architecture_options"] == {"lstm_size": 6}
+
+
+def test_a_run_with_architectures_goes_on_from_its_checkpoint(place, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    save = ["--save_strategy", "steps", "--save_steps", "6", "--save_total_limit", "2", "--max_steps", "12"]
+    for out in (whole, cut):
+        assert run(place, out, *ON_TOP, *save, "--learning_rate", "0.02") == 0
+    shutil.rmtree(cut / "checkpoint-12")
+    assert run(place, cut, *ON_TOP, *save, "--learning_rate", "0.02", "--resume_from_checkpoint", "true") == 0
+    for name in SIZES:
+        one, two = (load_file(folder / name / "model.safetensors") for folder in (whole, cut))
+        assert not moved(one, two)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--architecture", "attention_pooling"], "task 'tags': architecture='attention_pooling'"),
+        (["--architecture", "pair_encoder", "--task", "pair"], "which several tasks at once do not"),
+        (
+            ["--architecture", "bilstm", "--task", "span"],
+            "task 'span': architecture='bilstm' does not go with type='span'",
+        ),
+        (["--mix_layers", "true"], "mix_layers=True has no effect"),
+        (["--architecture_options", '{"lstm_size": 6}'], "architecture_options"),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused_before_anything_is_opened(
+    place, tmp_path, capsys, options, message
+):
+    write_tasks(tmp_path / "tasks", SIZES | {"pair": 8, "span": 8})
+    words = [
+        "multitask",
+        "no-model",
+        "--tasks",
+        tmp_path / "tasks" / "tasks.yaml",
+        "--output_dir",
+        tmp_path / "out",
+        *options,
+    ]
+    words += [] if "--task" in options else ["--task", *SIZES]
+    assert main([*map(str, words)]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1 and not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerCallback, set_seed
 
 from helpers.multitask_runs import (
@@ -303,3 +304,13 @@ def test_a_batch_of_two_tasks_is_refused():
 def test_the_options_may_be_made_again(tmp_path):
     args = MultiTaskArguments(output_dir=str(tmp_path), sampling="temperature", sampling_temperature=4.0)
     assert args.sampling_options(["a", "b"]) == {"sampling": "temperature", "temperature": 4.0}
+
+
+def test_an_export_leaves_the_state_of_the_processes_alone(tmp_path, encoder, tasks):
+    """Options that are made anew on the first process alone would make it believe that it is alone."""
+    run = trainer(tmp_path, encoder, some(tasks, "topic"), max_steps=1)
+    run.train()
+    before = [dict(state._shared_state) for state in (PartialState, AcceleratorState)]
+    assert all(before)
+    run.save_model()
+    assert [dict(state._shared_state) for state in (PartialState, AcceleratorState)] == before
