@@ -1,14 +1,19 @@
 """The benchmarks' own arithmetic: what a process cost, which tokens count, and sides that compute the same."""
 
+import argparse
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from transformers import ElectraConfig, ElectraForMaskedLM, ElectraForPreTraining
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import stock_mlm  # noqa: E402
+import training_steps  # noqa: E402
 import whole_program  # noqa: E402
 
 PARTS = {"data": "data ", "first step": "step 1/", "training": r"step (\d+)/\1 .*loss"}
@@ -113,3 +118,30 @@ def test_least_is_taken_of_each_number_by_itself():
     runs = [whole_program.Measured(wall=3.0, cpu_of={"a": 1.0}), whole_program.Measured(wall=2.0, cpu_of={"a": 4.0})]
     assert whole_program.least(runs, "wall") == 2.0
     assert whole_program.least(runs, "cpu_of", "a") == 1.0
+
+
+def test_electra_pytorch_asks_of_the_models_what_the_stock_side_asks():
+    """The noise of its sampling differs, so only the generator's part of the losses is equal, and all products are."""
+    sizes = {"batch_size": 2, "sequence_length": 32, "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 300}
+    args = argparse.Namespace(**sizes, bf16=False)
+    sides = training_steps.steps("RTD", args)
+    flops = {name: training_steps.count_flops(sides[name]) for name in ("stock", "electra_pytorch", "ours")}
+    assert flops["stock"] == flops["electra_pytorch"] > flops["ours"]
+
+
+def test_electra_pytorch_has_the_losses_of_the_stock_models():
+    torch.manual_seed(0)
+    args = argparse.Namespace(batch_size=2, sequence_length=32, hidden_size=64, num_hidden_layers=1, vocab_size=300)
+    batch = training_steps.make_batch(args)
+    batch["input_ids"][1, 20:], batch["labels"][1, 20:], batch["attention_mask"][1, 20:] = 0, -100, 0
+    config = ElectraConfig(**training_steps.sizes(args), embedding_size=16)
+    generator, discriminator = ElectraForMaskedLM(config).eval(), ElectraForPreTraining(config).eval()
+    # Every token is found, so that nothing is replaced.
+    wanted = F.one_hot(batch["labels"].clamp(min=0), args.vocab_size).float() * 1e4
+    generator.generator_lm_head.register_forward_hook(lambda module, inputs, logits: logits * 1e-9 + wanted)
+    with torch.no_grad():
+        loss = float(training_steps.electra_pytorch_step(generator, discriminator, batch)())
+        is_target = batch["labels"] != -100
+        original = torch.where(is_target, batch["labels"], batch["input_ids"])
+        inputs = {"attention_mask": batch["attention_mask"], "labels": torch.zeros_like(original)}
+        assert loss == pytest.approx(50 * float(discriminator(input_ids=original, **inputs).loss), rel=1e-4)
