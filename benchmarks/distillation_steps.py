@@ -18,7 +18,8 @@ A step is the teacher's forward and the student's forward and backward, of these
 Stock TinyBERT is eager attention that returns its scores, as the official code does, with losses over the real tokens. Both sides
 have the same loss (of textbrewer on the same batches; in bf16 nearly so), which is checked before anything is timed. All sides
 run in one process, in turn, and the best of the repeats counts. Peak memory is how much the resident set rises during the first
-step, each side in a process of its own. "Of peak" is explained in training_steps.py.
+step, each side in a process of its own. "Of peak" is explained in training_steps.py. "By GFLOP" is the speed-up that the matrix
+products alone would give, if both sides did as many of them a second; products with padding count.
 """
 
 from __future__ import annotations
@@ -389,6 +390,7 @@ def rows_of(case: str, args: argparse.Namespace) -> list[list[str]]:
             f"{1e3 * seconds[side]:.0f}",
             f"{seconds['stock'] / seconds[side]:.2f}",
             f"{flops[side] / 1e9:.1f}",
+            f"{flops['stock'] / flops[side]:.2f}",
             f"{100 * flops[side] / seconds[side] / peak:.0f} % of {peak / 1e9:.0f} GFLOP/s",
             f"{memory[side]:.0f}" if side in memory else "",
             f"{memory[side] / memory['stock']:.2f}" if side in memory else "",
@@ -427,7 +429,7 @@ def main() -> None:
         print(f"{method}: teacher and student of {shown}")
     precision = "bf16 autocast" if args.bf16 else "fp32"
     print(f"{VOCAB_SIZE} tokens, {precision}, {torch.get_num_threads()} threads, best of {args.repeats}\n")
-    print_table(rows, ["step", "side", "ms", "speed-up", "GFLOP", "of peak", "MiB", "memory"])
+    print_table(rows, ["step", "side", "ms", "speed-up", "GFLOP", "by GFLOP", "of peak", "MiB", "memory"])
 
 
 if __name__ == "__main__":

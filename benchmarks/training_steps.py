@@ -1,12 +1,14 @@
 """Training steps, ours against stock transformers with the same weights and the same batch: time and peak memory.
 
-    python benchmarks/training_steps.py [--electra_small] [--bf16] [--batch_size 32] [--sequence_length 128] [--repeats 5]
+    python benchmarks/training_steps.py [--method RTD] [--electra_small] [--bf16] [--batch_size 32] [--repeats 5]
 
 A step is forward and backward. Stock masked language modelling is `BertForMaskedLM` with labels; stock replaced token detection
-is `ElectraForMaskedLM` and `ElectraForPreTraining` called one after the other, with `torch.multinomial` between. The third side
-is ours under `torch.compile`, compiled before the clock starts; every batch has the same shapes, as `target_slots` gives them.
-All sides run in one process, in turn; the best of the repeats counts. Peak memory is how much the resident set rises during the
-first step, sampled every millisecond, each side in a process of its own; compiling is no step, so that side has none.
+is `ElectraForMaskedLM` and `ElectraForPreTraining` called one after the other, with `torch.multinomial` between. The step of
+electra_pytorch (https://github.com/richarddwang/electra_pytorch, its "fp32_gumbel", read and written anew) takes the masked
+positions out of the logits of all positions and adds Gumbel noise to them. The last side is ours under `torch.compile`, compiled
+before the clock starts; every batch has the same shapes, as `target_slots` gives them. All sides run in one process, in turn; the
+best of the repeats counts. Peak memory is how much the resident set rises during the first step, sampled every millisecond, each
+side in a process of its own; compiling is no step, so that side has none.
 
 "Of peak" is how much of what this machine can do a step uses: the floating-point operations of its matrix products, counted as
 it runs, per second, over those of one large matrix product in the same precision, measured in the same process, in turn with the
@@ -25,9 +27,10 @@ from collections.abc import Callable
 
 import psutil
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM, BertConfig, ElectraConfig
+from transformers import AutoModelForMaskedLM, BertConfig, ElectraConfig, PreTrainedModel
 
 from hf_pretrain.data import draws
 from hf_pretrain.modeling.losses import PretrainingOutput
@@ -39,9 +42,11 @@ from hf_pretrain.objectives.replaced_token_detection import (
 from timing import interleaved, options_parser, print_table
 
 SPECIAL_TOKENS = 5
+PAD_TOKEN = 0
 MASK_TOKEN = 4
 EMBEDDING_SIZE = 128
 ELECTRA_SMALL = {"num_hidden_layers": 12, "hidden_size": 256, "sequence_length": 128, "vocab_size": 30522}
+ELECTRA_PYTORCH = "electra_pytorch"
 COMPILED = "ours, torch.compile"
 GEMM_SIZE = 2048
 
@@ -124,9 +129,36 @@ def detection_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) ->
 
     return {
         "stock": stock,
+        ELECTRA_PYTORCH: electra_pytorch_step(model.generator, model.discriminator, batch),
         "ours": lambda: mean_loss(model(**batch), weights),
         COMPILED: lambda: mean_loss(compiled(**batch), weights),
     }
+
+
+def electra_pytorch_step(
+    generator: PreTrainedModel, discriminator: PreTrainedModel, batch: dict[str, torch.Tensor]
+) -> Callable[[], torch.Tensor]:
+    """Return the loss of electra_pytorch: losses in fp32, and the padding left out of that of the discriminator by a mask."""
+    ids, labels, lengths = batch["input_ids"], batch["labels"], batch["attention_mask"].sum(1)
+    is_target, gumbel = labels != -100, torch.distributions.Gumbel(0.0, 1.0)
+
+    def loss() -> torch.Tensor:
+        attention_mask = ids != PAD_TOKEN
+        # The segment of a token, from the length of the first one of each row.
+        types = torch.tensor([[0] * size + [1] * (ids.shape[1] - size) for size in lengths.tolist()])
+        inputs = {"attention_mask": attention_mask, "token_type_ids": types}
+        logits = generator(ids, **inputs).logits[is_target, :]
+        with torch.no_grad():
+            sampled = (logits.float() + gumbel.sample(logits.shape)).argmax(-1)
+            replaced, is_replaced = ids.clone(), is_target.clone()
+            replaced[is_target] = sampled
+            is_replaced[is_target] = sampled != labels[is_target]
+        found = discriminator(replaced, **inputs).logits.masked_select(attention_mask)
+        wanted = is_replaced.masked_select(attention_mask).float()
+        mlm = F.cross_entropy(logits.float(), labels[is_target])
+        return mlm + 50.0 * F.binary_cross_entropy_with_logits(found.float(), wanted)
+
+    return loss
 
 
 def stepped(loss: Callable[[], torch.Tensor], *, bf16: bool) -> Callable[[], None]:
@@ -198,14 +230,16 @@ def memory_of(method: str, side: str) -> float:
 
 def rows_of(method: str, args: argparse.Namespace) -> list[list[str]]:
     """Measure all sides of a method: one row a side."""
-    memory = {side: memory_of(method, side) for side in ("stock", "ours")}
     sides = steps(method, args)
-    flops = {name: count_flops(sides[name]) for name in ("stock", "ours")}
+    memory = {side: memory_of(method, side) for side in sides if side != COMPILED}
+    flops = {side: count_flops(sides[side]) for side in memory}
     flops[COMPILED] = flops["ours"]
-    missing = [] if can_compile() else [[method, COMPILED, "no C++ compiler", *[""] * 5]]
+    if args.no_compile:
+        del sides[COMPILED]
+    missing = [] if args.no_compile or can_compile() else [[method, COMPILED, "no C++ compiler", *[""] * 5]]
     if missing:
         del sides[COMPILED]
-    else:
+    elif COMPILED in sides:
         sides[COMPILED]()
     seconds = interleaved({**sides, "matmul": matmul_step(bf16=args.bf16)}, repeats=args.repeats)
     peak = 2 * GEMM_SIZE**3 / seconds["matmul"]
@@ -242,6 +276,8 @@ def main() -> None:
         __doc__, batch_size=32, sequence_length=128, hidden_size=256, num_hidden_layers=4, vocab_size=30522, repeats=5
     )
     parser.add_argument("--bf16", action="store_true", help="bf16 autocast on all sides")
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS), help="what to measure")
+    parser.add_argument("--no_compile", action="store_true", help="leave the compiled side out")
     parser.add_argument(
         "--electra_small", action="store_true", help="the sizes of ELECTRA-Small, in place of the defaults"
     )
@@ -253,7 +289,7 @@ def main() -> None:
         method, side = args.memory_of
         print(rise_of_memory(steps(method, args)[side]))
         return
-    rows = [row for method in METHODS for row in rows_of(method, args)]
+    rows = [row for method in args.method for row in rows_of(method, args)]
     print_setting(args)
     print_table(rows, ["step", "side", "ms", "speed-up", "GFLOP", "of peak", "MiB", "memory"])
 

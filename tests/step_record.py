@@ -118,6 +118,7 @@ RUNS = {
     "mass": ("denoise", ["mass_small"], {}),
     "mass_paper": ("denoise", ["mass"], {"num_decoder_layers": 2}),
     "minilmv2": ("distil", ["minilmv2"], STUDENT | {"hidden_size": 48}),
+    "modernbert_base": ("mlm", ["modernbert_base"], {}),
     "modernbert_phases": ("mlm", ["modernbert_phases"], {}),
     "modernbert_rtd": ("rtd", ["modernbert_rtd"], {}),
     "prefix_lm": ("denoise", ["prefix_lm_small"], {}),

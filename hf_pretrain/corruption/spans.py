@@ -18,13 +18,15 @@ from hf_pretrain.corruption.selection import (
     by_row,
     order_keys,
     sorted_positions,
-    take_smallest_unit,
     to_uniforms,
 )
 
 # How many steps are prepared at once; a step needs some ten small array operations beyond that.
 _SPANS_AHEAD = 16
-_RUNS_AHEAD = 32
+_RUNS_AHEAD = 8
+# How many runs of a row are tried at once while all fit the budget, and how many that must have been to try it again.
+_RUNS_AT_ONCE = 24
+_WORTH_ANOTHER_ROUND = 12
 
 
 def geometric_lengths(probability: float, *, longest: int, mode: str = "renormalise") -> np.ndarray:
@@ -155,27 +157,93 @@ def take_runs(
     taken = np.zeros(num_slots + longest, dtype=np.bool_)
     begun = np.zeros(num_slots, dtype=np.bool_)
     bounds = np.append(bounds, np.full(longest, bounds[-1]))
-    costs = bounds[firsts + (np.minimum(sizes, 1) if shorten else sizes)] - bounds[firsts]
-    cheapest = np.where(costs > 0, costs, bounds[-1] + 1).min(axis=1, initial=bounds[-1] + 1)
     remaining, offsets = budgets.copy(), np.arange(longest)
-    for block in range(0, firsts.shape[1], _RUNS_AHEAD):
-        first, size = firsts[:, block : block + _RUNS_AHEAD].T, sizes[:, block : block + _RUNS_AHEAD].T
+    width = firsts.shape[1]
+    tried = _take_while_all_fit(firsts, sizes, bounds=bounds, remaining=remaining, taken=taken, begun=begun)
+    rows = np.flatnonzero((remaining > 0) & (tried < width))
+    while rows.size:
+        columns = tried[rows] + np.arange(_RUNS_AHEAD)[:, None]
+        chosen = rows, np.minimum(columns, width - 1)
+        first, size = firsts[chosen], np.where(columns < width, sizes[chosen], 0)
+        budget = remaining[rows]
         reach, inside = first[..., None] + offsets, offsets < size[..., None]
         tokens = bounds[reach + 1] - bounds[reach]
         totals = np.cumsum(tokens * inside, axis=2)
         totals = np.where(inside, totals if shorten else totals[..., -1:], bounds[-1] + 1)
         for step in range(len(first)):
-            fits = totals[step] <= remaining[:, None]
+            fits = totals[step] <= budget[:, None]
             fits &= ~(fits & taken[reach[step]]).any(axis=1, keepdims=True)
             taken[reach[step][fits]] = True
             begun[first[step][fits[:, 0]]] = True
-            remaining -= (tokens[step] * fits).sum(axis=1)
-        if not (remaining >= cheapest).any():
-            break
-    missed = take_smallest_unit(np.zeros(costs.shape, np.bool_), sizes=costs, budgets=budgets * (remaining == budgets))
-    for first, size in zip(firsts[missed], sizes[missed], strict=True):
-        begun[first] = taken[first : first + (1 if shorten else size)] = True
+            budget -= (tokens[step] * fits).sum(axis=1)
+        remaining[rows] = budget
+        tried += _RUNS_AHEAD
+        rows = rows[(budget > 0) & (tried[rows] < width)]
+        # Only rows in which a run may still fit go on.
+        rows = rows[remaining[rows] >= _cheapest(firsts[rows], sizes[rows], bounds=bounds, shorten=shorten)[1]]
+    rows = np.flatnonzero((remaining == budgets) & (budgets > 0) & sizes.any(axis=1))
+    if rows.size:
+        cheapest, _ = _cheapest(firsts[rows], sizes[rows], bounds=bounds, shorten=shorten)
+        for first, size in zip(firsts[rows, cheapest], sizes[rows, cheapest], strict=True):
+            begun[first] = taken[first : first + (1 if shorten else size)] = True
     return taken[:num_slots], begun
+
+
+def _cheapest(
+    firsts: np.ndarray, sizes: np.ndarray, *, bounds: np.ndarray, shorten: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which run of each row takes the fewest tokens, shortened if it may be, and how many: int64 `[B]` both."""
+    costs = bounds[firsts + (np.minimum(sizes, 1) if shorten else sizes)] - bounds[firsts]
+    costs[costs == 0] = bounds[-1] + 1
+    cheapest = costs.argmin(axis=1)
+    return cheapest, costs[np.arange(len(costs)), cheapest]
+
+
+def _take_while_all_fit(
+    firsts: np.ndarray,
+    sizes: np.ndarray,
+    *,
+    bounds: np.ndarray,
+    remaining: np.ndarray,
+    taken: np.ndarray,
+    begun: np.ndarray,
+) -> np.ndarray:
+    """Take runs from the first on, many at once, as long as each would fit the budget; write into the last three arguments.
+
+    There only overlaps decide, and the earlier of two runs wins: in turn, all runs are taken that come first at each of their
+    slots, and those that overlap them drop out.
+
+    Returns:
+        `[B]` int64, how many runs of each row have been tried.
+    """
+    width, longest = firsts.shape[1], len(taken) - len(begun)
+    rows, tried = np.arange(len(firsts))[:, None], np.zeros(len(firsts), dtype=np.int64)
+    owner = np.empty(len(taken), dtype=np.int64)
+    while (tried < width).any():
+        columns = tried[:, None] + np.arange(min(_RUNS_AT_ONCE, width))
+        chosen = rows, np.minimum(columns, width - 1)
+        first, size = firsts[chosen], np.where(columns < width, sizes[chosen], 0)
+        # Behind its end, a run has its first slot again.
+        reach = first[..., None] + np.arange(longest) * (np.arange(longest) < size[..., None])
+        costs = bounds[first + size] - bounds[first]
+        is_open = (size > 0) & ~taken[reach].any(axis=2)
+        before = np.cumsum(costs * is_open, axis=1) - costs * is_open
+        fits = np.logical_and.accumulate(before + costs <= remaining[:, None], axis=1)
+        # Backwards, as of several writers the last one stays.
+        row, column = (index[::-1] for index in np.nonzero(is_open & fits))
+        reach, costs, num_open = reach[row, column], costs[row, column], len(row)
+        while len(row):
+            number = np.arange(len(row))
+            owner[reach.ravel()] = np.repeat(number, longest)
+            wins = (owner[reach] == number[:, None]).all(axis=1)
+            taken[reach[wins]] = begun[reach[wins, 0]] = True
+            remaining -= np.bincount(row[wins], weights=costs[wins], minlength=len(firsts)).astype(np.int64)
+            left = np.flatnonzero(~wins & ~taken[reach].any(axis=1))
+            row, reach, costs = row[left], reach[left], costs[left]
+        tried += np.count_nonzero(fits, axis=1)
+        if num_open < _WORTH_ANOTHER_ROUND * len(firsts):
+            break
+    return tried
 
 
 def select_ngrams(

@@ -14,6 +14,7 @@ from hf_pretrain.corruption.spans import (
     select_given_independently,
     select_ngrams,
     select_spans,
+    take_runs,
 )
 from hf_pretrain.data import draws
 
@@ -285,3 +286,50 @@ def test_rows_without_given_spans_or_words_get_nothing():
     empty = partition_words(np.ones((2, 8), dtype=bool), maskable=~maskable)
     bits = random_bits(2, 8, stream="select")
     assert not select_ngrams(bits, bits, words=empty, budgets=np.array([0, 0]), max_ngram=3).mask.any()
+
+
+def naive_runs(firsts, sizes, bounds, budget, *, shorten):
+    """The rule of `take_runs` for a row, one run after the other: the slots taken, and the slots at which a run starts."""
+    used, starts, remaining = set(), set(), budget
+    for first, size in zip(firsts, sizes, strict=True):
+        while shorten and size and bounds[first + size] - bounds[first] > remaining:
+            size -= 1
+        slots = set(range(first, first + size))
+        if size and bounds[first + size] - bounds[first] <= remaining and not used & slots:
+            used |= slots
+            starts.add(first)
+            remaining -= bounds[first + size] - bounds[first]
+    least = [
+        (bounds[f + (1 if shorten else s)] - bounds[f], f, 1 if shorten else s)
+        for f, s in zip(firsts, sizes, strict=True)
+        if s
+    ]
+    if budget and not used and least:
+        _, first, size = min(least, key=lambda cost: cost[0])
+        used, starts = set(range(first, first + size)), {first}
+    return used, starts
+
+
+@pytest.mark.parametrize("shorten", [False, True])
+@pytest.mark.parametrize("budget", [0.05, 0.3, 0.95])
+def test_runs_equal_the_sequential_loop(shorten, budget):
+    """Rows with few and many runs, rows whose runs all fit, none fits, or that have none."""
+    generator = np.random.default_rng(0)
+    for num_runs in (1, 5, 30, 90):
+        num_rows, num_slots = 12, 40
+        bounds = np.append(0, np.cumsum(generator.integers(1, 5, num_rows * num_slots)))
+        firsts = generator.integers(0, num_slots, (num_rows, num_runs))
+        sizes = np.minimum(generator.integers(0, 6, (num_rows, num_runs)), num_slots - firsts)
+        sizes[0] = 0
+        firsts += np.arange(num_rows)[:, None] * num_slots
+        tokens = np.diff(bounds[::num_slots])
+        budgets = np.rint(generator.uniform(0, 1, num_rows) * budget * tokens).astype(np.int64)
+        budgets[1] = tokens[1]
+        taken, begun = take_runs(firsts, sizes, bounds=bounds, budgets=budgets, shorten=shorten)
+        for row in range(num_rows):
+            expected = naive_runs(
+                firsts[row].tolist(), sizes[row].tolist(), bounds.tolist(), int(budgets[row]), shorten=shorten
+            )
+            low, high = row * num_slots, (row + 1) * num_slots
+            found = tuple(set((np.flatnonzero(part[low:high]) + low).tolist()) for part in (taken, begun))
+            assert found == expected, f"row {row} of {num_runs} runs"
