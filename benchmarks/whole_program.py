@@ -268,10 +268,9 @@ def print_whole(runs: Mapping[str, list[Measured]], folder: Path) -> None:
 
 def print_start(runs: Mapping[str, list[Measured]]) -> None:
     """Print the table of the starts."""
-    rows: list[list[object]] = [
-        [side, *(least(runs[side], name) for name in ("wall", "cpu", "memory"))] for side in runs
-    ]
-    rows.append(["ours / stock", *(b / a for a, b in zip(rows[0][1:], rows[1][1:], strict=True))])
+    columns = [{side: least(runs[side], name) for side in runs} for name in ("wall", "cpu", "memory")]
+    rows: list[list[object]] = [[side, *(column[side] for column in columns)] for side in runs]
+    rows.append(["ours / stock", *(column["ours"] / column["stock"] for column in columns)])
     print_table(rows, ["start to first step", "wall s", "CPU s", "MiB"])
 
 
