@@ -255,7 +255,7 @@ WITHOUT_OPTION = {
     "train_ref_file": "give words of Chinese text with --word_segmenter jieba",
     "validation_ref_file": "give words of Chinese text with --word_segmenter jieba",
     "max_train_samples": "less text is --max_corpus_bytes, and a shorter training --max_steps",
-    "max_eval_samples": "less held-out text is --validation_fraction, or a shorter --validation_file",
+    "max_eval_samples": "less held-out text is --max_eval_tokens, or --validation_fraction",
     "max_tokens": _LENGTH,
     "max_tokens_valid": _LENGTH,
     "mask_length": f"{_MASK_LENGTH}; masked spans of BERT are --masking_unit span",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModel
 
+from helpers.fresh_process import run_fresh
 from hf_pretrain import cli
 from hf_pretrain.errors import InputError, StoppedError, Terminated
 from hf_pretrain.help import RARE
@@ -52,6 +53,32 @@ def test_help_and_a_mistake_need_no_torch():
         "error: unknown method 'electra': ELECTRA is `hf-pretrain rtd --config electra_small`, or `hf-pretrain rtd --config "
         "electra_base`",
     ]
+
+
+def test_a_training_starts_without_what_only_measures_and_draws(tmp_path):
+    """Each of these takes up to half a second; transformers and datasets themselves import the rest."""
+    unused = ("sklearn", "scipy.stats", "matplotlib", "evaluate", "tensorboard", "torch.utils.tensorboard")
+    program = f"""
+import sys
+def found():
+    return [name for name in sys.modules if any(name == part or name.startswith(part + ".") for part in {unused})]
+# Other tests' programs have them from the start.
+for name in found():
+    del sys.modules[name]
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from hf_pretrain.cli import METHODS, load_method
+for name in METHODS:
+    load_method(name)
+    print(name, found())
+from helpers.method_matrix import build
+trainer = build(load_method("mlm"), {str(tmp_path / "run")!r}, eval_on_start=True)
+trainer.train()
+trainer.evaluate()
+# transformers imports scikit-learn with the classes of many architectures.
+print("run", [name for name in found() if not name.startswith(("sklearn", "scipy.stats"))])
+"""
+    lines = run_fresh({"start": program}, tmp_path)["start"].splitlines()
+    assert [line for line in lines if line.endswith("]")] == [f"{name} []" for name in (*cli.METHODS, "run")], lines
 
 
 def test_version_is_that_of_the_package(capsys):

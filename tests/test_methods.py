@@ -20,7 +20,7 @@ from helpers.method_matrix import (
     tiny_data,
     tiny_tokenizer,
 )
-from helpers.two_rank_worker import UNEVEN_RUNS, build_uneven
+from helpers.two_rank_worker import PART_TOKENS, UNEVEN_RUNS, build_uneven
 from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.errors import InputError
 
@@ -355,12 +355,17 @@ class TestTwoRanks:
             for name, value in log_of(alone)[0].items():
                 assert train_rows[0][name] == pytest.approx(value, rel=1e-4), name
 
+    @pytest.mark.parametrize(("kind", "tokens"), [("eval", None), ("part", PART_TOKENS)])
     @pytest.mark.parametrize("method", METHODS)
-    def test_evaluation_equals_one_process(self, results, tmp_path, method):
+    def test_evaluation_equals_one_process(self, results, tmp_path, method, kind, tokens):
         """13 examples in batches of 4 on 2 ranks: the last batch is filled with repeats, which must not count."""
-        expected = build(PROGRAMS[method], tmp_path).evaluate()
+        trainer = build(PROGRAMS[method], tmp_path, max_eval_tokens=tokens)
+        measured, known = trainer.measured_examples()
+        # All lanes of plm have one window here.
+        assert (measured < known) is (kind == "part" and method != "plm")
+        expected = trainer.evaluate()
         for rank in range(2):
-            metrics = json.loads((results / f"{method}-eval-{rank}.json").read_text())
+            metrics = json.loads((results / f"{method}-{kind}-{rank}.json").read_text())
             for name, value in expected.items():
                 if "runtime" not in name and "per_second" not in name and "time" not in name:
                     assert metrics[name] == pytest.approx(value, rel=1e-5), name

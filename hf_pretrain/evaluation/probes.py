@@ -14,10 +14,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import accuracy_score, matthews_corrcoef, r2_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.corruption.rows import stack_column
@@ -364,6 +360,9 @@ def probe_accuracy(
     Raises:
         InputError: If there is one class only, rows and labels are not as many, or a feature is not finite.
     """
+    # Training with pairs encodes texts as a probe does, and starts without it.
+    from sklearn.metrics import accuracy_score, matthews_corrcoef
+
     _check_rows(train=(train_features, train_labels), test=(test_features, test_labels))
     predicted, best = probe_predictions(train_features, train_labels, test_features, seed=seed)
     return ProbeScore(
@@ -398,6 +397,11 @@ def probe_predictions(
     Raises:
         InputError: If there is one class only, rows and targets are not as many, or a feature is not finite.
     """
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from sklearn.metrics import matthews_corrcoef, r2_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     check_choice(kind, ("classification", "regression"), name="kind")
     _check_rows(train=(train_features, train_targets), test=(test_features, test_features))
     targets = np.asarray(train_targets)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data.text.lines import open_bytes, readable
@@ -233,6 +232,8 @@ def similarity_correlation(first: np.ndarray, second: np.ndarray, scores: Sequen
     cosines = np.einsum("ne,ne->n", left, right)
     if np.ptp(cosines) <= _TIE:
         return 0.0
+    from scipy.stats import spearmanr  # Few runs measure similarity.
+
     return float(spearmanr(cosines, given).statistic)
 
 

@@ -26,7 +26,8 @@ _OF_TRAINING = {
     "adapters": """adapter adapter_rank adapter_alpha adapter_dropout adapter_targets adapter_modules_to_save
     adapter_train_embeddings adapter_export""",
     "logging": """output_dir overwrite_output_dir resume_from_checkpoint logging_steps eval_strategy eval_steps
-    per_device_eval_batch_size save_strategy save_steps save_total_limit load_best_model_at_end report_to run_name""",
+    max_eval_tokens per_device_eval_batch_size save_strategy save_steps save_total_limit load_best_model_at_end report_to
+    run_name""",
     "Hub": "push_to_hub hub_model_id hub_private_repo hub_strategy hub_branches language license datasets tags private_text",
 }
 _GROUP_OF = {name: group for group, names in _OF_TRAINING.items() for name in names.split()}

@@ -3,14 +3,13 @@
 A [`WordProposer`] gives candidates; keyed draws choose the words that change and the candidates that replace them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
-from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_pretrain.data import draws
@@ -118,7 +117,7 @@ def augment(
         model,
         tokenizer,
         neighbours=neighbours,
-        stop_words=ENGLISH_STOP_WORDS if args.augmentation_stop_words == "english" else (),
+        stop_words=_stop_words() if args.augmentation_stop_words == "english" else (),
         num_candidates=args.augmentation_candidates,
         batch_size=args.augmentation_batch_size,
     )
@@ -134,6 +133,12 @@ def augment(
             new_fingerprint=Hasher.hash((_VERSION, draws.VERSION, *sources, options, list(text_columns), seed)),
             desc="Augmenting",
         )
+
+
+def _stop_words() -> Collection[str]:
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS  # Few runs augment.
+
+    return ENGLISH_STOP_WORDS
 
 
 def _check_inputs(

@@ -1,7 +1,7 @@
 """Metrics of tasks as plain functions: arrays or lists in, a number out, all in [-1, 1] and better where larger.
 
 [`METRICS_OF_TYPES`] says which of them count for a type of task. [`as_evaluate_metric`] gives one the form of `evaluate.Metric`;
-only there is `evaluate` imported, which takes seconds.
+only there is `evaluate` imported, which takes seconds, and scikit-learn and SciPy only in the metrics that need them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import scipy.stats
-import sklearn.metrics
 
 from hf_pretrain.errors import InputError, check_choice
 
@@ -56,10 +54,10 @@ def f1(predictions: Any, references: Any, *, positive: Any = 1) -> float:
 
 def macro_f1(predictions: Any, references: Any) -> float:
     """Return the mean F1 of the classes that are predicted or right somewhere, ``[N]`` each."""
+    from sklearn.metrics import f1_score
+
     predicted, wanted = _both(predictions, references)
-    return (
-        float(sklearn.metrics.f1_score(wanted, predicted, average="macro", zero_division=0.0)) if len(wanted) else 0.0
-    )
+    return float(f1_score(wanted, predicted, average="macro", zero_division=0.0)) if len(wanted) else 0.0
 
 
 def matthews(predictions: Any, references: Any) -> float:
@@ -70,17 +68,23 @@ def matthews(predictions: Any, references: Any) -> float:
     predicted, wanted = _both(predictions, references)
     if len(np.unique(predicted)) < 2 or len(np.unique(wanted)) < 2:
         return 0.0
-    return float(sklearn.metrics.matthews_corrcoef(wanted, predicted))
+    from sklearn.metrics import matthews_corrcoef
+
+    return float(matthews_corrcoef(wanted, predicted))
 
 
 def pearson(predictions: Any, references: Any) -> float:
     """Return the linear correlation of values, ``[N]`` each; 0 where one side is constant."""
-    return _correlation(scipy.stats.pearsonr, predictions, references)
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, references)
 
 
 def spearman(predictions: Any, references: Any) -> float:
     """Return the correlation of ranks, ``[N]`` each, equal values sharing their mean rank; 0 where one side is constant."""
-    return _correlation(scipy.stats.spearmanr, predictions, references)
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, references)
 
 
 class Entity(NamedTuple):

@@ -127,6 +127,7 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
         "dataloader_prefetch_factor": "[1, 1024]",
         "ddp_bucket_cap_mb": _COUNT,
         "ddp_timeout": "[1, 2147483647]",
+        "max_eval_tokens": "[0, 9223372036854775807]",
         "evaluation_max_examples": "[5, 2147483647]",
     }
     """Of options of transformers; others follow from their names, see `hf_pretrain.errors.check_numbers`."""
@@ -187,6 +188,12 @@ class PretrainingArguments(AdapterArguments, TrainingArguments):
     )
     eval_on_start: bool = option(
         True, "Evaluate before the first step, to compare with; only if there is held-out text."
+    )
+    max_eval_tokens: int | None = option(
+        None,
+        "Held-out tokens that an evaluation measures, about, spread over the whole held-out text and the same each time; 0 for "
+        "all. By default 2.5 % of the tokens that the run trains on, but at least 16,384; with max_minutes, at most 16,384 for "
+        "each minute. A model with a memory reads the beginning of each lane. Labelled rows of a task are all measured.",
     )
     remove_unused_columns: bool = option(False, "Keep off: collators need columns that no model takes.")
     logging_nan_inf_filter: bool = option(

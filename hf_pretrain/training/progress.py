@@ -225,7 +225,10 @@ def plan_line(trainer: PretrainingTrainer, max_steps: int) -> str:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
     devices = f"{args.world_size} x {args.device.type}" if args.world_size > 1 else args.device.type
     limit = "" if args.max_minutes is None else f", at most {args.max_minutes:g} minutes"
-    return f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}, attention {trainer.attention}{limit}"
+    measured, known = trainer.measured_examples()
+    part = f", evaluated on {measured:,} of {known:,} held-out examples" if measured < known else ""
+    plan = f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}, attention {trainer.attention}"
+    return f"{plan}{limit}{part}"
 
 
 def _millions(count: int) -> str:

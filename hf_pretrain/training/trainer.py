@@ -34,6 +34,7 @@ from hf_pretrain.data.examples.epochs import (
     FilledSampler,
     fill_of,
 )
+from hf_pretrain.data.examples.held_out import evaluated_tokens, held_out_part, mean_tokens
 from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
@@ -59,6 +60,7 @@ from hf_pretrain.training.arguments import (
     check_best_metric,
     check_searched,
     check_text,
+    global_batch_size,
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
@@ -100,7 +102,7 @@ class PretrainingTrainer(Trainer):
     | `get_train_dataloader` | a stream is read by each process alone |
     | `_get_train_sampler` | keyed order that carries the epoch; distil-task: examples of about one length in a step |
     | `_get_eval_sampler` | memory: windows in the order of time |
-    | `_get_dataloader` | processes with nothing left take a marked example instead of one that was seen |
+    | `_get_dataloader` | processes with nothing left take a marked example; an evaluation takes `max_eval_tokens` |
     | `get_optimizer_cls_and_kwargs` | optimizers that transformers does not have, Adafactor's options |
     | `get_decay_parameter_names` | no weight decay of tables of which some rows are trained |
     | `create_optimizer` | rtd: a learning rate of the generator's own |
@@ -499,6 +501,8 @@ class PretrainingTrainer(Trainer):
 
     def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
         """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
+        if self._is_evaluating and any(dataset is part for part in self._held_out_sets()):
+            dataset = self.part_to_evaluate(dataset)
         collate, filled = self.data_collator, None
         self.data_collator = self._host_collator()
         if is_training and self.course is not None and not isinstance(dataset, IterableDataset):
@@ -708,10 +712,43 @@ class PretrainingTrainer(Trainer):
             self.progress.end_evaluation()
         is_own = (eval_dataset is None or eval_dataset is self.eval_dataset) and metric_key_prefix == "eval"
         self.held_out.note(self.state.log_history[first:], metrics, is_own=is_own)
+        measured, known = self.measured_examples() if is_own else (0, 0)
+        if measured < known:
+            share = round(measured / known, 4)
+            self.data_description |= {"held_out_measured_examples": measured, "held_out_measured_share": share}
         if self.is_in_train and metric_key_prefix == "eval":
             check_best_metric(self.args, [name[5:] for name in metrics if name.startswith("eval_")])
         self.evaluated(metrics)
         return metrics
+
+    def _held_out_sets(self) -> list[Any]:
+        sets = self.eval_dataset
+        return list(sets.values()) if isinstance(sets, dict) else [] if sets is None else [sets]
+
+    def part_to_evaluate(self, dataset: Any) -> Any:
+        """Return the examples of a set of the run's own held-out text that each evaluation measures; see `max_eval_tokens`."""
+        if not isinstance(dataset, EpochDataset):
+            return dataset
+        most, num_sets = self.args.max_eval_tokens, max(1, len(self._held_out_sets()))
+        if most is None and not self.reads_instead_of_text:
+            most = self._usual_tokens_to_evaluate(dataset)
+        return held_out_part(dataset, max(1, most // num_sets) if most else None)
+
+    def _usual_tokens_to_evaluate(self, held_out: Any) -> int | None:
+        args, train = self.args, self.train_dataset
+        if train is None:
+            return None
+        is_stream, steps = isinstance(train, IterableDataset), args.max_steps
+        if self.course is not None:
+            steps = self.course.total
+        examples = steps * global_batch_size(args) if steps > 0 else args.num_train_epochs * len(train)
+        trained = examples * mean_tokens(held_out if is_stream or not len(train) else train)
+        return evaluated_tokens(trained, max_minutes=args.max_minutes)
+
+    def measured_examples(self) -> tuple[int, int]:
+        """Return how many held-out examples an evaluation measures, and of how many."""
+        sets = [part for part in self._held_out_sets() if isinstance(part, EpochDataset)]
+        return sum(len(self.part_to_evaluate(part)) for part in sets), sum(map(len, sets))
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
         """Look at the metrics of an evaluation, to warn of something; the base does nothing."""

@@ -68,6 +68,8 @@ def test_the_forward_computes_in_the_type_that_was_chosen(tmp_path, method, bf16
     expected = expected | {torch.float32} if method in LOGITS_IN_FP32 else expected
     assert linear_types(trainer, trainer.evaluate) == expected
     assert linear_types(trainer, trainer.train) == expected
+    # The evaluation behind the training is that of the export.
+    assert linear_types(trainer, trainer.evaluate) == expected
     # Weights, gradients and what is logged stay in full precision.
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
     assert {gradient.dtype for gradient in trainer.recorder.gradients[0].values()} == {torch.float32}

@@ -171,6 +171,14 @@ def test_several_held_out_sets_and_one_without_lanes(tmp_path):
     assert metrics["eval_pieces_lm_loss"] > 0
 
 
+def test_a_part_is_the_beginning_of_each_lane(tmp_path):
+    trainer = build_toy(tmp_path, max_eval_tokens=10)
+    whole = trainer.eval_dataset
+    (nll, count), *rest = threaded(trainer, whole)
+    assert rest and trainer.measured_examples() == (whole.base.num_lanes, len(whole))
+    assert trainer.evaluate()["eval_lm_loss"] == pytest.approx(nll / count, rel=1e-6)
+
+
 def test_documents_are_not_remembered_beyond_their_end(tmp_path):
     """With short documents, each in one window, nothing is ever remembered."""
     text = documents([3] * 60)

@@ -1,10 +1,12 @@
 """The base Trainer: what it refuses, what it logs, how it seeds, streams and evaluates."""
 
 import itertools
+import math
 import re
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils.memory import release_memory
@@ -14,6 +16,7 @@ from transformers.hyperparameter_search import ALL_HYPERPARAMETER_SEARCH_BACKEND
 from transformers.trainer_utils import HPSearchBackend
 
 from helpers.method_matrix import BLOCK_SIZE, build, isolated, log_of, programs, tiny_data, tiny_examples
+from hf_pretrain.data.examples import held_out
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError, RunError
@@ -391,6 +394,115 @@ class TestEvaluation:
         tied = trainer.model.all_tied_weights_keys
         assert tied and all(state[ours].data_ptr() == state[theirs].data_ptr() for ours, theirs in tied.items())
         assert trainer.evaluate()["eval_loss"] == pytest.approx(best["eval_loss"], rel=1e-6)
+
+
+class TestPartThatIsEvaluated:
+    @staticmethod
+    def measured(trainer):
+        """The ids of the examples that the collator sees in an evaluation."""
+        seen, collate = [], trainer.data_collator
+
+        def record(examples):
+            seen.extend(example["example_id"] for example in examples)
+            return collate(examples)
+
+        trainer.data_collator = record
+        metrics = trainer.evaluate()
+        trainer.data_collator = collate
+        return seen, metrics
+
+    @staticmethod
+    def trainer(folder, *, held_out=200, **options):
+        return build(MLM, folder, tiny_data(held_out=held_out), **options)
+
+    def test_it_is_spread_and_the_same_each_time(self, tmp_path):
+        trainer = self.trainer(tmp_path, max_eval_tokens=250, max_steps=3, learning_rate=1e-2)
+        before, metrics = self.measured(trainer)
+        assert 10 < len(before) < 40 and max(before) > 180
+        assert np.array_equal(np.array(before) * len(before) // 200, np.arange(len(before)))
+        trainer.train()
+        after, later = self.measured(trainer)
+        assert after == before and later["eval_loss"] != metrics["eval_loss"]
+        # Neither seed nor batch changes what is measured.
+        other = self.trainer(tmp_path / "other", max_eval_tokens=250, seed=7, per_device_eval_batch_size=3)
+        assert self.measured(other)[0] == before
+
+    def test_its_numbers_are_those_of_these_examples(self, tmp_path):
+        trainer = self.trainer(tmp_path, max_eval_tokens=250)
+        seen, metrics = self.measured(trainer)
+        batch = trainer.data_collator([trainer.eval_dataset[row] for row in seen])
+        with torch.no_grad():
+            loss = trainer.model.eval()(**batch).losses["mlm"]
+        assert metrics["eval_mlm_loss"] == pytest.approx((loss.sum.sum() / loss.count.sum()).item(), rel=1e-5)
+        # The stock loop cuts what it gathers at the length of the dataset, and times it by the same.
+        rate = metrics["eval_samples_per_second"] * metrics["eval_runtime"]
+        assert rate == pytest.approx(len(seen), abs=1)
+
+    @pytest.mark.parametrize(("option", "expected"), [(0, 200), (10**6, 200), (None, 200)])
+    def test_all_is_measured_if_asked_for_or_if_it_is_little(self, tmp_path, option, expected):
+        seen, _ = self.measured(trainer := self.trainer(tmp_path, max_eval_tokens=option))
+        assert seen == list(range(expected))
+        assert not any("measured" in name for name in trainer.data_description)
+
+    def test_by_default_it_is_a_share_of_the_run(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(held_out, "LEAST_TOKENS", 100)
+        run = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        tokens = held_out.mean_tokens(tiny_data().train_dataset)
+        for steps, options in (
+            (2, {}),
+            (400, {}),
+            (400, {"max_minutes": 2.0}),
+            (600, {"max_steps": -1, "num_train_epochs": 50}),
+        ):
+            trainer = self.trainer(tmp_path, **run | {"max_steps": steps} | options)
+            wanted = max(100, 0.025 * steps * 8 * tokens) if "max_minutes" not in options else 200
+            mean = held_out.mean_tokens(trainer.eval_dataset)
+            assert trainer.measured_examples() == (math.ceil(math.ceil(wanted) / mean), 200)
+
+    def test_another_dataset_is_measured_whole(self, tmp_path):
+        trainer = self.trainer(tmp_path, max_eval_tokens=100)
+        other = EpochDataset(tiny_examples(50, seed=9))
+        loader = trainer.get_eval_dataloader(other)
+        assert len(loader.dataset) == 50
+        metrics = trainer.evaluate(other)
+        assert metrics["eval_samples_per_second"] * metrics["eval_runtime"] == pytest.approx(50, abs=1)
+        assert len(trainer.predict(trainer.eval_dataset).predictions[0]) == 200
+
+    def test_several_sets_share_the_tokens(self, tmp_path):
+        data = tiny_data()
+        data.eval_dataset = {name: tiny_examples(100, seed=seed) for name, seed in (("news", 2), ("law", 5))}
+        trainer = build(MLM, tmp_path, data, max_eval_tokens=200)
+        sizes = [len(trainer.part_to_evaluate(part)) for part in trainer.eval_dataset.values()]
+        assert all(5 <= size <= 13 for size in sizes)
+        metrics = trainer.evaluate()
+        assert trainer.data_description["held_out_measured_examples"] == sum(sizes)
+        alone = {name: build(MLM, tmp_path / name, tiny_data(), max_eval_tokens=100) for name in data.eval_dataset}
+        for name, one in alone.items():
+            one.eval_dataset = EpochDataset(data.eval_dataset[name])
+            assert one.evaluate()["eval_loss"] == pytest.approx(metrics[f"eval_{name}_loss"], rel=1e-6)
+
+    def test_persistent_workers_keep_the_sets_apart(self, tmp_path):
+        data = tiny_data()
+        data.eval_dataset = {name: tiny_examples(60, seed=seed) for name, seed in (("news", 2), ("law", 5))}
+        options = {"max_eval_tokens": 100, "dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+        trainer = build(MLM, tmp_path, data, **options)
+        first, again = trainer.evaluate(), trainer.evaluate()
+        assert first["eval_news_loss"] == again["eval_news_loss"] != first["eval_law_loss"] == again["eval_law_loss"]
+
+    def test_rows_of_a_task_are_all_measured(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(held_out, "LEAST_TOKENS", 10)
+        task = build(PROGRAMS["distil-task"], tmp_path, tiny_data(held_out=50))
+        assert task.measured_examples() == (50, 50)
+        fewer = build(PROGRAMS["distil-task"], tmp_path, tiny_data(held_out=50), max_eval_tokens=100)
+        assert fewer.measured_examples()[0] < 15
+
+    def test_the_plan_and_the_card_say_so(self, tmp_path, capsys):
+        trainer = self.trainer(tmp_path, max_eval_tokens=250, eval_on_start=True)
+        trainer.train()
+        count, _ = trainer.measured_examples()
+        assert f", evaluated on {count} of 200 held-out examples\n" in capsys.readouterr().out
+        found = {name: value for name, value in trainer.describe().data.items() if "measured" in name}
+        assert found == {"held_out_measured_examples": count, "held_out_measured_share": round(count / 200, 4)}
 
 
 class TestStreaming:

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from hf_pretrain.data.documents.spelling import encode_ids, spelling_of
 from hf_pretrain.data.documents.words import (
     IGNORED,
     MARK,
@@ -248,8 +249,8 @@ def _counted_columns(
         words = word_starts(text, segmenter=word_segmenter, kinds=kinds)
         sentences = np.asarray(sentence_splitter(text), dtype=np.int64)
         columns["input_ids"].append(tokens.ids)
-        columns["word_starts"].append(_begins_unit(words, visible))
-        columns["sent_starts"].append(_begins_unit(sentences, visible))
+        columns["word_starts"].append(_begins_unit(words, visible, len(text)))
+        columns["sent_starts"].append(_begins_unit(sentences, visible, len(text)))
         for name, count in zip(_COUNTS, _count_unknown(tokens, kinds, tokenizer.unk_token_id), strict=True):
             columns[name].append(count)
     return columns
@@ -275,9 +276,11 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _begins_unit(unit_starts: np.ndarray, visible: np.ndarray) -> np.ndarray:
+def _begins_unit(unit_starts: np.ndarray, visible: np.ndarray, num_characters: int) -> np.ndarray:
     """Return whether each visible character is the first of its unit here: ``bool [n]``, the first always."""
-    units = np.searchsorted(unit_starts, visible, side="right")
+    is_start = np.zeros(num_characters + 1, dtype=np.bool_)
+    is_start[unit_starts] = True
+    units = np.cumsum(is_start, dtype=np.int32)[visible]
     begins = np.ones(len(visible), dtype=np.bool_)
     begins[1:] = units[1:] != units[:-1]
     return begins
@@ -336,8 +339,25 @@ def _tokenize_pieces(
 
 def _encode(pieces: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
     """Yield the tokens of each piece, at the offsets of the whole text."""
+    texts = [piece for piece, _ in pieces]
+    found: list[_Tokens | None] = [None] * len(texts)
+    spelling = spelling_of(tokenizer)
+    if spelling is not None and spelling.is_worth_it:
+        for number, ids in enumerate(encode_ids(tokenizer, texts)):
+            if (offsets := spelling.find(texts[number], ids)) is not None:
+                found[number] = _Tokens(ids, *offsets)
+    others = _with_offsets([text for text, tokens in zip(texts, found, strict=True) if tokens is None], tokenizer)
+    for tokens, (_, shift) in zip(found, pieces, strict=True):
+        tokens = next(others) if tokens is None else tokens
+        yield _Tokens(tokens.ids, tokens.starts + shift, tokens.ends + shift)
+
+
+def _with_offsets(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
+    """Yield the tokens of each text at the offsets that the tokenizer gives."""
+    if not texts:
+        return
     encoding = tokenizer(
-        [piece for piece, _ in pieces],
+        texts,
         add_special_tokens=False,
         split_special_tokens=True,
         return_offsets_mapping=True,
@@ -347,8 +367,8 @@ def _encode(pieces: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -
     )
     # The call leaves the backend in that state.
     tokenizer.backend_tokenizer.encode_special_tokens = tokenizer.split_special_tokens
-    for ids, offsets, (_, shift) in zip(encoding["input_ids"], encoding["offset_mapping"], pieces, strict=True):
-        flat = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids)) + shift
+    for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+        flat = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
         yield _Tokens(np.array(ids, dtype=np.int32), flat[::2], flat[1::2])
 
 

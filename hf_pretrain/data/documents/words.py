@@ -257,7 +257,11 @@ def next_visible(kinds: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         Offsets of the same shape; ``n`` where nothing visible follows.
     """
     is_visible = (kinds != SPACE) & (kinds != IGNORED)
+    is_hidden = ~np.append(is_visible, False)[np.minimum(offsets, len(kinds))]
+    if not is_hidden.any():
+        return offsets
     ends = np.flatnonzero(is_visible[1:] & ~is_visible[:-1]) + 1
     ends = np.append(ends, len(kinds))
-    following = ends[np.minimum(np.searchsorted(ends, offsets, side="right"), len(ends) - 1)]
-    return np.where(np.append(is_visible, False)[np.minimum(offsets, len(kinds))], offsets, following)
+    found = offsets.copy()
+    found[is_hidden] = ends[np.minimum(np.searchsorted(ends, offsets[is_hidden], side="right"), len(ends) - 1)]
+    return found

@@ -110,7 +110,7 @@ class DenoisingTrainer(PretrainingTrainer):
 
         Counted are up to a million targets of the first epoch. Nothing, of a stream or where no one text is held out.
         """
-        parts = (self.train_dataset, self.eval_dataset)
+        parts = (self.train_dataset, self.part_to_evaluate(self.eval_dataset))
         if not all(isinstance(part, EpochDataset) for part in parts):
             return {}
 

@@ -194,7 +194,7 @@ layers = model(**inputs).hidden_states  # the words, and each layer of both dire
 
         Counted are up to a million targets of the first epoch. The pairs are counted for each direction.
         """
-        parts = (self.train_dataset, self.eval_dataset)
+        parts = (self.train_dataset, self.part_to_evaluate(self.eval_dataset))
         if not all(isinstance(part, EpochDataset) for part in parts):
             return {}
         options = {"vocab_size": len(self.processing_class), "seed": self.args.seed}

@@ -1,0 +1,249 @@
+"""Where the tokens of a text lie, found by how they are spelled: the tokenizer's own offsets take half as long again.
+
+`encode_batch_fast` of `tokenizers` returns ids alone. The characters of all tokens, one after the other, are those of the text
+without white space, as the normalizer writes them; or, of a byte-level tokenizer, its bytes. [`Spelling`] compares both. Where
+they are the same, it knows where each token begins. A text that differs anywhere is left to the tokenizer's own offsets. So are
+the words of unknown tokens, one by one, where words are cut at white space.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hf_pretrain.data.documents.words import IGNORED, SPACE, character_kinds, code_points
+
+# Entries of the table of characters beside the numbers of code points.
+_DROPPED, _OTHERWISE, _NOT_KNOWN = -1, -2, -3
+# Of this many characters half must be found, or the rest is not tried.
+_TRIED = 1 << 18
+# Texts with more unknown tokens than one in so many are left to the tokenizer.
+_MOST_UNKNOWN = 1 / 50
+# Pre-tokenizers that cut at all white space and drop it, so that the tokens of a word follow from the word alone.
+_CUT_AT_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
+# SentencePiece's mark of a space.
+_MARK = "▁"
+_FIRST_WORD = re.compile(r"\S+")
+
+
+class Spelling:
+    """How the tokens of a tokenizer are spelled.
+
+    Nothing here has to be right for the result to be: a text counts as found only if all of its characters agree.
+
+    Args:
+        tokenizer: A fast tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = tokenizer.backend_tokenizer
+        parts = json.loads(backend.to_str())
+        vocabulary: Mapping[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.is_bytes = '"type": "ByteLevel"' in json.dumps([parts["normalizer"], parts["pre_tokenizer"]])
+        self._normalizer = backend.normalizer
+        self._tokenizer = ref(tokenizer)
+        cut = (parts["pre_tokenizer"] or {}).get("type")
+        is_by_word = parts["model"].get("type") in ("WordPiece", "WordLevel") and cut in _CUT_AT_SPACES
+        self._unknown_id = tokenizer.unk_token_id if is_by_word else None
+        # What a token of these ids covers is not spelled by it.
+        self._never = set(tokenizer.all_special_ids)
+        spelled = _bytes_of(vocabulary) if self.is_bytes else _characters_of(vocabulary, parts["model"])
+        rows: list[np.ndarray] = [np.empty(0, dtype=np.int32)] * (max(vocabulary.values(), default=-1) + 1)
+        known = np.zeros(len(rows), dtype=np.bool_)
+        for token, number in vocabulary.items():
+            if token in spelled and number not in self._never:
+                rows[number], known[number] = spelled[token], True
+        self._is_known = known
+        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self._begins = np.cumsum(self._lengths) - self._lengths
+        self._flat = np.concatenate([*rows, np.empty(0, dtype=np.int32)])
+        self._table = np.full(0x110000, _NOT_KNOWN, dtype=np.int32)
+        self.tried = self.found = 0
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether most of what was tried so far was found."""
+        return self.tried < _TRIED or 2 * self.found > self.tried
+
+    def find(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return where the tokens of a text begin and end.
+
+        Args:
+            text: The text.
+            ids: Its tokens: ``int32 [n]``.
+
+        Returns:
+            Offsets in characters of each token's first visible character, or of the next one if it has none, and behind its last
+            one: ``int64 [n]`` each. None where they cannot be told.
+        """
+        self.tried += len(text)
+        is_other = ~self._is_known[ids]
+        if self._unknown_id is not None:
+            is_other &= ids != self._unknown_id
+        if is_other.any():
+            return None
+        offsets = self._of_bytes(text, ids) if self.is_bytes else self._of_characters(text, ids)
+        self.found += len(text) * (offsets is not None)
+        return offsets
+
+    def _of_characters(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        spelled = self._normalized(text)
+        kept = np.flatnonzero(spelled != _DROPPED)
+        lengths = self._lengths[ids]
+        unknown = np.empty(0, dtype=np.int64) if self._unknown_id is None else np.flatnonzero(ids == self._unknown_id)
+        if len(unknown) and not self._measure(unknown, lengths, text, kept):
+            return None
+        bounds = self._bounds(ids, spelled[kept], lengths)
+        if bounds is None:
+            return None
+        starts, ends = bounds
+        # Behind the last visible character nothing follows.
+        begins = np.append(kept, len(text))[starts]
+        return begins, np.where(ends > starts, np.append(-1, kept)[ends] + 1, begins)
+
+    def _of_bytes(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        if self._normalizer is not None:
+            spelled = self._normalized(text)
+            if len(spelled) and int(spelled.min()) < 0:
+                return None
+            text = spelled.astype("<u4").tobytes().decode("utf-32-le")
+        encoded = np.frombuffer(text.encode(), dtype=np.uint8)
+        # Tokenizers with add_prefix_space put a space before a text that has none.
+        shift = int(self._lengths[ids].sum()) - len(encoded)
+        if shift == 1:
+            encoded = np.append(np.uint8(32), encoded)
+        bounds = self._bounds(ids, encoded, self._lengths[ids])
+        if bounds is None:
+            return None
+        # Number of the character of each byte; those that go on with one are 0b10xxxxxx.
+        characters = np.append(np.cumsum((encoded & 0xC0) != 0x80) - 1, len(text) + shift) - shift
+        starts, ends = bounds
+        # The space that was put before the text has no character.
+        begins = np.maximum(characters[starts], 0)
+        return begins, np.maximum(np.where(ends > starts, characters[ends - 1] + 1, 0), begins)
+
+    def _measure(self, unknown: np.ndarray, lengths: np.ndarray, text: str, kept: np.ndarray) -> bool:
+        """Set the lengths of unknown tokens, by the tokens of the word that each begins; return whether all are found."""
+        tokenizer = self._tokenizer()
+        if tokenizer is None or len(unknown) > max(1, _MOST_UNKNOWN * len(lengths)):
+            return False
+        tokens_before, units_before = 0, 0
+        for number in unknown.tolist():
+            units_before += int(lengths[tokens_before:number].sum())
+            if units_before >= len(kept):
+                return False
+            begin = int(kept[units_before])
+            word = _FIRST_WORD.match(text, begin)
+            ids, offsets = _with_offsets(word[0] if word else "", tokenizer)
+            if not ids or ids[0] != self._unknown_id or offsets[0][0] != 0:
+                return False
+            end = begin + offsets[0][1]
+            lengths[number] = int(np.searchsorted(kept, end)) - units_before
+            units_before, tokens_before = units_before + int(lengths[number]), number + 1
+        return True
+
+    def _bounds(
+        self, ids: np.ndarray, spelled: np.ndarray, lengths: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return where each token begins and ends among the units of a text; None if the tokens are spelled otherwise."""
+        ends = np.cumsum(lengths)
+        if (int(ends[-1]) if len(ids) else 0) != len(spelled):
+            return None
+        starts = ends - lengths
+        units = np.arange(len(spelled)) + np.repeat(self._begins[ids] - starts, lengths)
+        if self._unknown_id is None:
+            return (starts, ends) if np.array_equal(self._flat[units], spelled) else None
+        # An unknown token is spelled in no way.
+        is_known = np.repeat(ids != self._unknown_id, lengths)
+        return (starts, ends) if np.array_equal(self._flat[units[is_known]], spelled[is_known]) else None
+
+    def _normalized(self, text: str) -> np.ndarray:
+        """Return each character as the normalizer writes it, alone: ``int32 [len(text)]``."""
+        points = code_points(text)
+        spelled = self._table[points]
+        new = np.unique(points[spelled == _NOT_KNOWN])
+        if len(new):
+            for point in new.tolist():
+                self._table[point] = self._character(chr(point))
+            spelled = self._table[points]
+        return spelled
+
+    def _character(self, character: str) -> int:
+        written = character if self._normalizer is None else self._normalizer.normalize_str(character)
+        if self.is_bytes:
+            return ord(written) if len(written) == 1 else _OTHERWISE
+        if (kind := character_kinds(character)[0]) == SPACE:
+            return _DROPPED
+        written = "".join(written.replace(_MARK, " ").split())
+        if not written and kind == IGNORED:
+            return _DROPPED
+        return ord(written) if len(written) == 1 else _OTHERWISE
+
+
+def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True
+    encoding = backend.encode(text, add_special_tokens=False)
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return encoding.ids, encoding.offsets
+
+
+def _characters_of(vocabulary: Mapping[str, int], model: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the code points of each token, without marks and white space."""
+    prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    spelled = {}
+    for token in vocabulary:
+        text = token.removeprefix(prefix).removesuffix(suffix) if token != prefix else token
+        points = code_points("".join(text.replace(_MARK, " ").split()))
+        spelled[token] = points.astype(np.int32)
+    return spelled
+
+
+def _bytes_of(vocabulary: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Return the bytes of each token that is written in the alphabet of byte-level tokenizers."""
+    # Printable characters of Latin-1 stand for themselves, and those behind it for the others, in order.
+    alone = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(alone)]
+    table = {chr(byte): byte for byte in alone} | {chr(256 + rank): byte for rank, byte in enumerate(others)}
+    return {
+        token: np.array([table[character] for character in token], dtype=np.int32)
+        for token in vocabulary
+        if all(character in table for character in token)
+    }
+
+
+_KNOWN: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, Spelling]] = WeakKeyDictionary()
+
+
+def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
+    """Return how the tokens of a tokenizer are spelled; None for a class that changes texts before they are tokenized."""
+    kind: Any = type(tokenizer)
+    for name in ("__call__", "_encode_plus", "_batch_encode_plus"):
+        if getattr(kind, name, None) is not getattr(PreTrainedTokenizerFast, name, None):
+            return None
+    size, spelling = _KNOWN.get(tokenizer, (-1, None))
+    if spelling is None or size != len(tokenizer):
+        spelling = Spelling(tokenizer)
+        _KNOWN[tokenizer] = (len(tokenizer), spelling)
+    return spelling
+
+
+def encode_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the tokens of texts alone, without special tokens: ``int32 [n]`` each; names of special tokens are text."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    backend.encode_special_tokens = True
+    try:
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    finally:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
