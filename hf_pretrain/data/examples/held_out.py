@@ -86,7 +86,7 @@ def held_out_part(dataset: Any, num_tokens: int | None) -> Any:
         return dataset
     whole, total = EpochDataset.wrap(dataset), len(dataset)
     # Examples that belong together: the windows of one time, or a group of one kind.
-    unit = int(getattr(whole.base, "num_lanes", None) or getattr(whole, "group_size", 1))
+    unit: int = getattr(whole.base, "num_lanes", getattr(whole, "group_size", 1))
     units, wanted = total // unit, num_tokens / mean_tokens(whole)
     chosen = max(1, math.ceil(wanted / unit))
     if chosen >= units:
