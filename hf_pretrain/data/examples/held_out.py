@@ -86,9 +86,7 @@ def held_out_part(dataset: Any, num_tokens: int | None) -> Any:
         return dataset
     whole, total = EpochDataset.wrap(dataset), len(dataset)
     # Examples that belong together: the windows of one time, or a group of one kind.
-    num_lanes: int | None = getattr(whole.base, "num_lanes", None)
-    group_size: int = getattr(whole, "group_size", 1)
-    unit = num_lanes or group_size
+    unit: int = getattr(whole.base, "num_lanes", getattr(whole, "group_size", 1))
     units, wanted = total // unit, num_tokens / mean_tokens(whole)
     chosen = max(1, math.ceil(wanted / unit))
     if chosen >= units:
