@@ -91,7 +91,7 @@ def held_out_part(dataset: Any, num_tokens: int | None) -> Any:
     chosen = max(1, math.ceil(wanted / unit))
     if chosen >= units:
         return dataset
-    firsts = np.arange(chosen) if num_lanes else spread(units, chosen)
+    firsts = np.arange(chosen) if hasattr(whole.base, "num_lanes") else spread(units, chosen)
     return HeldOutPart(whole, (firsts[:, None] * unit + np.arange(unit)).ravel())
 
 
