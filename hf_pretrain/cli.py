@@ -38,6 +38,9 @@ RECIPES = {
 }
 """Methods that are another with the recipe of their name; a recipe or an option that follows goes before it."""
 
+# Enough for the gaps between the kernels of a step: alone, a step of 300 ms is 2 % slower.
+_SPINS = "3000"
+
 COMMANDS = {
     "adapt": (
         "hf_pretrain.commands.adapt",
@@ -108,7 +111,19 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status; see [`run_program`].
     """
+    _let_threads_rest()
     return run_program(_run_named, sys.argv[1:] if argv is None else argv)
+
+
+def _let_threads_rest() -> None:
+    """Have idle threads of GNU's OpenMP wait for work a hundredth of the usual time before they sleep.
+
+    By default each spins for milliseconds and so takes a core from whatever else runs: a step on two threads beside one busy
+    process took 2.5 times as long as alone, and 2.0 times with this. A user's own choice stays.
+    """
+    # The runtime reads it when torch is imported.
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def launch(page: str, method: str) -> None:

@@ -1,6 +1,7 @@
 """The command line: what it lists, how it finds a method, and how a program ends."""
 
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -79,6 +80,24 @@ print("run", [name for name in found() if not name.startswith(("sklearn", "scipy
 """
     lines = run_fresh({"start": program}, tmp_path)["start"].splitlines()
     assert [line for line in lines if line.endswith("]")] == [f"{name} []" for name in (*cli.METHODS, "run")], lines
+
+
+class TestIdleThreads:
+    """OpenMP's threads sleep soon, unless the user or an imported torch has decided."""
+
+    @pytest.mark.parametrize(
+        ("given", "spins"), [({}, cli._SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    )
+    def test_a_choice_of_the_user_stays(self, given, spins, monkeypatch):
+        monkeypatch.setattr(os, "environ", dict(given))
+        monkeypatch.delitem(sys.modules, "torch")
+        assert cli.main(["--help"]) == 0
+        assert os.environ.get("GOMP_SPINCOUNT") == spins
+
+    def test_nothing_is_set_where_torch_has_read_it_already(self, monkeypatch):
+        monkeypatch.setattr(os, "environ", {})
+        assert cli.main(["--help"]) == 0
+        assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_version_is_that_of_the_package(capsys):
