@@ -227,8 +227,8 @@ def plan_line(trainer: PretrainingTrainer, max_steps: int) -> str:
     limit = "" if args.max_minutes is None else f", at most {args.max_minutes:g} minutes"
     measured, known = trainer.measured_examples()
     part = f", evaluated on {measured:,} of {known:,} held-out examples" if measured < known else ""
-    plan = f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}, attention {trainer.attention}"
-    return f"{plan}{limit}{part}"
+    attention = f", attention {trainer.attention}" if trainer.attention else ""
+    return f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}{attention}{limit}{part}"
 
 
 def _millions(count: int) -> str:

@@ -356,12 +356,13 @@ class PretrainingTrainer(Trainer):
         return self._attention[names]
 
     @property
-    def attention(self) -> str:
-        """Names of the attention backends that the stock models run on in a step."""
+    def attention(self) -> str | None:
+        """Names of the attention backends that the stock models run on in a step; None if none of them chooses one."""
         changed = {name: None for name in self.model.on_flash({})}
         fast = dict(zip(sorted(changed), self.fast_attention({}).backends, strict=False))
-        own = {name: str(part.config._attn_implementation) for name, part in self.model.backbones.items()}
-        return ", ".join(dict.fromkeys((own | fast).values()))
+        configs = {name: getattr(part, "config", None) for name, part in self.model.backbones.items()}
+        own = {name: getattr(config, "_attn_implementation", None) for name, config in configs.items()}
+        return ", ".join(dict.fromkeys(filter(None, (own | fast).values()))) or None
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""

@@ -138,7 +138,7 @@ class PermutationLMTrainer(RecurrentTrainer):
         )
 
     @property
-    def attention(self) -> str:
+    def attention(self) -> str | None:
         """Name of the attention backend of a step; XLNet's two streams have one of their own."""
         own = getattr(self.model.two_streams, "backend", None)
         return super().attention if own is None else str(own)
