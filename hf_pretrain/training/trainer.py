@@ -317,7 +317,7 @@ class PretrainingTrainer(Trainer):
             with self.profile.counting(self._num_tokens(inputs)):
                 return super().training_step(model, inputs, num_items_in_batch)
         watching = nullcontext() if self.profile is None else self.profile.watching()
-        with watching, self.fast_attention(inputs).running():
+        with watching, self._on_fast_attention(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     @property
@@ -355,6 +355,10 @@ class PretrainingTrainer(Trainer):
             self._attention[names] = FastAttention(parts, device=self.args.device, dtype=dtype)
         return self._attention[names]
 
+    def _on_fast_attention(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
+        fast = self.fast_attention(batch)
+        return fast.running() if fast.is_faster else nullcontext()
+
     @property
     def attention(self) -> str | None:
         """Names of the attention backends that the stock models run on in a step; None if none of them chooses one."""
@@ -377,7 +381,8 @@ class PretrainingTrainer(Trainer):
             self._refuse_lost_documents(batch)
             if FILLER not in batch:
                 self.tokens.new += batch["attention_mask"].sum().to(self.tokens.new.device)
-        self.branches.count()
+        if self.args.hub_branches is not None:
+            self.branches.count()
         return batches, counts
 
     @torch.no_grad()
@@ -388,7 +393,7 @@ class PretrainingTrainer(Trainer):
         if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
             inputs = self._prepare_inputs(_without_filler(batch))
             inputs.pop("lanes", None)
-            with evaluating(self.model), self.fast_attention(inputs).running():
+            with evaluating(self.model), self._on_fast_attention(inputs):
                 self.model(**inputs)
             if self.profile is not None and self._wants_flops:
                 # A compiled graph hides its operations. Backward they are taken to be twice as many.
@@ -774,7 +779,7 @@ class PretrainingTrainer(Trainer):
     ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Return each example's sums and counts instead of logits."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager(), self.fast_attention(inputs).running():
+        with torch.no_grad(), self.compute_loss_context_manager(), self._on_fast_attention(inputs):
             return self._sums.pack(self.run_model(model, inputs))
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
@@ -817,8 +822,9 @@ class PretrainingTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        # With the row of the log and the evaluation of this step in the card.
-        self.branches.write_passed()
+        if self.args.hub_branches is not None:
+            # With the row of the log and the evaluation of this step in the card.
+            self.branches.write_passed()
 
     def save_progress(self, folder: Path) -> None:
         """Write what else a resume needs into a checkpoint; called on every process, before it is marked as whole."""

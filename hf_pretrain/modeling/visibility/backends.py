@@ -79,6 +79,7 @@ class FastAttention:
 
     Attributes:
         backends: Name of the backend that each model has in a step, in their order.
+        is_faster: Whether any of them is not the model's own.
     """
 
     def __init__(self, models: Sequence[PreTrainedModel], *, device: torch.device, dtype: torch.dtype) -> None:
@@ -92,6 +93,7 @@ class FastAttention:
             self.backends.append(own if fast is None else fast)
             if fast is not None:
                 self._changed.append((model, fast))
+        self.is_faster = bool(self._changed)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -130,8 +132,3 @@ def padded_bounds(attention_mask: torch.Tensor) -> dict[str, Any]:
     bounds = torch.stack([starts_B, starts_B + first_B], dim=1).flatten()
     bounds = torch.nn.functional.pad(bounds, (0, 1), value=num_rows * length).int()
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": length, "max_length_k": length}
-
-
-def backends_line(backends: Sequence[str]) -> str:
-    """Return the backends of several models in a few words, such as "sdpa" or "flash_attention_2, sdpa"."""
-    return ", ".join(dict.fromkeys(backends))
