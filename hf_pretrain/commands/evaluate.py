@@ -106,7 +106,11 @@ class EvaluateArguments:
         0.1, "Share of the rows that is held out where a task has none to evaluate on."
     )
     batch_size: int = option(64, "Texts in a batch.")
-    strategy: str = option("layerwise_decay", "Of finetune: the strategy of FineTuningArguments.")
+    strategy: str | None = option(
+        None,
+        "Of finetune: the strategy of FineTuningArguments; by default layerwise_decay, and full where the layers of a model are "
+        "not one list.",
+    )
     num_train_epochs: float = option(3.0, "Of finetune: passes over the rows.")
     learning_rate: float | None = option(
         None, "Of finetune: peak learning rate; by default 1e-3 where few weights move, else 1e-4."
@@ -244,14 +248,18 @@ def _of_head(model: EvaluatedModel, loaded: LoadedTask, how: How, args: Evaluate
         scores = head_scores(model.name, loaded.data, max_length=args.max_length, batch_size=args.batch_size)
         return loaded.of_examples(scores, method="the head that it was fine-tuned with, no training", how=how)
     from hf_pretrain.transfer.comparison import tuned_scores
+    from hf_pretrain.transfer.layers import has_layers
 
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("strategy", "num_train_epochs")}
+    # The head of an encoder-decoder stands on both halves.
+    is_one_stack = not getattr(model.config, "is_encoder_decoder", False) and has_layers(model.encoder)
+    strategy = args.strategy or ("layerwise_decay" if is_one_stack else "full")
+    options: dict[str, Any] = {"strategy": strategy, "num_train_epochs": args.num_train_epochs}
     if args.learning_rate is not None:
         options["learning_rate"] = args.learning_rate
     seed = loaded.options.seed
     scores = tuned_scores(model.name, loaded.data, max_length=args.max_length, seed=seed, **options).scores
     rows = len(loaded.data.rows("train"))
-    method = f"fine-tuned ({args.strategy}) for {args.num_train_epochs:g} epochs on {rows:,} rows, one seed"
+    method = f"fine-tuned ({strategy}) for {args.num_train_epochs:g} epochs on {rows:,} rows, one seed"
     return loaded.of_examples(scores, method=method, how=how)
 
 

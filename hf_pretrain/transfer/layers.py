@@ -107,6 +107,15 @@ def parameter_depths(model: PreTrainedModel) -> tuple[dict[nn.Parameter, int], i
     return {parameter: depths.get(parameter, top) for parameter in model.parameters()}, top
 
 
+def has_layers(model: PreTrainedModel) -> bool:
+    """Return whether a model's layers are one list of modules with weights of their own, as rates by layer need them."""
+    try:
+        parameter_depths(model)
+    except InputError:
+        return False
+    return True
+
+
 def _refusal(base: PreTrainedModel) -> str:
     count = base.config.num_hidden_layers
     return f"what is set for each layer needs the {count} layers of {type(base).__name__} as {count} modules in a list"

@@ -1,6 +1,7 @@
 """Every kind of model × every measure: a number that is right, or a refusal by name before anything is computed."""
 
 import itertools
+import json
 import math
 import re
 
@@ -349,12 +350,14 @@ class TestHead:
         assert "SST-2, head" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["masked", "causal", "bart", "electra", "elmo", "architecture", "multitask"])
 def test_kinds_are_fine_tuned(kind, data, models, tmp_path):
     out = ["--data_dir", str(data), "--output_file", str(tmp_path / "out.json")]
     options = ["--how", "finetune", "--num_train_epochs", "0.1"]
     assert main(["evaluate", models(kind), "--tasks", "SST-2", *options, *out]) == 0
+    # Rates by layer need layers in one list.
+    found = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert ("fine-tuned (full)" in json.dumps(found)) == (kind in ("bart", "elmo"))
 
 
 class TestNames:
