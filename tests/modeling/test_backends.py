@@ -52,14 +52,14 @@ def test_none_in_fp32_or_on_a_cpu(gpu):
     assert flash_backend(CUDA, torch.float32) is None and flash_backend(CPU, torch.bfloat16) is None
 
 
-@pytest.mark.parametrize(("offline", "fits", "expected"), [("0", True, 1), ("1", True, 0), ("0", False, 0)])
+@pytest.mark.parametrize(("offline", "fits", "expected"), [(False, True, 1), (True, True, 0), (False, False, 0)])
 def test_a_kernel_of_the_hub_where_it_loads(gpu, monkeypatch, offline, fits, expected):
     def load(name):
         if not fits:
             raise OSError(f"no build of {name}")
 
     gpu(kernels=True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(backends, "is_offline_mode", lambda: offline)
     monkeypatch.setattr(backends, "lazy_import_flash_attention", load)
     found = flash_backend(CUDA, torch.bfloat16)
     assert (found is not None and found.startswith("kernels-community/")) == bool(expected)

@@ -7,12 +7,12 @@ card runs the same model in float32.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
 from transformers.utils import import_utils
@@ -46,12 +46,7 @@ def flash_backend(device: torch.device, dtype: torch.dtype, *, dropout: float = 
     for version in versions:
         if getattr(import_utils, f"is_flash_attn_{version}_available")():
             return f"flash_attention_{version}"
-    if import_utils.is_kernels_available() and os.environ.get("HF_HUB_OFFLINE", "0").lower() not in (
-        "1",
-        "true",
-        "yes",
-        "on",
-    ):
+    if import_utils.is_kernels_available() and not is_offline_mode():
         for version in versions:
             name = FLASH_ATTN_KERNEL_FALLBACK[f"flash_attention_{version}"]
             # Whatever a download or an extension that does not fit raises, there is another backend.
