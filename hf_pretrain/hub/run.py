@@ -491,9 +491,10 @@ def _peak_flops(trainer: PretrainingTrainer) -> float | None:
 def profile_of(trainer: PretrainingTrainer) -> Profile:
     """Return the clock of a training; the peak of its device is that of the data sheet, or else measured."""
     args = trainer.args
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else trainer.model.dtype
     peak = _peak_flops(trainer)
-    return Profile(device=args.device, dtype=dtype, peak=None if peak is None else peak / args.world_size)
+    return Profile(
+        device=args.device, dtype=trainer.compute_dtype, peak=None if peak is None else peak / args.world_size
+    )
 
 
 def _precision(trainer: PretrainingTrainer) -> str:

@@ -344,15 +344,19 @@ class PretrainingTrainer(Trainer):
             self.profile.write(Path(self.args.output_dir), self.profiled)
             self.progress.say(f"profile {profile_line(self.profiled)}")
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Number format of the products of a step."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
+
     def fast_attention(self, batch: Mapping[str, Any]) -> FastAttention:
         """Return which of the stock models run on flash attention with a batch; the option may name another backend."""
         options = self.inputs.model_args
         wanted = AUTO if options is None else getattr(options, "attn_implementation", None)
         names = tuple(sorted(self.model.on_flash(batch))) if wanted == AUTO else ()
         if names not in self._attention:
-            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
             parts = [self.model.backbones[name] for name in names]
-            self._attention[names] = FastAttention(parts, device=self.args.device, dtype=dtype)
+            self._attention[names] = FastAttention(parts, device=self.args.device, dtype=self.compute_dtype)
         return self._attention[names]
 
     def _on_fast_attention(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
