@@ -1,11 +1,14 @@
 """Whole programs, `hf-pretrain mlm` against the recipe of transformers' `run_mlm.py` (stock_mlm.py): time, CPU and memory.
 
-    python benchmarks/whole_program.py --data_dir data/books [--bf16] [--threads 2] [--max_steps 200] [--repeats 3]
+    python benchmarks/whole_program.py --data_dir data/books [--precision bf16] [--threads 2] [--max_steps 200] [--repeats 3]
     python benchmarks/whole_program.py --data_dir data/books --what start
 
 Both train the same BERT with one tokenizer on the same text: `megabytes` of it to train on and `held_out_megabytes` held out,
 from train.txt and valid.txt (or .txt.xz) of data_dir. Both log the first and the last step, evaluate once after training and
 save the model; ours also writes its card and its plots. Each program is a process of its own, with a new cache of data sets.
+By default each computes in the number format that it chooses itself: the stock program in fp32, ours in bf16 autocast where the
+CPU has matrix units for it. `--precision fp32` or `bf16` is for both.
+
 They run in turn, and the least of the repeats counts for each number. On a busy machine trust the CPU seconds.
 
 Tokens are those of the rows without padding, special tokens included. "Training" is from the first logged step to the last, and
@@ -53,6 +56,8 @@ PARTS = {
     },
 }
 REST = "export"
+# The number format that each program chooses itself.
+OWN = "own"
 
 
 @dataclass
@@ -182,7 +187,6 @@ def command_of(side: str, folder: Path, args: argparse.Namespace) -> list[str]:
         "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": args.eval_batch_size,
         "learning_rate": 5e-4,
-        "bf16": args.bf16,
         "logging_first_step": True,
         "logging_steps": args.max_steps,
         "save_strategy": "no",
@@ -190,6 +194,8 @@ def command_of(side: str, folder: Path, args: argparse.Namespace) -> list[str]:
         "use_cpu": True,
         "seed": 0,
     }
+    if args.precision != OWN:
+        options["bf16"] = args.precision == "bf16"
     if side == "ours":
         program = [sys.executable, "-m", "hf_pretrain.cli", "mlm"]
         heads = max(1, args.hidden_size // 64)
@@ -292,7 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_dir", default="data", help="folder with train.txt and valid.txt, or the same with .xz")
     parser.add_argument("--what", choices=("whole", "start"), default="whole", help="what to measure")
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast on both sides")
+    parser.add_argument("--precision", choices=(OWN, "fp32", "bf16"), default=OWN, help="number format of both sides")
     return parser
 
 
@@ -303,7 +309,7 @@ def main() -> None:
         folder = Path(name)
         prepare(folder, args)
         runs = measure(folder, args)
-        precision = "bf16 autocast" if args.bf16 else "fp32"
+        precision = {OWN: "each in its own format", "fp32": "fp32", "bf16": "bf16 autocast"}[args.precision]
         print(
             f"{args.megabytes:g} MB, {args.max_steps} steps of {args.batch_size} x {args.sequence_length}, BERT of "
             f"{args.num_hidden_layers} x {args.hidden_size}, {precision}, {args.threads} threads, best of {args.repeats}"

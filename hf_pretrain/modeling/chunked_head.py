@@ -1,14 +1,16 @@
 """The head of a language model with its cross-entropy, a chunk of positions at a time.
 
 A batch of 32 rows of 1024 tokens has more logits over 50 000 tokens than many devices have memory. Here at most a chunk of them
-exists at any time. [`linear_cross_entropy`] is for a head that is one linear map: it computes the gradients of a chunk together
-with its loss, while the logits are there, so that nothing is computed twice. [`ChunkedHead`] takes any stock head. It finds out
-by a trial whether the head is such a map, and runs the stock code chunk by chunk where it is not; its logits are computed once
-more in the backward pass.
+exists at any time. [`linear_cross_entropy`] is for a linear map: it computes the gradients of a chunk together with its loss,
+while the logits are there, so that nothing is computed twice. [`OutputMap`] finds out whether a stock head ends in such a map,
+and runs the head without it. [`ChunkedHead`] takes any stock head: it runs the stock code chunk by chunk where the last step is
+another, and computes the logits once more in the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +25,10 @@ from hf_pretrain.modeling.backbone import evaluating, without_autocast
 from hf_pretrain.modeling.losses import IGNORED
 
 CHUNK_LOGITS = 1 << 23
-"""Logits that exist at a time: 32 MiB in fp32."""
+"""Logits that exist at a time: 32 MiB in fp32; on accelerators, which need larger products, eight times as many."""
 
-# Positions of a trial. Logits are made as large as this: a soft cap leaves small ones almost as they are.
-_TRIAL_POSITIONS, _TRIAL_LOGITS = 4, 100.0
+_ON_ACCELERATORS = 8
+_TRIAL_POSITIONS = 4
 _UNEQUAL = (
     "the losses of the positions are weighted differently: their gradients were added up in the forward pass; add up the losses "
     "and weigh the sum"
@@ -39,7 +41,7 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,
 ) -> torch.Tensor:
     """Return the cross-entropy of a linear head without its logits.
 
@@ -51,7 +53,8 @@ def linear_cross_entropy(
         weight: ``[V, D]`` of the head.
         targets: ``[T]`` token ids, -100 for a position without a target.
         bias: ``[V]`` of the head.
-        chunk_logits: Logits that exist at a time, at least those of one position.
+        chunk_logits: Logits that exist at a time, at least those of one position; by default [`CHUNK_LOGITS`], more on
+            accelerators.
 
     Returns:
         ``[T]`` fp32, in nats; 0 where there is no target.
@@ -61,12 +64,14 @@ def linear_cross_entropy(
     """
     inputs = (states, weight, bias)
     wants_gradients = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    rows = _rows(len(weight), chunk_logits)
+    rows = _rows(len(weight), chunk_logits, states.device)
     losses: torch.Tensor = _LinearCrossEntropy.apply(states, weight, bias, targets, rows, wants_gradients)
     return losses
 
 
-def _rows(vocab_size: int, chunk_logits: int) -> int:
+def _rows(vocab_size: int, chunk_logits: int | None, device: torch.device) -> int:
+    if chunk_logits is None:
+        chunk_logits = CHUNK_LOGITS * (1 if device.type == "cpu" else _ON_ACCELERATORS)
     return max(1, chunk_logits // vocab_size)
 
 
@@ -173,6 +178,65 @@ class _GradientSums(NamedTuple):
         return [None if one is None else one.to(dtype) for one, dtype in zip(sums, self.dtypes, strict=True)]
 
 
+class OutputMap:
+    """The linear map that ends the head of a stock language model, such as the decoder of BERT's.
+
+    Args:
+        model: A stock model with a table of output embeddings.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._ends_head: bool | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[Callable[[torch.Tensor], None] | None]:
+        """Find out whether what the head returns is what the table returns, with nothing done to it.
+
+        Gives a function to call with the logits that the model returns inside; None if they were seen before. What a compiler
+        traces is not watched.
+        """
+        table = self._model.get_output_embeddings()
+        if self._ends_head is not None or torch.compiler.is_compiling() or not isinstance(table, nn.Module):
+            yield None
+            return
+        made = list[tuple[int, int, int]]()
+        hook = table.register_forward_hook(lambda module, args, output: made.append(_state(output)))
+
+        def watch(logits: torch.Tensor) -> None:
+            self._ends_head = made == [_state(logits)]
+
+        try:
+            yield watch
+        finally:
+            hook.remove()
+
+    def find(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return its weight ``[V, D]`` and bias ``[V]``; None if the head does not end in a linear map, or was not tried.
+
+        None, too, where the map computes in float16: a gradient has to be scaled there before it is multiplied, or it vanishes.
+        """
+        table = self._model.get_output_embeddings()
+        if not self._ends_head or type(table) is not nn.Linear or table._forward_hooks or table._forward_pre_hooks:
+            return None
+        return None if _compute_dtype(table.weight) == torch.float16 else (table.weight, table.bias)
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Let the model return what the map would read, ``[..., D]``, in the place of its logits."""
+        own = vars(self._model.get_output_embeddings())
+        own["forward"] = lambda states: states
+        try:
+            yield
+        finally:
+            del own["forward"]
+
+
+def _state(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return where the numbers of a tensor are, how often they were changed there, and how many there are."""
+    return tensor.untyped_storage()._cdata, tensor._version, tensor.numel()
+
+
 class ChunkedOutput(NamedTuple):
     """What a head makes of states.
 
@@ -191,13 +255,13 @@ class ChunkedHead:
     Args:
         model: A stock model with a head that reads the last states of its body, each position on its own.
         body: The module whose output the head reads.
-        chunk_logits: Logits that exist at a time, at least those of one position.
+        chunk_logits: Logits that exist at a time, at least those of one position; see [`linear_cross_entropy`].
     """
 
-    def __init__(self, model: PreTrainedModel, body: PreTrainedModel, *, chunk_logits: int = CHUNK_LOGITS) -> None:
+    def __init__(self, model: PreTrainedModel, body: PreTrainedModel, *, chunk_logits: int | None = None) -> None:
         self._model, self._body = model, body
         self.chunk_logits = chunk_logits
-        self._is_linear: bool | None = None
+        self.output_map = OutputMap(model)
         self._output_class: Any = None
 
     @torch.compiler.disable
@@ -214,36 +278,29 @@ class ChunkedHead:
             nll, guesses = self._score(states, targets)
             if not torch.is_grad_enabled():
                 return ChunkedOutput(nll, guesses if with_guesses else None)
-        linear = self.linear_map()
-        if linear is not None and _compute_dtype(linear[0]) != torch.float16:
-            weight, bias = linear
-            nll = linear_cross_entropy(states, weight, targets, bias=bias, chunk_logits=self.chunk_logits)
+        with self.output_map.watched() as watch:
+            if watch is not None:
+                self._try_out(watch, states)
+        found = self.output_map.find()
+        if found is not None:
+            weight, bias = found
+            with self.output_map.left_out():
+                read = self.logits(states)
+            nll = linear_cross_entropy(read, weight, targets, bias=bias, chunk_logits=self.chunk_logits)
             return ChunkedOutput(nll, guesses)
-        # In float16 the gradient of the loss has to be scaled before it is multiplied, or it vanishes.
-        rows = _rows(self._vocab_size, self.chunk_logits)
+        rows = self._rows(states)
         parts = zip(states.split(rows), targets.split(rows), strict=True)
         losses = [checkpoint(self._losses, part, of_part, use_reentrant=False) for part, of_part in parts]
         return ChunkedOutput(torch.cat(losses), guesses)
 
-    def linear_map(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Return the weight ``[V, D]`` and the bias ``[V]`` by which the head maps states to logits; None if it does more.
+    def _try_out(self, watch: Callable[[torch.Tensor], None], states: torch.Tensor) -> None:
+        with evaluating(self._model), without_autocast(states.device):
+            watch(self.logits(states.new_zeros(_TRIAL_POSITIONS, states.shape[1], dtype=self._model.dtype)))
 
-        The first call compares the two on a few large states.
-        """
-        table = self._model.get_output_embeddings()
-        if type(table) is not nn.Linear or table.weight.dim() != 2:
-            return None
-        if self._is_linear is None:
-            if table.weight.is_meta:
-                return table.weight, table.bias  # There are no logits to compare.
-            self._is_linear = self._try_linear(table)
-        return (table.weight, table.bias) if self._is_linear else None
-
-    @property
-    def _vocab_size(self) -> int:
+    def _rows(self, states: torch.Tensor) -> int:
         table = self._model.get_output_embeddings()
         size = getattr(table, "out_features", None) or self._model.config.get_text_config(decoder=True).vocab_size
-        return int(size)
+        return _rows(int(size), self.chunk_logits, states.device)
 
     def check(self, input_ids: torch.Tensor) -> None:
         """Refuse a model whose head reads more than the states of its body.
@@ -260,17 +317,12 @@ class ChunkedHead:
             output = self._body(input_ids=input_ids)
             self._output_class = type(output)
             expected = self._model(input_ids=input_ids).logits.flatten(0, 1)
-            found = self._run_stock(output[0].flatten(0, 1))
+            found = self.logits(output[0].flatten(0, 1))
         if found.shape != expected.shape or not _is_same(found, expected):
             raise InputError(
                 f"{type(self._model).__name__} cannot be trained a chunk of positions at a time: its head reads more than the "
                 "last states of its body; choose another architecture, such as gpt2 or llama"
             )
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[T, V]`` of states ``[T, D]``, all at once."""
-        linear = self.linear_map()
-        return self._run_stock(states) if linear is None else F.linear(states, *linear)
 
     def _losses(self, states_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.logits(states_CD).float(), targets_C, ignore_index=IGNORED, reduction="none")
@@ -279,7 +331,7 @@ class ChunkedHead:
     def _score(self, states_TD: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cross-entropy and likeliest tokens, without gradients."""
         nll_T = torch.empty(len(targets_T), dtype=torch.float32, device=states_TD.device)
-        guesses_T, rows = torch.empty_like(targets_T), _rows(self._vocab_size, self.chunk_logits)
+        guesses_T, rows = torch.empty_like(targets_T), self._rows(states_TD)
         for begin in range(0, len(targets_T), rows):
             part = slice(begin, begin + rows)
             logits_CV = self.logits(states_TD[part])
@@ -287,34 +339,21 @@ class ChunkedHead:
             nll_T[part] = F.cross_entropy(logits_CV.float(), targets_T[part], ignore_index=IGNORED, reduction="none")
         return nll_T, guesses_T
 
-    def _run_stock(self, states_TD: torch.Tensor) -> torch.Tensor:
-        """Run the stock model with states in the place of what its body would return: logits ``[T, V]``."""
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits ``[T, V]`` of states ``[T, D]``, all at once: the stock code with them in place of its body's."""
         if self._output_class is None:
             self._output_class = _output_class(self._body)
-        output, own = self._output_class(last_hidden_state=states_TD[None]), vars(self._body)
+        output, own = self._output_class(last_hidden_state=states[None]), vars(self._body)
         before = own.get("forward")
         own["forward"] = lambda *args, **kwargs: output
         try:
-            tokens = torch.zeros(1, len(states_TD), dtype=torch.long, device=states_TD.device)
+            tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
             logits: torch.Tensor = self._model(input_ids=tokens).logits[0]
             return logits
         finally:
             del own["forward"]
             if before is not None:
                 own["forward"] = before
-
-    @torch.compiler.disable
-    def _try_linear(self, table: nn.Linear) -> bool:
-        """Compare the stock logits of a few large states with those of a linear map."""
-        width, weight = table.in_features, table.weight
-        with evaluating(self._model), without_autocast(weight.device):
-            numbers = torch.arange(_TRIAL_POSITIONS * width, device=weight.device, dtype=torch.float32)
-            states = torch.sin(numbers * numbers).view(_TRIAL_POSITIONS, width).to(weight.dtype)
-            size = F.linear(states, weight).float().std()
-            if not size > 0:
-                return False
-            states = states * (_TRIAL_LOGITS / size).to(weight.dtype)
-            return _is_same(self._run_stock(states), F.linear(states, weight, table.bias))
 
 
 def _output_class(body: PreTrainedModel) -> Any:

@@ -23,7 +23,8 @@ OWN_SIZES = {
     "bart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64, "dropout": 0.0},
     "mistral": _SIZES | _KEYS,
 }
-LINEAR = ("gpt2", "openai-gpt", "gptj", "llama", "gpt_neox", "opt", "bart", "mistral")
+# The heads that do something to the logits that a linear map has made.
+CHANGED_LOGITS = ("gemma2", "granite", "cohere")
 
 
 def causal_lm(model_type, **changes):

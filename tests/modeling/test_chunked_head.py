@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from helpers.causal_models import LINEAR, OWN_SIZES, causal_lm
+from helpers.causal_models import CHANGED_LOGITS, OWN_SIZES, causal_lm
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.chunked_head import ChunkedHead, linear_cross_entropy
+from hf_pretrain.modeling.chunked_head import ChunkedHead, OutputMap, linear_cross_entropy
 from hf_pretrain.modeling.visibility.causal import causal_body
 
 T, D, V = 23, 8, 50
@@ -146,28 +146,85 @@ def head_of(model, **options):
     return ChunkedHead(model, causal_body(model), **options)
 
 
+def tried(model):
+    found = OutputMap(model)
+    assert found.find() is None
+    with found.watched() as watch:
+        watch(head_of(model).logits(torch.randn(3, 32)))
+    with found.watched() as watch:
+        assert watch is None
+    return found
+
+
 @pytest.mark.parametrize("model_type", OWN_SIZES)
-def test_a_trial_finds_out_which_heads_are_linear(model_type):
+def test_a_trial_finds_out_which_heads_end_in_a_linear_map(model_type):
     model = causal_lm(model_type)
-    head = head_of(model)
-    assert (head.linear_map() is not None) == (model_type in LINEAR)
-    states = torch.randn(5, 32)
-    with torch.no_grad():
-        expected = head._run_stock(states)
-        torch.testing.assert_close(head.logits(states), expected, rtol=1e-5, atol=1e-5)
+    head, found = head_of(model), tried(model)
+    assert (found.find() is not None) == (model_type not in CHANGED_LOGITS)
+    if found.find() is not None:
+        states = torch.randn(5, 32)
+        with torch.no_grad():
+            with found.left_out():
+                read = head.logits(states)
+            assert torch.equal(F.linear(read, *found.find()), head.logits(states))
     head.check(torch.arange(4, 20).view(2, 8))
     # The stock model is as it was.
     assert "forward" not in vars(causal_body(model)) and not model.training
+    assert "forward" not in vars(model.get_output_embeddings()) and not model.get_output_embeddings()._forward_hooks
 
 
-def test_small_weights_do_not_hide_a_soft_cap():
+@pytest.mark.parametrize("scale", [1e-4, 0.0])
+def test_small_weights_do_not_hide_a_soft_cap(scale):
     model = causal_lm("gemma2", final_logit_softcapping=30.0)
     with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(1e-4)
-    assert head_of(model).linear_map() is None
-    with torch.no_grad():
-        model.get_output_embeddings().weight.zero_()
-    assert head_of(model).linear_map() is None
+        model.get_output_embeddings().weight.mul_(scale)
+    assert tried(model).find() is None
+
+
+class EndsIn(GPT2LMHeadModel):
+    """Does something to the logits that leaves them where they are, or that changes nothing."""
+
+    after = staticmethod(lambda logits: logits)
+
+    def forward(self, input_ids=None, **inputs):
+        output = super().forward(input_ids, **inputs)
+        output.logits = self.after(output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("after", "is_map"),
+    [
+        (lambda logits: logits, True),
+        (lambda logits: logits.view(*logits.shape), True),
+        (lambda logits: logits.mul_(2), False),
+        (lambda logits: logits + 0, False),
+        (lambda logits: logits[..., :50], False),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_is_done_to_the_logits_is_seen_also_where_there_are_no_numbers(after, is_map, device):
+    config = GPT2Config(vocab_size=60, n_embd=32, n_layer=1, n_head=2, bos_token_id=2, eos_token_id=3)
+    with torch.device(device):
+        model = EndsIn(config)
+        model.after = after
+        found, ids = OutputMap(model), torch.zeros(1, 4, dtype=torch.long)
+        with found.watched() as watch:
+            watch(model(ids).logits)
+        assert (found.find() is not None) == is_map
+
+
+def test_a_table_with_hooks_or_of_another_class_is_left_alone():
+    model = causal_lm("gpt2")
+    found, table = tried(model), model.get_output_embeddings()
+    hook = table.register_forward_hook(lambda module, args, out: 2 * out)
+    assert found.find() is None
+    hook.remove()
+    assert found.find() is not None
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert found.find() is None
+    table.__class__ = type("Another", (torch.nn.Linear,), {})
+    assert found.find() is None
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "modernbert-decoder", "gemma2", "cohere"])
@@ -180,11 +237,11 @@ def test_a_head_in_chunks_is_the_head_as_a_whole(model_type):
         states,
         *(value for name, value in model.named_parameters() if "layers" not in name and ".h." not in name),
     ]
-    whole = F.cross_entropy(head_of(model)._run_stock(states).float(), targets, reduction="none")
+    whole = F.cross_entropy(head_of(model).logits(states).float(), targets, reduction="none")
     expected = torch.autograd.grad(2.5 * whole.sum(), inputs, allow_unused=True)
     head = head_of(model, chunk_logits=4 * 60)
     head.check(torch.arange(4, 20).view(2, 8))
-    head.linear_map()
+    head(states.detach(), targets)
     with Largest() as largest:
         found = head(states, targets, with_guesses=True)
         gradients = torch.autograd.grad(2.5 * found.nll.sum(), inputs, allow_unused=True)
@@ -194,7 +251,7 @@ def test_a_head_in_chunks_is_the_head_as_a_whole(model_type):
         assert (gradient is None) == (right is None)
         assert gradient is None or (gradient - right).abs().max() <= 1e-5 * (1 + right.abs().max())
     with torch.no_grad():
-        assert torch.equal(found.guesses, head._run_stock(states).argmax(-1))
+        assert torch.equal(found.guesses, head.logits(states).argmax(-1))
         torch.testing.assert_close(head(states, targets).nll, whole, rtol=1e-5, atol=1e-5)
 
 

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from helpers.method_matrix import TINY, VOCAB_SIZE, relative_difference
+from hf_pretrain.modeling import chunked_head
 from hf_pretrain.modeling.losses import IGNORED, GatheredHead, masked_lm_loss
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 
@@ -150,3 +152,65 @@ def test_wrapping_keeps_the_attention_backend(backend, tmp_path):
     loaded = EncoderForPreTraining.from_pretrained(tmp_path)
     # A backend is chosen where a model is opened: it is no part of what is saved.
     assert loaded.model.config._attn_implementation == "sdpa"
+
+
+# The loss in training, a chunk of targets at a time
+
+MAKE_NO_LOGITS = sorted(set(BACKBONES) - {"deberta-v2 without legacy"})
+"""Their heads end in a linear map that is a module; the other one multiplies by a table that it is given."""
+
+
+def step_of(model, batch, *, in_chunks):
+    """Loss and gradients of a training step without dropout."""
+    model.train()
+    model.model.eval()
+    model.zero_grad(set_to_none=True)
+    before = model.output_map._ends_head
+    model.output_map._ends_head = before and in_chunks
+    loss = model(**batch).losses["mlm"]
+    (0.3 * loss.sum.sum()).backward()
+    model.output_map._ends_head = before
+    return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", sorted(BACKBONES))
+def test_the_loss_in_chunks_is_the_loss_of_all_logits(name, inputs, monkeypatch):
+    monkeypatch.setattr(chunked_head, "CHUNK_LOGITS", 4 * VOCAB_SIZE)
+    model = EncoderForPreTraining.from_model(tiny_model(name))
+    assert (model.output_map.find() is not None) == (name in MAKE_NO_LOGITS)
+    positions = torch.tensor([1, 3, 4, 5, 9, 22, 24, 31, 40])
+    labels = labels_at(positions, inputs)
+    labels.view(-1)[9] = IGNORED  # a filler
+    batch = {**inputs, "labels": labels, "target_positions": positions}
+    expected, gradients = step_of(model, batch, in_chunks=False)
+    with Shapes() as made:
+        found, in_chunks = step_of(model, batch, in_chunks=True)
+    assert ((len(positions), VOCAB_SIZE) in made.seen) == (name not in MAKE_NO_LOGITS)
+    torch.testing.assert_close(found.sum, expected.sum, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.count, expected.count) and found.count.tolist() == [4, 3, 1]
+    assert in_chunks.keys() == gradients.keys() and relative_difference(gradients, in_chunks) < 1e-5
+    # Evaluation needs the likeliest tokens, and has no gradients whose sum would have to be of one weight.
+    scored = model.eval()(**batch)
+    torch.testing.assert_close(scored.losses["mlm"].sum, expected.sum, rtol=1e-5, atol=1e-5)
+    assert "mlm_accuracy" in scored.metrics
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all tensors that are made, without sizes of one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(one, torch.Tensor):
+                self.seen.add(tuple(size for size in one.shape if size != 1))
+        return out
+
+
+@pytest.mark.parametrize("options", [{"has_clm": True}, {"has_bitext": True}, {"heads": ["mlm", "word_order"]}])
+def test_targets_of_several_weights_have_logits(options, inputs):
+    model = EncoderForPreTraining.from_model(tiny_model("bert"), **options).train()
+    assert model.output_map.find() is not None and model._output_map() is None

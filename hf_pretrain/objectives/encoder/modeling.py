@@ -21,6 +21,7 @@ from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import first_position, num_token_types
 from hf_pretrain.modeling.base import TRIAL_ROWS, PretrainingModel, masked_trial_batch
+from hf_pretrain.modeling.chunked_head import OutputMap, linear_cross_entropy
 from hf_pretrain.modeling.configuration import (
     CompositeConfig,
     ModelArguments,
@@ -45,6 +46,7 @@ from hf_pretrain.modeling.losses import (
     begin_in_column_0,
     masked_lm_accuracy,
     masked_lm_loss,
+    sum_by_example,
 )
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
@@ -135,6 +137,7 @@ class EncoderForPreTraining(PretrainingModel):
         self.export_parts = {"": "model", **present}
         self._first_position = first_position(self.model.base_model)
         self.mlm_head = GatheredHead(self.model)
+        self.output_map = OutputMap(self.model)
         self.post_init()
 
     @classmethod
@@ -282,12 +285,23 @@ class EncoderForPreTraining(PretrainingModel):
             assert lm_modes is None, "causal examples and others are read in modes of their own"
             lm_modes = LMMode.LEFT_TO_RIGHT * is_causal.long()
             inputs["source_lengths"] = torch.zeros_like(lm_modes)
-        run = self.mlm_head.run(self.model, positions[0], **self._stock_inputs(inputs, lm_modes))
+        output_map = self._output_map()
+        with self.output_map.watched() if output_map is None else self.output_map.left_out() as watch:
+            run = self.mlm_head.run(self.model, positions[0], **self._stock_inputs(inputs, lm_modes))
+            if watch is not None:
+                watch(run.logits)
 
         output, shape = PretrainingOutput(losses={}, metrics={}), labels.shape
-        mlm_logits_TV, order_logits_OV = run.logits.split([len(target_positions), len(order_positions)])
         targets_T = labels.flatten().index_select(0, target_positions)
-        self._judge(output, "mlm", mlm_logits_TV, targets_T, positions=target_positions, shape=shape)
+        where: dict[str, Any] = {"positions": target_positions, "shape": shape}
+        if output_map is None:
+            mlm_logits_TV, order_logits_OV = run.logits.split([len(target_positions), len(order_positions)])
+            self._judge(output, "mlm", mlm_logits_TV, targets_T, **where)
+        else:
+            weight, bias = output_map
+            nll_T = linear_cross_entropy(run.logits, weight, targets_T, bias=bias)
+            counts_B = sum_by_example(targets_T != IGNORED, **where)
+            output.losses["mlm"] = ExampleSum(sum_by_example(nll_T, **where), counts_B)
         if self.config.has_bitext:
             _name_rows(output, "tlm", is_bitext)
         if self.config.has_clm:
@@ -305,6 +319,16 @@ class EncoderForPreTraining(PretrainingModel):
             rows = torch.arange(len(pair_labels), device=pair_labels.device)
             self._judge(output, "pair", logits_BC, pair_labels, positions=rows, shape=torch.Size((len(rows), 1)))
         return output
+
+    def _output_map(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Return the last linear map of the head where the loss is computed a chunk of targets at a time.
+
+        The gradients of its targets have one weight; a compiler makes one kernel of logits and loss anyway.
+        """
+        is_alone = not (self.config.has_bitext or self.config.has_clm or "word_order" in self.config.heads)
+        if not (is_alone and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return None
+        return self.output_map.find()
 
     def _read_positions(
         self, target_positions: torch.Tensor, is_causal: torch.Tensor | None, *, length: int
