@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -22,13 +23,16 @@ from transformers import PreTrainedModel
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import evaluating, without_autocast
-from hf_pretrain.modeling.losses import IGNORED
+from hf_pretrain.modeling.losses import IGNORED, token_losses
 
 CHUNK_LOGITS = 1 << 23
 """Logits that exist at a time: 32 MiB in fp32; on accelerators, which need larger products, eight times as many."""
 
+Look = Callable[[slice, torch.Tensor], None]
 _ON_ACCELERATORS = 8
 _TRIAL_POSITIONS = 4
+# BART and its kin add it to their logits: [1, V], zeros unless a checkpoint says otherwise.
+_CONSTANT = "final_logits_bias"
 _UNEQUAL = (
     "the losses of the positions are weighted differently: their gradients were added up in the forward pass; add up the losses "
     "and weigh the sum"
@@ -42,6 +46,7 @@ def linear_cross_entropy(
     *,
     bias: torch.Tensor | None = None,
     chunk_logits: int | None = None,
+    look: Look | None = None,
 ) -> torch.Tensor:
     """Return the cross-entropy of a linear head without its logits.
 
@@ -55,6 +60,7 @@ def linear_cross_entropy(
         bias: ``[V]`` of the head.
         chunk_logits: Logits that exist at a time, at least those of one position; by default [`CHUNK_LOGITS`], more on
             accelerators.
+        look: Called with each chunk, a slice of the positions and their logits, which it must not change.
 
     Returns:
         ``[T]`` fp32, in nats; 0 where there is no target.
@@ -65,7 +71,7 @@ def linear_cross_entropy(
     inputs = (states, weight, bias)
     wants_gradients = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
     rows = _rows(len(weight), chunk_logits, states.device)
-    losses: torch.Tensor = _LinearCrossEntropy.apply(states, weight, bias, targets, rows, wants_gradients)
+    losses: torch.Tensor = _LinearCrossEntropy.apply(states, weight, bias, targets, rows, wants_gradients, look)
     return losses
 
 
@@ -95,6 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_T: torch.Tensor,
         rows: int,
         wants_gradients: bool,
+        look: Look | None,
     ) -> torch.Tensor:
         dtype = _compute_dtype(weight_VD)
         needed = [wants_gradients and need for need in ctx.needs_input_grad[:3]]
@@ -106,7 +113,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for begin in range(0, len(states_TD), rows):
                 part = slice(begin, begin + rows)
                 chunk_CD, targets_C = states_TD[part].to(dtype), targets_T[part]
-                log_probs_CV = F.log_softmax(F.linear(chunk_CD, weight, bias), dim=-1, dtype=torch.float32)
+                logits_CV = F.linear(chunk_CD, weight, bias)
+                if look is not None:
+                    look(part, logits_CV)
+                log_probs_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
                 ids_C1 = targets_C.clamp(min=0)[:, None]
                 nll_C = -log_probs_CV.gather(1, ids_C1).squeeze(1)
                 is_target_C = targets_C != IGNORED
@@ -125,12 +135,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the gradients of linear_cross_entropy are gone: run backward once for a forward pass")
         gradients, ctx.sums = ctx.sums.gradients(), None
         if not len(grad_T):
-            return *gradients, None, None, None
+            return *gradients, None, None, None, None
         lowest, highest = grad_T.aminmax()
         # No wait for the device; on a GPU an assertion fails there.
         torch._assert_async(lowest == highest, _UNEQUAL)
         scaled = [None if gradient is None else gradient.mul_(lowest.to(gradient.dtype)) for gradient in gradients]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 class _GradientSums(NamedTuple):
@@ -178,6 +188,13 @@ class _GradientSums(NamedTuple):
         return [None if one is None else one.to(dtype) for one, dtype in zip(sums, self.dtypes, strict=True)]
 
 
+class Judge(Protocol):
+    """Turns what a model returns into the losses of its targets, see [`OutputMap.losses`]."""
+
+    def __call__(self, read: torch.Tensor, targets: torch.Tensor, *, look: Look | None = None) -> torch.Tensor:
+        """Return the cross-entropy ``[T]`` of the targets ``[T]``, -100 for none; `look` as in [`linear_cross_entropy`]."""
+
+
 class OutputMap:
     """The linear map that ends the head of a stock language model, such as the decoder of BERT's.
 
@@ -188,23 +205,48 @@ class OutputMap:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._ends_head: bool | None = None
+        self._adds_constant = False
+
+    @contextmanager
+    def losses(self, *, in_chunks: bool) -> Iterator[Judge]:
+        """Run the model inside; the [`Judge`] turns what it returns into the losses of the targets.
+
+        Where the head ends in the map, the model returns what the map would read, and the logits never exist together. Whether
+        it does is seen in the first run, which makes logits. A compiler makes one kernel of logits and loss anyway, so what it
+        traces makes logits too.
+
+        Args:
+            in_chunks: Whether to do so. All targets must then weigh the same in the gradient, and there are no logits.
+        """
+        found = self.find() if in_chunks and torch.is_grad_enabled() else None
+        if found is None or torch.compiler.is_compiling():
+            with self.watched() as watch:
+                yield partial(_judge_logits, watch)
+            return
+        with self.left_out():
+            yield partial(_judge_states, found)
 
     @contextmanager
     def watched(self) -> Iterator[Callable[[torch.Tensor], None] | None]:
         """Find out whether what the head returns is what the table returns, with nothing done to it.
 
-        Gives a function to call with the logits that the model returns inside; None if they were seen before. What a compiler
+        Gives a function to call with the logits that the model returned inside; None if some were seen before. What a compiler
         traces is not watched.
         """
         table = self._model.get_output_embeddings()
-        if self._ends_head is not None or torch.compiler.is_compiling() or not isinstance(table, nn.Module):
+        if torch.compiler.is_compiling() or self._ends_head is not None or not isinstance(table, nn.Module):
             yield None
             return
-        made = list[tuple[int, int, int]]()
-        hook = table.register_forward_hook(lambda module, args, output: made.append(_state(output)))
+        made = list[tuple[torch.Tensor, tuple[int, int, int]]]()
+        hook = table.register_forward_hook(lambda module, args, output: made.append((output, _state(output))))
 
         def watch(logits: torch.Tensor) -> None:
-            self._ends_head = made == [_state(logits)]
+            # A reader may have tried the model out before.
+            output, state = made.pop() if made else (None, None)
+            is_alone = state == _state(logits)
+            self._adds_constant = output is not None and not is_alone and self._is_sum(output, logits)
+            self._ends_head = is_alone or self._adds_constant
+            made.clear()
 
         try:
             yield watch
@@ -219,17 +261,59 @@ class OutputMap:
         table = self._model.get_output_embeddings()
         if not self._ends_head or type(table) is not nn.Linear or table._forward_hooks or table._forward_pre_hooks:
             return None
-        return None if _compute_dtype(table.weight) == torch.float16 else (table.weight, table.bias)
+        if _compute_dtype(table.weight) == torch.float16:
+            return None
+        if not self._adds_constant:
+            return table.weight, table.bias
+        constant = cast(torch.Tensor, self._model._buffers[_CONSTANT])[0]
+        return table.weight, constant if table.bias is None else table.bias + constant
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Let the model return what the map would read, ``[..., D]``, in the place of its logits."""
-        own = vars(self._model.get_output_embeddings())
+        own, buffers = vars(self._model.get_output_embeddings()), self._model._buffers
+        constant = buffers.get(_CONSTANT) if self._adds_constant else None
         own["forward"] = lambda states: states
+        if constant is not None:
+            buffers[_CONSTANT] = constant.new_zeros(())
         try:
             yield
         finally:
             del own["forward"]
+            if constant is not None:
+                buffers[_CONSTANT] = constant
+
+    def _is_sum(self, output: torch.Tensor, logits: torch.Tensor) -> bool:
+        """Return whether the head adds the constant to what the map returns, and does nothing else."""
+        constant = self._model._buffers.get(_CONSTANT)
+        if constant is None or logits.is_meta or constant.shape != (1, logits.shape[-1]):
+            return False
+        return torch.equal((output + constant).view(-1, logits.shape[-1]), logits.view(-1, logits.shape[-1]))
+
+
+def _judge_logits(
+    watch: Callable[[torch.Tensor], None] | None,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    look: Look | None = None,
+) -> torch.Tensor:
+    if watch is not None:
+        watch(logits)
+    if look is not None:
+        look(slice(None), logits.detach())
+    return token_losses(logits, targets)
+
+
+def _judge_states(
+    found: tuple[torch.Tensor, torch.Tensor | None],
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    look: Look | None = None,
+) -> torch.Tensor:
+    weight, bias = found
+    return linear_cross_entropy(states, weight, targets, bias=bias, look=look)
 
 
 def _state(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -325,7 +409,7 @@ class ChunkedHead:
             )
 
     def _losses(self, states_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.logits(states_CD).float(), targets_C, ignore_index=IGNORED, reduction="none")
+        return token_losses(self.logits(states_CD), targets_C)
 
     @torch.no_grad()
     def _score(self, states_TD: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,7 +420,7 @@ class ChunkedHead:
             part = slice(begin, begin + rows)
             logits_CV = self.logits(states_TD[part])
             guesses_T[part] = logits_CV.argmax(dim=-1)
-            nll_T[part] = F.cross_entropy(logits_CV.float(), targets_T[part], ignore_index=IGNORED, reduction="none")
+            nll_T[part] = token_losses(logits_CV, targets_T[part])
         return nll_T, guesses_T
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:

@@ -174,9 +174,20 @@ def masked_lm_loss(
     Returns:
         Negative log-likelihood in nats and number of targets, by example.
     """
-    nll_T = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+    return sum_of_targets(token_losses(logits, targets), targets, positions=positions, shape=shape)
+
+
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the cross-entropy of each target, ``[T]`` fp32 in nats; 0 where there is none. See [`masked_lm_loss`]."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="none")
+
+
+def sum_of_targets(
+    values: torch.Tensor, targets: torch.Tensor, *, positions: torch.Tensor, shape: torch.Size
+) -> ExampleSum:
+    """Add up ``[T]`` values that are 0 where there is no target; see [`masked_lm_loss`] for the other arguments."""
     is_target = targets != IGNORED
-    return ExampleSum(sum_by_example(nll_T, positions, shape), sum_by_example(is_target, positions, shape))
+    return ExampleSum(sum_by_example(values, positions, shape), sum_by_example(is_target, positions, shape))
 
 
 def masked_lm_accuracy(

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from helpers.method_matrix import TINY, VOCAB_SIZE, relative_difference
+from helpers.method_matrix import NO_DROPOUT, TINY, VOCAB_SIZE, build, programs, relative_difference
 from hf_pretrain.modeling import chunked_head
+from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.losses import IGNORED, GatheredHead, masked_lm_loss
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 
@@ -213,4 +214,47 @@ class Shapes(TorchDispatchMode):
 @pytest.mark.parametrize("options", [{"has_clm": True}, {"has_bitext": True}, {"heads": ["mlm", "word_order"]}])
 def test_targets_of_several_weights_have_logits(options, inputs):
     model = EncoderForPreTraining.from_model(tiny_model("bert"), **options).train()
-    assert model.output_map.find() is not None and model._output_map() is None
+    assert not model._weighs_alike()
+
+
+@pytest.mark.parametrize(
+    ("method", "model_options", "options"),
+    [
+        ("mlm", {}, {}),
+        ("encoder", {}, {"objectives": ["mlm", "span_boundary"], "masking_unit": "span"}),
+        ("encoder", {}, {"objectives": ["mlm", "sop"]}),
+        ("rtd", {}, {}),
+        ("rtd", {"embedding_sharing": "gdes"}, {}),
+        ("rtd", {"disallow_correct": True}, {"training_mode": "decoupled"}),
+        ("plm", {}, {}),
+        ("plm", {"model_type": "bert", "config_overrides": NO_DROPOUT}, {"mem_len": 0}),
+        ("denoise", {}, {}),
+        ("denoise", {"model_type": "t5", "config_overrides": '{"dropout_rate": 0.0}'}, {}),
+    ],
+)
+def test_a_step_of_the_trainer_is_the_same_without_logits(method, model_options, options, tmp_path, monkeypatch):
+    trainer = build(programs()[method], tmp_path, model_options=model_options, **options)
+    model = trainer.model.train()
+    loader = trainer.get_train_dataloader()
+    trainer.begin_training()
+    monkeypatch.setattr(chunked_head, "CHUNK_LOGITS", 5 * VOCAB_SIZE)
+    assert model.output_map.find() is not None
+    if "final_logits_bias" in (buffers := model.root._buffers):
+        buffers["final_logits_bias"].normal_()
+    batch = loader.collate_fn([trainer.train_dataset[i] for i in range(6)])
+    num_targets = len(batch["slots" if method == "plm" else "target_positions"])
+    totals, gradients, largest = [], [], []
+    for find in (lambda self: None, OutputMap.find):
+        monkeypatch.setattr(OutputMap, "find", find)
+        model.zero_grad(set_to_none=True)
+        counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+        with Shapes() as made:
+            total = trainer.compute_loss(model, dict(batch), num_items_in_batch=counts)
+            total.backward()
+        totals.append(total)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        largest.append((num_targets, VOCAB_SIZE) in made.seen)
+    assert largest == [True, False]
+    torch.testing.assert_close(totals[1], totals[0], rtol=1e-5, atol=1e-5)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert relative_difference(*gradients) < 1e-5

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, Pre
 
 from hf_pretrain.modeling.backbone import decoder_start_id
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
+from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, dtype_option
 from hf_pretrain.modeling.losses import (
     IGNORED,
@@ -19,6 +20,7 @@ from hf_pretrain.modeling.losses import (
     masked_lm_accuracy,
     masked_lm_loss,
     sum_by_example,
+    sum_of_targets,
 )
 from hf_pretrain.modeling.visibility.pairs import PairReader
 from hf_pretrain.objectives.denoising.arguments import DenoisingModelArguments
@@ -63,6 +65,7 @@ class DenoisingForPreTraining(PretrainingModel):
         self.model = AutoModelForSeq2SeqLM.from_config(config.model) if model is None else model
         self._start_id = decoder_start_id(self.model)
         self.reader = PairReader(self.model)
+        self.output_map = OutputMap(self.model)
         self.post_init()
 
     @classmethod
@@ -144,11 +147,14 @@ class DenoisingForPreTraining(PretrainingModel):
         """
         ids = batch.pop("decoder_input_ids")
         batch["decoder_input_ids"] = ids.masked_fill(ids == START, self._start_id)
-        logits_NV = self.reader.run(target_positions, **batch)
         targets_N = labels.flatten().index_select(0, target_positions)
+        with self.output_map.losses(in_chunks=self.training) as judge:
+            read_NX = self.reader.run(target_positions, **batch)
+        nll_N = judge(read_NX, targets_N)
         where: dict[str, Any] = {"positions": target_positions, "shape": labels.shape}
-        output = PretrainingOutput(losses={"denoising": masked_lm_loss(logits_NV, targets_N, **where)}, metrics={})
+        output = PretrainingOutput(losses={"denoising": sum_of_targets(nll_N, targets_N, **where)}, metrics={})
         if not self.training:
+            logits_NV = read_NX
             guesses_N = logits_NV.argmax(-1)
             output.metrics["denoising_accuracy"] = masked_lm_accuracy(guesses_N, targets_N, **where)
             hidden_N, kinds_N = (

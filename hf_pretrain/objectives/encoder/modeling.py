@@ -21,7 +21,7 @@ from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import first_position, num_token_types
 from hf_pretrain.modeling.base import TRIAL_ROWS, PretrainingModel, masked_trial_batch
-from hf_pretrain.modeling.chunked_head import OutputMap, linear_cross_entropy
+from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.configuration import (
     CompositeConfig,
     ModelArguments,
@@ -45,8 +45,8 @@ from hf_pretrain.modeling.losses import (
     PretrainingOutput,
     begin_in_column_0,
     masked_lm_accuracy,
-    masked_lm_loss,
-    sum_by_example,
+    sum_of_targets,
+    token_losses,
 )
 from hf_pretrain.modeling.visibility.lm_modes import lm_mode_inputs
 from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
@@ -285,23 +285,14 @@ class EncoderForPreTraining(PretrainingModel):
             assert lm_modes is None, "causal examples and others are read in modes of their own"
             lm_modes = LMMode.LEFT_TO_RIGHT * is_causal.long()
             inputs["source_lengths"] = torch.zeros_like(lm_modes)
-        output_map = self._output_map()
-        with self.output_map.watched() if output_map is None else self.output_map.left_out() as watch:
+        targets_T = labels.flatten().index_select(0, target_positions)
+        with self.output_map.losses(in_chunks=self.training and self._weighs_alike()) as judge:
             run = self.mlm_head.run(self.model, positions[0], **self._stock_inputs(inputs, lm_modes))
-            if watch is not None:
-                watch(run.logits)
+        mlm_TX, order_OX = run.logits.split([len(target_positions), len(order_positions)])
 
         output, shape = PretrainingOutput(losses={}, metrics={}), labels.shape
-        targets_T = labels.flatten().index_select(0, target_positions)
-        where: dict[str, Any] = {"positions": target_positions, "shape": shape}
-        if output_map is None:
-            mlm_logits_TV, order_logits_OV = run.logits.split([len(target_positions), len(order_positions)])
-            self._judge(output, "mlm", mlm_logits_TV, targets_T, **where)
-        else:
-            weight, bias = output_map
-            nll_T = linear_cross_entropy(run.logits, weight, targets_T, bias=bias)
-            counts_B = sum_by_example(targets_T != IGNORED, **where)
-            output.losses["mlm"] = ExampleSum(sum_by_example(nll_T, **where), counts_B)
+        mlm_nll_T = judge(mlm_TX, targets_T)
+        self._add(output, "mlm", mlm_nll_T, mlm_TX, targets_T, positions=target_positions, shape=shape)
         if self.config.has_bitext:
             _name_rows(output, "tlm", is_bitext)
         if self.config.has_clm:
@@ -309,7 +300,7 @@ class EncoderForPreTraining(PretrainingModel):
         if lm_modes is not None and is_causal is None:
             output.metrics |= _by_mode(output.losses["mlm"], lm_modes)
         if "word_order" in self.config.heads:
-            self._judge(output, "word_order", order_logits_OV, order_labels, positions=order_positions, shape=shape)
+            self._judge(output, "word_order", order_OX, order_labels, positions=order_positions, shape=shape)
         if self.span_boundary_head is not None:
             around = [run.states.flatten(0, 1).index_select(0, side) for side in positions[1:]]
             logits_SV = self.span_boundary_head(*around, span_offsets, self.get_input_embeddings().weight)
@@ -320,15 +311,9 @@ class EncoderForPreTraining(PretrainingModel):
             self._judge(output, "pair", logits_BC, pair_labels, positions=rows, shape=torch.Size((len(rows), 1)))
         return output
 
-    def _output_map(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Return the last linear map of the head where the loss is computed a chunk of targets at a time.
-
-        The gradients of its targets have one weight; a compiler makes one kernel of logits and loss anyway.
-        """
-        is_alone = not (self.config.has_bitext or self.config.has_clm or "word_order" in self.config.heads)
-        if not (is_alone and self.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
-            return None
-        return self.output_map.find()
+    def _weighs_alike(self) -> bool:
+        """Return whether all targets of the stock head weigh the same: they belong to one loss."""
+        return not (self.config.has_bitext or self.config.has_clm or "word_order" in self.config.heads)
 
     def _read_positions(
         self, target_positions: torch.Tensor, is_causal: torch.Tensor | None, *, length: int
@@ -361,7 +346,18 @@ class EncoderForPreTraining(PretrainingModel):
         self, output: PretrainingOutput, name: str, logits: torch.Tensor, targets: torch.Tensor, **where: Any
     ) -> None:
         """Add the loss of a head and, in evaluation, its accuracy."""
-        output.losses[name] = masked_lm_loss(logits, targets, **where)
+        self._add(output, name, token_losses(logits, targets), logits, targets, **where)
+
+    def _add(
+        self,
+        output: PretrainingOutput,
+        name: str,
+        nll: torch.Tensor,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        **where: Any,
+    ) -> None:
+        output.losses[name] = sum_of_targets(nll, targets, **where)
         if not self.training:
             output.metrics[f"{name}_accuracy"] = masked_lm_accuracy(logits.argmax(-1), targets, **where)
 

@@ -23,6 +23,7 @@ from transformers import (
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel, trial_tokens
+from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.configuration import (
     CompositeConfig,
     ModelArguments,
@@ -32,7 +33,7 @@ from hf_pretrain.modeling.configuration import (
     load_or_build,
 )
 from hf_pretrain.modeling.loading import from_pretrained
-from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput, RecurrentMemory, masked_lm_accuracy, masked_lm_loss
+from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput, RecurrentMemory, masked_lm_accuracy, sum_of_targets
 from hf_pretrain.objectives.permutation_lm.two_stream import (
     PermutedBatch,
     PositionTwoStreams,
@@ -121,6 +122,7 @@ class PermutationLMForPreTraining(PretrainingModel):
         super().__init__(config)
         self.model = stock_class(config.model).from_config(config.model) if model is None else model
         self.two_streams = build_two_streams(self.model, config)
+        self.output_map = OutputMap(self.model)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -215,16 +217,15 @@ class PermutationLMForPreTraining(PretrainingModel):
         )
         slots = _used_slots(labels) if slots is None else slots
         memory = self._begin(memory, memory_reset, len(input_ids))
-        logits_TV, kept = self.predict(batch, slots, memory=memory)
-        targets_T = labels.flatten().index_select(0, slots)
-        loss = masked_lm_loss(logits_TV, targets_T, positions=slots, shape=labels.shape)
+        with self.output_map.losses(in_chunks=self.training) as judge:
+            read_TX, kept = self.predict(batch, slots, memory=memory)
+        targets_T, where = labels.flatten().index_select(0, slots), {"positions": slots, "shape": labels.shape}
+        loss = sum_of_targets(judge(read_TX, targets_T), targets_T, **where)
         output = PretrainingOutput(losses={"plm": loss}, metrics={})
         if memory is not None and kept is not None:
             output.memory = memory.append(kept)
         if not self.training:
-            output.metrics["plm_accuracy"] = masked_lm_accuracy(
-                logits_TV.argmax(-1), targets_T, positions=slots, shape=labels.shape
-            )
+            output.metrics["plm_accuracy"] = masked_lm_accuracy(read_TX.argmax(-1), targets_T, **where)
         return output
 
     def predict(

@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.backbone import layer_modules
 from hf_pretrain.modeling.base import GENERATOR_FOLDER, masked_trial_batch
+from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.embeddings import (
     disentangle_embedding,
     factorize_embeddings,
@@ -35,8 +36,8 @@ from hf_pretrain.modeling.losses import (
     PretrainingOutput,
     binary_token_loss,
     masked_lm_accuracy,
-    masked_lm_loss,
     sample_tokens,
+    sum_of_targets,
 )
 from hf_pretrain.modeling.visibility.rules import isolated_inputs
 from hf_pretrain.objectives.generators import PairConfig, PairForPreTraining, build_discriminator
@@ -200,6 +201,7 @@ class ReplacedTokenDetectionForPreTraining(PairForPreTraining):
             self.generator_decoder.attach(self.generator)
             self.export_parts[f"{GENERATOR_FOLDER}_decoder"] = "generator_decoder"
         self.generator_head = GatheredHead(self.generator)
+        self.output_map = OutputMap(self.generator)
         self.post_init()
 
     def _build_head(self) -> DiscriminatorHead | None:
@@ -289,18 +291,26 @@ class ReplacedTokenDetectionForPreTraining(PairForPreTraining):
         original_BL = torch.where(labels == IGNORED, input_ids, labels)
         if replaced_ids is None:
             targets_T = labels.flatten().index_select(0, target_positions)
+            sampled_T = torch.empty_like(targets_T)
+            where: dict[str, Any] = {"positions": target_positions, "shape": labels.shape}
+
+            def draw(part: slice, logits: torch.Tensor) -> None:
+                sampled_T[part] = self._sample(logits, targets_T[part], sample_uniforms[part], temperature)
+
             with torch.set_grad_enabled(torch.is_grad_enabled() and stage != "discriminator"):
                 given = isolated_inputs(self.generator, input_ids=input_ids, attention_mask=attention_mask, **inputs)
-                logits_TV = self.generator_head(self.generator, target_positions, **given)
-            sampled_T = self._sample(logits_TV.detach(), targets_T, sample_uniforms, temperature)
+                with self.output_map.losses(in_chunks=self.training and stage != "discriminator") as judge:
+                    read_TX = self.generator_head(self.generator, target_positions, **given)
+                if stage == "discriminator":
+                    draw(slice(None), read_TX)
+                else:
+                    nll_T = judge(read_TX, targets_T, look=draw)
+                    output.losses["mlm"] = sum_of_targets(nll_T, targets_T, **where)
             written = original_BL.flatten().index_copy(0, target_positions, sampled_T).view_as(original_BL)
             # Fillers of a fixed shape point at positions that were not selected: those stay as they are.
             output.replaced_ids = torch.where(labels == IGNORED, original_BL, written)
-            where: dict[str, Any] = {"positions": target_positions, "shape": labels.shape}
-            if stage != "discriminator":
-                output.losses["mlm"] = masked_lm_loss(logits_TV, targets_T, **where)
             if not self.training:
-                output.metrics["mlm_accuracy"] = masked_lm_accuracy(logits_TV.argmax(-1), targets_T, **where)
+                output.metrics["mlm_accuracy"] = masked_lm_accuracy(read_TX.argmax(-1), targets_T, **where)
                 output.metrics["sampled_accuracy"] = masked_lm_accuracy(sampled_T, targets_T, **where)
         if stage != "generator":
             self._detect(output, original_BL, attention_mask, inputs)
