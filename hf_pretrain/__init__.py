@@ -261,8 +261,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.vectors.text_vectors import LatentTextVectorizer as LatentTextVectorizer
     from hf_pretrain.vectors.text_vectors import SparseTextVectorizer as SparseTextVectorizer
     from hf_pretrain.vectors.transfer import transfer_vocabulary as transfer_vocabulary
-    from hf_pretrain.vectors.word2vec import Word2VecOptions as Word2VecOptions
-    from hf_pretrain.vectors.word2vec import train_word2vec as train_word2vec
+    from hf_pretrain.vectors.word2vec.training import Word2VecOptions as Word2VecOptions
+    from hf_pretrain.vectors.word2vec.training import train_word2vec as train_word2vec
 
 # Module -> its public names.
 _EXPORTS = {
@@ -467,7 +467,7 @@ _EXPORTS = {
     "vectors.glove": ("train_glove",),
     "vectors.text_vectors": ("LatentTextVectorizer", "SparseTextVectorizer"),
     "vectors.transfer": ("transfer_vocabulary",),
-    "vectors.word2vec": ("Word2VecOptions", "train_word2vec"),
+    "vectors.word2vec.training": ("Word2VecOptions", "train_word2vec"),
 }
 _MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() for name in names}
 
