@@ -47,7 +47,7 @@ from hf_pretrain.hub.run import HeldOutNumbers, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for, with_host_inputs
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
-from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
+from hf_pretrain.modeling.losses import PretrainingOutput, SumAccumulator
 from hf_pretrain.modeling.observing.profile import Profile
 from hf_pretrain.modeling.surgery.adapters import add_adapters
 from hf_pretrain.optimizers import check_matrices_are_whole, optimizer_of, schedule_of
@@ -324,7 +324,7 @@ class PretrainingTrainer(Trainer):
         outputs = self.run_model(model, without_filler(inputs))
         if FILLER in inputs:
             # The other processes wait for these gradients, which have to be zero.
-            outputs.losses, outputs.metrics = _nothing(outputs.losses), _nothing(outputs.metrics)
+            outputs.count_nothing()
         total = torch.zeros((), device=self.args.device)
         for name, loss in outputs.losses.items():
             mean = loss.sum.sum() / num_items_in_batch[name].clamp(min=1.0).float()
@@ -781,7 +781,3 @@ class PretrainingTrainer(Trainer):
     def _finish_current_push(self) -> None:
         """Wait for the uploads that go on, and say which failed."""
         self.pushing.finish()
-
-
-def _nothing(sums: Mapping[str, ExampleSum]) -> dict[str, ExampleSum]:
-    return {name: ExampleSum(value.sum * 0, value.count * 0) for name, value in sums.items()}
