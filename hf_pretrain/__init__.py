@@ -220,6 +220,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.arguments import PretrainingArguments as PretrainingArguments
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
+    from hf_pretrain.training.method import MethodHooks as MethodHooks
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
     from hf_pretrain.transfer.adaptation import add_words as add_words
     from hf_pretrain.transfer.adaptation import choose_words as choose_words
@@ -441,7 +442,7 @@ _EXPORTS = {
     "tasks.metrics": ("as_evaluate_metric",),
     "tasks.spec": ("TaskSpec", "load_task", "read_tasks"),
     "training.arguments": ("PretrainingArguments",),
-    "training.method": ("Learning", "Method"),
+    "training.method": ("Learning", "Method", "MethodHooks"),
     "training.trainer": ("PretrainingTrainer",),
     "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
     "transfer.features": ("PretrainedFeatures",),

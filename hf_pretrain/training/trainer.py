@@ -9,20 +9,19 @@ uploads to the Hub, `hub/branches.py` makes branches by the tokens that were rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
 from hf_pretrain.data.arguments import DataArguments
@@ -35,14 +34,13 @@ from hf_pretrain.data.examples.epochs import (
     FilledSampler,
     without_filler,
 )
-from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.branches import Branches
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
-from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
+from hf_pretrain.hub.record import PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, describe_run
 from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for, with_host_inputs
 from hf_pretrain.modeling.configuration import ModelArguments
@@ -61,6 +59,7 @@ from hf_pretrain.training.arguments import (
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
+from hf_pretrain.training.method import MethodHooks
 from hf_pretrain.training.phases.course import Course, PhaseEnd, kept_options, sampler_from
 from hf_pretrain.training.processes import (
     check_launch,
@@ -78,7 +77,7 @@ if TYPE_CHECKING:
     from hf_pretrain.evaluation.suite.runs import RunTasks
 
 
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(MethodHooks, Trainer):
     """Trains a [`PretrainingModel`], dividing each of its losses by that loss's own global count.
 
     The model returns sums. Before a step, the targets of every loss are counted over all its micro-batches and all ranks, so
@@ -86,8 +85,8 @@ class PretrainingTrainer(Trainer):
 
     A method gives its `objective` and, if it has any, its `evaluation_metrics`; a loss called "x" is weighted by the option
     `x_weight` (1 if there is none). An option may be a [`Schedule`], which changes in training; evaluation uses its last value,
-    so that totals can be compared. The other hooks of a method are `loss_weight`, `run_model`, `begin_training`,
-    `training_metrics`, `evaluated`, `card_facts` and `save_progress`.
+    so that totals can be compared. The other hooks of a method are those of [`MethodHooks`], `loss_weight`, `run_model` and
+    `save_progress`.
 
     What is overridden of `transformers.Trainer`, and why; a method that overrides one too is named:
 
@@ -153,12 +152,7 @@ class PretrainingTrainer(Trainer):
 
     model: PretrainingModel
     hub_model_id: str | None
-    objective: ClassVar[ObjectiveDescription]
-    # Options of the model and of training; special tokens that the tokenizer must have.
     option_classes: ClassVar[tuple[type, type]] = (ModelArguments, PretrainingArguments)
-    special_tokens: ClassVar[tuple[str, ...]] = ("mask", "pad")
-    # What the method learns from where that is not text, and the call that makes it.
-    reads_instead_of_text: ClassVar[str] = ""
     data_collator: Any
     model_init: Any
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
@@ -225,44 +219,6 @@ class PretrainingTrainer(Trainer):
         from hf_pretrain.evaluation.suite.runs import RunTasks
 
         return RunTasks(self)
-
-    # What a method says of its inputs
-
-    def build_model(
-        self, options: Any, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
-    ) -> PretrainingModel:
-        """Return the composite of a stock model, or of the checkpoint or the sizes that the options name.
-
-        Args:
-            options: Of the first of the `option_classes`.
-            args: Of the second.
-            data: The examples, with their tokenizer, length and languages.
-            stock: A stock model to train; the options of its own sizes do not count.
-
-        Raises:
-            InputError: If it cannot be built.
-        """
-        raise InputError(
-            f"model={type(stock).__name__}: {type(self).__name__} takes a composite of this library: wrap a stock model first, "
-            "such as EncoderForPreTraining.from_model(model)"
-        )
-
-    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
-        """Return how text is cut into examples for this method with its options; the base changes nothing."""
-        return data_args
-
-    def make_collator(self, args: Any, tokenizer: Any) -> Any:
-        """Return the collator of the method with its options; the base has none of its own."""
-        return None
-
-    def make_examples(
-        self, data: PreparedData, *, args: Any, model: PretrainingModel, collator: Any
-    ) -> dict[str, Any]:
-        """Return the arguments of the Trainer that come from the data, such as windows of lanes instead of blocks."""
-        return data.trainer_inputs()
-
-    def check_data(self, args: PretrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
-        """Refuse datasets that the options cannot train on; the base does nothing."""
 
     # Losses
 
@@ -483,9 +439,6 @@ class PretrainingTrainer(Trainer):
         self.branches.finish()
         return output
 
-    def begin_training(self) -> None:
-        """Forget an earlier training, which may have been of another model; called before each."""
-
     def _prepare_for_training(self, *args: Any) -> Any:
         """Wrap the model for distributed training; see `transformers.Trainer`."""
         with sharded_by_blocks(self.model):
@@ -547,9 +500,6 @@ class PretrainingTrainer(Trainer):
         self._schedules = schedules_of(self.args)
         self.check_trial()
 
-    def check_trial(self) -> None:
-        """Refuse the options of a trial that a method cannot train with; the base does nothing."""
-
     # The log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -571,10 +521,6 @@ class PretrainingTrainer(Trainer):
             for name in [name for name in logs if name.startswith("train_")]:
                 del logs[name]
         super().log(logs, start_time)
-
-    def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return further metrics for a row of the training log, from the means of the components since the last one."""
-        return {}
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
@@ -607,9 +553,6 @@ class PretrainingTrainer(Trainer):
         """Return how many held-out examples an evaluation measures, and of how many."""
         return self.evaluation.measured_examples()
 
-    def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Look at the metrics of an evaluation, to warn of something; the base does nothing."""
-
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         # Only the evaluation before the first step leaves the schedule alone, and a resumed run has had that one.
         if skip_scheduler and self.state.global_step > 0:
@@ -639,18 +582,6 @@ class PretrainingTrainer(Trainer):
         if scores_and_labels is not None:
             means |= self.evaluation_metrics(*scores_and_labels, means)
         return means
-
-    def evaluation_metrics(
-        self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Return further metrics from the model's binary scores.
-
-        Args:
-            scores: ``[N]`` logits of all real tokens of the held-out set.
-            labels: ``[N]`` zeros and ones.
-            means: The means computed so far.
-        """
-        return {}
 
     # Checkpoints
 
@@ -742,14 +673,6 @@ class PretrainingTrainer(Trainer):
         known = {field.name for field in fields(PretrainingCard)}
         chosen = {name: value for name, value in facts.items() if name in known and value is not None}
         return describe_run(self, **self.card_facts() | chosen)
-
-    def reference_models(self) -> dict[str, str | Callable[[Path], Any]]:
-        """Return models to measure beside the trained one on `evaluation_tasks`: by label, a name or what writes the folder."""
-        return {}
-
-    def card_facts(self) -> dict[str, Any]:
-        """Return fields of [`PretrainingCard`] that a method knows better than its description."""
-        return {}
 
     # The Hub
 
