@@ -169,6 +169,11 @@ class Compute:
     peak_flops: float | None = None
 
     @property
+    def is_partial(self) -> bool:
+        """Whether the run had more steps to go."""
+        return bool(self.steps and self.planned_steps and self.steps < self.planned_steps)
+
+    @property
     def tokens_per_second(self) -> int | None:
         """Speed of the training; None where tokens or time are not known."""
         timed = self.tokens if self.timed_tokens is None else self.timed_tokens
