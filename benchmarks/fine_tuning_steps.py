@@ -30,7 +30,7 @@ from torch.utils.data import Sampler
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from hf_pretrain import FineTuningArguments, FineTuningTrainer, train_tokenizer
-from hf_pretrain.training.progress import peak_of_tensors
+from hf_pretrain.modeling.observing.profile import peak_of_tensors
 from results import read_rows
 from timing import in_child, interleaved, load_of_machine, options_parser, peak_memory, print_table
 

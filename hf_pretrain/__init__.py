@@ -220,6 +220,7 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.training.arguments import PretrainingArguments as PretrainingArguments
     from hf_pretrain.training.method import Learning as Learning
     from hf_pretrain.training.method import Method as Method
+    from hf_pretrain.training.method import MethodHooks as MethodHooks
     from hf_pretrain.training.trainer import PretrainingTrainer as PretrainingTrainer
     from hf_pretrain.transfer.adaptation import add_words as add_words
     from hf_pretrain.transfer.adaptation import choose_words as choose_words
@@ -261,8 +262,8 @@ if TYPE_CHECKING:  # for editors and type checkers; a test compares these names 
     from hf_pretrain.vectors.text_vectors import LatentTextVectorizer as LatentTextVectorizer
     from hf_pretrain.vectors.text_vectors import SparseTextVectorizer as SparseTextVectorizer
     from hf_pretrain.vectors.transfer import transfer_vocabulary as transfer_vocabulary
-    from hf_pretrain.vectors.word2vec import Word2VecOptions as Word2VecOptions
-    from hf_pretrain.vectors.word2vec import train_word2vec as train_word2vec
+    from hf_pretrain.vectors.word2vec.training import Word2VecOptions as Word2VecOptions
+    from hf_pretrain.vectors.word2vec.training import train_word2vec as train_word2vec
 
 # Module -> its public names.
 _EXPORTS = {
@@ -441,7 +442,7 @@ _EXPORTS = {
     "tasks.metrics": ("as_evaluate_metric",),
     "tasks.spec": ("TaskSpec", "load_task", "read_tasks"),
     "training.arguments": ("PretrainingArguments",),
-    "training.method": ("Learning", "Method"),
+    "training.method": ("Learning", "Method", "MethodHooks"),
     "training.trainer": ("PretrainingTrainer",),
     "transfer.feature_heads": ("FeatureClassifier", "FeatureRegressor"),
     "transfer.features": ("PretrainedFeatures",),
@@ -467,7 +468,7 @@ _EXPORTS = {
     "vectors.glove": ("train_glove",),
     "vectors.text_vectors": ("LatentTextVectorizer", "SparseTextVectorizer"),
     "vectors.transfer": ("transfer_vocabulary",),
-    "vectors.word2vec": ("Word2VecOptions", "train_word2vec"),
+    "vectors.word2vec.training": ("Word2VecOptions", "train_word2vec"),
 }
 _MODULES = {name: f"hf_pretrain.{module}" for module, names in _EXPORTS.items() for name in names}
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from helpers.left_files import LeftFiles
 from helpers.method_matrix import tiny_data, tiny_tokenizer
 
 # Tiny models gain nothing from more threads, and lose much on shared cores.
@@ -21,6 +22,22 @@ def pytest_collection_finish(session):
     """Let garbage collections skip the imported modules: each training begins with one, which else takes half a second."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def left_files():
+    """What is new in the root of the repository."""
+    return LeftFiles()
+
+
+@pytest.fixture(autouse=True)
+def leaves_no_file(left_files):
+    """Fail a test, in its teardown, that leaves a file where a commit would take it along; a test beside it may be the one."""
+    yield
+    left = left_files.new()
+    assert not left, (
+        f"left in {left_files.folder}: {', '.join(left)}: write to tmp_path, or monkeypatch.chdir(tmp_path) first"
+    )
 
 
 @pytest.fixture(scope="session")

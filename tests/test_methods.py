@@ -289,7 +289,11 @@ def test_the_last_step_of_several_ranks_is_that_of_one(method, tmp_path, monkeyp
     alone.train()
     trainer = build(program, tmp_path / "ranks", data, **sizes, **options)
     trainer.model.train()
-    last = [batches[-1] for batches in batches_of_ranks(trainer, monkeypatch, ranks)]
+    of_ranks = list(batches_of_ranks(trainer, monkeypatch, ranks))
+    for batches in of_ranks:
+        trainer.runner.receive(batches)
+    assert int(trainer.tokens.new) == alone.state.num_input_tokens_seen
+    last = [batches[-1] for batches in of_ranks]
     counts = [trainer._get_num_items_in_batch([inputs], trainer.args.device) for inputs in last]
     totals = {name: sum(count[name] for count in counts) for name in counts[0]}
     for inputs in last:

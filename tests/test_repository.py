@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import hf_pretrain
+from helpers.left_files import LeftFiles
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -246,3 +247,22 @@ def test_files_of_tests_have_names_of_their_own():
     """Two files of one name cannot be imported together: the tests have no packages."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert not [name for name, count in names.items() if count > 1]
+
+
+def test_what_a_test_leaves_in_the_root_is_named_once(tmp_path):
+    (tmp_path / "README.md").touch()
+    left = LeftFiles(tmp_path)
+    assert left.new() == []
+    (tmp_path / "results").mkdir()
+    for name in (".coverage", "build", "evaluation.json", "README.md"):
+        (tmp_path / name).touch()
+    assert left.new() == ["evaluation.json", "results"]
+    assert left.new() == []
+    (tmp_path / "results").rmdir()
+    assert left.new() == []
+    (tmp_path / "results").mkdir()
+    assert left.new() == ["results"]
+
+
+def test_every_test_is_watched_for_what_it_leaves(left_files, request):
+    assert left_files.folder == str(ROOT) and "leaves_no_file" in request.fixturenames

@@ -192,22 +192,6 @@ def plan_of(args: EvaluateArguments) -> tuple[Plan, dict[str, EvaluatedModel]]:
     return plan, models
 
 
-def evaluate_models(args: EvaluateArguments) -> dict[str, list[Evaluation]]:
-    """Measure each model on each task.
-
-    Args:
-        args: The options.
-
-    Returns:
-        Model -> its evaluations, in the order of the tasks.
-
-    Raises:
-        InputError: If a task cannot be read or measured so, or a model lacks what one needs.
-    """
-    plan, models = plan_of(args)
-    return {name: evaluations_of(models.pop(name), plan, args) for name in args.models}
-
-
 def evaluations_of(model: EvaluatedModel, plan: Plan, args: EvaluateArguments) -> list[Evaluation]:
     """Return what is measured of one model, in the order of the plan."""
     found = []

@@ -32,17 +32,14 @@ from scipy import sparse
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from hf_pretrain.commands import of_data, parse_command
+from hf_pretrain.commands.vectors_card import neighbours_of, write_vectors_card
 from hf_pretrain.data.text.docstrings import docstring_documents
 from hf_pretrain.data.text.files import read_documents
 from hf_pretrain.errors import InputError
-from hf_pretrain.evaluation.words import analogy_accuracy, nearest_neighbours, plot_words, word_similarity
+from hf_pretrain.evaluation.words import analogy_accuracy, word_similarity
 from hf_pretrain.files import is_whole, plain, write_text
-from hf_pretrain.hub.card import recipe_options, write_card
-from hf_pretrain.hub.environment import Compute, hardware, versions
+from hf_pretrain.hub.card import recipe_options
 from hf_pretrain.hub.evaluation import Evaluation
-from hf_pretrain.hub.plots import PLOTS_FOLDER
-from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard, cite
-from hf_pretrain.hub.text import cell
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.options import check_options, option
 from hf_pretrain.training.parsing import check_changed
@@ -60,7 +57,7 @@ from hf_pretrain.vectors.folder import WordVectors
 from hf_pretrain.vectors.formats import write_vectors
 from hf_pretrain.vectors.glove import GloVeOptions, train_glove
 from hf_pretrain.vectors.text_vectors import SparseTextVectorizer
-from hf_pretrain.vectors.word2vec import Word2VecOptions, train_word2vec
+from hf_pretrain.vectors.word2vec.training import Word2VecOptions, train_word2vec
 
 MethodName = Literal[
     "onehot", "counts", "tfidf", "cooccurrence", "pmi", "ppmi", "lsa", "skipgram", "cbow", "glove", "distil", "import"
@@ -70,12 +67,6 @@ _FACTORIZED = ("cooccurrence", "pmi", "ppmi", "lsa")
 _OF_TEXT = (*_SPARSE, *_FACTORIZED, *_WORD2VEC, "glove")
 _DENSE = (*_FACTORIZED, *_WORD2VEC, "glove", "distil")
 _WORK, _CHECKPOINTS = "_work", "checkpoints"
-_PICTURE, _LEAST_IN_PICTURE = f"{PLOTS_FOLDER}/words.svg", 3
-# "man is to king as woman is to ...": the card asks those whose words are known.
-_QUESTIONS = (
-    *(("man", "king", "woman"), ("he", "his", "she"), ("walk", "walked", "see"), ("good", "better", "bad")),
-    *(("mann", "könig", "frau"), ("homme", "roi", "femme"), ("hombre", "rey", "mujer")),
-)
 
 
 @dataclass
@@ -258,6 +249,12 @@ class VectorArguments:
             crosses_lines=self.crosses_lines,
         )
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The options that are not the defaults, as a card shows them."""
+        defaults = {known.name: known.default for known in dataclasses.fields(self)}
+        return recipe_options(plain(dataclasses.asdict(self)), defaults=defaults)
+
     def texts(self) -> Iterator[str]:
         """Yield the documents."""
         if self.demo_corpus:
@@ -374,7 +371,7 @@ def _trained(args: VectorArguments, corpus: WordCorpus, work: Path) -> np.ndarra
 
 def _of_words(args: VectorArguments, vectors: WordVectors, facts: dict[str, Any]) -> Made:
     """Return vectors of words as what was made."""
-    training = recipe_options(dataclasses.asdict(args), defaults=_defaults())
+    training = args.recipe
 
     def save(folder: Path) -> None:
         vectors.save(
@@ -451,128 +448,6 @@ def measure(args: VectorArguments, vectors: WordVectors) -> list[Evaluation]:
     return found
 
 
-# The card
-
-_COUNTED = "How often words stand near each other is counted"
-_DESCRIPTIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "onehot": ("One-hot words", "A text has a 1 for each word that it holds.", ()),
-    "counts": ("Counts of words", "A text has for each word how often it holds it.", ()),
-    "tfidf": (
-        "TF-IDF",
-        "A text has for each word how often it holds it, times a weight that is greater for words of few documents.",
-        ("sparckjones1972tfidf",),
-    ),
-    "cooccurrence": (
-        "Counts of neighbours",
-        f"{_COUNTED}, and the logarithms of the counts are factorized by singular values.",
-        ("levy2015improving",),
-    ),
-    "pmi": (
-        "Pointwise mutual information",
-        f"{_COUNTED}, compared with what chance would give, and factorized by singular values.",
-        ("church1990pmi", "levy2015improving"),
-    ),
-    "ppmi": (
-        "Positive pointwise mutual information",
-        f"{_COUNTED}, compared with what chance would give, and factorized by singular values; less than chance is chance.",
-        ("levy2014implicit", "levy2015improving"),
-    ),
-    "lsa": (
-        "Latent semantic analysis",
-        "A table of words and documents, weighted by TF-IDF, is factorized by singular values.",
-        ("deerwester1990lsa",),
-    ),
-    "skipgram": ("Skip-gram", "Each word predicts the words around it (word2vec).", ("mikolov2013distributed",)),
-    "cbow": (
-        "Continuous bag of words",
-        "The mean of the words around a word predicts it (word2vec).",
-        ("mikolov2013efficient", "irsoy2021cbow"),
-    ),
-    "glove": (
-        "GloVe",
-        "Products of vectors are fitted to the logarithms of how often words stand near each other.",
-        ("pennington2014glove",),
-    ),
-    "distil": (
-        "Static vectors of an encoder",
-        "Each token went through the encoder alone; the vectors are reduced by principal components and weighted.",
-        ("arora2017sif",),
-    ),
-    "import": ("Imported vectors", "The vectors were made by another program.", ()),
-}
-"""Title, description and citations by method."""
-
-_USAGE = """\
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{repo}")
-vectors = model.encode(["A text.", "Another text."])
-"""
-_SPARSE_USAGE = """\
-from hf_pretrain import SparseTextVectorizer
-
-vectorizer = SparseTextVectorizer.from_pretrained("{repo}")
-vectors = vectorizer.transform(["A text.", "Another text."])
-"""
-
-
-def write_vectors_card(
-    args: VectorArguments, made: Made, evaluations: list[Evaluation], seconds: float, folder: Path
-) -> None:
-    """Write README.md, its pictures and the record of the run."""
-    title, description, citations = _DESCRIPTIONS[args.method]
-    is_sparse = made.vectors is None
-    objective = ObjectiveDescription(
-        name="vectors",
-        title=title,
-        description=description,
-        citations=cite(*citations),
-        pipeline_tag="feature-extraction" if is_sparse else "sentence-similarity",
-        usage=_SPARSE_USAGE if is_sparse else _USAGE,
-        tags=("static-vectors", *(() if is_sparse else ("sentence-transformers", "model2vec"))),
-    )
-    options = plain(dataclasses.asdict(args))
-    card = PretrainingCard(
-        model_name=Path(args.output_dir).resolve().name,
-        model_class="SparseTextModel" if is_sparse else "StaticEmbeddingModel",
-        has_own_code=True,
-        objective=objective,
-        data=made.facts,
-        recipe=recipe_options(options, defaults=_defaults()),
-        evaluations=evaluations,
-        sections={} if made.vectors is None else _sections(made.vectors, folder),
-        compute=Compute(seconds=seconds, hardware=hardware(device_type="cpu")),
-        versions=versions(),
-    )
-    write_card(card, folder)
-
-
-def _sections(vectors: WordVectors, folder: Path) -> dict[str, str]:
-    """Return the neighbours of some words, answers to analogies, and a picture, which is drawn into the folder."""
-    rows = [f"| {cell(word)} | {cell(', '.join(other for other, _ in near))} |" for word, near in _neighbours(vectors)]
-    sections = {"Neighbours": "\n".join(["| Word | The nearest words |", "|---|---|", *rows])}
-    answers = [
-        f"| {a} : {b} = {c} : ? | {cell(', '.join(word for word, _ in vectors.analogy(a, b, c, top=3, restrict=30_000)))} |"
-        for a, b, c in _QUESTIONS
-        if all(word in vectors for word in (a, b, c))
-    ]
-    if answers:
-        sections["Analogies"] = "\n".join(["| Question | The nearest answers |", "|---|---|", *answers])
-    if len(vectors) >= _LEAST_IN_PICTURE and vectors.vectors.shape[1] > 1:
-        (folder / _PICTURE).parent.mkdir(parents=True, exist_ok=True)
-        plot_words(vectors, folder / _PICTURE)
-        sections["Frequent words"] = f"![The words in the plane of their two main directions]({_PICTURE})"
-    return sections
-
-
-def _neighbours(vectors: WordVectors) -> list[tuple[str, list[tuple[str, float]]]]:
-    return list(nearest_neighbours(vectors).items()) if len(vectors) > 1 else []
-
-
-def _defaults() -> dict[str, Any]:
-    return {known.name: known.default for known in dataclasses.fields(VectorArguments)}
-
-
 # The program
 
 
@@ -600,7 +475,7 @@ def main(argv: list[str] | None = None) -> None:
         evaluations = measure(args, made.vectors)
         if args.export_file is not None:
             write_vectors(args.export_file, made.vectors.words, made.vectors.vectors)
-    write_vectors_card(args, made, evaluations, seconds, part)
+    write_vectors_card(args, made, evaluations, seconds=seconds, folder=part)
     for path in part.iterdir():
         os.replace(path, folder / path.name)
     shutil.rmtree(work)
@@ -642,7 +517,7 @@ def _report(args: VectorArguments, made: Made, evaluations: list[Evaluation], se
         scores = ", ".join(f"{name} {value:.3f}" for name, value in evaluation.metrics.items())
         print(f"       {evaluation.task}: {scores}  ({evaluation.dataset}, {evaluation.split})")
     if made.vectors is not None:
-        for word, near in _neighbours(made.vectors):
+        for word, near in neighbours_of(made.vectors):
             print(f"       {word}: {', '.join(other for other, _ in near)}")
     loader = "SparseTextVectorizer" if made.vectors is None else "SentenceTransformer"
     print(f'model  {args.output_dir}  (opens with {loader}("{args.output_dir}"))')

@@ -12,7 +12,6 @@ texts but empty ones have a target; only i.i.d. spans may leave a text as it is.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -78,52 +77,6 @@ def pair_lengths(length: int, *, density: float, mean_length: float, random_roll
     num_hidden = int(span_counts(length, density=density, mean_length=mean_length)[0])
     num_sentinels = sentinels_needed(length, density=density, mean_length=mean_length, random_roll=random_roll)
     return length - num_hidden + num_sentinels, num_hidden + num_sentinels
-
-
-def raw_length(
-    inputs_length: int,
-    *,
-    density: float,
-    mean_length: float,
-    num_special_inputs: int = 1,
-    num_special_targets: int = 1,
-    random_roll: bool = False,
-) -> tuple[int, int]:
-    """Return the length of the longest text whose input fits, and that of its target.
-
-    An input of 512 tokens with an end token has room for a text of 568 tokens at T5's rates; its target has 114 tokens.
-
-    Args:
-        inputs_length: Most tokens of an input, with special ones.
-        density: Share of hidden tokens.
-        mean_length: Mean tokens of a span.
-        num_special_inputs: Special tokens around an input, with the mode token of UL2.
-        num_special_targets: Special tokens around a target.
-        random_roll: Whether the spans are rotated, so that there may be one more.
-
-    Returns:
-        Tokens of the text, and tokens of its target with special ones.
-
-    Raises:
-        InputError: If not even a text of one token fits.
-
-    Source:
-        `random_spans_helper` of google-research/text-to-text-transfer-transformer.
-    """
-    room = inputs_length - num_special_inputs
-    if room < 1:
-        raise InputError(
-            f"inputs_length={inputs_length} has no room beside {num_special_inputs} special tokens: "
-            f"give at least {num_special_inputs + 1}"
-        )
-
-    def lengths(raw: int) -> tuple[int, int]:
-        return pair_lengths(raw, density=density, mean_length=mean_length, random_roll=random_roll)
-
-    # At least n * (1 - density) - 1/2 of n tokens are kept; and no text has a shorter input than a shorter text.
-    longest = int((room + 1) / (1 - density)) + 2
-    raw = bisect_right(range(1, longest + 1), room, key=lambda length: lengths(length)[0])
-    return raw, lengths(raw)[1] + num_special_targets
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ position in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,9 +104,6 @@ class Noise:
     def __call__(self, texts: Texts) -> NoisedTexts:
         """Return the pairs of some texts."""
         raise AssertionError("a subclass of Noise makes the pairs")
-
-
-MakeNoise = Callable[[Texts], NoisedTexts]
 
 
 def lay_out(rows: np.ndarray, values: np.ndarray, *, num_rows: int, fill: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -47,66 +44,6 @@ _LIMITS = (
 )
 # A model of one of these has a task already.
 _TASKS = {"text-classification", "token-classification", "question-answering"}
-
-
-class LearningRates(TrainerCallback):
-    """Notes the learning rate of each step where it has changed enough to draw; the rows of a log may be too few for that.
-
-    A resumed run has the steps before from its schedule, where that agrees with the rows of the log.
-    """
-
-    _CHANGE = 1 / 64  # of the greatest rate
-    _MOST = 1024
-
-    def __init__(self) -> None:
-        self._noted: dict[int, float] = {}
-        self._last: tuple[int, float] | None = None
-        self._greatest = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget an earlier training."""
-        self._noted = _scheduled_rates(kwargs.get("lr_scheduler"), state) if state.global_step else {}
-        self._last, self._greatest = None, max(self._noted.values(), default=0.0)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Note the rate of this step, which the optimizer has just taken."""
-        optimizer = kwargs.get("optimizer")
-        rate = optimizer.param_groups[0]["lr"] if optimizer is not None else None
-        if not isinstance(rate, float):  # a tensor on the device is not waited for
-            return
-        before, self._last = self._last, (state.global_step + 1, rate)
-        known = next(reversed(self._noted.values()), None)
-        self._greatest = max(self._greatest, rate)
-        if known is None or abs(rate - known) > self._CHANGE * self._greatest:
-            # With the step before, a line that was level stays so.
-            self._noted |= dict(filter(None, (before, self._last)))
-        if len(self._noted) > self._MOST:
-            self._noted = dict(list(self._noted.items())[::2])
-
-    @property
-    def noted(self) -> tuple[tuple[float, float], ...]:
-        """(step, rate) in order, the last step included."""
-        return tuple(sorted((self._noted | dict([self._last] if self._last else [])).items()))
-
-
-def _scheduled_rates(scheduler: Any, state: TrainerState) -> dict[int, float]:
-    """Return the rates of the steps that are done, by the schedule; {} where the log has others, or there is no formula."""
-    scheduler = getattr(scheduler, "scheduler", scheduler)
-    if not isinstance(scheduler, LambdaLR):
-        return {}
-
-    def rate(step: int) -> float:
-        return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1))
-
-    logged = {row["step"]: row["learning_rate"] for row in state.log_history if "learning_rate" in row}
-    if any(not math.isclose(value, rate(step), rel_tol=1e-6, abs_tol=1e-12) for step, value in logged.items()):
-        return {}
-    done = state.global_step
-    return {step: rate(step) for step in sorted({1 + (done - 1) * i // 256 for i in range(257)})}
 
 
 class HeldOutNumbers:
@@ -471,7 +408,7 @@ def _compute(trainer: PretrainingTrainer, *, root_parameters: int) -> Compute:
         processes=args.world_size,
         precision=_precision(trainer),
         attention=trainer.attention,
-        profile=None if trainer.profiled is None else profile_line(trainer.profiled),
+        profile=None if trainer.runner.profiled is None else profile_line(trainer.runner.profiled),
         peak_memory_mib=max((row["peak_memory_mib"] for row in steps), default=None),
         energy=measured_energy(args.output_dir),
         flops=_flops(trainer, tokens),
@@ -493,7 +430,7 @@ def profile_of(trainer: PretrainingTrainer) -> Profile:
     args = trainer.args
     peak = _peak_flops(trainer)
     return Profile(
-        device=args.device, dtype=trainer.compute_dtype, peak=None if peak is None else peak / args.world_size
+        device=args.device, dtype=trainer.runner.compute_dtype, peak=None if peak is None else peak / args.world_size
     )
 
 

@@ -118,6 +118,11 @@ class PretrainingOutput(ModelOutput):
     score_labels: torch.Tensor | None = None
     memory: RecurrentMemory | None = None
 
+    def count_nothing(self) -> None:
+        """Make all sums and counts zero, and their gradients too."""
+        for sums in (self.losses, self.metrics):
+            sums.update({name: ExampleSum(value.sum * 0, value.count * 0) for name, value in sums.items()})
+
 
 class SumAccumulator:
     """Adds up sums and counts by name; nothing is copied to the host before [`SumAccumulator.means`]."""

@@ -384,6 +384,25 @@ def check_best_metric(args: TrainingArguments, measured: Collection[str]) -> Non
         raise InputError(f"metric_for_best_model={name!r} is not measured here: choose one of {', '.join(found)}")
 
 
+def check_can_be_searched(args: PretrainingArguments) -> None:
+    """Refuse a search over hyper-parameters where each trial would do what is done once.
+
+    Args:
+        args: The options of the Trainer.
+
+    Raises:
+        InputError: If `hub_branches` or `evaluation_tasks` is set.
+    """
+    if args.hub_branches is not None:
+        raise InputError(
+            f"hub_branches={args.hub_branches!r}: each trial of a search would write the same branches: leave it out"
+        )
+    if args.evaluation_tasks:
+        raise InputError(
+            f"evaluation_tasks={args.evaluation_tasks}: each trial of a search would measure them: leave it out"
+        )
+
+
 def check_searched(args: PretrainingArguments, before: Mapping[str, Any], *, group_size: int) -> None:
     """Refuse a search over options that have had their effect.
 

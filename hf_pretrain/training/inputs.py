@@ -7,17 +7,18 @@ it builds a model or wraps a stock one, which collator it takes, and which examp
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+from torch.utils.data import IterableDataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.tokenizers import check_tokenizer
-from hf_pretrain.data.examples.epochs import EpochDataset
+from hf_pretrain.data.examples.epochs import EpochDataset, fill_of
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.in_memory import DATASETS, as_dataset, check_held_out, choose_splits, longest_row, rows_of
 from hf_pretrain.data.prepare import PreparedData, dataset_name, prepare_data
@@ -26,7 +27,7 @@ from hf_pretrain.modeling.backbone import longest_sequence
 from hf_pretrain.modeling.base import PretrainingModel, refuse_adapters
 from hf_pretrain.modeling.embeddings import set_rotary_positions
 from hf_pretrain.modeling.loading import from_pretrained
-from hf_pretrain.training.arguments import PretrainingArguments
+from hf_pretrain.training.arguments import PretrainingArguments, check_text
 from hf_pretrain.training.phases.course import Phase
 
 if TYPE_CHECKING:
@@ -104,6 +105,10 @@ class TrainerInputs:
         self.args = self.args_class(output_dir="trainer_output") if args is None else args
         if not isinstance(self.args, PretrainingArguments):
             self._check_args()
+        if getattr(self.args, "phases", None) and getattr(self.args, "course", None) is None:
+            raise InputError(
+                "phases is for programs, which make a Trainer for each of them: hf-pretrain METHOD --config recipe.yaml"
+            )
         if self.args.n_gpu > 1:
             raise InputError(
                 f"one process would drive {self.args.n_gpu} GPUs: start with `accelerate launch`, a process a GPU"
@@ -163,7 +168,7 @@ class TrainerInputs:
     # Data
 
     def read(self, train_dataset: Any, eval_dataset: Any, *, collator: Any) -> dict[str, Any]:
-        """Return datasets, collator, tokenizer and description as `PretrainingTrainer` keeps them, and make the model.
+        """Return datasets, collator and tokenizer as arguments of `transformers.Trainer`, and make the model.
 
         Args:
             train_dataset: Ready examples, or text: a dataset of 🤗 datasets, a list of texts, or what `prepare_data` returns.
@@ -171,9 +176,30 @@ class TrainerInputs:
             collator: Makes batches of examples; the method's own if None.
 
         Raises:
-            InputError: If a dataset has no text, or does not fit the model, the method or the collator.
+            InputError: If a dataset has no text, or does not fit the model, the method, the options or the collator.
         """
         self._refuse_collator(collator)
+        found = self._found(train_dataset, eval_dataset, collator=collator)
+        train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
+        self.trainer.check_data(self.args, train_dataset, eval_dataset)
+        is_stream = isinstance(train_dataset, IterableDataset)
+        if is_stream:
+            self.args.read_stream()
+        check_text(self.args, is_stream=is_stream, holds_out=eval_dataset is not None)
+        self.args.eval_on_start &= eval_dataset is not None
+        self._description = found.get("data_description") or {}
+        both = {"train_dataset": _with_epochs(train_dataset), "eval_dataset": _with_epochs(eval_dataset)}
+        return both | {name: found[name] for name in ("data_collator", "processing_class")}
+
+    def describe(self, given: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return numbers and names about the data for the model card: those given, or what was found."""
+        described = dict(given or self._description)
+        parts = {"filled_share": self.trainer.train_dataset, "held_out_filled_share": self.trainer.eval_dataset}
+        fills = {name: fill_of(part) for name, part in parts.items()}
+        return described | {name: round(fill, 4) for name, fill in fills.items() if fill is not None}
+
+    def _found(self, train_dataset: Any, eval_dataset: Any, *, collator: Any) -> dict[str, Any]:
+        """Return what `read` does, as the user or the method has it, and the description of the data."""
         train_dataset, eval_dataset = choose_splits(as_dataset(train_dataset), as_dataset(eval_dataset))
         sets = dict(eval_dataset) if isinstance(eval_dataset, dict) else {"": eval_dataset}
         parts = [part for part in (train_dataset, *sets.values()) if part is not None]
@@ -360,13 +386,20 @@ class TrainerInputs:
             return self.model
         return self.model_init(None) if signature(self.model_init).parameters else self.model_init()
 
-    @property
-    def can_rebuild(self) -> bool:
-        """Whether `rebuild` can make the model anew."""
-        return self._source is not None
+    def rebuilding(self) -> Callable[[Any], Any]:
+        """Return a `model_init`: it gives what the model was made of, and `call_model_init` makes the composite of that.
 
-    def rebuild(self, trial: Any = None) -> Any:
-        """Return what the model was made of; `call_model_init` makes the composite of it."""
+        Raises:
+            InputError: If the model came as it is.
+        """
+        if self._source is None:
+            raise InputError(
+                "hyperparameter_search begins each trial with fresh weights: give the Trainer model_init=, a function that makes "
+                "the model, or the model's name"
+            )
+        return self._made_of
+
+    def _made_of(self, trial: Any = None) -> Any:
         return self._source
 
     def compose(self, model: Any) -> PretrainingModel:
@@ -416,6 +449,12 @@ def _set_positions(composite: PretrainingModel, phase: Phase) -> None:
     theta, length = phase.rope_theta, phase.max_position_embeddings
     for part in composite.backbones.values() if theta is not None or length is not None else ():
         set_rotary_positions(part, theta=theta, length=length)
+
+
+def _with_epochs(dataset: Any) -> Any:
+    if isinstance(dataset, dict):
+        return {name: _with_epochs(part) for name, part in dataset.items()}
+    return dataset if dataset is None or isinstance(dataset, IterableDataset) else EpochDataset.wrap(dataset)
 
 
 def _is_stream(dataset: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A method as data: the record that stands beside each Trainer.
+"""A method as data: the record that stands beside each Trainer, and what a Trainer says of its method.
 
 The command line, the shared tests and the tables of the docs read it. Another package registers its record as an entry point of
 the group `hf_pretrain.methods`. Records are found by name and line without importing them: this module imports neither torch nor
@@ -11,12 +11,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from hf_pretrain.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from transformers import PreTrainedModel
+
+    from hf_pretrain.data.arguments import DataArguments
     from hf_pretrain.data.prepare import PreparedData
+    from hf_pretrain.hub.record import ObjectiveDescription
+    from hf_pretrain.modeling.base import PretrainingModel
     from hf_pretrain.training.arguments import PretrainingArguments
     from hf_pretrain.training.trainer import PretrainingTrainer
 
@@ -106,6 +114,100 @@ def _trainer_of(
 ) -> PretrainingTrainer:
     """Return the Trainer of a model that is opened or built as the options say, on the examples that its method makes."""
     return trainer(model_args, args, train_dataset=data)
+
+
+class MethodHooks:
+    """What a method says of itself, beside its [`Method`]: each method's Trainer overrides what differs from the defaults here.
+
+    A loss called "x" is weighted by the option `x_weight`. Beyond these, a Trainer may override `loss_weight`, `run_model` and
+    `save_progress` of [`PretrainingTrainer`], and what the table there names.
+
+    Attributes:
+        objective: Name of the method, and words and formula for the card.
+        option_classes: Dataclasses of the options of model and training.
+        special_tokens: Special tokens that the tokenizer must have.
+        reads_instead_of_text: What the method learns from where that is not text, and the call that makes it.
+    """
+
+    objective: ClassVar[ObjectiveDescription]
+    option_classes: ClassVar[tuple[type, type]]
+    special_tokens: ClassVar[tuple[str, ...]] = ("mask", "pad")
+    reads_instead_of_text: ClassVar[str] = ""
+
+    # Its inputs
+
+    def build_model(
+        self, options: Any, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
+    ) -> PretrainingModel:
+        """Return the composite of a stock model, or of the checkpoint or the sizes that the options name.
+
+        Args:
+            options: Of the first of the `option_classes`.
+            args: Of the second.
+            data: The examples, with their tokenizer, length and languages.
+            stock: A stock model to train; the options of its own sizes do not count.
+
+        Raises:
+            InputError: If it cannot be built.
+        """
+        raise InputError(
+            f"model={type(stock).__name__}: {type(self).__name__} takes a composite of this library: wrap a stock model first, "
+            "such as EncoderForPreTraining.from_model(model)"
+        )
+
+    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
+        """Return how text is cut into examples for this method with its options; the base changes nothing."""
+        return data_args
+
+    def make_collator(self, args: Any, tokenizer: Any) -> Any:
+        """Return the collator of the method with its options; the base has none of its own."""
+        return None
+
+    def make_examples(
+        self, data: PreparedData, *, args: Any, model: PretrainingModel, collator: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of the Trainer that come from the data, such as windows of lanes instead of blocks."""
+        return data.trainer_inputs()
+
+    def check_data(self, args: PretrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
+        """Refuse datasets that the options cannot train on; the base does nothing."""
+
+    # Its training
+
+    def begin_training(self) -> None:
+        """Forget an earlier training, which may have been of another model; called before each."""
+
+    def check_trial(self) -> None:
+        """Refuse the options of a trial that a method cannot train with; the base does nothing."""
+
+    def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return further metrics for a row of the training log, from the means of the components since the last one."""
+        return {}
+
+    # Its evaluation and card
+
+    def evaluated(self, metrics: Mapping[str, float]) -> None:
+        """Look at the metrics of an evaluation, to warn of something; the base does nothing."""
+
+    def evaluation_metrics(
+        self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
+    ) -> dict[str, float]:
+        """Return further metrics from the model's binary scores.
+
+        Args:
+            scores: ``[N]`` logits of all real tokens of the held-out set.
+            labels: ``[N]`` zeros and ones.
+            means: The means computed so far.
+        """
+        return {}
+
+    def reference_models(self) -> dict[str, str | Callable[[Path], Any]]:
+        """Return models to measure beside the trained one on `evaluation_tasks`: by label, a name or what writes the folder."""
+        return {}
+
+    def card_facts(self) -> dict[str, Any]:
+        """Return fields of [`PretrainingCard`] that a method knows better than its description."""
+        return {}
 
 
 class Listed(NamedTuple):

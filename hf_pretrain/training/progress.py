@@ -1,4 +1,4 @@
-"""What a run measures and shows: tokens, memory and the sums of an evaluation; three lines before training, then a table.
+"""What a run measures and shows: tokens, memory and learning rates; three lines before training, then a table.
 
 The lines are on the data, the model and the plan. On a terminal the table of the losses stays in its place and changes; elsewhere
 each row of the log is a plain line. [`TimeBudget`] fits the number of steps to a number of minutes.
@@ -6,16 +6,15 @@ each row of the log is a plain line. [`TimeBudget`] fits the number of steps to 
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console, Group, RenderableType
@@ -23,8 +22,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -34,11 +32,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalPrediction, IntervalStrategy, has_length
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import plain
-from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
 
 if TYPE_CHECKING:
     from hf_pretrain.modeling.base import PretrainingModel
@@ -106,88 +103,64 @@ def peak_memory_mib() -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
-def peak_of_tensors(run: Callable[[], Any]) -> int:
-    """Return the most bytes of tensors that a call holds at a time, beyond those that were there before.
+class LearningRates(TrainerCallback):
+    """Notes the learning rate of each step where it has changed enough to draw; the rows of a log may be too few for that.
 
-    An accelerator counts its own allocations. Elsewhere each operation's results are counted while something holds them; what an
-    operation holds inside of itself is not.
-
-    Args:
-        run: Called once; what it returns is dropped.
-    """
-    if torch.accelerator.current_accelerator(check_available=True) is not None:
-        before = torch.accelerator.memory_allocated()
-        torch.accelerator.reset_peak_memory_stats()
-        run()
-        return int(torch.accelerator.max_memory_allocated() - before)
-    with _HeldTensors() as held:
-        run()
-    return held.peak
-
-
-class _HeldTensors(TorchDispatchMode):
-    """Counts the bytes of the storages that operations made and something holds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {
-            id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)
-        }
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            # A view and what is changed in place have the storage of an argument.
-            if id(storage) not in self._known and id(storage) not in given:
-                self._known.add(id(storage))
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return found
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-class EvaluationSums:
-    """Takes each example's sums and counts through the stock loop of an evaluation, in place of logits.
-
-    They are small, and free of the repeats that fill the last batch.
-
-    Attributes:
-        losses: Names of the losses of the last batch; a metric may be called a loss too, but is none of the total.
+    A resumed run has the steps before from its schedule, where that agrees with the rows of the log.
     """
 
+    _CHANGE = 1 / 64  # of the greatest rate
+    _MOST = 1024
+
     def __init__(self) -> None:
-        self.losses: list[str] = []
-        self._names: list[str] = []
+        self._noted: dict[int, float] = {}
+        self._last: tuple[int, float] | None = None
+        self._greatest = 0.0
 
-    def pack(self, output: PretrainingOutput) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
-        """Return the output of a model as the stock loop gathers it: no loss, predictions, and labels."""
-        sums = {f"{name}_loss": loss for name, loss in output.losses.items()} | output.metrics
-        self.losses, self._names = sorted(output.losses), sorted(sums)
-        statistics = torch.stack([part for name in self._names for part in sums[name]], dim=1)
-        if output.scores is None:
-            return None, (statistics,), torch.zeros_like(statistics)
-        return None, (statistics, output.scores), output.score_labels
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget an earlier training."""
+        self._noted = _scheduled_rates(kwargs.get("lr_scheduler"), state) if state.global_step else {}
+        self._last, self._greatest = None, max(self._noted.values(), default=0.0)
 
-    def unpack(self, prediction: EvalPrediction) -> tuple[dict[str, float], tuple[np.ndarray, np.ndarray] | None]:
-        """Return the means of a whole evaluation, weighted by targets, and scores and labels of all real tokens if any."""
-        parts = prediction.predictions if isinstance(prediction.predictions, tuple) else (prediction.predictions,)
-        totals = np.asarray(parts[0], dtype=np.float64).sum(axis=0).reshape(-1, 2)
-        means = {
-            name: float(total / count) for name, (total, count) in zip(self._names, totals, strict=True) if count > 0
-        }
-        if len(parts) == 1:
-            return means, None
-        is_real = prediction.label_ids != IGNORED
-        return means, (parts[1][is_real], prediction.label_ids[is_real])
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the rate of this step, which the optimizer has just taken."""
+        optimizer = kwargs.get("optimizer")
+        rate = optimizer.param_groups[0]["lr"] if optimizer is not None else None
+        if not isinstance(rate, float):  # a tensor on the device is not waited for
+            return
+        before, self._last = self._last, (state.global_step + 1, rate)
+        known = next(reversed(self._noted.values()), None)
+        self._greatest = max(self._greatest, rate)
+        if known is None or abs(rate - known) > self._CHANGE * self._greatest:
+            # With the step before, a line that was level stays so.
+            self._noted |= dict(filter(None, (before, self._last)))
+        if len(self._noted) > self._MOST:
+            self._noted = dict(list(self._noted.items())[::2])
+
+    @property
+    def noted(self) -> tuple[tuple[float, float], ...]:
+        """(step, rate) in order, the last step included."""
+        return tuple(sorted((self._noted | dict([self._last] if self._last else [])).items()))
+
+
+def _scheduled_rates(scheduler: Any, state: TrainerState) -> dict[int, float]:
+    """Return the rates of the steps that are done, by the schedule; {} where the log has others, or there is no formula."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    if not isinstance(scheduler, LambdaLR):
+        return {}
+
+    def rate(step: int) -> float:
+        return float(scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step - 1))
+
+    logged = {row["step"]: row["learning_rate"] for row in state.log_history if "learning_rate" in row}
+    if any(not math.isclose(value, rate(step), rel_tol=1e-6, abs_tol=1e-12) for step, value in logged.items()):
+        return {}
+    done = state.global_step
+    return {step: rate(step) for step in sorted({1 + (done - 1) * i // 256 for i in range(257)})}
 
 
 # Before training

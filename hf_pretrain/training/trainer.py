@@ -1,27 +1,27 @@
 """The Trainer of every method, to be read from top to bottom: losses, data, rates, log, evaluation, checkpoints, export.
 
-The details are in objects that it holds: `data/streaming/reader.py` reads a stream, `progress.py` counts tokens and sums up an
-evaluation, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py` uploads to the Hub,
-`hub/branches.py` makes branches by the tokens that were read, and `hub/run.py` keeps the numbers of the card.
+The details are in objects that it holds: `inputs.py` makes examples, model and collator of what a user gives,
+`data/streaming/reader.py` reads a stream, `steps/runner.py` computes a micro-batch, `steps/evaluation.py` measures held-out
+examples, `progress.py` counts tokens, `checkpointing.py` writes checkpoints and finds the one to go on from, `hub/pushing.py`
+uploads to the Hub, `hub/branches.py` makes branches by the tokens that were read, and `hub/run.py` keeps the numbers of the card.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Mapping
+from contextlib import closing, nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction
 
 from hf_pretrain.data.arguments import DataArguments
@@ -32,39 +32,35 @@ from hf_pretrain.data.examples.epochs import (
     EpochSampler,
     FilledDataset,
     FilledSampler,
-    fill_of,
+    without_filler,
 )
-from hf_pretrain.data.examples.held_out import evaluated_tokens, held_out_part, mean_tokens
-from hf_pretrain.data.prepare import PreparedData
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.data.streaming.reader import ShareOfSteps, StreamReader
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.branches import Branches
 from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
-from hf_pretrain.hub.record import ObjectiveDescription, PretrainingCard
-from hf_pretrain.hub.run import HeldOutNumbers, LearningRates, describe_run, profile_of
-from hf_pretrain.modeling.backbone import evaluating
-from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
+from hf_pretrain.hub.record import PretrainingCard
+from hf_pretrain.hub.run import HeldOutNumbers, describe_run
+from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for, with_host_inputs
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
-from hf_pretrain.modeling.losses import ExampleSum, PretrainingOutput, SumAccumulator
-from hf_pretrain.modeling.observing.profile import Profile, profile_line
+from hf_pretrain.modeling.losses import PretrainingOutput, SumAccumulator
+from hf_pretrain.modeling.observing.profile import Profile
 from hf_pretrain.modeling.surgery.adapters import add_adapters
-from hf_pretrain.modeling.visibility.backends import AUTO, FastAttention
 from hf_pretrain.optimizers import check_matrices_are_whole, optimizer_of, schedule_of
 from hf_pretrain.options import check_options, schedules_of
 from hf_pretrain.schedules import TrainingSteps
 from hf_pretrain.training.arguments import (
     PretrainingArguments,
     check_best_metric,
+    check_can_be_searched,
     check_searched,
-    check_text,
-    global_batch_size,
 )
 from hf_pretrain.training.checkpointing import Checkpointing, check_loaded, fitting_shapes
 from hf_pretrain.training.inputs import TrainerInputs
-from hf_pretrain.training.phases.course import Course, KeptOptions, PhaseEnd, sampler_from
+from hf_pretrain.training.method import MethodHooks
+from hf_pretrain.training.phases.course import Course, PhaseEnd, kept_options, sampler_from
 from hf_pretrain.training.processes import (
     check_launch,
     dropout_of_process,
@@ -73,13 +69,15 @@ from hf_pretrain.training.processes import (
     reported_faults,
     sharded_by_blocks,
 )
-from hf_pretrain.training.progress import EvaluationSums, TokenCount, peak_memory_mib, show_progress
+from hf_pretrain.training.progress import LearningRates, TokenCount, peak_memory_mib, show_progress
+from hf_pretrain.training.steps.evaluation import Evaluation
+from hf_pretrain.training.steps.runner import StepRunner
 
 if TYPE_CHECKING:
     from hf_pretrain.evaluation.suite.runs import RunTasks
 
 
-class PretrainingTrainer(Trainer):
+class PretrainingTrainer(MethodHooks, Trainer):
     """Trains a [`PretrainingModel`], dividing each of its losses by that loss's own global count.
 
     The model returns sums. Before a step, the targets of every loss are counted over all its micro-batches and all ranks, so
@@ -87,8 +85,8 @@ class PretrainingTrainer(Trainer):
 
     A method gives its `objective` and, if it has any, its `evaluation_metrics`; a loss called "x" is weighted by the option
     `x_weight` (1 if there is none). An option may be a [`Schedule`], which changes in training; evaluation uses its last value,
-    so that totals can be compared. The other hooks of a method are `loss_weight`, `run_model`, `begin_training`,
-    `training_metrics`, `evaluated`, `card_facts` and `save_progress`.
+    so that totals can be compared. The other hooks of a method are those of [`MethodHooks`], `loss_weight`, `run_model` and
+    `save_progress`.
 
     What is overridden of `transformers.Trainer`, and why; a method that overrides one too is named:
 
@@ -154,12 +152,7 @@ class PretrainingTrainer(Trainer):
 
     model: PretrainingModel
     hub_model_id: str | None
-    objective: ClassVar[ObjectiveDescription]
-    # Options of the model and of training; special tokens that the tokenizer must have.
     option_classes: ClassVar[tuple[type, type]] = (ModelArguments, PretrainingArguments)
-    special_tokens: ClassVar[tuple[str, ...]] = ("mask", "pad")
-    # What the method learns from where that is not text, and the call that makes it.
-    reads_instead_of_text: ClassVar[str] = ""
     data_collator: Any
     model_init: Any
     # The loss that compute_loss returns is already the share of this micro-batch in the whole step's mean.
@@ -183,65 +176,34 @@ class PretrainingTrainer(Trainer):
         options = {"model_args": model_args, "data_args": data_args, "processing_class": processing_class}
         self.inputs = TrainerInputs(self, model, args, **options, others=kwargs)
         args = self.inputs.args
-        if getattr(args, "phases", None) and getattr(args, "course", None) is None:
-            raise InputError(
-                "phases is for programs, which make a Trainer for each of them: hf-pretrain METHOD --config recipe.yaml"
-            )
         self.course: Course | None = getattr(args, "course", None)
         found = self.inputs.read(train_dataset, eval_dataset, collator=data_collator)
-        train_dataset, eval_dataset = found["train_dataset"], found["eval_dataset"]
         model = None if "model_init" in kwargs else self.inputs.model
-        self.check_data(args, train_dataset, eval_dataset)
-        is_stream = isinstance(train_dataset, IterableDataset)
-        if is_stream:
-            args.read_stream()
-        check_text(args, is_stream=is_stream, holds_out=eval_dataset is not None)
-        args.eval_on_start &= eval_dataset is not None
         self._peft_config = peft_config
         if model is not None:
             self._make_trainable(model, args)
         # The stock method opens the repository with them.
         self.held_out, self.checkpoints, self.pushing = HeldOutNumbers(self), Checkpointing(self), Pushing(self)
         self.branches = Branches(self)
-        super().__init__(
-            model,
-            args,
-            train_dataset=_with_epochs(train_dataset),
-            eval_dataset=_with_epochs(eval_dataset),
-            data_collator=found["data_collator"],
-            processing_class=found["processing_class"],
-            compute_metrics=self._reduce_statistics,
-            **kwargs,
-        )
+        super().__init__(model, args, compute_metrics=self._reduce_statistics, **found, **kwargs)
         # From pinned memory a batch is copied while the device computes.
         self.accelerator.dataloader_config.non_blocking |= self.args.dataloader_pin_memory
         check_launch(self.accelerator)
         check_matrices_are_whole(self.args, self.accelerator)
         self.progress = show_progress(self)
+        self.learning_rates = LearningRates()
+        self.add_callback(self.learning_rates)
         if self.course is not None:
             self.add_callback(PhaseEnd(self))
         self._schedules = schedules_of(args)
-        self.data_description = dict(data_description or found.get("data_description") or {})
-        for name, part in (("filled_share", self.train_dataset), ("held_out_filled_share", self.eval_dataset)):
-            if (fill := fill_of(part)) is not None:
-                self.data_description[name] = round(fill, 4)
-        if self._isolates_documents and isinstance(self.train_dataset, EpochDataset) and len(self.train_dataset):
-            example = self.train_dataset[0]
-            if "document_ids" in example:
-                self._refuse_lost_documents(self.data_collator([example]))
+        self.data_description = self.inputs.describe(data_description)
         # Options that are not the defaults, and all of them, where a program knows those of data and model too.
         self.recipe: dict[str, Any] = {}
         self.options: dict[str, Any] = {}
-        self.learning_rates = LearningRates()
-        self.add_callback(self.learning_rates)
         self.stream: StreamReader | None = None
-        self.has_begun = self._is_tried = False
-        # Of the training that runs, and what was found of the last one.
-        self.profile: Profile | None = None
-        self.profiled: dict[str, Any] | None = None
-        self._attention: dict[tuple[str, ...], FastAttention] = {}
-        self._is_evaluating = False
-        self._sums = EvaluationSums()
+        self.has_begun = False
+        self.runner, self.evaluation = StepRunner(self), Evaluation(self)
+        self.runner.check_collator()
         self._components, self.tokens = SumAccumulator(), TokenCount(self)
         self.tasks = self._find_tasks()
 
@@ -258,152 +220,34 @@ class PretrainingTrainer(Trainer):
 
         return RunTasks(self)
 
-    # What a method says of its inputs
-
-    def build_model(
-        self, options: Any, *, args: Any, data: PreparedData, stock: PreTrainedModel | None = None
-    ) -> PretrainingModel:
-        """Return the composite of a stock model, or of the checkpoint or the sizes that the options name.
-
-        Args:
-            options: Of the first of the `option_classes`.
-            args: Of the second.
-            data: The examples, with their tokenizer, length and languages.
-            stock: A stock model to train; the options of its own sizes do not count.
-
-        Raises:
-            InputError: If it cannot be built.
-        """
-        raise InputError(
-            f"model={type(stock).__name__}: {type(self).__name__} takes a composite of this library: wrap a stock model first, "
-            "such as EncoderForPreTraining.from_model(model)"
-        )
-
-    def cut_text(self, data_args: DataArguments, *, training: Any) -> DataArguments:
-        """Return how text is cut into examples for this method with its options; the base changes nothing."""
-        return data_args
-
-    def make_collator(self, args: Any, tokenizer: Any) -> Any:
-        """Return the collator of the method with its options; the base has none of its own."""
-        return None
-
-    def make_examples(
-        self, data: PreparedData, *, args: Any, model: PretrainingModel, collator: Any
-    ) -> dict[str, Any]:
-        """Return the arguments of the Trainer that come from the data, such as windows of lanes instead of blocks."""
-        return data.trainer_inputs()
-
-    def check_data(self, args: PretrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
-        """Refuse datasets that the options cannot train on; the base does nothing."""
-
-    @property
-    def _isolates_documents(self) -> bool:
-        return self.data_description.get("block_mode") == "isolated_documents"
-
-    def _refuse_lost_documents(self, batch: Mapping[str, Any]) -> None:
-        """Refuse a collator that drops `document_ids` where documents are kept apart: they would see each other."""
-        if self._isolates_documents and "document_ids" not in batch:
-            raise InputError(
-                f"block_mode='isolated_documents', but the batches of {type(self.data_collator).__name__} have no document_ids: "
-                "choose another block_mode, such as 'doc_sentences'"
-            )
-
     # Losses
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Run a micro-batch forward and backward, on flash attention where the models can; see `transformers.Trainer`."""
-        if self.profile is not None and self._wants_flops and FILLER not in inputs:
-            # Only torch's own attention is known to the counter.
-            with self.profile.counting(self._num_tokens(inputs)):
-                return super().training_step(model, inputs, num_items_in_batch)
-        watching = nullcontext() if self.profile is None else self.profile.watching()
-        with watching, self._on_fast_attention(inputs):
+        with self.runner.training(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
     @property
-    def _wants_flops(self) -> bool:
-        # A micro-batch of another mode trains one of two models.
-        is_whole = getattr(self.args, "training_mode", "joint") == "joint"
-        return self.profile is not None and self.profile.wants_flops and is_whole
-
-    @staticmethod
-    def _num_tokens(batch: Mapping[str, Any]) -> int:
-        return int(batch["attention_mask"].sum())
-
-    def _timed(self, part: str) -> AbstractContextManager[None]:
-        return nullcontext() if self.profile is None else self.profile.part(part)
-
-    def _end_profile(self) -> None:
-        """Write where the time of the training went, and show it in a line."""
-        if self.profile is None:
-            return
-        self.tokens.add_new()
-        tokens = self.state.num_input_tokens_seen - getattr(self, "_initial_num_input_tokens_seen", 0)
-        self.profiled = self.profile.summary(tokens=tokens, num_processes=self.args.world_size)
-        if self.is_world_process_zero():
-            self.profile.write(Path(self.args.output_dir), self.profiled)
-            self.progress.say(f"profile {profile_line(self.profiled)}")
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Number format of the products of a step."""
-        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
-
-    def fast_attention(self, batch: Mapping[str, Any]) -> FastAttention:
-        """Return which of the stock models run on flash attention with a batch; the option may name another backend."""
-        options = self.inputs.model_args
-        wanted = AUTO if options is None else getattr(options, "attn_implementation", None)
-        names = tuple(sorted(self.model.on_flash(batch))) if wanted == AUTO else ()
-        if names not in self._attention:
-            parts = [self.model.backbones[name] for name in names]
-            self._attention[names] = FastAttention(parts, device=self.args.device, dtype=self.compute_dtype)
-        return self._attention[names]
-
-    def _on_fast_attention(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
-        fast = self.fast_attention(batch)
-        return fast.running() if fast.is_faster else nullcontext()
+    def profile(self) -> Profile | None:
+        """Clock of the training that runs; None without the option `profile`."""
+        return self.runner.profile
 
     @property
     def attention(self) -> str | None:
         """Names of the attention backends that the stock models run on in a step; None if none of them chooses one."""
-        changed = {name: None for name in self.model.on_flash({})}
-        fast = dict(zip(sorted(changed), self.fast_attention({}).backends, strict=False))
-        configs = {name: getattr(part, "config", None) for name, part in self.model.backbones.items()}
-        own = {name: getattr(config, "_attn_implementation", None) for name, config in configs.items()}
-        return ", ".join(dict.fromkeys(filter(None, (own | fast).values()))) or None
+        return self.runner.attention
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""
-        with self._timed("data"):
+        with self.runner.timed("data"):
             batches, counts = super().get_batch_samples(*args)
         self.has_begun = True
         if self.stream is not None:
             self.stream.note(batches)
-        if self.args.torch_compile and batches and not self._is_tried:
-            self._try_out(batches[0])
-        for batch in batches:
-            self._refuse_lost_documents(batch)
-            if FILLER not in batch:
-                self.tokens.new += batch["attention_mask"].sum().to(self.tokens.new.device)
+        self.runner.receive(batches)
         if self.args.hub_branches is not None:
             self.branches.count()
         return batches, counts
-
-    @torch.no_grad()
-    def _try_out(self, batch: dict[str, Any]) -> None:
-        """Run the model on a batch before it is compiled: what it finds out of its stock models would break the graph."""
-        self._is_tried = True
-        # Weights that are divided among processes, only the wrapped model puts together.
-        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:
-            inputs = self._prepare_inputs(_without_filler(batch))
-            inputs.pop("lanes", None)
-            with evaluating(self.model), self._on_fast_attention(inputs):
-                self.model(**inputs)
-            if self.profile is not None and self._wants_flops:
-                # A compiled graph hides its operations. Backward they are taken to be twice as many.
-                with evaluating(self.model), torch.enable_grad(), self.profile.counting(self._num_tokens(inputs)):
-                    self.model(**inputs)
-                self.profile.flops *= 3
 
     def _get_num_items_in_batch(
         self, batch_samples: list[dict[str, Any]], device: torch.device
@@ -411,7 +255,7 @@ class PretrainingTrainer(Trainer):
         """Count the targets of every loss over the step's micro-batches and all ranks."""
         if not batch_samples:
             return None
-        counts = [self.model.count_targets(_without_filler(batch)) for batch in batch_samples]
+        counts = [self.model.count_targets(without_filler(batch)) for batch in batch_samples]
         names = sorted(counts[0])
         # A filler has no targets: it only keeps this process in step.
         own = [
@@ -433,10 +277,10 @@ class PretrainingTrainer(Trainer):
         if num_items_in_batch is None:
             num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         assert num_items_in_batch is not None, "there is a batch, so it was counted"
-        outputs = self.run_model(model, _without_filler(inputs))
+        outputs = self.run_model(model, without_filler(inputs))
         if FILLER in inputs:
             # The other processes wait for these gradients, which have to be zero.
-            outputs.losses, outputs.metrics = _nothing(outputs.losses), _nothing(outputs.metrics)
+            outputs.count_nothing()
         total = torch.zeros((), device=self.args.device)
         for name, loss in outputs.losses.items():
             mean = loss.sum.sum() / num_items_in_batch[name].clamp(min=1.0).float()
@@ -507,32 +351,33 @@ class PretrainingTrainer(Trainer):
 
     def _host_collator(self) -> Any:
         """Return the collator, followed by the model's `host_inputs`."""
-        return partial(_with_host_inputs, self.data_collator, type(self.model), self.model.config)
+        return with_host_inputs(self.data_collator, self.model)
 
     def _get_dataloader(self, dataset: Dataset, *, is_training: bool = False, **options: Any) -> DataLoader:
         """Return a loader of examples; those that fill the last turn of several processes in training are marked as such."""
-        if self._is_evaluating and any(dataset is part for part in self._held_out_sets()):
+        if self.evaluation.is_running and any(dataset is part for part in self.evaluation.sets):
             dataset = self.part_to_evaluate(dataset)
-        collate, filled = self.data_collator, None
+        collate, sampler = self.data_collator, None
         self.data_collator = self._host_collator()
-        if is_training and self.course is not None and not isinstance(dataset, IterableDataset):
-            options["sampler_fn"] = partial(sampler_from, options["sampler_fn"], self.course.first_epoch)
-        if is_training and self.args.world_size > 1 and not isinstance(dataset, IterableDataset):
-            filled = options["sampler_fn"](dataset)
+        if is_training and not isinstance(dataset, IterableDataset):
+            if self.course is not None:
+                options["sampler_fn"] = partial(sampler_from, options["sampler_fn"], self.course.first_epoch)
+            if self.args.world_size > 1:
+                sampler = options["sampler_fn"](dataset)
         # A sampler of another's making accelerate draws alike on all processes.
-        if isinstance(filled, EpochSampler):
+        if isinstance(sampler, EpochSampler):
             if not self.args.dataloader_drop_last:
                 turn = self.get_total_train_batch_size(self.args) // self.args.gradient_accumulation_steps
-                dataset, filled = FilledDataset(dataset), FilledSampler(filled, multiple=turn)
+                dataset, sampler = FilledDataset(dataset), FilledSampler(sampler, multiple=turn)
             self.data_collator = CollatorOfFilled(self.data_collator)
-            options["sampler_fn"] = lambda _: filled
+            options["sampler_fn"] = lambda _: sampler
         try:
             loader = super()._get_dataloader(dataset, is_training=is_training, **options)
         finally:
             self.data_collator = collate
-        if isinstance(filled, EpochSampler | FilledSampler):
+        if isinstance(sampler, EpochSampler | FilledSampler):
             # Where batches are skipped after a resume, accelerate looks here for the sampler, to set its epoch.
-            cast(Any, loader.batch_sampler).sampler = filled
+            cast(Any, loader.batch_sampler).sampler = sampler
         return loader
 
     # Rates
@@ -578,9 +423,8 @@ class PretrainingTrainer(Trainer):
             if wrapped is not None:
                 wrapped._is_accelerate_prepared = False
         dropout_of_process(self.args)
-        self._components, self._attention = SumAccumulator(), {}
-        if self.args.profile:
-            self.profile = profile_of(self)
+        self._components = SumAccumulator()
+        self.runner.begin()
         self.tokens.begin()
         self.held_out.begin()
         self.begin_training()
@@ -590,13 +434,10 @@ class PretrainingTrainer(Trainer):
             self.tasks.begin(is_new=checkpoint is None)
         with reported_faults(self.args.output_dir), closing(self.progress):
             output = super().train(checkpoint, **kwargs)
-            self._end_profile()
+            self.runner.end_profile()
         self.held_out.end()
         self.branches.finish()
         return output
-
-    def begin_training(self) -> None:
-        """Forget an earlier training, which may have been of another model; called before each."""
 
     def _prepare_for_training(self, *args: Any) -> Any:
         """Wrap the model for distributed training; see `transformers.Trainer`."""
@@ -633,21 +474,9 @@ class PretrainingTrainer(Trainer):
         Raises:
             InputError: If the Trainer cannot make the model anew, or `hub_branches` or `evaluation_tasks` is set.
         """
-        if self.args.hub_branches is not None:
-            raise InputError(
-                f"hub_branches={self.args.hub_branches!r}: each trial of a search would write the same branches: leave it out"
-            )
-        if self.tasks is not None:
-            raise InputError(
-                f"evaluation_tasks={self.args.evaluation_tasks}: each trial of a search would measure them: leave it out"
-            )
+        check_can_be_searched(self.args)
         if self.model_init is None:
-            if not self.inputs.can_rebuild:
-                raise InputError(
-                    "hyperparameter_search begins each trial with fresh weights: give the Trainer model_init=, a function that "
-                    "makes the model, or the model's name"
-                )
-            self.model_init = self.inputs.rebuild
+            self.model_init = self.inputs.rebuilding()
         return super().hyperparameter_search(*args, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -671,9 +500,6 @@ class PretrainingTrainer(Trainer):
         self._schedules = schedules_of(self.args)
         self.check_trial()
 
-    def check_trial(self) -> None:
-        """Refuse the options of a trial that a method cannot train with; the base does nothing."""
-
     # The log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -696,10 +522,6 @@ class PretrainingTrainer(Trainer):
                 del logs[name]
         super().log(logs, start_time)
 
-    def training_metrics(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return further metrics for a row of the training log, from the means of the components since the last one."""
-        return {}
-
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, reduction="sum")
 
@@ -709,59 +531,27 @@ class PretrainingTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate; masks and samples are fixed, so two calls give the same numbers. See `transformers.Trainer.evaluate`."""
-        if self._is_evaluating:  # one of several sets, called from below
+        if self.evaluation.is_running:  # one of several sets, called from below
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         first = len(self.state.log_history)
-        self._is_evaluating = True
-        try:
-            # A data loader draws a seed when it is opened; training must not depend on how often it is evaluated.
-            with self.tokens.paused(), torch.random.fork_rng(devices=[]), self._timed("evaluation"):
-                metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        finally:
-            self._is_evaluating = False
-            self.progress.end_evaluation()
+        with self.evaluation.running():
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         is_own = (eval_dataset is None or eval_dataset is self.eval_dataset) and metric_key_prefix == "eval"
         self.held_out.note(self.state.log_history[first:], metrics, is_own=is_own)
-        measured, known = self.measured_examples() if is_own else (0, 0)
-        if measured < known:
-            share = round(measured / known, 4)
-            self.data_description |= {"held_out_measured_examples": measured, "held_out_measured_share": share}
+        if is_own:
+            self.data_description |= self.evaluation.described()
         if self.is_in_train and metric_key_prefix == "eval":
             check_best_metric(self.args, [name[5:] for name in metrics if name.startswith("eval_")])
         self.evaluated(metrics)
         return metrics
 
-    def _held_out_sets(self) -> list[Any]:
-        sets = self.eval_dataset
-        return list(sets.values()) if isinstance(sets, dict) else [] if sets is None else [sets]
-
     def part_to_evaluate(self, dataset: Any) -> Any:
         """Return the examples of a set of the run's own held-out text that each evaluation measures; see `max_eval_tokens`."""
-        if not isinstance(dataset, EpochDataset):
-            return dataset
-        most, num_sets = self.args.max_eval_tokens, max(1, len(self._held_out_sets()))
-        if most is None and not self.reads_instead_of_text:
-            most = self._usual_tokens_to_evaluate(dataset)
-        return held_out_part(dataset, max(1, most // num_sets) if most else None)
-
-    def _usual_tokens_to_evaluate(self, held_out: Any) -> int | None:
-        args, train = self.args, self.train_dataset
-        if train is None:
-            return None
-        is_stream, steps = isinstance(train, IterableDataset), args.max_steps
-        if self.course is not None:
-            steps = self.course.total
-        examples = steps * global_batch_size(args) if steps > 0 else args.num_train_epochs * len(train)
-        trained = examples * mean_tokens(held_out if is_stream or not len(train) else train)
-        return evaluated_tokens(trained, max_minutes=args.max_minutes)
+        return self.evaluation.part_of(dataset)
 
     def measured_examples(self) -> tuple[int, int]:
         """Return how many held-out examples an evaluation measures, and of how many."""
-        sets = [part for part in self._held_out_sets() if isinstance(part, EpochDataset)]
-        return sum(len(self.part_to_evaluate(part)) for part in sets), sum(map(len, sets))
-
-    def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Look at the metrics of an evaluation, to warn of something; the base does nothing."""
+        return self.evaluation.measured_examples()
 
     def _evaluate(self, trial: Any, ignore_keys_for_eval: Any, skip_scheduler: bool = False) -> dict[str, float]:
         # Only the evaluation before the first step leaves the schedule alone, and a resumed run has had that one.
@@ -783,29 +573,15 @@ class PretrainingTrainer(Trainer):
     ) -> tuple[None, tuple[torch.Tensor, ...], torch.Tensor | None]:
         """Return each example's sums and counts instead of logits."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager(), self._on_fast_attention(inputs):
-            return self._sums.pack(self.run_model(model, inputs))
+        with torch.no_grad(), self.compute_loss_context_manager(), self.runner.on_fast_attention(inputs):
+            return self.evaluation.pack(self.run_model(model, inputs))
 
     def _reduce_statistics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Turn the sums and counts of all examples into means weighted by targets."""
-        means, scores_and_labels = self._sums.unpack(prediction)
-        losses = {name: means.get(f"{name}_loss", 0.0) for name in self._sums.losses}
-        means["loss"] = sum(self.loss_weight(name) * mean for name, mean in losses.items())
+        means, scores_and_labels = self.evaluation.unpack(prediction)
         if scores_and_labels is not None:
             means |= self.evaluation_metrics(*scores_and_labels, means)
         return means
-
-    def evaluation_metrics(
-        self, scores: np.ndarray, labels: np.ndarray, means: Mapping[str, float]
-    ) -> dict[str, float]:
-        """Return further metrics from the model's binary scores.
-
-        Args:
-            scores: ``[N]`` logits of all real tokens of the held-out set.
-            labels: ``[N]`` zeros and ones.
-            means: The means computed so far.
-        """
-        return {}
 
     # Checkpoints
 
@@ -814,7 +590,7 @@ class PretrainingTrainer(Trainer):
         # It may lie between two rows of the log.
         self.tokens.add_new()
         write = partial(super()._save_checkpoint, model, trial)
-        with self._timed("saving"):
+        with self.runner.timed("saving"):
             # A run that goes on from here must not miss them.
             self.branches.write_passed()
             folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -840,12 +616,9 @@ class PretrainingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.course is None or checkpoint is None or self.is_deepspeed_enabled:
+        is_phase = self.course is not None and checkpoint is not None and not self.is_deepspeed_enabled
+        with kept_options(self) if is_phase else nullcontext():
             super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        kept = KeptOptions(self.optimizer, self.lr_scheduler)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        kept.restore(self.optimizer, self.lr_scheduler)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         check_loaded(load_result, tied=self.model.all_tied_weights_keys)
@@ -901,14 +674,6 @@ class PretrainingTrainer(Trainer):
         chosen = {name: value for name, value in facts.items() if name in known and value is not None}
         return describe_run(self, **self.card_facts() | chosen)
 
-    def reference_models(self) -> dict[str, str | Callable[[Path], Any]]:
-        """Return models to measure beside the trained one on `evaluation_tasks`: by label, a name or what writes the folder."""
-        return {}
-
-    def card_facts(self) -> dict[str, Any]:
-        """Return fields of [`PretrainingCard`] that a method knows better than its description."""
-        return {}
-
     # The Hub
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -939,25 +704,3 @@ class PretrainingTrainer(Trainer):
     def _finish_current_push(self) -> None:
         """Wait for the uploads that go on, and say which failed."""
         self.pushing.finish()
-
-
-def _without_filler(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name != FILLER}
-
-
-def _nothing(sums: Mapping[str, ExampleSum]) -> dict[str, ExampleSum]:
-    return {name: ExampleSum(value.sum * 0, value.count * 0) for name, value in sums.items()}
-
-
-def _with_epochs(dataset: Any) -> Any:
-    if isinstance(dataset, dict):
-        return {name: _with_epochs(part) for name, part in dataset.items()}
-    return dataset if dataset is None or isinstance(dataset, IterableDataset) else EpochDataset.wrap(dataset)
-
-
-def _with_host_inputs(
-    collate: Any, model_class: type[PretrainingModel], config: Any, examples: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return a batch with what the model's `host_inputs` finds in it; this runs in the workers, as the collator does."""
-    batch = collate(examples)
-    return {**batch, **model_class.host_inputs(batch, config)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.options import option
@@ -74,8 +74,6 @@ class StrategyArguments:
     Sources: Howard and Ruder 2018 (discriminative rates, gradual unfreezing, slanted triangular rates); Kumar et al. 2022 (probe,
         then tune); Lee et al. 2019 (top layers); Ben Zaken et al. 2022 (BitFit); Hu et al. 2022 (LoRA); Liu et al. 2024 (DoRA).
     """
-
-    strategies_of_options: ClassVar[dict[str, frozenset[str]]] = _TAKEN_BY
 
     strategy: Strategy = option(
         "layerwise_decay",

@@ -16,7 +16,6 @@ from hf_pretrain.corruption.fragments import (
     PrefixLM,
     SpanCorruption,
     UL2Noise,
-    raw_length,
     sentinels_needed,
     span_counts,
 )
@@ -98,26 +97,19 @@ def hidden_mask(texts: Texts, pairs: NoisedTexts) -> np.ndarray:
 @pytest.mark.parametrize(
     ("inputs", "raw", "targets"), [(512, 568, 114), (128, 141, 29), (256, 284, 58), (1024, 1137, 229)]
 )
-def test_a_text_of_the_raw_length_fills_the_input_exactly(inputs, raw, targets):
-    assert raw_length(inputs, density=0.15, mean_length=3.0) == (raw, targets)
-    texts = make_texts([raw] * 40)
-    pairs = replace(T5, sentinels=np.arange(100))(texts)
+def test_a_text_of_this_length_fills_t5s_input_exactly(inputs, raw, targets):
+    noise = replace(T5, sentinels=np.arange(100))
+    assert noise.longest_pair(raw) == (inputs - 1, targets - 1) and noise.longest_pair(raw + 1)[0] > inputs - 1
+    pairs = noise(make_texts([raw] * 40))
     assert pairs.input_valid.shape == (40, inputs - 1) and pairs.input_valid.all()
     assert pairs.target_valid.shape == (40, targets - 1) and pairs.target_valid.all()
 
 
-def test_raw_length_is_the_greatest_that_fits():
-    for density, mean, roll in itertools.product([0.05, 0.15, 0.5, 0.9], [1.0, 2.0, 3.0, 64.0, np.inf], [False, True]):
-        options = {"density": density, "mean_length": mean}
-        noise = SpanCorruption(sentinels=np.arange(999), density=density, mean_length=min(mean, 1e6), random_roll=roll)
-        for inputs in [3, 4, 5, 8, 13, 64, 129]:
-            raw, targets = raw_length(inputs, **options, num_special_inputs=2, num_special_targets=3, random_roll=roll)
-            longest = {length: noise.longest_pair(length) for length in range(max(raw - 30, 1), raw + 30)}
-            assert list(longest.values()) == sorted(longest.values())
-            assert longest[raw][1] == targets - 3
-            assert longest[raw][0] <= inputs - 2 < longest[raw + 1][0]
-    with pytest.raises(InputError, match=r"^inputs_length=2 has no room beside 2 special tokens: give at least 3$"):
-        raw_length(2, density=0.15, mean_length=3.0, num_special_inputs=2)
+def test_no_longer_text_has_a_shorter_pair():
+    for density, mean, roll in itertools.product([0.05, 0.15, 0.5, 0.9], [1.0, 2.0, 3.0, 64.0, 1e6], [False, True]):
+        noise = SpanCorruption(sentinels=np.arange(999), density=density, mean_length=mean, random_roll=roll)
+        pairs = [noise.longest_pair(length) for length in range(1, 200)]
+        assert pairs == sorted(pairs)
 
 
 def test_counts_are_those_of_a_loop_with_rounding_to_even():
@@ -291,7 +283,7 @@ def test_ul2_draws_each_denoiser_alike_and_begins_with_its_mode():
 
 
 def test_ul2_refuses_by_the_name_of_the_denoiser():
-    raw, _ = raw_length(512, density=0.5, mean_length=3.0)
+    raw = 767
     assert sentinels_needed(raw, density=0.5, mean_length=3.0) == 128
     message = (
         r"^sentinels holds 100 ids, but a text of 767 tokens needs 128 with the denoiser X:3:0.5: use shorter texts"

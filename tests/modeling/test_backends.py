@@ -164,7 +164,9 @@ def test_methods_with_masks_of_their_own_stay_on_theirs(flash, tmp_path):
     assert trainer.attention == "sdpa"
     batch = {"is_causal": torch.zeros(1, dtype=torch.bool)}
     mixed = build(PROGRAMS["encoder"], tmp_path / "mixed", objectives=["mlm", "clm"])
-    assert mixed.fast_attention(batch).backends == [] and mixed.fast_attention({}).backends == ["flash_attention_2"]
+    assert mixed.runner.fast_attention(batch).backends == [] and mixed.runner.fast_attention({}).backends == [
+        "flash_attention_2"
+    ]
 
 
 def test_auto_is_the_default_and_leaves_the_choice_to_transformers():

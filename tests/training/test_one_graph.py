@@ -77,7 +77,7 @@ def test_all_batches_have_one_shape(method, tmp_path):
 def test_each_forward_is_one_graph(method, tmp_path):
     trainer = build(PROGRAMS[method], tmp_path, **COMPILED)
     batches, counter = batches_of(trainer), CompileCounter()
-    trainer._try_out(batches[0])
+    trainer.runner.try_out(batches[0])
     model = torch.compile(trainer.model.train(), backend=counter, fullgraph=True, dynamic=False)
     losses = []
     for number, batch in enumerate(batches):

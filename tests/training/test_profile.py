@@ -92,10 +92,10 @@ def test_a_profiled_run_is_the_plain_run(method, tmp_path, capsys):
     for row, other in zip(rows, others, strict=True):
         assert row == pytest.approx(other, rel=1e-6)
     plain, trainer = runs
-    assert plain.profiled is None and not (tmp_path / "False" / "profile.json").exists()
+    assert plain.runner.profiled is None and not (tmp_path / "False" / "profile.json").exists()
     found = json.loads((tmp_path / "True" / "profile.json").read_text())
     assert [row["step"] for row in found.pop("rows")] == [1, 2, 3]
-    assert found == trainer.profiled
+    assert found == trainer.runner.profiled
     for name in ("data_share", "evaluation_share", "saving_share", "share_of_peak"):
         assert 0 < found[name] < 1, name
     # As the card counts them: the products of the weights of the bodies alone.
@@ -112,7 +112,7 @@ def test_a_compiled_run_has_a_share_too(tmp_path):
     for name, extra in (("plain", {}), ("compiled", options)):
         trainer = build(PROGRAMS["mlm"], tmp_path / name, profile=True, max_steps=1, **extra)
         trainer.train()
-        found[name] = trainer.profile.flops
+        found[name] = trainer.runner.profile.flops
     assert found["compiled"] == pytest.approx(found["plain"], rel=0.5)
     torch._dynamo.reset()
 
@@ -127,7 +127,7 @@ def test_a_slow_loader_shows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(trainer.data_collator), "__call__", slowly)
     trainer.train()
-    assert trainer.profiled["data_share"] * trainer.profiled["seconds"] > 0.19
+    assert trainer.runner.profiled["data_share"] * trainer.runner.profiled["seconds"] > 0.19
 
 
 def test_waits_are_counted_in_one_step_of_each_row_on_a_gpu(monkeypatch):

@@ -11,8 +11,9 @@ from transformers import PrinterCallback, ProgressCallback
 from helpers.method_matrix import build, programs
 from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling.observing.profile import peak_of_tensors
 from hf_pretrain.training import progress
-from hf_pretrain.training.progress import Progress, TimeBudget, peak_of_tensors
+from hf_pretrain.training.progress import Progress, TimeBudget
 
 MLM, RTD = programs()["mlm"], programs()["rtd"]
 

@@ -19,11 +19,12 @@ from hf_pretrain.hub.card import add_evaluation, render_card
 from hf_pretrain.hub.evaluation import Evaluation
 from hf_pretrain.hub.plots import training_figures
 from hf_pretrain.hub.record import read_record
-from hf_pretrain.hub.run import LearningRates, describe_run, hub_name_of
+from hf_pretrain.hub.run import describe_run, hub_name_of
 from hf_pretrain.hub.text import number, with_perplexity
 from hf_pretrain.modeling.backbone import flops_of_weights
 from hf_pretrain.modeling.base import trial_tokens
 from hf_pretrain.training.program import print_report
+from hf_pretrain.training.progress import LearningRates
 
 MLM = programs()["mlm"]
 PROBE = Evaluation(task="T", dataset="d", split="test", metrics={"accuracy": 0.5}, method="probe")

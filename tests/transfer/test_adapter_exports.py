@@ -124,7 +124,8 @@ def test_the_commands_open_it(place, tmp_path, capsys, kind):
         shown.append([(entry["run"]["strategy"], entry["scores"]["accuracy"]) for entry in runs])
     assert shown[0] == shown[1]
     capsys.readouterr()
-    run("evaluate", place / kind, "--tasks", f"{place / 'tasks.yaml'}:classification")
+    out = ["--output_file", tmp_path / "evaluation.json"]
+    run("evaluate", place / kind, "--tasks", f"{place / 'tasks.yaml'}:classification", *out)
     assert f"  {kind}" in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from helpers.strategy_runs import CONFIGS, classifier, collate, examples, fine_tuner, moved, weights
 from hf_pretrain.errors import InputError
-from hf_pretrain.training.progress import peak_of_tensors
+from hf_pretrain.modeling.observing.profile import peak_of_tensors
 from hf_pretrain.transfer.adapters import linear_names, merge_for_export
 from hf_pretrain.transfer.fine_tuning import FineTuningTrainer
 from hf_pretrain.transfer.strategies import strategy_report

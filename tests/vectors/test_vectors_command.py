@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 from helpers.tiny_text import write_models, write_text
 from hf_pretrain import cli
 from hf_pretrain.commands import vectors as command
+from hf_pretrain.commands import vectors_card
 from hf_pretrain.vectors.folder import WordVectors
 from hf_pretrain.vectors.formats import read_vectors
 from hf_pretrain.vectors.text_vectors import SparseTextVectorizer
@@ -52,7 +53,7 @@ def test_a_method_makes_vectors_that_both_libraries_open(method, folder, capsys)
     assert vectors.counts is not None and (np.diff(vectors.counts) <= 0).all()
     assert model.config.method == method and model.config.training["train_file"] == ["corpus.txt"]
     card = (folder / "out" / "README.md").read_text(encoding="utf-8")
-    assert command._DESCRIPTIONS[method][0] in card and "## Neighbours" in card and "plots/words.svg" in card
+    assert vectors_card._DESCRIPTIONS[method][0] in card and "## Neighbours" in card and "plots/words.svg" in card
     assert (folder / "out" / "plots" / "words.svg").is_file() and not (folder / "out" / "_work").exists()
 
 
@@ -166,7 +167,7 @@ def test_the_card_answers_analogies_of_known_words(tmp_path):
     # Axes: person, royal, female.
     table = {"man": [1, 0, 0], "king": [1, 1, 0], "woman": [1, 0, 1], "queen": [1, 1, 1], "he": [0, 1, 1]}
     vectors = WordVectors(tuple(table), np.array(list(table.values()), dtype=np.float32))
-    sections = command._sections(vectors, tmp_path)
+    sections = vectors_card._sections(vectors, tmp_path)
     assert sections["Analogies"].splitlines()[2:] == ["| man : king = woman : ? | queen, he |"]
     without = WordVectors(("he", "man"), np.eye(2, dtype=np.float32))
-    assert "Analogies" not in command._sections(without, tmp_path)
+    assert "Analogies" not in vectors_card._sections(without, tmp_path)

@@ -11,20 +11,12 @@ from torch.nn.functional import logsigmoid
 
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError, RunError
-from hf_pretrain.vectors import word2vec
 from hf_pretrain.vectors.corpus import WordCorpus
-from hf_pretrain.vectors.word2vec import (
-    StretchReader,
-    Word2VecOptions,
-    alias_table,
-    huffman_codes,
-    initial_state,
-    keep_probabilities,
-    noise_distribution,
-    train_word2vec,
-)
-from hf_pretrain.vectors.word2vec_kernel import KernelBackend
-from hf_pretrain.vectors.word2vec_torch import TorchBackend, draw_noise
+from hf_pretrain.vectors.word2vec import training
+from hf_pretrain.vectors.word2vec.batches import TorchBackend, draw_noise
+from hf_pretrain.vectors.word2vec.kernel import KernelBackend
+from hf_pretrain.vectors.word2vec.tables import alias_table, huffman_codes, keep_probabilities, noise_distribution
+from hf_pretrain.vectors.word2vec.training import StretchReader, Word2VecOptions, initial_state, train_word2vec
 
 
 def made_up_corpus(num_words=20, num_lines=60, *, length=12, seed=0):
@@ -308,7 +300,7 @@ def test_initial_vectors_do_not_depend_on_the_size_of_a_part(monkeypatch):
         1 / 8 / np.sqrt(12), rel=0.1
     )
     assert not whole["outputs"].any()
-    monkeypatch.setattr(word2vec, "_ROWS", 7)
+    monkeypatch.setattr(training, "_ROWS", 7)
     np.testing.assert_array_equal(initial_state(50, 50, options)["inputs"], whole["inputs"])
 
 
@@ -319,17 +311,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(case, tmp_path, monkeypatch):
     whole = train_word2vec(corpus, options, progress=False)
     repeated = train_word2vec(corpus, options, progress=False)
     np.testing.assert_array_equal(whole.vectors, repeated.vectors)
-    save = word2vec._Run.save
+    save = training._Run.save
 
     def save_and_stop(run, *args):
         save(run, *args)
         if (run.epoch, run.position > 0) == (1, True):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(word2vec._Run, "save", save_and_stop)
+    monkeypatch.setattr(training._Run, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train_word2vec(corpus, options, checkpoint_folder=tmp_path, checkpoint_words=100, progress=False)
-    monkeypatch.setattr(word2vec._Run, "save", save)
+    monkeypatch.setattr(training._Run, "save", save)
     (checkpoint,) = tmp_path.iterdir()
     # What was being written when a run stopped is passed over.
     (tmp_path / "word2vec-00002-000000000000000").mkdir()
@@ -409,15 +401,15 @@ def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(InputError, match="corpus has 1 known words"):
         train_word2vec(WordCorpus.from_words([[["a", "a"]]]), Word2VecOptions())
     with pytest.raises(RunError, match="not finite after 7 words"):
-        word2vec._Run().record(float("nan"), 1, seen=7, total=9)
+        training._Run().record(float("nan"), 1, seen=7, total=9)
 
 
 def test_numba_is_asked_for_only_where_it_can_be(monkeypatch):
-    monkeypatch.setattr(word2vec.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: None)
     assert Word2VecOptions().used_backend == "torch" and Word2VecOptions().initial_learning_rate == 0.1
     with pytest.raises(InputError, match="pip install"):
         Word2VecOptions(backend="numba").used_backend  # noqa: B018
-    monkeypatch.setattr(word2vec.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(training.importlib.util, "find_spec", lambda name: object())
     assert Word2VecOptions().used_backend == "numba" and Word2VecOptions(device="cuda").used_backend == "torch"
     rates = [
         Word2VecOptions(mode=mode, cbow_gradient=gradient).initial_learning_rate

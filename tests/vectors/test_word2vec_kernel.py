@@ -4,15 +4,10 @@ import numpy as np
 import pytest
 from test_word2vec import CASES, made_up_corpus, noise_words, random_state, table_of
 
-from hf_pretrain.vectors import word2vec
-from hf_pretrain.vectors.word2vec import (
-    StretchReader,
-    Word2VecOptions,
-    alias_table,
-    noise_distribution,
-    train_word2vec,
-)
-from hf_pretrain.vectors.word2vec_kernel import KernelBackend, _draw, _sigmoid, sigmoid_table
+from hf_pretrain.vectors.word2vec import training
+from hf_pretrain.vectors.word2vec.kernel import KernelBackend, _draw, _sigmoid, sigmoid_table
+from hf_pretrain.vectors.word2vec.tables import alias_table, noise_distribution
+from hf_pretrain.vectors.word2vec.training import StretchReader, Word2VecOptions, train_word2vec
 
 
 def test_noise_is_that_of_numpy():
@@ -52,17 +47,17 @@ def test_one_thread_repeats_resumes_and_ignores_the_size_of_a_stretch(tmp_path, 
     corpus, options = made_up_corpus(), Word2VecOptions(dimensions=8, epochs=3, sample=0.05)
     whole = train_word2vec(corpus, options, progress=False)
     monkeypatch.setattr(KernelBackend, "positions", 37)
-    save = word2vec._Run.save
+    save = training._Run.save
 
     def save_and_stop(run, *args):
         save(run, *args)
         if run.epoch == 1 and run.position:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(word2vec._Run, "save", save_and_stop)
+    monkeypatch.setattr(training._Run, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train_word2vec(corpus, options, checkpoint_folder=tmp_path, checkpoint_words=100, progress=False)
-    monkeypatch.setattr(word2vec._Run, "save", save)
+    monkeypatch.setattr(training._Run, "save", save)
     resumed = train_word2vec(corpus, options, checkpoint_folder=tmp_path, progress=False)
     np.testing.assert_array_equal(resumed.vectors, whole.vectors)
     np.testing.assert_array_equal(resumed.outputs, whole.outputs)

@@ -273,6 +273,11 @@ class CollatorOfFilled:
         return {**self.collate(rows), FILLER: torch.tensor(True)}
 
 
+def without_filler(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch of :class:`CollatorOfFilled` without its mark."""
+    return {name: value for name, value in batch.items() if name != FILLER}
+
+
 def fill_of(dataset: Any) -> float | None:  # noqa: ANN401 (as of EpochDataset)
     """Return which share of the longest length that an example may have it fills on average, special tokens included.
 

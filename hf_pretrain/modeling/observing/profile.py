@@ -1,4 +1,4 @@
-"""Where the time of a training goes: its speed as a share of the device's, and time that is no training.
+"""Where the time of a training goes: its speed as a share of the device's, and time that is no training. The memory of a call.
 
 A [`Profile`] has a clock for each part of a run (data, evaluation, saving), the floating-point operations of one real
 micro-batch, and on a GPU the operations for which the host waits for the device. It knows nothing of a Trainer.
@@ -10,14 +10,17 @@ import json
 import time
 import traceback
 import warnings
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_pretrain.files import write_text
@@ -216,3 +219,52 @@ def _cause() -> str:
         path = "/".join(Path(frame.filename).parts[-3:])
         shown.append(f"{path}:{frame.lineno} {frame.line}")
     return " | ".join(shown)
+
+
+def peak_of_tensors(run: Callable[[], Any]) -> int:
+    """Return the most bytes of tensors that a call holds at a time, beyond those that were there before.
+
+    An accelerator counts its own allocations. Elsewhere each operation's results are counted while something holds them; what an
+    operation holds inside of itself is not.
+
+    Args:
+        run: Called once; what it returns is dropped.
+    """
+    if torch.accelerator.current_accelerator(check_available=True) is not None:
+        before = torch.accelerator.memory_allocated()
+        torch.accelerator.reset_peak_memory_stats()
+        run()
+        return int(torch.accelerator.max_memory_allocated() - before)
+    with _HeldTensors() as held:
+        run()
+    return held.peak
+
+
+class _HeldTensors(TorchDispatchMode):
+    """Counts the bytes of the storages that operations made and something holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            id(tensor.untyped_storage()) for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)
+        }
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            # A view and what is changed in place have the storage of an argument.
+            if id(storage) not in self._known and id(storage) not in given:
+                self._known.add(id(storage))
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return found
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_pretrain.data.examples.epochs import EpochSampler
 from hf_pretrain.schedules import Schedule
@@ -183,32 +184,27 @@ def _factor(step: int, course: Course) -> float:
     return course.factor(step)
 
 
-class KeptOptions:
-    """The options of an optimizer's groups, and their rates, as this phase wants them.
+@contextmanager
+def kept_options(trainer: Trainer) -> Iterator[None]:
+    """Load the state of an optimizer and its schedule, and leave them the options and rates that this phase wants.
 
     The state in a checkpoint has those of the phase before, and would replace weight decay and the like.
 
     Args:
-        optimizer: The optimizer, before a state is loaded.
-        scheduler: Its schedule.
+        trainer: The Trainer that loads them.
     """
-
-    def __init__(self, optimizer: Any, scheduler: Any) -> None:
-        self.groups = [
-            {name: value for name, value in group.items() if name not in ("params", "lr")}
-            for group in optimizer.param_groups
-        ]
-        self.rates = list(scheduler.base_lrs)
-
-    def restore(self, optimizer: Any, scheduler: Any) -> None:
-        """Set them again after a state was loaded, with the rate of the next step."""
-        scheduler.base_lrs = list(self.rates)
-        for group, kept, base, factor in zip(
-            optimizer.param_groups, self.groups, self.rates, scheduler.lr_lambdas, strict=True
-        ):
-            group.update(kept)
-            group["lr"] = base * factor(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    optimizer, scheduler = cast(Any, trainer.optimizer), cast(Any, trainer.lr_scheduler)
+    groups = [
+        {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
+    ]
+    rates = list(scheduler.base_lrs)
+    yield
+    scheduler.base_lrs = list(rates)
+    # With the rate of the next step.
+    for group, kept, base, factor in zip(optimizer.param_groups, groups, rates, scheduler.lr_lambdas, strict=True):
+        group.update(kept)
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 class PhaseEnd(TrainerCallback):

@@ -23,10 +23,10 @@ from transformers import PrinterCallback
 from hf_pretrain.errors import InputError, nearest
 from hf_pretrain.evaluation.probes import tokenize_inputs
 from hf_pretrain.modeling.backbone import flops_of_weights
+from hf_pretrain.modeling.observing.profile import peak_of_tensors
 from hf_pretrain.options import number_or_text
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec
-from hf_pretrain.training.progress import peak_of_tensors
 from hf_pretrain.transfer.arguments import Strategy
 from hf_pretrain.transfer.classic_heads import HEADS, Kind, fit_head, fit_tfidf
 from hf_pretrain.transfer.features import PretrainedFeatures

@@ -18,7 +18,8 @@ from torch.nn.functional import logsigmoid
 from hf_pretrain.data.device_draws import bits, shifted
 
 if TYPE_CHECKING:
-    from hf_pretrain.vectors.word2vec import AliasTable, HuffmanCodes, Stretch, Word2VecOptions
+    from hf_pretrain.vectors.word2vec.tables import AliasTable, HuffmanCodes
+    from hf_pretrain.vectors.word2vec.training import Stretch, Word2VecOptions
 
 _LOW = 0xFFFFFFFF
 _EPSILON = 1e-10

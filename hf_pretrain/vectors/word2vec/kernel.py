@@ -17,7 +17,8 @@ import numpy as np
 from hf_pretrain.data.draws import GOLDEN, MIX_1, MIX_2
 
 if TYPE_CHECKING:
-    from hf_pretrain.vectors.word2vec import AliasTable, HuffmanCodes, Stretch, Word2VecOptions
+    from hf_pretrain.vectors.word2vec.tables import AliasTable, HuffmanCodes
+    from hf_pretrain.vectors.word2vec.training import Stretch, Word2VecOptions
 
 _27, _30, _31, _32 = (np.uint64(bits) for bits in (27, 30, 31, 32))
 _LOW = np.uint64(0xFFFFFFFF)
