@@ -6,7 +6,8 @@
 A step is of one task, drawn by --sampling. The folder is the encoder, which opens with `AutoModel.from_pretrained`; the folder of
 a task in it, such as my-multitask/mnli, opens with the Auto class of its head. Either may be the model of a next training.
 --architecture puts an architecture on the encoder for each task, with weights of its own; --task_architectures chooses another
-one for some tasks, such as pair_encoder for pairs of texts. A folder with an architecture is a model for finetune, not for multitask.
+one for some tasks, such as pair_encoder for pairs of texts. A folder with an architecture is a model for finetune, and not for
+multitask.
 """
 
 from __future__ import annotations
