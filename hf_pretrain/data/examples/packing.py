@@ -496,6 +496,10 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
                 f"mode={mode!r} puts several documents into a block, but the tokenizer has no sep_token and no "
                 "eos_token to put between them; add one or use mode='doc_sentences'"
             )
+        # Views of these cost less than an array a block.
+        self._flags = np.zeros(block_size, dtype=np.bool_), np.ones(block_size, dtype=np.bool_)
+        for flags in self._flags:
+            flags.flags.writeable = False
         self._bounds, self._rows = pack_documents(
             self.store, block_size=block_size, num_special=self.template.num_special_tokens, mode=mode
         )
@@ -528,7 +532,7 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         if self._rows is None:
             blocks = self._read_many(numbers)
             for block, goes_on in zip(blocks, self._goes_on(numbers), strict=True):
-                block["goes_on"] = np.full(len(block["input_ids"]), goes_on)
+                block["goes_on"] = self._flags[goes_on][: len(block["input_ids"])]
             return blocks
         order, bounds = self._rows.order, self._rows.bounds
         members = [order[bounds[number] : bounds[number + 1]] for number in numbers.tolist()]
