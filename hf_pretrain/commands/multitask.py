@@ -5,13 +5,16 @@
 
 A step is of one task, drawn by --sampling. The folder is the encoder, which opens with `AutoModel.from_pretrained`; the folder of
 a task in it, such as my-multitask/mnli, opens with the Auto class of its head. Either may be the model of a next training.
---architecture puts the same architecture on the encoder for each task, with weights of its own.
+--architecture puts an architecture on the encoder for each task, with weights of its own; --task_architectures chooses another
+one for some tasks, such as pair_encoder for pairs of texts. A folder with an architecture is a model for finetune, and not for
+multitask.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -42,6 +45,7 @@ from hf_pretrain.training.processes import (
 from hf_pretrain.training.program import print_table
 from hf_pretrain.transfer.multitask.modeling import MultiTaskModel, check_heads
 from hf_pretrain.transfer.multitask.trainer import MultiTaskArguments, MultiTaskTrainer
+from hf_pretrain.transfer.tuning.heads import chosen_head
 from hf_pretrain.transfer.tuning.options import ARCHITECTURE_HELP, ARCHITECTURE_OPTIONS_HELP, MIX_LAYERS_HELP
 
 PROGRAM = "hf-pretrain multitask"
@@ -72,7 +76,12 @@ class TasksArguments:
     architecture: str | None = option(None, ARCHITECTURE_HELP)
     architecture_options: dict | None = option(None, ARCHITECTURE_OPTIONS_HELP)
     mix_layers: bool = option(False, MIX_LAYERS_HELP)
-    max_length: int = option(128, "Most tokens of an example.")
+    task_architectures: dict | None = option(
+        None,
+        'Other architectures of some tasks, as JSON: {"rte": "pair_encoder"}, with options {"rte": {"architecture": "bilstm", '
+        '"architecture_options": {"lstm_size": 64}, "mix_layers": true}}, or null for the stock head.',
+    )
+    max_length: int = option(128, "Most tokens of an example, of two texts that are read apart of each.")
     doc_stride: int = option(32, "Of questions: tokens that a window of a long text shares with the next.")
     validation_fraction: float = option(0.1, "Share of a task's examples that is held out if it has no others.")
     max_examples: int | None = option(None, "Train on so many examples of each task at most.")
@@ -102,15 +111,20 @@ class TasksArguments:
 
     def head(self) -> dict[str, Any]:
         """Return what stands on top of the encoder for each task, as `MultiTaskModel.from_tasks` takes it."""
-        return {name: getattr(self, name) for name in ("architecture", "architecture_options", "mix_layers")}
+        names = ("architecture", "architecture_options", "mix_layers", "task_architectures")
+        return {name: getattr(self, name) for name in names}
 
-    def load(self, spec: TaskSpec, tokenizer: PreTrainedTokenizerBase) -> TaskData:
-        """Return a task whose examples are tokenized in the cache."""
+    def load(self, specs: Mapping[str, TaskSpec], tokenizer: PreTrainedTokenizerBase) -> dict[str, TaskData]:
+        """Return the tasks by name, with their examples tokenized in the cache."""
         shares = {"validation_fraction": self.validation_fraction, "max_examples": self.max_examples}
-        data = load_task(spec, seed=self.split_seed, **cast(Any, shares))
-        for split in ("train", "validation"):
-            data.encoded(split, tokenizer, max_length=self.max_length, doc_stride=self.doc_stride)
-        return data
+        tasks = {name: load_task(spec, seed=self.split_seed, **cast(Any, shares)) for name, spec in specs.items()}
+        # Of columns that were found by their names, how many texts there are is known only now.
+        heads = check_heads({name: data.spec for name, data in tasks.items()}, **self.head())
+        lengths: dict[str, Any] = {"max_length": self.max_length, "doc_stride": self.doc_stride}
+        for name, data in tasks.items():
+            for split in ("train", "validation"):
+                data.encoded(split, tokenizer, apart=heads[name].reads_apart, **lengths)
+        return tasks
 
 
 @dataclass
@@ -158,7 +172,7 @@ def _trainer(
     tokenizer = cast(PreTrainedTokenizerBase, from_pretrained(AutoTokenizer, options.model_name_or_path))
     # The first process tokenizes, and the others find the cache.
     with first_process_first(args):
-        tasks = {name: options.load(spec, tokenizer) for name, spec in specs.items()}
+        tasks = options.load(specs, tokenizer)
     set_seed(args.seed)
     model = MultiTaskModel.from_tasks(
         options.model_name_or_path,
@@ -200,13 +214,14 @@ def _print_plan(trainer: MultiTaskTrainer) -> None:
         (
             name,
             data.spec.type,
+            str(chosen_head(trainer.plan.inner.task_model(name)).architecture or "stock"),
             f"{len(data.rows('train')):,}",
             f"{len(data.validation):,}",
             f"{drawn[number]:,} ({drawn[number] / total:.1%})",
         )
         for number, (name, data) in enumerate(trainer.tasks.items())
     ]
-    print_table(rows, header=("task", "type", "examples", "to measure on", "steps"))
+    print_table(rows, header=("task", "type", "head", "examples", "to measure on", "steps"))
 
 
 def _print_scores(trainer: MultiTaskTrainer, baselines: dict[str, dict[str, float]], *, mean: float) -> None:

@@ -249,6 +249,26 @@ def log_of(trainer):
     ]
 
 
+def step_rows(trainer):
+    return [row for row in trainer.state.log_history if "loss" in row]
+
+
+def eval_rows(trainer, name="eval_loss"):
+    return [row for row in trainer.state.log_history if name in row]
+
+
+def record_batches(trainer):
+    """Keep every batch that the collator makes for training; the loader is up to one batch ahead of the model."""
+    batches, original = [], trainer.data_collator
+
+    def collate(examples):
+        batches.append(original(examples))
+        return batches[-1]
+
+    trainer.data_collator = collate
+    return batches
+
+
 def relative_difference(a, b):
     """Largest difference of two dictionaries of tensors, relative to the largest entry."""
     assert a.keys() == b.keys()

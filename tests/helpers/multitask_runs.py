@@ -100,12 +100,12 @@ DEFAULTS = {
 }
 
 
-def trainer(folder, encoder, tasks, *, callbacks=(), model=None, seed_of_heads=0, **options):
-    """Return a Trainer of tasks on the encoder in a folder."""
+def trainer(folder, encoder, tasks, *, callbacks=(), model=None, seed_of_heads=0, heads=None, **options):
+    """Return a Trainer of tasks on the encoder in a folder; `heads` are options of `from_tasks`."""
     args = MultiTaskArguments(**{"output_dir": str(folder), **DEFAULTS, **options})
     if model is None:
         weights = {"loss_weights": args.loss_weights, "learns_loss_weights": args.loss_weighting == "uncertainty"}
-        model = MultiTaskModel.from_tasks(str(encoder), tasks, seed=seed_of_heads, **weights)
+        model = MultiTaskModel.from_tasks(str(encoder), tasks, seed=seed_of_heads, **weights, **(heads or {}))
     return MultiTaskTrainer(
         model, args, tasks=tasks, tokenizer=tokenizer(), max_length=32, doc_stride=8, callbacks=list(callbacks)
     )

@@ -10,7 +10,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader
 
-from helpers.method_matrix import BLOCK_SIZE, build, programs, tiny_tokenizer
+from helpers.method_matrix import BLOCK_SIZE, build, programs, step_rows, tiny_tokenizer
 from hf_pretrain.data.streaming.blocks import StreamingBlocks
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.masking import MaskedLMTrainingArguments
@@ -28,10 +28,6 @@ class WeightedArguments(MaskedLMTrainingArguments):
 
 
 WEIGHTED = replace(MLM, arguments=(*MLM.arguments[:2], WeightedArguments))
-
-
-def step_rows(trainer):
-    return [row for row in trainer.state.log_history if "loss" in row]
 
 
 def record_steps(trainer):

@@ -496,6 +496,10 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
                 f"mode={mode!r} puts several documents into a block, but the tokenizer has no sep_token and no "
                 "eos_token to put between them; add one or use mode='doc_sentences'"
             )
+        # Views of these cost less than an array a block.
+        self._flags = np.zeros(block_size, dtype=np.bool_), np.ones(block_size, dtype=np.bool_)
+        for flags in self._flags:
+            flags.flags.writeable = False
         self._bounds, self._rows = pack_documents(
             self.store, block_size=block_size, num_special=self.template.num_special_tokens, mode=mode
         )
@@ -510,9 +514,10 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         Returns:
             ``input_ids`` ``int32 [n]`` with special tokens and separators, a read-only view of the documents where
             the block needs neither; ``word_starts`` ``bool [n]``, True at each of them; ``sent_starts`` ``bool [n]`` if they
-            are wanted, False at each of them. Where documents are isolated, also ``document_ids`` ``int32 [n]``: 0 in the
-            first piece of the block, 1 in the second, and so on; and ``goes_on`` ``bool [n]``, True in the pieces whose
-            document goes on in another piece.
+            are wanted, False at each of them; and ``goes_on`` ``bool [n]``, True throughout if the document at the block's
+            end goes on in another block, so that the text does not end there. Where documents are isolated, ``goes_on`` is
+            True in the pieces whose document goes on in another piece, and there is ``document_ids`` ``int32 [n]``: 0 in the
+            first piece of the block, 1 in the second, and so on.
 
         Raises:
             IndexError: If there is no such block.
@@ -525,14 +530,21 @@ class BlockDataset(Dataset[dict[str, np.ndarray]]):
         if len(numbers) and not (numbers.min() >= 0 and numbers.max() < len(self)):
             raise IndexError(f"block {numbers.min()} or {numbers.max()} is out of range for {len(self)} blocks")
         if self._rows is None:
-            return self._read_many(numbers)
+            blocks = self._read_many(numbers)
+            for block, goes_on in zip(blocks, self._goes_on(numbers), strict=True):
+                block["goes_on"] = self._flags[goes_on][: len(block["input_ids"])]
+            return blocks
         order, bounds = self._rows.order, self._rows.bounds
         members = [order[bounds[number] : bounds[number + 1]] for number in numbers.tolist()]
         read = np.concatenate([numbers[:0], *members])
-        ends = self._bounds[read + 1]
-        goes_on = self.store.begins[self.store.begins.searchsorted(ends)] != ends
-        pieces = iter(zip(self._read_many(read), goes_on.tolist(), strict=True))
+        pieces = iter(zip(self._read_many(read), self._goes_on(read), strict=True))
         return [_join([next(pieces) for _ in group]) for group in members]
+
+    def _goes_on(self, numbers: np.ndarray) -> list[bool]:
+        """Return whether the document at the end of the stretch between each of the given bounds and the next goes on."""
+        ends = self._bounds[numbers + 1]
+        goes_on: list[bool] = (self.store.begins[self.store.begins.searchsorted(ends)] != ends).tolist()
+        return goes_on
 
     def _read_many(self, numbers: np.ndarray) -> list[dict[str, np.ndarray]]:
         """Return the tokens between each of the given bounds and the next."""

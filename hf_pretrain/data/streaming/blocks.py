@@ -164,7 +164,7 @@ class ShardSampler:
 class StreamingBlocks(IterableDataset[dict[str, Any]]):
     """Blocks of text that is read, tokenized and packed on the fly, a window of documents at a time.
 
-    Each example has ``input_ids`` and ``word_starts`` as in :class:`BlockDataset`, ``epoch``, and ``example_id`` =
+    Each example has ``input_ids``, ``word_starts`` and ``goes_on`` as in :class:`BlockDataset`, ``epoch``, and ``example_id`` =
     shard number * 2**32 + number of the block in its shard: the same for any number of workers and ranks. Iterating
     gives one epoch; data loader workers share the shards out among themselves. Training takes a
     :class:`TrainingStream` of it, which goes on epoch after epoch and can go on from any position.

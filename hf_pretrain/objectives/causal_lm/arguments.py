@@ -69,8 +69,8 @@ class CausalLMTrainingArguments(PretrainingArguments):
 
     predict_end: bool | None = option(
         None,
-        "Predict the special tokens that the tokenizer puts behind a text at the end of an example; by default where examples "
-        "end with their documents, and not where text is cut there.",
+        "Predict the special tokens that the tokenizer puts behind a text at the end of an example, unless its document goes on "
+        "in another one; by default not where several documents share an example.",
     )
     learning_rate: float = option(2.5e-4, "Peak learning rate.")
     lr_scheduler_type: SchedulerType | str = option("cosine", "Schedule of the learning rate; the cosine ends at 0.")

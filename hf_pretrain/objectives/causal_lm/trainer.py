@@ -37,8 +37,8 @@ _CUTTING = JOINING_MODES
 class DataCollatorForCausalLM:
     """Stacks examples, and gives each token the next one as its label; nothing is random.
 
-    The examples are dicts with `input_ids`, and where documents are isolated with `document_ids`, and with `goes_on` where they
-    may be cut. The batch is a dict of tensors:
+    The examples are dicts with `input_ids`, with `document_ids` where documents are isolated, and with `goes_on` where they may
+    be cut, as of [`BlockDataset`]. The batch is a dict of tensors:
 
     - `input_ids`, `attention_mask`, `labels`: `[B, L]` int64, padded on the right whatever the tokenizer says; `labels` is the
       next token of the same row and document, -100 where there is none;
@@ -49,8 +49,8 @@ class DataCollatorForCausalLM:
     Args:
         tokenizer: A transformers tokenizer; one without a padding token is padded with its end token.
         predicts_end: Whether the special tokens that the tokenizer puts behind a text are predicted at the end of a row. Where
-            text is cut at the end of a row, they would teach that texts end anywhere. Those of isolated documents that go on
-            in another row are never predicted.
+            text is cut at the end of a row, they would teach that texts end anywhere. Those behind a document that goes on in
+            another row are never predicted.
         pad_to_multiple_of: `L` is rounded up to a multiple of this.
         target_slots: `T` is filled up to a multiple of this, for fixed shapes, with the last position of the first row, which
             has no label.

@@ -42,7 +42,7 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
     - `lm_modes`, `source_lengths`, `[B]` int64 from `lm_mode` and `source_length`; 0 for an example without. From sequence to
       sequence the last token, which ends the target, may be selected too;
     - `is_bitext`, `is_causal`, `[B]` bool. Of a causal example nothing is hidden, and every token but the first is a target; but
-      not the special tokens at its end where `predicts_end` is False.
+      not the special tokens at its end where `predicts_end` is False, or the column `goes_on` says that its document goes on.
 
     Args:
         tokenizer: A transformers tokenizer with a mask and a padding token; its `padding_side` is respected.
@@ -122,10 +122,13 @@ class DataCollatorForEncoder(DataCollatorForMaskedLM):
         if not (self.shifted or is_causal.any()):
             return rows
         rows = _with_next_tokens(rows, is_causal, shifted=self.shifted)
-        if self.predicts_end or rows.next_tokens is None:
+        # Causal examples hold no isolated documents, so the flag is one for all tokens of a row.
+        goes_on = np.array([any(example.get("goes_on", ())[-1:]) for example in examples])
+        is_cut = goes_on if self.predicts_end else np.ones_like(goes_on)
+        if rows.next_tokens is None or not is_cut.any():
             return rows
         ends = ends_of_rows(rows.input_ids, rows.valid, self._suffix)
-        return dataclasses.replace(rows, next_tokens=rows.next_tokens & ~ends)
+        return dataclasses.replace(rows, next_tokens=rows.next_tokens & ~(ends & is_cut[:, None]))
 
     @cached_property
     def _suffix(self) -> tuple[int, ...]:

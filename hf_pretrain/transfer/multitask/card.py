@@ -14,6 +14,7 @@ from hf_pretrain.modeling.backbone import sizes
 from hf_pretrain.options import all_options, resolved_options
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.training.arguments import global_batch_size
+from hf_pretrain.transfer.tuning.heads import chosen_head
 from hf_pretrain.transfer.tuning.references import constant_reference, evaluation_of
 
 if TYPE_CHECKING:
@@ -105,9 +106,24 @@ def _sources(data: TaskData) -> list[str]:
 
 def _table(trainer: MultiTaskTrainer) -> str:
     """Return what the folder of each task has, as a table in Markdown."""
-    lines = ["| Folder | Class | Examples to train on | Score |", "| --- | --- | ---: | ---: |"]
+    lines = ["| Folder | Class | Head | Examples to train on | Score |", "| --- | --- | --- | ---: | ---: |"]
+    has_code, apart = False, None
     for task, data in trainer.tasks.items():
+        model = trainer.plan.inner.task_model(task)
+        head = chosen_head(model)
+        has_code = has_code or head.architecture is not None
+        apart = head.architecture if head.reads_apart else apart
         scores, metric = trainer.scores.get(task, {}), data.main_metric
         score = f"{metric} {scores[metric]:.4f}" if metric in scores else "not measured"
-        lines.append(f"| `{task}` | `{data.auto_class.__name__}` | {len(data.rows('train')):,} | {score} |")
+        name = "stock" if head.architecture is None else head
+        lines.append(f"| `{task}` | `{data.auto_class.__name__}` | {name} | {len(data.rows('train')):,} | {score} |")
+    if has_code:
+        lines.append(
+            "\nA head that is not stock lies with its code in the folder, which `trust_remote_code=True` runs."
+        )
+    if apart is not None:
+        lines.append(
+            f"\nThe head {apart} reads two texts apart: tokenize each alone, and put `pair_` before the names of the inputs "
+            "of the second."
+        )
     return "\n".join(lines)

@@ -20,13 +20,12 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedToken
 from transformers.utils import ModelOutput
 
 from hf_pretrain.data import draws
-from hf_pretrain.errors import InputError, check_range
+from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.evaluation.suite.adapters import open_encoder
 from hf_pretrain.files import share_weights
 from hf_pretrain.modeling.base import ModelOfModels
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.loading import from_config
-from hf_pretrain.models.task_heads.architectures_task_heads import architectures
 from hf_pretrain.tasks.labelled import TaskData
 from hf_pretrain.tasks.spec import TaskSpec
 from hf_pretrain.training.output_folder import is_name_of_a_run
@@ -182,6 +181,7 @@ class MultiTaskModel(ModelOfModels):
         architecture: str | None = None,
         architecture_options: Mapping[str, Any] | None = None,
         mix_layers: bool = False,
+        task_architectures: Mapping[str, Any] | None = None,
     ) -> MultiTaskModel:
         """Open an encoder, and give it a head for each task: the one that it came with, or a fresh one for other labels.
 
@@ -195,20 +195,25 @@ class MultiTaskModel(ModelOfModels):
                 stock head.
             architecture_options: Its options.
             mix_layers: Whether it reads a learned mean of all layers; each task has a mean of its own.
+            task_architectures: Other architectures of some tasks, see [`check_heads`].
 
         Raises:
-            InputError: If the encoder cannot be opened, a task has no stock head for it, or the architecture does not fit one.
+            InputError: If the encoder cannot be opened, a task has no stock head for it, or an architecture does not fit one.
         """
-        head: dict[str, Any] = {"architecture": architecture, "architecture_options": architecture_options}
-        head |= {"mix_layers": mix_layers}
-        check_heads({task: data.spec for task, data in tasks.items()}, **head)
+        heads = check_heads(
+            {task: data.spec for task, data in tasks.items()},
+            architecture=architecture,
+            architecture_options=architecture_options,
+            mix_layers=mix_layers,
+            task_architectures=task_architectures,
+        )
         encoder = open_encoder(name_or_path)
         models = {}
         for task, data in tasks.items():
             own = draws.generator_seed(seed=seed, stream=f"head of {task}")
             with torch.random.fork_rng():
                 torch.manual_seed(own)
-                models[task] = open_for_task(name_or_path, data, seed=own, **head).model
+                models[task] = open_for_task(name_or_path, data, seed=own, **heads[task].arguments()).model
         config = MultiTaskConfig(
             encoder=encoder.config,
             tasks=[
@@ -328,28 +333,60 @@ class MultiTaskModel(ModelOfModels):
             cast(Any, self.encoder)._init_weights(module)
 
 
-def check_heads(specs: Mapping[str, TaskSpec], *, strategy: str = "", **head: Any) -> None:
-    """Refuse an architecture that does not fit a task, or that several tasks do not go with.
+def check_heads(
+    specs: Mapping[str, TaskSpec],
+    *,
+    strategy: str = "",
+    task_architectures: Mapping[str, Any] | None = None,
+    **head: Any,
+) -> dict[str, ChosenHead]:
+    """Return the head of each task, and refuse an architecture that does not fit its task.
 
     Args:
         specs: The tasks by name.
         strategy: The strategy of the training, if it is known.
-        **head: `architecture`, `architecture_options` and `mix_layers`, as of `open_for_task`.
+        task_architectures: The heads of some tasks by their names: the name of an architecture, such as "pair_encoder", or a
+            mapping with `architecture`, `architecture_options` and `mix_layers`, or None for a stock head.
+        **head: `architecture`, `architecture_options` and `mix_layers` of all other tasks, as of `open_for_task`.
+
+    Returns:
+        The head of each task by its name.
 
     Raises:
-        InputError: Naming the task and the option.
+        InputError: If a task is unknown, an architecture does not fit its task, or one is left without a task.
     """
-    wanted = ChosenHead.of(**head)
+    common, own = ChosenHead.of(**head), dict(task_architectures or {})
+    for task in own:
+        check_choice(task, specs, name="the task of task_architectures")
+    if common.architecture is not None and specs and set(own) == set(specs):
+        raise InputError(
+            f"architecture={common.architecture!r} has no effect: task_architectures names all tasks; leave one of the two out"
+        )
+    heads = {}
     for task, spec in specs.items():
         try:
-            wanted.check(spec, strategy=strategy if wanted.architecture is not None else "")
+            heads[task] = _head_from(own[task]) if task in own else common
+            heads[task].check(spec, strategy=strategy if heads[task].architecture is not None else "")
         except InputError as error:
-            raise InputError(f"task {task!r}: {error}") from error
-    if wanted.architecture is not None and architectures()[wanted.architecture].reads_pairs:
+            # One architecture for all is the wrong option where tasks need different ones.
+            others = len(specs) > 1 and task not in own
+            cure = "; --task_architectures gives one to some tasks alone" if others else ""
+            raise InputError(f"task {task!r}: {error}{cure}") from error
+    return heads
+
+
+def _head_from(value: Any) -> ChosenHead:
+    """Return a head from its entry in `task_architectures`."""
+    if value is None or isinstance(value, str):
+        return ChosenHead.of(architecture=value)
+    kinds: dict[str, Any] = {"architecture": str, "architecture_options": Mapping, "mix_layers": bool}
+    is_known = isinstance(value, Mapping) and "architecture" in value and not set(value) - set(kinds)
+    if not is_known or not all(isinstance(entry, kinds[name]) for name, entry in value.items()):
         raise InputError(
-            f"architecture={wanted.architecture!r} reads two texts apart, which several tasks at once do not: use it with "
-            "hf-pretrain finetune, or choose another"
+            f"task_architectures has {value!r}: give the name of an architecture, null for the stock head, or "
+            '{"architecture": NAME, "architecture_options": {...}, "mix_layers": true}'
         )
+    return ChosenHead.of(**value)
 
 
 def _build(entry: Mapping[str, Any]) -> PreTrainedModel:

@@ -36,6 +36,7 @@ from hf_pretrain.transfer.multitask.sampling import (
     tasks_of_steps,
 )
 from hf_pretrain.transfer.strategies import StrategyPlan, is_adapted
+from hf_pretrain.transfer.tuning.heads import reads_apart
 
 _MEAN = "mean"
 
@@ -173,7 +174,7 @@ class MultiTaskTrainer(FineTuningTrainer):
         args: The options.
         tasks: The tasks by name, with rows to train on.
         tokenizer: The encoder's tokenizer.
-        max_length: Most tokens of an example.
+        max_length: Most tokens of an example, of two texts that are read apart of each.
         doc_stride: Of spans: tokens that a window shares with the next.
         facts: What the card is told beside what the run knows, such as `license` and `language`.
         **kwargs: Other arguments of `transformers.Trainer`.
@@ -214,9 +215,14 @@ class MultiTaskTrainer(FineTuningTrainer):
             args.ddp_find_unused_parameters = True
         elif not args.ddp_find_unused_parameters and args.world_size > 1 and len(self.tasks) > 1:
             raise InputError("ddp_find_unused_parameters=False: a step leaves other tasks' heads alone; leave it out")
-        lengths: dict[str, Any] = {"max_length": max_length, "doc_stride": doc_stride}
-        rows = {name: data.encoded("train", tokenizer, **lengths) for name, data in self.tasks.items()}
-        held_out = {name: data.encoded("validation", tokenizer, **lengths) for name, data in self.tasks.items()}
+        apart = {name: reads_apart(model.task_model(name)) for name in self.tasks}
+        rows, held_out = (
+            {
+                name: data.encoded(split, tokenizer, max_length=max_length, doc_stride=doc_stride, apart=apart[name])
+                for name, data in self.tasks.items()
+            }
+            for split in ("train", "validation")
+        )
         self._losses: dict[str, torch.Tensor] = {}
         self._steps_of: dict[str, int] = {}
         self.scores: dict[str, dict[str, float]] = {}
@@ -225,7 +231,9 @@ class MultiTaskTrainer(FineTuningTrainer):
             args,
             train_dataset=cast(Any, MultiTaskRows(rows)),
             eval_dataset=cast(Any, {name: TaskRows(name, part) for name, part in held_out.items()}),
-            data_collator=MultiTaskCollator({name: data.collator(tokenizer) for name, data in self.tasks.items()}),
+            data_collator=MultiTaskCollator(
+                {name: data.collator(tokenizer, apart=apart[name]) for name, data in self.tasks.items()}
+            ),
             processing_class=tokenizer,
             **kwargs,
         )

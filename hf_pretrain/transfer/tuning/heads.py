@@ -94,6 +94,20 @@ class ChosenHead:
             )
         return cls(architecture, dict(architecture_options or {}), mix_layers)
 
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of `open_for_task` that ask for it."""
+        return {
+            "architecture": self.architecture,
+            "architecture_options": dict(self.options),
+            "mix_layers": self.mix_layers,
+        }
+
+    @property
+    def reads_apart(self) -> bool:
+        """Whether it reads two texts apart, as "pair_encoder" does."""
+        known = architectures().get(str(self.architecture))
+        return known is not None and known.reads_pairs
+
     @classmethod
     def of_config(cls, config: TaskHeadConfig) -> ChosenHead:
         """Return the head that a checkpoint has."""

@@ -62,7 +62,7 @@ def test_the_folder_has_stock_models_a_card_and_a_recipe(place, first):
     text = (first / "README.md").read_text()
     assert (
         'from_pretrained(".", subfolder="topic")' in text
-        and "| `tags` | `AutoModelForTokenClassification` | 16 |" in text
+        and "| `tags` | `AutoModelForTokenClassification` | stock | 16 |" in text
     )
     recipe = yaml.safe_load((first / "recipe.yaml").read_text())
     assert recipe["sampling_temperature"] == 3.0 and recipe["loss_weights"] == {"tags": 2}
@@ -229,7 +229,6 @@ def test_a_run_with_architectures_goes_on_from_its_checkpoint(place, tmp_path):
     ("options", "message"),
     [
         (["--architecture", "attention_pooling"], "task 'tags': architecture='attention_pooling'"),
-        (["--architecture", "pair_encoder", "--task", "pair"], "which several tasks at once do not"),
         (
             ["--architecture", "bilstm", "--task", "span"],
             "task 'span': architecture='bilstm' does not go with type='span'",
