@@ -350,13 +350,14 @@ class PretrainingTrainer(Trainer):
         return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else self.model.dtype
 
     def fast_attention(self, batch: Mapping[str, Any]) -> FastAttention:
-        """Return which of the stock models run on flash attention with a batch; the option may name another backend."""
+        """Return which attention the stock models have with a batch; the option may name a backend."""
         options = self.inputs.model_args
         wanted = AUTO if options is None else getattr(options, "attn_implementation", None)
         names = tuple(sorted(self.model.on_flash(batch))) if wanted == AUTO else ()
         if names not in self._attention:
-            parts = [self.model.backbones[name] for name in names]
-            self._attention[names] = FastAttention(parts, device=self.args.device, dtype=self.compute_dtype)
+            parts = self.model.attending(device=self.args.device, dtype=self.compute_dtype)
+            why_not = self.model.why_not_flash if wanted == AUTO else ""
+            self._attention[names] = FastAttention(parts, allowed=names, why_not=why_not)
         return self._attention[names]
 
     def _on_fast_attention(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -366,11 +367,7 @@ class PretrainingTrainer(Trainer):
     @property
     def attention(self) -> str | None:
         """Names of the attention backends that the stock models run on in a step; None if none of them chooses one."""
-        changed = {name: None for name in self.model.on_flash({})}
-        fast = dict(zip(sorted(changed), self.fast_attention({}).backends, strict=False))
-        configs = {name: getattr(part, "config", None) for name, part in self.model.backbones.items()}
-        own = {name: getattr(config, "_attn_implementation", None) for name, config in configs.items()}
-        return ", ".join(dict.fromkeys(filter(None, (own | fast).values()))) or None
+        return self.fast_attention({}).names
 
     def get_batch_samples(self, *args: Any) -> tuple[list[dict[str, Any]], Any]:
         """Return the micro-batches of a step and their counts; see `transformers.Trainer`."""

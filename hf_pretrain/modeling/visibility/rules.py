@@ -34,7 +34,7 @@ from hf_pretrain.modeling.backbone import (
     takes_input,
     window_of,
 )
-from hf_pretrain.modeling.visibility.backends import padded_bounds
+from hf_pretrain.modeling.visibility.backends import leave_flash, padded_bounds
 
 MaskFunction = Callable[..., torch.Tensor]
 
@@ -225,6 +225,30 @@ def try_out(
             getattr(backbone, f"_plans_for_{rule}").pop(plan.backend)
     if failure:
         raise InputError(failure)
+    return plan
+
+
+def plan_or_leave_flash(backbone: PreTrainedModel, rule: str, check: Callable[[], Any]) -> AttentionPlan:
+    """Return the plan of a backbone for a rule, which the first batch checks; see [`leave_flash`].
+
+    Args:
+        backbone: The stock model.
+        rule: Name of the rule.
+        check: Makes the plan, and raises InputError if there is none for the backend that the backbone has.
+
+    Raises:
+        InputError: If the backbone cannot keep to the rule, on flash attention or on its own backend.
+    """
+    plan = known_plan(backbone, rule)
+    if plan is None:
+        try:
+            check()
+        except InputError as error:
+            if not leave_flash(backbone, str(error)):
+                raise
+            return plan_or_leave_flash(backbone, rule, check)
+        plan = known_plan(backbone, rule)
+    assert plan is not None, "the check remembers the plan"
     return plan
 
 
@@ -453,9 +477,7 @@ def isolated_inputs(
             return batch | {"attention_mask": None} | padded_bounds(attention_mask) | positions
         return batch | {"attention_mask": padding_inputs(backbone, attention_mask, is_padded)} | positions
     assert position_ids is not None, "the collator gives position_ids along with document_ids"
-    plan = known_plan(backbone, _ISOLATION)
-    if plan is None:
-        plan = check_isolation(backbone, length=input_ids.shape[1])
+    plan = plan_or_leave_flash(backbone, _ISOLATION, lambda: check_isolation(backbone, length=input_ids.shape[1]))
     return batch | _attention_inputs(backbone, plan, document_ids=document_ids, position_ids=position_ids)
 
 
