@@ -22,6 +22,7 @@ from hf_pretrain.modeling.visibility.backends import (
     flash_backend,
     padded_bounds,
 )
+from hf_pretrain.modeling.visibility.causal import CausalReader
 from hf_pretrain.modeling.visibility.rules import isolated_inputs
 from hf_pretrain.training.progress import plan_line
 
@@ -181,6 +182,26 @@ def test_a_model_that_mixes_documents_goes_back_to_its_own_attention(calls, monk
     named.config._attn_implementation = "flash_attention_2"
     with pytest.raises(InputError, match="flash_attention_2"):
         isolated_inputs(named, **batch)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "causal"])
+def test_a_model_whose_states_change_goes_back_to_its_own_attention(calls, monkeypatch, kind):
+    ids = torch.arange(4, 44).view(2, 20)
+    if kind == "encoder":
+        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **TINY, vocab_size=60)).eval()
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "is_padded": False}
+        read = lambda: model(**isolated_inputs(model, **batch)).logits  # noqa: E731
+    else:
+        model = causal_lm("llama")
+        reader = CausalReader(model)
+        read = lambda: reader(ids)  # noqa: E731
+    expected = read()
+    monkeypatch.setattr(flash, "flash_attn_func", lambda query, key, value, **options: value)
+    fast = fast_attention(model)
+    with fast.running():
+        torch.testing.assert_close(read(), expected)
+        assert model.config._attn_implementation == "sdpa"
+    assert calls and "its states are not those of its own attention" in str(fast)
 
 
 @pytest.mark.parametrize("method", ["encoder", "mlm", "rtd"])

@@ -240,6 +240,48 @@ def leave_flash(body: PreTrainedModel, reason: str) -> bool:
     return any(fast.drop(body, reason) for fast in list(_RUNNING))
 
 
+@contextmanager
+def on_own_backends() -> Iterator[None]:
+    """Run in a step what flash attention is compared with: models have their own backends in the block."""
+    left = [(fast, name) for fast in _RUNNING for name in fast._changed]
+    for fast, name in left:
+        fast._set(name, fast._own[name])
+    try:
+        yield
+    finally:
+        for fast, name in left:
+            fast._set(name, fast.choices[name].backend)
+
+
+def paired_bounds(
+    document_ids: torch.Tensor, decoder_document_ids: torch.Tensor, *, num_documents: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bounds of the sequences of an encoder and of a decoder, as many on both sides; nothing is read.
+
+    Each row has one sequence for the padding before its tokens, one for each document, and one for the padding behind. That of
+    the decoder sees the one of the encoder that has its number; either may be empty.
+
+    Args:
+        document_ids: ``[B, L]`` number of the document that a token belongs to, ascending in a row, negative at padding.
+        decoder_document_ids: ``[B, T]`` the same of the decoder.
+        num_documents: The most documents in a row, or more.
+
+    Returns:
+        Bounds in the ``B * L`` and in the ``B * T`` tokens, ``int32 [B * (num_documents + 2) + 1]`` each.
+    """
+    first, second = (_bounds_by_number(ids, num_documents) for ids in (document_ids, decoder_document_ids))
+    return first, second
+
+
+def _bounds_by_number(ids_BL: torch.Tensor, num_documents: int) -> torch.Tensor:
+    is_token_BL = ids_BL >= 0
+    behind_BL = torch.where(is_token_BL.cumsum(dim=1) > 0, num_documents + 1, 0)
+    number_BL = torch.where(is_token_BL, ids_BL.long() + 1, behind_BL)
+    counts = torch.zeros(len(ids_BL), num_documents + 2, dtype=torch.long, device=ids_BL.device)
+    counts = counts.scatter_add(1, number_BL, torch.ones_like(number_BL))
+    return nn.functional.pad(counts.flatten().cumsum(0), (1, 0)).int()
+
+
 def padded_bounds(attention_mask: torch.Tensor) -> dict[str, Any]:
     """Return the keyword arguments by which flash attention keeps the tokens of each row apart from its padding.
 
