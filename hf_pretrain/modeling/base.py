@@ -35,6 +35,7 @@ from hf_pretrain.modeling.loading import first_line
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput
 from hf_pretrain.modeling.surgery.adapters import Adapters, save_adapter, without_adapters
 from hf_pretrain.modeling.visibility import rules
+from hf_pretrain.modeling.visibility.backends import OWN_MASKS, Attending
 
 logger = logging.get_logger(__name__)
 
@@ -99,6 +100,7 @@ class PretrainingModel(ModelOfModels):
             part of a part; "" is the root, which stock transformers opens. What only training needs goes below "pretraining/".
         adapters: The adapters that are trained in its stock models; see [`add_adapters`].
         refuses_adapters: Why the composite takes no adapters, behind its name; "" if it does.
+        why_not_flash: Why the stock models that `on_flash` does not name keep their own attention.
         is_additive: Whether the loss of a step is the sum over its micro-batches and ranks; not where texts of one are compared
             with those of another.
     """
@@ -106,6 +108,7 @@ class PretrainingModel(ModelOfModels):
     export_parts: dict[str, str] = {"": "model"}  # noqa: RUF012
     adapters: Adapters = Adapters({})
     refuses_adapters = ""
+    why_not_flash = OWN_MASKS
     is_additive = True
     # Parameters that `try_out` has frozen.
     _frozen: tuple[str, ...] = ()
@@ -230,10 +233,19 @@ class PretrainingModel(ModelOfModels):
         for name in self._frozen:
             parameters[name].requires_grad_(False)
 
-    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
-        """Return the `backbones` that may run on flash attention with a batch; the base has none.
+    def attending(self, *, device: torch.device, dtype: torch.dtype) -> dict[str, Attending]:
+        """Return the stock models that attend in a step, by name: the `backbones`, and others that run but are not trained.
 
-        A method names those that it gives nothing but padding and isolated documents, and no mask of its own.
+        Args:
+            device: Where the composite is trained.
+            dtype: Number format of the products of a step.
+        """
+        return {name: Attending(part, device, dtype) for name, part in self.backbones.items()}
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return the names in `attending` that may run on flash attention with a batch; the base has none.
+
+        A method names those that it gives nothing but padding, isolated documents and causality, and no mask of its own.
         """
         return ()
 

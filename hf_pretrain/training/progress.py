@@ -200,7 +200,7 @@ def plan_line(trainer: PretrainingTrainer, max_steps: int) -> str:
     limit = "" if args.max_minutes is None else f", at most {args.max_minutes:g} minutes"
     measured, known = trainer.measured_examples()
     part = f", evaluated on {measured:,} of {known:,} held-out examples" if measured < known else ""
-    attention = f", attention {trainer.attention}" if trainer.attention else ""
+    attention = f", attention {trainer.runner.fast_attention({})}" if trainer.attention else ""
     return f"{max_steps:,} steps of {batch:,} examples, {precision} on {devices}{attention}{limit}{part}"
 
 

@@ -1,5 +1,6 @@
 """Pairs that share the rows of an encoder-decoder against the same pairs alone, for every architecture and attention backend."""
 
+import contextlib
 import copy
 import io
 
@@ -8,10 +9,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, EncoderDecoderConfig, EncoderDecoderModel
 
+from helpers import flash
 from helpers.method_matrix import relative_difference
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.losses import GatheredHead
 from hf_pretrain.modeling.visibility import pairs, sides
+from hf_pretrain.modeling.visibility.backends import Attending, FastAttention, paired_bounds
 from hf_pretrain.modeling.visibility.pairs import PairReader
 
 VOCAB_SIZE = 100
@@ -482,3 +485,74 @@ def test_a_head_gathers_from_the_module_that_it_reads():
     expected = model(**batch).logits.flatten(0, 1)[positions]
     with GatheredHead(model, body=model.get_decoder()) as head:
         torch.testing.assert_close(head(model, positions, **batch), expected)
+
+
+# Flash attention
+
+ON_FLASH = ["bart", "pegasus", "marian", "m2m_100", "bert+bert", "bert+gpt2", "modernbert+bert", "t5gemma"]
+
+
+def fast_attention(model):
+    part = Attending(model, torch.device("cpu"), torch.float32)
+    return FastAttention({"model": part}, allowed=["model"])
+
+
+@pytest.mark.parametrize("rows", ["documents", "padded", "full"])
+@pytest.mark.parametrize("name", ON_FLASH)
+def test_flash_attention_gives_the_logits_and_gradients_of_the_own_backend(monkeypatch, name, rows):
+    calls = flash.install(monkeypatch)
+    model = build(name, "eager" if name in EAGER_ONLY else "sdpa")
+    batch = batch_of(pairs_of(), documents=rows == "documents")
+    padded = {"is_padded": True, "decoder_is_padded": True} if rows == "padded" else {}
+    if rows == "full":
+        batch = batch_of([[pair] for pair in pairs_of([[(9, 5)], [(9, 5)]])[0] * 2], widths=(9, 5), documents=False)
+        padded = {"is_padded": False, "decoder_is_padded": False}
+    parameters, found = [one for one in model.parameters() if one.requires_grad], []
+    reader, fast = PairReader(model), fast_attention(model)
+    for running in (contextlib.nullcontext, fast.running):
+        with running():
+            logits = reader.run(**batch, **padded)
+            found.append((logits, torch.autograd.grad(logits.square().sum(), parameters, allow_unused=True)))
+            assert bool(calls) == (running == fast.running)
+    if name == "t5gemma":
+        # In its encoder, transformers' masks of a window see one token further than its flash attention.
+        assert not fast.is_faster and "are not those that it has" in str(fast)
+    else:
+        assert fast.is_faster and calls[-1] == ("plain" if rows == "full" else "varlen")
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for one, other in zip(found[1][1], found[0][1], strict=True):
+        if other is None:
+            assert one is None or not one.any()
+        else:
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+def test_t5_has_no_flash_attention(monkeypatch):
+    flash.install(monkeypatch)
+    assert str(fast_attention(build("t5"))) == "sdpa (T5ForConditionalGeneration has no flash attention)"
+
+
+@pytest.mark.parametrize("rows", ["documents", "padded"])
+def test_a_model_that_does_not_hand_bounds_on_goes_back(monkeypatch, rows):
+    flash.install(monkeypatch)
+    model, batch = build("bart"), batch_of(pairs_of(), documents=rows == "documents")
+    reader, fast = PairReader(model), fast_attention(model)
+    expected = reader.run(**batch)
+    # The attention to the encoder gets the bounds of the decoder's own.
+    for hook in reader._decoder.hooks[1 + len(reader._decoder.tables) :]:
+        hook.remove()
+    with fast.running():
+        torch.testing.assert_close(reader.run(**batch), expected)
+        assert model.config._attn_implementation == "sdpa"
+    assert "cannot" in str(fast) and not fast.is_faster
+
+
+def test_bounds_of_pairs_have_as_many_sequences_on_both_sides():
+    ids = torch.tensor([[0, 0, 1, 2, 2, -1], [-1, -1, 0, 0, 0, 0]])
+    decoder_ids = torch.tensor([[0, 1, 1, 1], [0, 0, -1, -1]])
+    first, second = paired_bounds(ids, decoder_ids, num_documents=4)
+    # Before, four documents, behind; then the same of the second row.
+    assert first.tolist() == [0, 0, 2, 3, 5, 5, 6, 8, 12, 12, 12, 12, 12]
+    assert second.tolist() == [0, 0, 1, 4, 4, 4, 4, 4, 6, 6, 6, 6, 8]
+    assert first.dtype == torch.int32
+    assert paired_bounds(ids.to("meta"), decoder_ids.to("meta"), num_documents=4)[0].shape == (13,), "nothing is read"

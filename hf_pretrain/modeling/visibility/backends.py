@@ -7,28 +7,67 @@ card runs the same model in float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import is_offline_mode
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
-from transformers.utils import import_utils
+from transformers.utils import import_utils, logging
 
 AUTO = "auto"
 """Value of the option `attn_implementation` that leaves the choice to this module."""
 
+OWN_MASKS = "the method has masks of its own"
+"""Why a model stays on its own backend, where its method does not say more."""
+
 _HALF = (torch.bfloat16, torch.float16)
-# Names of the share of attention probabilities that is dropped.
-_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
+# Names of the share of attention probabilities that is dropped; a class has one of them for all of its parts.
+_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # Flash attention 3 is made for Hopper GPUs, and drops nothing.
 _HOPPER, _AMPERE = 9, 8
+# Kernels have no wider heads.
+_WIDEST_HEAD = 256
+
+logger = logging.get_logger(__name__)
 
 
-def flash_backend(device: torch.device, dtype: torch.dtype, *, dropout: float = 0.0) -> str | None:
-    """Return the fastest flash attention that can run, None where none can.
+class Choice(NamedTuple):
+    """The attention backend of a model.
+
+    Attributes:
+        backend: Its name; None where there is no flash attention.
+        reason: Why it is not flash attention; "" where it is, or where somebody named it.
+    """
+
+    backend: str | None
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.backend} ({self.reason})" if self.reason else str(self.backend)
+
+
+class Attending(NamedTuple):
+    """A stock model that attends in a step.
+
+    Attributes:
+        model: The model.
+        device: Where it runs.
+        dtype: Number format of its computation.
+        drops: Whether it is trained, and so drops a share of its attention probabilities.
+    """
+
+    model: PreTrainedModel
+    device: torch.device
+    dtype: torch.dtype
+    drops: bool = True
+
+
+def flash_backend(device: torch.device, dtype: torch.dtype, *, dropout: float = 0.0) -> Choice:
+    """Return the fastest flash attention that can run, or why none can.
 
     Packages that are installed come first; with the package `kernels`, and unless the Hub is offline, one of the Hub's.
 
@@ -37,74 +76,210 @@ def flash_backend(device: torch.device, dtype: torch.dtype, *, dropout: float = 
         dtype: Number format of the computation.
         dropout: Share of the attention probabilities that is dropped.
     """
-    if device.type != "cuda" or dtype not in _HALF or not torch.cuda.is_available():
-        return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Choice(None, "flash attention needs a GPU")
+    if dtype not in _HALF:
+        return Choice(None, f"flash attention needs bf16 or fp16, not {str(dtype).removeprefix('torch.')}")
     major, _ = torch.cuda.get_device_capability(device)
-    versions = [version for version, least in ((3, _HOPPER), (2, _AMPERE)) if major >= least]
-    if dropout:
-        versions = [version for version in versions if version == 2]
+    able = [version for version, least in ((3, _HOPPER), (2, _AMPERE)) if major >= least]
+    if not able:
+        return Choice(None, f"flash attention needs a GPU of compute capability {_AMPERE}.0")
+    versions = [version for version in able if not dropout or version == 2]
     for version in versions:
         if getattr(import_utils, f"is_flash_attn_{version}_available")():
-            return f"flash_attention_{version}"
+            return Choice(f"flash_attention_{version}")
     if import_utils.is_kernels_available() and not is_offline_mode():
         for version in versions:
             name = FLASH_ATTN_KERNEL_FALLBACK[f"flash_attention_{version}"]
             # Whatever a download or an extension that does not fit raises, there is another backend.
             with suppress(Exception):
                 lazy_import_flash_attention(name)
-                return name
-    return None
+                return Choice(name)
+    if dropout and import_utils.is_flash_attn_3_available():
+        return Choice(None, f"flash attention 3 has no dropout of probabilities ({dropout:g}), 2 is not installed")
+    return Choice(None, "flash attention is not installed")
 
 
 def dropout_of(model: PreTrainedModel) -> float:
-    """Return the share of the attention probabilities that a model drops in training."""
-    return max(float(getattr(model.config, name, None) or 0.0) for name in _DROPOUTS)
+    """Return the share of the attention probabilities that a model drops in training, the largest of its parts."""
+    return max(float(getattr(config, name, None) or 0.0) for config in _configs(model) for name in _DROPOUTS)
+
+
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """Return the configurations that the modules of a model read their backend from; a part may have a copy of its own."""
+    found = {id(model.config): model.config} if isinstance(model, PreTrainedModel) else {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _head_width(config: PreTrainedConfig) -> int:
+    """Return the width of an attention head, 0 if it is not known."""
+    width, heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    own = getattr(config, "head_dim", None)
+    if isinstance(own, int):
+        return own
+    return width // heads if isinstance(width, int) and isinstance(heads, int) and heads else 0
+
+
+def _choose(part: Attending) -> Choice:
+    """Return the backend of a model that a method gives nothing but padding, documents and causality."""
+    own = _own_backend(part.model)
+    bodies = [module for module in part.model.base_model.modules() if isinstance(module, PreTrainedModel)]
+    if not all(module._supports_flash_attn for module in bodies):
+        return Choice(own, f"{type(part.model).__name__} has no flash attention")
+    # Of an architecture without SDPA, transformers chose the plain attention.
+    if own != ("sdpa" if part.model.base_model._supports_sdpa else "eager"):
+        return Choice(own)
+    if max(_head_width(config) for config in _configs(part.model)) > _WIDEST_HEAD:
+        return Choice(own, f"flash attention has no heads wider than {_WIDEST_HEAD}")
+    found = flash_backend(part.device, part.dtype, dropout=dropout_of(part.model) if part.drops else 0.0)
+    return Choice(own, found.reason) if found.backend is None else found
+
+
+def _own_backend(model: PreTrainedModel) -> str | None:
+    """Return the name of the backend that transformers gave a model; None if it chooses none."""
+    own: str | None = getattr(model.base_model.config, "_attn_implementation", None)
+    return own
 
 
 class FastAttention:
-    """Lets stock models run on flash attention while a step runs.
+    """Chooses the attention backend of each stock model, and lets some run on flash attention while a step runs.
 
-    Only those whose backend is "sdpa" are changed, and only where their architecture supports flash attention: another backend
-    was somebody's choice.
+    Only a model on the backend that transformers gives it is changed, and only where its architecture supports flash attention:
+    another backend was somebody's choice.
 
     Args:
-        models: The stock models that may be changed.
-        device: Where they are trained.
-        dtype: Number format of the computation.
+        parts: The stock models that attend in a step, by name.
+        allowed: Names of those that may be changed.
+        why_not: Why the others may not be; "" where the options name a backend.
 
     Attributes:
-        backends: Name of the backend that each model has in a step, in their order.
+        choices: The backend of each model that attends, and the reason, by name.
         is_faster: Whether any of them is not the model's own.
     """
 
-    def __init__(self, models: Sequence[PreTrainedModel], *, device: torch.device, dtype: torch.dtype) -> None:
-        self._changed: list[tuple[PreTrainedModel, str]] = []
-        self.backends: list[str] = []
-        for model in models:
-            body = model.base_model
-            own, fast = str(body.config._attn_implementation), None
-            if own == "sdpa" and body._supports_flash_attn:
-                fast = flash_backend(device, dtype, dropout=dropout_of(body))
-            self.backends.append(own if fast is None else fast)
-            if fast is not None:
-                self._changed.append((model, fast))
-        self.is_faster = bool(self._changed)
+    def __init__(self, parts: Mapping[str, Attending], *, allowed: Collection[str], why_not: str = OWN_MASKS) -> None:
+        self.choices: dict[str, Choice] = {}
+        self._changed: dict[str, PreTrainedModel] = {}
+        for name, part in parts.items():
+            own = _own_backend(part.model)
+            if own is not None:
+                self.choices[name] = _choose(part) if name in allowed else Choice(own, why_not)
+                if self.choices[name].backend != own:
+                    self._changed[name] = part.model
+        self._own = {name: _own_backend(model) for name, model in self._changed.items()}
+        # Other parts of a model, such as one of images, may have a backend of their own.
+        self._configs = {
+            name: [config for config in _configs(model) if config._attn_implementation == self._own[name]]
+            for name, model in self._changed.items()
+        }
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether the backend of any model is not its own."""
+        return bool(self._changed)
+
+    @property
+    def names(self) -> str | None:
+        """The names of the backends, each once; None if no model chooses one."""
+        return ", ".join(dict.fromkeys(str(choice.backend) for choice in self.choices.values())) or None
+
+    def __str__(self) -> str:
+        """Return which attention each model has and why: "sdpa (flash attention is not installed)"."""
+        if len(set(self.choices.values())) > 1:
+            return ", ".join(f"{choice} of the {name}" for name, choice in self.choices.items())
+        return "".join(str(choice) for choice in set(self.choices.values()))
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Run a step, and give the models their own backends again."""
-        configs = [
-            (config, fast) for model, fast in self._changed for config in (model.base_model.config, model.config)
-        ]
-        before = [config._attn_implementation for config, _ in configs]
-        for config, fast in configs:
-            config._attn_implementation_internal = fast
+        running = list(self._changed)
+        for name in running:
+            self._set(name, self.choices[name].backend)
+        _RUNNING.append(self)
         try:
             yield
         finally:
-            # Model and body may have one configuration.
-            for (config, _), own in zip(configs, before, strict=True):
-                config._attn_implementation_internal = own
+            _RUNNING.remove(self)
+            for name in running:
+                self._set(name, self._own[name])
+
+    def _set(self, name: str, backend: str | None) -> None:
+        for config in self._configs[name]:
+            config._attn_implementation_internal = backend
+
+    def drop(self, body: nn.Module, reason: str) -> bool:
+        """Put the model that a body belongs to back on its own backend, for good; false if it has no such model."""
+        for name, model in list(self._changed.items()):
+            if any(module is body for module in model.modules()):
+                self._set(name, self._own[name])
+                del self._changed[name]
+                self.choices[name] = Choice(self._own[name], reason)
+                logger.warning(f"attention of the {name}: {self.choices[name]}")
+                return True
+        return False
+
+
+# Those whose steps run now.
+_RUNNING: list[FastAttention] = []
+
+
+def leave_flash(body: PreTrainedModel, reason: str) -> bool:
+    """Put a model on its own backend that cannot do on flash attention what a batch asks, and say so.
+
+    Args:
+        body: The model, or a part of it.
+        reason: What went wrong.
+
+    Returns:
+        Whether it has another backend now; false if the one that it has was named by somebody.
+    """
+    return any(fast.drop(body, reason) for fast in list(_RUNNING))
+
+
+@contextmanager
+def on_own_backends() -> Iterator[None]:
+    """Run in a step what flash attention is compared with: models have their own backends in the block."""
+    left = [(fast, name) for fast in _RUNNING for name in fast._changed]
+    for fast, name in left:
+        fast._set(name, fast._own[name])
+    try:
+        yield
+    finally:
+        for fast, name in left:
+            fast._set(name, fast.choices[name].backend)
+
+
+def paired_bounds(
+    document_ids: torch.Tensor, decoder_document_ids: torch.Tensor, *, num_documents: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bounds of the sequences of an encoder and of a decoder, as many on both sides; nothing is read.
+
+    Each row has one sequence for the padding before its tokens, one for each document, and one for the padding behind. That of
+    the decoder sees the one of the encoder that has its number; either may be empty.
+
+    Args:
+        document_ids: ``[B, L]`` number of the document that a token belongs to, ascending in a row, negative at padding.
+        decoder_document_ids: ``[B, T]`` the same of the decoder.
+        num_documents: The most documents in a row, or more.
+
+    Returns:
+        Bounds in the ``B * L`` and in the ``B * T`` tokens, ``int32 [B * (num_documents + 2) + 1]`` each.
+    """
+    first, second = (_bounds_by_number(ids, num_documents) for ids in (document_ids, decoder_document_ids))
+    return first, second
+
+
+def _bounds_by_number(ids_BL: torch.Tensor, num_documents: int) -> torch.Tensor:
+    is_token_BL = ids_BL >= 0
+    behind_BL = torch.where(is_token_BL.cumsum(dim=1) > 0, num_documents + 1, 0)
+    number_BL = torch.where(is_token_BL, ids_BL.long() + 1, behind_BL)
+    counts = torch.zeros(len(ids_BL), num_documents + 2, dtype=torch.long, device=ids_BL.device)
+    counts = counts.scatter_add(1, number_BL, torch.ones_like(number_BL))
+    return nn.functional.pad(counts.flatten().cumsum(0), (1, 0)).int()
 
 
 def padded_bounds(attention_mask: torch.Tensor) -> dict[str, Any]:

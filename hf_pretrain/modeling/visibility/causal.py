@@ -106,8 +106,10 @@ class CausalReader:
         Raises:
             InputError: If the model cannot keep documents apart.
         """
-        if document_ids is not None and rules.known_plan(self.body, _RULE) is None:
-            self.check_isolation(length=input_ids.shape[1])
+        if document_ids is None:
+            rules.keeps_flash(self.body, self._read, length=input_ids.shape[1])
+        else:
+            rules.plan_or_leave_flash(self.body, _RULE, lambda: self.check_isolation(length=input_ids.shape[1]))
         return self._read(input_ids, document_ids=document_ids, position_ids=position_ids)
 
     def _read(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hf_pretrain.modeling.losses import GatheredOutput
 from hf_pretrain.modeling.visibility import rules
+from hf_pretrain.modeling.visibility.backends import on_own_backends
 from hf_pretrain.modeling.visibility.rules import ALONE_TOLERANCE, Edit, arbitrary_tokens, find_leak, is_alike
 
 Reading = Callable[..., GatheredOutput]
@@ -144,7 +145,8 @@ def find_mixing(read: Reading, bodies: tuple[PreTrainedModel, PreTrainedModel], 
         return "the states of a target change when a later token of it is edited"
     together = states_of(*tokens)
     for source_part, target_part in zip(*parts, strict=True):
-        alone = read(**one_row(tokens[0][source_part], tokens[1][target_part]))
+        with on_own_backends():
+            alone = read(**one_row(tokens[0][source_part], tokens[1][target_part]))
         pairs = (
             (together[0][:, source_part], alone.output.encoder_last_hidden_state),
             (together[1][:, target_part], alone.states),
@@ -161,6 +163,27 @@ def _documents(bounds: tuple[int, ...], *, like: torch.Tensor) -> tuple[torch.Te
         ids[begin:end] = number
         positions[begin:end] = torch.arange(end - begin, device=like.device)
     return ids[None], positions[None]
+
+
+def find_padding(read: Reading, bodies: tuple[PreTrainedModel, PreTrainedModel], sizes: tuple[int, int]) -> str | None:
+    """Return what goes wrong with the shorter of two rows, whose end is padding on both sides; None if nothing does."""
+    rows = two_rows(bodies, sizes, num_padding=2)
+    batch, ends = rows["batch"], {}
+    for name in ("input_ids", "decoder_input_ids"):
+        ends[name] = slice(0, batch[name].shape[1] - 2)
+    found = read(**rows).states[1, ends["decoder_input_ids"]].float()
+    edited = {name: ids.clone() for name, ids in batch.items()}
+    for name, end in ends.items():
+        edited[name][1, end.stop :] = batch[name][1, :2]
+    other = read(batch=edited, target_positions=rows["target_positions"]).states[1, ends["decoder_input_ids"]]
+    if not (other.float() - found).abs().max() <= rules.EDIT_TOLERANCE * found.abs().max():
+        return "the states of a row change when its padding is edited"
+    source, target = (batch[name][1, end] for name, end in ends.items())
+    with on_own_backends():
+        alone = read(**one_row(source, target)).states[0].float()
+    if not is_alike(found, alone):
+        return "the states of a padded row are not those that it has without padding"
+    return None
 
 
 def find_misplacing(

@@ -9,6 +9,8 @@ targets only. Between two calls the hooks do nothing.
   takes none, such as BART's, the output of its table is looked up anew. Relative positions need nothing.
 - Masks are written on the device from one integer a token, in the form of the attention backend. Where nothing is padded and a
   model gives the same without a mask, and without a look at its inputs, it gets none.
+- Flash attention takes the bounds of pairs, or of rows and their padding: those of the encoder, of the decoder, and of both for
+  cross-attention.
 
 No architecture is looked up by name: the first batch of each kind tries the model out, with the trials of `pair_trials.py`. The
 hooks are in `sides.py`.
@@ -16,7 +18,7 @@ hooks are in `sides.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -28,9 +30,11 @@ from hf_pretrain.modeling.backbone import without_autocast
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import GatheredHead, GatheredOutput
 from hf_pretrain.modeling.visibility import rules
+from hf_pretrain.modeling.visibility.backends import leave_flash, paired_bounds
 from hf_pretrain.modeling.visibility.pair_trials import (
     find_misplacing,
     find_mixing,
+    find_padding,
     is_same,
     num_looks,
     serves,
@@ -49,6 +53,7 @@ _CANNOT_PLACE = (
     "{name} cannot be given the positions of a fragment: {error}; choose an architecture with relative positions or a plain "
     "table of positions, such as t5 or bart, or another noise than 'mass'"
 )
+_CANNOT_PAD = "{name} cannot be trained on padded rows: {error}; use attn_implementation='sdpa'"
 _CANNOT_GATHER = (
     "{name} cannot be trained on chosen positions: {error}; choose another architecture, such as t5 or bart"
 )
@@ -126,6 +131,7 @@ class PairReader:
         decoder_position_ids: torch.Tensor | None = None,
         is_padded: bool | None = None,
         decoder_is_padded: bool | None = None,
+        num_documents: int | None = None,
     ) -> torch.Tensor:
         """Return the logits at the targets.
 
@@ -144,6 +150,7 @@ class PairReader:
             decoder_position_ids: ``[B, T]`` position of a token in its target, from 0; needed with `decoder_document_ids`.
                 Without documents, positions that are not those of the columns, such as those of a fragment in its text.
             is_padded: Whether any encoder row has padding; None if it is not known.
+            num_documents: The most pairs in a row, or more; read from `document_ids` where it is needed and not given.
             decoder_is_padded: Whether any decoder row has padding; None if it is not known.
 
         Returns:
@@ -159,7 +166,12 @@ class PairReader:
             "decoder_attention_mask": decoder_attention_mask,
         }
         lengths = {"length": input_ids.shape[1], "decoder_length": decoder_input_ids.shape[1]}
-        documents, masks = _both(document_ids, decoder_document_ids), self._masks(**lengths)
+        documents = _both(document_ids, decoder_document_ids)
+        kinds = (
+            ["isolation"] if documents is not None else ["bounds", *["positions"] * (decoder_position_ids is not None)]
+        )
+        on_flash = self._is_on_flash and self._keeps_flash(kinds, **lengths)
+        masks = None if on_flash else self._masks(**lengths)
         if documents is not None:
             assert position_ids is not None and decoder_position_ids is not None, "the collator gives positions too"
             if self._key("isolation") not in self._found:
@@ -173,6 +185,7 @@ class PairReader:
             documents=documents,
             positions=(position_ids, decoder_position_ids),
             padded=(is_padded is not False, decoder_is_padded is not False),
+            num_documents=num_documents,
         ).logits
 
     def _read(
@@ -184,10 +197,13 @@ class PairReader:
         documents: tuple[torch.Tensor, torch.Tensor] | None = None,
         positions: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
         padded: tuple[bool, bool] = (True, True),
+        num_documents: int | None = None,
     ) -> GatheredOutput:
         """Run the stock model once, with masks of documents, with other masks of padding, or with the stock ones."""
         try:
-            if documents is not None:
+            if self._is_on_flash:
+                self._bound(documents, batch, padded=any(padded), num_documents=num_documents)
+            elif documents is not None:
                 self._isolate(*documents)
             elif masks is not None:
                 self._mask_padding(masks, batch, padded)
@@ -218,6 +234,37 @@ class PairReader:
         decoder.inputs["encoder_attention_mask"] = write_mask(
             decoder, own_input, like=decoder_document_ids, num_keys=document_ids.shape[1]
         )
+
+    @property
+    def _is_on_flash(self) -> bool:
+        return "flash" in self._encoder.backend and "flash" in self._decoder.backend
+
+    def _bound(
+        self,
+        documents: tuple[torch.Tensor, torch.Tensor] | None,
+        batch: dict[str, torch.Tensor],
+        *,
+        padded: bool,
+        num_documents: int | None,
+    ) -> None:
+        """Give flash attention the bounds of pairs, or of rows without their padding; none where rows are full."""
+        encoder, decoder = self._encoder, self._decoder
+        encoder.inputs["attention_mask"] = decoder.inputs["attention_mask"] = None
+        decoder.inputs["encoder_attention_mask"] = None
+        if documents is None and not padded:
+            return
+        if documents is None:
+            first, second = ((batch[name] != 0).long() - 1 for name in ("attention_mask", "decoder_attention_mask"))
+            documents, num_documents = (first, second), 1
+        if num_documents is None:
+            num_documents = 1 + int(torch.stack([ids.max() for ids in documents]).max())
+        bounds = paired_bounds(*documents, num_documents=num_documents)
+        (own, decoder_own), (length, decoder_length) = bounds, (ids.shape[1] for ids in documents)
+        keys = {"cu_seq_lens_k": own, "max_length_k": length}
+        decoder_queries = {"cu_seq_lens_q": decoder_own, "max_length_q": decoder_length}
+        encoder.inputs |= keys | {"cu_seq_lens_q": own, "max_length_q": length}
+        decoder.inputs |= decoder_queries | {"cu_seq_lens_k": decoder_own, "max_length_k": decoder_length}
+        decoder.cross_bounds = decoder_queries | keys
 
     def _mask_padding(self, masks: _Masks, batch: dict[str, torch.Tensor], padded: tuple[bool, bool]) -> None:
         """Write the masks of rows with one pair, or leave them out; where neither serves, the stock ones stay."""
@@ -280,7 +327,7 @@ class PairReader:
             InputError: Naming the architecture and what went wrong.
         """
         sizes = (length, length if decoder_length is None else decoder_length)
-        masks = self._masks(*sizes)
+        masks = None if self._is_on_flash else self._masks(*sizes)
         self._try(
             "positions",
             lambda: (
@@ -295,6 +342,28 @@ class PairReader:
         if key not in self._found:
             self._try("masks", lambda: self._find_masks((length, decoder_length)), _CANNOT_GATHER)
         return self._found[key]
+
+    def _keeps_flash(self, kinds: Sequence[str], *, length: int, decoder_length: int) -> bool:
+        """Whether the model does on flash attention what it is to do; the first batch of each kind tries it out.
+
+        Raises:
+            InputError: If it does not, and its backend was named by somebody.
+        """
+        sizes = (length, decoder_length)
+        checks: dict[str, Callable[[], None]] = {
+            "isolation": lambda: self.check_isolation(length=length, decoder_length=decoder_length),
+            "positions": lambda: self.check_positions(length=length, decoder_length=decoder_length),
+            "bounds": lambda: self._try("bounds", lambda: find_padding(self._read, self._bodies, sizes), _CANNOT_PAD),
+        }
+        try:
+            for kind in kinds:
+                if self._key(kind) not in self._found:
+                    checks[kind]()
+        except InputError as error:
+            if not leave_flash(self._encoder.body, str(error)):
+                raise
+            return False
+        return True
 
     def _key(self, rule: str) -> tuple[str, str, str]:
         return rule, self._encoder.backend, self._decoder.backend

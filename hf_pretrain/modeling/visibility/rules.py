@@ -34,11 +34,11 @@ from hf_pretrain.modeling.backbone import (
     takes_input,
     window_of,
 )
-from hf_pretrain.modeling.visibility.backends import padded_bounds
+from hf_pretrain.modeling.visibility.backends import leave_flash, on_own_backends, padded_bounds
 
 MaskFunction = Callable[..., torch.Tensor]
 
-_PADDING, _BOUNDS, _ISOLATION = "padding", "bounds", "isolation"
+_PADDING, _BOUNDS, _ISOLATION, _FLASH = "padding", "bounds", "isolation", "flash"
 # Backends whose masks of padding are known to be those of transformers.
 _BACKENDS = ("sdpa", "eager")
 
@@ -228,6 +228,58 @@ def try_out(
     return plan
 
 
+def plan_or_leave_flash(backbone: PreTrainedModel, rule: str, check: Callable[[], Any]) -> AttentionPlan:
+    """Return the plan of a backbone for a rule, which the first batch checks; see [`leave_flash`].
+
+    Args:
+        backbone: The stock model.
+        rule: Name of the rule.
+        check: Makes the plan, and raises InputError if there is none for the backend that the backbone has.
+
+    Raises:
+        InputError: If the backbone cannot keep to the rule, on flash attention or on its own backend.
+    """
+    plan = known_plan(backbone, rule)
+    if plan is None:
+        try:
+            check()
+        except InputError as error:
+            if not leave_flash(backbone, str(error)):
+                raise
+            return plan_or_leave_flash(backbone, rule, check)
+        plan = known_plan(backbone, rule)
+    assert plan is not None, "the check remembers the plan"
+    return plan
+
+
+def keeps_flash(backbone: PreTrainedModel, read: Callable[[torch.Tensor], torch.Tensor], *, length: int) -> bool:
+    """Whether a backbone runs on flash attention, and there computes what it does on its own backend; tried out once.
+
+    Args:
+        backbone: The stock model.
+        read: From tokens ``[1, L]`` to states ``[1, L, D]``.
+        length: Tokens of the row to try.
+    """
+    if "flash" not in backbone.config._attn_implementation:
+        return False
+
+    def trial(body: PreTrainedModel, plan: AttentionPlan) -> str | None:
+        row = arbitrary_tokens(body, max(length, 8), shift=1)[None]
+        found = read(row).float()
+        with on_own_backends():
+            expected = read(row).float()
+        return None if is_alike(found, expected) else "its states are not those of its own attention"
+
+    def check() -> None:
+        try:
+            try_out(backbone, _FLASH, trial)
+        except InputError as error:
+            backend = backbone.config._attn_implementation
+            raise InputError(f"{type(backbone).__name__} cannot be trained with {backend}: {error}") from None
+
+    return plan_or_leave_flash(backbone, _FLASH, check).is_flash
+
+
 def is_own_fault(error: Exception) -> bool:
     """Whether an error of a trial is a mistake in this library: of these types, and raised in a line of it.
 
@@ -394,7 +446,9 @@ def _try_bounds(backbone: PreTrainedModel, attention_mask: torch.Tensor) -> Atte
         padded[1, length - 2 :] = 0
         found = body(input_ids=ids, attention_mask=None, **padded_bounds(padded))[0].float()
         for row, size in enumerate((length, length - 2)):
-            if not is_alike(found[row, :size], body(input_ids=ids[row : row + 1, :size])[0][0].float()):
+            with on_own_backends():
+                alone = body(input_ids=ids[row : row + 1, :size])[0][0].float()
+            if not is_alike(found[row, :size], alone):
                 return "its states change"
         return None
 
@@ -445,17 +499,13 @@ def isolated_inputs(
             positions = {"position_ids": position_ids}
         else:
             positions = row_position_inputs(backbone, attention_mask)
-        if (
-            is_padded
-            and "flash" in backbone.config._attn_implementation
-            and _flash_takes_bounds(backbone, attention_mask)
-        ):
+        body, length = backbone.base_model, input_ids.shape[1]
+        on_flash = keeps_flash(backbone, lambda row: body(input_ids=row)[0], length=length)
+        if is_padded and on_flash and _flash_takes_bounds(backbone, attention_mask):
             return batch | {"attention_mask": None} | padded_bounds(attention_mask) | positions
         return batch | {"attention_mask": padding_inputs(backbone, attention_mask, is_padded)} | positions
     assert position_ids is not None, "the collator gives position_ids along with document_ids"
-    plan = known_plan(backbone, _ISOLATION)
-    if plan is None:
-        plan = check_isolation(backbone, length=input_ids.shape[1])
+    plan = plan_or_leave_flash(backbone, _ISOLATION, lambda: check_isolation(backbone, length=input_ids.shape[1]))
     return batch | _attention_inputs(backbone, plan, document_ids=document_ids, position_ids=position_ids)
 
 
@@ -524,7 +574,9 @@ def find_mixing(
     if find_leak(together, row, edits) is not None:
         return "the states of a document change when another one in its row is edited"
     states = together(row)[0]
-    if not all(is_alike(states[part], read(row[None, part], None)[0].float()) for part in parts):
+    with on_own_backends():
+        alone = [read(row[None, part], None)[0].float() for part in parts]
+    if not all(is_alike(states[part], expected) for part, expected in zip(parts, alone, strict=True)):
         return "the states of a document in a row with others are not those that it has alone"
     return None
 

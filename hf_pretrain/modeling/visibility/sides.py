@@ -64,12 +64,14 @@ class Side:
         body: The stock module.
         inputs: Arguments that replace those that the stock forward hands it; empty between two runs.
         positions: ``[B, L]`` for tables of positions; None between two runs.
+        cross_bounds: Bounds of sequences for the attention to the encoder, in place of those in `inputs`; empty between two runs.
     """
 
     def __init__(self, body: PreTrainedModel) -> None:
         self.body = body
         self.inputs: dict[str, Any] = {}
         self.positions: torch.Tensor | None = None
+        self.cross_bounds: dict[str, Any] = {}
         self._order = tuple(inspect.signature(type(body).forward).parameters)[1:]
         self._takes_positions, self._first = "position_ids" in self._order, given_first_position(body)
         modules = dict(body.named_modules())
@@ -77,6 +79,10 @@ class Side:
         self.tables = [Table(self, modules[name]) for name in names]
         hook = body.register_forward_pre_hook(self._hand_over, with_kwargs=True)
         self.hooks: list[RemovableHandle] = [hook, *(table.hook for table in self.tables)]
+        if "encoder_hidden_states" in self._order:
+            # One argument goes to all attention of a decoder, of which only that to the encoder is not causal.
+            others = [module for module in modules.values() if getattr(module, "is_causal", None) is False]
+            self.hooks += [one.register_forward_pre_hook(self._swap_bounds, with_kwargs=True) for one in others]
 
     @property
     def backend(self) -> str:
@@ -98,7 +104,12 @@ class Side:
 
     def clear(self) -> None:
         """Make the hooks inert."""
-        self.inputs, self.positions = {}, None
+        self.inputs, self.positions, self.cross_bounds = {}, None, {}
+
+    def _swap_bounds(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return (args, kwargs | self.cross_bounds) if self.cross_bounds else None
 
     def _hand_over(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -96,6 +96,10 @@ class CausalLMForPreTraining(PretrainingModel):
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the number of tokens that are predicted."""
         return {"lm": (batch["labels"] != IGNORED).sum()}
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return the stock model: rows need causality alone, and isolated documents their bounds."""
+        return self.backbones.keys()
 
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:

@@ -276,8 +276,8 @@ class ContrastiveForPreTraining(PretrainingModel):
         return counts
 
     def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
-        """Return the encoder; the small decoders have attention of their own."""
-        return ("model",) if "model" in self.backbones else ()
+        """Return the encoder, or the two of a joint replaced token detection; the small decoders have attention of their own."""
+        return self.backbones.keys()
 
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:

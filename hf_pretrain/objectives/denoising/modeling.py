@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -120,9 +120,17 @@ class DenoisingForPreTraining(PretrainingModel):
 
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:
-        """Return whether either side has padding; see [`PretrainingModel.host_inputs`]."""
+        """Return whether either side has padding, and how many pairs a row has; see [`PretrainingModel.host_inputs`]."""
         sides = {"is_padded": "attention_mask", "decoder_is_padded": "decoder_attention_mask"}
-        return {name: not bool(batch[mask].all()) for name, mask in sides.items()}
+        found: dict[str, Any] = {name: not bool(batch[mask].all()) for name, mask in sides.items()}
+        if "document_ids" in batch:
+            # A power of two: a compiled model would be compiled anew for every number.
+            found["num_documents"] = 1 << int(batch["document_ids"].max()).bit_length()
+        return found
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return the stock model: each attention takes bounds; T5's has a bias, and no flash attention."""
+        return self.backbones.keys()
 
     def forward(
         self,

@@ -7,7 +7,7 @@ metrics of the predictions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from hf_pretrain.modeling.base import PretrainingModel
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, begin_in_column_0
 from hf_pretrain.modeling.observing.outputs import ModelOutputs, ModelRunner, OutputRequest, TopKTargets
 from hf_pretrain.modeling.pooling import SentenceModules, from_config
+from hf_pretrain.modeling.visibility.backends import Attending
 from hf_pretrain.modeling.visibility.rules import has_padding
 from hf_pretrain.objectives.distillation.arguments import (
     OF_PREDICTIONS,
@@ -242,6 +243,18 @@ class DistillationModel(PretrainingModel):
     def stock_models(self) -> list[PreTrainedModel]:
         """Return the student, and the teacher if it is there."""
         return [self.student] if self.teacher is None else [self.student, self.teacher.model]
+
+    def attending(self, *, device: torch.device, dtype: torch.dtype) -> dict[str, Attending]:
+        """Return the student, and the teacher on its own device and in its own number format."""
+        found = {"student": Attending(self.student, device, dtype)}
+        if self.teacher is not None:
+            teacher = self.teacher.model
+            found["teacher"] = Attending(teacher, self.teacher.device or device, teacher.dtype, drops=False)
+        return found
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return both models: a loss of attention reads queries, keys and values, and makes its scores itself."""
+        return ("student",) if self.teacher is None else ("student", "teacher")
 
     # mypy: elsewhere counting needs the batch alone, and the method is static.
     def count_targets(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:  # type: ignore[override]

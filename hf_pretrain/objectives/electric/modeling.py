@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,7 @@ class ElectricForPreTraining(PairForPreTraining):
     """
 
     config_class = ElectricConfig
+    why_not_flash = "a tower reads in one direction, by a mask"
     export_parts = {"": "discriminator", GENERATOR_FOLDER: "generator"}  # noqa: RUF012
 
     def __init__(
@@ -119,6 +120,10 @@ class ElectricForPreTraining(PairForPreTraining):
         candidates = torch.arange(batch["input_ids"].numel(), device=self.device)
         uniforms = torch.full(batch["target_positions"].shape, 0.5, device=self.device)
         return batch | {"candidate_positions": candidates, "sample_uniforms": uniforms}
+
+    def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
+        """Return the discriminator, which sees the whole text."""
+        return ("discriminator",)
 
     @staticmethod
     def count_targets(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:

@@ -53,13 +53,14 @@ class StepRunner:
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else self.trainer.model.dtype
 
     def fast_attention(self, batch: Mapping[str, Any]) -> FastAttention:
-        """Return which of the stock models run on flash attention with a batch; the option may name another backend."""
-        model, options = self.trainer.model, self.trainer.inputs.model_args
+        """Return which attention the stock models have with a batch; the option may name a backend."""
+        model, args, options = self.trainer.model, self.trainer.args, self.trainer.inputs.model_args
         wanted = AUTO if options is None else getattr(options, "attn_implementation", None)
         names = tuple(sorted(model.on_flash(batch))) if wanted == AUTO else ()
         if names not in self._attention:
-            parts = [model.backbones[name] for name in names]
-            self._attention[names] = FastAttention(parts, device=self.trainer.args.device, dtype=self.compute_dtype)
+            parts = model.attending(device=args.device, dtype=self.compute_dtype)
+            why_not = model.why_not_flash if wanted == AUTO else ""
+            self._attention[names] = FastAttention(parts, allowed=names, why_not=why_not)
         return self._attention[names]
 
     def on_fast_attention(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -70,11 +71,7 @@ class StepRunner:
     @property
     def attention(self) -> str | None:
         """Names of the attention backends that the stock models run on in a step; None if none of them chooses one."""
-        changed = {name: None for name in self.trainer.model.on_flash({})}
-        fast = dict(zip(sorted(changed), self.fast_attention({}).backends, strict=False))
-        configs = {name: getattr(part, "config", None) for name, part in self.trainer.model.backbones.items()}
-        own = {name: getattr(config, "_attn_implementation", None) for name, config in configs.items()}
-        return ", ".join(dict.fromkeys(filter(None, (own | fast).values()))) or None
+        return self.fast_attention({}).names
 
     # A step
 
