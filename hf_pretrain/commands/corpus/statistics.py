@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.commands import of_data, parse_command, text_files
+from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.data.documents.documents import UnknownCount, sentence_starts, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import Segmenter, encodable, word_starts
 from hf_pretrain.data.examples.packing import JOINING_MODES, BlockTemplate, PackingMode, pack_documents
-from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
+from hf_pretrain.data.run_tokenizer import RepeatableTexts, first_texts, run_tokenizer, word_segmenter
 from hf_pretrain.data.text.datasets import text_dataset, text_sizes
 from hf_pretrain.data.text.files import excerpt
 from hf_pretrain.data.text.search import resolve_paths
