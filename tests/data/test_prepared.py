@@ -453,7 +453,11 @@ class TestOptions:
             ("mlm --preprocessing_num_workers 2", "has no effect beside prepared_data"),
             ("mlm --tokenizer_name {named}", "the tokens of another tokenizer"),
             ("mlm --streaming true --max_steps 2", "streaming=True does not go with prepared_data"),
-            ("t5_small", "sentinel"),
+            ("t5_small", "prepare the text with --added_tokens <extra_id_0> ... <extra_id_"),
+            (
+                "denoise --noise ul2",
+                "prepare the text with --added_tokens [NLU] [NLG] [S2S] <extra_id_0> ... <extra_id_",
+            ),
             ("elmo", "knows pieces of words"),
             ("contrastive --views pairs --model_name_or_path {model}", "name CSV, TSV or JSON lines with train_file"),
             (
