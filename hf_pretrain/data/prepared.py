@@ -122,7 +122,7 @@ def cuts(num_bytes: np.ndarray, size: int) -> list[int]:
     starts = np.cumsum(num_bytes)
     starts -= num_bytes
     # None of the others lies behind the last start.
-    multiples = np.arange(size, starts[-1] + 1, size) if len(starts) else []
+    multiples = np.arange(size, starts[-1] + 1 if len(starts) else 0, size)
     return [0, *np.unique(np.searchsorted(starts, multiples)).tolist(), len(num_bytes)]
 
 
