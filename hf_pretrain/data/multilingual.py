@@ -20,14 +20,11 @@ from hf_pretrain.data.documents.tokenizers import frame_by_separators
 from hf_pretrain.data.examples.bitext import BITEXT_FEATURES, BitextDataset, bitext_dataset, tokenize_bitext
 from hf_pretrain.data.examples.epochs import EpochDataset, ExampleView, MixtureDataset, language_shares
 from hf_pretrain.data.examples.packing import BlockDataset
-from hf_pretrain.data.prepare import (
-    PreparedData,
+from hf_pretrain.data.prepare import PreparedData, common_description, file_names, prepare_data
+from hf_pretrain.data.run_tokenizer import (
     RepeatableTexts,
     check_unknown,
-    common_description,
-    file_names,
     first_texts,
-    prepare_data,
     run_tokenizer,
     shuffled_texts,
     word_segmenter,

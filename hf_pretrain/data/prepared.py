@@ -53,7 +53,8 @@ _NUMBERS = datasets.Features({"doc_id": DOCUMENT_FEATURES["doc_id"]})
 _PIECES, _LEAST_BYTES, _MOST_BYTES = 256, 1 << 22, 1 << 28
 # Bytes of text that are tokenized together: a worker holds the tokens of these and no more.
 _GROUP_BYTES = 1 << 20
-_BATCH_ROWS = 1000
+# Of long documents a batch is large, and one of a selection is a copy.
+_BATCH_ROWS = 256
 _BATCH_NUMBERS = 1 << 20
 _SECONDS_TO_WATCH = 1.0
 
@@ -84,13 +85,12 @@ def measure(texts: datasets.Dataset) -> Measured:
     batches = texts.select_columns(["text"]).with_format("arrow").iter(batch_size=_BATCH_ROWS)
     total = -(-len(texts) // _BATCH_ROWS)
     for batch in tqdm(batches, desc="Measuring text", total=total, delay=2, disable=None):
-        column = batch["text"]
-        lengths.append(pc.fill_null(pc.binary_length(column), 0).to_numpy().astype(np.int64))
+        column = pc.fill_null(batch["text"], "")
+        lengths.append(pc.binary_length(column).to_numpy().astype(np.int64))
         characters += pc.sum(pc.utf8_length(column)).as_py() or 0
         digest.update(lengths[-1].data.cast("B"))
-        for text in column:
-            if text.is_valid:
-                digest.update(text.as_buffer())
+        for chunk in column.chunks:
+            digest.update(_bytes_of(chunk))
     num_bytes = np.concatenate(lengths)
     facts = {
         "texts": len(texts),
@@ -99,6 +99,14 @@ def measure(texts: datasets.Dataset) -> Measured:
         "digest": digest.hexdigest(),
     }
     return Measured(num_bytes, facts)
+
+
+def _bytes_of(texts: pa.Array) -> memoryview:
+    """Return the bytes of texts, one after the other."""
+    _, offsets, data = texts.buffers()
+    kind = np.int64 if pa.types.is_large_string(texts.type) else np.int32
+    bounds = np.frombuffer(offsets, dtype=kind)[texts.offset : texts.offset + len(texts) + 1]
+    return memoryview(data or b"")[bounds[0] : bounds[-1]]
 
 
 def cuts(num_bytes: np.ndarray, size: int) -> list[int]:
@@ -111,9 +119,11 @@ def cuts(num_bytes: np.ndarray, size: int) -> list[int]:
     Returns:
         Ascending numbers of texts, the first 0 and the last ``n``.
     """
-    numbers = (np.cumsum(num_bytes) - num_bytes) // size
-    inner = np.flatnonzero(np.diff(numbers)) + 1
-    return [0, *inner.tolist(), len(num_bytes)]
+    starts = np.cumsum(num_bytes)
+    starts -= num_bytes
+    # None of the others lies behind the last start.
+    multiples = np.arange(size, starts[-1] + 1 if len(starts) else 0, size)
+    return [0, *np.unique(np.searchsorted(starts, multiples)).tolist(), len(num_bytes)]
 
 
 def piece_bounds(measured: Mapping[str, Measured]) -> dict[str, list[int]]:

@@ -17,7 +17,8 @@ import datasets
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_pretrain.data.prepare import PreparedData, RepeatableTexts, check_unknown, count_unknown
+from hf_pretrain.data.prepare import PreparedData
+from hf_pretrain.data.run_tokenizer import RepeatableTexts, check_unknown, count_unknown
 from hf_pretrain.data.text.docstrings import split_held_out
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.loading import from_pretrained

@@ -9,7 +9,7 @@ import pytest
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer
 
-from hf_pretrain.data import draws, prepare
+from hf_pretrain.data import draws, run_tokenizer
 from hf_pretrain.data.documents.documents import tokenize_documents
 from hf_pretrain.data.examples.bitext import BitextDataset
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, EpochDataset, MixtureDataset, language_shares
@@ -187,7 +187,7 @@ def test_description(files, tmp_path):
 def test_everything_is_done_once(files, tmp_path, monkeypatch):
     first = prepared(files, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained twice"))
+        patch.setattr(run_tokenizer, "train_tokenizer", lambda *_, **__: pytest.fail("trained twice"))
         patch.setattr(
             "hf_pretrain.data.documents.documents.tokenize_texts", lambda *_, **__: pytest.fail("tokenized twice")
         )

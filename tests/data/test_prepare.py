@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer, BertConfig, BertTokenizer, HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
-from hf_pretrain.data import draws, prepare
+from hf_pretrain.data import draws, prepare, run_tokenizer
 from hf_pretrain.data.examples.epochs import EpochDataset
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.prepare import DataArguments, prepare_data
@@ -143,7 +143,7 @@ def test_trained_tokenizer_is_saved_and_found_again(train_file, tmp_path, monkey
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == first.tokenizer.get_vocab()
     assert first.tokenizer.model_max_length == args.block_size
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "train_tokenizer", lambda *_, **__: pytest.fail("trained twice"))
+        patch.setattr(run_tokenizer, "train_tokenizer", lambda *_, **__: pytest.fail("trained twice"))
         patch.setattr(
             "hf_pretrain.data.documents.documents._counted_columns", lambda *_, **__: pytest.fail("tokenized twice")
         )
@@ -185,14 +185,15 @@ def test_everything_is_written_while_the_first_process_works(train_file, tmp_pat
         yield
         state["inside"] = False
 
-    for name in ("text_dataset", "train_tokenizer", "tokenize_documents"):
-        original = getattr(prepare, name)
+    of_preparing = {"text_dataset": prepare, "train_tokenizer": run_tokenizer, "tokenize_documents": prepare}
+    for name, module in of_preparing.items():
+        original = getattr(module, name)
 
         def checked(*args, original=original, **options):
             assert state["inside"]
             return original(*args, **options)
 
-        monkeypatch.setattr(prepare, name, checked)
+        monkeypatch.setattr(module, name, checked)
     prepare_data(arguments(train_file), seed=1, output_dir=tmp_path / "out", first=first())
     assert state == {"inside": False, "entered": 1}
 
@@ -428,7 +429,7 @@ class TestUnknown:
 
     def test_a_stream_goes_on_counting(self, train_file, written, tmp_path, caplog, monkeypatch):
         monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
-        monkeypatch.setattr(prepare, "_STREAM_CHARACTERS", 1000)
+        monkeypatch.setattr(run_tokenizer, "_STREAM_CHARACTERS", 1000)
         english = prepare_data(arguments(train_file), seed=1, output_dir=tmp_path / "english").tokenizer
         path = written([*make_documents(30, seed=1), *CYRILLIC])
         args = arguments(path, streaming=True)

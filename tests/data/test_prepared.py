@@ -11,6 +11,7 @@ from dataclasses import replace
 import datasets
 import numpy as np
 import pytest
+import xxhash
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from hf_pretrain import cli
@@ -178,6 +179,34 @@ def test_any_number_of_processes_and_machines_writes_the_same_bytes(corpus, name
     for folder in ("two", "shards", "many"):
         assert contents(tmp_path / folder) == files
     assert_equal_data(opened(tmp_path / "two"), run_of(corpus, tmp_path / "out", **options))
+
+
+def test_text_is_measured_and_cut_as_a_plain_loop_does(monkeypatch):
+    texts = make_texts() + ["", "\U0001f600 naïve", None]
+    monkeypatch.setattr(prepared, "_BATCH_ROWS", 7)
+    plain = datasets.Dataset.from_dict({"text": texts})
+    large = plain.cast(datasets.Features({"text": datasets.Value("large_string")}))
+    rows = list(range(len(texts)))
+    sizes = [len((text or "").encode()) for text in texts]
+    for dataset, order in ((plain, rows), (large, rows), (plain.select(rows[9:50]), rows[9:50]), (plain, rows[::-3])):
+        measured = prepared.measure(dataset if order in (rows, rows[9:50]) else dataset.select(order))
+        assert measured.num_bytes.tolist() == [sizes[row] for row in order]
+        assert measured.facts["bytes"] == sum(measured.num_bytes)
+        assert measured.facts["characters"] == sum(len(texts[row] or "") for row in order)
+        digest = xxhash.xxh3_128()
+        for low in range(0, len(order), 7):
+            batch = order[low : low + 7]
+            digest.update(np.array([sizes[row] for row in batch], dtype=np.int64).tobytes())
+            digest.update(b"".join((texts[row] or "").encode() for row in batch))
+        assert measured.facts["digest"] == digest.hexdigest()
+        for size in (1, 50, 300, 1 << 20):
+            bounds, begin = [0], 0
+            for number, num_bytes in enumerate(measured.num_bytes.tolist()):
+                if number and begin // size != (begin - measured.num_bytes[number - 1]) // size:
+                    bounds.append(number)
+                begin += num_bytes
+            assert prepared.cuts(measured.num_bytes, size) == [*bounds, len(order)]
+    assert prepared.cuts(np.empty(0, np.int64), 5) == [0, 0]
 
 
 def test_the_first_shard_trains_the_tokenizer_for_the_others(corpus, tmp_path):
@@ -424,7 +453,11 @@ class TestOptions:
             ("mlm --preprocessing_num_workers 2", "has no effect beside prepared_data"),
             ("mlm --tokenizer_name {named}", "the tokens of another tokenizer"),
             ("mlm --streaming true --max_steps 2", "streaming=True does not go with prepared_data"),
-            ("t5_small", "sentinel"),
+            ("t5_small", "prepare the text with --added_tokens <extra_id_0> ... <extra_id_"),
+            (
+                "denoise --noise ul2",
+                "prepare the text with --added_tokens [NLU] [NLG] [S2S] <extra_id_0> ... <extra_id_",
+            ),
             ("elmo", "knows pieces of words"),
             ("contrastive --views pairs --model_name_or_path {model}", "name CSV, TSV or JSON lines with train_file"),
             (

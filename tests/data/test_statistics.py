@@ -6,10 +6,13 @@ import datasets
 import numpy as np
 import pytest
 
+from hf_pretrain import cli
 from hf_pretrain.commands.corpus import statistics
+from hf_pretrain.commands.corpus.prepare import PrepareArguments, prepare_folder
 from hf_pretrain.commands.corpus.statistics import corpus_statistics
-from hf_pretrain.data import draws
+from hf_pretrain.data import draws, prepared
 from hf_pretrain.data.documents.documents import sentence_starts, tokenize_documents
+from hf_pretrain.data.documents.tokenizers import train_tokenizer
 from hf_pretrain.data.documents.words import word_starts
 from hf_pretrain.data.examples.packing import BlockDataset
 from hf_pretrain.data.text.files import NumberedDocument, excerpt, in_groups, numbered_documents
@@ -160,3 +163,70 @@ def test_an_excerpt_is_one_line():
     assert excerpt("one\n two") == "one two"
     assert excerpt("word " * 100, num_characters=12) == "word word w…"
     assert len(excerpt("x" * 10_000)) == 72
+
+
+class TestPreparedData:
+    @pytest.fixture
+    def place(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.setattr(prepared, "_LEAST_BYTES", 900)
+        texts = [*corpus(), "\u200b", "\u4e2d is not known ."]
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "corpus.jsonl").write_text(rows)
+        train_tokenizer(corpus(), kind="wordpiece", vocab_size=100).save_pretrained(tmp_path / "tokenizer")
+        options = {"train_file": [str(tmp_path / "corpus.jsonl")], "tokenizer_name": str(tmp_path / "tokenizer")}
+        options |= {"validation_fraction": 0.0, "num_workers": 1, "max_unknown_share": 1.0}
+        manifest = prepare_folder(PrepareArguments(output_dir=str(tmp_path / "prepared"), **options))
+        assert len(manifest["train"]["documents_of_pieces"]) > 2
+        return tmp_path
+
+    def test_what_tokens_tell_is_what_the_text_tells(self, place, capsys):
+        shown = {}
+        for name, given in (
+            ("text", f"--train_file {place}/corpus.jsonl"),
+            ("tokens", f"--prepared_data {place}/prepared"),
+        ):
+            own = f"--tokenizer_name {place}/tokenizer --block_size 32 --output_file {place}/{name}.json"
+            assert cli.main(["statistics", *given.split(), *own.split()]) == 0, capsys.readouterr().err
+            shown[name] = capsys.readouterr().out
+        text, tokens = (json.loads((place / f"{name}.json").read_text()) for name in shown)
+        # Those without tokens are in the lengths of the text, and not in those of the tokens.
+        empty = text["documents_without_tokens"]
+        assert empty and tokens["documents_without_tokens"] == empty and tokens["documents"] == text["documents"]
+        assert tokens["packing"] == text["packing"]
+        for name in ("tokenizer", "vocab_size", "block_size", "unknown_share", "unknown_character_share"):
+            assert tokens[name] == text[name]
+        assert 0 < tokens["unknown_share"]
+        for unit in ("words", "sentences", "tokens"):
+            without = empty if unit == "sentences" else 0
+            assert tokens["lengths"][unit]["total"] == text["lengths"][unit]["total"] - without
+            assert tokens["lengths"][unit]["max"] == text["lengths"][unit]["max"]
+        assert tokens["tokens_per_word"] == text["tokens_per_word"]
+        assert [row["tokens"] for row in tokens["longest"]] == [row["tokens"] for row in text["longest"]]
+        for unit in ("bytes", "characters"):
+            assert tokens[unit] == text["lengths"][unit]["total"] and f"{tokens[unit]:,} {unit}" in shown["tokens"]
+        filled = [[row for row in counted["histogram"] if row[1] and row[2]] for counted in (text, tokens)]
+        assert filled[0] == filled[1]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("", "no text to count: give --train_file"),
+            ("--prepared_data {place}/prepared --train_file a.txt", "does not go with prepared_data"),
+            ("--prepared_data {place}/prepared --vocab_size 99", "vocab_size=99 has no effect beside prepared_data"),
+            ("--prepared_data {place}/prepared --text_column body", "text_column='body'"),
+            ("--prepared_data {place}/nowhere", "is no folder of hf-pretrain prepare"),
+            ("--prepared_data {place}/prepared --block_size 2", "block_size=2"),
+            ("--prepared_data {place}/prepared --tokenizer_name {place}/other", "the tokens of another tokenizer"),
+            (
+                "--prepared_data {place}/prepared --output_file {place}/prepared/prepared.json --overwrite_output_file true",
+                "is one of the files that are read",
+            ),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, place, options, message, capsys):
+        train_tokenizer(["other words"], kind="wordpiece", vocab_size=40).save_pretrained(place / "other")
+        before = (place / "prepared" / "prepared.json").read_bytes()
+        assert cli.main(["statistics", *options.format(place=place).split()]) == 2
+        assert message in capsys.readouterr().err
+        assert (place / "prepared" / "prepared.json").read_bytes() == before

@@ -2,16 +2,19 @@
 
     hf-pretrain statistics --train_file corpus/ --tokenizer_name bert-base-uncased --block_size 512
     hf-pretrain statistics --train_file corpus/ --vocab_size 32000 --output_file statistics.json
+    hf-pretrain statistics --prepared_data prepared --block_size 512
 
 Shows the lengths of the documents in bytes, characters, words, sentences and tokens, the longest of them, and for every
 --block_mode how many blocks there are and what their positions hold. The text is prepared as for a training that streams nothing
 and holds nothing out (--validation_fraction 0), so the numbers are those of that training, and it finds the text in the cache.
 Without --tokenizer_name a tokenizer is trained as the programs do, on the first 268 million characters; it is not kept.
+With --prepared_data the documents to train on are counted, without those held out. Words and sentences are those that begin with
+a token. Bytes and characters are known of all texts together.
 """
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -23,11 +26,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_pretrain.commands import of_data, parse_command, text_files
+from hf_pretrain.data.arguments import OF_TOKENIZER, DataArguments
 from hf_pretrain.data.documents.documents import UnknownCount, sentence_starts, tokenize_documents
 from hf_pretrain.data.documents.token_store import TokenStore
 from hf_pretrain.data.documents.words import Segmenter, encodable, word_starts
 from hf_pretrain.data.examples.packing import JOINING_MODES, BlockTemplate, PackingMode, pack_documents
-from hf_pretrain.data.prepare import DataArguments, RepeatableTexts, first_texts, run_tokenizer, word_segmenter
+from hf_pretrain.data.prepared import MANIFEST, check_same_tokenizer, open_documents, prepared_tokenizer, read_manifest
+from hf_pretrain.data.run_tokenizer import RepeatableTexts, first_texts, load_tokenizer, run_tokenizer, word_segmenter
 from hf_pretrain.data.text.datasets import text_dataset, text_sizes
 from hf_pretrain.data.text.files import excerpt
 from hf_pretrain.data.text.search import resolve_paths
@@ -39,6 +44,7 @@ from hf_pretrain.training.program import print_table
 _BAR = 40
 _QUANTILES = (5, 25, 50, 75, 95, 99)
 _NUM_LONGEST = 5
+_SHOWN_TOKENS = 30
 _STEP = 1 << 24  # positions that are read together
 
 
@@ -48,7 +54,8 @@ class StatisticsArguments:
 
     needs: ClassVar[dict[str, str]] = {"overwrite_output_file": "output_file"}
 
-    train_file: list[str] = text_files()
+    train_file: list[str] | None = option(None, str(text_files().metadata["help"]))
+    prepared_data: str | None = of_data("prepared_data")
     output_file: str | None = option(None, "JSON file to write all the numbers to as well.")
     overwrite_output_file: bool = option(
         False, "Replace the output_file of an earlier count; never a file that is read."
@@ -69,6 +76,10 @@ class StatisticsArguments:
         Raises:
             InputError: If a number is out of range, there is no folder for ``output_file``, or a file would be lost.
         """
+        if self.train_file is None and self.prepared_data is None:
+            raise InputError(
+                "no text to count: give --train_file (files, folders, globs) or --prepared_data (a folder)"
+            )
         self.data_arguments()
         if self.output_file is None:
             return
@@ -98,7 +109,15 @@ class StatisticsArguments:
 
     def data_arguments(self) -> DataArguments:
         """Return the options as those of a training."""
-        return DataArguments(**{name: value for name, value in vars(self).items() if "output_file" not in name})
+        given = {name: value for name, value in vars(self).items() if "output_file" not in name}
+        if self.prepared_data is not None:
+            for name in OF_TOKENIZER:
+                if given[name] != self.__dataclass_fields__[name].default:
+                    raise InputError(
+                        f"{name}={given[name]!r} has no effect beside prepared_data={self.prepared_data!r}, whose text is "
+                        "tokenized: leave it out"
+                    )
+        return DataArguments(**given)
 
 
 ARGUMENTS = (StatisticsArguments,)
@@ -107,19 +126,38 @@ ARGUMENTS = (StatisticsArguments,)
 def main(argv: list[str] | None = None) -> None:
     """Read, count, print and write; see the top of the file."""
     args = parse_command(ARGUMENTS, argv, name="statistics", description=__doc__)
-    args.check_output(resolve_paths(args.train_file))
-    texts = text_dataset(args.train_file, text_column=args.text_column, document_separator=args.document_separator)
     options = args.data_arguments()
-    sample = RepeatableTexts(lambda: first_texts(text or "" for batch in texts.iter(256) for text in batch["text"]))
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer = run_tokenizer(options, Path(folder), None, sample, None)
-    segmenter = word_segmenter(options)
-    statistics = corpus_statistics(texts, tokenizer, block_size=args.block_size, word_segmenter=segmenter)
+    count = _count_text if args.prepared_data is None else _count_prepared
+    tokenizer, statistics = count(args, options)
     model = type(tokenizer.backend_tokenizer.model).__name__
     statistics = {"tokenizer": model, "vocab_size": len(tokenizer), "block_size": args.block_size} | statistics
     _print(statistics)
     if args.output_file is not None:
         write_text(Path(args.output_file), json.dumps(statistics, indent=2, ensure_ascii=False) + "\n")
+
+
+def _count_text(args: StatisticsArguments, options: DataArguments) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Return the tokenizer and the counts of files."""
+    assert args.train_file is not None
+    args.check_output(resolve_paths(args.train_file))
+    texts = text_dataset(args.train_file, text_column=args.text_column, document_separator=args.document_separator)
+    sample = RepeatableTexts(lambda: first_texts(text or "" for batch in texts.iter(256) for text in batch["text"]))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = run_tokenizer(options, Path(folder), None, sample, None)
+    segmenter = word_segmenter(options)
+    return tokenizer, corpus_statistics(texts, tokenizer, block_size=args.block_size, word_segmenter=segmenter)
+
+
+def _count_prepared(
+    args: StatisticsArguments, options: DataArguments
+) -> tuple[PreTrainedTokenizerBase, dict[str, Any]]:
+    """Return the tokenizer and the counts of a folder of `hf-pretrain prepare`."""
+    folder = str(args.prepared_data)
+    args.check_output([str(Path(folder, name)) for name in (MANIFEST, *read_manifest(folder)["files"])])
+    if args.tokenizer_name is not None:
+        check_same_tokenizer(folder, load_tokenizer(args.tokenizer_name))
+    tokenizer = prepared_tokenizer(folder, block_size=options.block_size)
+    return tokenizer, prepared_statistics(folder, tokenizer, block_size=args.block_size)
 
 
 def corpus_statistics(
@@ -150,11 +188,81 @@ def corpus_statistics(
     Raises:
         InputError: If the tokenizer gives no offsets, or ``block_size`` leaves no room for text.
     """
-    template, unknown = BlockTemplate.of(tokenizer), UnknownCount()
-    budget = template.budget(block_size)
+    unknown = UnknownCount()
+    BlockTemplate.of(tokenizer).budget(block_size)
     documents = tokenize_documents(texts, tokenizer, word_segmenter=word_segmenter, keep_empty=True, unknown=unknown)
+    return _statistics(
+        documents,
+        tokenizer,
+        unknown,
+        lengths=_lengths(texts, word_segmenter),
+        block_size=block_size,
+        show=lambda number: texts[number]["text"],
+    )
+
+
+def prepared_statistics(
+    folder: str | Path, tokenizer: PreTrainedTokenizerBase, *, block_size: int = 128
+) -> dict[str, Any]:
+    """Count the documents of a folder of prepared data, those to train on.
+
+    Args:
+        folder: The folder.
+        tokenizer: Its tokenizer.
+        block_size: Most tokens in a block, special tokens included.
+
+    Returns:
+        The same as [`corpus_statistics`]. Words and sentences are those that begin with a token. ``bytes`` and ``characters``
+        are sums over all texts, beside ``lengths``.
+
+    Raises:
+        InputError: If the folder is none, or ``block_size`` leaves no room for text.
+    """
+    part = read_manifest(folder)["train"]
+    documents = open_documents(folder, "train")
+
+    def show(number: int) -> str:
+        first = documents[number]["input_ids"][:_SHOWN_TOKENS]
+        return str(tokenizer.decode(first))
+
+    counted = _statistics(
+        documents,
+        tokenizer,
+        UnknownCount(**part["unknown"]),
+        lengths={"words": _marked(documents, "word_starts"), "sentences": _marked(documents, "sent_starts")},
+        block_size=block_size,
+        show=show,
+    )
+    without = part["texts"] - part["documents"]
+    sizes = {"bytes": part["bytes"], "characters": part["characters"]}
+    return counted | {"documents": part["texts"], "documents_without_tokens": without} | sizes
+
+
+def _marked(documents: datasets.Dataset, column: str) -> np.ndarray:
+    """Return how many tokens of each document have a flag, ``int64 [num_documents]``; every document has a token."""
+    counts = [np.empty(0, np.int64)]
+    for batch in documents.select_columns([column]).with_format("arrow").iter(1000):
+        lists = batch[column].combine_chunks()
+        lengths = lists.value_lengths().to_numpy().astype(np.int64)
+        flags = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+        counts.append(np.add.reduceat(flags, np.cumsum(lengths) - lengths))
+    return np.concatenate(counts)
+
+
+def _statistics(
+    documents: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    unknown: UnknownCount,
+    *,
+    lengths: dict[str, np.ndarray],
+    block_size: int,
+    show: Callable[[int], str],
+) -> dict[str, Any]:
+    """Count tokenized documents, with lengths in other units, the unknown of their text, and what shows one of them."""
+    template = BlockTemplate.of(tokenizer)
+    budget = template.budget(block_size)
     num_tokens = pc.list_value_length(documents.data.table["input_ids"]).to_numpy().astype(np.int64)
-    lengths = _lengths(texts, word_segmenter) | {"tokens": num_tokens}
+    lengths = lengths | {"tokens": num_tokens}
     longest = np.argsort(-num_tokens, kind="stable")[:_NUM_LONGEST].tolist()
     store = TokenStore(documents)
     return {
@@ -167,7 +275,7 @@ def corpus_statistics(
         "unknown_character_share": unknown.share,
         "longer_than_block_share": float((num_tokens > budget).mean()),
         "longest": [
-            {"number": number, "tokens": int(num_tokens[number]), "excerpt": excerpt(texts[number]["text"])}
+            {"number": number, "tokens": int(num_tokens[number]), "excerpt": excerpt(show(number))}
             for number in longest
         ],
         "packing": {
@@ -238,6 +346,8 @@ def _print(statistics: dict[str, Any]) -> None:
     columns = list(lengths["tokens"])
     rows = [(unit, *(f"{row[name]:,.{name == 'mean':d}f}" for name in columns)) for unit, row in lengths.items()]
     print_table(rows, header=("length in", *columns))
+    if "bytes" in statistics:
+        print(f"\nof all texts            {statistics['bytes']:,} bytes, {statistics['characters']:,} characters")
     print(f"\ntokens a word           {statistics['tokens_per_word']:.3f}")
     print(f"unknown tokens          {statistics['unknown_share']:.3%}")
     print(f"unknown characters      {statistics['unknown_character_share']:.3%}")
@@ -245,9 +355,10 @@ def _print(statistics: dict[str, Any]) -> None:
     print(f"{size:<23} {statistics['longer_than_block_share']:.1%} of the documents, special tokens counted")
     print("\nDocuments by their length in tokens:")
     most = max(count for _, _, count in statistics["histogram"])
+    num_documents = sum(count for _, _, count in statistics["histogram"])
     for low, high, count in statistics["histogram"]:
         bar = "#" * -(-count * _BAR // most)
-        print(f"  {f'{low:,}-{high:,}':>21}  {bar:<{_BAR}}  {count / statistics['documents']:6.1%}")
+        print(f"  {f'{low:,}-{high:,}':>21}  {bar:<{_BAR}}  {count / num_documents:6.1%}")
     print("\nThe longest documents:")
     for document in statistics["longest"]:
         print(f"  {document['tokens']:>10,} tokens  number {document['number']}  {document['excerpt']}")

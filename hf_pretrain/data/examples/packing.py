@@ -11,7 +11,7 @@ best-fit decreasing, a whole group of equal lengths at a time, and cuts further 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, get_args
@@ -300,57 +300,75 @@ class _Line:
     """
 
     def __init__(self, store: TokenStore, low: int, high: int, rule: _Rule) -> None:
-        self.store, self.low, self.rule = store, low, rule
+        self.store, self.low, self.high, self.rule = store, low, high, rule
         self.is_last = high == store.num_tokens
         first, last = store.begins.searchsorted([low + 1, high])
-        borders = store.begins[first:last] - low
+        self.borders = borders = store.begins[first:last] - low
         self.separators = borders + np.arange(len(borders)) if rule.joins_documents else borders[:0]
         # The end of the text ends a block too.
-        closing = b"\1" * self.is_last
+        self.closing = closing = b"\1" * self.is_last
         self.length = high - low + len(self.separators) + len(closing)
         self.starts = self.ends = b""
         if rule.unit == "token":
             return
-        starts = store.word_starts(low, high) if rule.unit == "word" else store.sent_starts(low, high)
-        starts[borders] = True
-        if rule.joins_documents:
-            starts = np.insert(starts, borders, True)
-        else:
-            ends = np.zeros(len(starts), dtype=np.bool_)
+        self.starts = self._marks(store.word_starts if rule.unit == "word" else store.sent_starts)
+        if not rule.joins_documents:
+            ends = np.zeros(high - low, dtype=np.bool_)
             ends[borders] = True
             self.ends = ends.tobytes() + closing
-        self.starts = starts.tobytes() + closing
+
+    def _marks(self, read: Callable[[int, int], np.ndarray]) -> bytes:
+        """Return whether a unit begins at each place: with a document, and with a separator, one always does."""
+        starts = read(self.low, self.high)
+        starts[self.borders] = True
+        if self.rule.joins_documents:
+            starts = np.insert(starts, self.borders, True)
+        return starts.tobytes() + self.closing
 
     def cut(self, budget: int) -> tuple[np.ndarray, int]:
         """Return where blocks end, and where the next window begins; in a window that is not the last, up to its last block."""
-        separators = set(self.separators.tolist())
-        is_joined, is_anywhere = self.rule.joins_documents, self.rule.unit == "token"
-        first_in, last_in = self.ends.find, self.starts.rfind
         # From the last of these, all starts that a block can reach are known.
         last = self.length - 1 - (1 if self.is_last else budget)
+        ends, at = (self._anywhere if self.rule.unit == "token" else self._at_starts)(budget, last)
+        return self._positions(np.array(ends, dtype=np.int64)), int(self._positions(np.array([at]))[0])
+
+    def _anywhere(self, budget: int, last: int) -> tuple[list[int], int]:
+        """Return where blocks end that have no room left, and where the next begins."""
+        separators, ends, at = set(self.separators.tolist()), [], 0
+        while at <= last:
+            at += budget
+            ends.append(at)
+            if at in separators:
+                at += 1
+        if self.is_last:
+            ends[-1] = self.length - 1
+        return ends, at
+
+    def _at_starts(self, budget: int, last: int) -> tuple[list[int], int]:
+        """Return where blocks end that end with a unit, or with a document, and where the next begins."""
+        separators, is_joined = set(self.separators.tolist()), self.rule.joins_documents
+        first_in, last_in = self.ends.find, self.starts.rfind
         ends, at = [], 0
         while at <= last:
             behind = at + budget + 1
-            if is_anywhere:
-                end = min(behind, self.length) - 1
-            elif is_joined or (end := first_in(1, at + 1, behind)) < 0:
+            if is_joined or (end := first_in(1, at + 1, behind)) < 0:
                 end = last_in(1, at + 1, behind)
                 if end < 0:
-                    end = at + self._inside_sentence(at, budget)
+                    # A unit that is longer than the budget: whole words of a sentence, if there are any.
+                    end = self._words.rfind(1, at + 1, behind) if self.rule.unit == "sentence" else end
+                    end = at + budget if end < 0 else end
             ends.append(end)
             at = end + (end in separators)
-        return self._positions(np.array(ends, dtype=np.int64)), int(self._positions(np.array([at]))[0])
+        return ends, at
+
+    @cached_property
+    def _words(self) -> bytes:
+        """Where words begin."""
+        return self._marks(self.store.word_starts)
 
     def _positions(self, places: np.ndarray) -> np.ndarray:
         """Return the positions in the store of places in the line; that of a separator is the one of the token behind it."""
         return places - self.separators.searchsorted(places) + self.low
-
-    def _inside_sentence(self, at: int, budget: int) -> int:
-        """Return how many tokens of a unit that is longer than the budget a block takes: whole words, if there are any."""
-        if self.rule.unit != "sentence":
-            return budget
-        start = int(self._positions(np.array([at]))[0])
-        return self.store.last_word_start(start, start + budget) - start or budget
 
 
 def pack_documents(

@@ -123,6 +123,8 @@ def check_tokens(
     Raises:
         InputError: Naming what is missing, how many are needed, and the fix.
     """
+    if data_args.prepared_data is not None and data_args.tokenizer_name is None:
+        _check_prepared_tokens(args, tokenizer, data_args)
     noise: Any = args.make_noise(tokenizer)
     if args.noise not in ("t5", "ul2"):
         return
@@ -138,6 +140,20 @@ def check_tokens(
             f"has {found}: add <extra_id_{found}> to <extra_id_{needed - 1}> to it (tokenizer.add_special_tokens, and rows for "
             "them to a model that is continued), lower block_size, or name no tokenizer, to train one"
         ) from error
+
+
+def _check_prepared_tokens(
+    args: DenoisingTrainingArguments, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments
+) -> None:
+    """Refuse a tokenizer of prepared data without the tokens of the noise, which nobody can add any more."""
+    wanted, known = added_tokens(args, data_args), tokenizer.get_vocab()
+    modes = [token for token in wanted if token in MODE_TOKENS.values()]
+    if wanted and (not known.keys() >= set(modes) or not any(form.format(0) in known for form in SENTINEL_NAMES)):
+        names = " ".join([*modes, wanted[len(modes)], "...", wanted[-1]])
+        raise InputError(
+            f"noise={args.noise!r} needs tokens that the tokenizer of prepared_data={data_args.prepared_data!r} lacks, such as "
+            f"sentinels: prepare the text with --added_tokens {names}, or with a --tokenizer_name that has them"
+        )
 
 
 def sentinels_for(args: DenoisingTrainingArguments, length: int) -> int:
