@@ -219,7 +219,8 @@ class PermutationLMForPreTraining(PretrainingModel):
         memory = self._begin(memory, memory_reset, len(input_ids))
         with self.output_map.losses(in_chunks=self.training) as judge:
             read_TX, kept = self.predict(batch, slots, memory=memory)
-        targets_T, where = labels.flatten().index_select(0, slots), {"positions": slots, "shape": labels.shape}
+        targets_T = labels.flatten().index_select(0, slots)
+        where: dict[str, Any] = {"positions": slots, "shape": labels.shape}
         loss = sum_of_targets(judge(read_TX, targets_T), targets_T, **where)
         output = PretrainingOutput(losses={"plm": loss}, metrics={})
         if memory is not None and kept is not None:
