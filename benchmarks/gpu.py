@@ -208,6 +208,9 @@ def options_of(method: str, size: str, inputs: Path) -> dict[str, object]:
     options["block_size"] = block
     if method == "plm":
         return options | {"config_overrides": '{"dropout": 0.0}'}
+    if method == "denoise":
+        # T5, the default, adds a bias to its attention and has no flash attention.
+        return options | {"model_type": "bart", "config_overrides": '{"dropout": 0.0}'}
     if method == "distil":
         del options["tokenizer_name"]
         return options | {"teacher_name_or_path": inputs / "teacher", "num_hidden_layers": len_of_student(size)}
