@@ -264,15 +264,16 @@ def test_what_is_frozen_costs_less(place):
     assert costs["features"](160) == costs["features"](96) == 96 * costs["features"].flops
 
 
-def test_an_architecture_is_an_option_of_an_arm_and_costs_its_products(place):
+def test_an_architecture_is_an_option_of_an_arm_and_costs_its_products(place, tmp_path):
     """Of an LSTM too, whose fused kernel no counter knows: its forward products are the least that a wider one costs more."""
     data, model = load_task(spec_of(place)), str(place / "encoder")
     names = ("full", "full:architecture=bilstm,lstm_size=8", "full:architecture=bilstm,lstm_size=72")
     stock, small, large = (count_cost(ComparisonArm.parse(model, name), data, batch_size=16).flops for name in names)
     arm = ComparisonArm.parse(model, "lora:lora_rank=2,architecture=bilstm,lstm_size=8,mix_layers=true")
     assert arm.head == {"architecture": "bilstm", "mix_layers": True, "architecture_options": {"lstm_size": 8}}
-    assert arm.training("x", seed=0, steps=1, batch_size=4).lora_rank == 2
-    trainer, _, _ = task_trainer(model, data, arm.training("x", seed=0, steps=1, batch_size=4), **arm.head)
+    options = arm.training(str(tmp_path), seed=0, steps=1, batch_size=4)
+    assert options.lora_rank == 2
+    trainer, _, _ = task_trainer(model, data, options, **arm.head)
     assert trainer.plan.inner.config.mix_layers and trainer.plan.inner.config.architecture_options == {"lstm_size": 8}
     width = trainer.plan.inner.config.hidden_size
     tokens = 16 * min(len(ids) for ids in trainer.train_dataset["input_ids"])

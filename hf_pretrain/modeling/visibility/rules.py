@@ -260,7 +260,8 @@ def keeps_flash(backbone: PreTrainedModel, read: Callable[[torch.Tensor], torch.
         read: From tokens ``[1, L]`` to states ``[1, L, D]``.
         length: Tokens of the row to try.
     """
-    if "flash" not in backbone.config._attn_implementation:
+    config = getattr(backbone, "config", None)  # what stands in for a model in a composite need not have one
+    if "flash" not in (getattr(config, "_attn_implementation", None) or ""):
         return False
 
     def trial(body: PreTrainedModel, plan: AttentionPlan) -> str | None:
@@ -499,8 +500,8 @@ def isolated_inputs(
             positions = {"position_ids": position_ids}
         else:
             positions = row_position_inputs(backbone, attention_mask)
-        body, length = backbone.base_model, input_ids.shape[1]
-        on_flash = keeps_flash(backbone, lambda row: body(input_ids=row)[0], length=length)
+        length = input_ids.shape[1]
+        on_flash = keeps_flash(backbone, lambda row: backbone.base_model(input_ids=row)[0], length=length)
         if is_padded and on_flash and _flash_takes_bounds(backbone, attention_mask):
             return batch | {"attention_mask": None} | padded_bounds(attention_mask) | positions
         return batch | {"attention_mask": padding_inputs(backbone, attention_mask, is_padded)} | positions
