@@ -3,34 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.causal_models import CHANGED_LOGITS, OWN_SIZES, causal_lm
+from helpers.made_tensors import MadeTensors
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.chunked_head import ChunkedHead, OutputMap, linear_cross_entropy
 from hf_pretrain.modeling.visibility.causal import causal_body
 
 T, D, V = 23, 8, 50
-
-
-class Largest(TorchDispatchMode):
-    """Notes the shapes of all tensors that are made."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(one, torch.Tensor):
-                self.shapes.add(tuple(one.shape))
-        return out
-
-    @property
-    def most(self):
-        return max(torch.Size(shape).numel() for shape in self.shapes)
 
 
 def material(dtype=torch.float32):
@@ -130,10 +111,10 @@ def test_no_targets_have_no_loss():
 
 def test_no_more_logits_exist_than_a_chunk_and_none_of_the_gradients_without_grad():
     (states, weight, bias), targets = material()
-    with Largest() as largest:
+    with MadeTensors() as largest:
         linear_cross_entropy(states, weight, targets, bias=bias, chunk_logits=9 * V).sum().backward()
     assert largest.most == 9 * V and (T, V) not in largest.shapes
-    with torch.no_grad(), Largest() as largest:
+    with torch.no_grad(), MadeTensors() as largest:
         linear_cross_entropy(states, weight, targets, bias=bias, chunk_logits=V)
     # Neither the gradient of the weight nor its scale.
     assert largest.most <= V * D and (T, D) not in largest.shapes
@@ -242,7 +223,7 @@ def test_a_head_in_chunks_is_the_head_as_a_whole(model_type):
     head = head_of(model, chunk_logits=4 * 60)
     head.check(torch.arange(4, 20).view(2, 8))
     head(states.detach(), targets)
-    with Largest() as largest:
+    with MadeTensors() as largest:
         found = head(states, targets, with_guesses=True)
         gradients = torch.autograd.grad(2.5 * found.nll.sum(), inputs, allow_unused=True)
     assert (13, 60) not in largest.shapes and (1, 13, 60) not in largest.shapes and largest.most <= 60 * 32

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from helpers.made_tensors import MadeTensors
 from helpers.method_matrix import NO_DROPOUT, TINY, VOCAB_SIZE, build, programs, relative_difference
 from hf_pretrain.modeling import chunked_head
 from hf_pretrain.modeling.chunked_head import OutputMap
@@ -184,9 +184,9 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(name, inputs, monkeypatch)
     labels.view(-1)[9] = IGNORED  # a filler
     batch = {**inputs, "labels": labels, "target_positions": positions}
     expected, gradients = step_of(model, batch, in_chunks=False)
-    with Shapes() as made:
+    with MadeTensors() as made:
         found, in_chunks = step_of(model, batch, in_chunks=True)
-    assert ((len(positions), VOCAB_SIZE) in made.seen) == (name not in MAKE_NO_LOGITS)
+    assert made.has(len(positions), VOCAB_SIZE) == (name not in MAKE_NO_LOGITS)
     torch.testing.assert_close(found.sum, expected.sum, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.count, expected.count) and found.count.tolist() == [4, 3, 1]
     assert in_chunks.keys() == gradients.keys() and relative_difference(gradients, in_chunks) < 1e-5
@@ -194,21 +194,6 @@ def test_the_loss_in_chunks_is_the_loss_of_all_logits(name, inputs, monkeypatch)
     scored = model.eval()(**batch)
     torch.testing.assert_close(scored.losses["mlm"].sum, expected.sum, rtol=1e-5, atol=1e-5)
     assert "mlm_accuracy" in scored.metrics
-
-
-class Shapes(TorchDispatchMode):
-    """Notes the shapes of all tensors that are made, without sizes of one."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(one, torch.Tensor):
-                self.seen.add(tuple(size for size in one.shape if size != 1))
-        return out
 
 
 @pytest.mark.parametrize("options", [{"has_clm": True}, {"has_bitext": True}, {"heads": ["mlm", "word_order"]}])
@@ -248,12 +233,12 @@ def test_a_step_of_the_trainer_is_the_same_without_logits(method, model_options,
         monkeypatch.setattr(OutputMap, "find", find)
         model.zero_grad(set_to_none=True)
         counts = trainer._get_num_items_in_batch([batch], torch.device("cpu"))
-        with Shapes() as made:
+        with MadeTensors() as made:
             total = trainer.compute_loss(model, dict(batch), num_items_in_batch=counts)
             total.backward()
         totals.append(total)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-        largest.append((num_targets, VOCAB_SIZE) in made.seen)
+        largest.append(made.has(num_targets, VOCAB_SIZE))
     assert largest == [True, False]
     torch.testing.assert_close(totals[1], totals[0], rtol=1e-5, atol=1e-5)
     assert gradients[0].keys() == gradients[1].keys()

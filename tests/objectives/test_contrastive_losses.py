@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import contrastive_worker
+from helpers.made_tensors import MadeTensors
 from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.errors import InputError
 from hf_pretrain.objectives.contrastive import losses
@@ -319,14 +319,6 @@ class TestChunks:
         torch.testing.assert_close(gradient_of(objective, batch), gradient)
 
     def test_no_matrix_has_all_scores_and_none_is_held(self, objective, monkeypatch):
-        class Sizes(TorchDispatchMode):
-            seen = 0
-
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                result = func(*args, **(kwargs or {}))
-                self.seen = max(self.seen, result.numel() if isinstance(result, torch.Tensor) else 0)
-                return result
-
         batch = distinct(40)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(
@@ -335,10 +327,10 @@ class TestChunks:
             result = objective(batch, batch)
         assert kept and max(kept) <= batch.vectors.numel()
         monkeypatch.setattr(losses, "_SCORES_AT_ONCE", 1600)
-        with Sizes() as sizes:
+        with MadeTensors() as made:
             objective(batch, batch)
             torch.autograd.grad(objective(batch, batch).losses.sum(), batch.vectors)
-        assert 800 <= sizes.seen <= 1600 < 40 * 120
+        assert 800 <= made.most <= 1600 < 40 * 120
         assert result.losses.shape == (40,)
 
 

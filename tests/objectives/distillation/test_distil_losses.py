@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.made_tensors import MadeTensors
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing.capture import AttentionRecord
 from hf_pretrain.objectives.distillation import losses
@@ -123,23 +123,15 @@ class TestAttention:
         assert abs(result - (scores[0] - scores[1]).square().sum().item()) < 1e-6 * energy
 
     def test_no_tensor_of_all_pairs_is_made(self):
-        class Shapes(TorchDispatchMode):
-            seen = ()
-
-            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-                result = func(*args, **(kwargs or {}))
-                self.seen += tuple(one.shape for one in (result,) if isinstance(one, torch.Tensor))
-                return result
-
         length = 50
         student, teacher = (record(seed=seed, length=length) for seed in (0, 1))
         mask = mask_of((50, 20, 7))
-        with Shapes() as plain:
+        with MadeTensors() as plain:
             attention_loss(student, teacher, mask).sum.sum().backward()
-        with Shapes() as materialised:
+        with MadeTensors() as materialised:
             attention_loss(student, record(seed=2, length=length, bias=True), mask).sum.sum().backward()
-        assert plain.seen and not any(shape[-2:] == (length, length) for shape in plain.seen)
-        assert any(shape[-2:] == (length, length) for shape in materialised.seen)
+        assert plain.shapes and not any(shape[-2:] == (length, length) for shape in plain.shapes)
+        assert any(shape[-2:] == (length, length) for shape in materialised.shapes)
 
     def test_is_of_scores_not_of_probabilities(self):
         student, teacher, mask = record(seed=0), record(seed=1), mask_of()

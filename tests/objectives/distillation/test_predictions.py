@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.made_tensors import MadeTensors
 from hf_pretrain.modeling.observing.outputs import TopKTargets, top_k_targets
 from hf_pretrain.objectives.distillation import predictions as token_losses
 from hf_pretrain.objectives.distillation.predictions import (
@@ -89,26 +89,16 @@ def test_16_bits_are_compared_in_32():
 
 
 def test_of_all_that_is_as_large_as_the_logits_only_their_gradient_is_made(monkeypatch):
-    class Sizes(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.large = set()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.numel() >= ROWS * VOCABULARY:
-                self.large.add(result.untyped_storage().data_ptr())
-            return result
-
     monkeypatch.setattr(token_losses, "_LOGITS_AT_ONCE", VOCABULARY)
     student, teacher, labels = logits()
-    with Sizes() as forward:
+    with MadeTensors() as forward:
         soft, hard = soft_and_hard_losses(student, teacher, labels, temperature=2.0)
-    with Sizes() as backward:
+    with MadeTensors() as backward:
         gradient = torch.autograd.grad(soft.sum() + hard.sum(), student)[0]
     inputs = {one.untyped_storage().data_ptr() for one in (student, teacher)}
-    assert not forward.large - inputs
-    assert backward.large - inputs == {gradient.untyped_storage().data_ptr()}
+    large = ROWS * VOCABULARY
+    assert not forward.storages_of(large) - inputs
+    assert backward.storages_of(large) - inputs == {gradient.untyped_storage().data_ptr()}
 
 
 class TestTopK:
