@@ -94,7 +94,7 @@ def test_text_is_cut_at_a_paragraph_and_read_packed_or_not(tmp_path):
 
 
 def test_both_sides_have_the_same_sizes_and_precision(tmp_path):
-    args = whole_program.make_parser().parse_args(["--bf16", "--hidden_size", "128"])
+    args = whole_program.make_parser().parse_args(["--precision", "bf16", "--hidden_size", "128"])
     ours, stock = (
         dict(zip(words[::2], words[1::2], strict=True))
         for side in ("ours", "stock")
@@ -112,6 +112,8 @@ def test_both_sides_have_the_same_sizes_and_precision(tmp_path):
     assert [ours[name] for name in shared] == [stock[name] for name in shared]
     assert ours["--block_size"] == stock["--max_seq_length"]
     assert ours["--bf16"] == "True"
+    args.precision = "own"
+    assert not any("--bf16" in whole_program.command_of(side, tmp_path, args) for side in ("ours", "stock"))
 
 
 def test_least_is_taken_of_each_number_by_itself():

@@ -178,7 +178,8 @@ class _GradientSums(NamedTuple):
         if self.weight is not None:
             seen_CD = chunk_CD.masked_fill(~is_target_C1, 0.0)
             if seen_CD.dtype == torch.float32:
-                self.weight.addmm_(errors.T, seen_CD)
+                # Not addmm_, which no counter of operations knows.
+                torch.addmm(self.weight, errors.T, seen_CD, out=self.weight)
             else:
                 self.weight.add_(errors.T @ seen_CD)
 

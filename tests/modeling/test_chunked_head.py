@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from helpers.causal_models import CHANGED_LOGITS, OWN_SIZES, causal_lm
@@ -118,6 +119,16 @@ def test_no_more_logits_exist_than_a_chunk_and_none_of_the_gradients_without_gra
         linear_cross_entropy(states, weight, targets, bias=bias, chunk_logits=V)
     # Neither the gradient of the weight nor its scale.
     assert largest.most <= V * D and (T, D) not in largest.shapes
+
+
+def test_its_products_are_counted():
+    (states, weight, bias), targets = material()
+    counted = []
+    for loss in (dense, lambda *inputs: linear_cross_entropy(*inputs[:2], targets, bias=bias)):
+        with FlopCounterMode(display=False) as counter:
+            loss(states, weight, bias, targets).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] == 3 * 2 * T * D * V
 
 
 # The heads of stock models

@@ -141,7 +141,9 @@ def _choose(part: Attending) -> Choice:
 
 def _own_backend(model: PreTrainedModel) -> str | None:
     """Return the name of the backend that transformers gave a model; None if it chooses none."""
-    own: str | None = getattr(model.base_model.config, "_attn_implementation", None)
+    # A method's own module need be no model of transformers.
+    config = getattr(getattr(model, "base_model", model), "config", None)
+    own: str | None = getattr(config, "_attn_implementation", None)
     return own
 
 
