@@ -125,7 +125,7 @@ def test_usual_text_is_found(name):
     tokenizer = TOKENIZERS[name]()
     text = "The cat’s café sat on 3.5 mats. “Über alles”, it said.\n\nDon't! the  cats"
     (ids,) = encode_ids(tokenizer, [text])
-    starts, ends = spelling_of(tokenizer).find(text, ids)
+    ((starts, ends),) = spelling_of(tokenizer).find([text], [ids])
     assert len(starts) == len(ends) == len(ids) and (starts[1:] >= starts[:-1]).all()
 
 
@@ -135,7 +135,7 @@ def test_a_word_that_is_unknown_is_found_alone(word, monkeypatch):
     text = f"the cat {word} sat, {word}; the end" + " the cat" * 100
     (ids,) = encode_ids(tokenizer, [text])
     assert (ids == tokenizer.unk_token_id).any()
-    assert Spelling(tokenizer).find(text, ids) is not None
+    assert Spelling(tokenizer).find([text], [ids])[0] is not None
     check_equal([text], tokenizer)
 
 
@@ -145,7 +145,7 @@ def test_other_ids_than_those_of_the_text_are_not_found(tokenizer):
     known = Spelling(tokenizer)
     for text, other in ((0, 1), (0, 2), (1, 0), (2, 1)):
         if not np.array_equal(ids[text], ids[other]):
-            assert known.find(texts[text], ids[other]) is None
+            assert known.find([texts[text]], [ids[other]]) == [None]
 
 
 def test_it_is_left_alone_where_it_finds_little(monkeypatch):
