@@ -117,6 +117,64 @@ def test_documents_of_any_text_are_too(texts, tokenizer):
     check_equal(texts, tokenizer)
 
 
+SHORT = [
+    *TEXT.split(),
+    *ODD.split(" "),
+    "",
+    " ",
+    "\n",
+    "\u0301a e",
+    "\u0301",
+    "the \xad",
+    "\xad",
+    "cat ",
+    " cat",
+    "Ġ",
+    "[MASK]",
+    "[UNK]",
+    "The end. The cat",
+    "☃",
+    "the ☃ cat" + " the cat" * 60,
+    "🙂 the ½",
+    "中文",
+    "a",
+]
+
+
+def test_a_text_has_the_same_columns_whatever_stands_beside_it(tokenizer, monkeypatch):
+    check_equal(SHORT, tokenizer)
+    monkeypatch.setattr(module, "_JOINED_CHARACTERS", 1)
+    alone = columns(SHORT, tokenizer)
+    for num_characters, order in ((40, 1), (40, -1), (1 << 15, 1), (1 << 15, -1)):
+        monkeypatch.setattr(module, "_JOINED_CHARACTERS", num_characters)
+        for name, rows in columns(SHORT[::order], tokenizer).items():
+            for text, row, expected in zip(SHORT, rows[::order], alone[name], strict=True):
+                assert np.array_equal(row, expected), (name, text)
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram", "bytes with prefix", "bytes of NFC"])
+def test_texts_beside_one_that_is_not_found_are_found_as_they_are_alone(name):
+    tokenizer = TOKENIZERS[name]()
+    texts = [*SHORT, "the cat sat"]
+    ids = encode_ids(tokenizer, texts)
+    ids[-1] = encode_ids(tokenizer, ["the end sat"])[0]
+    known = Spelling(tokenizer)
+    together = known.find(texts, ids)
+    assert known.tried == sum(map(len, texts))
+    assert known.found == sum(len(text) for text, each in zip(texts, together, strict=True) if each is not None)
+    assert together[-1] is None and sum(each is not None for each in together) > len(texts) / 3
+    for text, row, each in zip(texts, ids, together, strict=True):
+        (alone,) = Spelling(tokenizer).find([text], [row])
+        assert (alone is None) == (each is None), text
+        assert each is None or all(map(np.array_equal, alone, each)), text
+
+
+def test_no_texts():
+    tokenizer = TOKENIZERS["wordpiece"]()
+    assert columns([], tokenizer) == {name: [] for name in columns([], tokenizer)}
+    assert encode_ids(tokenizer, []) == []
+
+
 @pytest.mark.parametrize(
     "name", ["wordpiece", "cased wordpiece", "bpe", "unigram", "bytes", "bytes with prefix", "bytes of NFC"]
 )

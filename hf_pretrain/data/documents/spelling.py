@@ -304,4 +304,8 @@ def encode_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     finally:
         backend.encode_special_tokens = tokenizer.split_special_tokens
-    return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    rows = [encoding.ids for encoding in encodings]
+    edges = [0, *itertools.accumulate(map(len, rows))]
+    # One array for all: one for each of many short rows takes longer.
+    flat = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=edges[-1])
+    return [flat[low:high] for low, high in itertools.pairwise(edges)]
