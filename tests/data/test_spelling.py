@@ -128,6 +128,7 @@ SHORT = [
     "the \xad",
     "\xad",
     "cat ",
+    "cat  ",
     " cat",
     "Ġ",
     "[MASK]",
@@ -152,7 +153,7 @@ def test_a_text_has_the_same_columns_whatever_stands_beside_it(tokenizer, monkey
                 assert np.array_equal(row, expected), (name, text)
 
 
-@pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram", "bytes with prefix", "bytes of NFC"])
+@pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram", "metaspace", "bytes with prefix", "bytes of NFC"])
 def test_texts_beside_one_that_is_not_found_are_found_as_they_are_alone(name):
     tokenizer = TOKENIZERS[name]()
     texts = [*SHORT, "the cat sat"]
