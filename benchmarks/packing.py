@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
 import numpy as np
@@ -244,7 +244,7 @@ def measure_tokenizing(lines: list[str], options: argparse.Namespace) -> None:
 def library_training(lines: list[str], kind: TokenizerKind, options: argparse.Namespace) -> Callable[[], None]:
     """Return what trains a tokenizer of a kind by the library alone, with the normalizer and the pre-tokenizer of ours."""
     pipeline = train_tokenizer(lines[:10_000], kind=kind, vocab_size=options.vocab_size).backend_tokenizer
-    model, trainer, more = {
+    parts: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         "wordpiece": (models.WordPiece, trainers.WordPieceTrainer, {"min_frequency": 2}),
         "bpe": (
             models.BPE,
@@ -252,7 +252,8 @@ def library_training(lines: list[str], kind: TokenizerKind, options: argparse.Na
             {"min_frequency": 2, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()},
         ),
         "unigram": (models.Unigram, trainers.UnigramTrainer, {"unk_token": "[UNK]"}),
-    }[kind]
+    }
+    model, trainer, more = parts[kind]
 
     def train() -> None:
         backend = Tokenizer(model())
@@ -269,7 +270,7 @@ def measure_training(lines: list[str], options: argparse.Namespace) -> None:
     """Compare the CPU seconds of training a tokenizer with the library's trainer, and print them."""
     rows = []
     for kind in options.kinds:
-        sides = {
+        sides: dict[str, Callable[[], object]] = {
             "library": library_training(lines, kind, options),
             "ours": partial(train_tokenizer, lines, kind=kind, vocab_size=options.vocab_size),
         }
