@@ -10,6 +10,10 @@ tokens, if every row is padded to the block size; for each of ``--fill_sizes`` t
 
 ``--part step`` times forward and backward of a small BERT on masked rows of whole sentences and on full rows, in turn, and
 prints tokens of text a second: with a file, ``python benchmarks/packing.py --part step --train_file corpus.txt``.
+
+``--part tokenize`` and ``--part train`` compare CPU seconds with those of the library tokenizers, on a file of text: making
+documents with ``encode_batch_fast``, which gives ids alone, for texts of 28 000 characters and for lines; and training a
+tokenizer with the library's trainer. Set TOKENIZERS_PARALLELISM=false for one thread.
 """
 
 from __future__ import annotations
@@ -17,15 +21,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_pretrain import (
@@ -36,6 +41,8 @@ from hf_pretrain import (
     train_tokenizer,
 )
 from hf_pretrain.data import draws
+from hf_pretrain.data.documents.documents import document_rows
+from hf_pretrain.data.documents.tokenizers import TokenizerKind
 from hf_pretrain.data.examples.packing import BlockDataset, PackingMode
 from hf_pretrain.data.text.datasets import random_subset, text_dataset
 from timing import interleaved, options_parser, peak_memory, print_table
@@ -204,18 +211,94 @@ def measure_packing(folder: str, tokenizer: PreTrainedTokenizerBase, options: ar
     print_table(rows, headers)
 
 
+def lines_of_file(options: argparse.Namespace) -> list[str]:
+    """Return the lines of the file that are not blank."""
+    texts = text_dataset([options.train_file])
+    if options.max_corpus_bytes:
+        texts = random_subset(texts, max_bytes=options.max_corpus_bytes, seed=0)
+    return [line for text in texts["text"] for line in text.split("\n") if line.strip()]
+
+
+def measure_tokenizing(lines: list[str], options: argparse.Namespace) -> None:
+    """Compare the CPU seconds of documents with those of ids alone, and print them."""
+    text = "\n".join(lines)
+    sizes = {"28 000 characters": [text[k : k + 28_000] for k in range(0, len(text), 28_000)], "lines": lines}
+    rows = []
+    for kind in options.kinds:
+        learned = itertools.islice(lines, 0, None, max(1, len(text) // 5_000_000))
+        tokenizer = train_tokenizer(learned, kind=kind, vocab_size=options.vocab_size)
+        for name, texts in sizes.items():
+            batches = [texts[k : k + 256] for k in range(0, len(texts), 256)]
+            best = dict.fromkeys(("library", "ours"), 0.0)
+            for batch in batches:
+                sides: dict[str, Callable[[], object]] = {
+                    "library": partial(tokenizer.backend_tokenizer.encode_batch_fast, batch, add_special_tokens=False),
+                    "ours": partial(document_rows, batch, tokenizer),
+                }
+                for side, seconds in interleaved(sides, options.repeats, clock=time.process_time).items():
+                    best[side] += seconds
+            rows.append([kind, name, best["library"], best["ours"], best["library"] / best["ours"]])
+    print_table(rows, ["tokenizer", "texts", "encode_batch_fast, CPU s", "ours, CPU s", "rate"])
+
+
+def library_training(lines: list[str], kind: TokenizerKind, options: argparse.Namespace) -> Callable[[], None]:
+    """Return what trains a tokenizer of a kind by the library alone, with the normalizer and the pre-tokenizer of ours."""
+    pipeline = train_tokenizer(lines[:10_000], kind=kind, vocab_size=options.vocab_size).backend_tokenizer
+    parts: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "wordpiece": (models.WordPiece, trainers.WordPieceTrainer, {"min_frequency": 2}),
+        "bpe": (
+            models.BPE,
+            trainers.BpeTrainer,
+            {"min_frequency": 2, "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()},
+        ),
+        "unigram": (models.Unigram, trainers.UnigramTrainer, {"unk_token": "[UNK]"}),
+    }
+    model, trainer, more = parts[kind]
+
+    def train() -> None:
+        backend = Tokenizer(model())
+        backend.normalizer, backend.pre_tokenizer = pipeline.normalizer, pipeline.pre_tokenizer
+        backend.train_from_iterator(
+            lines,
+            trainer(vocab_size=options.vocab_size, special_tokens=["[UNK]"], show_progress=False, **more),
+        )
+
+    return train
+
+
+def measure_training(lines: list[str], options: argparse.Namespace) -> None:
+    """Compare the CPU seconds of training a tokenizer with the library's trainer, and print them."""
+    rows = []
+    for kind in options.kinds:
+        sides: dict[str, Callable[[], object]] = {
+            "library": library_training(lines, kind, options),
+            "ours": partial(train_tokenizer, lines, kind=kind, vocab_size=options.vocab_size),
+        }
+        best = interleaved(sides, options.repeats, clock=time.process_time)
+        rows.append([kind, best["library"], best["ours"], best["library"] / best["ours"]])
+    print_table(rows, ["tokenizer", "library's trainer, CPU s", "ours, CPU s", "rate"])
+
+
 def main() -> None:
     """Measure and print."""
     parser = options_parser(__doc__, block_size=512, repeats=3, vocab_size=8192, hidden_size=128, batches=4)
-    parser.add_argument("--part", choices=("build", "fill", "step"), nargs="+", default=["build", "fill"])
+    parser.add_argument(
+        "--part", choices=("build", "fill", "step", "tokenize", "train"), nargs="+", default=["build", "fill"]
+    )
     parser.add_argument("--train_file", help="text; synthetic documents if not given")
     parser.add_argument("--max_corpus_bytes", type=int, help="take a part of the documents of the file")
     parser.add_argument("--num_tokens", type=int, default=6_000_000, help="tokens of the synthetic documents")
     parser.add_argument("--turn_seconds", type=float, default=2.0, help="least time of a turn")
     parser.add_argument("--fill_sizes", type=int, nargs="+", default=[64, 128, 512], help="block sizes of the fills")
+    parser.add_argument("--kinds", nargs="+", default=["wordpiece", "bpe", "unigram"], help="kinds of tokenizers")
     options = parser.parse_args()
     datasets.disable_progress_bars()
     datasets.disable_caching()
+    for part, measure in (("tokenize", measure_tokenizing), ("train", measure_training)):
+        if part in options.part:
+            measure(lines_of_file(options), options)
+    if not {"build", "fill", "step"} & {*options.part}:
+        return
     if options.train_file:
         documents, tokenizer = documents_of_file(options)
     else:

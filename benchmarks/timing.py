@@ -15,7 +15,11 @@ from typing import Any
 
 
 def interleaved(
-    sides: Mapping[str, Callable[[], Any]], repeats: int, *, turn_seconds: float = 0.0
+    sides: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    turn_seconds: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Time several functions in turn, so that what slows the machine for a while slows all of them.
 
@@ -24,6 +28,7 @@ def interleaved(
         repeats: Rounds; in each, every side has one turn, and the order is reversed from round to round.
         turn_seconds: How long a turn lasts at least: a side is called until then, once if 0. On a busy machine a short
             call often runs undisturbed and a long one never does; turns of one length are disturbed alike.
+        clock: Tells the seconds; `time.process_time` those of the processor.
 
     Returns:
         The seconds a call of each side took in its best turn.
@@ -31,16 +36,16 @@ def interleaved(
     best = dict.fromkeys(sides, float("inf"))
     for number in range(repeats):
         for name in list(sides)[:: 1 if number % 2 == 0 else -1]:
-            best[name] = min(best[name], _turn(sides[name], turn_seconds))
+            best[name] = min(best[name], _turn(sides[name], turn_seconds, clock))
     return best
 
 
-def _turn(run: Callable[[], Any], turn_seconds: float) -> float:
-    begin, calls, elapsed = time.perf_counter(), 0, 0.0
+def _turn(run: Callable[[], Any], turn_seconds: float, clock: Callable[[], float]) -> float:
+    begin, calls, elapsed = clock(), 0, 0.0
     while calls == 0 or elapsed < turn_seconds:
         run()
         calls += 1
-        elapsed = time.perf_counter() - begin
+        elapsed = clock() - begin
     return elapsed / calls
 
 

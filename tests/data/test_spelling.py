@@ -117,6 +117,65 @@ def test_documents_of_any_text_are_too(texts, tokenizer):
     check_equal(texts, tokenizer)
 
 
+SHORT = [
+    *TEXT.split(),
+    *ODD.split(" "),
+    "",
+    " ",
+    "\n",
+    "\u0301a e",
+    "\u0301",
+    "the \xad",
+    "\xad",
+    "cat ",
+    "cat  ",
+    " cat",
+    "Ġ",
+    "[MASK]",
+    "[UNK]",
+    "The end. The cat",
+    "☃",
+    "the ☃ cat" + " the cat" * 60,
+    "🙂 the ½",
+    "中文",
+    "a",
+]
+
+
+def test_a_text_has_the_same_columns_whatever_stands_beside_it(tokenizer, monkeypatch):
+    check_equal(SHORT, tokenizer)
+    monkeypatch.setattr(module, "_JOINED_CHARACTERS", 1)
+    alone = columns(SHORT, tokenizer)
+    for num_characters, order in ((40, 1), (40, -1), (1 << 15, 1), (1 << 15, -1)):
+        monkeypatch.setattr(module, "_JOINED_CHARACTERS", num_characters)
+        for name, rows in columns(SHORT[::order], tokenizer).items():
+            for text, row, expected in zip(SHORT, rows[::order], alone[name], strict=True):
+                assert np.array_equal(row, expected), (name, text)
+
+
+@pytest.mark.parametrize("name", ["wordpiece", "bpe", "unigram", "metaspace", "bytes with prefix", "bytes of NFC"])
+def test_texts_beside_one_that_is_not_found_are_found_as_they_are_alone(name):
+    tokenizer = TOKENIZERS[name]()
+    texts = [*SHORT, "the cat sat"]
+    ids = encode_ids(tokenizer, texts)
+    ids[-1] = encode_ids(tokenizer, ["the end sat"])[0]
+    known = Spelling(tokenizer)
+    together = known.find(texts, ids)
+    assert known.tried == sum(map(len, texts))
+    assert known.found == sum(len(text) for text, each in zip(texts, together, strict=True) if each is not None)
+    assert together[-1] is None and sum(each is not None for each in together) > len(texts) / 3
+    for text, row, each in zip(texts, ids, together, strict=True):
+        (alone,) = Spelling(tokenizer).find([text], [row])
+        assert (alone is None) == (each is None), text
+        assert each is None or all(map(np.array_equal, alone, each)), text
+
+
+def test_no_texts():
+    tokenizer = TOKENIZERS["wordpiece"]()
+    assert columns([], tokenizer) == {name: [] for name in columns([], tokenizer)}
+    assert encode_ids(tokenizer, []) == []
+
+
 @pytest.mark.parametrize(
     "name", ["wordpiece", "cased wordpiece", "bpe", "unigram", "bytes", "bytes with prefix", "bytes of NFC"]
 )
@@ -125,7 +184,7 @@ def test_usual_text_is_found(name):
     tokenizer = TOKENIZERS[name]()
     text = "The cat’s café sat on 3.5 mats. “Über alles”, it said.\n\nDon't! the  cats"
     (ids,) = encode_ids(tokenizer, [text])
-    starts, ends = spelling_of(tokenizer).find(text, ids)
+    ((starts, ends),) = spelling_of(tokenizer).find([text], [ids])
     assert len(starts) == len(ends) == len(ids) and (starts[1:] >= starts[:-1]).all()
 
 
@@ -135,7 +194,7 @@ def test_a_word_that_is_unknown_is_found_alone(word, monkeypatch):
     text = f"the cat {word} sat, {word}; the end" + " the cat" * 100
     (ids,) = encode_ids(tokenizer, [text])
     assert (ids == tokenizer.unk_token_id).any()
-    assert Spelling(tokenizer).find(text, ids) is not None
+    assert Spelling(tokenizer).find([text], [ids])[0] is not None
     check_equal([text], tokenizer)
 
 
@@ -145,7 +204,7 @@ def test_other_ids_than_those_of_the_text_are_not_found(tokenizer):
     known = Spelling(tokenizer)
     for text, other in ((0, 1), (0, 2), (1, 0), (2, 1)):
         if not np.array_equal(ids[text], ids[other]):
-            assert known.find(texts[text], ids[other]) is None
+            assert known.find([texts[text]], [ids[other]]) == [None]
 
 
 def test_it_is_left_alone_where_it_finds_little(monkeypatch):

@@ -259,6 +259,16 @@ def test_characters_of_the_text_are_known(trained):
             assert tokenizer.unk_token_id not in ids, kind
 
 
+@pytest.mark.parametrize("options", [{}, {"do_lower_case": False}, {"strip_accents": True}])
+def test_characters_that_are_counted_alone_are_those_of_the_normalized_text(options):
+    """BERT's normalizer writes a character the same whatever stands beside it."""
+    normalizer = BertTokenizer(**options).backend_tokenizer.normalizer
+    texts = [*HARD, *TEXTS, "ΑΣ ΣΑΣ. İ I\u0307 e\u0301 \u0f43 각 가\u11a8 \u0301e Ⅻ", "", None, "🙂\x00\ufffd"]
+    expected = tokenizer_training._character_counts(texts, normalizer)
+    assert len(expected) > 50 and expected["e"] > 100
+    assert tokenizer_training._character_counts(texts, normalizer, each_alone=True) == expected
+
+
 def test_rare_characters_do_not_fill_the_vocabulary():
     texts = [*VARIED * 30, *(chr(0x4E00 + i) for i in range(300)), "Ö"]
     for kind in ("wordpiece", "unigram"):

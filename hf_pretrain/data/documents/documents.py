@@ -68,6 +68,8 @@ DOCUMENT_FEATURES = datasets.Features(
 # Python object a token is too much for a long book otherwise.
 _PIECE_CHARACTERS = 1 << 20
 _GROUP_CHARACTERS = 1 << 21
+# Arrays of so many characters stay in the cache of a core, and a call of NumPy costs little beside them.
+_JOINED_CHARACTERS = 1 << 15
 # Part of every fingerprint: raise it when the documents of the same text change.
 _VERSION = 2
 # A stored document has these counts beside the columns of the schema.
@@ -243,28 +245,84 @@ def _counted_columns(
     """Return the columns of the texts, and the numbers of `UnknownCount` of each but that of its tokens."""
     texts = [encodable(text) for text in texts]
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "word_starts", "sent_starts", *_COUNTS)}
-    for text, tokens in zip(texts, _tokenize(texts, tokenizer), strict=True):
-        kinds = character_kinds(text)
-        visible = next_visible(kinds, tokens.starts)
-        words = word_starts(text, segmenter=word_segmenter, kinds=kinds)
-        sentences = np.asarray(sentence_splitter(text), dtype=np.int64)
-        columns["input_ids"].append(tokens.ids)
-        columns["word_starts"].append(_begins_unit(words, visible, len(text)))
-        columns["sent_starts"].append(_begins_unit(sentences, visible, len(text)))
-        for name, count in zip(_COUNTS, _count_unknown(tokens, kinds, tokenizer.unk_token_id), strict=True):
-            columns[name].append(count)
+    rows = zip(texts, _tokenize(texts, tokenizer), strict=True)
+    for group in in_groups(rows, num_characters=_JOINED_CHARACTERS, text=itemgetter(0)):
+        joined = _Joined.of(*zip(*group, strict=True))
+        sentences = [np.asarray(sentence_splitter(text), dtype=np.int64) for text, _ in group]
+        words = word_starts(joined.text, segmenter=word_segmenter, kinds=joined.kinds)
+        columns["input_ids"] += [tokens.ids for _, tokens in group]
+        columns["word_starts"] += joined.begins_unit(words)
+        columns["sent_starts"] += joined.begins_unit(joined.shifted(sentences))
+        for name, counts in zip(_COUNTS, joined.count_unknown(tokenizer.unk_token_id), strict=True):
+            columns[name] += counts.tolist()
     return columns
 
 
-def _count_unknown(tokens: _Tokens, kinds: np.ndarray, unknown_id: int | None) -> tuple[int, int, int]:
-    """Return the numbers of visible characters, of those without a known token, and of unknown tokens."""
-    is_known = np.ones(len(tokens.ids), dtype=np.bool_) if unknown_id is None else tokens.ids != unknown_id
-    # Tokens of bytes lie on one another where a character has several.
-    size = len(kinds) + 1
-    depth = np.bincount(tokens.starts[is_known], minlength=size) - np.bincount(tokens.ends[is_known], minlength=size)
-    is_visible = (kinds != SPACE) & (kinds != IGNORED) & (kinds != MARK)
-    lost = is_visible & (np.cumsum(depth)[:-1] == 0)
-    return int(is_visible.sum()), int(lost.sum()), int(len(is_known) - is_known.sum())
+@dataclass
+class _Joined:
+    """Texts with a line feed behind each, so that arrays of many short ones are worked on at once.
+
+    Attributes:
+        text: All of them.
+        kinds: `character_kinds` of it.
+        begins: Where each text begins: ``int64 [texts]``.
+        tokens: The tokens of all, at the offsets of the joined text.
+        counts: Number of tokens of each: ``int64 [texts]``.
+        visible: The first visible character of each token, or of the next one of its text: ``int64 [tokens]``.
+    """
+
+    text: str
+    kinds: np.ndarray
+    begins: np.ndarray
+    tokens: _Tokens
+    counts: np.ndarray
+    visible: np.ndarray
+
+    @classmethod
+    def of(cls, texts: Sequence[str], tokens: Sequence[_Tokens]) -> _Joined:
+        """Join texts."""
+        joined = "\n".join([*texts, ""])
+        sizes = np.array([len(text) + 1 for text in texts])
+        ends = np.cumsum(sizes)
+        counts = np.array([len(row.ids) for row in tokens])
+        ids, starts, stops = map(np.concatenate, zip(*tokens, strict=True))
+        shift = np.repeat(ends - sizes, counts)
+        starts, stops, kinds = starts + shift, stops + shift, character_kinds(joined)
+        visible = np.minimum(next_visible(kinds, starts), np.repeat(ends - 1, counts))
+        return cls(joined, kinds, ends - sizes, _Tokens(ids, starts, stops), counts, visible)
+
+    def shifted(self, offsets: Sequence[np.ndarray]) -> np.ndarray:
+        """Return the offsets of each text as those of the joined text, all in one."""
+        return np.concatenate(offsets) + np.repeat(self.begins, [len(row) for row in offsets])
+
+    def begins_unit(self, unit_starts: np.ndarray) -> list[np.ndarray]:
+        """Return of each text whether its tokens are the first of their units: ``bool [n]``, the first always."""
+        is_start = np.zeros(len(self.text), dtype=np.bool_)
+        is_start[unit_starts] = True
+        units = np.cumsum(is_start, dtype=np.int32)[self.visible]
+        begins = np.ones(len(units), dtype=np.bool_)
+        begins[1:] = units[1:] != units[:-1]
+        edges = [0, *np.cumsum(self.counts).tolist()]
+        begins[[edge for edge in edges if edge < len(begins)]] = True
+        return [begins[low:high] for low, high in itertools.pairwise(edges)]
+
+    def count_unknown(self, unknown_id: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return of each text the numbers of visible characters, of those without a known token, and of unknown tokens."""
+        ids, starts, ends = self.tokens
+        is_unknown = ids == (-1 if unknown_id is None else unknown_id)
+        num_unknown = np.zeros_like(self.counts)
+        if is_unknown.any():
+            num_unknown = np.bincount(
+                np.repeat(np.arange(len(self.counts)), self.counts)[is_unknown], minlength=len(self.counts)
+            )
+            starts, ends = starts[~is_unknown], ends[~is_unknown]
+        # Tokens of bytes lie on one another where a character has several.
+        size = len(self.kinds) + 1
+        depth = np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size)
+        is_visible = (self.kinds != SPACE) & (self.kinds != IGNORED) & (self.kinds != MARK)
+        lost = is_visible & (np.cumsum(depth)[:-1] == 0)
+        num_visible, num_lost = (np.add.reduceat(each, self.begins, dtype=np.int64) for each in (is_visible, lost))
+        return num_visible, num_lost, num_unknown
 
 
 def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -276,29 +334,26 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _begins_unit(unit_starts: np.ndarray, visible: np.ndarray, num_characters: int) -> np.ndarray:
-    """Return whether each visible character is the first of its unit here: ``bool [n]``, the first always."""
-    is_start = np.zeros(num_characters + 1, dtype=np.bool_)
-    is_start[unit_starts] = True
-    units = np.cumsum(is_start, dtype=np.int32)[visible]
-    begins = np.ones(len(visible), dtype=np.bool_)
-    begins[1:] = units[1:] != units[:-1]
-    return begins
-
-
 def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[_Tokens]:
     """Return the tokens of each text, none of them special but the unknown token."""
     special = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
     cuts = [_cuts(text) for text in texts]
     tokens = _tokenize_pieces(texts, cuts, tokenizer)
-    unsettled = list(range(len(texts)))
     # split_special_tokens keeps most names of special tokens apart; some models find them in their vocabulary all the
     # same, unless the name is cut.
-    while unsettled := [i for i in unsettled if _cut_names(tokens[i], cuts[i], special)]:
+    while unsettled := [i for i in _rows_with(tokens, special) if _cut_names(tokens[i], cuts[i], special)]:
         again = _tokenize_pieces([texts[i] for i in unsettled], [cuts[i] for i in unsettled], tokenizer)
         for i, fresh in zip(unsettled, again, strict=True):
             tokens[i] = fresh
     return tokens
+
+
+def _rows_with(tokens: Sequence[_Tokens], wanted: list[int]) -> list[int]:
+    """Return the numbers of the rows that have one of these tokens."""
+    found = np.isin(np.concatenate([row.ids for row in tokens]), wanted) if tokens else np.empty(0, dtype=np.bool_)
+    if not found.any():
+        return []
+    return np.unique(np.repeat(np.arange(len(tokens)), [len(row.ids) for row in tokens])[found]).tolist()
 
 
 def _cuts(text: str) -> list[int]:
@@ -343,13 +398,17 @@ def _encode(pieces: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -
     found: list[_Tokens | None] = [None] * len(texts)
     spelling = spelling_of(tokenizer)
     if spelling is not None and spelling.is_worth_it:
-        for number, ids in enumerate(encode_ids(tokenizer, texts)):
-            if (offsets := spelling.find(texts[number], ids)) is not None:
-                found[number] = _Tokens(ids, *offsets)
+        rows = enumerate(zip(texts, encode_ids(tokenizer, texts), strict=True))
+        for group in in_groups(rows, num_characters=_JOINED_CHARACTERS, text=lambda row: row[1][0]):
+            numbers, spelled = zip(*group, strict=True)
+            for number, (_, ids), offsets in zip(
+                numbers, spelled, spelling.find(*zip(*spelled, strict=True)), strict=True
+            ):
+                found[number] = None if offsets is None else _Tokens(ids, *offsets)
     others = _with_offsets([text for text, tokens in zip(texts, found, strict=True) if tokens is None], tokenizer)
     for tokens, (_, shift) in zip(found, pieces, strict=True):
         tokens = next(others) if tokens is None else tokens
-        yield _Tokens(tokens.ids, tokens.starts + shift, tokens.ends + shift)
+        yield _Tokens(tokens.ids, tokens.starts + shift, tokens.ends + shift) if shift else tokens
 
 
 def _with_offsets(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:

@@ -8,10 +8,11 @@ the words of unknown tokens, one by one, where words are cut at white space.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -30,6 +31,22 @@ _CUT_AT_SPACES = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 # SentencePiece's mark of a space.
 _MARK = "▁"
 _FIRST_WORD = re.compile(r"\S+")
+
+
+class _Units(NamedTuple):
+    """What the tokens of texts are compared with, one text after the other.
+
+    Attributes:
+        written: Code points or bytes: ``[units]``.
+        characters: The number of the character of each, over all texts: ``int64 [units]``.
+        counts: Units of each text: ``int64 [texts]``.
+        are_alone: Whether each character of a text is written as one: ``bool [texts]``.
+    """
+
+    written: np.ndarray
+    characters: np.ndarray
+    counts: np.ndarray
+    are_alone: np.ndarray
 
 
 class Spelling:
@@ -62,7 +79,9 @@ class Spelling:
         self._is_known = known
         self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
         self._begins = np.cumsum(self._lengths) - self._lengths
-        self._flat = np.concatenate([*rows, np.empty(0, dtype=np.int32)])
+        self._flat = np.concatenate([*rows, np.zeros(1, dtype=np.int32)])
+        if self.is_bytes:
+            self._flat = self._flat.astype(np.uint8)
         self._table = np.full(0x110000, _NOT_KNOWN, dtype=np.int32)
         self.tried = self.found = 0
 
@@ -71,62 +90,109 @@ class Spelling:
         """Whether most of what was tried so far was found."""
         return self.tried < _TRIED or 2 * self.found > self.tried
 
-    def find(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return where the tokens of a text begin and end.
+    def find(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray] | None]:
+        """Return where the tokens of each text begin and end. Short texts are best given together.
 
         Args:
-            text: The text.
-            ids: Its tokens: ``int32 [n]``.
+            texts: The texts.
+            ids: The tokens of each: ``int32 [n]``.
 
         Returns:
             Offsets in characters of each token's first visible character, or of the next one if it has none, and behind its last
-            one: ``int64 [n]`` each. None where they cannot be told.
+            one: ``int64 [n]`` each. None for a text where they cannot be told.
         """
-        self.tried += len(text)
-        is_other = ~self._is_known[ids]
+        self.tried += sum(map(len, texts))
+        found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(texts)
+        rows = list(range(len(texts)))
+        while rows:
+            offsets, is_right = self._compare([texts[row] for row in rows], [ids[row] for row in rows])
+            right = [row for row, right in zip(rows, is_right.tolist(), strict=True) if right]
+            for row, each in zip(right, offsets, strict=False):
+                found[row] = each
+                self.found += len(texts[row])
+            # Where some are spelled otherwise, the others are compared anew, without them.
+            rows = right if len(right) < len(rows) else []
+        return found
+
+    def _compare(
+        self, texts: Sequence[str], ids: Sequence[np.ndarray]
+    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        """Return the offsets of the tokens if all texts are spelled by theirs, and which texts may be: ``bool [texts]``."""
+        tokens, counts = np.concatenate(ids), np.array([len(row) for row in ids])
+        lengths = self._lengths[tokens]
+        units = self._units_of(texts)
+        is_right = self._are_measured(texts, tokens, lengths, counts, units)
+        sums = _sums(lengths, counts)
+        shift = np.zeros_like(counts)
+        if self.is_bytes and (sums > units.counts).any():
+            # Tokenizers with add_prefix_space put a space before a text that has none.
+            shift = (sums - units.counts == 1).astype(np.int64)
+            texts = [" " * more + text for text, more in zip(texts, shift.tolist(), strict=True)]
+            units = self._units_of(texts)
+        is_right &= units.are_alone & (sums == units.counts)
+        if not is_right.all():
+            return [], is_right
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        places = np.arange(len(units.written)) + np.repeat(self._begins[tokens] - starts, lengths)
+        # Unknown tokens may reach over the end.
+        differs = self._flat.take(places, mode="clip") != units.written
         if self._unknown_id is not None:
-            is_other &= ids != self._unknown_id
-        if is_other.any():
-            return None
-        offsets = self._of_bytes(text, ids) if self.is_bytes else self._of_characters(text, ids)
-        self.found += len(text) * (offsets is not None)
-        return offsets
+            differs &= np.repeat(tokens != self._unknown_id, lengths)
+        if differs.any():
+            return [], _sums(differs, sums) == 0
+        sizes = np.array([len(text) for text in texts])
+        after = np.cumsum(sizes)
+        # Behind the last visible character of a text nothing follows. The space that was put before it has no character.
+        begins = np.minimum(np.append(units.characters, after[-1])[starts], np.repeat(after, counts))
+        stops = np.where(lengths > 0, np.append(-1, units.characters)[ends] + 1, begins)
+        first = np.repeat(after - sizes + shift, counts)
+        begins, stops = np.maximum(begins - first, 0), np.maximum(stops - first, 0)
+        edges = itertools.pairwise([0, *np.cumsum(counts).tolist()])
+        return [(begins[low:high], stops[low:high]) for low, high in edges], is_right
 
-    def _of_characters(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        spelled = self._normalized(text)
-        kept = np.flatnonzero(spelled != _DROPPED)
-        lengths = self._lengths[ids]
-        unknown = np.empty(0, dtype=np.int64) if self._unknown_id is None else np.flatnonzero(ids == self._unknown_id)
-        if len(unknown) and not self._measure(unknown, lengths, text, kept):
-            return None
-        bounds = self._bounds(ids, spelled[kept], lengths)
-        if bounds is None:
-            return None
-        starts, ends = bounds
-        # Behind the last visible character nothing follows.
-        begins = np.append(kept, len(text))[starts]
-        return begins, np.where(ends > starts, np.append(-1, kept)[ends] + 1, begins)
-
-    def _of_bytes(self, text: str, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    def _units_of(self, texts: Sequence[str]) -> _Units:
+        """Return the bytes of texts for a byte-level tokenizer, else their visible characters, as the normalizer writes them."""
+        text, are_alone = "".join(texts), np.ones(len(texts), dtype=np.bool_)
+        edges = np.cumsum([0, *map(len, texts)])
+        if not self.is_bytes:
+            spelled = self._normalized(text)
+            kept = np.flatnonzero(spelled != _DROPPED)
+            return _Units(spelled[kept], kept, np.diff(np.searchsorted(kept, edges)), are_alone)
         if self._normalizer is not None:
             spelled = self._normalized(text)
             if len(spelled) and int(spelled.min()) < 0:
-                return None
-            text = spelled.astype("<u4").tobytes().decode("utf-32-le")
+                are_alone = _sums(spelled < 0, np.diff(edges)) == 0
+            text = np.maximum(spelled, 0).astype("<u4").tobytes().decode("utf-32-le")
         encoded = np.frombuffer(text.encode(), dtype=np.uint8)
-        # Tokenizers with add_prefix_space put a space before a text that has none.
-        shift = int(self._lengths[ids].sum()) - len(encoded)
-        if shift == 1:
-            encoded = np.append(np.uint8(32), encoded)
-        bounds = self._bounds(ids, encoded, self._lengths[ids])
-        if bounds is None:
-            return None
-        # Number of the character of each byte; those that go on with one are 0b10xxxxxx.
-        characters = np.append(np.cumsum((encoded & 0xC0) != 0x80) - 1, len(text) + shift) - shift
-        starts, ends = bounds
-        # The space that was put before the text has no character.
-        begins = np.maximum(characters[starts], 0)
-        return begins, np.maximum(np.where(ends > starts, characters[ends - 1] + 1, 0), begins)
+        if len(encoded) == len(text):
+            return _Units(encoded, np.arange(len(encoded)), np.diff(edges), are_alone)
+        # The bytes that go on with a character are 0b10xxxxxx.
+        is_first = (encoded & 0xC0) != 0x80
+        edges = np.append(np.flatnonzero(is_first), len(encoded))[edges]
+        return _Units(encoded, np.cumsum(is_first) - 1, np.diff(edges), are_alone)
+
+    def _are_measured(
+        self, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray, units: _Units
+    ) -> np.ndarray:
+        """Return which texts have tokens of known lengths only, and set those of unknown tokens: ``bool [texts]``."""
+        is_unknown = ~self._is_known[tokens]
+        if not is_unknown.any():
+            return np.ones(len(texts), dtype=np.bool_)
+        are_measured = _sums(is_unknown, counts) == 0
+        if self._unknown_id is None:
+            return are_measured
+        after, units_after = np.cumsum(counts).tolist(), np.cumsum(units.counts).tolist()
+        characters_after = np.cumsum([0, *map(len, texts)])
+        for row in np.flatnonzero(~are_measured).tolist():
+            low, high = after[row] - counts[row], after[row]
+            unknown = np.flatnonzero(is_unknown[low:high])
+            if (tokens[low:high][unknown] == self._unknown_id).all():
+                kept = (
+                    units.characters[units_after[row] - units.counts[row] : units_after[row]] - characters_after[row]
+                )
+                are_measured[row] = self._measure(unknown, lengths[low:high], texts[row], kept)
+        return are_measured
 
     def _measure(self, unknown: np.ndarray, lengths: np.ndarray, text: str, kept: np.ndarray) -> bool:
         """Set the lengths of unknown tokens, by the tokens of the word that each begins; return whether all are found."""
@@ -147,21 +213,6 @@ class Spelling:
             lengths[number] = int(np.searchsorted(kept, end)) - units_before
             units_before, tokens_before = units_before + int(lengths[number]), number + 1
         return True
-
-    def _bounds(
-        self, ids: np.ndarray, spelled: np.ndarray, lengths: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Return where each token begins and ends among the units of a text; None if the tokens are spelled otherwise."""
-        ends = np.cumsum(lengths)
-        if (int(ends[-1]) if len(ids) else 0) != len(spelled):
-            return None
-        starts = ends - lengths
-        units = np.arange(len(spelled)) + np.repeat(self._begins[ids] - starts, lengths)
-        if self._unknown_id is None:
-            return (starts, ends) if np.array_equal(self._flat[units], spelled) else None
-        # An unknown token is spelled in no way.
-        is_known = np.repeat(ids != self._unknown_id, lengths)
-        return (starts, ends) if np.array_equal(self._flat[units[is_known]], spelled[is_known]) else None
 
     def _normalized(self, text: str) -> np.ndarray:
         """Return each character as the normalizer writes it, alone: ``int32 [len(text)]``."""
@@ -184,6 +235,13 @@ class Spelling:
         if not written and kind == IGNORED:
             return _DROPPED
         return ord(written) if len(written) == 1 else _OTHERWISE
+
+
+def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the sum of so many values each, one group after the other: ``int64 [groups]``."""
+    sums = np.append(0, np.cumsum(values, dtype=np.int64))
+    ends = np.cumsum(counts)
+    return sums[ends] - sums[ends - counts]
 
 
 def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
@@ -246,4 +304,8 @@ def encode_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
     finally:
         backend.encode_special_tokens = tokenizer.split_special_tokens
-    return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+    rows = [encoding.ids for encoding in encodings]
+    edges = [0, *itertools.accumulate(map(len, rows))]
+    # One array for all: one for each of many short rows takes longer.
+    flat = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=edges[-1])
+    return [flat[low:high] for low, high in itertools.pairwise(edges)]

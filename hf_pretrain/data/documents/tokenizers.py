@@ -302,7 +302,7 @@ def _train_wordpiece(learned: _LearnedTexts, wanted: _Options) -> BertTokenizer:
     options |= {"model_max_length": wanted.model_max_length, **_BERT_TOKENS}
     pipeline = BertTokenizer(**options).backend_tokenizer
     fixed = len(_BERT_TOKENS)
-    frequency = _character_counts(learned.texts, pipeline.normalizer)
+    frequency = _character_counts(learned.texts, pipeline.normalizer, each_alone=True)
     alphabet = _alphabet(frequency, vocab_size=wanted.vocab_size, num_fixed=fixed)
     # The trainer numbers continuation characters in the random order of a hash map, and numbers decide between pairs
     # that are equally frequent. Named as special tokens they have their numbers beforehand.
@@ -468,13 +468,24 @@ def _batches(texts: Iterable[str | None]) -> Iterator[list[str]]:
         yield batch
 
 
-def _character_counts(texts: Iterable[str | None], normalizer: Any) -> dict[str, int]:
-    """Return how often each visible character occurs in the normalized texts."""
+def _character_counts(texts: Iterable[str | None], normalizer: Any, *, each_alone: bool = False) -> dict[str, int]:
+    """Return how often each visible character occurs in the normalized texts.
+
+    Args:
+        texts: The texts.
+        normalizer: Changes them.
+        each_alone: Whether it writes each character the same whatever stands beside it, so that only distinct ones are written.
+    """
     counts = np.zeros(0x110000, dtype=np.int64)
     for batch in _batches(texts):
-        points = code_points(normalizer.normalize_str("\n".join(batch)))
-        found, times = np.unique(points, return_counts=True)
-        counts[found] += times
+        text = "\n".join(batch)
+        found = np.bincount(code_points(text if each_alone else normalizer.normalize_str(text)))
+        counts[: len(found)] += found
+    if each_alone:
+        read, counts = counts, np.zeros_like(counts)
+        for point in np.flatnonzero(read).tolist():
+            for character in normalizer.normalize_str(chr(point)):
+                counts[ord(character)] += read[point]
     return {chr(point): int(counts[point]) for point in np.flatnonzero(counts).tolist() if not chr(point).isspace()}
 
 
