@@ -113,6 +113,7 @@ def detection_sides(args: argparse.Namespace, batch: dict[str, torch.Tensor]) ->
             generator=generator, discriminator=discriminator, excluded_token_ids=[0, 1, 2, 3, 4]
         )
     )
+    model.try_out()  # as a program does: it sees there that the loss needs no logits of all targets
     compiled, weights = torch.compile(model), {"mlm": 1.0, "rtd": 50.0}
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
 
