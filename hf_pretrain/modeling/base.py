@@ -8,9 +8,8 @@ composite, how the trial runs, and the checks of a stock model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -516,21 +515,6 @@ def check_model_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
             f"block_size={block_size} is longer than the {longest} positions of {type(model).__name__}: "
             f"set --block_size {longest} or less, or raise --max_position_embeddings when training from scratch"
         )
-
-
-def with_host_inputs(collate: Callable[[list[Any]], dict[str, Any]], model: PretrainingModel) -> Any:
-    """Return a collator followed by the model's `host_inputs`; both run in the workers, so it holds no weights."""
-    return partial(_with_host_inputs, collate, type(model), model.config)
-
-
-def _with_host_inputs(
-    collate: Callable[[list[Any]], dict[str, Any]],
-    model_class: type[PretrainingModel],
-    config: Any,
-    examples: list[Any],
-) -> dict[str, Any]:
-    batch = collate(examples)
-    return {**batch, **model_class.host_inputs(batch, config)}
 
 
 @contextmanager

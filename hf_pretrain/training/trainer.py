@@ -42,7 +42,7 @@ from hf_pretrain.hub.card import write_card
 from hf_pretrain.hub.pushing import Pushing, repository_of
 from hf_pretrain.hub.record import PretrainingCard
 from hf_pretrain.hub.run import HeldOutNumbers, describe_run
-from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for, with_host_inputs
+from hf_pretrain.modeling.base import PretrainingModel, check_trainable, tokenizer_for
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import PretrainingOutput, SumAccumulator
@@ -71,7 +71,7 @@ from hf_pretrain.training.processes import (
 )
 from hf_pretrain.training.progress import LearningRates, TokenCount, peak_memory_mib, show_progress
 from hf_pretrain.training.steps.evaluation import Evaluation
-from hf_pretrain.training.steps.runner import StepRunner
+from hf_pretrain.training.steps.runner import StepRunner, with_host_inputs
 
 if TYPE_CHECKING:
     from hf_pretrain.evaluation.suite.runs import RunTasks

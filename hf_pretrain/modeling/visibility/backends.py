@@ -160,7 +160,7 @@ class FastAttention:
 
     Attributes:
         choices: The backend of each model that attends, and the reason, by name.
-        is_faster: Whether any of them is not the model's own.
+        is_faster: Whether any of them is not the model's own now.
     """
 
     def __init__(self, parts: Mapping[str, Attending], *, allowed: Collection[str], why_not: str = OWN_MASKS) -> None:
@@ -172,17 +172,13 @@ class FastAttention:
                 self.choices[name] = _choose(part) if name in allowed else Choice(own, why_not)
                 if self.choices[name].backend != own:
                     self._changed[name] = part.model
+        self.is_faster = bool(self._changed)
         self._own = {name: _own_backend(model) for name, model in self._changed.items()}
         # Other parts of a model, such as one of images, may have a backend of their own.
         self._configs = {
             name: [config for config in _configs(model) if config._attn_implementation == self._own[name]]
             for name, model in self._changed.items()
         }
-
-    @property
-    def is_faster(self) -> bool:
-        """Whether the backend of any model is not its own."""
-        return bool(self._changed)
 
     @property
     def names(self) -> str | None:
@@ -219,6 +215,7 @@ class FastAttention:
             if any(module is body for module in model.modules()):
                 self._set(name, self._own[name])
                 del self._changed[name]
+                self.is_faster = bool(self._changed)
                 self.choices[name] = Choice(self._own[name], reason)
                 logger.warning(f"attention of the {name}: {self.choices[name]}")
                 return True

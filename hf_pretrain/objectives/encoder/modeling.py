@@ -218,7 +218,7 @@ class EncoderForPreTraining(PretrainingModel):
 
     def on_flash(self, batch: Mapping[str, Any]) -> Collection[str]:
         """Return the encoder, unless the text is read in one direction or in several modes."""
-        return () if {"lm_modes", "is_causal"} & batch.keys() else self.backbones.keys()
+        return () if {"lm_modes", "is_causal"} & batch.keys() else ("model",)
 
     @staticmethod
     def host_inputs(batch: Mapping[str, Any], config: Any) -> dict[str, Any]:

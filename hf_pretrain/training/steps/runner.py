@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from hf_pretrain.modeling.observing.profile import Profile, profile_line
 from hf_pretrain.modeling.visibility.backends import AUTO, FastAttention
 
 if TYPE_CHECKING:
+    from hf_pretrain.modeling.base import PretrainingModel
     from hf_pretrain.training.trainer import PretrainingTrainer
 
 
@@ -168,3 +170,18 @@ class StepRunner:
         if trainer.is_world_process_zero():
             self.profile.write(Path(trainer.args.output_dir), self.profiled)
             trainer.progress.say(f"profile {profile_line(self.profiled)}")
+
+
+def with_host_inputs(collate: Callable[[list[Any]], dict[str, Any]], model: PretrainingModel) -> Any:
+    """Return a collator followed by the model's `host_inputs`; both run in the workers, so it holds no weights."""
+    return partial(_with_host_inputs, collate, type(model), model.config)
+
+
+def _with_host_inputs(
+    collate: Callable[[list[Any]], dict[str, Any]],
+    model_class: type[PretrainingModel],
+    config: Any,
+    examples: list[Any],
+) -> dict[str, Any]:
+    batch = collate(examples)
+    return {**batch, **model_class.host_inputs(batch, config)}
