@@ -466,6 +466,14 @@ def _rows(table: Any) -> int:
     return int(table.weight.shape[0] if number is None else number)
 
 
+def own_backend(model: PreTrainedModel) -> str | None:
+    """Return the name of the backend that a model has; None if it chooses none."""
+    # A method's own module need be no model of transformers.
+    config = getattr(getattr(model, "base_model", model), "config", None)
+    own: str | None = getattr(config, "_attn_implementation", None)
+    return own
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context without autocast; the meta device, where only shapes are computed, knows none."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

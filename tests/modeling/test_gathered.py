@@ -226,6 +226,7 @@ def test_a_step_of_the_trainer_is_the_same_without_logits(method, model_options,
     assert model.output_map.find() is not None
     if "final_logits_bias" in (buffers := model.root._buffers):
         buffers["final_logits_bias"].normal_()
+    before = {name: value.clone() for name, value in model.named_buffers()}
     batch = loader.collate_fn([trainer.train_dataset[i] for i in range(6)])
     num_targets = len(batch["slots" if method == "plm" else "target_positions"])
     totals, gradients, largest = [], [], []
@@ -243,3 +244,7 @@ def test_a_step_of_the_trainer_is_the_same_without_logits(method, model_options,
     torch.testing.assert_close(totals[1], totals[0], rtol=1e-5, atol=1e-5)
     assert gradients[0].keys() == gradients[1].keys()
     assert relative_difference(*gradients) < 1e-5
+    # What was put aside for a step is there again, and is exported.
+    after = dict(model.named_buffers())
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert "forward" not in vars(getattr(model, "generator", model.root).get_output_embeddings())

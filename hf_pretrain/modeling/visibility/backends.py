@@ -18,6 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
 from transformers.utils import import_utils, logging
 
+from hf_pretrain.modeling.backbone import own_backend
+
 AUTO = "auto"
 """Value of the option `attn_implementation` that leaves the choice to this module."""
 
@@ -126,7 +128,7 @@ def _head_width(config: PreTrainedConfig) -> int:
 
 def _choose(part: Attending) -> Choice:
     """Return the backend of a model that a method gives nothing but padding, documents and causality."""
-    own = _own_backend(part.model)
+    own = own_backend(part.model)
     bodies = [module for module in part.model.base_model.modules() if isinstance(module, PreTrainedModel)]
     if not all(module._supports_flash_attn for module in bodies):
         return Choice(own, f"{type(part.model).__name__} has no flash attention")
@@ -137,14 +139,6 @@ def _choose(part: Attending) -> Choice:
         return Choice(own, f"flash attention has no heads wider than {_WIDEST_HEAD}")
     found = flash_backend(part.device, part.dtype, dropout=dropout_of(part.model) if part.drops else 0.0)
     return Choice(own, found.reason) if found.backend is None else found
-
-
-def _own_backend(model: PreTrainedModel) -> str | None:
-    """Return the name of the backend that transformers gave a model; None if it chooses none."""
-    # A method's own module need be no model of transformers.
-    config = getattr(getattr(model, "base_model", model), "config", None)
-    own: str | None = getattr(config, "_attn_implementation", None)
-    return own
 
 
 class FastAttention:
@@ -167,13 +161,13 @@ class FastAttention:
         self.choices: dict[str, Choice] = {}
         self._changed: dict[str, PreTrainedModel] = {}
         for name, part in parts.items():
-            own = _own_backend(part.model)
+            own = own_backend(part.model)
             if own is not None:
                 self.choices[name] = _choose(part) if name in allowed else Choice(own, why_not)
                 if self.choices[name].backend != own:
                     self._changed[name] = part.model
         self.is_faster = bool(self._changed)
-        self._own = {name: _own_backend(model) for name, model in self._changed.items()}
+        self._own = {name: own_backend(model) for name, model in self._changed.items()}
         # Other parts of a model, such as one of images, may have a backend of their own.
         self._configs = {
             name: [config for config in _configs(model) if config._attn_implementation == self._own[name]]

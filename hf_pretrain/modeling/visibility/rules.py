@@ -30,6 +30,7 @@ from hf_pretrain.modeling.backbone import (
     DISENTANGLED,
     evaluating,
     given_first_position,
+    own_backend,
     row_position_inputs,
     takes_input,
     window_of,
@@ -260,8 +261,7 @@ def keeps_flash(backbone: PreTrainedModel, read: Callable[[torch.Tensor], torch.
         read: From tokens ``[1, L]`` to states ``[1, L, D]``.
         length: Tokens of the row to try.
     """
-    config = getattr(backbone, "config", None)  # what stands in for a model in a composite need not have one
-    if "flash" not in (getattr(config, "_attn_implementation", None) or ""):
+    if "flash" not in (own_backend(backbone) or ""):
         return False
 
     def trial(body: PreTrainedModel, plan: AttentionPlan) -> str | None:
