@@ -138,6 +138,11 @@ _ALL = ["*"]
 _MOST_IN_A_STEP = 16
 
 
+def _pushed(folder: Path) -> dict[str, Any]:
+    """Return what is noted of the branches of a folder that have arrived, by name."""
+    return read_object(folder / _PUSHED)
+
+
 class _Counted:
     """The tokens read up to the end of a step: copied while the device computes, so that no step drains it.
 
@@ -269,12 +274,9 @@ class Branches:
     def _waiting(self) -> Iterator[Path]:
         """Yield the exports that are whole and have not arrived."""
         found = sorted(self.folder.glob(f"*/{_MARKER}"))
-        pushed = self._pushed()
+        pushed = _pushed(self.folder)
         folders = (marker.parent for marker in found if marker.parent.name not in pushed)
         yield from (folder for folder in folders if is_whole(folder, name=_MARKER))
-
-    def _pushed(self) -> dict[str, Any]:
-        return read_object(self.folder / _PUSHED)
 
     def _remove_all(self) -> None:
         for path in self.folder.glob(f"*/{_MARKER}*"):
@@ -286,8 +288,8 @@ class Branches:
         trainer = self.trainer
         if not trainer.is_world_process_zero() or self.marks is None or not tokens:
             return
-        known = {folder.name for folder in self._waiting()} | self._pushed().keys()
-        for name in self._pushed():
+        known = {folder.name for folder in self._waiting()} | _pushed(self.folder).keys()
+        for name in _pushed(self.folder):
             # Of one that had arrived when the run was killed.
             shutil.rmtree(self.folder / name, ignore_errors=True)
         wanted = [trainer.args.hub_branch_name.format(label) for _, label in self.marks.between(0, tokens)]
@@ -305,7 +307,7 @@ class Branches:
         """Write the export of this moment with its card, on every process."""
         trainer, folder = self.trainer, self.folder / name
         is_first = trainer.is_world_process_zero()
-        is_there = is_first and (name in self._pushed() or is_whole(folder, name=_MARKER))
+        is_there = is_first and (name in _pushed(self.folder) or is_whole(folder, name=_MARKER))
         # Only the first rank knows, but all have to export.
         if trainer.checkpoints.any_rank(is_there):
             return
@@ -363,7 +365,10 @@ class Branches:
         write_marker(folder, name=_MARKER, tokens=facts["tokens"], step=facts["step"])
 
     def _upload(self, repo: str, folder: Path, token: str | None) -> None:
-        """Upload an export as a branch, note it and remove it; this runs in the background, one after the other."""
+        """Upload an export as a branch, note it and remove it; this runs in the background, one after the other.
+
+        It asks nothing of the Trainer, whose arguments are others while it saves a checkpoint.
+        """
         api, name = hf_api(), folder.name
         facts = read_marker(folder, name=_MARKER) or {}
         if not api.revision_exists(repo, name, token=token):
@@ -376,7 +381,8 @@ class Branches:
             repo_id=repo, folder_path=folder, revision=name, token=token, commit_message=said, **ignored
         )
         arrived = {"tokens": facts["tokens"], "step": facts["step"], "repo": repo, "commit": commit.oid}
-        write_text(self.folder / _PUSHED, json.dumps(self._pushed() | {name: arrived}, indent=1) + "\n")
+        noted = _pushed(folder.parent) | {name: arrived}
+        write_text(folder.parent / _PUSHED, json.dumps(noted, indent=1) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
 
     def _report(self) -> None:

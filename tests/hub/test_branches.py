@@ -310,6 +310,22 @@ class TestOnTheHub:
         finish()
         assert branches_of(hub) == expected(trainer).keys()
 
+    def test_an_upload_that_ends_while_a_checkpoint_is_saved(self, hub, tmp_path, monkeypatch):
+        """The output folder has another name then, since a checkpoint keeps none of the machine."""
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        trainer = make(tmp_path / "run", **PUSH | FEW)
+        finish, trainer.branches.finish = trainer.branches.finish, lambda: None
+        with trainer.checkpoints.options_to_keep():
+            assert trainer.args.output_dir == "run"
+        with hub.held("commit"):
+            trainer.train()
+        with trainer.checkpoints.options_to_keep():
+            finish()
+        noted = json.loads((tmp_path / "run" / "branches" / "_pushed.json").read_text())
+        assert noted.keys() == branches_of(hub) == expected(trainer).keys()
+        assert not list((tmp_path / "here").iterdir())
+
     def test_folders_of_a_run_without_the_hub_can_be_pushed_later(self, hub, tmp_path):
         trainer = make(tmp_path / "run", **FEW)
         trainer.train()
