@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_pretrain.modeling.losses import IGNORED
 from hf_pretrain.objectives.causal_lm import CausalLMForPreTraining
-from timing import interleaved, load_of_machine, options_parser, peak_memory, print_table
+from timing import as_trained, interleaved, load_of_machine, options_parser, peak_memory, print_table
 
 SIDES = ("stock", "ours")
 
@@ -58,16 +58,18 @@ def losses(args: argparse.Namespace, precision: str) -> dict[str, Callable[[], t
     return {"stock": stock, "ours": ours}
 
 
-def step(loss: Callable[[], torch.Tensor]) -> None:
+def step(side: str, loss: Callable[[], torch.Tensor]) -> None:
     """Run forward and backward; gradients add up on those that are there, as between two micro-batches."""
-    loss().backward()
+    with as_trained(side):
+        loss().backward()
 
 
 def measure(args: argparse.Namespace, precisions: Sequence[str]) -> list[list[object]]:
     """Return a row for each side in each precision."""
     sides = {precision: losses(args, precision) for precision in precisions}
     steps = {
-        key: {name: functools.partial(step, loss) for name, loss in found.items()} for key, found in sides.items()
+        key: {name: functools.partial(step, name, loss) for name, loss in found.items()}
+        for key, found in sides.items()
     }
     # Before anything runs here: memory that this process has freed would hide what a step takes.
     memory = {key: {name: peak_memory(run) for name, run in runs.items()} for key, runs in steps.items()}

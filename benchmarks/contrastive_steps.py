@@ -54,7 +54,7 @@ from hf_pretrain.objectives.contrastive import (
     DataCollatorForContrastive,
 )
 from hf_pretrain.training.trainer import PretrainingTrainer
-from timing import interleaved, load_of_machine, options_parser, print_table
+from timing import as_trained, interleaved, load_of_machine, options_parser, print_table
 
 try:
     from sentence_transformers import SentenceTransformer
@@ -235,10 +235,11 @@ def losses(material: Material, encoder: BertModel, batches: dict[str, Any]) -> d
 def steps_of(found: dict[str, Callable[[], torch.Tensor]]) -> Sides:
     """Return forward and backward of each loss."""
 
-    def step(loss: Callable[[], torch.Tensor]) -> None:
-        loss().backward()
+    def step(side: str, loss: Callable[[], torch.Tensor]) -> None:
+        with as_trained(side):
+            loss().backward()
 
-    return {name: functools.partial(step, loss) for name, loss in found.items()}
+    return {name: functools.partial(step, name, loss) for name, loss in found.items()}
 
 
 @torch.no_grad()

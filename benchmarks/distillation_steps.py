@@ -349,9 +349,9 @@ CASES: dict[str, Callable[[argparse.Namespace], Sides]] = {
 SIDES_OF = dict.fromkeys(CASES, ("stock", "ours")) | {"prediction": ("stock", "ours", "ours, cached")}
 
 
-def step_of(losses: list[Callable[[], torch.Tensor]], *, bf16: bool) -> Callable[[], None]:
-    """Make one step of the losses of several batches, forward and backward of one after the other."""
-    steps = [stepped(loss, bf16=bf16) for loss in losses]
+def step_of(losses: list[Callable[[], torch.Tensor]], *, bf16: bool, side: str) -> Callable[[], None]:
+    """Make one step of the losses of several batches of a side, forward and backward of one after the other."""
+    steps = [stepped(loss, bf16=bf16, side=side) for loss in losses]
 
     def step() -> None:
         for part in steps:
@@ -379,7 +379,7 @@ def rows_of(case: str, args: argparse.Namespace) -> list[list[str]]:
     """Measure all sides of a case: one row a side."""
     check_losses(case, args)
     memory = {side: memory_of(case, side) for side in SIDES_OF[case]}
-    steps = {side: step_of(losses, bf16=args.bf16) for side, losses in CASES[case](args).items()}
+    steps = {side: step_of(losses, bf16=args.bf16, side=side) for side, losses in CASES[case](args).items()}
     flops = {side: count_flops(step) for side, step in steps.items()}
     seconds = interleaved({**steps, "matmul": matmul_step(bf16=args.bf16)}, repeats=args.repeats)
     peak = 2 * GEMM_SIZE**3 / seconds["matmul"]
@@ -418,7 +418,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     if args.memory_of:
         case, side = args.memory_of
-        print(rise_of_memory(step_of(CASES[case](args)[side], bf16=args.bf16)))
+        print(rise_of_memory(step_of(CASES[case](args)[side], bf16=args.bf16, side=side)))
         return
     has_task = (Path(args.data_dir) / "sst2" / "train.tsv").is_file()
     cases = [case for case in args.case if case != "sst2" or has_task]

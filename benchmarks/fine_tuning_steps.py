@@ -32,7 +32,7 @@ from transformers import BertConfig, BertForSequenceClassification, DataCollator
 from hf_pretrain import FineTuningArguments, FineTuningTrainer, train_tokenizer
 from hf_pretrain.modeling.observing.profile import peak_of_tensors
 from results import read_rows
-from timing import in_child, interleaved, load_of_machine, options_parser, peak_memory, print_table
+from timing import as_trained, in_child, interleaved, load_of_machine, options_parser, peak_memory, print_table
 
 VOCABULARY, BATCH_SIZE, LENGTH = 8192, 32, 512
 SIZES = {"small": (4, 256), "base": (12, 768)}
@@ -71,12 +71,13 @@ def batches_of(args: argparse.Namespace) -> dict[str, list[Any]]:
     }
 
 
-def passes(model: torch.nn.Module, batches: list[Any]) -> Callable[[], None]:
-    """Return what does a forward and a backward for each batch."""
+def passes(model: torch.nn.Module, batches: list[Any], *, side: str) -> Callable[[], None]:
+    """Return what does a forward and a backward for each batch of a side."""
 
     def run() -> None:
         for batch in batches:
-            model(**batch).loss.backward()
+            with as_trained(side):
+                model(**batch).loss.backward()
             model.zero_grad()
 
     return run
@@ -93,7 +94,7 @@ def two_steps(strategy: str, sizes: tuple[int, int], is_checkpointed: bool, keep
     tuned.create_optimizer()
     tuned.model.train()
     for _ in range(2):
-        tuned.compute_loss(tuned.model, {"input_ids": ids, "labels": torch.zeros(8, dtype=torch.long)}).backward()
+        tuned.training_step(tuned.model, {"input_ids": ids, "labels": torch.zeros(8, dtype=torch.long)})
         tuned.optimizer.step()
         tuned.optimizer.zero_grad()
 
@@ -136,7 +137,7 @@ def main() -> None:
         return
     batches = batches_of(args)
     model = classifier(*SIZES["small"])
-    best = interleaved({name: passes(model, some) for name, some in batches.items()}, args.repeats)
+    best = interleaved({name: passes(model, some, side=name) for name, some in batches.items()}, args.repeats)
     counts = {name: [batch["attention_mask"] for batch in some] for name, some in batches.items()}
     columns = {name: sum(mask.numel() for mask in masks) for name, masks in counts.items()}
     real = {name: sum(int(mask.sum()) for mask in masks) for name, masks in counts.items()}

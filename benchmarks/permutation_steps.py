@@ -91,14 +91,14 @@ def main() -> None:
     parser.add_argument("--memory_of", metavar="SIDE", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        step = stepped(make_sides(args, dropout=0.1)[args.memory_of], bf16=args.bf16)
+        step = stepped(make_sides(args, dropout=0.1)[args.memory_of], bf16=args.bf16, side=args.memory_of)
         print(rise_of_memory(step))
         return
     with torch.no_grad():
         losses = [float(loss()) for loss in make_sides(args, dropout=0.0).values()]
     assert max(losses) - min(losses) < 1e-4, losses
     memory = {side: memory_of(side) for side in SIDES}
-    steps = {side: stepped(loss, bf16=args.bf16) for side, loss in make_sides(args, dropout=0.1).items()}
+    steps = {side: stepped(loss, bf16=args.bf16, side=side) for side, loss in make_sides(args, dropout=0.1).items()}
     seconds = interleaved(steps, repeats=args.repeats)
     print_setting(args)
     rows = [

@@ -10,8 +10,21 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
+
+
+def as_trained(side: str) -> AbstractContextManager[None]:
+    """Return the context in which our Trainers compute a step, where the name of a side says that it is ours."""
+    if not side.startswith("ours"):
+        return nullcontext()
+    # Few benchmarks compute steps.
+    import torch  # noqa: PLC0415
+
+    from hf_pretrain.modeling.kernels import fast_dropout  # noqa: PLC0415
+
+    return fast_dropout(torch.device("cpu"), is_compiled="compile" in side)
 
 
 def interleaved(

@@ -39,7 +39,7 @@ from hf_pretrain.objectives.replaced_token_detection import (
     ReplacedTokenDetectionConfig,
     ReplacedTokenDetectionForPreTraining,
 )
-from timing import interleaved, options_parser, print_table
+from timing import as_trained, interleaved, options_parser, print_table
 
 SPECIAL_TOKENS = 5
 PAD_TOKEN = 0
@@ -162,13 +162,14 @@ def electra_pytorch_step(
     return loss
 
 
-def stepped(loss: Callable[[], torch.Tensor], *, bf16: bool) -> Callable[[], None]:
-    """Make a step of a loss: forward in the chosen precision, then backward."""
+def stepped(loss: Callable[[], torch.Tensor], *, bf16: bool, side: str) -> Callable[[], None]:
+    """Make a step of the loss of a side: forward in the chosen precision, then backward."""
 
     def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            total = loss()
-        total.backward()
+        with as_trained(side):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+                total = loss()
+            total.backward()
 
     return step
 
@@ -180,7 +181,7 @@ def steps(method: str, args: argparse.Namespace) -> dict[str, Callable[[], None]
     """Build all sides of a method."""
     torch.manual_seed(0)
     sides = METHODS[method](args, make_batch(args))
-    return {name: stepped(loss, bf16=args.bf16) for name, loss in sides.items()}
+    return {name: stepped(loss, bf16=args.bf16, side=name) for name, loss in sides.items()}
 
 
 def can_compile() -> bool:

@@ -7,6 +7,7 @@ what to do, and from which checkpoint the run goes on.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import errno
 import itertools
 import multiprocessing
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -44,6 +46,19 @@ _POLL_SECONDS = 0.5
 _WORKER_SECONDS = 1.0
 # All processes take their turns in the same order.
 _TURNS = itertools.count()
+
+
+def release_memory() -> None:
+    """Give the system back what preparing the data needed: else Arrow and the C library keep it, in pieces too small for a step.
+
+    Of C libraries only glibc has a call for it.
+    """
+    pa.default_memory_pool().release_unused()
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, TypeError, AttributeError):
+        return
+    trim(0)
 
 
 # Waiting

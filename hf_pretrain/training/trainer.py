@@ -66,6 +66,7 @@ from hf_pretrain.training.processes import (
     dropout_of_process,
     is_sharded,
     not_finite,
+    release_memory,
     reported_faults,
     sharded_by_blocks,
 )
@@ -423,6 +424,7 @@ class PretrainingTrainer(MethodHooks, Trainer):
             if wrapped is not None:
                 wrapped._is_accelerate_prepared = False
         dropout_of_process(self.args)
+        release_memory()
         self._components = SumAccumulator()
         self.runner.begin()
         self.tokens.begin()

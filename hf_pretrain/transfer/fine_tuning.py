@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_pretrain.data.examples.epochs import EPOCH_STRIDE, ORDER_STRIDE, EpochDataset, EpochSampler
 from hf_pretrain.errors import InputError
 from hf_pretrain.files import begin_folder, share_weights, write_marker
+from hf_pretrain.modeling.kernels import fast_dropout
 from hf_pretrain.optimizers import check_matrices_are_whole, optimizer_of, schedule_of, stock_optimizer_name
 from hf_pretrain.options import option
 from hf_pretrain.tasks.batches import LengthGroupedSampler
@@ -275,6 +276,11 @@ class FineTuningTrainer(Trainer):
         """Return the present learning rate of each part of the model by its name, once there is an optimizer."""
         groups = [] if self.optimizer is None else self.optimizer.param_groups
         return {group.get("name", "model"): float(group["lr"]) for group in groups}
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a micro-batch forward and backward; see `transformers.Trainer.training_step`."""
+        with fast_dropout(self.args.device, is_compiled=self.args.torch_compile):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss; see `transformers.Trainer.compute_loss`.

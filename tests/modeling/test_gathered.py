@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM
 
 from helpers.made_tensors import MadeTensors
 from helpers.method_matrix import NO_DROPOUT, TINY, VOCAB_SIZE, build, programs, relative_difference
-from hf_pretrain.modeling import chunked_head
-from hf_pretrain.modeling.chunked_head import OutputMap
+from hf_pretrain.modeling import kernels
+from hf_pretrain.modeling.kernels import OutputMap
 from hf_pretrain.modeling.losses import IGNORED, GatheredHead, masked_lm_loss
 from hf_pretrain.objectives.encoder.modeling import EncoderForPreTraining
 
@@ -176,7 +176,7 @@ def step_of(model, batch, *, in_chunks):
 
 @pytest.mark.parametrize("name", sorted(BACKBONES))
 def test_the_loss_in_chunks_is_the_loss_of_all_logits(name, inputs, monkeypatch):
-    monkeypatch.setattr(chunked_head, "CHUNK_LOGITS", 4 * VOCAB_SIZE)
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 4 * VOCAB_SIZE)
     model = EncoderForPreTraining.from_model(tiny_model(name))
     assert (model.output_map.find() is not None) == (name in MAKE_NO_LOGITS)
     positions = torch.tensor([1, 3, 4, 5, 9, 22, 24, 31, 40])
@@ -222,7 +222,7 @@ def test_a_step_of_the_trainer_is_the_same_without_logits(method, model_options,
     model = trainer.model.train()
     loader = trainer.get_train_dataloader()
     trainer.begin_training()
-    monkeypatch.setattr(chunked_head, "CHUNK_LOGITS", 5 * VOCAB_SIZE)
+    monkeypatch.setattr(kernels, "CHUNK_LOGITS", 5 * VOCAB_SIZE)
     assert model.output_map.find() is not None
     if "final_logits_bias" in (buffers := model.root._buffers):
         buffers["final_logits_bias"].normal_()

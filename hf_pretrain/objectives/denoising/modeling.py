@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel, Pre
 
 from hf_pretrain.modeling.backbone import decoder_start_id
 from hf_pretrain.modeling.base import PretrainingModel, check_model_fits, trial_tokens
-from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, dtype_option
+from hf_pretrain.modeling.kernels import OutputMap
 from hf_pretrain.modeling.losses import (
     IGNORED,
     ExampleSum,

@@ -21,7 +21,6 @@ from hf_pretrain.data.examples.lm_modes import LMMode
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import first_position, num_token_types
 from hf_pretrain.modeling.base import TRIAL_ROWS, PretrainingModel, masked_trial_batch
-from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.configuration import (
     CompositeConfig,
     ModelArguments,
@@ -38,6 +37,7 @@ from hf_pretrain.modeling.heads import (
     stock_class,
     takes_pair_labels,
 )
+from hf_pretrain.modeling.kernels import OutputMap
 from hf_pretrain.modeling.losses import (
     IGNORED,
     ExampleSum,

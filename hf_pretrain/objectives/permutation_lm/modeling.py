@@ -23,7 +23,6 @@ from transformers import (
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel, trial_tokens
-from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.configuration import (
     CompositeConfig,
     ModelArguments,
@@ -32,6 +31,7 @@ from hf_pretrain.modeling.configuration import (
     dtype_option,
     load_or_build,
 )
+from hf_pretrain.modeling.kernels import OutputMap
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.modeling.losses import IGNORED, PretrainingOutput, RecurrentMemory, masked_lm_accuracy, sum_of_targets
 from hf_pretrain.objectives.permutation_lm.two_stream import (

@@ -18,7 +18,6 @@ from transformers import AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from hf_pretrain.errors import InputError, check_choice
 from hf_pretrain.modeling.backbone import layer_modules
 from hf_pretrain.modeling.base import GENERATOR_FOLDER, masked_trial_batch
-from hf_pretrain.modeling.chunked_head import OutputMap
 from hf_pretrain.modeling.embeddings import (
     disentangle_embedding,
     factorize_embeddings,
@@ -29,6 +28,7 @@ from hf_pretrain.modeling.embeddings import (
     shared_table_names,
 )
 from hf_pretrain.modeling.heads import DISCRIMINATOR_HEAD_FOLDER, DISCRIMINATOR_HEADS, DiscriminatorHead
+from hf_pretrain.modeling.kernels import OutputMap
 from hf_pretrain.modeling.losses import (
     IGNORED,
     ExampleSum,

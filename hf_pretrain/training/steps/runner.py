@@ -14,6 +14,7 @@ from hf_pretrain.data.examples.epochs import FILLER, EpochDataset, without_fille
 from hf_pretrain.errors import InputError
 from hf_pretrain.hub.run import profile_of
 from hf_pretrain.modeling.backbone import evaluating
+from hf_pretrain.modeling.kernels import fast_dropout
 from hf_pretrain.modeling.observing.profile import Profile, profile_line
 from hf_pretrain.modeling.visibility.backends import AUTO, FastAttention
 
@@ -119,8 +120,9 @@ class StepRunner:
             with self._counting(batch):
                 yield
             return
+        args = self.trainer.args
         watching = nullcontext() if self.profile is None else self.profile.watching()
-        with watching, self.on_fast_attention(batch):
+        with watching, self.on_fast_attention(batch), fast_dropout(args.device, is_compiled=args.torch_compile):
             yield
 
     @torch.no_grad()

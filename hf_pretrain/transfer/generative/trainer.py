@@ -20,6 +20,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_pretrain.errors import InputError, check_range
 from hf_pretrain.modeling.backbone import longest_text
+from hf_pretrain.modeling.kernels import fast_dropout
 from hf_pretrain.modeling.losses import SumAccumulator
 from hf_pretrain.options import option
 from hf_pretrain.transfer.generative.inputs import DataCollatorForGenerativeTransfer, longest_row
@@ -116,6 +117,11 @@ class GenerativeTransferTrainer(Trainer):
         )
         totals = self.accelerator.reduce(own.sum(dim=0).to(device).double(), reduction="sum")
         return dict(zip(("task", "lm"), totals, strict=True))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run a micro-batch forward and backward; see `transformers.Trainer.training_step`."""
+        with fast_dropout(self.args.device, is_compiled=self.args.torch_compile):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self,

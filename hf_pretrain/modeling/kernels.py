@@ -1,23 +1,32 @@
-"""The head of a language model with its cross-entropy, a chunk of positions at a time.
+"""What torch has no fast kernel for: the cross-entropy of a large vocabulary, and dropout on a CPU.
 
 A batch of 32 rows of 1024 tokens has more logits over 50 000 tokens than many devices have memory. Here at most a chunk of them
 exists at any time. [`linear_cross_entropy`] is for a linear map: it computes the gradients of a chunk together with its loss,
 while the logits are there, so that nothing is computed twice. [`OutputMap`] finds out whether a stock head ends in such a map,
 and runs the head without it. [`ChunkedHead`] takes any stock head: it runs the stock code chunk by chunk where the last step is
 another, and computes the logits once more in the backward pass.
+
+In training steps on a CPU [`fast_dropout`] computes dropout as torch does, at a fraction of its time and memory.
+torch draws the number of each entry alone, 13 ns an entry, which is a quarter of a step of a small BERT. Attention with dropout
+has no fused kernel on a CPU either: it computes in fp32 whatever the inputs are, and keeps three tensors of
+`batch × heads × queries × keys` numbers for backward. Here four entries share one draw of 64 bits and a bit an entry is kept, and
+attention works on blocks that stay in the cache of a core.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -25,11 +34,11 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import evaluating, without_autocast
 from hf_pretrain.modeling.losses import IGNORED, token_losses
 
-CHUNK_LOGITS = 1 << 23
-"""Logits that exist at a time: 32 MiB in fp32; on accelerators, which need larger products, eight times as many."""
+CHUNK_LOGITS = 1 << 22
+"""Logits that exist at a time: 16 MiB in fp32; on accelerators, which need larger products, 16 times as many."""
 
 Look = Callable[[slice, torch.Tensor], None]
-_ON_ACCELERATORS = 8
+_ON_ACCELERATORS = 16
 _TRIAL_POSITIONS = 4
 # BART and its kin add it to their logits: [1, V], zeros unless a checkpoint says otherwise.
 _CONSTANT = "final_logits_bias"
@@ -37,6 +46,17 @@ _UNEQUAL = (
     "the losses of the positions are weighted differently: their gradients were added up in the forward pass; add up the losses "
     "and weigh the sum"
 )
+# Numbers that 16 bits tell apart: a probability is rounded to the next of them, and what is kept is scaled by the rounded one.
+_LEVELS = 1 << 16
+# Of fewer entries torch draws as fast as a generator is made.
+_LEAST_ENTRIES = 1 << 13
+# Of the scores of a block: they and the noise stay in the cache of a core, and a product is large enough to be worth a call.
+_BLOCK_BYTES = 1 << 20
+
+_Answer = Callable[..., torch.Tensor | None]
+
+
+# The head
 
 
 def linear_cross_entropy(
@@ -60,7 +80,7 @@ def linear_cross_entropy(
         bias: ``[V]`` of the head.
         chunk_logits: Logits that exist at a time, at least those of one position; by default [`CHUNK_LOGITS`], more on
             accelerators.
-        look: Called with each chunk, a slice of the positions and their logits, which it must not change.
+        look: Called with each chunk, a slice of the positions and their logits, which it must neither change nor keep.
 
     Returns:
         ``[T]`` fp32, in nats; 0 where there is no target.
@@ -112,19 +132,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
             for begin in range(0, len(states_TD), rows):
                 part = slice(begin, begin + rows)
-                chunk_CD, targets_C = states_TD[part].to(dtype), targets_T[part]
-                logits_CV = F.linear(chunk_CD, weight, bias)
-                if look is not None:
-                    look(part, logits_CV)
-                log_probs_CV = F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
-                ids_C1 = targets_C.clamp(min=0)[:, None]
-                nll_C = -log_probs_CV.gather(1, ids_C1).squeeze(1)
-                is_target_C = targets_C != IGNORED
-                nll_T[part] = nll_C.masked_fill(~is_target_C, 0.0)
-                if any(needed):
-                    errors_CV = log_probs_CV.exp_()
-                    errors_CV.scatter_add_(1, ids_C1, errors_CV.new_full(ids_C1.shape, -1.0))
-                    sums.add(part, errors_CV, chunk_CD, weight, is_target_C[:, None])
+                nll_T[part] = _chunk_losses(
+                    part, states_TD[part].to(dtype), targets_T[part], weight, bias, sums if any(needed) else None, look
+                )
         ctx.sums = sums
         return nll_T
 
@@ -141,6 +151,40 @@ class _LinearCrossEntropy(torch.autograd.Function):
         torch._assert_async(lowest == highest, _UNEQUAL)
         scaled = [None if gradient is None else gradient.mul_(lowest.to(gradient.dtype)) for gradient in gradients]
         return *scaled, None, None, None, None
+
+
+def _chunk_losses(
+    part: slice,
+    chunk_CD: torch.Tensor,
+    targets_C: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    sums: _GradientSums | None,
+    look: Look | None,
+) -> torch.Tensor:
+    """Return the losses of a chunk, and add its gradients to the sums; what it needs is free again afterwards."""
+    logits_CV = F.linear(chunk_CD, weight, bias)
+    if look is not None:
+        look(part, logits_CV)
+    log_probs_CV = _log_softmax(logits_CV)
+    del logits_CV
+    ids_C1 = targets_C.clamp(min=0)[:, None]
+    is_target_C = targets_C != IGNORED
+    nll_C = -log_probs_CV.gather(1, ids_C1).squeeze(1)
+    if sums is not None:
+        errors_CV = log_probs_CV.exp_()
+        errors_CV.scatter_add_(1, ids_C1, errors_CV.new_full(ids_C1.shape, -1.0))
+        sums.add(part, errors_CV, chunk_CD, weight, is_target_C[:, None])
+    return nll_C.masked_fill(~is_target_C, 0.0)
+
+
+def _log_softmax(logits_CV: torch.Tensor) -> torch.Tensor:
+    """Return log-probabilities in fp32; fp32 logits are overwritten."""
+    if logits_CV.device.type != "cpu":
+        return F.log_softmax(logits_CV, dim=-1, dtype=torch.float32)
+    # On a CPU the conversion is a copy of its own.
+    wide = logits_CV.float()
+    return torch.log_softmax(wide, -1, out=wide)
 
 
 class _GradientSums(NamedTuple):
@@ -453,3 +497,263 @@ def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     if found.shape != expected.shape:
         return False
     return bool((found - expected).float().abs().max() <= tolerance * expected.float().abs().max())
+
+
+# Dropout on a CPU
+
+
+@contextmanager
+def fast_dropout(device: torch.device, *, is_compiled: bool = False) -> Iterator[None]:
+    """Let `torch.nn.functional.dropout` and attention with dropout be computed as here.
+
+    A forward pass and its backward pass belong into one block: what checkpoints of activations compute again must drop the same.
+    All numbers follow from torch's default generator, so that its state is enough to repeat them. They are not torch's own.
+
+    Args:
+        device: Device of the step; on another one than a CPU nothing changes.
+        is_compiled: Whether the model is compiled, which does the same by itself; nothing changes either.
+    """
+    if device.type != "cpu" or is_compiled:
+        yield
+        return
+    # By name, where models and layers look them up: a mode of torch's functions would not be there in a backward pass.
+    names: dict[str, _Answer] = {"dropout": _dropped, "scaled_dot_product_attention": _attended}
+    before = {name: getattr(F, name) for name in names}
+    for name, ours in names.items():
+        setattr(F, name, _first(ours, before[name]))
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(F, name, function)
+
+
+def _first(ours: _Answer, other: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a function that asks ours, and the other one where that has no answer."""
+
+    @wraps(other)
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        # Modes of torch's functions see it as they see the other one.
+        if has_torch_function(args):
+            found: torch.Tensor = handle_torch_function(call, args, *args, **kwargs)
+            return found
+        answer = ours(*args, **kwargs)
+        return other(*args, **kwargs) if answer is None else answer
+
+    return call
+
+
+def _dropped(
+    input: torch.Tensor,  # noqa: A002
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> torch.Tensor | None:
+    """Return the input with dropout; None where torch has to do it. The arguments are those of `torch.nn.functional.dropout`."""
+    if not training or inplace or not _is_ours(input, p) or input.numel() < _LEAST_ENTRIES:
+        return None
+    found: torch.Tensor = _Dropout.apply(input, p)
+    return found
+
+
+def _attended(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor | None:
+    """Return attention with dropout; None where torch has to compute it.
+
+    The arguments are those of `torch.nn.functional.scaled_dot_product_attention`.
+    """
+    is_usual = query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
+    is_learned = attn_mask is not None and attn_mask.requires_grad
+    if not is_usual or is_learned or enable_gqa or not all(_is_ours(x, dropout_p) for x in (query, key, value)):
+        return None
+    if math.prod(query.shape[:3]) * key.shape[2] < _LEAST_ENTRIES:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (each.to(dtype) for each in (query, key, value))
+    bias = None if attn_mask is None else _bias(attn_mask, query.dtype)
+    if is_causal:
+        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+        bias = _bias(visible, query.dtype)
+    found: torch.Tensor = _Attention.apply(
+        query, key, value, bias, dropout_p, query.shape[-1] ** -0.5 if scale is None else scale
+    )
+    return found
+
+
+def _is_ours(tensor: torch.Tensor, p: float) -> bool:
+    is_dense = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return is_dense and tensor.device.type == "cpu" and tensor.is_floating_point() and 0 < _dropped_levels(p) < _LEVELS
+
+
+def _dropped_levels(p: float) -> int:
+    return round(p * _LEVELS)
+
+
+def _scale(p: float) -> float:
+    """Return by what the entries that are kept are multiplied, so that none is expected to change."""
+    return _LEVELS / (_LEVELS - _dropped_levels(p))
+
+
+def _draw_kept(shape: torch.Size, p: float) -> torch.Tensor:
+    """Return which entries are kept, as 1 and 0: `int8` of this shape."""
+    size = math.prod(shape)
+    seed = int(torch.randint(1 << 62, ()))
+    drawn = np.random.SFC64(seed).random_raw(-(-size // 4)).view(np.uint16)[:size]
+    return torch.from_numpy((drawn >= _dropped_levels(p)).view(np.int8)).view(shape)
+
+
+def _packed(kept: torch.Tensor) -> torch.Tensor:
+    """Return 1 and 0 as a bit each: `uint8`, in one dimension."""
+    return torch.from_numpy(np.packbits(kept.numpy().view(np.bool_)))
+
+
+def _unpacked(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return 1 and 0 of bits: `int8` of this shape."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=math.prod(shape)).view(np.int8)).view(shape)
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return what is added to the scores: -inf where a boolean mask hides."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -math.inf)
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout that keeps a bit an entry."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
+        """Return the input with some entries set to zero and the others scaled."""
+        kept = _draw_kept(x.shape, p)
+        ctx.save_for_backward(_packed(kept))
+        ctx.scale = _scale(p)
+        return (x * kept.to(x.dtype)).mul_(ctx.scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the input."""
+        (bits,) = ctx.saved_tensors
+        kept = _unpacked(bits, gradient.shape)
+        return (gradient * kept.to(gradient.dtype)).mul_(ctx.scale), None
+
+
+class _Attention(torch.autograd.Function):
+    """Attention with dropout, a block of heads at a time; backward computes the probabilities again.
+
+    Products are in the format of the inputs, as the eager attention of transformers has them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: float,
+        scale: float,
+    ) -> torch.Tensor:
+        """Return `dropout(softmax(scale · query · keyᵀ + bias)) · value`: `[batch, heads, queries, size of values]`."""
+        batch, heads = query.shape[:2]
+        with torch.autocast("cpu", enabled=False):
+            query, key, value = (_flat(query) * scale, _flat(key), _flat(value))
+            kept = _draw_kept(torch.Size((len(query), query.shape[1], key.shape[1])), p)
+            blocks = _Blocks(kept, query.dtype, bias, heads)
+            result = value.new_empty(*query.shape[:2], value.shape[2])
+            for block in blocks:
+                weights = blocks.weights(query, key, block)
+                weights *= blocks.noise(block)
+                torch.bmm(weights, value[block], out=result[block])
+            result *= _scale(p)
+        ctx.save_for_backward(query, key, value, bias, _packed(kept))
+        ctx.p, ctx.scale, ctx.heads = p, scale, heads
+        return result.view(batch, heads, *result.shape[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of queries, keys and values."""
+        query, key, value, bias, bits = ctx.saved_tensors
+        kept = _unpacked(bits, torch.Size((*query.shape[:2], key.shape[1])))
+        of_query, of_key, of_value = map(torch.empty_like, (query, key, value))
+        blocks = _Blocks(kept, query.dtype, bias, ctx.heads)
+        room = blocks.room()
+        with torch.autocast("cpu", enabled=False):
+            outer = _flat(gradient) * _scale(ctx.p)
+            for block in blocks:
+                weights, noise = blocks.weights(query, key, block), blocks.noise(block)
+                inner = torch.mul(weights, noise, out=room[: len(weights)])
+                torch.bmm(inner.mT, outer[block], out=of_value[block])
+                torch.bmm(outer[block], value[block].mT, out=inner)
+                inner *= noise
+                of_scores = torch._softmax_backward_data(inner, weights, -1, weights.dtype)
+                torch.bmm(of_scores, key[block], out=of_query[block])
+                torch.bmm(of_scores.mT, query[block], out=of_key[block])
+            of_query *= ctx.scale
+        found = (each.view(-1, ctx.heads, *each.shape[1:]) for each in (of_query, of_key, of_value))
+        return *found, None, None, None
+
+
+class _Blocks:
+    """Some heads at a time, and room for their probabilities and their noise that all blocks share.
+
+    Args:
+        kept: The entries that are kept: `[batch · heads, queries, keys]`.
+        dtype: Number format of the products.
+        bias: Added to the scores `[batch, heads, queries, keys]`, if its shape is that or is stretched to it.
+        heads: Heads of an example.
+    """
+
+    def __init__(self, kept: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, heads: int) -> None:
+        self._kept, self._heads = kept, heads
+        self._size = min(len(kept), max(1, _BLOCK_BYTES // (math.prod(kept.shape[1:]) * dtype.itemsize)))
+        self._dtype = dtype
+        self._weights, self._noise = self.room(), self.room()
+        self._bias = self._hidden = None
+        if bias is not None:
+            # Stretched over examples and heads alone: a mask of keys has one row for all queries.
+            rows = (1,) * (4 - bias.dim()) + bias.shape
+            self._bias = bias.expand(len(kept) // heads, heads, *rows[2:])
+            hidden = self._bias.amax(-1, keepdim=True) == -math.inf
+            self._hidden = hidden if bool(hidden.any()) else None
+
+    def room(self) -> torch.Tensor:
+        """Return an empty tensor for the scores of a block."""
+        return torch.empty(self._size, *self._kept.shape[1:], dtype=self._dtype)
+
+    def __iter__(self) -> Iterator[slice]:
+        """Yield the heads of each block, as places among those of all examples."""
+        for low in range(0, len(self._kept), self._size):
+            yield slice(low, min(low + self._size, len(self._kept)))
+
+    def weights(self, query: torch.Tensor, key: torch.Tensor, block: slice) -> torch.Tensor:
+        """Return the probabilities of a block before dropout; those of a query that sees nothing are 0, as torch has them."""
+        weights = self._weights[: block.stop - block.start]
+        torch.bmm(query[block], key[block].mT, out=weights)
+        if self._bias is None:
+            return torch.softmax(weights, -1, out=weights)
+        places = torch.arange(block.start, block.stop)
+        at = (places // self._heads, places % self._heads)
+        weights += self._bias[at]
+        torch.softmax(weights, -1, out=weights)
+        return weights if self._hidden is None else weights.masked_fill_(self._hidden[at], 0.0)
+
+    def noise(self, block: slice) -> torch.Tensor:
+        """Return the kept entries of a block in the number format of the products."""
+        return self._noise[: block.stop - block.start].copy_(self._kept[block])
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `[batch, heads, positions, size]` as `[batch · heads, positions, size]`, one after the other in memory."""
+    return tensor.contiguous().flatten(0, 1)
