@@ -1,6 +1,7 @@
 """Dropout and attention with dropout on a CPU against their definitions, and where torch's own stay."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from helpers.strategy_runs import classifier, fine_tuner
 from hf_pretrain.modeling import kernels
 from hf_pretrain.modeling.kernels import fast_dropout
 from hf_pretrain.modeling.observing.profile import peak_of_tensors
+from hf_pretrain.transfer.recomputing import recomputed
 
 CPU = torch.device("cpu")
 SHAPE = (5, 3, 40, 8)  # examples, heads, positions, numbers of a head
@@ -252,6 +254,19 @@ class TestAttention:
 
         once, again = gradients(attend), gradients(lambda: checkpoint(attend, use_reentrant=False))
         assert all(map(torch.equal, once, again))
+
+    def test_what_adapters_compute_twice_is_this_too(self, drawn):
+        query, key, value = inputs()
+
+        def gradients(context):
+            torch.manual_seed(2)
+            with fast_dropout(CPU):
+                with context:
+                    result = F.scaled_dot_product_attention(query, key, value, dropout_p=0.3).square().sum()
+                return torch.autograd.grad(result, (query, key, value))
+
+        once, again = gradients(nullcontext()), gradients(recomputed())
+        assert len(drawn) == 1 + 2 and all(map(torch.equal, once, again))
 
     @pytest.mark.parametrize(
         "options",
