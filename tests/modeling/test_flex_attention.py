@@ -257,6 +257,36 @@ def test_batches_in_modes_stay_on_it(calls, tmp_path):
     assert calls
 
 
+@pytest.mark.slow
+def test_all_of_a_run_is_compiled(calls, monkeypatch, tmp_path):
+    """torch would compile eight graphs of a function, and run the rest as it is, in memory for all scores."""
+    uncompiled, compiled = [], torch.compile(torch_flex.flex_attention, backend="eager")
+
+    def attend(query, key, value, *, training=False, **options):
+        calls.append(None)
+        return compiled(query, key, value, **options)
+
+    monkeypatch.setattr(integration, "compile_friendly_flex_attention", attend)
+    monkeypatch.setattr(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False)
+    # What torch says of a call that is not compiled.
+    monkeypatch.setattr(torch_flex, "_warn_once", lambda *args, **options: uncompiled.append(args))
+    overrides = '{"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}'
+    options = {"attn_implementation": "flex_attention", "model_type": "modernbert", "config_overrides": overrides}
+    torch.compiler.reset()
+    trainer = build(PROGRAMS["mlm"], tmp_path, isolated(tiny_data(24)), model_options=options, max_steps=2)
+    trainer.train()
+    trainer.evaluate()
+    torch.compiler.reset()
+    assert len(calls) > 10 and not uncompiled
+
+
+def test_a_step_has_room_for_more_graphs():
+    before = torch._dynamo.config.recompile_limit
+    with on_flex(encoder("bert"), device=GPU).running():
+        assert torch._dynamo.config.recompile_limit > before
+    assert torch._dynamo.config.recompile_limit == before
+
+
 def test_it_is_never_chosen_by_itself(calls, tmp_path):
     trainer = build(PROGRAMS["mlm"], tmp_path)
     trainer.train()

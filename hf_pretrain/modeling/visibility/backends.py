@@ -11,7 +11,7 @@ the option `attn_implementation` names it; it is never chosen otherwise.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ _WIDEST_HEAD = 256
 # The kernels of FlexAttention have no narrower ones, and no backward pass on these devices.
 _NARROWEST_FLEX_HEAD = 16
 _WITHOUT_FLEX_BACKWARD = ("cpu", "mps")
+# Graphs of FlexAttention in a run: by kind of mask, shape, and with or without gradients. ModernBERT made 16 in a short run.
+_MOST_FLEX_GRAPHS = 64
 
 logger = logging.get_logger(__name__)
 
@@ -261,7 +263,8 @@ class FastAttention:
             self._set(name, self.choices[name].backend)
         _RUNNING.append(self)
         try:
-            yield
+            with _more_graphs() if self._wanted == FLEX else nullcontext():
+                yield
         finally:
             _RUNNING.remove(self)
             for name in running:
@@ -288,6 +291,15 @@ class FastAttention:
                 logger.warning(f"attention of the {name}: {self.choices[name]}")
                 return True
         return False
+
+
+def _more_graphs() -> AbstractContextManager[None]:
+    """Let torch keep as many graphs of a function as FlexAttention needs; past its own limit it would compile no more."""
+    # It takes a second to import.
+    import torch._dynamo
+
+    limit: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=_MOST_FLEX_GRAPHS)
+    return limit
 
 
 # Those whose steps run now.
