@@ -36,7 +36,7 @@ from hf_pretrain.modeling.loading import (
     from_pretrained,
     refuse_type,
 )
-from hf_pretrain.modeling.visibility.backends import AUTO
+from hf_pretrain.modeling.visibility.backends import AUTO, FLEX
 from hf_pretrain.options import option
 
 SubModelConfig = PreTrainedConfig | dict[str, Any] | None
@@ -92,7 +92,7 @@ class ModelArguments:
     attn_implementation: str | None = option(
         AUTO,
         "Attention backend: auto (flash attention in steps of half precision on a GPU where it is installed, else sdpa or "
-        "eager), or one by name (sdpa, eager, flash_attention_2, ...).",
+        "eager), or one by name (sdpa, eager, flex_attention, flash_attention_2, ...).",
     )
     model_dtype: str = option(
         "float32",
@@ -475,9 +475,12 @@ def _known_overrides(args: Any, known: PreTrainedConfig) -> dict[str, Any]:
 
 
 def attention_options(args: ModelArguments) -> dict[str, Any]:
-    """Return the keyword that chooses the attention backend, where the arguments name one."""
+    """Return the keyword that chooses the attention backend of a model that is built or opened.
+
+    None where the arguments name no backend, and for FlexAttention, which a model has only while a step runs.
+    """
     name = args.attn_implementation
-    return {} if name in (None, AUTO) else {"attn_implementation": name}
+    return {} if name in (None, AUTO, FLEX) else {"attn_implementation": name}
 
 
 def dtype_option(args: ModelArguments) -> dict[str, str]:

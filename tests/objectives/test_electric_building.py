@@ -82,7 +82,6 @@ class TestModels:
             ({"generator_size": 0.0}, "generator_size=0.0"),
             ({"model_type": "bert", **TINY}, "embedding_sharing='tied' needs equal parameters"),
             ({**TINY, "num_attention_heads": 4, "generator_size": 0.7}, "generator_size=0.7"),
-            ({**TINY, "attn_implementation": "flex_attention"}, "attn_implementation='flex_attention'"),
         ],
     )
     def test_what_cannot_be_is_refused(self, tokenizer, option, message):

@@ -3,12 +3,15 @@
 transformers gives a model "sdpa" where its architecture has it, and "eager" elsewhere. Flash attention computes in half precision
 only, so a model has it while a step runs under autocast, and its own backend otherwise: an evaluation task or an example for the
 card runs the same model in float32.
+
+FlexAttention has no backward pass on a CPU, where models are built and tried out. So a model has it while a step runs too, where
+the option `attn_implementation` names it; it is never chosen otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +21,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_flash_attention_utils import FLASH_ATTN_KERNEL_FALLBACK, lazy_import_flash_attention
 from transformers.utils import import_utils, logging
 
+from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import own_backend
 
 AUTO = "auto"
 """Value of the option `attn_implementation` that leaves the choice to this module."""
+
+FLEX = "flex_attention"
+"""Value of the option that asks for FlexAttention in each step."""
 
 OWN_MASKS = "the method has masks of its own"
 """Why a model stays on its own backend, where its method does not say more."""
@@ -33,6 +40,11 @@ _DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 _HOPPER, _AMPERE = 9, 8
 # Kernels have no wider heads.
 _WIDEST_HEAD = 256
+# The kernels of FlexAttention have no narrower ones, and no backward pass on these devices.
+_NARROWEST_FLEX_HEAD = 16
+_WITHOUT_FLEX_BACKWARD = ("cpu", "mps")
+# Graphs of FlexAttention in a run: by kind of mask, shape, and with or without gradients. ModernBERT made 16 in a short run.
+_MOST_FLEX_GRAPHS = 64
 
 logger = logging.get_logger(__name__)
 
@@ -104,7 +116,12 @@ def flash_backend(device: torch.device, dtype: torch.dtype, *, dropout: float = 
 
 def dropout_of(model: PreTrainedModel) -> float:
     """Return the share of the attention probabilities that a model drops in training, the largest of its parts."""
-    return max(float(getattr(config, name, None) or 0.0) for config in _configs(model) for name in _DROPOUTS)
+    return _largest_dropout(model)[0]
+
+
+def _largest_dropout(model: PreTrainedModel) -> tuple[float, str]:
+    """Return the same share, and the name that it has in the configuration."""
+    return max((float(getattr(config, name, None) or 0.0), name) for config in _configs(model) for name in _DROPOUTS)
 
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
@@ -141,33 +158,86 @@ def _choose(part: Attending) -> Choice:
     return Choice(own, found.reason) if found.backend is None else found
 
 
-class FastAttention:
-    """Chooses the attention backend of each stock model, and lets some run on flash attention while a step runs.
+def _why_no_flex(part: Attending) -> str | None:
+    """Return why a model cannot run on FlexAttention, None if it can."""
+    name = type(part.model).__name__
+    if own_backend(part.model) is None:
+        return f"{name} has an attention of its own"
+    bodies = [module for module in part.model.base_model.modules() if isinstance(module, PreTrainedModel)]
+    if not all(module._supports_flex_attn for module in bodies):
+        return f"{name} has no {FLEX}"
+    if any(getattr(module, "has_relative_attention_bias", False) for module in part.model.modules()):
+        # T5 and its kin: the function that adds it asks for as many biases as rows.
+        return f"{name} adds a bias of positions to its scores, which transformers gives {FLEX} for one row alone"
+    narrowest = min(filter(None, map(_head_width, _configs(part.model))), default=_NARROWEST_FLEX_HEAD)
+    if narrowest < _NARROWEST_FLEX_HEAD:
+        return f"it has no heads narrower than {_NARROWEST_FLEX_HEAD}, and those of {name} have {narrowest}"
+    share, option = _largest_dropout(part.model)
+    if part.drops and share:
+        return (
+            f"it drops no attention probabilities, and {name} has {option}={share:g} (config_overrides, or config.json of a "
+            "checkpoint, can set it to 0)"
+        )
+    if part.device.type in _WITHOUT_FLEX_BACKWARD:
+        return f"it has no backward pass on the device {part.device.type!r}"
+    return None
 
-    Only a model on the backend that transformers gives it is changed, and only where its architecture supports flash attention:
-    another backend was somebody's choice.
+
+def _flex_choices(parts: Mapping[str, Attending], allowed: Collection[str], why_not: str) -> dict[str, Choice]:
+    """Return FlexAttention for each model, or the own backend of a frozen one; refuse a trained one that cannot run on it."""
+    # What no option can mend comes first.
+    faults = {name: f"the {name} keeps its own attention, as {why_not}" for name in parts if name not in allowed}
+    faults |= {name: fault for name in parts if name in allowed and (fault := _why_no_flex(parts[name]))}
+    for name, fault in faults.items():
+        if parts[name].drops:
+            raise InputError(f"attn_implementation={FLEX!r}: {fault}; choose 'auto'")
+    return {
+        name: Choice(own_backend(part.model), faults[name]) if name in faults else Choice(FLEX)
+        for name, part in parts.items()
+    }
+
+
+class FastAttention:
+    """Chooses the attention backend of each stock model, and lets some run on flash or FlexAttention while a step runs.
+
+    Flash attention is given only to a model on the backend that transformers gives it, and only where its architecture supports
+    it: another backend was somebody's choice. FlexAttention is given to all models, if it is wanted. A frozen model that cannot
+    run on it keeps its own backend.
 
     Args:
         parts: The stock models that attend in a step, by name.
         allowed: Names of those that may be changed.
         why_not: Why the others may not be; "" where the options name a backend.
+        wanted: "flex_attention" if the models are to have that in each step.
+
+    Raises:
+        InputError: If FlexAttention is wanted, and a model that is trained cannot run on it.
 
     Attributes:
         choices: The backend of each model that attends, and the reason, by name.
         is_faster: Whether any of them is not the model's own now.
     """
 
-    def __init__(self, parts: Mapping[str, Attending], *, allowed: Collection[str], why_not: str = OWN_MASKS) -> None:
+    def __init__(
+        self,
+        parts: Mapping[str, Attending],
+        *,
+        allowed: Collection[str],
+        why_not: str = OWN_MASKS,
+        wanted: str = AUTO,
+    ) -> None:
+        self._wanted = wanted
+        flex = _flex_choices(parts, allowed, why_not) if wanted == FLEX else None
+        own = {name: backend for name, part in parts.items() if (backend := own_backend(part.model)) is not None}
         self.choices: dict[str, Choice] = {}
-        self._changed: dict[str, PreTrainedModel] = {}
-        for name, part in parts.items():
-            own = own_backend(part.model)
-            if own is not None:
-                self.choices[name] = _choose(part) if name in allowed else Choice(own, why_not)
-                if self.choices[name].backend != own:
-                    self._changed[name] = part.model
+        for name, backend in own.items():
+            if flex is not None:
+                self.choices[name] = flex[name]
+            else:
+                self.choices[name] = _choose(parts[name]) if name in allowed else Choice(backend, why_not)
+        self._changed = {name: parts[name].model for name, one in self.choices.items() if one.backend != own[name]}
         self.is_faster = bool(self._changed)
-        self._own = {name: own_backend(model) for name, model in self._changed.items()}
+        self._own = {name: own[name] for name in self._changed}
         # Other parts of a model, such as one of images, may have a backend of their own.
         self._configs = {
             name: [config for config in _configs(model) if config._attn_implementation == self._own[name]]
@@ -193,7 +263,8 @@ class FastAttention:
             self._set(name, self.choices[name].backend)
         _RUNNING.append(self)
         try:
-            yield
+            with _more_graphs() if self._wanted == FLEX else nullcontext():
+                yield
         finally:
             _RUNNING.remove(self)
             for name in running:
@@ -204,7 +275,13 @@ class FastAttention:
             config._attn_implementation_internal = backend
 
     def drop(self, body: nn.Module, reason: str) -> bool:
-        """Put the model that a body belongs to back on its own backend, for good; false if it has no such model."""
+        """Put the model that a body belongs to back on its own backend, for good.
+
+        Returns:
+            Whether that was done; not if it has no such model, or its backend was named in the options.
+        """
+        if self._wanted == FLEX:
+            return False
         for name, model in list(self._changed.items()):
             if any(module is body for module in model.modules()):
                 self._set(name, self._own[name])
@@ -214,6 +291,15 @@ class FastAttention:
                 logger.warning(f"attention of the {name}: {self.choices[name]}")
                 return True
         return False
+
+
+def _more_graphs() -> AbstractContextManager[None]:
+    """Let torch keep as many graphs of a function as FlexAttention needs; past its own limit it would compile no more."""
+    # It takes a second to import.
+    import torch._dynamo
+
+    limit: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=_MOST_FLEX_GRAPHS)
+    return limit
 
 
 # Those whose steps run now.
@@ -235,7 +321,7 @@ def leave_flash(body: PreTrainedModel, reason: str) -> bool:
 
 @contextmanager
 def on_own_backends() -> Iterator[None]:
-    """Run in a step what flash attention is compared with: models have their own backends in the block."""
+    """Run in a step what its attention is compared with: models have their own backends in the block."""
     left = [(fast, name) for fast in _RUNNING for name in fast._changed]
     for fast, name in left:
         fast._set(name, fast._own[name])

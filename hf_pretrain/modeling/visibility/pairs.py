@@ -30,7 +30,7 @@ from hf_pretrain.modeling.backbone import without_autocast
 from hf_pretrain.modeling.loading import quiet
 from hf_pretrain.modeling.losses import GatheredHead, GatheredOutput
 from hf_pretrain.modeling.visibility import rules
-from hf_pretrain.modeling.visibility.backends import leave_flash, paired_bounds
+from hf_pretrain.modeling.visibility.backends import FLEX, leave_flash, paired_bounds
 from hf_pretrain.modeling.visibility.pair_trials import (
     find_misplacing,
     find_mixing,
@@ -410,11 +410,13 @@ class PairReader:
             if expected.shape != stock.shape or not is_same(expected, stock):
                 return "its head does not treat each position on its own"
             found = _Masks(serves(partial(self._read, **padded, masks=_Masks()), expected))
-            fewest = num_looks(partial(self._read, **whole, masks=found))
+            # FlexAttention cannot run while looks are counted. It needs none for a mask that is left out.
+            count = num_looks if FLEX not in self._key("masks") else lambda read: 0
+            fewest = count(partial(self._read, **whole, masks=found))
             for kind in ("encoder", "cross", "decoder"):
                 fewer = _Masks(found.are_written, found.left_out | {kind})
                 read = partial(self._read, **whole, masks=fewer, padded=(False, False))
-                if serves(read, expected_whole) and (looks := num_looks(read)) <= fewest:
+                if serves(read, expected_whole) and (looks := count(read)) <= fewest:
                     found, fewest = fewer, looks
         self._found[self._key("masks")] = found
         return None

@@ -35,13 +35,13 @@ from hf_pretrain.modeling.backbone import (
     takes_input,
     window_of,
 )
-from hf_pretrain.modeling.visibility.backends import leave_flash, on_own_backends, padded_bounds
+from hf_pretrain.modeling.visibility.backends import FLEX, leave_flash, on_own_backends, padded_bounds
 
 MaskFunction = Callable[..., torch.Tensor]
 
 _PADDING, _BOUNDS, _ISOLATION, _FLASH = "padding", "bounds", "isolation", "flash"
 # Backends whose masks of padding are known to be those of transformers.
-_BACKENDS = ("sdpa", "eager")
+_BACKENDS = ("sdpa", "eager", FLEX)
 
 EDIT_TOLERANCE = 1e-6
 """Of the greatest state, by how much a token may move when one is edited that it must not see: not at all."""
@@ -256,12 +256,18 @@ def plan_or_leave_flash(backbone: PreTrainedModel, rule: str, check: Callable[[]
 def keeps_flash(backbone: PreTrainedModel, read: Callable[[torch.Tensor], torch.Tensor], *, length: int) -> bool:
     """Whether a backbone runs on flash attention, and there computes what it does on its own backend; tried out once.
 
+    FlexAttention, which takes masks, is tried out in the same way.
+
     Args:
         backbone: The stock model.
         read: From tokens ``[1, L]`` to states ``[1, L, D]``.
         length: Tokens of the row to try.
+
+    Raises:
+        InputError: If the states are others, and the backend was named by somebody.
     """
-    if "flash" not in (own_backend(backbone) or ""):
+    backend = own_backend(backbone) or ""
+    if "flash" not in backend and backend != FLEX:
         return False
 
     def trial(body: PreTrainedModel, plan: AttentionPlan) -> str | None:

@@ -50,7 +50,7 @@ class PermutationLMModelArguments(ModelArguments):
         "xlnet",
         "Architecture built from scratch: xlnet, or one that takes position_ids (bert, roberta, modernbert, ...).",
     )
-    attn_implementation: str | None = option(None, "Attention backend: sdpa or, for xlnet on GPUs, flex_attention.")
+    attn_implementation: str | None = option(None, "Attention backend: sdpa, which it has by default.")
 
 
 def stock_class(config: PreTrainedConfig) -> Any:

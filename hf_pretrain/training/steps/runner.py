@@ -16,7 +16,7 @@ from hf_pretrain.hub.run import profile_of
 from hf_pretrain.modeling.backbone import evaluating
 from hf_pretrain.modeling.kernels import fast_dropout
 from hf_pretrain.modeling.observing.profile import Profile, profile_line
-from hf_pretrain.modeling.visibility.backends import AUTO, FastAttention
+from hf_pretrain.modeling.visibility.backends import AUTO, FLEX, FastAttention
 
 if TYPE_CHECKING:
     from hf_pretrain.modeling.base import PretrainingModel
@@ -29,6 +29,9 @@ class StepRunner:
     Args:
         trainer: The Trainer.
 
+    Raises:
+        InputError: If the options ask for FlexAttention, and a model that is trained cannot run on it.
+
     Attributes:
         profile: Clock of the training that runs or was the last; None without the option `profile`.
         profiled: What it found of the last training that came to its end.
@@ -40,6 +43,8 @@ class StepRunner:
         self.profiled: dict[str, Any] | None = None
         self._attention: dict[tuple[str, ...], FastAttention] = {}
         self._is_tried = False
+        if self._wanted_attention == FLEX:
+            self.fast_attention({})
 
     def begin(self) -> None:
         """Forget an earlier training, which may have been of another model."""
@@ -55,19 +60,25 @@ class StepRunner:
         args = self.trainer.args
         return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else self.trainer.model.dtype
 
+    @property
+    def _wanted_attention(self) -> str | None:
+        options = self.trainer.inputs.model_args
+        return AUTO if options is None else getattr(options, "attn_implementation", None)
+
     def fast_attention(self, batch: Mapping[str, Any]) -> FastAttention:
         """Return which attention the stock models have with a batch; the option may name a backend."""
-        model, args, options = self.trainer.model, self.trainer.args, self.trainer.inputs.model_args
-        wanted = AUTO if options is None else getattr(options, "attn_implementation", None)
-        names = tuple(sorted(model.on_flash(batch))) if wanted == AUTO else ()
+        model, args, wanted = self.trainer.model, self.trainer.args, self._wanted_attention
+        # FlexAttention takes the masks of any batch of a method that also has batches for flash attention.
+        allowed = model.on_flash({} if wanted == FLEX else batch) if wanted in (AUTO, FLEX) else ()
+        names = tuple(sorted(allowed))
         if names not in self._attention:
             parts = model.attending(device=args.device, dtype=self.compute_dtype)
-            why_not = model.why_not_flash if wanted == AUTO else ""
-            self._attention[names] = FastAttention(parts, allowed=names, why_not=why_not)
+            why_not = model.why_not_flash if wanted in (AUTO, FLEX) else ""
+            self._attention[names] = FastAttention(parts, allowed=names, why_not=why_not, wanted=wanted or AUTO)
         return self._attention[names]
 
     def on_fast_attention(self, batch: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Run the models on flash attention, those that can with this batch."""
+        """Run the models on flash or FlexAttention, those that can with this batch."""
         fast = self.fast_attention(batch)
         return fast.running() if fast.is_faster else nullcontext()
 
