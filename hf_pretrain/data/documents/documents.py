@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data.documents.spelling import encode_ids, spelling_of
 from hf_pretrain.data.documents.words import (
     IGNORED,
+    LETTER,
     MARK,
     SPACE,
     Segmenter,
@@ -210,7 +211,8 @@ class _Tokens(NamedTuple):
 
     def part(self, texts: slice, tokens: slice) -> _Tokens:
         """Return some of the texts."""
-        return _Tokens(*(field[tokens] for field in self[:3]), *(field[texts] for field in self[3:]))
+        ids, starts, ends = (field[tokens] for field in self[:3])
+        return _Tokens(ids, starts, ends, self.counts[texts], self.are_whole[texts])
 
     def replaced(self, rows: np.ndarray, others: _Tokens) -> _Tokens:
         """Return these, but with other tokens for the texts of some rows, which ascend."""
@@ -313,7 +315,7 @@ class _Joined:
         texts: Each of them.
         kinds: `character_kinds` of the joined text.
         begins: Where each text begins: ``int64 [texts]``.
-        tokens: The tokens of all, at the offsets of the joined text.
+        tokens: The tokens of all.
         visible: The first visible character of each token, or of the next one of its text: ``int64 [tokens]``.
     """
 
@@ -328,11 +330,12 @@ class _Joined:
     def of(cls, texts: Sequence[str], sizes: np.ndarray, tokens: _Tokens) -> _Joined:
         """Join texts of such sizes."""
         joined = _join(texts)
-        begins = np.cumsum(sizes + 1) - sizes - 1
-        shift = np.repeat(begins, tokens.counts)
-        tokens = tokens._replace(starts=tokens.starts + shift, ends=tokens.ends + shift)
-        kinds = character_kinds(joined)
-        visible = np.minimum(next_visible(kinds, tokens.starts), np.repeat(begins + sizes, tokens.counts))
+        kinds, behind = character_kinds(joined), np.cumsum(sizes + 1)
+        begins = behind - sizes - 1
+        bounded = kinds.copy()
+        # The white space at the end of a text has nothing to do with the next one.
+        bounded[behind - 1] = LETTER
+        visible = next_visible(bounded, tokens.starts + np.repeat(begins, tokens.counts))
         return cls(joined, texts, kinds, begins, tokens, visible)
 
     def sentences(self, splitter: SentenceSplitter) -> np.ndarray:
@@ -340,10 +343,10 @@ class _Joined:
         if splitter is not sentence_starts:
             offsets = [np.asarray(splitter(text), dtype=np.int64) for text in self.texts]
             return np.concatenate(offsets) + np.repeat(self.begins, [len(row) for row in offsets])
-        # One pass finds what a pass over each text does. No match goes on behind the white space at the front of the next text, and
-        # no token tells a sentence that starts there from one that starts with its text. Nothing looks back over a vertical tab,
-        # as it would over a line feed.
-        is_cased = np.array([_UPPER.search(text) is not None for text in self.texts])
+        # One pass finds what a pass over each text does. No match goes on behind the white space at the front of the next
+        # text, and no token tells a sentence that starts there from one that starts with its text. Nothing looks back over
+        # a vertical tab, as it would over a line feed.
+        is_cased = np.fromiter(map(bool, map(_UPPER.search, self.texts)), dtype=np.bool_, count=len(self.texts))
         starts = []
         for pattern, rows in ((_CASED, np.flatnonzero(is_cased)), (_UNCASED, np.flatnonzero(~is_cased))):
             if len(rows) == len(self.texts):
@@ -372,11 +375,11 @@ class _Joined:
         num_lost, num_unknown = np.zeros((2, len(counts)), dtype=np.int64)
         if is_unknown.any():
             num_unknown = np.bincount(np.repeat(np.arange(len(counts)), counts)[is_unknown], minlength=len(counts))
-            starts, ends = starts[~is_unknown], ends[~is_unknown]
         elif are_whole.all():
             return num_visible, num_lost, num_unknown
         # Tokens of bytes lie on one another where a character has several.
-        size = len(self.kinds) + 1
+        shift, size = np.repeat(self.begins, counts)[~is_unknown], len(self.kinds) + 1
+        starts, ends = starts[~is_unknown] + shift, ends[~is_unknown] + shift
         depth = np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size)
         lost = is_visible & (np.cumsum(depth)[:-1] == 0)
         return num_visible, np.add.reduceat(lost, self.begins, dtype=np.int64), num_unknown

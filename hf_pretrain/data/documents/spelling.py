@@ -150,7 +150,8 @@ class Spelling:
         if not is_right.all():
             return None, is_right
         starts = ends - lengths
-        places = np.arange(len(units.written)) + np.repeat(self._begins.take(ids) - starts, lengths)
+        places = np.repeat(self._begins.take(ids) - starts, lengths)
+        places += np.arange(len(units.written))
         # Unknown tokens may reach over the end.
         differs = self._flat.take(places, mode="clip") != units.written
         if self._unknown_id is not None and differs.any():
@@ -162,6 +163,8 @@ class Spelling:
             characters = self._characters.take(ids)
             stops = np.cumsum(characters)
             begins = stops - characters - self._is_inside.take(ids)
+        elif lengths.all():
+            begins, stops = units.characters.take(starts), units.characters.take(ends - 1) + 1
         else:
             # Behind the last visible character of a text nothing follows.
             begins = np.minimum(np.append(units.characters, behind[-1]).take(starts), np.repeat(behind, counts))
@@ -174,7 +177,7 @@ class Spelling:
         return (begins, stops), is_right
 
     def _units_of(self, text: str, sizes: np.ndarray) -> _Units:
-        """Return the bytes of joined texts for a byte-level tokenizer, else their visible characters, as the normalizer writes them."""
+        """Return the bytes of joined texts for a byte-level tokenizer, else what the normalizer makes of visible characters."""
         are_alone, edges = np.ones(len(sizes), dtype=np.bool_), np.cumsum(sizes)
         if not self.is_bytes:
             spelled = self._normalized(text)
@@ -185,7 +188,7 @@ class Spelling:
             if len(spelled) and int(spelled.min()) < 0:
                 are_alone = _sums(spelled < 0, sizes) == 0
                 spelled = np.maximum(spelled, 0)
-            text = str(spelled.astype("<u4"), "utf-32-le")
+            text = spelled.astype("<u4").tobytes().decode("utf-32-le")
         encoded = np.frombuffer(text.encode(), dtype=np.uint8)
         # The bytes that go on with a character are 0b10xxxxxx; so many lie before each edge.
         more = np.flatnonzero((encoded & 0xC0) == 0x80)
@@ -265,7 +268,9 @@ def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 def _steps(sums: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Return how much running sums grow from each end to the next: ``int64 [ends]``."""
-    return np.diff(np.append(0, sums)[ends], prepend=0)
+    steps = np.append(0, sums)[ends]
+    steps[1:] -= steps[:-1]
+    return steps
 
 
 def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:

@@ -271,11 +271,11 @@ def next_visible(kinds: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         Offsets of the same shape; ``n`` where nothing visible follows.
     """
     is_visible = (kinds != SPACE) & (kinds != IGNORED)
-    is_hidden = np.append(~is_visible, True).take(offsets, mode="clip")
-    if not is_hidden.any():
-        return offsets
-    ends = np.flatnonzero(is_visible[1:] & ~is_visible[:-1]) + 1
-    ends = np.append(ends, len(kinds))
-    found = offsets.copy()
-    found[is_hidden] = ends[np.minimum(np.searchsorted(ends, offsets[is_hidden], side="right"), len(ends) - 1)]
+    is_hidden = np.append(~is_visible, True)
+    # What is hidden is most often one space.
+    found = offsets + is_hidden.take(offsets, mode="clip")
+    rest = is_hidden.take(found, mode="clip")
+    if rest.any():
+        ends = np.append(np.flatnonzero(is_visible[1:] & ~is_visible[:-1]) + 1, len(kinds))
+        found[rest] = ends[np.minimum(np.searchsorted(ends, found[rest]), len(ends) - 1)]
     return found
