@@ -219,10 +219,10 @@ class _Tokens(NamedTuple):
         counts, are_whole, is_other = self.counts.copy(), self.are_whole.copy(), np.zeros(len(self.counts), np.bool_)
         counts[rows], are_whole[rows], is_other[rows] = others.counts, others.are_whole, True
         kept, is_new = ~np.repeat(is_other, self.counts), np.repeat(is_other, counts)
-        fields = [np.empty(len(is_new), dtype=field.dtype) for field in self[:3]]
-        for field, ours, theirs in zip(fields, self[:3], others[:3], strict=True):
+        ids, starts, ends = (np.empty(len(is_new), dtype=field.dtype) for field in self[:3])
+        for field, ours, theirs in zip((ids, starts, ends), self[:3], others[:3], strict=True):
             field[is_new], field[~is_new] = theirs, ours[kept]
-        return _Tokens(*fields, counts, are_whole)
+        return _Tokens(ids, starts, ends, counts, are_whole)
 
 
 class _Columns(NamedTuple):
