@@ -15,7 +15,9 @@ from hf_pretrain.data.documents import documents as module
 from hf_pretrain.data.documents.documents import (
     DOCUMENT_FEATURES,
     UnknownCount,
+    document_rows,
     one_per_line,
+    sentence_starts,
     tokenize_documents,
     tokenize_texts,
 )
@@ -366,6 +368,64 @@ def test_tokenizing_any_text_never_raises(texts, any_kind):
     for row in range(len(texts)):
         # What begins a document begins a word and a sentence.
         assert all(columns[name][row][0] for name in ("word_starts", "sent_starts") if len(columns[name][row]))
+
+
+SENTENCES = [
+    "1. The cat. 12. The",
+    " the cat. mr. sat b. The",
+    "\n the. Cat",
+    "The cat.\n",
+    "the cat. ",
+    "。the。",
+    "THE CAT. the cat",
+    "mr",
+    ". The",
+    '."',
+    "” The",
+    "\v.\n\n",
+    "the\n",
+    "12",
+    "",
+    " ",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(st.sampled_from(SENTENCES) | st.text("Aa1. \n\v。”\u200b", max_size=6), min_size=2, max_size=6))
+def test_sentences_of_joined_texts_are_those_of_each(texts):
+    tokenizer = train_tokenizer(["a b"], kind="bpe", vocab_size=270)
+    joined = tokenize_texts(texts, tokenizer)
+    apart = tokenize_texts(texts, tokenizer, sentence_splitter=lambda text: sentence_starts(text))
+    for text, row, expected in zip(texts, joined["sent_starts"], apart["sent_starts"], strict=True):
+        assert row.tolist() == expected.tolist(), text
+
+
+def test_only_the_text_with_a_name_is_tokenized_again(monkeypatch):
+    tokenizer, calls = unigram(["<", "/", ">"]), []
+    original = module._encode
+    monkeypatch.setattr(
+        module, "_encode", lambda texts, *others: calls.append(list(texts)) or original(texts, *others)
+    )
+    columns = tokenize_texts(["cat", "the</s>", "sat", "</s> cats"], tokenizer)
+    assert calls[0] == ["cat", "the</s>", "sat", "</s> cats"] and calls[1:] == [["the<", "/s>", "<", "/s> cats"]]
+    tokens = [tokenizer.convert_ids_to_tokens(ids.tolist()) for ids in columns["input_ids"]]
+    assert [[token.strip("▁") for token in row if token != "▁"] for row in tokens] == [
+        ["cat"],
+        ["the", "<", "/", "s", ">"],
+        ["sat"],
+        ["<", "/", "s", ">", "cat", "s"],
+    ]
+
+
+def test_rows_for_a_shard_are_those_of_documents():
+    texts, unknown = ["the cat. The xyz", None, "\u200b", "sat", "the " * 5000, "\ud83d the"], UnknownCount()
+    table = document_rows(texts, bert(), unknown=unknown)
+    columns = tokenize_texts([text or "" for text in texts], bert(), unknown=(expected := UnknownCount()))
+    kept = [row for row in range(len(texts)) if len(columns["input_ids"][row])]
+    assert table.column_names == list(columns) and kept == [0, 3, 4, 5]
+    for name, rows in columns.items():
+        assert table[name].to_pylist() == [rows[row].tolist() for row in kept]
+    assert unknown == expected and unknown.unknown_characters == 3
 
 
 def test_halves_of_surrogate_pairs_are_text_or_replaced():

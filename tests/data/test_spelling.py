@@ -75,7 +75,22 @@ def tokenizer(request):
 
 
 def columns(texts, tokenizer):
-    return module._counted_columns(texts, tokenizer, sentence_starts, None)
+    found = module._counted_columns(texts, tokenizer, sentence_starts, None)
+    return {**found.rows(), **{name: list(numbers) for name, numbers in found.of_texts.items()}}
+
+
+def find(known, texts, rows):
+    """Where the tokens of each text begin and end; None where it is not found."""
+    counts = np.array([len(row) for row in rows])
+    starts, ends, is_found = known.find(texts, np.concatenate(rows), counts)
+    edges = np.cumsum(counts)[:-1]
+    offsets = zip(np.split(starts, edges), np.split(ends, edges), strict=True)
+    return [each if right else None for each, right in zip(offsets, is_found, strict=True)]
+
+
+def rows_of_ids(tokenizer, texts):
+    ids, counts = encode_ids(tokenizer, texts)
+    return np.split(ids, np.cumsum(counts)[:-1])
 
 
 def by_the_tokenizer(texts, tokenizer):
@@ -157,15 +172,15 @@ def test_a_text_has_the_same_columns_whatever_stands_beside_it(tokenizer, monkey
 def test_texts_beside_one_that_is_not_found_are_found_as_they_are_alone(name):
     tokenizer = TOKENIZERS[name]()
     texts = [*SHORT, "the cat sat"]
-    ids = encode_ids(tokenizer, texts)
-    ids[-1] = encode_ids(tokenizer, ["the end sat"])[0]
+    ids = rows_of_ids(tokenizer, texts)
+    (ids[-1],) = rows_of_ids(tokenizer, ["the end sat"])
     known = Spelling(tokenizer)
-    together = known.find(texts, ids)
+    together = find(known, texts, ids)
     assert known.tried == sum(map(len, texts))
     assert known.found == sum(len(text) for text, each in zip(texts, together, strict=True) if each is not None)
     assert together[-1] is None and sum(each is not None for each in together) > len(texts) / 3
     for text, row, each in zip(texts, ids, together, strict=True):
-        (alone,) = Spelling(tokenizer).find([text], [row])
+        (alone,) = find(Spelling(tokenizer), [text], [row])
         assert (alone is None) == (each is None), text
         assert each is None or all(map(np.array_equal, alone, each)), text
 
@@ -173,7 +188,7 @@ def test_texts_beside_one_that_is_not_found_are_found_as_they_are_alone(name):
 def test_no_texts():
     tokenizer = TOKENIZERS["wordpiece"]()
     assert columns([], tokenizer) == {name: [] for name in columns([], tokenizer)}
-    assert encode_ids(tokenizer, []) == []
+    assert [array.tolist() for array in encode_ids(tokenizer, [])] == [[], []]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +198,8 @@ def test_usual_text_is_found(name):
     """Not only left to the tokenizer, which would be right too."""
     tokenizer = TOKENIZERS[name]()
     text = "The cat’s café sat on 3.5 mats. “Über alles”, it said.\n\nDon't! the  cats"
-    (ids,) = encode_ids(tokenizer, [text])
-    ((starts, ends),) = spelling_of(tokenizer).find([text], [ids])
+    (ids,) = rows_of_ids(tokenizer, [text])
+    ((starts, ends),) = find(spelling_of(tokenizer), [text], [ids])
     assert len(starts) == len(ends) == len(ids) and (starts[1:] >= starts[:-1]).all()
 
 
@@ -192,19 +207,19 @@ def test_usual_text_is_found(name):
 def test_a_word_that_is_unknown_is_found_alone(word, monkeypatch):
     tokenizer = TOKENIZERS["wordpiece"]()
     text = f"the cat {word} sat, {word}; the end" + " the cat" * 100
-    (ids,) = encode_ids(tokenizer, [text])
+    (ids,) = rows_of_ids(tokenizer, [text])
     assert (ids == tokenizer.unk_token_id).any()
-    assert Spelling(tokenizer).find([text], [ids])[0] is not None
+    assert find(Spelling(tokenizer), [text], [ids])[0] is not None
     check_equal([text], tokenizer)
 
 
 def test_other_ids_than_those_of_the_text_are_not_found(tokenizer):
     texts = [TEXT, TEXT.replace("cat", "mat"), TEXT.replace("the", "he", 1)]
-    ids = encode_ids(tokenizer, texts)
+    ids = rows_of_ids(tokenizer, texts)
     known = Spelling(tokenizer)
     for text, other in ((0, 1), (0, 2), (1, 0), (2, 1)):
         if not np.array_equal(ids[text], ids[other]):
-            assert known.find([texts[text]], [ids[other]]) == [None]
+            assert find(known, [texts[text]], [ids[other]]) == [None]
 
 
 def test_it_is_left_alone_where_it_finds_little(monkeypatch):

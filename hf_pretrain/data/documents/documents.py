@@ -10,9 +10,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import datasets
@@ -25,15 +24,16 @@ from transformers import PreTrainedTokenizerBase
 from hf_pretrain.data.documents.spelling import encode_ids, spelling_of
 from hf_pretrain.data.documents.words import (
     IGNORED,
+    LETTER,
     MARK,
     SPACE,
     Segmenter,
     character_kinds,
-    encodable,
+    encodable_texts,
+    lengths_of,
     next_visible,
     word_starts,
 )
-from hf_pretrain.data.text.files import in_groups
 from hf_pretrain.errors import InputError
 
 SentenceSplitter = Callable[[str], Sequence[int]]
@@ -193,11 +193,60 @@ class UnknownCount:
 
 
 class _Tokens(NamedTuple):
-    """Tokens of a text: ids ``int32 [n]``, and the offsets of their first and behind their last character, ``[n]``."""
+    """Tokens of texts, those of one text after those of the one before.
+
+    Attributes:
+        ids: ``int32 [tokens]``.
+        starts: The first character of each token in its text: ``int64 [tokens]``.
+        ends: The character behind its last one: ``int64 [tokens]``.
+        counts: Number of tokens of each text: ``int64 [texts]``.
+        are_whole: Whether every visible character of a text is known to have a token: ``bool [texts]``.
+    """
 
     ids: np.ndarray
     starts: np.ndarray
     ends: np.ndarray
+    counts: np.ndarray
+    are_whole: np.ndarray
+
+    def part(self, texts: slice, tokens: slice) -> _Tokens:
+        """Return some of the texts."""
+        ids, starts, ends = (field[tokens] for field in self[:3])
+        return _Tokens(ids, starts, ends, self.counts[texts], self.are_whole[texts])
+
+    def replaced(self, rows: np.ndarray, others: _Tokens) -> _Tokens:
+        """Return these, but with other tokens for the texts of some rows, which ascend."""
+        counts, are_whole, is_other = self.counts.copy(), self.are_whole.copy(), np.zeros(len(self.counts), np.bool_)
+        counts[rows], are_whole[rows], is_other[rows] = others.counts, others.are_whole, True
+        kept, is_new = ~np.repeat(is_other, self.counts), np.repeat(is_other, counts)
+        ids, starts, ends = (np.empty(len(is_new), dtype=field.dtype) for field in self[:3])
+        for field, ours, theirs in zip((ids, starts, ends), self[:3], others[:3], strict=True):
+            field[is_new], field[~is_new] = theirs, ours[kept]
+        return _Tokens(ids, starts, ends, counts, are_whole)
+
+
+class _Columns(NamedTuple):
+    """Columns of documents, one document after the other.
+
+    Attributes:
+        of_tokens: The columns of the schema that have a value a token: ``[tokens]``.
+        of_texts: The numbers of `UnknownCount` of each text but that of its tokens: ``int64 [texts]``.
+        counts: Number of tokens of each text: ``int64 [texts]``.
+    """
+
+    of_tokens: dict[str, np.ndarray]
+    of_texts: dict[str, np.ndarray]
+    counts: np.ndarray
+
+    def rows(self) -> dict[str, list[np.ndarray]]:
+        """Return the columns of tokens with one array a text."""
+        edges = list(itertools.pairwise([0, *np.cumsum(self.counts).tolist()]))
+        return {name: [flat[low:high] for low, high in edges] for name, flat in self.of_tokens.items()}
+
+    def add_to(self, unknown: UnknownCount | None) -> None:
+        """Add the counts of the texts."""
+        if unknown is not None:
+            unknown.add(num_tokens=int(self.counts.sum()), **self.of_texts)
 
 
 def tokenize_texts(
@@ -230,10 +279,8 @@ def tokenize_texts(
     """
     check_offsets(tokenizer)
     columns = _counted_columns(texts, tokenizer, sentence_splitter, word_segmenter)
-    if unknown is not None:
-        num_tokens = sum(map(len, columns["input_ids"]))
-        unknown.add(num_tokens=num_tokens, **{name: columns[name] for name in _COUNTS})
-    return {name: rows for name, rows in columns.items() if name not in _COUNTS}
+    columns.add_to(unknown)
+    return columns.rows()
 
 
 def _counted_columns(
@@ -241,88 +288,101 @@ def _counted_columns(
     tokenizer: PreTrainedTokenizerBase,
     sentence_splitter: SentenceSplitter,
     word_segmenter: Segmenter | None,
-) -> dict[str, list[Any]]:
-    """Return the columns of the texts, and the numbers of `UnknownCount` of each but that of its tokens."""
-    texts = [encodable(text) for text in texts]
-    columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "word_starts", "sent_starts", *_COUNTS)}
-    rows = zip(texts, _tokenize(texts, tokenizer), strict=True)
-    for group in in_groups(rows, num_characters=_JOINED_CHARACTERS, text=itemgetter(0)):
-        joined = _Joined.of(*zip(*group, strict=True))
-        sentences = [np.asarray(sentence_splitter(text), dtype=np.int64) for text, _ in group]
-        words = word_starts(joined.text, segmenter=word_segmenter, kinds=joined.kinds)
-        columns["input_ids"] += [tokens.ids for _, tokens in group]
-        columns["word_starts"] += joined.begins_unit(words)
-        columns["sent_starts"] += joined.begins_unit(joined.shifted(sentences))
-        for name, counts in zip(_COUNTS, joined.count_unknown(tokenizer.unk_token_id), strict=True):
-            columns[name] += counts.tolist()
-    return columns
+) -> _Columns:
+    """Return the columns of the texts, worked on together where they are short."""
+    texts = encodable_texts(texts)
+    sizes = lengths_of(texts)
+    tokens = _tokenize(texts, sizes, tokenizer)
+    edges = np.append(0, np.cumsum(tokens.counts))
+    parts: list[tuple[np.ndarray, ...]] = [tuple(np.empty(0, dtype=kind) for kind in "??qqq")]
+    for low, high in _runs(sizes, _JOINED_CHARACTERS):
+        part = tokens.part(slice(low, high), slice(edges[low], edges[high]))
+        joined = _Joined.of(texts[low:high], sizes[low:high], part)
+        words = joined.begins_unit(word_starts(joined.text, segmenter=word_segmenter, kinds=joined.kinds))
+        sentences = joined.begins_unit(joined.sentences(sentence_splitter))
+        parts.append((words, sentences, *joined.count_unknown(tokenizer.unk_token_id)))
+    words, sentences, *numbers = map(np.concatenate, zip(*parts, strict=True))
+    of_tokens = {"input_ids": tokens.ids, "word_starts": words, "sent_starts": sentences}
+    return _Columns(of_tokens, dict(zip(_COUNTS, numbers, strict=True)), tokens.counts)
 
 
 @dataclass
 class _Joined:
-    """Texts with a line feed behind each, so that arrays of many short ones are worked on at once.
+    """Texts with a vertical tab behind each, so that arrays of many short ones are worked on at once.
 
     Attributes:
         text: All of them.
-        kinds: `character_kinds` of it.
+        texts: Each of them.
+        kinds: `character_kinds` of the joined text.
         begins: Where each text begins: ``int64 [texts]``.
-        tokens: The tokens of all, at the offsets of the joined text.
-        counts: Number of tokens of each: ``int64 [texts]``.
+        tokens: The tokens of all.
         visible: The first visible character of each token, or of the next one of its text: ``int64 [tokens]``.
     """
 
     text: str
+    texts: Sequence[str]
     kinds: np.ndarray
     begins: np.ndarray
     tokens: _Tokens
-    counts: np.ndarray
     visible: np.ndarray
 
     @classmethod
-    def of(cls, texts: Sequence[str], tokens: Sequence[_Tokens]) -> _Joined:
-        """Join texts."""
-        joined = "\n".join([*texts, ""])
-        sizes = np.array([len(text) + 1 for text in texts])
-        ends = np.cumsum(sizes)
-        counts = np.array([len(row.ids) for row in tokens])
-        ids, starts, stops = map(np.concatenate, zip(*tokens, strict=True))
-        shift = np.repeat(ends - sizes, counts)
-        starts, stops, kinds = starts + shift, stops + shift, character_kinds(joined)
-        visible = np.minimum(next_visible(kinds, starts), np.repeat(ends - 1, counts))
-        return cls(joined, kinds, ends - sizes, _Tokens(ids, starts, stops), counts, visible)
+    def of(cls, texts: Sequence[str], sizes: np.ndarray, tokens: _Tokens) -> _Joined:
+        """Join texts of such sizes."""
+        joined = _join(texts)
+        kinds, behind = character_kinds(joined), np.cumsum(sizes + 1)
+        begins = behind - sizes - 1
+        bounded = kinds.copy()
+        # The white space at the end of a text has nothing to do with the next one.
+        bounded[behind - 1] = LETTER
+        visible = next_visible(bounded, tokens.starts + np.repeat(begins, tokens.counts))
+        return cls(joined, texts, kinds, begins, tokens, visible)
 
-    def shifted(self, offsets: Sequence[np.ndarray]) -> np.ndarray:
-        """Return the offsets of each text as those of the joined text, all in one."""
-        return np.concatenate(offsets) + np.repeat(self.begins, [len(row) for row in offsets])
+    def sentences(self, splitter: SentenceSplitter) -> np.ndarray:
+        """Return where the sentences of all texts start: ascending offsets in the joined text."""
+        if splitter is not sentence_starts:
+            offsets = [np.asarray(splitter(text), dtype=np.int64) for text in self.texts]
+            return np.concatenate(offsets) + np.repeat(self.begins, [len(row) for row in offsets])
+        # One pass finds what a pass over each text does. No match goes on behind the white space at the front of the next
+        # text, and no token tells a sentence that starts there from one that starts with its text. Nothing looks back over
+        # a vertical tab, as it would over a line feed.
+        is_cased = np.fromiter(map(bool, map(_UPPER.search, self.texts)), dtype=np.bool_, count=len(self.texts))
+        starts = []
+        for pattern, rows in ((_CASED, np.flatnonzero(is_cased)), (_UNCASED, np.flatnonzero(~is_cased))):
+            if len(rows) == len(self.texts):
+                return np.array([match.end() for match in pattern.finditer(self.text)], dtype=np.int64)
+            texts = [self.texts[row] for row in rows.tolist()]
+            ends = np.array([match.end() for match in pattern.finditer(_join(texts))], dtype=np.int64)
+            sizes = lengths_of(texts) + 1
+            shift = np.append(self.begins[rows], len(self.text)) - np.append(0, np.cumsum(sizes))
+            starts.append(ends + shift[np.searchsorted(np.cumsum(sizes), ends, side="right")])
+        return np.sort(np.concatenate(starts))
 
-    def begins_unit(self, unit_starts: np.ndarray) -> list[np.ndarray]:
-        """Return of each text whether its tokens are the first of their units: ``bool [n]``, the first always."""
-        is_start = np.zeros(len(self.text), dtype=np.bool_)
-        is_start[unit_starts] = True
-        units = np.cumsum(is_start, dtype=np.int32)[self.visible]
-        begins = np.ones(len(units), dtype=np.bool_)
-        begins[1:] = units[1:] != units[:-1]
-        edges = [0, *np.cumsum(self.counts).tolist()]
-        begins[[edge for edge in edges if edge < len(begins)]] = True
-        return [begins[low:high] for low, high in itertools.pairwise(edges)]
+    def begins_unit(self, unit_starts: np.ndarray) -> np.ndarray:
+        """Return whether tokens are the first of their units, as those that begin a text are: ``bool [tokens]``."""
+        units = np.searchsorted(unit_starts, self.visible, side="right")
+        begins = np.append(True, units[1:] != units[:-1])[: len(units)]
+        first = np.cumsum(self.tokens.counts) - self.tokens.counts
+        begins[first[self.tokens.counts > 0]] = True
+        return begins
 
     def count_unknown(self, unknown_id: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return of each text the numbers of visible characters, of those without a known token, and of unknown tokens."""
-        ids, starts, ends = self.tokens
-        is_unknown = ids == (-1 if unknown_id is None else unknown_id)
-        num_unknown = np.zeros_like(self.counts)
-        if is_unknown.any():
-            num_unknown = np.bincount(
-                np.repeat(np.arange(len(self.counts)), self.counts)[is_unknown], minlength=len(self.counts)
-            )
-            starts, ends = starts[~is_unknown], ends[~is_unknown]
-        # Tokens of bytes lie on one another where a character has several.
-        size = len(self.kinds) + 1
-        depth = np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size)
+        ids, starts, ends, counts, are_whole = self.tokens
         is_visible = (self.kinds != SPACE) & (self.kinds != IGNORED) & (self.kinds != MARK)
+        num_visible = np.add.reduceat(is_visible, self.begins, dtype=np.int64)
+        is_unknown = ids == (-1 if unknown_id is None else unknown_id)
+        num_lost, num_unknown = np.zeros((2, len(counts)), dtype=np.int64)
+        if is_unknown.any():
+            num_unknown = np.bincount(np.repeat(np.arange(len(counts)), counts)[is_unknown], minlength=len(counts))
+        elif are_whole.all():
+            return num_visible, num_lost, num_unknown
+        # Tokens of bytes lie on one another where a character has several.
+        shift, size = np.repeat(self.begins, counts)[~is_unknown], len(self.kinds) + 1
+        starts, ends = starts[~is_unknown] + shift, ends[~is_unknown] + shift
+        depth = np.bincount(starts, minlength=size) - np.bincount(ends, minlength=size)
         lost = is_visible & (np.cumsum(depth)[:-1] == 0)
-        num_visible, num_lost = (np.add.reduceat(each, self.begins, dtype=np.int64) for each in (is_visible, lost))
-        return num_visible, num_lost, num_unknown
+        return num_visible, np.add.reduceat(lost, self.begins, dtype=np.int64), num_unknown
 
 
 def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -334,26 +394,41 @@ def check_offsets(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[_Tokens]:
-    """Return the tokens of each text, none of them special but the unknown token."""
+def _join(texts: Sequence[str]) -> str:
+    return "\v".join([*texts, ""])
+
+
+def _runs(sizes: np.ndarray, num_characters: int) -> Iterator[tuple[int, int]]:
+    """Yield the first and the end of neighbours that reach so many characters together."""
+    after = np.cumsum(sizes)
+    low = before = 0
+    while low < len(sizes):
+        high = min(int(np.searchsorted(after, before + num_characters)) + 1, len(sizes))
+        yield low, high
+        low, before = high, int(after[high - 1])
+
+
+def _tokenize(texts: Sequence[str], sizes: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    """Return the tokens of the texts, none of them special but the unknown token."""
     special = sorted({*tokenizer.all_special_ids} - {tokenizer.unk_token_id})
-    cuts = [_cuts(text) for text in texts]
+    # The ids behind the last special one share an entry.
+    is_special = np.zeros(max(special, default=0) + 2, dtype=np.bool_)
+    is_special[special] = True
+    cuts = {row: _cuts(texts[row]) for row in np.flatnonzero(sizes > _PIECE_CHARACTERS).tolist()}
     tokens = _tokenize_pieces(texts, cuts, tokenizer)
     # split_special_tokens keeps most names of special tokens apart; some models find them in their vocabulary all the
-    # same, unless the name is cut.
-    while unsettled := [i for i in _rows_with(tokens, special) if _cut_names(tokens[i], cuts[i], special)]:
-        again = _tokenize_pieces([texts[i] for i in unsettled], [cuts[i] for i in unsettled], tokenizer)
-        for i, fresh in zip(unsettled, again, strict=True):
-            tokens[i] = fresh
+    # same, unless the name is cut behind its first character.
+    while len(names := np.flatnonzero(is_special.take(tokens.ids, mode="clip"))):
+        names = names[tokens.ends[names] - tokens.starts[names] > 1]
+        if not len(names):
+            break
+        owners = np.searchsorted(np.cumsum(tokens.counts), names, side="right")
+        for row, start in zip(owners.tolist(), tokens.starts[names].tolist(), strict=True):
+            cuts[row] = sorted({*cuts.get(row, [0]), start + 1})
+        rows = np.unique(owners)
+        cut_again = {number: cuts[row] for number, row in enumerate(rows.tolist())}
+        tokens = tokens.replaced(rows, _tokenize_pieces([texts[row] for row in rows.tolist()], cut_again, tokenizer))
     return tokens
-
-
-def _rows_with(tokens: Sequence[_Tokens], wanted: list[int]) -> list[int]:
-    """Return the numbers of the rows that have one of these tokens."""
-    found = np.isin(np.concatenate([row.ids for row in tokens]), wanted) if tokens else np.empty(0, dtype=np.bool_)
-    if not found.any():
-        return []
-    return np.unique(np.repeat(np.arange(len(tokens)), [len(row.ids) for row in tokens])[found]).tolist()
 
 
 def _cuts(text: str) -> list[int]:
@@ -366,69 +441,74 @@ def _cuts(text: str) -> list[int]:
     return cuts
 
 
-def _cut_names(tokens: _Tokens, cuts: list[int], special: list[int]) -> bool:
-    """Add a cut behind the first character of each special token; return whether there were any."""
-    names = np.isin(tokens.ids, special) & (tokens.ends - tokens.starts > 1)
-    if names.any():
-        cuts[:] = sorted({*cuts, *(tokens.starts[names] + 1).tolist()})
-    return bool(names.any())
-
-
 def _tokenize_pieces(
-    texts: Sequence[str], cuts: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
-) -> list[_Tokens]:
-    """Tokenize each text in the pieces that begin at its cuts."""
-    pieces = [
-        (text[low:high], low)
-        for text, starts in zip(texts, cuts, strict=True)
-        for low, high in itertools.pairwise([*starts, len(text)])
-    ]
-    groups = in_groups(pieces, num_characters=_GROUP_CHARACTERS, text=itemgetter(0))
-    encoded = (tokens for group in groups for tokens in _encode(group, tokenizer))
-    tokens = []
-    for starts in cuts:
-        parts = list(itertools.islice(encoded, len(starts)))
-        tokens.append(parts[0] if len(parts) == 1 else _Tokens(*map(np.concatenate, zip(*parts, strict=True))))
-    return tokens
-
-
-def _encode(pieces: list[tuple[str, int]], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
-    """Yield the tokens of each piece, at the offsets of the whole text."""
-    texts = [piece for piece, _ in pieces]
-    found: list[_Tokens | None] = [None] * len(texts)
-    spelling = spelling_of(tokenizer)
-    if spelling is not None and spelling.is_worth_it:
-        rows = enumerate(zip(texts, encode_ids(tokenizer, texts), strict=True))
-        for group in in_groups(rows, num_characters=_JOINED_CHARACTERS, text=lambda row: row[1][0]):
-            numbers, spelled = zip(*group, strict=True)
-            for number, (_, ids), offsets in zip(
-                numbers, spelled, spelling.find(*zip(*spelled, strict=True)), strict=True
-            ):
-                found[number] = None if offsets is None else _Tokens(ids, *offsets)
-    others = _with_offsets([text for text, tokens in zip(texts, found, strict=True) if tokens is None], tokenizer)
-    for tokens, (_, shift) in zip(found, pieces, strict=True):
-        tokens = next(others) if tokens is None else tokens
-        yield _Tokens(tokens.ids, tokens.starts + shift, tokens.ends + shift) if shift else tokens
-
-
-def _with_offsets(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[_Tokens]:
-    """Yield the tokens of each text at the offsets that the tokenizer gives."""
-    if not texts:
-        return
-    encoding = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+    texts: Sequence[str], cuts: Mapping[int, list[int]], tokenizer: PreTrainedTokenizerBase
+) -> _Tokens:
+    """Tokenize texts, some of them in the pieces that begin at their cuts."""
+    begins = [cuts.get(row, [0]) for row in range(len(texts))] if cuts else []
+    pieces = texts
+    if cuts:
+        pieces = [
+            text[low:high]
+            for text, starts in zip(texts, begins, strict=True)
+            for low, high in itertools.pairwise([*starts, len(text)])
+        ]
+    sizes = lengths_of(pieces)
+    groups = [_encode(pieces[low:high], sizes[low:high], tokenizer) for low, high in _runs(sizes, _GROUP_CHARACTERS)]
+    tokens = _Tokens(*map(np.concatenate, zip(*groups, strict=True))) if groups else _with_offsets([], tokenizer)
+    if not cuts:
+        return tokens
+    shift = np.repeat(list(itertools.chain.from_iterable(begins)), tokens.counts)
+    first = np.cumsum([0, *map(len, begins[:-1])])
+    return _Tokens(
+        tokens.ids,
+        tokens.starts + shift,
+        tokens.ends + shift,
+        np.add.reduceat(tokens.counts, first),
+        np.logical_and.reduceat(tokens.are_whole, first),
     )
-    # The call leaves the backend in that state.
-    tokenizer.backend_tokenizer.encode_special_tokens = tokenizer.split_special_tokens
-    for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
-        flat = np.fromiter(itertools.chain.from_iterable(offsets), dtype=np.int64, count=2 * len(ids))
-        yield _Tokens(np.array(ids, dtype=np.int32), flat[::2], flat[1::2])
+
+
+def _encode(texts: Sequence[str], sizes: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    """Return the tokens of texts of such sizes."""
+    spelling = spelling_of(tokenizer)
+    if spelling is None or not spelling.is_worth_it:
+        return _with_offsets(texts, tokenizer)
+    ids, counts = encode_ids(tokenizer, texts)
+    edges = np.append(0, np.cumsum(counts))
+    found = [
+        spelling.find(texts[low:high], ids[edges[low] : edges[high]], counts[low:high])
+        for low, high in _runs(sizes, _JOINED_CHARACTERS)
+    ]
+    starts, ends, are_found = map(np.concatenate, zip(*found, strict=True))
+    tokens = _Tokens(ids, starts, ends, counts, are_found)
+    if are_found.all():
+        return tokens
+    others = np.flatnonzero(~are_found)
+    return tokens.replaced(others, _with_offsets([texts[row] for row in others.tolist()], tokenizer))
+
+
+def _with_offsets(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> _Tokens:
+    """Return the tokens of texts at the offsets that the tokenizer gives."""
+    rows, offsets = [], []
+    if texts:
+        encoding = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        # The call leaves the backend in that state.
+        tokenizer.backend_tokenizer.encode_special_tokens = tokenizer.split_special_tokens
+        rows, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    counts = lengths_of(rows)
+    ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=counts.sum())
+    pairs = itertools.chain.from_iterable(itertools.chain.from_iterable(offsets))
+    flat = np.fromiter(pairs, dtype=np.int64, count=2 * len(ids))
+    return _Tokens(ids, flat[::2], flat[1::2], counts, np.zeros(len(counts), dtype=np.bool_))
 
 
 def tokenize_documents(
@@ -508,13 +588,9 @@ def document_rows(
         word_segmenter: Cuts runs of characters that are written without spaces into words, see `word_starts`.
         unknown: The counts of the texts are added to it.
     """
-    worker = _Worker(tokenizer, sentence_starts, word_segmenter, keep_empty=False)
-    table = worker(pa.table({"text": pa.array(texts, pa.string())}), list(range(len(texts))))
-    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
-    if unknown is not None:
-        unknown.add(num_tokens=int(lengths.sum()), **{name: table[name].to_numpy() for name in _COUNTS})
-    rows = table.select([name for name in DOCUMENT_FEATURES if name != "doc_id"])
-    return rows if lengths.all() else rows.filter(pa.array(lengths > 0))
+    columns = _counted_columns([text or "" for text in texts], tokenizer, sentence_starts, word_segmenter)
+    columns.add_to(unknown)
+    return pa.table(_list_arrays(columns, columns.counts > 0))
 
 
 def _renumbered(documents: datasets.Dataset) -> datasets.Dataset:
@@ -537,13 +613,11 @@ class _Worker:
         """Return the documents of the texts that are kept or counted; ``doc_id`` is the number of the text."""
         texts = [text or "" for text in table["text"].to_pylist()]
         columns = _counted_columns(texts, self.tokenizer, self.sentence_splitter, self.word_segmenter)
-        has_tokens = np.array([len(ids) > 0 for ids in columns["input_ids"]], dtype=np.bool_)
         # A text of which nothing is known stays until it has been counted.
-        kept = has_tokens | (np.array(columns["unknown_characters"]) > 0) | self.keep_empty
-        types = {"input_ids": pa.int32(), "word_starts": pa.bool_(), "sent_starts": pa.bool_()}
-        arrays: dict[str, Any] = {name: _list_array(columns[name], kept, kind) for name, kind in types.items()}
+        kept = (columns.counts > 0) | (columns.of_texts["unknown_characters"] > 0) | self.keep_empty
+        arrays = _list_arrays(columns, kept)
         arrays["doc_id"] = pa.array(np.asarray(indices, dtype=np.int64)[kept])
-        arrays |= {name: pa.array(np.asarray(columns[name], dtype=np.int64)[kept]) for name in _COUNTS}
+        arrays |= {name: pa.array(numbers[kept]) for name, numbers in columns.of_texts.items()}
         if "lang" in table.column_names:
             arrays["lang"] = table["lang"].cast(pa.string()).filter(pa.array(kept))
         return pa.table(arrays)
@@ -561,8 +635,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> tuple[str, tuple[list[i
     return json.dumps(backend, sort_keys=True), (sorted(tokenizer.all_special_ids), tokenizer.unk_token_id)
 
 
-def _list_array(rows: list[np.ndarray], kept: np.ndarray, kind: pa.DataType) -> pa.ListArray:
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)[kept]
-    values = np.concatenate(rows) if rows else np.empty(0)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, type=kind))
+def _list_arrays(columns: _Columns, kept: np.ndarray) -> dict[str, pa.Array]:
+    """Return the columns of tokens as lists of Arrow, without some texts that have no tokens."""
+    offsets = pa.array(np.append(0, np.cumsum(columns.counts[kept])).astype(np.int32))
+    return {name: pa.ListArray.from_arrays(offsets, pa.array(flat)) for name, flat in columns.of_tokens.items()}

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_pretrain.data.documents.words import IGNORED, SPACE, character_kinds, code_points
+from hf_pretrain.data.documents.words import IGNORED, SPACE, character_kinds, code_points, lengths_of
 
 # Entries of the table of characters beside the numbers of code points.
 _DROPPED, _OTHERWISE, _NOT_KNOWN = -1, -2, -3
@@ -38,13 +38,13 @@ class _Units(NamedTuple):
 
     Attributes:
         written: Code points or bytes: ``[units]``.
-        characters: The number of the character of each, over all texts: ``int64 [units]``.
+        characters: The number of the character of each, over all texts: ``int64 [units]``; not of bytes.
         counts: Units of each text: ``int64 [texts]``.
         are_alone: Whether each character of a text is written as one: ``bool [texts]``.
     """
 
     written: np.ndarray
-    characters: np.ndarray
+    characters: np.ndarray | None
     counts: np.ndarray
     are_alone: np.ndarray
 
@@ -67,7 +67,7 @@ class Spelling:
         self._tokenizer = ref(tokenizer)
         cut = (parts["pre_tokenizer"] or {}).get("type")
         is_by_word = parts["model"].get("type") in ("WordPiece", "WordLevel") and cut in _CUT_AT_SPACES
-        self._unknown_id = tokenizer.unk_token_id if is_by_word else None
+        self._unknown_id = tokenizer.unk_token_id if is_by_word and not self.is_bytes else None
         # What a token of these ids covers is not spelled by it.
         self._never = set(tokenizer.all_special_ids)
         spelled = _bytes_of(vocabulary) if self.is_bytes else _characters_of(vocabulary, parts["model"])
@@ -76,12 +76,16 @@ class Spelling:
         for token, number in vocabulary.items():
             if token in spelled and number not in self._never:
                 rows[number], known[number] = spelled[token], True
-        self._is_known = known
-        self._lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        self._begins = np.cumsum(self._lengths) - self._lengths
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        self._lengths = np.where(known, lengths, _NOT_KNOWN)
+        self._begins = np.cumsum(lengths) - lengths
         self._flat = np.concatenate([*rows, np.zeros(1, dtype=np.int32)])
         if self.is_bytes:
             self._flat = self._flat.astype(np.uint8)
+            # The bytes that go on with a character are 0b10xxxxxx.
+            is_first = (self._flat & 0xC0) != 0x80
+            self._characters = _sums(is_first[:-1], lengths)
+            self._is_inside = (lengths > 0) & ~is_first[self._begins]
         self._table = np.full(0x110000, _NOT_KNOWN, dtype=np.int32)
         self.tried = self.found = 0
 
@@ -90,104 +94,124 @@ class Spelling:
         """Whether most of what was tried so far was found."""
         return self.tried < _TRIED or 2 * self.found > self.tried
 
-    def find(self, texts: Sequence[str], ids: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    def find(
+        self, texts: Sequence[str], ids: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return where the tokens of each text begin and end. Short texts are best given together.
 
         Args:
             texts: The texts.
-            ids: The tokens of each: ``int32 [n]``.
+            ids: The tokens of all, one text after the other: ``int32 [tokens]``.
+            counts: Number of tokens of each text: ``int64 [texts]``.
 
         Returns:
-            Offsets in characters of each token's first visible character, or of the next one if it has none, and behind its last
-            one: ``int64 [n]`` each. None for a text where they cannot be told.
+            Offsets in the characters of its text of each token's first visible character, or of the next one if it has none, and
+            behind its last one: ``int64 [tokens]`` each; and for which texts they can be told: ``bool [texts]``. The offsets of
+            others mean nothing.
         """
-        self.tried += sum(map(len, texts))
-        found: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(texts)
-        rows = list(range(len(texts)))
-        while rows:
-            offsets, is_right = self._compare([texts[row] for row in rows], [ids[row] for row in rows])
-            right = [row for row, right in zip(rows, is_right.tolist(), strict=True) if right]
-            for row, each in zip(right, offsets, strict=False):
-                found[row] = each
-                self.found += len(texts[row])
+        sizes = lengths_of(texts)
+        starts, ends, is_found = self._find(texts, sizes, ids, counts)
+        self.tried += int(sizes.sum())
+        self.found += int(sizes[is_found].sum())
+        return starts, ends, is_found
+
+    def _find(
+        self, texts: Sequence[str], sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        offsets, is_right = self._compare(texts, sizes, ids, counts)
+        if offsets is not None:
+            return *offsets, is_right
+        starts, ends = np.zeros((2, len(ids)), dtype=np.int64)
+        if is_right.any():
             # Where some are spelled otherwise, the others are compared anew, without them.
-            rows = right if len(right) < len(rows) else []
-        return found
+            of_right = np.repeat(is_right, counts)
+            rest = list(itertools.compress(texts, is_right.tolist()))
+            found = self._find(rest, sizes[is_right], ids[of_right], counts[is_right])
+            starts[of_right], ends[of_right], is_right[is_right] = found
+        return starts, ends, is_right
 
     def _compare(
-        self, texts: Sequence[str], ids: Sequence[np.ndarray]
-    ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+        self, texts: Sequence[str], sizes: np.ndarray, ids: np.ndarray, counts: np.ndarray
+    ) -> tuple[tuple[np.ndarray, np.ndarray] | None, np.ndarray]:
         """Return the offsets of the tokens if all texts are spelled by theirs, and which texts may be: ``bool [texts]``."""
-        tokens, counts = np.concatenate(ids), np.array([len(row) for row in ids])
-        lengths = self._lengths[tokens]
-        units = self._units_of(texts)
-        is_right = self._are_measured(texts, tokens, lengths, counts, units)
-        sums = _sums(lengths, counts)
+        lengths = self._lengths.take(ids)
+        units = self._units_of("".join(texts), sizes)
+        is_right = self._are_measured(texts, ids, lengths, counts, units)
+        ends = np.cumsum(lengths)
+        sums = _steps(ends, np.cumsum(counts))
         shift = np.zeros_like(counts)
         if self.is_bytes and (sums > units.counts).any():
             # Tokenizers with add_prefix_space put a space before a text that has none.
             shift = (sums - units.counts == 1).astype(np.int64)
             texts = [" " * more + text for text, more in zip(texts, shift.tolist(), strict=True)]
-            units = self._units_of(texts)
+            sizes = sizes + shift
+            units = self._units_of("".join(texts), sizes)
         is_right &= units.are_alone & (sums == units.counts)
         if not is_right.all():
-            return [], is_right
-        ends = np.cumsum(lengths)
+            return None, is_right
         starts = ends - lengths
-        places = np.arange(len(units.written)) + np.repeat(self._begins[tokens] - starts, lengths)
+        places = np.repeat(self._begins.take(ids) - starts, lengths)
+        places += np.arange(len(units.written))
         # Unknown tokens may reach over the end.
         differs = self._flat.take(places, mode="clip") != units.written
-        if self._unknown_id is not None:
-            differs &= np.repeat(tokens != self._unknown_id, lengths)
+        if self._unknown_id is not None and differs.any():
+            differs &= np.repeat(ids != self._unknown_id, lengths)
         if differs.any():
-            return [], _sums(differs, sums) == 0
-        sizes = np.array([len(text) for text in texts])
-        after = np.cumsum(sizes)
-        # Behind the last visible character of a text nothing follows. The space that was put before it has no character.
-        begins = np.minimum(np.append(units.characters, after[-1])[starts], np.repeat(after, counts))
-        stops = np.where(lengths > 0, np.append(-1, units.characters)[ends] + 1, begins)
-        first = np.repeat(after - sizes + shift, counts)
-        begins, stops = np.maximum(begins - first, 0), np.maximum(stops - first, 0)
-        edges = itertools.pairwise([0, *np.cumsum(counts).tolist()])
-        return [(begins[low:high], stops[low:high]) for low, high in edges], is_right
+            return None, _sums(differs, sums) == 0
+        behind = np.cumsum(sizes)
+        if units.characters is None:
+            characters = self._characters.take(ids)
+            stops = np.cumsum(characters)
+            begins = stops - characters - self._is_inside.take(ids)
+        elif lengths.all():
+            begins, stops = units.characters.take(starts), units.characters.take(ends - 1) + 1
+        else:
+            # Behind the last visible character of a text nothing follows.
+            begins = np.minimum(np.append(units.characters, behind[-1]).take(starts), np.repeat(behind, counts))
+            stops = np.where(lengths > 0, np.append(-1, units.characters).take(ends) + 1, begins)
+        first = np.repeat(behind - sizes + shift, counts)
+        begins, stops = begins - first, stops - first
+        if shift.any():
+            # The space that was put before a text has no character.
+            begins, stops = np.maximum(begins, 0), np.maximum(stops, 0)
+        return (begins, stops), is_right
 
-    def _units_of(self, texts: Sequence[str]) -> _Units:
-        """Return the bytes of texts for a byte-level tokenizer, else their visible characters, as the normalizer writes them."""
-        text, are_alone = "".join(texts), np.ones(len(texts), dtype=np.bool_)
-        edges = np.cumsum([0, *map(len, texts)])
+    def _units_of(self, text: str, sizes: np.ndarray) -> _Units:
+        """Return the bytes of joined texts for a byte-level tokenizer, else what the normalizer makes of visible characters."""
+        are_alone, edges = np.ones(len(sizes), dtype=np.bool_), np.cumsum(sizes)
         if not self.is_bytes:
             spelled = self._normalized(text)
             kept = np.flatnonzero(spelled != _DROPPED)
-            return _Units(spelled[kept], kept, np.diff(np.searchsorted(kept, edges)), are_alone)
+            return _Units(spelled.take(kept), kept, np.diff(np.searchsorted(kept, edges), prepend=0), are_alone)
         if self._normalizer is not None:
             spelled = self._normalized(text)
             if len(spelled) and int(spelled.min()) < 0:
-                are_alone = _sums(spelled < 0, np.diff(edges)) == 0
-            text = np.maximum(spelled, 0).astype("<u4").tobytes().decode("utf-32-le")
+                are_alone = _sums(spelled < 0, sizes) == 0
+                spelled = np.maximum(spelled, 0)
+            text = spelled.astype("<u4").tobytes().decode("utf-32-le")
         encoded = np.frombuffer(text.encode(), dtype=np.uint8)
-        if len(encoded) == len(text):
-            return _Units(encoded, np.arange(len(encoded)), np.diff(edges), are_alone)
-        # The bytes that go on with a character are 0b10xxxxxx.
-        is_first = (encoded & 0xC0) != 0x80
-        edges = np.append(np.flatnonzero(is_first), len(encoded))[edges]
-        return _Units(encoded, np.cumsum(is_first) - 1, np.diff(edges), are_alone)
+        # The bytes that go on with a character are 0b10xxxxxx; so many lie before each edge.
+        more = np.flatnonzero((encoded & 0xC0) == 0x80)
+        edges += np.searchsorted(more - np.arange(len(more)), edges, side="right")
+        return _Units(encoded, None, np.diff(edges, prepend=0), are_alone)
 
     def _are_measured(
-        self, texts: Sequence[str], tokens: np.ndarray, lengths: np.ndarray, counts: np.ndarray, units: _Units
+        self, texts: Sequence[str], ids: np.ndarray, lengths: np.ndarray, counts: np.ndarray, units: _Units
     ) -> np.ndarray:
         """Return which texts have tokens of known lengths only, and set those of unknown tokens: ``bool [texts]``."""
-        is_unknown = ~self._is_known[tokens]
+        is_unknown = lengths < 0
         if not is_unknown.any():
             return np.ones(len(texts), dtype=np.bool_)
+        lengths[is_unknown] = 0
         are_measured = _sums(is_unknown, counts) == 0
-        if self._unknown_id is None:
+        if self._unknown_id is None or units.characters is None:
             return are_measured
         after, units_after = np.cumsum(counts).tolist(), np.cumsum(units.counts).tolist()
         characters_after = np.cumsum([0, *map(len, texts)])
         for row in np.flatnonzero(~are_measured).tolist():
             low, high = after[row] - counts[row], after[row]
             unknown = np.flatnonzero(is_unknown[low:high])
-            if (tokens[low:high][unknown] == self._unknown_id).all():
+            if (ids[low:high][unknown] == self._unknown_id).all():
                 kept = (
                     units.characters[units_after[row] - units.counts[row] : units_after[row]] - characters_after[row]
                 )
@@ -217,12 +241,12 @@ class Spelling:
     def _normalized(self, text: str) -> np.ndarray:
         """Return each character as the normalizer writes it, alone: ``int32 [len(text)]``."""
         points = code_points(text)
-        spelled = self._table[points]
-        new = np.unique(points[spelled == _NOT_KNOWN])
-        if len(new):
-            for point in new.tolist():
+        spelled = self._table.take(points)
+        is_new = spelled == _NOT_KNOWN
+        if is_new.any():
+            for point in np.unique(points[is_new]).tolist():
                 self._table[point] = self._character(chr(point))
-            spelled = self._table[points]
+            spelled = self._table.take(points)
         return spelled
 
     def _character(self, character: str) -> int:
@@ -239,9 +263,14 @@ class Spelling:
 
 def _sums(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return the sum of so many values each, one group after the other: ``int64 [groups]``."""
-    sums = np.append(0, np.cumsum(values, dtype=np.int64))
-    ends = np.cumsum(counts)
-    return sums[ends] - sums[ends - counts]
+    return _steps(np.cumsum(values, dtype=np.int64), np.cumsum(counts))
+
+
+def _steps(sums: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return how much running sums grow from each end to the next: ``int64 [ends]``."""
+    steps = np.append(0, sums)[ends]
+    steps[1:] -= steps[:-1]
+    return steps
 
 
 def _with_offsets(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[tuple[int, int]]]:
@@ -292,8 +321,12 @@ def spelling_of(tokenizer: PreTrainedTokenizerBase) -> Spelling | None:
     return spelling
 
 
-def encode_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[np.ndarray]:
-    """Return the tokens of texts alone, without special tokens: ``int32 [n]`` each; names of special tokens are text."""
+def encode_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the tokens of texts alone, without special tokens; names of special tokens are text.
+
+    Returns:
+        The ids of all, one text after the other: ``int32 [tokens]``, and the number of each text: ``int64 [texts]``.
+    """
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:
         backend.no_truncation()
@@ -305,7 +338,5 @@ def encode_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list
     finally:
         backend.encode_special_tokens = tokenizer.split_special_tokens
     rows = [encoding.ids for encoding in encodings]
-    edges = [0, *itertools.accumulate(map(len, rows))]
-    # One array for all: one for each of many short rows takes longer.
-    flat = np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=edges[-1])
-    return [flat[low:high] for low, high in itertools.pairwise(edges)]
+    counts = lengths_of(rows)
+    return np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=counts.sum()), counts

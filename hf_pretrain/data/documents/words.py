@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -70,6 +70,20 @@ def encodable(text: str) -> str:
     return text
 
 
+def encodable_texts(texts: Sequence[str]) -> Sequence[str]:
+    """Return `encodable` of each text."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return [encodable(text) for text in texts]
+    return texts
+
+
+def lengths_of(rows: Sequence[Sized]) -> np.ndarray:
+    """Return the length of each: ``int64 [rows]``."""
+    return np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+
+
 def clipped(texts: Iterable[str | None], num_characters: int) -> Iterator[str]:
     """Yield the first texts, and of the last of them the beginning, up to so many characters in all."""
     for text in texts:
@@ -87,7 +101,7 @@ def code_points(text: str) -> np.ndarray:
 
 def character_kinds(text: str) -> np.ndarray:
     """Return the kind of each character, one of this module's constants: ``uint8 [len(text)]``."""
-    return _kind_table()[code_points(text)]
+    return _kind_table().take(code_points(text))
 
 
 def word_starts(text: str, *, segmenter: Segmenter | None = None, kinds: np.ndarray | None = None) -> np.ndarray:
@@ -257,11 +271,11 @@ def next_visible(kinds: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         Offsets of the same shape; ``n`` where nothing visible follows.
     """
     is_visible = (kinds != SPACE) & (kinds != IGNORED)
-    is_hidden = ~np.append(is_visible, False)[np.minimum(offsets, len(kinds))]
-    if not is_hidden.any():
-        return offsets
-    ends = np.flatnonzero(is_visible[1:] & ~is_visible[:-1]) + 1
-    ends = np.append(ends, len(kinds))
-    found = offsets.copy()
-    found[is_hidden] = ends[np.minimum(np.searchsorted(ends, offsets[is_hidden], side="right"), len(ends) - 1)]
+    is_hidden = np.append(~is_visible, True)
+    # What is hidden is most often one space.
+    found = offsets + is_hidden.take(offsets, mode="clip")
+    rest = is_hidden.take(found, mode="clip")
+    if rest.any():
+        ends = np.append(np.flatnonzero(is_visible[1:] & ~is_visible[:-1]) + 1, len(kinds))
+        found[rest] = ends[np.minimum(np.searchsorted(ends, found[rest]), len(ends) - 1)]
     return found
