@@ -1,4 +1,4 @@
-"""What torch has no fast kernel for: the cross-entropy of a large vocabulary, and dropout on a CPU.
+"""What torch does slowly or in much memory: the cross-entropy of a large vocabulary, and dropout and casts on a CPU.
 
 A batch of 32 rows of 1024 tokens has more logits over 50 000 tokens than many devices have memory. Here at most a chunk of them
 exists at any time. [`linear_cross_entropy`] is for a linear map: it computes the gradients of a chunk together with its loss,
@@ -10,7 +10,8 @@ In training steps on a CPU [`fast_dropout`] computes dropout as torch does, at a
 torch draws the number of each entry alone, 13 ns an entry, which is a quarter of a step of a small BERT. Attention with dropout
 has no fused kernel on a CPU either: it computes in fp32 whatever the inputs are, and keeps three tensors of
 `batch × heads × queries × keys` numbers for backward. Here four entries share one draw of 64 bits and a bit an entry is kept, and
-attention works on blocks that stay in the cache of a core.
+attention works on blocks that stay in the cache of a core. Under autocast, layers that read the same states keep one copy of them
+in half precision, where torch makes one for each.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any, NamedTuple, Protocol, cast
+from weakref import ref
 
 import numpy as np
 import torch
@@ -504,7 +506,7 @@ def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @contextmanager
 def fast_dropout(device: torch.device, *, is_compiled: bool = False) -> Iterator[None]:
-    """Let `torch.nn.functional.dropout` and attention with dropout be computed as here.
+    """Let dropout, attention with dropout and the casts of linear layers be computed as here.
 
     A forward pass and its backward pass belong into one block: what checkpoints of activations compute again must drop the same.
     All numbers follow from torch's default generator, so that its state is enough to repeat them. They are not torch's own.
@@ -517,7 +519,11 @@ def fast_dropout(device: torch.device, *, is_compiled: bool = False) -> Iterator
         yield
         return
     # By name, where models and layers look them up: a mode of torch's functions would not be there in a backward pass.
-    names: dict[str, _Answer] = {"dropout": _dropped, "scaled_dot_product_attention": _attended}
+    names: dict[str, _Answer] = {
+        "dropout": _dropped,
+        "scaled_dot_product_attention": _attended,
+        "linear": _Casts().linear,
+    }
     before = {name: getattr(F, name) for name in names}
     for name, ours in names.items():
         setattr(F, name, _first(ours, before[name]))
@@ -590,8 +596,12 @@ def _attended(
 
 
 def _is_ours(tensor: torch.Tensor, p: float) -> bool:
-    is_dense = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    return is_dense and tensor.device.type == "cpu" and tensor.is_floating_point() and 0 < _dropped_levels(p) < _LEVELS
+    return _is_dense(tensor) and tensor.is_floating_point() and 0 < _dropped_levels(p) < _LEVELS
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and tensor.device.type == "cpu"
 
 
 def _dropped_levels(p: float) -> int:
@@ -757,3 +767,43 @@ class _Blocks:
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """Return `[batch, heads, positions, size]` as `[batch · heads, positions, size]`, one after the other in memory."""
     return tensor.contiguous().flatten(0, 1)
+
+
+class _Casts:
+    """The states that were last read under autocast, in its format: queries, keys and values read the same."""
+
+    def __init__(self) -> None:
+        self._read: Callable[[], torch.Tensor | None] = lambda: None
+        self._version = -1
+        self._cast: torch.Tensor | None = None
+
+    def linear(
+        self,
+        input: torch.Tensor,  # noqa: A002
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Return the linear map of fp32 states under autocast, to the same bits; None where torch has to compute it."""
+        if not torch.is_autocast_enabled("cpu") or input.dtype != torch.float32 or not input.requires_grad:
+            return None
+        if not _is_dense(input) or not torch.is_grad_enabled():
+            return None
+        if self._read() is not input or self._version != input._version:
+            self._cast = input.detach().to(torch.get_autocast_dtype("cpu"))
+            self._read, self._version = ref(input), input._version
+        return torch._C._nn.linear(_SharedCast.apply(input, self._cast), weight, bias)
+
+
+class _SharedCast(torch.autograd.Function):
+    """A cast that was made before; gradients of all that read it are added up in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, cast_states: torch.Tensor) -> torch.Tensor:
+        """Return the cast of the states."""
+        return cast_states.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the states."""
+        return gradient.float(), None

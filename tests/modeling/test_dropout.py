@@ -1,6 +1,7 @@
 """Dropout and attention with dropout on a CPU against their definitions, and where torch's own stay."""
 
 import math
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -298,6 +299,63 @@ class TestAttention:
         # The last one has a byte each, and room for its blocks.
         assert held < others + 8 * pairs / 8 + 3 * pairs, held
         assert peak_of_tensors(attend) > 8 * 3 * 4 * pairs
+
+
+class TestCasts:
+    """Layers that read the same states under autocast."""
+
+    def step(self, read, context):
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(16, 8) for _ in range(3)]
+        x = torch.randn(40, 16, requires_grad=True)
+        kept = {}
+        with (
+            context,
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+            ),
+        ):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                outputs = read(layers, x * 1)
+            weights = torch.randn(len(outputs), *outputs[0].shape)
+            sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True)).backward()
+        gradients = [x.grad, *(p.grad for layer in layers for p in layer.parameters())]
+        copies = [t for t in kept.values() if t.dtype == torch.bfloat16 and t.shape == (40, 16)]
+        return outputs, gradients, len(copies)
+
+    @pytest.mark.parametrize(
+        ("read", "copies"),
+        [
+            (lambda layers, x: [layer(x) for layer in layers], 1),
+            (lambda layers, x: [layer(x + number) for number, layer in enumerate(layers)], 3),
+            (lambda layers, x: [layers[0](x), layers[1](x.add_(1)), layers[2](x)], 2),
+        ],
+    )
+    def test_numbers_are_the_same_and_copies_are_one(self, read, copies):
+        outputs, gradients, found = self.step(read, fast_dropout(CPU))
+        others, wanted, _ = self.step(read, nullcontext())
+        assert all(map(torch.equal, outputs, others)) and all(map(torch.equal, gradients, wanted))
+        assert found == copies
+
+    def test_states_are_not_kept_alive(self):
+        layer, x = torch.nn.Linear(16, 8), torch.randn(40, 16, requires_grad=True)
+        with fast_dropout(CPU), torch.autocast("cpu", dtype=torch.bfloat16):
+            states = x * 1
+            layer(states)
+            left = weakref.ref(states)
+            del states
+        assert left() is None
+
+    @pytest.mark.parametrize("how", ["no autocast", "no gradients", "half already", "no gradient wanted"])
+    def test_what_is_left_to_torch(self, how, monkeypatch):
+        monkeypatch.setattr(kernels._SharedCast, "apply", lambda *args: pytest.fail("ours"))
+        x = torch.randn(40, 16, requires_grad=how != "no gradient wanted") * 1
+        with (
+            fast_dropout(CPU),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=how != "no autocast"),
+            torch.set_grad_enabled(how != "no gradients"),
+        ):
+            torch.nn.Linear(16, 8)(x.bfloat16() if how == "half already" else x)
 
 
 class TestTraining:
