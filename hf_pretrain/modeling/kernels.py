@@ -577,8 +577,9 @@ def _attended(
     The arguments are those of `torch.nn.functional.scaled_dot_product_attention`.
     """
     is_usual = query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]
-    is_learned = attn_mask is not None and attn_mask.requires_grad
-    if not is_usual or is_learned or enable_gqa or not all(_is_ours(x, dropout_p) for x in (query, key, value)):
+    # A mask beside `is_causal` is refused there.
+    is_other = attn_mask is not None and (attn_mask.requires_grad or is_causal)
+    if not is_usual or is_other or enable_gqa or not all(_is_ours(x, dropout_p) for x in (query, key, value)):
         return None
     if math.prod(query.shape[:3]) * key.shape[2] < _LEAST_ENTRIES:
         return None

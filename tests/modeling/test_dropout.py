@@ -285,6 +285,12 @@ class TestAttention:
             F.scaled_dot_product_attention(query[:1, :1], key[:1, :1], value[:1, :1], dropout_p=0.1)
         assert drawn == []
 
+    def test_a_mask_beside_a_causal_one_is_refused_as_by_torch(self):
+        query, key, value = inputs()
+        mask = torch.ones(40, 40, dtype=torch.bool)
+        with fast_dropout(CPU), pytest.raises(RuntimeError, match="is_causal"):
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=0.1, is_causal=True)
+
     def test_a_bit_is_kept_for_each_pair_of_positions(self):
         """Beside queries, keys and values; torch's own keeps three numbers."""
         query, key, value = inputs((8, 4, 256, 8))
