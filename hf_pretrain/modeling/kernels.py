@@ -3,8 +3,7 @@
 A batch of 32 rows of 1024 tokens has more logits over 50 000 tokens than many devices have memory. Here at most a chunk of them
 exists at any time. [`linear_cross_entropy`] is for a linear map: it computes the gradients of a chunk together with its loss,
 while the logits are there, so that nothing is computed twice. [`OutputMap`] finds out whether a stock head ends in such a map,
-and runs the head without it. [`ChunkedHead`] takes any stock head: it runs the stock code chunk by chunk where the last step is
-another, and computes the logits once more in the backward pass.
+and runs the head without it.
 
 In training steps on a CPU [`fast_dropout`] computes dropout as torch does, at a fraction of its time and memory.
 torch draws the number of each entry alone, 13 ns an entry, which is a quarter of a step of a small BERT. Attention with dropout
@@ -29,11 +28,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.backbone import evaluating, without_autocast
+from hf_pretrain.modeling.backbone import without_autocast
 from hf_pretrain.modeling.losses import IGNORED, token_losses
 
 CHUNK_LOGITS = 1 << 22
@@ -41,7 +38,6 @@ CHUNK_LOGITS = 1 << 22
 
 Look = Callable[[slice, torch.Tensor], None]
 _ON_ACCELERATORS = 16
-_TRIAL_POSITIONS = 4
 # BART and its kin add it to their logits: [1, V], zeros unless a checkpoint says otherwise.
 _CONSTANT = "final_logits_bias"
 _UNEQUAL = (
@@ -92,12 +88,13 @@ def linear_cross_entropy(
     """
     inputs = (states, weight, bias)
     wants_gradients = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    rows = _rows(len(weight), chunk_logits, states.device)
+    rows = chunk_rows(len(weight), chunk_logits, states.device)
     losses: torch.Tensor = _LinearCrossEntropy.apply(states, weight, bias, targets, rows, wants_gradients, look)
     return losses
 
 
-def _rows(vocab_size: int, chunk_logits: int | None, device: torch.device) -> int:
+def chunk_rows(vocab_size: int, chunk_logits: int | None, device: torch.device) -> int:
+    """Return the positions of a chunk of so many logits, at least one; by default [`CHUNK_LOGITS`], more on accelerators."""
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS * (1 if device.type == "cpu" else _ON_ACCELERATORS)
     return max(1, chunk_logits // vocab_size)
@@ -366,139 +363,6 @@ def _judge_states(
 def _state(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Return where the numbers of a tensor are, how often they were changed there, and how many there are."""
     return tensor.untyped_storage()._cdata, tensor._version, tensor.numel()
-
-
-class ChunkedOutput(NamedTuple):
-    """What a head makes of states.
-
-    Attributes:
-        nll: ``[T]`` fp32 cross-entropy of each target in nats; 0 where there is none.
-        guesses: ``[T]`` the likeliest tokens; None if they are not asked for.
-    """
-
-    nll: torch.Tensor
-    guesses: torch.Tensor | None
-
-
-class ChunkedHead:
-    """The head of a stock language model with its cross-entropy, a chunk of positions at a time.
-
-    Args:
-        model: A stock model with a head that reads the last states of its body, each position on its own.
-        body: The module whose output the head reads.
-        chunk_logits: Logits that exist at a time, at least those of one position; see [`linear_cross_entropy`].
-    """
-
-    def __init__(self, model: PreTrainedModel, body: PreTrainedModel, *, chunk_logits: int | None = None) -> None:
-        self._model, self._body = model, body
-        self.chunk_logits = chunk_logits
-        self.output_map = OutputMap(model)
-        self._output_class: Any = None
-
-    @torch.compiler.disable
-    def __call__(self, states: torch.Tensor, targets: torch.Tensor, *, with_guesses: bool = False) -> ChunkedOutput:
-        """Return the cross-entropy of targets.
-
-        Args:
-            states: ``[T, D]`` of the body.
-            targets: ``[T]`` token ids, -100 for a position without a target.
-            with_guesses: Whether the likeliest tokens are returned too.
-        """
-        guesses = None
-        if with_guesses or not torch.is_grad_enabled():
-            nll, guesses = self._score(states, targets)
-            if not torch.is_grad_enabled():
-                return ChunkedOutput(nll, guesses if with_guesses else None)
-        with self.output_map.watched() as watch:
-            if watch is not None:
-                self._try_out(watch, states)
-        found = self.output_map.find()
-        if found is not None:
-            weight, bias = found
-            with self.output_map.left_out():
-                read = self.logits(states)
-            nll = linear_cross_entropy(read, weight, targets, bias=bias, chunk_logits=self.chunk_logits)
-            return ChunkedOutput(nll, guesses)
-        rows = self._rows(states)
-        parts = zip(states.split(rows), targets.split(rows), strict=True)
-        losses = [checkpoint(self._losses, part, of_part, use_reentrant=False) for part, of_part in parts]
-        return ChunkedOutput(torch.cat(losses), guesses)
-
-    def _try_out(self, watch: Callable[[torch.Tensor], None], states: torch.Tensor) -> None:
-        with evaluating(self._model), without_autocast(states.device):
-            watch(self.logits(states.new_zeros(_TRIAL_POSITIONS, states.shape[1], dtype=self._model.dtype)))
-
-    def _rows(self, states: torch.Tensor) -> int:
-        table = self._model.get_output_embeddings()
-        size = getattr(table, "out_features", None) or self._model.config.get_text_config(decoder=True).vocab_size
-        return _rows(int(size), self.chunk_logits, states.device)
-
-    def check(self, input_ids: torch.Tensor) -> None:
-        """Refuse a model whose head reads more than the states of its body.
-
-        Args:
-            input_ids: ``[B, L]`` a few tokens.
-
-        Raises:
-            InputError: Naming the class.
-        """
-        if self._body.device.type == "meta":
-            return
-        with evaluating(self._model), without_autocast(input_ids.device):
-            output = self._body(input_ids=input_ids)
-            self._output_class = type(output)
-            expected = self._model(input_ids=input_ids).logits.flatten(0, 1)
-            found = self.logits(output[0].flatten(0, 1))
-        if found.shape != expected.shape or not _is_same(found, expected):
-            raise InputError(
-                f"{type(self._model).__name__} cannot be trained a chunk of positions at a time: its head reads more than the "
-                "last states of its body; choose another architecture, such as gpt2 or llama"
-            )
-
-    def _losses(self, states_CD: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
-        return token_losses(self.logits(states_CD), targets_C)
-
-    @torch.no_grad()
-    def _score(self, states_TD: torch.Tensor, targets_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cross-entropy and likeliest tokens, without gradients."""
-        nll_T = torch.empty(len(targets_T), dtype=torch.float32, device=states_TD.device)
-        guesses_T, rows = torch.empty_like(targets_T), self._rows(states_TD)
-        for begin in range(0, len(targets_T), rows):
-            part = slice(begin, begin + rows)
-            logits_CV = self.logits(states_TD[part])
-            guesses_T[part] = logits_CV.argmax(dim=-1)
-            nll_T[part] = token_losses(logits_CV, targets_T[part])
-        return nll_T, guesses_T
-
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the logits ``[T, V]`` of states ``[T, D]``, all at once: the stock code with them in place of its body's."""
-        if self._output_class is None:
-            self._output_class = _output_class(self._body)
-        output, own = self._output_class(last_hidden_state=states[None]), vars(self._body)
-        before = own.get("forward")
-        own["forward"] = lambda *args, **kwargs: output
-        try:
-            tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-            logits: torch.Tensor = self._model(input_ids=tokens).logits[0]
-            return logits
-        finally:
-            del own["forward"]
-            if before is not None:
-                own["forward"] = before
-
-
-def _output_class(body: PreTrainedModel) -> Any:
-    """Return the class of a body's output, of one token."""
-    with evaluating(body):
-        return type(body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=body.device)))
-
-
-def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether logits differ by no more than the rounding of kernels."""
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 0.03
-    if found.shape != expected.shape:
-        return False
-    return bool((found - expected).float().abs().max() <= tolerance * expected.float().abs().max())
 
 
 # Dropout on a CPU

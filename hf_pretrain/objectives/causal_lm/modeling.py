@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.base import PretrainingModel, trial_tokens
+from hf_pretrain.modeling.chunked_head import ChunkedHead
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig, dtype_option, load_or_build
-from hf_pretrain.modeling.kernels import ChunkedHead
 from hf_pretrain.modeling.losses import IGNORED, ExampleSum, PretrainingOutput, masked_lm_accuracy, sum_by_example
 from hf_pretrain.modeling.visibility.causal import CausalReader
 from hf_pretrain.objectives.causal_lm.arguments import CausalLMModelArguments
@@ -31,7 +31,7 @@ class CausalLMConfig(CompositeConfig):
 class CausalLMForPreTraining(PretrainingModel):
     """Any stock causal language model, trained to predict the next token of each position.
 
-    The logits of all positions never exist together: see `hf_pretrain.modeling.kernels.ChunkedHead`.
+    The logits of all positions never exist together: see `hf_pretrain.modeling.chunked_head.ChunkedHead`.
 
     Args:
         config: Configuration with the stock model's inside.
