@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from helpers.causal_models import CHANGED_LOGITS, OWN_SIZES, causal_lm
 from helpers.made_tensors import MadeTensors
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.chunked_head import ChunkedHead
 from hf_pretrain.modeling.kernels import OutputMap, linear_cross_entropy
 from hf_pretrain.modeling.visibility.causal import causal_body
+from hf_pretrain.objectives.causal_lm.modeling import ChunkedHead
 
 T, D, V = 23, 8, 50
 
