@@ -32,11 +32,13 @@ sys.meta_path.insert(0, Blocker())
 
 # Neither the caller's modules nor its standard streams reach a program.
 _PROGRAM = """
-import contextlib, sys, traceback
+import contextlib, os, sys, traceback
 import torch
+# A child has the path of its parent, where transformers adds the folder of the remote code that it has loaded.
+sys.path[:] = [folder for folder in sys.path if not os.path.isdir(os.path.join(folder, "transformers_modules"))]
 # As in the tests: another number of threads adds numbers up in another order.
 torch.set_num_threads(1)
-already = [name for name in sys.modules if name.partition(".")[0] in ("hf_pretrain", "transformers")]
+already = [name for name in sys.modules if name.partition(".")[0] in ("hf_pretrain", "transformers", "transformers_modules")]
 assert not already, already
 with open({log!r}, "w") as log, contextlib.redirect_stdout(log):
     try:

@@ -121,7 +121,11 @@ def test_code_that_has_aged_is_renewed_by_opening_and_saving_here(saved):
         assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_CLASSES
 
 
-def test_it_opens_where_this_library_is_not(saved):
+def test_it_opens_where_this_library_is_not(saved, monkeypatch):
+    # As after any test that has loaded remote code in this process.
+    (saved / "of_others" / "transformers_modules").mkdir(parents=True)
+    (saved / "of_others" / "transformers_modules" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(saved / "of_others")
     program = ELSEWHERE.format(root=str(saved), modules=str(saved / "modules"))
     assert run_fresh({"elsewhere": program}, saved)["elsewhere"] == "all is well\n"
     assert (saved / "modules" / "transformers_modules").is_dir()
