@@ -9,8 +9,9 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils import logging
 
@@ -36,6 +37,9 @@ from hf_pretrain.hub.text import (
     without_folders,
     yaml_block,
 )
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 logger = logging.get_logger(__name__)
 
@@ -64,18 +68,7 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
     Returns:
         The text of a README.md.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    # Markdown, not HTML: `cell` and `escaped` treat what users name, and code blocks must stay as they are.
-    environment = Environment(
-        loader=PackageLoader("hf_pretrain.model_cards", "."),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,
-    )
-    environment.filters |= {function.__name__: function for function in _FILTERS}
-    text = environment.get_template(_TEMPLATE).render(
+    text = _template().render(
         card=card,
         metadata=card_metadata(card).to_yaml(),
         begin=_BEGIN,
@@ -93,6 +86,23 @@ def render_card(card: PretrainingCard, *, plots_folder: str = plots.PLOTS_FOLDER
     )
     text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n"
     return _of_branch(text, card) if card.branch and card.repo != "." else text
+
+
+@cache
+def _template() -> Template:
+    """Return the template of the card, which takes longer to compile than to render."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    # Markdown, not HTML: `cell` and `escaped` treat what users name, and code blocks must stay as they are.
+    environment = Environment(
+        loader=PackageLoader("hf_pretrain.model_cards", "."),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,
+    )
+    environment.filters |= {function.__name__: function for function in _FILTERS}
+    return environment.get_template(_TEMPLATE)
 
 
 def _of_branch(text: str, card: PretrainingCard) -> str:
