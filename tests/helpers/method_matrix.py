@@ -120,17 +120,25 @@ def tiny_documents(examples):
     return Dataset.from_dict(columns, features=DOCUMENT_FEATURES)
 
 
+@cache
+def _tiny_part(count, *, seed, text):
+    """Examples, and the same as documents: data sets, which nobody changes."""
+    examples = tiny_examples(count, seed=seed, text=text)
+    return examples, tiny_documents(examples)
+
+
 def tiny_data(train=96, held_out=13, *, text="repeats"):
     """What `prepare_data` returns, made in the process."""
-    examples = {"train": tiny_examples(train, seed=1, text=text), "eval": tiny_examples(held_out, seed=2, text=text)}
+    examples, documents = _tiny_part(train, seed=1, text=text)
+    held_out_examples, held_out_documents = _tiny_part(held_out, seed=2, text=text)
     return PreparedData(
         tokenizer=tiny_tokenizer(),
-        train_dataset=EpochDataset(examples["train"]),
-        eval_dataset=EpochDataset(examples["eval"]),
+        train_dataset=EpochDataset(examples),
+        eval_dataset=EpochDataset(held_out_examples),
         description={"source": "tiny"},
         block_size=BLOCK_SIZE,
-        train_documents=tiny_documents(examples["train"]),
-        eval_documents=tiny_documents(examples["eval"]),
+        train_documents=documents,
+        eval_documents=held_out_documents,
     )
 
 

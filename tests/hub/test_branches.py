@@ -53,14 +53,6 @@ class Snapshots(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.fixture(autouse=True, scope="module")
-def without_plots():
-    """They take most of the time of a card, and have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_pretrain.hub.plots.plot_training", lambda *args, **options: None)
-        yield
-
-
 @pytest.fixture
 def hub(tmp_path):
     with LoopbackHub(tmp_path / "hub") as hub, connected(hub.url):

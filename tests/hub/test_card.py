@@ -257,6 +257,7 @@ def test_what_began_anew_is_told() -> None:
     assert "with `hf_pretrain`; the head cls began anew." in text
 
 
+@pytest.mark.usefixtures("own_pictures")
 def test_weights_that_are_not_the_last_ones_are_called_so(tmp_path: Path) -> None:
     compute = Compute(steps=1500, planned_steps=3000)
     card = dataclasses.replace(

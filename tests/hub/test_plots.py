@@ -13,6 +13,8 @@ from PIL import Image
 from hf_pretrain.hub import plots
 from hf_pretrain.hub.plots import plot_training, training_figures
 
+pytestmark = pytest.mark.usefixtures("own_pictures")
+
 LOG: list[dict[str, Any]] = [
     {"eval_loss": 45.0, "eval_mlm_loss": 9.0, "eval_rtd_loss": 0.72, "eval_rtd_auc": 0.5, "step": 0},
     {"loss": 40.0, "mlm_loss": 8.0, "rtd_loss": 0.64, "learning_rate": 1e-4, "grad_norm": 3.0, "step": 10},
