@@ -39,16 +39,15 @@ def test_a_broken_link_fails_the_build(tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     for name in ("hf_pretrain", "trainers", "examples", "benchmarks", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for text, message in (
-        ("[gone](gone.md)", "gone.md"),
-        ("[gone](data.md#gone)", "#gone"),
-        ("[no](../no.py)", "no.py"),
-    ):
-        with (tmp_path / "docs" / "index.md").open("a", encoding="utf-8") as file:
-            file.write(f"\n{text}\n")
+    index = tmp_path / "docs" / "index.md"
+    whole = index.read_text(encoding="utf-8")
+    # The first two are warnings, which come together at the end; the third one ends the build.
+    for broken in ({"[gone](gone.md)": "gone.md'", "[gone](data.md#gone)": "#gone"}, {"[no](../no.py)": "no.py"}):
+        index.write_text("\n\n".join([whole, *broken]), encoding="utf-8")
         run = build(tmp_path / "site", cwd=tmp_path)
-        assert run.returncode != 0 and message in run.stderr + run.stdout, text
-        shutil.copy(ROOT / "docs" / "index.md", tmp_path / "docs" / "index.md")
+        assert run.returncode != 0
+        for text, message in broken.items():
+            assert message in run.stderr + run.stdout, text
 
 
 def test_the_first_page_has_four_doors_and_two_answers(site):
