@@ -410,6 +410,13 @@ def test_tasks_are_found_by_their_paths(data, tmp_path):
     assert task.name == "SST-2" and task.spec.text == ("sentence",) and not task.spec.validation_file
     with pytest.raises(InputError, match="absent.csv' is no file or folder"):
         find_tasks(["absent.csv"], data_dir=data)
+    # A table without usual names is refused with those that it has, and other files with all that they could be.
+    (tmp_path / "odd.csv").write_text("review,stars\nfine,1\npoor,0\n")
+    with pytest.raises(InputError, match="the columns of '.*odd.csv' are review, stars, without usual names"):
+        find_tasks([str(tmp_path / "odd.csv")])
+    (tmp_path / "notes.txt").write_text("some text\n")
+    with pytest.raises(InputError, match="notes.txt' holds neither minimal pairs"):
+        find_tasks([str(tmp_path / "notes.txt")])
     # An unknown name is told what there is.
     with pytest.raises(InputError, match="there are SST-2, blimp, questions-words, stsb, topics, wordsim353"):
         find_tasks(["nothing"], data_dir=data)

@@ -127,9 +127,11 @@ def _named(name: str, data_dir: str | Path | None) -> list[SuiteTask]:
     if not path.is_file():
         raise InputError(f"tasks={name!r} is no file or folder: name one, or a task of data_dir={str(folder)!r}")
     own = path.resolve().parent.name if _is_split(path) else _stem(path)
-    if kind_of(name) in _TABLES and _holds_examples(own, name):
+    material = _seen_material(path)
+    # Of a table that is nothing else, the refusal names its columns.
+    if kind_of(name) in _TABLES and (material is None or _holds_examples(own, name)):
         return [_of_tables(own, {"train": (name,)})]
-    return [SuiteTask(name=own, material=_material(path), files=(name,))]
+    return [SuiteTask(name=own, material=material or _material(path), files=(name,))]
 
 
 def _holds_examples(name: str, path: str) -> bool:
@@ -247,8 +249,8 @@ def _of_tables(name: str, splits: dict[str, tuple[str, ...]]) -> SuiteTask:
         found = _columns(header, "regression", name)
     if found is None:
         raise InputError(
-            f"tasks={name!r}: the columns of {first!r} are {', '.join(map(str, header[:6]))}, and none has a usual name "
-            "(sentence, or sentence1 and sentence2, with label): describe the task in a YAML file"
+            f"tasks={name!r}: the columns of {first!r} are {', '.join(map(str, header[:6]))}, without usual names for both the texts "
+            "(sentence, or sentence1 and sentence2) and the labels (label): describe the task in a YAML file"
         )
     options |= {f"{split}_file": paths for split, paths in splits.items()}
     spec = TaskSpec(name=name, text=found[0], label=found[1], **options)
