@@ -249,8 +249,8 @@ def _of_tables(name: str, splits: dict[str, tuple[str, ...]]) -> SuiteTask:
         found = _columns(header, "regression", name)
     if found is None:
         raise InputError(
-            f"tasks={name!r}: the columns of {first!r} are {', '.join(map(str, header[:6]))}, without usual names for both the texts "
-            "(sentence, or sentence1 and sentence2) and the labels (label): describe the task in a YAML file"
+            f"tasks={name!r}: the columns of {first!r} are {', '.join(map(str, header[:6]))}, without usual names for both the "
+            "texts (sentence, or sentence1 and sentence2) and the labels (label): describe the task in a YAML file"
         )
     options |= {f"{split}_file": paths for split, paths in splits.items()}
     spec = TaskSpec(name=name, text=found[0], label=found[1], **options)
