@@ -3,6 +3,8 @@
 import sys
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from hf_pretrain.data.arguments import DataArguments
 from hf_pretrain.options import option
 from hf_pretrain.training.parsing import parse_arguments
@@ -29,6 +31,8 @@ def parse_command(
     if first is not None and given and not given[0].startswith("-"):
         given.insert(0, f"--{first}")
     found = parse_arguments(arguments, given, prog=f"hf-pretrain {name}", description=description or "")
+    # Bars of saving and loading a model would bury what a command says.
+    transformers_logging.disable_progress_bar()
     return found[0] if len(found) == 1 else found
 
 

@@ -30,7 +30,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
 )
-from transformers.utils import logging as transformers_logging
 
 from hf_pretrain.commands import parse_command
 from hf_pretrain.errors import InputError
@@ -119,7 +118,6 @@ def load_composite(checkpoint: str | Path) -> PretrainingModel:
         raise InputError(f"{given} is incomplete (killed while saving?): name another")
     if (damaged := damaged_file(checkpoint)) is not None:
         raise InputError(f"{given} is damaged ({damaged} is not as it was saved): name another")
-    transformers_logging.disable_progress_bar()
     model = _build(model_class, model_class.config_class.from_pretrained(checkpoint))
     restore_adapters(model)
     found = model.load_state_dict(_state(checkpoint, given), strict=False)

@@ -18,7 +18,7 @@ import copy
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -44,6 +44,7 @@ from hf_pretrain.training.processes import (
     stopping_on_sigterm,
 )
 from hf_pretrain.training.program import print_table
+from hf_pretrain.training.progress import show_progress
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.strategies import is_adapted, strategy_report
 from hf_pretrain.transfer.tuning.export import PREDICTIONS, RECIPE, RESULTS, export_fine_tuned, results_of
@@ -245,6 +246,7 @@ class _Program:
         options, args = run.options, run.args
 
         def begins(trainer: TaskTrainer, note: str) -> None:
+            shown.enter_context(closing(show_progress(trainer)))
             for folder in run.folders:
                 folder.training_begins()
             if args.process_index == 0:
@@ -255,7 +257,7 @@ class _Program:
             # On every process: what a library raises in training is no refusal, such as that another process is gone.
             self.has_begun = True
 
-        with refused_by_libraries(unless=lambda: self.has_begun):
+        with refused_by_libraries(unless=lambda: self.has_begun), ExitStack() as shown:
             found = fine_tune(
                 options.model_name_or_path,
                 self.data,

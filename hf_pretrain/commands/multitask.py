@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -43,6 +44,7 @@ from hf_pretrain.training.processes import (
     stopping_on_sigterm,
 )
 from hf_pretrain.training.program import print_table
+from hf_pretrain.training.progress import show_progress
 from hf_pretrain.transfer.multitask.modeling import MultiTaskModel, check_heads
 from hf_pretrain.transfer.multitask.trainer import MultiTaskArguments, MultiTaskTrainer
 from hf_pretrain.transfer.tuning.heads import chosen_head
@@ -160,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
                 _print_plan(trainer)
             has_begun = True
             folder.training_begins()
-            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+            with closing(show_progress(trainer)):
+                trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         _finish(trainer, options, baselines)
         part_at_exit()
 

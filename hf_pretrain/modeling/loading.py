@@ -228,7 +228,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Let neither transformers nor datasets draw progress bars: of many small trainings, they would bury the lines between."""
+    """Let neither transformers nor datasets draw progress bars: those of much that is small would bury the lines between."""
     library = transformers_logging
     has_bars = library.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     library.disable_progress_bar()

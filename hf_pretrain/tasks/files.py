@@ -24,6 +24,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from hf_pretrain.data.text.lines import open_bytes, readable
 from hf_pretrain.errors import InputError, one_line
+from hf_pretrain.modeling.loading import without_bars
 from hf_pretrain.options import number_or_text
 
 Task = Literal["sequence-classification", "token-classification", "question-answering"]
@@ -123,7 +124,8 @@ def read_files(
     elif reader == "csv" and task == "sequence-classification":
         options = options | _names_of_columns(paths, option=option, names=[*names, *usual_names(task)], **options)
     try:
-        return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
+        with without_bars():
+            return datasets.load_dataset(reader, data_files=list(paths), split="train", **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
         cause: BaseException = error
         while cause.__cause__ is not None:

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -215,13 +215,19 @@ class Progress(TrainerCallback):
     """Shows the last value of each loss and metric, on training and held-out text, with speed and the time left.
 
     Args:
-        trainer: The Trainer whose log it shows.
         is_live: Whether the table stays in its place, which takes a terminal; else each row of the log is a line.
+        introduce: Gives the lines before the first step, from the number of steps.
         console: Where to write; standard output by default.
     """
 
-    def __init__(self, trainer: PretrainingTrainer, *, is_live: bool, console: Console | None = None) -> None:
-        self.trainer = trainer
+    def __init__(
+        self,
+        *,
+        is_live: bool,
+        introduce: Callable[[int], Sequence[str]] = lambda steps: (),
+        console: Console | None = None,
+    ) -> None:
+        self.introduce = introduce
         self.console = Console(highlight=False) if console is None else console
         self.is_live = is_live
         self._live: Live | None = None
@@ -244,10 +250,8 @@ class Progress(TrainerCallback):
         self._max_steps, self._step = state.max_steps, state.global_step
         if not state.is_world_process_zero:
             return
-        trainer = self.trainer
-        self.say(f"data   {data_line(trainer.data_description, trainer.train_dataset)}")
-        self.say(f"model  {model_line(trainer.model)}")
-        self.say(f"plan   {plan_line(trainer, state.max_steps)}")
+        for line in self.introduce(state.max_steps):
+            self.say(line)
         if self.is_live:
             self._show(self._table)
 
@@ -373,15 +377,27 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def show_progress(trainer: PretrainingTrainer) -> Progress:
-    """Replace the progress bar and the raw rows of transformers by the table, and keep to `max_minutes` if they are given."""
+def show_progress(trainer: Trainer, introduce: Callable[[int], Sequence[str]] = lambda steps: ()) -> Progress:
+    """Replace the progress bar and the raw rows of transformers by the table.
+
+    Args:
+        trainer: Any Trainer.
+        introduce: See [`Progress`].
+    """
     trainer.pop_callback(PrinterCallback)
     is_live = trainer.pop_callback(ProgressCallback) is not None
-    progress = Progress(trainer, is_live=is_live and sys.stdout.isatty())
+    progress = Progress(is_live=is_live and sys.stdout.isatty(), introduce=introduce)
     trainer.add_callback(progress)
-    if trainer.args.max_minutes is not None:
-        trainer.add_callback(TimeBudget(trainer))
     return progress
+
+
+def introduce(trainer: PretrainingTrainer, steps: int) -> list[str]:
+    """Return the lines before the first of so many steps of pre-training: text, model and plan."""
+    return [
+        f"data   {data_line(trainer.data_description, trainer.train_dataset)}",
+        f"model  {model_line(trainer.model)}",
+        f"plan   {plan_line(trainer, steps)}",
+    ]
 
 
 # A budget of time

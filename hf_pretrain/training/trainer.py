@@ -70,7 +70,14 @@ from hf_pretrain.training.processes import (
     reported_faults,
     sharded_by_blocks,
 )
-from hf_pretrain.training.progress import LearningRates, TokenCount, peak_memory_mib, show_progress
+from hf_pretrain.training.progress import (
+    LearningRates,
+    TimeBudget,
+    TokenCount,
+    introduce,
+    peak_memory_mib,
+    show_progress,
+)
 from hf_pretrain.training.steps.evaluation import Evaluation
 from hf_pretrain.training.steps.runner import StepRunner, with_host_inputs
 
@@ -191,7 +198,9 @@ class PretrainingTrainer(MethodHooks, Trainer):
         self.accelerator.dataloader_config.non_blocking |= self.args.dataloader_pin_memory
         check_launch(self.accelerator)
         check_matrices_are_whole(self.args, self.accelerator)
-        self.progress = show_progress(self)
+        self.progress = show_progress(self, partial(introduce, self))
+        if self.args.max_minutes is not None:
+            self.add_callback(TimeBudget(self))
         self.learning_rates = LearningRates()
         self.add_callback(self.learning_rates)
         if self.course is not None:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from helpers.two_ranks import run_on_two_ranks
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing.profile import peak_of_tensors
 from hf_pretrain.training import progress
-from hf_pretrain.training.progress import Progress, TimeBudget
+from hf_pretrain.training.progress import Progress, TimeBudget, introduce
 
 MLM, RTD = programs()["mlm"], programs()["rtd"]
 
@@ -23,7 +24,7 @@ def shown(trainer, *, width=100):
     trainer.pop_callback(Progress)
     terminal = io.StringIO()
     console = Console(file=terminal, force_terminal=True, width=width, color_system=None)
-    trainer.progress = Progress(trainer, is_live=True, console=console)
+    trainer.progress = Progress(is_live=True, introduce=partial(introduce, trainer), console=console)
     trainer.add_callback(trainer.progress)
     return terminal
 

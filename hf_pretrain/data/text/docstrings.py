@@ -157,7 +157,7 @@ def split_held_out(num_documents: int, fraction: float, *, seed: int = 0) -> tup
     if num_held_out and num_held_out >= num_documents:
         raise InputError(
             f"validation_fraction={fraction} can not hold out a document of {num_documents}: give a validation_file, "
-            "separate documents by blank lines (or set document_separator), or hold nothing out with 0"
+            "separate documents by blank lines, say document_separator=line if each line is one, or hold nothing out with 0"
         )
     order = draws.permutation(num_documents, seed=seed, stream="held out")
     return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])

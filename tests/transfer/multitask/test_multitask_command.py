@@ -84,6 +84,7 @@ def test_the_output_is_the_model_of_a_next_training(place, first, tmp_path, caps
     names = {path.name for path in out.iterdir() if path.is_dir()}
     assert names & {"topic", "tags", "value"} == {"value"}
     lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("step 2/2  loss ") for line in lines) and not any("{'loss'" in line for line in lines)
     row = next(line.split() for line in lines if line.strip().startswith("value "))
     assert row[:2] == ["value", "regression"] and "2 (100.0%)" in " ".join(row)
     assert any(re.match(r"\s*mean\s+-?\d\.\d{3}", line) for line in lines)

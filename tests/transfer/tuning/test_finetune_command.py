@@ -80,6 +80,7 @@ def test_the_export_gives_the_predictions_of_the_file_and_the_card_runs(place, t
     out = tmp_path / "out"
     assert run(place, out, "--tfidf", "true", task=kind) == 0
     shown = capsys.readouterr().out
+    assert "\nstep 40/40  loss " in shown and "{'loss'" not in shown
     data, model, tokenizer, decoded, logits = reopened(out, place, kind)
     lines = predictions(out)
     if kind == "regression":
