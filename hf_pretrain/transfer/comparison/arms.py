@@ -248,11 +248,13 @@ class ArmCost:
         """Return the steps of fine-tuning with so many examples."""
         return max(1, examples // self.batch_size)
 
+    def read(self, examples: int) -> int:
+        """Return the examples that a run with so many reads: features are computed once a row."""
+        return min(examples, self.rows) if self.arm.strategy == FEATURES else examples
+
     def __call__(self, examples: int) -> float:
-        """Return the FLOPs of a run with so many examples; features are computed once a row."""
-        if self.arm.strategy == FEATURES:
-            return self.flops * min(examples, self.rows)
-        return self.flops * self.steps(examples)
+        """Return the FLOPs of a run with so many examples."""
+        return self.flops * (self.read(examples) if self.arm.strategy == FEATURES else self.steps(examples))
 
 
 def count_cost(arm: ComparisonArm, data: TaskData, *, batch_size: int, max_length: int | None = None) -> ArmCost:

@@ -327,10 +327,10 @@ class StrategyComparison:
                 self._outcome(cost, one, digest, examples=examples, seed=seed)
                 for one, digest, seed in zip(data, digests, self.seeds, strict=True)
             ]
-            entries[rung][arm] = entry = Entry(examples, tuple(outcomes), metric)
+            entries[rung][arm] = entry = Entry(cost.read(examples), tuple(outcomes), metric)
             is_new = len(self.runs.entries) > known
             took = f"{time.perf_counter() - begin:.1f} s" if is_new else "from an earlier run"
-            self.say(f"{Path(arm.model).name} {arm.name}, {examples:,} examples: {entry.mean:.3f}, {took}")
+            self.say(f"{Path(arm.model).name} {arm.name}, {entry.examples:,} examples: {entry.mean:.3f}, {took}")
             return entry.mean
 
         successive_halving(arms, rungs, score)
