@@ -3,7 +3,7 @@
 Pure functions of the records of both models; each returns the sum by example and the number of its targets. Padding
 never counts, neither as a query nor as a key. Differences and sums are in fp32, under autocast too. Shapes: B rows of
 L tokens, h heads of width d, states of width D. TinyBERT's squared differences come first, then MiniLM's divergences,
-then how heads are summed in chunks, and the attention scores' difference with its gradient by hand.
+then how heads are summed in chunks, and the attention scores' difference without scores. Gradients are by hand.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import without_autocast
 from hf_pretrain.modeling.losses import ExampleSum
 from hf_pretrain.modeling.observing.capture import AttentionRecord
 
-# Scores of one chunk: 64 MiB in fp32.
-_SCORES_AT_ONCE = 1 << 24
+# Scores of one chunk: 4 MiB in fp32, and on accelerators 64.
+_SCORES_AT_ONCE = 1 << 20
+_ON_ACCELERATORS = 16
+_Compare = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 def attention_loss(
@@ -207,7 +209,7 @@ def pairs_in_both(
 
 
 def _sum_over_pairs(
-    function: Callable[..., torch.Tensor],
+    compare: _Compare,
     student: AttentionRecord,
     teacher: AttentionRecord,
     attention_mask: torch.Tensor,
@@ -216,57 +218,121 @@ def _sum_over_pairs(
     check_same_heads(student.num_heads, teacher.num_heads)
     visible = pairs_in_both(student, teacher, attention_mask, document_ids=document_ids)
     counts_B = student.num_heads * visible.sum(dim=(1, 2, 3)).float()
-    return ExampleSum(sum_over_heads(function, student, teacher, visible), counts_B)
+    return ExampleSum(sum_over_heads(compare, student, teacher, visible), counts_B)
 
 
 def sum_over_heads(
-    function: Callable[[AttentionRecord, AttentionRecord, torch.Tensor], torch.Tensor],
-    student: AttentionRecord,
-    teacher: AttentionRecord,
-    visible: torch.Tensor,
+    compare: _Compare, student: AttentionRecord, teacher: AttentionRecord, visible: torch.Tensor
 ) -> torch.Tensor:
-    """Add up a function of two layers over chunks of heads; the backward pass makes their scores again.
+    """Add up what compares two layers, some heads at a time; their scores are made once, and none are kept.
 
     Args:
-        function: Takes the student's and the teacher's attention of some heads, and the visible pairs, to ``[B]``
-            sums.
+        compare: Takes the student's and the teacher's scores of some heads, which it may overwrite, and the visible pairs, to
+            ``[B]`` sums and their gradients by the student's scores.
         student: Attention of all heads.
-        teacher: Attention of as many.
+        teacher: Attention of as many; no gradient reaches it.
         visible: ``[B, 1, L, L]`` bool.
 
     Returns:
         ``[B]``.
     """
-    num_heads = max(1, _SCORES_AT_ONCE // visible.numel())
-    chunks = (slice(first, first + num_heads) for first in range(0, student.num_heads, num_heads))
-    again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    sums = [checkpoint(function, student.of_heads(part), teacher.of_heads(part), visible, **again) for part in chunks]
-    return torch.stack(sums).sum(0)
+    bias = student.bias
+    if bias is not None and bias.requires_grad:
+        # The gradients of the sums may differ between examples.
+        bias = bias.expand(len(visible), -1, -1, -1)
+    wanted = torch.is_grad_enabled()
+    found: torch.Tensor = _SumOverHeads.apply(
+        student.query, student.key, bias, student.scaling, teacher, visible, compare, wanted
+    )
+    return found
 
 
-def masked_scores(record: AttentionRecord, visible: torch.Tensor) -> torch.Tensor:
-    """Return the scores; those of pairs that are not visible get probability 0, and stay finite for rows that see nothing."""
-    return record.scores().masked_fill(~visible, torch.finfo(torch.float32).min)
+class _SumOverHeads(torch.autograd.Function):
+    """Computes the gradients together with the sums, while the scores are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        bias: torch.Tensor | None,
+        scaling: float,
+        teacher: AttentionRecord,
+        visible: torch.Tensor,
+        compare: _Compare,
+        wanted: bool,
+    ) -> torch.Tensor:
+        """Return the sums, ``[B]`` in fp32."""
+        student = AttentionRecord(query, key, key, scaling, bias)
+        inputs = (query, key, bias)
+        of_query, of_key, of_bias = (
+            _empty_sum(each) if each is not None and wanted and need else None
+            for each, need in zip(inputs, ctx.needs_input_grad[:3], strict=True)
+        )
+        sums_B = torch.zeros(len(query), dtype=torch.float32, device=query.device)
+        at_once = _SCORES_AT_ONCE * (1 if query.device.type == "cpu" else _ON_ACCELERATORS)
+        num_heads = max(1, at_once // visible.numel())
+        with without_autocast(query.device):
+            for first in range(0, student.num_heads, num_heads):
+                part = slice(first, first + num_heads)
+                ours = student.of_heads(part)
+                sums, errors = compare(ours.scores(), teacher.of_heads(part).scores(), visible)
+                sums_B += sums
+                if of_query is not None:
+                    of_query[:, part] = scaling * (errors @ ours.key.float())
+                if of_key is not None:
+                    of_key[:, part] = scaling * (errors.mT @ ours.query.float())
+                if of_bias is not None:
+                    shared = of_bias if of_bias.shape[1] == 1 else of_bias[:, part]
+                    shared += errors.sum_to_size(shared.shape)
+        ctx.dtypes = [None if each is None else each.dtype for each in inputs]
+        ctx.save_for_backward(of_query, of_key, of_bias)
+        return sums_B
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of queries, keys and bias."""
+        found = (
+            None if each is None else (each * gradient[:, None, None, None]).to(dtype)
+            for each, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *found, None, None, None, None, None
+
+
+def _empty_sum(of: torch.Tensor) -> torch.Tensor:
+    """Return zeros for a gradient. In half precision with few exponents it would vanish before it is multiplied."""
+    return torch.zeros_like(of, dtype=torch.float32 if of.dtype == torch.float16 else None)
+
+
+def _masked(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Give pairs that are not visible probability 0; they stay finite for rows that see nothing."""
+    return scores.masked_fill_(~visible, torch.finfo(torch.float32).min)
 
 
 def _squared_score_differences(
-    student: AttentionRecord, teacher: AttentionRecord, visible: torch.Tensor
-) -> torch.Tensor:
-    return ((student.scores() - teacher.scores()) * visible).square().sum(dim=(1, 2, 3))
+    ours: torch.Tensor, theirs: torch.Tensor, visible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    differences = ours.sub_(theirs).mul_(visible)
+    return differences.square().sum(dim=(1, 2, 3)), differences.mul_(2)
 
 
 def _squared_probability_differences(
-    student: AttentionRecord, teacher: AttentionRecord, visible: torch.Tensor
-) -> torch.Tensor:
-    student_probs, teacher_probs = (masked_scores(record, visible).softmax(-1) for record in (student, teacher))
-    return ((student_probs - teacher_probs) * visible).square().sum(dim=(1, 2, 3))
+    ours: torch.Tensor, theirs: torch.Tensor, visible: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ours, theirs = (_masked(scores, visible).softmax(-1) for scores in (ours, theirs))
+    # Hidden pairs are 0 in both, and rows that see nothing are alike.
+    differences = theirs.neg_().add_(ours)
+    sums_B = differences.square().sum(dim=(1, 2, 3))
+    return sums_B, torch._softmax_backward_data(differences.mul_(2), ours, -1, ours.dtype)
 
 
-def _divergences(student: AttentionRecord, teacher: AttentionRecord, visible: torch.Tensor) -> torch.Tensor:
-    student_BHLL, teacher_BHLL = (masked_scores(record, visible).log_softmax(-1) for record in (student, teacher))
-    divergences = F.kl_div(student_BHLL, teacher_BHLL, log_target=True, reduction="none")
+def _divergences(ours: torch.Tensor, theirs: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    ours, theirs = (_masked(scores, visible).log_softmax(-1) for scores in (ours, theirs))
     # The softmax of a row of padding has no visible pair.
-    return (divergences * visible).sum(dim=(1, 2, 3))
+    wanted = theirs.exp().mul_(visible)
+    sums_B = (wanted * theirs.sub_(ours)).sum(dim=(1, 2, 3))
+    return sums_B, ours.exp_().mul_(wanted.sum(-1, keepdim=True)).sub_(wanted)
 
 
 def squared_score_differences(

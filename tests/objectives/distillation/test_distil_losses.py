@@ -10,6 +10,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.observing.capture import AttentionRecord
 from hf_pretrain.objectives.distillation import losses
 from hf_pretrain.objectives.distillation.losses import (
+    attention_distribution_loss,
     attention_loss,
     attention_probability_loss,
     cosine_loss,
@@ -176,6 +177,63 @@ class TestAttention:
             alone.append(loss(*cut, torch.ones(1, part.stop - part.start)))
         torch.testing.assert_close(packed.sum, alone[0].sum + alone[1].sum)
         assert packed.count == alone[0].count + alone[1].count
+
+
+def divergences(student, teacher):
+    return torch.nn.functional.kl_div(
+        student.log_softmax(-1), teacher.log_softmax(-1), log_target=True, reduction="sum"
+    )
+
+
+OF_PAIRS = [
+    (attention_loss, squared),
+    (attention_probability_loss, squared_probabilities),
+    (attention_distribution_loss, divergences),
+]
+
+
+class TestGradientsByHand:
+    """They are made before it is known what they are multiplied by."""
+
+    @pytest.mark.parametrize("shape", [(3, 3), (1, 3), (3, 1), (1, 1)])
+    @pytest.mark.parametrize(("loss", "compare"), OF_PAIRS)
+    def test_examples_weigh_differently_and_heads_and_examples_share_a_bias(self, loss, compare, shape, monkeypatch):
+        monkeypatch.setattr(losses, "_SCORES_AT_ONCE", 1)
+        bias = torch.randn(*shape, 6, 6, generator=torch.Generator().manual_seed(5)).requires_grad_()
+        student, teacher, mask = record(seed=0)._replace(bias=bias), record(seed=1), mask_of()
+        slow, slow_bias = in_float64(student), bias.detach().double().requires_grad_()
+        weights = torch.tensor([0.5, -2.0, 3.0])
+        expected = (
+            by_loops(slow._replace(bias=slow_bias.expand(3, 3, 6, 6)), in_float64(teacher), mask, compare)
+            @ weights.double()
+        )
+        found = loss(student, teacher, mask).sum @ weights
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        exact = torch.autograd.grad(expected, [slow.query, slow.key, slow_bias])
+        for one, other in zip(torch.autograd.grad(found, [student.query, student.key, bias]), exact, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("loss", [loss for loss, _ in OF_PAIRS])
+    def test_small_ones_survive_half_precision(self, loss):
+        """As a scaled loss needs: they are a thousand times smaller than what float16 tells from zero."""
+        mask, results = mask_of(), []
+        for dtype in (torch.float32, torch.float16):
+            student, teacher = (record(seed=seed) for seed in (0, 1))
+            small = [(each.detach() * 2.0**-10).half().to(dtype).requires_grad_() for each in student[:2]]
+            bias = torch.zeros(1, 1, 6, 6)
+            one = student._replace(query=small[0], key=small[1], bias=bias)
+            other = teacher._replace(query=teacher.query.detach() * 2.0**-10, bias=bias)
+            results.append(torch.autograd.grad(loss(one, other, mask).sum.sum() * 2.0**20, small))
+        for exact, found in zip(*results, strict=True):
+            assert found.dtype == torch.float16
+            torch.testing.assert_close(found.float(), exact, rtol=2e-3, atol=1e-3)
+
+    @pytest.mark.parametrize("loss", [loss for loss, _ in OF_PAIRS])
+    def test_no_scores_are_kept(self, loss):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda t: t):
+            loss(record(seed=0, length=40), record(seed=1, length=40), mask_of((40, 9, 4)))
+        assert kept and not any(shape[-2:] == (40, 40) for shape in kept)
 
 
 def attention_results(seed, mask, loss, **options):
