@@ -9,6 +9,8 @@ A step is the teacher's forward and the student's forward and backward, of these
     tinybert 32x128  the same, full rows
     sst2             the same on the sentences of data_dir/sst2/train.tsv; stock: padded to 64; ours: batches of about one
                      length, as the Trainer makes them. A step is one pass over `sst2_batches` batches
+    minilmv2         relations of the queries, keys and values of a layer, 32 rows of 128 tokens; stock: plain softmaxes and
+                     divergences of what its projections return
     prediction       divergence of a classifier's logits; the third side has the teacher's logits from a cache
     textbrewer 128   a classifier's hidden states, attention probabilities and logits on the lines of `--text_file`, cut to 128
                      tokens; stock: the loop that TextBrewer documents, batches in random order, padded to their longest line.
@@ -70,6 +72,7 @@ VOCAB_SIZE = 30522
 OFFICIAL_LENGTH = 64
 # layers, width, heads, width of the feed-forward layers
 SMALL = {"distilbert": ((6, 256, 4, 1024), (3, 256, 4, 1024)), "tinybert": ((8, 256, 4, 1024), (4, 128, 4, 512))}
+MINILM = {"relation_qq": "query", "relation_kk": "key", "relation_vv": "value"}
 BASE = {"distilbert": ((12, 768, 12, 3072), (6, 768, 12, 3072)), "tinybert": ((12, 768, 12, 3072), (4, 312, 12, 1200))}
 
 
@@ -210,6 +213,45 @@ def tinybert_sides(args: argparse.Namespace, *, batch_size: int, length: int, is
     return {"stock": [stock], "ours": [weighted(pair, batch)]}
 
 
+def minilm_sides(args: argparse.Namespace) -> Sides:
+    """MiniLMv2's relations on full rows."""
+    heads = 24 if args.base else 16
+    options = training_options(
+        DistillationTrainingArguments, args, distillation_method="minilmv2", relation_heads=heads
+    )
+    pair = make_pair(AutoModel, "tinybert", args, options, length=128)
+    ids = torch.from_numpy(draws.integers(draws.row_keys(range(32), seed=0), 128, high=VOCAB_SIZE))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen: dict[tuple[str, str], torch.Tensor] = {}
+    layers = {
+        "student": pair.student.encoder.layer[-1],
+        "teacher": pair.teacher.encoder.layer[pair.ours.config.teacher_layer - 1],
+    }
+    for side, layer in layers.items():
+        for name in MINILM.values():
+            projection = getattr(layer.attention.self, name)
+            projection.register_forward_hook(
+                lambda module, inputs, output, at=(side, name): seen.__setitem__(at, output)
+            )
+
+    def relation(states: torch.Tensor) -> torch.Tensor:
+        parts = states.float().unflatten(-1, (heads, -1)).transpose(1, 2)
+        return (parts @ parts.mT * parts.shape[-1] ** -0.5).log_softmax(-1)
+
+    def stock() -> torch.Tensor:
+        with torch.no_grad():
+            pair.teacher(**batch)
+        pair.student(**batch)
+        total = torch.zeros(())
+        for loss, name in MINILM.items():
+            student, teacher = (relation(seen[side, name]) for side in ("student", "teacher"))
+            divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+            total = total + pair.weights[loss] * divergence / student[..., 0].numel()
+        return total
+
+    return {"stock": [stock], "ours": [weighted(pair, batch)]}
+
+
 def sst2_sides(args: argparse.Namespace) -> Sides:
     """TinyBERT's intermediate losses on real sentences: padded to one length, or as the Trainer batches them."""
     rows = read_rows(args.data_dir, "sst2", "train")
@@ -341,6 +383,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Sides]] = {
     "tinybert 8x512": lambda args: tinybert_sides(args, batch_size=8, length=512, is_full=False),
     "tinybert 32x128": lambda args: tinybert_sides(args, batch_size=32, length=128, is_full=True),
     "sst2": sst2_sides,
+    "minilmv2": minilm_sides,
     "prediction": prediction_sides,
     "textbrewer 128": lambda args: textbrewer_sides(args, batch_size=32, length=128),
     "textbrewer 512": lambda args: textbrewer_sides(args, batch_size=8, length=512),
