@@ -100,7 +100,7 @@ def chunk_rows(vocab_size: int, chunk_logits: int | None, device: torch.device) 
     return max(1, chunk_logits // vocab_size)
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the number format in which a linear map computes: that of autocast, or the weight's."""
     kind = weight.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):
@@ -122,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_gradients: bool,
         look: Look | None,
     ) -> torch.Tensor:
-        dtype = _compute_dtype(weight_VD)
+        dtype = compute_dtype(weight_VD)
         needed = [wants_gradients and need for need in ctx.needs_input_grad[:3]]
         sums = _GradientSums.of((states_TD, weight_VD, bias_V), needed)
         nll_T = torch.empty(len(states_TD), dtype=torch.float32, device=states_TD.device)
@@ -305,7 +305,7 @@ class OutputMap:
         table = self._model.get_output_embeddings()
         if not self._ends_head or type(table) is not nn.Linear or table._forward_hooks or table._forward_pre_hooks:
             return None
-        if _compute_dtype(table.weight) == torch.float16:
+        if compute_dtype(table.weight) == torch.float16:
             return None
         if not self._adds_constant:
             return table.weight, table.bias

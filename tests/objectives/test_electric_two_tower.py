@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from hf_pretrain.errors import InputError
-from hf_pretrain.modeling.losses import sample_tokens
+from hf_pretrain.modeling import kernels
+from hf_pretrain.modeling.losses import IGNORED, sample_tokens
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.objectives.electric import TwoTowerClozeConfig, TwoTowerClozeModel, two_tower
 from hf_pretrain.objectives.electric.two_tower import build_two_tower
@@ -251,7 +252,7 @@ class TestDistribution:
     def test_chunks_give_the_same_losses_and_gradients_and_bound_the_logits(self, monkeypatch):
         ids, results, rows = tokens(4, LENGTH), [], []
         for at_once in (2**25, 7 * VOCAB_SIZE):
-            monkeypatch.setattr(two_tower, "_LOGITS_AT_ONCE", at_once)
+            monkeypatch.setattr(kernels, "CHUNK_LOGITS", at_once)
             model = make()
             original = model.logits
             monkeypatch.setattr(model, "logits", lambda states, run=original: rows.append(len(states)) or run(states))
@@ -264,6 +265,25 @@ class TestDistribution:
         (one, sample, gradients), (chunked, other_sample, other_gradients) = results
         torch.testing.assert_close(chunked, one)
         assert torch.equal(sample[0], other_sample[0])
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[name], gradient, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("at_once", [2**25, 7 * VOCAB_SIZE])
+    def test_gradients_with_the_losses_are_those_of_logits_that_are_made_again(self, monkeypatch, at_once):
+        """In float16, where a gradient vanishes before it is multiplied, logits are made again, as in what is compiled."""
+        ids, results = tokens(4, LENGTH), []
+        wanted = ids.flatten().masked_fill(torch.arange(ids.numel()) % 5 == 2, IGNORED)
+        monkeypatch.setattr(kernels, "CHUNK_LOGITS", at_once)
+        for dtype in (torch.float32, torch.float16):
+            monkeypatch.setattr(two_tower, "compute_dtype", lambda weight, dtype=dtype: dtype)
+            model = make(excluded=[0, 1, 3])
+            states = model.context_states(ids, torch.ones_like(ids)).flatten(0, 1)
+            log_probs = model.log_probs(states, wanted)
+            assert not log_probs[wanted == IGNORED].any()
+            (-log_probs.sum() / 3).backward()
+            results.append((log_probs.detach(), {n: p.grad for n, p in model.named_parameters()}))
+        (early, gradients), (again, other_gradients) = results
+        torch.testing.assert_close(early, again)
         for name, gradient in gradients.items():
             torch.testing.assert_close(other_gradients[name], gradient, atol=1e-5, rtol=1e-4)
 

@@ -13,9 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_pretrain.evaluation.metrics import batches_by_length, stack_characters
 from hf_pretrain.evaluation.token_scores import EncodedText, TokenScores
 from hf_pretrain.modeling.backbone import evaluating, reads_characters
-
-# Log-probabilities that exist at a time: 128 MiB in fp32, of each direction.
-_AT_ONCE = 1 << 25
+from hf_pretrain.modeling.kernels import chunk_rows
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,9 @@ def _mean_scores(
     """Return the mean log-probability of each target, ``[T]``, and whether no token has a higher one."""
     scores, is_greedy = [np.zeros(0)], [np.zeros(0, dtype=np.bool_)]
     size = 1 if not len(labels_T) else directions.log_probabilities(found[0][:1]).shape[-1]
-    for begin in range(0, len(labels_T), max(1, _AT_ONCE // size)):
-        part = slice(begin, begin + max(1, _AT_ONCE // size))
+    rows = chunk_rows(size, None, found[0].device)
+    for begin in range(0, len(labels_T), rows):
+        part = slice(begin, begin + rows)
         left_TV, right_TV = (directions.log_probabilities(each[part]) for each in found)
         mean_TV = (left_TV + right_TV.to(left_TV.device)) / 2
         wanted_T = labels_T[part].to(mean_TV.device)

@@ -174,8 +174,9 @@ class ElectricForPreTraining(PairForPreTraining):
 
         inputs |= {"attention_mask": attention_mask, "document_ids": document_ids, "position_ids": position_ids}
         states = self.generator.context_states(input_ids, **inputs).flatten(0, 1)
-        log_q_C = self.generator.log_probs(states.index_select(0, positions), text[positions])
-        log_q_C = log_q_C.where(is_candidate_C, 0.0)
+        log_q_C = self.generator.log_probs(
+            states.index_select(0, positions), text[positions].where(is_candidate_C, IGNORED)
+        )
         samples_T, samples_log_q_T = self.generator.sample(states.index_select(0, target_positions), sample_uniforms)
         put = partial(_put, positions=target_positions, where=is_noise)
         given = put(samples_T, into=text)
@@ -185,11 +186,13 @@ class ElectricForPreTraining(PairForPreTraining):
 
         total = partial(_sum_where, positions=positions, shape=shape)
         num_noise, num_candidates = total(is_noise_C, is_candidate_C)
+        # Where there is no candidate it is 0 already, and its gradient has to be that of the others.
+        cloze = ExampleSum(sum_by_example(-log_q_C, positions, shape), num_candidates)
         shares = num_noise / num_candidates.clamp(min=1)
         logits_C = noise_logits(energies_C, given_log_q[positions], shares[positions // shape[1]])
         nce_C = F.binary_cross_entropy_with_logits(logits_C, is_noise_C.float(), reduction="none")
         output = PretrainingOutput(
-            losses={"cloze": total(-log_q_C, is_candidate_C), "nce": total(nce_C, is_candidate_C)},
+            losses={"cloze": cloze, "nce": total(nce_C, is_candidate_C)},
             metrics={
                 "fake_rate": ExampleSum(num_noise, num_candidates),
                 "sampled_accuracy": total(given[positions] == text[positions], is_noise_C),

@@ -21,14 +21,13 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import evaluating, row_position_inputs
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.embeddings import shared_embedding_names
+from hf_pretrain.modeling.kernels import chunk_rows, compute_dtype, linear_cross_entropy
 from hf_pretrain.modeling.loading import from_config
-from hf_pretrain.modeling.losses import sample_tokens
+from hf_pretrain.modeling.losses import IGNORED, sample_tokens
 from hf_pretrain.modeling.visibility import rules
 from hf_pretrain.modeling.visibility.lm_modes import find_fault
 from hf_pretrain.modeling.visibility.rules import find_mixing
 
-# 128 MiB in fp32; the softmax over them takes a few times as much.
-_LOGITS_AT_ONCE = 2**25
 _RULE = "direction"
 # Tokens of the row in which the directions are tried out, few: an architecture that attends sparsely to long rows passes.
 _TRIED = 16
@@ -191,20 +190,28 @@ class TwoTowerClozeModel(PreTrainedModel):
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return logits over the vocabulary in fp32, minus infinity at excluded tokens: ``[..., V]`` of ``[..., 2 * D]``."""
-        hidden = self.norm(self.activation(self.dense(states)))
-        logits = F.linear(hidden, self.get_input_embeddings().weight, self.bias)
+        logits = F.linear(self._hidden(states), self.get_input_embeddings().weight, self.bias)
         return logits.float().masked_fill(self.excluded_tokens, float("-inf"))
+
+    def _hidden(self, states: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.norm(self.activation(self.dense(states)))
+        return hidden
 
     def log_probs(self, states: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Return log q of one token a position; logits over the vocabulary are never held for more than a chunk.
 
         Args:
             states: ``[T, 2 * D]`` context states.
-            token_ids: ``[T]``.
+            token_ids: ``[T]``, -100 for a position without a token.
 
         Returns:
-            ``[T]`` in nats and fp32, differentiable; minus infinity at excluded tokens.
+            ``[T]`` in nats and fp32; minus infinity at excluded tokens, 0 without a token. The gradients of all positions must
+            be the same, see [`linear_cross_entropy`].
         """
+        weight = self.get_input_embeddings().weight
+        if not torch.compiler.is_compiling() and compute_dtype(weight) != torch.float16:
+            bias = self.bias.masked_fill(self.excluded_tokens, float("-inf"))
+            return -linear_cross_entropy(self._hidden(states), weight, token_ids, bias=bias)
         # The logits of a chunk are computed again in the backward pass; nothing in it is random.
         return torch.cat(
             [
@@ -236,12 +243,13 @@ class TwoTowerClozeModel(PreTrainedModel):
         return MaskedLMOutput(logits=self.logits(self.context_states(input_ids, attention_mask, **inputs)))
 
     def _chunks(self, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-        rows = max(1, _LOGITS_AT_ONCE // len(self.bias))
+        rows = chunk_rows(len(self.bias), None, self.bias.device)
         return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
     def _log_probs(self, states_TD: torch.Tensor, token_ids_T: torch.Tensor) -> torch.Tensor:
         logits_TV = self.logits(states_TD)
-        return logits_TV.gather(-1, token_ids_T[:, None]).squeeze(-1) - logits_TV.logsumexp(-1)
+        found_T = logits_TV.gather(-1, token_ids_T.clamp(min=0)[:, None]).squeeze(-1) - logits_TV.logsumexp(-1)
+        return found_T.masked_fill(token_ids_T == IGNORED, 0.0)
 
     def _sample(self, states_TD: torch.Tensor, uniforms_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits_TV = self.logits(states_TD)
