@@ -269,13 +269,19 @@ class TestDistribution:
             torch.testing.assert_close(other_gradients[name], gradient, atol=1e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("at_once", [2**25, 7 * VOCAB_SIZE])
-    def test_gradients_with_the_losses_are_those_of_logits_that_are_made_again(self, monkeypatch, at_once):
-        """In float16, where a gradient vanishes before it is multiplied, logits are made again, as in what is compiled."""
+    @pytest.mark.parametrize("where", ["in float16", "compiled"])
+    def test_gradients_with_the_losses_are_those_of_logits_that_are_made_again(self, monkeypatch, where, at_once):
+        """In float16 a gradient vanishes before it is multiplied, and a compiler makes one kernel of logits and losses."""
         ids, results = tokens(4, LENGTH), []
         wanted = ids.flatten().masked_fill(torch.arange(ids.numel()) % 5 == 2, IGNORED)
         monkeypatch.setattr(kernels, "CHUNK_LOGITS", at_once)
-        for dtype in (torch.float32, torch.float16):
-            monkeypatch.setattr(two_tower, "compute_dtype", lambda weight, dtype=dtype: dtype)
+        for is_early in (True, False):
+            if not is_early:
+                monkeypatch.delattr(two_tower, "linear_cross_entropy")
+                if where == "compiled":
+                    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+                else:
+                    monkeypatch.setattr(two_tower, "compute_dtype", lambda weight: torch.float16)
             model = make(excluded=[0, 1, 3])
             states = model.context_states(ids, torch.ones_like(ids)).flatten(0, 1)
             log_probs = model.log_probs(states, wanted)
