@@ -51,7 +51,13 @@ _OF_A_RUN = (
         "branches",
     ),
     *("config.json", "generation_config.json", "model*.safetensors", "*.index.json", "pytorch_model*.bin"),
-    *("adapter_config.json", "adapter_model.*", "configuration_*.py", "modeling_*.py", "__init__.py"),
+    *("adapter_config.json", "adapter_model.*"),
+    # The code of architectures.
+    *("configuration_*.py", "modeling_*.py", "layers_*.py", "softmax_*.py", "tokenization_*.py", "architectures_*.py"),
+    *("scalar_mix.py", "__init__.py"),
+    # What sentence-transformers reads.
+    *("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"),
+    *("[0-9]_Pooling", "[0-9]_Dense", "[0-9]_Normalize"),
     *("README.md", "_README.before.md", "recipe.yaml", "training_args.bin", "trainer_state.json", ".gitattributes"),
     "profile.json",
     *("all_results.json", "train_results.json", "eval_results.json", "emissions*.csv", "runs", "logs"),

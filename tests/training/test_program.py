@@ -17,7 +17,7 @@ from hf_pretrain.hub.text import measured, with_perplexity
 from hf_pretrain.modeling.backbone import vocabulary_size
 from hf_pretrain.modeling.configuration import ModelArguments
 from hf_pretrain.training.arguments import PretrainingArguments
-from hf_pretrain.training.output_folder import output_directory
+from hf_pretrain.training.output_folder import check_replaceable, output_directory
 from hf_pretrain.training.parsing import parse_arguments
 from hf_pretrain.training.program import run
 
@@ -65,6 +65,8 @@ class TestRun:
         parts = [part for part in trainer.model.export_parts if part]
         assert {f"{part}/model.safetensors" for part in parts} <= contents(folder)
         assert not (folder / "_lock").exists()
+        # The same command may replace all of it.
+        check_replaceable(folder)
         # Trained, then evaluated, then exported.
         assert [row["step"] for row in trainer.state.log_history if "eval_loss" in row][-1] == 2
         root = trainer.model.root

@@ -26,6 +26,7 @@ from hf_pretrain.objectives.distillation import (
 )
 from hf_pretrain.objectives.distillation.arguments import OF_SENTENCES
 from hf_pretrain.objectives.distillation.sentence_embeddings import nearest_agreement
+from hf_pretrain.training.output_folder import check_replaceable
 
 POOLED = {
     "mean": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False},
@@ -242,6 +243,7 @@ class TestPrograms:
         assert [type(module).__name__ for module in student] == ["Transformer", "Pooling", "Normalize"]
         assert student[1].pooling_mode == "cls" and student.max_seq_length == 24
         assert student.get_embedding_dimension() == AutoModel.from_pretrained(out).config.hidden_size
+        check_replaceable(out)
 
     def test_a_checkpoint_is_exported_with_its_files(self, tmp_path, corpus):
         teacher, out = save_teacher(tmp_path / "teacher"), tmp_path / "out"

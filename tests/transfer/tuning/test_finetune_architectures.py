@@ -20,6 +20,7 @@ from hf_pretrain.cli import main
 from hf_pretrain.hub.card import snippets
 from hf_pretrain.modeling.loading import from_pretrained
 from hf_pretrain.tasks.spec import load_task, read_tasks
+from hf_pretrain.training.output_folder import check_replaceable
 from hf_pretrain.transfer.fine_tuning import FineTuningArguments
 from hf_pretrain.transfer.tuning.export import export_fine_tuned
 from hf_pretrain.transfer.tuning.fine_tune import fine_tune, task_trainer
@@ -125,6 +126,7 @@ def test_the_command_learns_and_its_folder_gives_the_predictions_of_the_file(
     card = (out / "README.md").read_text()
     assert f"the architecture {architecture}" in card and "with its code" in card
     assert (out / "architectures_task_heads.py").is_file() and (out / "scalar_mix.py").is_file()
+    check_replaceable(out)
     monkeypatch.chdir(out)
     codes = snippets(card)
     assert codes
