@@ -21,6 +21,8 @@ from transformers.activations import ACT2FN
 from hf_pretrain.data.device_draws import bits, shifted
 from hf_pretrain.errors import InputError, check_choice, check_range
 from hf_pretrain.modeling.backbone import feed_forward_name, shared_options
+from hf_pretrain.modeling.kernels import linear_cross_entropy, sums_early
+from hf_pretrain.modeling.losses import token_losses
 
 DECODER_FOLDER = "pretraining/decoder"
 """Folder of an export that holds the [`BottleneckDecoder`]."""
@@ -238,8 +240,9 @@ class BottleneckDecoder(PreTrainedModel):
         word_table: torch.Tensor,
         positions: torch.Tensor,
         keys: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the logits of the tokens to be rebuilt.
+        """Return the logits of the tokens to be rebuilt, or their losses.
 
         Args:
             vectors: ``[B, D]``.
@@ -248,9 +251,11 @@ class BottleneckDecoder(PreTrainedModel):
             word_table: ``[V, E]`` word embeddings of the encoder.
             positions: ``[T]`` flat row-major positions of the targets.
             keys: ``[B]`` int64 keys of the texts, see [`sampled_context`]; only with "enhanced".
+            targets: ``[T]`` the tokens, -100 for none. The gradients of their losses must all be the same, see
+                [`linear_cross_entropy`].
 
         Returns:
-            ``[T, V]`` logits.
+            ``[T, V]`` logits; with targets ``[T]`` losses in nats and fp32, and the logits never exist together.
 
         Raises:
             InputError: If texts are longer than the decoder has positions, or keys are missing or without effect.
@@ -287,7 +292,11 @@ class BottleneckDecoder(PreTrainedModel):
                 positions=positions if is_last else everywhere,
             )
             states = states_TD if is_last else states_TD.view_as(states)
-        return F.linear(self.norm_out(self.activation(self.dense_out(states))), word_table, self.bias)
+        read = self.norm_out(self.activation(self.dense_out(states)))
+        if targets is not None and sums_early(word_table):
+            return linear_cross_entropy(read, word_table, targets, bias=self.bias)
+        logits = F.linear(read, word_table, self.bias)
+        return logits if targets is None else token_losses(logits, targets)
 
     def _embedded(self, states: torch.Tensor) -> torch.Tensor:
         embedded: torch.Tensor = self.dropout(self.norm_in(states))

@@ -100,6 +100,15 @@ def chunk_rows(vocab_size: int, chunk_logits: int | None, device: torch.device) 
     return max(1, chunk_logits // vocab_size)
 
 
+def sums_early(weight: torch.Tensor) -> bool:
+    """Return whether [`linear_cross_entropy`] does for a weight.
+
+    In float16 it does not: a gradient has to be scaled there before it is multiplied, or it vanishes. A compiler makes one kernel
+    of logits and losses by itself.
+    """
+    return compute_dtype(weight) != torch.float16 and not torch.compiler.is_compiling()
+
+
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:
     """Return the number format in which a linear map computes: that of autocast, or the weight's."""
     kind = weight.device.type

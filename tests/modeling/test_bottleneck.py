@@ -14,6 +14,7 @@ from helpers.method_matrix import TINY
 from hf_pretrain import TransformerXLConfig, TransformerXLModel
 from hf_pretrain.data import draws
 from hf_pretrain.errors import InputError
+from hf_pretrain.modeling import kernels
 from hf_pretrain.modeling.bottleneck import (
     DECODER_FOLDER,
     DECODER_KINDS,
@@ -22,6 +23,7 @@ from hf_pretrain.modeling.bottleneck import (
     sampled_context,
 )
 from hf_pretrain.modeling.heads import load_head
+from hf_pretrain.modeling.losses import IGNORED
 
 VOCAB_SIZE, WIDTH, TABLE_WIDTH, LENGTH = 23, 16, 8, 7
 KEYS = draws.row_keys([3, 4, 5], seed=1, stream="decoder")
@@ -220,6 +222,27 @@ class TestFormulas:
         for positions in (torch.tensor([20, 1, 1]), torch.tensor([], dtype=torch.long)):
             found = model(**batch | {"positions": positions})
             torch.testing.assert_close(found, everywhere[positions], atol=1e-12, rtol=0)
+
+    @pytest.mark.parametrize("is_early", [True, False])
+    @KINDS
+    def test_losses_are_those_of_the_logits_which_never_exist_together(self, kind, is_early, monkeypatch):
+        monkeypatch.setattr(kernels, "CHUNK_LOGITS", 4 * VOCAB_SIZE)
+        if not is_early:
+            monkeypatch.setattr(kernels, "compute_dtype", lambda weight: torch.float16)
+        model = decoder(kind).float()
+        batch = text(model, dtype=torch.float32)
+        targets = batch["input_ids"].flatten()[batch["positions"]]
+        targets[2] = IGNORED
+        leaves = [batch["word_table"].requires_grad_(), batch["vectors"].requires_grad_(), *model.parameters()]
+        expected = F.cross_entropy(model(**batch), targets, reduction="none", ignore_index=IGNORED)
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: shapes.append(one.shape) or one, lambda one: one):
+            found = model(**batch, targets=targets)
+        assert (torch.Size((len(targets), VOCAB_SIZE)) in shapes) == (not is_early)
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(each.sum() / 5, leaves, allow_unused=True) for each in (found, expected)]
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
     @KINDS
     def test_the_output_layer_is_the_word_table_of_the_encoder(self, kind):

@@ -281,7 +281,7 @@ class TestDistribution:
                 if where == "compiled":
                     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
                 else:
-                    monkeypatch.setattr(two_tower, "compute_dtype", lambda weight: torch.float16)
+                    monkeypatch.setattr(kernels, "compute_dtype", lambda weight: torch.float16)
             model = make(excluded=[0, 1, 3])
             states = model.context_states(ids, torch.ones_like(ids)).flatten(0, 1)
             log_probs = model.log_probs(states, wanted)

@@ -24,6 +24,8 @@ from hf_pretrain.modeling.losses import (
     PretrainingOutput,
     masked_lm_accuracy,
     masked_lm_loss,
+    sum_of_targets,
+    token_losses,
 )
 from hf_pretrain.modeling.pooling import POOLINGS, TEXT_POOLER_FOLDER, TextPooler, pool_texts, sentence_modules_of
 from hf_pretrain.modeling.visibility.rules import has_padding, isolated_inputs
@@ -408,18 +410,20 @@ class ContrastiveForPreTraining(PretrainingModel):
         assert self.decoder is not None and output.vectors is not None
         positions_T = inputs["decoder_positions"]
         targets_T = labels.flatten().index_select(0, positions_T)
-        logits_TV = self.decoder(
+        found = self.decoder(
             output.vectors,
             inputs["decoder_input_ids"],
             inputs["decoder_mask"],
             word_table=self.root.get_input_embeddings().weight,
             positions=positions_T,
             keys=inputs.get("decoder_keys"),
+            targets=targets_T if self.training else None,
         )
         where: dict[str, Any] = {"positions": positions_T, "shape": labels.shape}
-        output.losses["bottleneck"] = masked_lm_loss(logits_TV, targets_T, **where)
+        losses_T = found if self.training else token_losses(found, targets_T)
+        output.losses["bottleneck"] = sum_of_targets(losses_T, targets_T, **where)
         if not self.training:
-            output.metrics["bottleneck_accuracy"] = masked_lm_accuracy(logits_TV.argmax(-1), targets_T, **where)
+            output.metrics["bottleneck_accuracy"] = masked_lm_accuracy(found.argmax(-1), targets_T, **where)
 
     def stock_part(
         self, attribute: str, state: Mapping[str, torch.Tensor] | None

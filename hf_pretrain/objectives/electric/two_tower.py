@@ -21,7 +21,7 @@ from hf_pretrain.errors import InputError
 from hf_pretrain.modeling.backbone import evaluating, row_position_inputs
 from hf_pretrain.modeling.configuration import CompositeConfig, SubModelConfig
 from hf_pretrain.modeling.embeddings import shared_embedding_names
-from hf_pretrain.modeling.kernels import chunk_rows, compute_dtype, linear_cross_entropy
+from hf_pretrain.modeling.kernels import chunk_rows, linear_cross_entropy, sums_early
 from hf_pretrain.modeling.loading import from_config
 from hf_pretrain.modeling.losses import IGNORED, sample_tokens
 from hf_pretrain.modeling.visibility import rules
@@ -209,7 +209,7 @@ class TwoTowerClozeModel(PreTrainedModel):
             be the same, see [`linear_cross_entropy`].
         """
         weight = self.get_input_embeddings().weight
-        if not torch.compiler.is_compiling() and compute_dtype(weight) != torch.float16:
+        if sums_early(weight):
             bias = self.bias.masked_fill(self.excluded_tokens, float("-inf"))
             return -linear_cross_entropy(self._hidden(states), weight, token_ids, bias=bias)
         # The logits of a chunk are computed again in the backward pass; nothing in it is random.
