@@ -68,11 +68,12 @@ Batch = dict[str, torch.Tensor]
 # Of each side, the loss of each batch of a step.
 Sides = dict[str, list[Callable[[], torch.Tensor]]]
 
+# The projection of each of MiniLMv2's losses.
+MINILM = {"relation_qq": "query", "relation_kk": "key", "relation_vv": "value"}
 VOCAB_SIZE = 30522
 OFFICIAL_LENGTH = 64
 # layers, width, heads, width of the feed-forward layers
 SMALL = {"distilbert": ((6, 256, 4, 1024), (3, 256, 4, 1024)), "tinybert": ((8, 256, 4, 1024), (4, 128, 4, 512))}
-MINILM = {"relation_qq": "query", "relation_kk": "key", "relation_vv": "value"}
 BASE = {"distilbert": ((12, 768, 12, 3072), (6, 768, 12, 3072)), "tinybert": ((12, 768, 12, 3072), (4, 312, 12, 1200))}
 
 
